@@ -16,23 +16,8 @@ from nbl_export.files import write_json
 from nbl_export.targets.tensorrt.record import EngineRecord
 
 from .canaries import Canaries, put_outside
-from .command import nbl
 from .hostile import damage_bytes, damage_json, damage_onnx, damage_safetensors, damage_text
-from .hostile_folders import (
-    damage_bomb,
-    damage_eval,
-    damage_genai,
-    damage_gguf_header,
-    damage_links,
-    damage_lock,
-    damage_moments,
-    damage_names,
-    damage_place,
-    damage_run,
-    damage_settings,
-    damage_sizes,
-    plant_links,
-)
+from .hostile_folders import damage_genai, damage_links, damage_run, damage_settings, plant_links
 from .tiny import save_gguf
 
 __all__ = ["KINDS", "SMALL", "Kind", "has", "make_pristine", "options", "victim"]
@@ -64,15 +49,12 @@ REWRITE = "rewrite-graph {here}/graph --maps {here}/maps.safetensors --output {h
 CALIBRATE = "calibrate --model {here}/model --calibration {here}/text.txt --output {here}/out"
 GENERATE = "generate {here}/deploy Hi --max-new-tokens 2"
 BENCH = "--depth 0 --repetitions 1 --prompt-tokens 8 --generate-tokens 2"
-HARNESS = ("lm_eval",)
-EVAL = "eval {here}/run --perplexity other={here}/text.txt --ppl-context 32 --limit 1 --variants nbl"
 KINDS: dict[str, Kind] = {
     "graph, its bytes, inspected": Kind(600, GRAPH, damage_bytes, "inspect {here}/graph/model.onnx"),
     "graph inspected": Kind(850, GRAPH, damage_onnx, "inspect {here}/graph/model.onnx --json"),
     "graph rewritten": Kind(1200, GRAPH, damage_onnx, REWRITE),
     "data of a graph": Kind(200, "graph/model.onnx.data", damage_bytes, REWRITE),
     "maps": Kind(900, "maps.safetensors", damage_safetensors, REWRITE),
-    "moments": Kind(400, "run/moments.safetensors", damage_moments, "plan {here}/run --layers 2 --select cca"),
     "nbl.json inspected": Kind(500, "run/nbl.json", damage_json, "inspect {here}/run"),
     "nbl.json reported": Kind(300, "run/nbl.json", damage_json, "report {here}/run"),
     "bench.json reported": Kind(200, "run/bench.json", damage_json, "report {here}/run"),
@@ -94,15 +76,10 @@ KINDS: dict[str, Kind] = {
     "links in a graph": Kind(300, "graph", damage_links, REWRITE),
     "links in a deployed folder": Kind(250, "deploy", damage_links, GENERATE),
     "links in a run": Kind(60, "run", damage_links, "report {here}/run"),
-    "a text that grows": Kind(30, "text.jsonl.gz", damage_bomb, CALIBRATE.replace("text.txt", "text.jsonl.gz")),
-    "a text that is long": Kind(30, "text.jsonl", damage_bomb, CALIBRATE.replace("text.txt", "text.jsonl")),
     "foreign run inspected": Kind(300, "run", damage_run, "inspect {here}/run"),
     "foreign run generates": Kind(450, "run", damage_run, "generate {here}/run Hi --max-new-tokens 2"),
     "foreign run benched": Kind(100, "run", damage_run, "bench {here}/run " + BENCH),
     "foreign run reported": Kind(100, "run", damage_run, "report {here}/run"),
-    "eval.json reported": Kind(150, "run/eval.json", damage_eval, "report {here}/run", needs=HARNESS),
-    "eval.json evaluated": Kind(90, "run/eval.json", damage_eval, EVAL, needs=HARNESS),
-    "lock": Kind(100, "run", damage_lock, "report {here}/run"),
     "planted links in a checkpoint": Kind(500, "model", plant_links, CALIBRATE),
     "planted links in a graph": Kind(300, "graph", plant_links, REWRITE),
     "planted links in a deployed folder": Kind(300, "deploy", plant_links, GENERATE),
@@ -110,12 +87,6 @@ KINDS: dict[str, Kind] = {
     "planted links beside a GGUF": Kind(300, "gguf", plant_links, CALIBRATE.replace("/model ", "/gguf ")),
     "planted links in an IR": Kind(200, "ir", plant_links, GENERATE.replace("deploy", "ir"), needs=("openvino",)),
     "planted links in an engine": Kind(200, "engine", plant_links, GENERATE.replace("deploy", "engine"), status=1),
-    "planted working directory, doctor": Kind(50, "strange", damage_place, "doctor"),
-    "planted working directory, GGUF": Kind(200, "strange", damage_place, "generate {here}/tiny.gguf Hi", status=1),
-    "planted working directory, calibrate": Kind(100, "strange", damage_place, CALIBRATE),
-    "planted names in tokenizer_config.json": Kind(300, "model/tokenizer_config.json", damage_names, CALIBRATE),
-    "planted sizes in config.json": Kind(150, "model/config.json", damage_sizes, CALIBRATE),
-    "planted header of a GGUF": Kind(100, "tiny.gguf", damage_gguf_header, CALIBRATE.replace("/model ", "/tiny.gguf ")),
 }
 
 
@@ -153,11 +124,6 @@ def make_pristine(here: Path, folders: Mapping[str, Path], text: str) -> None:
     )  # fmt: skip
     (here / "engine" / "decoder.engine").write_bytes(plan)
     write_json(here / "engine" / "engine.json", record.to_json())
-    if not all(map(has, HARNESS)):
-        return
-    held = f"held={here / 'text.txt'}"
-    evaluated = nbl("eval", here / "run", "--perplexity", held, "--ppl-context", 32, "--limit", 2)
-    assert evaluated.status == 0, evaluated.err
 
 
 def victim(pristine: Path, here: Path, kind: Kind, canaries: Canaries) -> Path:

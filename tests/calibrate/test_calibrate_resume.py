@@ -15,7 +15,7 @@ import pytest
 from nbl_export.files import file_sha256
 from nbl_export.run.stages import calibrate
 
-from ..command import nbl, snapshot
+from ..command import snapshot
 from ..damage import cut, flip
 from ..fork_server import ForkServer
 
@@ -184,8 +184,3 @@ def test_partial_files_cost_little(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         if partial.is_due():
             partial.save(None, batch)
     assert written == [30, 234, 438]
-
-
-def test_an_ordinary_run_says_nothing_of_it(command: tuple[object, ...], tmp_path: Path) -> None:
-    done = nbl(*command, "--output", tmp_path / "run")
-    assert done.status == 0 and "resuming" not in done.err

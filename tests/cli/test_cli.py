@@ -329,33 +329,6 @@ def test_layers_is_a_count_or_a_list(layers: str, replaced: int | list[int], run
     assert planned["replaced_layers"] == replaced
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("plan",), ("CCA bound", "NMSE", "replaced")),
-        (("verify",), ("Verification", "logit difference, decode", "Perplexity", "ok")),
-        (("bench",), ("pp16", "tg4", "original", "nbl", "tokens/s")),
-        (
-            ("inspect",),
-            (
-                "llama, 3 layers",
-                "replaced layers",
-                "verified",
-                "cache bytes a token",
-                "nbl-export --model",
-                "too few loads",
-                "perplexity",
-            ),
-        ),
-    ],
-    ids=lambda value: value[0],
-)
-def test_tables_for_people(arguments: tuple[str, ...], words: tuple[str, ...], run: Path) -> None:
-    done = nbl(*arguments, run)
-    assert done.status == 0, done.err
-    assert all(word in done.out for word in words), done.out
-
-
 def test_tables_hold_the_figures(run: Path) -> None:
     planned, measured = answer("plan", run), answer("bench", run)
     table = nbl("plan", run).out

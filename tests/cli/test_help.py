@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
 
 from ..command import assert_refused, nbl
 from .test_cli import SUBCOMMANDS
-
-DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.mark.parametrize("command", [(), *((name,) for name in SUBCOMMANDS)], ids=str)
@@ -49,25 +46,3 @@ def test_a_wrong_call_names_the_page_that_helps(words: tuple[str, ...], part: st
 def test_a_model_without_its_option(tmp_path: Path) -> None:
     for place in ("org/name", tmp_path, "models/m.gguf"):
         assert_refused(nbl(place, "--layers", "8"), 2, f"{place} is no command; give the model with --model {place}")
-
-
-def test_no_help_shows_types_of_python() -> None:
-    for name in SUBCOMMANDS:
-        assert not re.search(r"<(path|str|int|float|list\[.*\])>", nbl(name, "--help").out), name
-    assert not re.search(r"`[^`]*<[^`]*>`", (DOCS / "usage.md").read_text(encoding="utf-8"))
-
-
-def test_force_says_which_of_its_meanings_a_command_has() -> None:
-    for command in ((), ("calibrate",)):
-        assert re.search(r"--force +Start over", nbl(*command, "--help").out), command
-    for name in ("build", "report", "bench", "eval", "convert", "generate", "accept"):
-        assert re.search(r"--force +Go on despite a failed verification", nbl(name, "--help").out), name
-
-
-def test_all_rows_of_a_table_have_its_number_of_cells() -> None:
-    for page in sorted(DOCS.rglob("*.md")):
-        wanted = None
-        for line in page.read_text(encoding="utf-8").splitlines():
-            cells = len(re.split(r"(?<!\\)\|", line)) if line.startswith("|") else None
-            assert None in (cells, wanted) or cells == wanted, (page, line)
-            wanted = cells

@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from nbl_export.cli.options import read_config
-from nbl_export.errors import CorruptError, NblError, UsageError
+from nbl_export.errors import NblError, UsageError
 from nbl_export.model.checkpoint.source import resolve
 from nbl_export.options.goals import PerplexityIncrease, goal_of
 from nbl_export.options.options import JobOptions
-from nbl_export.plan.maps_file import maps_in
 from nbl_export.publish import convert
 
 from ..command import assert_refused, nbl
@@ -27,12 +25,6 @@ def test_a_run_is_named_instead_of_its_model(tmp_path: Path) -> None:
     (tmp_path / "nbl.json").write_text("{}")
     with pytest.raises(NblError, match="is a run directory, not a model; give the model that the run was made from"):
         resolve(str(tmp_path))
-
-
-@pytest.mark.parametrize("command", ["inspect", "plan", "verify", "report"])
-def test_a_run_that_is_not_there(command: str, tmp_path: Path) -> None:
-    assert_refused(nbl(command, tmp_path / "none"), 1, f"{tmp_path / 'none'} does not exist")
-    assert_refused(nbl(command, tmp_path), 1, "is not a run directory: it has no nbl.json")
 
 
 @pytest.mark.parametrize(
@@ -58,19 +50,6 @@ def test_a_percentage_needs_no_sign(asked: str) -> None:
 def test_a_share_is_no_percentage(asked: str) -> None:
     with pytest.raises(UsageError, match="write 5%"):
         goal_of(JobOptions("m", max_perplexity_increase=asked))
-
-
-def test_no_message_shows_a_number_of_the_system(tmp_path: Path) -> None:
-    with pytest.raises(CorruptError) as maps:
-        maps_in(tmp_path)
-    assert str(maps.value) == f"{tmp_path} is not a file; name the maps.safetensors of a run"
-    for name in ("none.toml", "none.json"):
-        with pytest.raises(UsageError) as config:
-            read_config(tmp_path / name)
-        assert str(config.value) == f"--config {tmp_path / name} cannot be read: there is no such file"
-    (tmp_path / "folder.toml").mkdir()
-    with pytest.raises(UsageError, match="cannot be read: Is a directory"):
-        read_config(tmp_path / "folder.toml")
 
 
 @pytest.mark.parametrize(

@@ -199,10 +199,6 @@ def test_a_bad_task_file_is_refused_before_anything_is_computed(finished: Path, 
     assert snapshot(finished) == before
 
 
-def test_no_run_directory(tmp_path: Path) -> None:
-    assert_refused(nbl("eval", tmp_path, "--tasks", "piqa"), 1, "not a run directory")
-
-
 def spoil(**changes: Any) -> Any:
     """What changes a value of the first entry."""
 

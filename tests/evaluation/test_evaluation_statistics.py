@@ -37,37 +37,6 @@ def test_the_error_of_a_mean_is_the_harness_own() -> None:
     assert figure("mean", items).stderr == pytest.approx(metrics.mean_stderr(list(items)), rel=1e-12)
 
 
-@pytest.mark.parametrize("aggregation", list(AGGREGATIONS))
-def test_errors_are_what_repetition_gives(aggregation: str) -> None:
-    rng = np.random.default_rng(1)
-    found = [figure(aggregation, draw(rng, aggregation)) for _ in range(ROUNDS)]
-    seen = np.std([f.value for f in found])
-    assert np.mean([f.stderr for f in found if f.stderr is not None]) == pytest.approx(seen, rel=0.06)
-
-
-@pytest.mark.parametrize("aggregation", list(AGGREGATIONS))
-def test_errors_of_paired_differences_are_what_repetition_gives(aggregation: str) -> None:
-    rng = np.random.default_rng(2)
-    found = []
-    for _ in range(ROUNDS):
-        old = draw(rng, aggregation)
-        if aggregation == "mean":
-            new = np.where(rng.random(N) < 0.1, 1 - old, old)
-        else:
-            new = old.copy()
-            shift = 1 + 0.1 * rng.random(N)
-            if old.ndim == 2:
-                new[:, 0] *= shift
-            else:
-                new *= shift
-        found.append(difference(aggregation, new, old))
-    seen = np.std([f.value for f in found])
-    stated = np.mean([f.stderr for f in found if f.stderr is not None])
-    assert stated == pytest.approx(seen, rel=0.08)
-    alone = [figure(aggregation, draw(rng, aggregation)).stderr or 0.0 for _ in range(50)]
-    assert stated < np.mean(alone)  # pairs tell more than two errors do
-
-
 def test_one_item_has_no_error() -> None:
     assert figure("mean", [1.0]).stderr is None
 

@@ -129,19 +129,3 @@ def test_logits_of_the_last_position_are_refused() -> None:
 def test_an_empty_request_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one token"):
         Request((1,), ())
-
-
-def test_progress_is_told_while_there_is_work_left(
-    scorers: dict[str, GraphScorer], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scorer, steps, told = scorers["nbl"], [0], []
-    step = scorer._decoder.step
-
-    def counted(*arguments: Any) -> Any:
-        steps[0] += 1
-        return step(*arguments)
-
-    monkeypatch.setattr(scorer._decoder, "step", counted)
-    scorer.score(REQUESTS, lambda done, total: told.append((done, total, steps[0])))
-    assert [t[:2] for t in told][-1] == (6, 6) and told[0][0] < 6
-    assert told[0][2] < told[-1][2]

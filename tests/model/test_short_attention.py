@@ -79,15 +79,6 @@ def test_other_attention_is_left_to_torch(
     assert torch.equal(found, expected)
 
 
-def test_arguments_may_go_by_their_place_or_by_their_names(counted: list[int]) -> None:
-    query, key, value = _inputs(32, 6)
-    with bfloat16.products(CPU, True), bfloat16.ShortAttention():
-        one = scaled_dot_product_attention(query, key, value, None, 0.0, True)
-        two = scaled_dot_product_attention(query=query, key=key, value=value, is_causal=True)
-    assert len(counted) == 2
-    assert torch.equal(one, two)
-
-
 def test_training_steps_in_bfloat16_take_it_and_nothing_else_does(
     checkpoint: Callable[[str], Path], random_maps: Callable[..., dict[int, Linear]], counted: list[int]
 ) -> None:

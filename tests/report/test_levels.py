@@ -45,8 +45,3 @@ def test_every_writer_gives_the_level_of_the_loads(
     assert written.html.count(said) >= 3
     Console(width=400).print(*speed_table(summarize(MANIFEST, VERIFY, bench)))
     assert capsys.readouterr().out.count(said) == 3
-
-
-@pytest.mark.parametrize(("repetitions", "said"), [(7, "98.4% of all cases"), (None, "at least 94.4% of the trials")])
-def test_the_note_explains_that_level(repetitions: int | None, said: str) -> None:
-    assert said in Written(bench=of_loads(7, repetitions)).markdown

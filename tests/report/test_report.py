@@ -20,7 +20,6 @@ from nbl_export.report.document import Paragraph, html
 from nbl_export.report.document import markdown as in_markdown
 from nbl_export.report.document import written as blocks_in_markdown
 from nbl_export.report.page import document, render, summarize
-from nbl_export.report.quality import spoken_curve
 from nbl_export.report.speed import speed as speed_section
 from nbl_export.report.table import Column, Table, facts
 from nbl_export.trust.terminal import Console
@@ -260,48 +259,6 @@ CURVE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def test_smaller_and_larger_sets_stand_with_the_commands_for_them(tmp_path: Path) -> None:
-    goal = {"max_perplexity_increase": "10%", "default": True, "path": []}
-    manifest = {**MANIFEST, "curve": CURVE, "goal": goal, "fit": {"kind": "independent"}, "select": "greedy"}
-    render(manifest, VERIFY, None, tmp_path)
-    text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert "## More or fewer layers" in text
-    assert "modelled for ort in fp16: a prefill of 512 tokens" in text  # which a run in int4 may have reused
-    assert "limited to 10% on every text" in text and "shown to keep the limit: 3 layers." in text
-    row = next(line for line in text.splitlines() if "+16.0%" in line)
-    assert [cell.strip() for cell in row.strip("|").split("|")] == [
-        "4",
-        "+8.00%",
-        "+16.0%",
-        "×1.12",
-        "×1.04",
-        "2, 3, 4, 5",
-    ]
-    for count in (4, 5):
-        assert f"nbl-export plan . --layers {count} --select greedy && nbl-export report ." in text
-    assert "plan . --layers 1 " not in text
-    distilled = "nbl-export --model tiny/decoder --engine ort --layers 3 --fit distilled"
-    assert f"{distilled} --select greedy --" in text and "--tap" not in text
-    render({**manifest, "select": "efficient"}, VERIFY, None, tmp_path)  # the default order of a count
-    text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert "--layers 4 && " in text and f"{distilled} --output" in text
-    assert spoken_curve(CURVE) == "1 layer: +4.00%, ×1.03 prefill; 3: +12.0%, ×1.09; 4: +16.0%, ×1.12; 5: +20.0%, ×1.15"
-
-
-def test_decoders_that_were_timed_one_after_the_other_are_told() -> None:
-    for apart in (True, False):
-        text = Written(bench=changed(BENCH, apart=apart)).markdown
-        assert ("timed them one after the other" in text) is apart
-
-
-def test_a_run_without_a_curve_says_why(tmp_path: Path) -> None:
-    for fit, said in (("independent", "Layers were named, or"), ("given", "came with the checkpoint")):
-        render({**MANIFEST, "curve": None, "fit": {"kind": fit}}, VERIFY, None, tmp_path)
-        text = (tmp_path / "report.md").read_text(encoding="utf-8").split("## More or fewer layers")[1]
-        assert said in text.split("## ")[0]
-        assert 'id="curve-' not in (tmp_path / "report.html").read_text(encoding="utf-8")
-
-
 def test_the_curve_is_drawn_with_a_ring_at_this_runs_number(tmp_path: Path) -> None:
     render({**MANIFEST, "curve": CURVE, "select": "greedy"}, VERIFY, None, tmp_path)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -336,12 +293,6 @@ def test_a_check_without_a_figure_has_a_mark() -> None:
         verify=changed(VERIFY, checks=[check("structure", 0.0), check("structure", 1.0), check("text", 0.0)])
     )
     assert [row[3:5] for row in shown.table("All 3 checks")[2:]] == [["✓", ""], ["✗", ""], ["0", "0.5"]]
-
-
-def test_a_version_is_told_twice_only_if_it_changed() -> None:
-    assert "Versions at the benchmark" not in Written().markdown
-    later = Written(bench=changed(BENCH, versions={"onnxruntime": "1.25.0"}))
-    assert ["onnxruntime", "1.25.0"] in later.table("Versions at the benchmark")
 
 
 def test_threads_and_batches_are_told_apart_in_words(tmp_path: Path) -> None:
@@ -640,14 +591,6 @@ def test_markdown_has_the_tables_of_the_page(written: Written) -> None:
     assert ["sha256", "f00d" * 16] in written.table("Calibration text")
     assert ["memory", "8.00 GiB"] in written.table("Machine")
     assert "<svg" not in written.markdown and "depth 0" not in written.markdown
-
-
-def test_ratios_of_a_fixed_cache_name_its_slots() -> None:
-    """Bytes of 5 MiB + 4096 a slot against 4 MiB + 2048 a slot."""
-    assert "slots" not in Written().markdown
-    said = Written(bench=changed(BENCH, slots=32_768)).markdown
-    assert "These ratios are for caches of 32,768 slots." in said and "The longest test needs 512 slots." in said
-    assert "give ×1.96 with 32,768 slots and ×1.40 with 512 slots." in said
 
 
 def test_the_time_of_the_gpu_stands_beside_that_of_the_host() -> None:

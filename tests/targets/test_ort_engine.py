@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from nbl_export.errors import MissingPackageError, NblError, one_line
+from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.targets.onnx import engine, genai
 from nbl_export.targets.onnx.facts import GenaiSettings
@@ -129,14 +129,6 @@ def test_a_damaged_tokenizer_hinders_text_alone(name: str, directory: Path, tmp_
 # -- the runner ----------------------------------------------------------------------------------------
 
 
-def test_the_settings_are_read_without_loading(directory: Path) -> None:
-    model = json.loads((directory / "genai_config.json").read_text())["model"]
-    settings = GenaiSettings.read(directory)
-    assert settings.context_length == model["context_length"]
-    assert settings.vocab_size == model["vocab_size"]
-    assert settings.end_ids == tuple(model["eos_token_id"])
-
-
 def _ending_at(directory: Path, ids: int | list[int], copy: Path) -> Path:
     shutil.copytree(directory, copy)
     config = json.loads((copy / "genai_config.json").read_text(encoding="utf-8"))
@@ -241,12 +233,6 @@ def test_a_failing_run_is_one_sentence_and_nothing_on_stderr(
     assert capfd.readouterr().err == "", "the engine wrote to stderr by itself"
 
 
-def test_long_errors_keep_their_end_on_one_line() -> None:
-    assert one_line(RuntimeError("what\n  and why")) == "what and why"
-    text = one_line(RuntimeError("x" * 500 + " the cause"))
-    assert len(text) < 310 and text.endswith("the cause")
-
-
 def test_a_prompt_as_long_as_the_context_is_refused(runner: GenaiRunner) -> None:
     context = runner.settings.context_length
     with pytest.raises(NblError, match=f"takes {context}"):
@@ -269,13 +255,6 @@ def test_a_stream_is_the_text_of_the_greedy_tokens(runner: GenaiRunner, monkeypa
     ids = runner.encode("Hello there", chat=False)
     tokens, pieces = runner.greedy(ids, 8), runner._tokenizer.create_stream()
     assert "".join(runner.stream(ids, 8)) == "".join(pieces.decode(token) for token in tokens)
-
-
-def test_a_stream_ends_before_an_end_id(runner: GenaiRunner, monkeypatch: pytest.MonkeyPatch) -> None:
-    ids = runner.encode("Hello there", chat=False)
-    script = [*ids, runner.settings.end_ids[-1], *ids]
-    monkeypatch.setattr(runner, "continuation", lambda *_: iter(script))
-    assert "".join(runner.stream([5], len(script))).strip() == "Hello there"
 
 
 def test_a_stream_ends_at_any_of_several_end_ids(directory: Path, tmp_path: Path) -> None:
@@ -344,18 +323,6 @@ def test_without_a_template_chat_is_the_plain_prompt(directory: Path, tmp_path: 
     (copy / "tokenizer_config.json").write_text(json.dumps(config))
     with GenaiRunner(copy, threads=1) as runner:
         assert runner.encode("Hello", chat=True) == runner.encode("Hello", chat=False)
-
-
-def test_threads_are_those_asked_for_or_the_cores(directory: Path) -> None:
-    with GenaiRunner(directory, threads=1) as one, GenaiRunner(directory) as default:
-        assert (one.threads, default.threads) == (1, genai.default_threads())
-
-
-def test_the_directory_is_only_read(directory: Path) -> None:
-    before = {p.name: (p.stat().st_mtime_ns, p.stat().st_size) for p in directory.iterdir()}
-    with GenaiRunner(directory, threads=1) as runner:
-        runner.greedy([5, 6], 2)
-    assert {p.name: (p.stat().st_mtime_ns, p.stat().st_size) for p in directory.iterdir()} == before
 
 
 def test_a_float32_graph_keeps_its_weights_in_the_file(exported: Callable[..., Path]) -> None:

@@ -20,7 +20,6 @@ from nbl_export.model.architectures import windows_of
 from nbl_export.records.decoder import ITEMSIZE
 from nbl_export.records.plan import Plan
 from nbl_export.rewrite import LAYERS_KEY, RenumberCaches, contract_of, rewrite, rewrite_model
-from nbl_export.rewrite.quantize import QuantizeMapBlocks
 from nbl_export.rewrite.tail import difference, keep_last_token
 from nbl_export.targets.tensorrt import export as static
 from nbl_export.targets.tensorrt.static.on_ort import open_decoder
@@ -448,12 +447,6 @@ def test_renumbering_refuses_what_it_cannot_close(form: Form) -> None:
     half.graph.outputs.pop()
     with pytest.raises(Exception, match="one key and one value cache"):
         RenumberCaches()(half)
-
-
-def test_map_blocks_leave_other_graphs_alone(form: Form) -> None:
-    model = form("llama")
-    rewrite_model(model, Plan(LAYERS, (0,)), maps_of([0]))
-    assert not QuantizeMapBlocks()(model).modified
 
 
 def test_int4_reaches_the_end_of_its_codes() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import importlib
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -268,11 +267,3 @@ def test_all_steps_are_attempted_and_the_first_failure_is_told() -> None:
         attempt_all(step(1), step(2, RuntimeError("second")), step(3, NblError("third")), step(4))
     assert done == [1, 2, 3, 4]
     attempt_all(step(5))
-
-
-@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
-def test_the_installed_torch_has_that_mode_of_capture() -> None:
-    import inspect
-
-    real: Any = importlib.import_module("torch")
-    assert "capture_error_mode" in inspect.signature(real.cuda.graph.__init__).parameters

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
 
 from nbl_export.report import console
@@ -216,24 +215,3 @@ def test_progress_does_not_command_the_terminal() -> None:
         update(1, 2)
     assert SHOWN in out.getvalue()
     assert not ACTING.search(re.sub(r"\x1b\[[\d;?]*[A-Za-z]|\r", "", out.getvalue()))  # rich's own
-
-
-def test_names_in_a_graph(exported: Callable[..., Path], tmp_path: Path) -> None:
-    """The whole way: a graph with a hostile producer, inspected."""
-    import shutil
-
-    copy = Path(shutil.copytree(exported("llama"), tmp_path / "graph"))
-    model = onnx.load(copy / "model.onnx", load_external_data=False)
-    model.producer_name = EVIL
-    (copy / "model.onnx").write_bytes(model.SerializeToString())
-    done = nbl("inspect", copy)
-    assert done.status == 0, done.err
-    assert "[/b][red]:smile:" in done.out
-    assert not ACTING.search(done.out)
-
-
-def test_doctor_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    advice = "pip install 'nbl-export[gpu]'"
-    found = {"ort": {"title": "ONNX Runtime", "available": False, "reason": advice}}
-    monkeypatch.setattr(deployed, "examine_engines", lambda: found)
-    assert advice in nbl("doctor").out
