@@ -5,7 +5,7 @@
 Each row of the first architectures (JOBS) takes a tiny random checkpoint through nbl-export (calibrate, plan,
 decoder, rewrite, verify; for the static source only its form and the rewrite). The script then measures the largest
 logit difference from torch itself, for the original graph and the NBL graph: two rows of random tokens, prefill and
-cached steps. A row of another architecture in float32 has the status "parity": every subset of its attention layers is
+cached steps. A row of another architecture in float32 has the status "parity": every subset of its layers is
 replaced by random maps, and its NBL figure is the largest of all subsets. A refused row states the reason. The script
 prints a table and writes JSON; --only and --sources keep the other rows in the file. Graphs of OpenVINO compute in
 float32 here; int4 is compared with torch, so its figure is that of the rounded matrices.
@@ -41,7 +41,7 @@ from nbl_export.options.options import JobOptions
 from nbl_export.options.rules import Case
 from nbl_export.options.settle import judge
 from nbl_export.records.plan import Plan
-from tests.tiny import EVERY, HYBRIDS, LAYERS, VARIANTS, VOCAB, made_by, random_map, save_checkpoint, stdlib_text
+from tests.tiny import EVERY, LAYERS, VARIANTS, VOCAB, made_by, random_map, save_checkpoint, stdlib_text
 
 RUNS = (
     ("genai", "fp32"),
@@ -57,7 +57,7 @@ JOBS = ("llama", "mistral-window", "qwen2", "qwen3", "phi3", "gemma2", "gemma3",
 ALSO = {"gpt_oss": (("openvino", "int4"),)}
 OF_OTHERS = (("genai", "fp32"), ("mobius", "fp32"), ("static", "fp32"), ("openvino", "fp32"))
 PARITY = 1e-3  # largest logit difference
-REPLACED = "1,2"  # of three layers, or of a hybrid's five
+REPLACED = "1,2"  # of three layers
 ROWS, SLOTS = (45, 27), 96  # tokens of the two rows, longer than the tiny windows
 PACKAGES = ("torch", "transformers", "onnx-ir", "onnxruntime", "onnxruntime-genai", "mobius-onnx", "openvino", "nncf")
 
@@ -173,11 +173,11 @@ def every_subset(source: str, precision: str, checkpoint: Path, run: Path) -> di
     judge(Case(options, target.capabilities, facts))
     target.export(checkpoint, run / "original", ExportSettings(source, precision, SLOTS))
     apart: dict[tuple[int, ...], float] = {}
-    layers = spec.attention_layers
+    layers = range(spec.num_layers)
     for chosen in (s for count in range(len(layers)) for s in itertools.combinations(layers, count)):
         maps, directory = {i: random_map(i) for i in chosen}, run / ("original" if not chosen else str(chosen))
         if chosen:
-            target.linearize(run / "original", directory, Plan(spec.num_layers, chosen, others=spec.others), maps)
+            target.linearize(run / "original", directory, Plan(spec.num_layers, chosen), maps)
         apart[chosen] = worst(_opened(source, directory, spec.head_dim), _with_random_maps(checkpoint, chosen))
     found = {"original": apart.pop(()), "nbl": max(apart.values())}
     status = "parity" if max(found.values()) < PARITY else "parity failed"
@@ -235,7 +235,7 @@ def line(found: dict[str, Any]) -> str:
 
 def runs_of(name: str) -> tuple[tuple[str, str], ...]:
     """Sources and precisions of an architecture or variant."""
-    if name in (*JOBS, *HYBRIDS):
+    if name in JOBS:
         return RUNS
     made = (OF_OTHERS[0], ("genai", "int4"), *OF_OTHERS[1:]) if name in made_by("genai") else OF_OTHERS
     return (*made, *ALSO.get(name, ()))
@@ -247,7 +247,7 @@ def main() -> None:
     parser.add_argument("--sources", help="sources of graphs, with commas")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "architectures.json")
     given = parser.parse_args()
-    names = given.only.split(",") if given.only else [*EVERY, *HYBRIDS, *VARIANTS]
+    names = given.only.split(",") if given.only else [*EVERY, *VARIANTS]
     print(f"{'architecture':15s} {'source':7s} {'prec.':5s} {'status':14s}  original       nbl  max |logit difference|")
     with tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch) / "text.txt"
@@ -269,7 +269,7 @@ def main() -> None:
 def keep(path: Path, name: str, found: list[dict[str, Any]]) -> None:
     """Replace an architecture's rows of the same sources in the file."""
     before = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
-    order = [*EVERY, *HYBRIDS, *VARIANTS]
+    order = [*EVERY, *VARIANTS]
     sources = {r["source"] for r in found}
     rows = [*(r for r in before if r["architecture"] != name or r["source"] not in sources), *found]
     rows.sort(key=lambda r: order.index(r["architecture"]))  # stable: the rows of an architecture keep their order

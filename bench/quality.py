@@ -50,7 +50,7 @@ def alone(bed: Bed) -> dict[str, Any]:
 
     rows = bed.texts["wikitext-2 valid"]
     bed.texts = {"wikitext-2 valid": rows, "passages twice": repeated(rows, 2048)}
-    layers = bed.spec.attention_layers
+    layers = range(bed.spec.num_layers)
     return {"residual": bed.quality_losses(bed.maps("residual", layers), "residual", {str(i): (i,) for i in layers})}
 
 
@@ -60,7 +60,7 @@ def orders(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
     from nbl_export.plan.order import ranked
 
     counts = [int(n) for n in options.counts.split(",")]
-    maps = bed.maps("residual", bed.spec.attention_layers)
+    maps = bed.maps("residual", range(bed.spec.num_layers))
     scores = [lmmse.score(m, i) for i, m in bed.moments["residual"].items()]
     order, seconds = judged(bed, maps, max(counts), "efficient", "residual")
     named = {

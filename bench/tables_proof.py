@@ -101,11 +101,6 @@ _ARCHITECTURES = {
     "gpt_oss": "GPT-OSS",
     "phimoe": "Phi with experts",
     "mixtral": "Mixtral",
-    "lfm2": "LFM2",
-    "lfm2_moe": "LFM2 with experts",
-    "qwen3_5": "Qwen3.5 (text)",
-    "qwen3_5_moe": "Qwen3.5 (text) with experts",
-    "qwen3_next": "Qwen3-Next",
 }
 
 

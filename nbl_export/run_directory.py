@@ -336,7 +336,7 @@ def _check_manifest(manifest: Any) -> None:
             read_record(LayerScore, score)
         plan = {"replaced": manifest["replaced_layers"], "tap": manifest["tap"], "select": manifest["select"],
                 "kinds": manifest.get("kinds", [])}  # fmt: skip
-        read_record(Plan, {"num_layers": spec.num_layers, "others": spec.others, **plan})
+        read_record(Plan, {"num_layers": spec.num_layers, **plan})
     _check_curve(manifest.get("curve"))
     if manifest.get("goal") is not None:
         _require({"max_perplexity_increase": "", "default": False, **manifest["goal"]},

@@ -24,8 +24,6 @@ __all__ = [
     "HEADS",
     "HEAD_DIM",
     "HIDDEN",
-    "HYBRIDS",
-    "HYBRID_ATTENTION",
     "INNER",
     "KINDS",
     "KV_HEADS",
@@ -93,11 +91,6 @@ VARIANTS = ("mistral", "llama3", "llama-linear", "llama-yarn", "llama-bias", "qw
             "phi3-long")  # fmt: skip
 
 
-# Layers without attention between layers with attention, which are `HYBRID_ATTENTION`.
-HYBRIDS: tuple[str, ...] = ("lfm2", "lfm2_moe", "qwen3_5", "qwen3_5_moe", "qwen3_next")
-HYBRID_ATTENTION = (1, 2, 4)  # of five layers
-
-
 # Of the architectures above, one of each kind; tests of the others are marked (`cases`).
 KINDS = ("llama", "mistral-window", "qwen2", "phi3", "gemma3", "olmo2", "smollm3", "granite", "nemotron", "olmoe",
          "gpt_oss")  # fmt: skip
@@ -119,8 +112,6 @@ _RECORD = {
     "mistral-window": "mistral",
     "gemma3": "gemma3_text",
     "hunyuan": "hunyuan_v1_dense",
-    "qwen3_5": "qwen3_5_text",
-    "qwen3_5_moe": "qwen3_5_moe_text",
 }  # where it is not the name
 
 
@@ -163,21 +154,10 @@ _LOUD = {"initializer_range": 0.06}  # logits large enough that a rounded root o
 SPLIT = {"num_attention_heads": HIDDEN // HEAD_DIM, "head_dim": None}
 
 
-def _mixed(kind: str) -> dict[str, Any]:
-    """Five layers, of which those of `HYBRID_ATTENTION` have attention."""
-    kinds = ["full_attention" if i in HYBRID_ATTENTION else kind for i in range(5)]
-    return {"num_hidden_layers": len(kinds), "layer_types": kinds}
-
-
 _EXPERTS = {"num_experts_per_tok": 2}
-_MANY = {"num_experts_per_tok": 8}  # of 16: another choice, by rounding of activations, then costs little
 _GRANITE = {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.4, "attention_multiplier": 0.4,
             "tie_word_embeddings": True}  # fmt: skip
 _ROPE = {"factor": 4.0, "original_max_position_embeddings": 64}
-_DELTA = {**_mixed("linear_attention"), "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-          "linear_key_head_dim": 24, "linear_value_head_dim": 40, "rope_parameters": {
-              "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1],
-              "mrope_interleaved": True}}  # fmt: skip
 _SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"tie_word_embeddings": True}),
     "llama-bias": ("Llama", {"attention_bias": True, "mlp_bias": True}),
@@ -250,21 +230,13 @@ _SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
                                "shared_expert_intermediate_size": 160}),
     "olmoe": ("Olmoe", {**SPLIT, **_EXPERTS, "num_experts": 4}),
     "granitemoe": ("GraniteMoe", {**SPLIT, **_EXPERTS, **_GRANITE, "num_local_experts": 4}),
-    "gpt_oss": ("GptOss", {**_MANY, "num_local_experts": 16, "sliding_window": _WINDOW, "rope_parameters": {
+    # 8 of 16 experts: another choice, by rounding of activations, then costs little
+    "gpt_oss": ("GptOss", {"num_experts_per_tok": 8, "num_local_experts": 16, "sliding_window": _WINDOW,
+                           "rope_parameters": {
         "rope_type": "yarn", "rope_theta": 10_000.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
         "factor": 8.0, "original_max_position_embeddings": 256}}),
     "phimoe": ("Phimoe", {**SPLIT, **_EXPERTS, "num_local_experts": 4, "attention_bias": True, "lm_head_bias": True}),
     "mixtral": ("Mixtral", {**_EXPERTS, "num_local_experts": 4}),
-    "lfm2": ("Lfm2", {**SPLIT, "norm_eps": EPSILON, "block_auto_adjust_ff_dim": False, "tie_word_embeddings": True,
-                      **_mixed("conv")}),
-    "lfm2_moe": ("Lfm2Moe", {**SPLIT, **_MANY, "norm_eps": EPSILON, "num_experts": 16, "moe_intermediate_size": 64,
-                             "num_dense_layers": 2, "routed_scaling_factor": 1.5, **_mixed("conv")}),
-    "qwen3_5": ("Qwen3_5Text", _DELTA),
-    "qwen3_5_moe": ("Qwen3_5MoeText", {**_DELTA, **_MANY, "num_experts": 16, "moe_intermediate_size": 64,
-                                       "shared_expert_intermediate_size": 160}),
-    "qwen3_next": ("Qwen3Next", {**_DELTA, **_MANY, "head_dim": 32, "num_experts": 16, "moe_intermediate_size": 64,
-                                 "shared_expert_intermediate_size": 160, "rope_parameters": {
-                                     "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
 }  # fmt: skip
 
 

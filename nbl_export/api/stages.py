@@ -128,13 +128,13 @@ def plan(
     check_request(options)
     selection = _selection(calibration, options, quiet)
     if options.layers is not None:
-        request = parse_layers(options.layers, selection.inputs.num_layers, others=selection.inputs.others)
+        request = parse_layers(options.layers, selection.inputs.num_layers)
     else:
         goal = goal_of(options) or PerplexityIncrease(DEFAULT_INCREASE)
         found = count_within(AskedGoal(goal, max_perplexity_increase), selection, calibration.deciding, _task(quiet))
         request = found.count
     order = selection.order(request) if isinstance(request, int) else None
-    made = choose(selection.scores, request, calibration.tap, selection.select, order, others=selection.inputs.others)
+    made = choose(selection.scores, request, calibration.tap, selection.select, order)
     return Planned(made, selection.maps_of(made.replaced))
 
 
@@ -213,7 +213,6 @@ def _selection(calibration: Calibration, options: JobOptions, quiet: bool) -> Se
         Lazy(None, lambda: calibration.choosing),
         Lazy(None, lambda: None),
         Lazy(None, lambda: saved),
-        others=spec.others,
     )
     return Selection(inputs, _task(quiet))
 

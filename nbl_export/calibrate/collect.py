@@ -27,7 +27,6 @@ from nbl_export.mixers import DEFAULT
 from nbl_export.mixers.base import Kind
 from nbl_export.mixers.lmmse import Moments
 from nbl_export.model import bfloat16
-from nbl_export.model.architectures import attention_layers
 from nbl_export.model.checkpoint.pretrained import config_of
 from nbl_export.model.linearize import block_output, run_from
 from nbl_export.model.one_layer import WeightReader, one_layer
@@ -55,9 +54,9 @@ class Collection:
     def __init__(self, model: Any, taps: Sequence[str], kind: Kind = DEFAULT, *, narrow: bool = False) -> None:
         self._decoder, self._narrow = model.get_decoder(), narrow
         self._device, size = next(model.parameters()).device, int(model.config.hidden_size)
-        self.taps, self.layers, self.kind = tuple(taps), tuple(attention_layers(model.config)), kind
+        self.taps, self.num_layers, self.kind = tuple(taps), int(model.config.num_hidden_layers), kind
         self.sizes = (kind.feature_count(size), size)
-        self.found = {tap: {i: Accumulator(self.sizes) for i in self.layers} for tap in self.taps}
+        self.found = {tap: {i: Accumulator(self.sizes) for i in range(self.num_layers)} for tap in self.taps}
         self._handles: list[Any] = []
 
     def __enter__(self) -> Collection:
@@ -85,7 +84,7 @@ class Collection:
     @property
     def count(self) -> int:
         """Rows added so far."""
-        return self.found[self.taps[0]][self.layers[0]].count
+        return self.found[self.taps[0]][0].count
 
     def layer(self, index: int) -> dict[str, Sums]:
         """The sums of a layer, by tap.
@@ -113,7 +112,7 @@ def collect(
     *,
     narrow: bool = False,
 ) -> dict[str, dict[int, Moments]]:
-    """Moments of every layer with attention over windows of token ids, for each tap (`records.plan.TAPS`).
+    """Moments of every layer over windows of token ids, for each tap (`records.plan.TAPS`).
 
     Args:
         model: a causal LM of transformers, float32.
@@ -131,7 +130,7 @@ def collect(
             collection.add(batch)
             done += batch.numel()
             progress(done, ids_WT.numel())
-        layers = {i: collection.layer(i) for i in collection.layers}
+        layers = {i: collection.layer(i) for i in range(collection.num_layers)}
     return {tap: {i: sums[tap].moments() for i, sums in layers.items()} for tap in taps}
 
 
@@ -195,7 +194,7 @@ def collect_layers(
     progress: Callable[[int, int], None],
     device: Any = "cpu",
 ) -> Iterator[dict[str, Sums]]:
-    """Sums of each layer with attention by tap, from the first layer to the last.
+    """Sums of each layer by tap, from the first layer to the last.
 
     Args:
         directory: holds config.json and safetensors files.
@@ -213,10 +212,10 @@ def collect_layers(
     states = _States(scratch / "hidden", shapes, config.hidden_size)
     sizes = (wanted.kind.feature_count(config.hidden_size), int(config.hidden_size))
     inputs = [ids_WT[:1, :REFERENCE_ROWS], *parts]
-    tokens, attention = sum(part.numel() for part in parts), attention_layers(config)
+    tokens = sum(part.numel() for part in parts)
     for index in range(config.num_hidden_layers):
         decoder = one_layer(config, index, weights).to(device)
-        found = {tap: Accumulator(sizes) for tap in (wanted.taps if index in attention else ())}
+        found = {tap: Accumulator(sizes) for tap in wanted.taps}
         handles = [
             handle for tap, a in found.items() for handle in attach(decoder.layers[0], a, tap, config, wanted.kind)
         ]
@@ -240,8 +239,7 @@ def collect_layers(
         sums = {tap: accumulator.sums() for tap, accumulator in found.items()}
         for value in sums.values():
             refuse_not_finite(value, index)
-        if index in attention:
-            yield sums
+        yield sums
 
 
 class _States:

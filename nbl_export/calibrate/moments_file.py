@@ -3,7 +3,7 @@
     layers.{i}.{tap}.{x_sum,y_sum,yx}            sums over the rows, about the reference row
     layers.{i}.{tap}.{xx,yy}_upper               of symmetric sums, the rows of the upper triangle in their order
     layers.{i}.{tap}.{x_ref,y_ref,x_unit,y_unit} see `sums`
-    metadata "moments", JSON: count, layers (those with attention), taps;
+    metadata "moments", JSON: count, num_layers, taps;
         identity   what the sums depend on (model, text, windows, context, taps, products, number of batches)
         done       batches in the sums
         sha256     of the tensors' bytes
@@ -17,7 +17,7 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -43,14 +43,14 @@ class MomentsWriter:
     """Context manager that writes a moments file layer by layer. The file appears complete or not at all."""
 
     def __init__(
-        self, path: Path, facts: Mapping[str, Any], layers: Sequence[int], taps: Sequence[str], sizes: tuple[int, int]
+        self, path: Path, facts: Mapping[str, Any], num_layers: int, taps: Sequence[str], sizes: tuple[int, int]
     ) -> None:
         self.path, self._open = path, contextlib.ExitStack()
-        self._taps, self._written, self._layers = tuple(taps), 0, tuple(layers)
-        stated = {**facts, "layers": list(layers), "taps": list(taps), "sha256": _NO_HASH}
+        self._taps, self._written, self._num_layers = tuple(taps), 0, num_layers
+        stated = {**facts, "num_layers": num_layers, "taps": list(taps), "sha256": _NO_HASH}
         size_of = dict(zip("xy", sizes, strict=True))
         tensors = {}
-        for name in _names(self._layers, self._taps):
+        for name in _names(num_layers, self._taps):
             shape = [size_of[side] for side in name.rpartition(".")[2].split("_")[0]]
             tensors[name] = "F64", [shape[0] * (shape[0] + 1) // 2] if name.endswith("_upper") else shape
         self._header, _ = safetensors_header(tensors, {"moments": json.dumps(stated)})
@@ -76,7 +76,7 @@ class MomentsWriter:
             self._open.__exit__(kind, error, at)
             return
         with self._open:
-            assert self._written == len(self._layers)
+            assert self._written == self._num_layers
             self._stream.seek(self._header.index(_NO_HASH.encode()))
             self._stream.write(self._digest.hexdigest().encode())
 
@@ -87,17 +87,17 @@ class MomentsFile:
     def __init__(self, path: Path, file: Any) -> None:
         self.path, self._file = path, file
         self.facts: dict[str, Any] = json.loads(file.metadata()["moments"])
-        self.layers, self.taps = tuple(map(int, self.facts["layers"])), tuple(self.facts["taps"])
+        self.num_layers, self.taps = int(self.facts["num_layers"]), tuple(self.facts["taps"])
         self.is_complete = self.facts["done"] == self.facts["identity"]["batches"]
         names = set(file.keys())
-        for name in _names(self.layers, self.taps):
+        for name in _names(self.num_layers, self.taps):
             if name not in names:
                 raise KeyError(f"{name} is missing")
 
     @property
     def sizes(self) -> tuple[int, int]:
         """The number of features F, and the hidden size D."""
-        outputs, features = self._file.get_slice(f"layers.{self.layers[0]}.{self.taps[0]}.yx").get_shape()
+        outputs, features = self._file.get_slice(f"layers.0.{self.taps[0]}.yx").get_shape()
         return int(features), int(outputs)
 
     def check(self) -> None:
@@ -138,8 +138,8 @@ def _symmetric(upper: torch.Tensor) -> torch.Tensor:
     return mirrored(square)
 
 
-def _names(layers: Iterable[int], taps: Sequence[str]) -> Iterator[str]:
-    for i in layers:
+def _names(num_layers: int, taps: Sequence[str]) -> Iterator[str]:
+    for i in range(num_layers):
         for tap in taps:
             for field in _FIELDS:
                 yield f"layers.{i}.{tap}.{field}"

@@ -10,8 +10,7 @@ addition at which all paths from the layer's caches have come together. Its othe
 Node names play no part. Norm, rotary embedding and attention may be one operator each or dozens. Reading the shape of
 a cache is not dataflow, because all layers share the past length and the masks made from it.
 
-A layer with a state is one that the rewrite has made, whose nodes lead to the join by their names (`find_reader`). Or
-the layer never had attention: then its join is found from its states, as from caches.
+A layer with a state is one that the rewrite has made, so the names of its nodes lead to the join (`find_reader`).
 """
 
 from __future__ import annotations
@@ -112,7 +111,7 @@ def find_block(graph: ir.Graph, layer: int) -> AttentionBlock:
 
 
 def reading_layers(graph: ir.Graph) -> tuple[int, ...]:
-    """Layers in which a token reads other tokens, ascending: those with caches or states."""
+    """Layers in which a token reads other tokens, ascending: attention, or a mixer with a state."""
     return tuple(sorted({*graph_caches(graph), *graph_states(graph)}))
 
 
@@ -131,10 +130,7 @@ def find_reader(graph: ir.Graph, layer: int) -> Join:
             own = maker is not None and str(maker.name).startswith(prefix)
             if own and _adds(node) and not str(node.name).startswith(prefix):
                 return Join(layer, node, index)
-    pasts, presents = graph_states(graph)[layer]
-    join = _find_join(graph, layer, pasts, presents)
-    reached = _descendants(graph, pasts, stop=join)
-    return Join(layer, join, next(i for i, v in enumerate(join.inputs[:2]) if v in reached))
+    raise RefusalError(layer, "it has a state, but its output does not meet a residual stream")
 
 
 def is_constant(value: ir.Value, depth: int = _DEPTH) -> bool:

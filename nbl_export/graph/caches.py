@@ -7,8 +7,7 @@ A cache output leads back to its input through data moves and one merge: the nod
 The merge of layer i + 1 needs the attention of layer i. So the merges in graph order are the layers in order, two a
 layer. Names only number the layers, because a rewritten graph has gaps. Names that contradict the order are refused.
 
-A layer with a short memory has states of constant size instead (`graph_states`). The rewrite names them. A layer that
-never had attention holds such states too; `rewrite.states` brings the exporter's names to these.
+A layer with a short memory has states of constant size instead (`graph_states`). The rewrite names them.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import onnx_ir as ir
 from nbl_export.errors import RefusalError
 from nbl_export.graph.emitter import values_read
 from nbl_export.graph.names import OWN_NODES, state_names
-from nbl_export.records.decoder import is_state
+from nbl_export.records.decoder import HYBRID, is_state
 
 __all__ = ["LayerCaches", "graph_caches", "graph_states", "present_names"]
 
@@ -191,11 +190,7 @@ def _refuse_unpaired(graph: ir.Graph, found: Sequence[_Pair], layers: Sequence[i
     paired = {pair.past for pair in found}
     for value in graph.inputs:
         if _BUILDERS_STATE.match(str(value.name)):
-            raise RefusalError(
-                None,
-                f"its input {value.name} is the state of a layer without attention; give the checkpoint, from which "
-                "a graph is made whose states are understood",
-            )
+            raise RefusalError(None, f"its input {value.name} is the state of a layer without attention: {HYBRID}")
         named = re.search(r"past_?key|key_?cache|value_?cache", str(value.name))
         if named and value not in paired and _can_hold_a_cache(value) and not is_state(str(value.name)):
             raise RefusalError(None, f"its input {value.name} is named like a cache, but no output continues it")

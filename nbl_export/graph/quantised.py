@@ -81,11 +81,8 @@ def expert_matrices(graph: ir.Graph) -> dict[ir.Node, tuple[StoredMatrix, ...]]:
         kind = node.attributes.get_string("quant_type", "int")
         if kind != "int" or any(value is not None for value in node.inputs[8:]):
             raise RefusalError(None, f"the float32 form of the experts of {node.name} is not known")
-        found[node] = tuple(_experts(node, place, f"{node.name}/fc{1 + k}") for k, place in enumerate((_FIRST, 5)))
+        found[node] = tuple(_experts(node, place, f"{node.name}/fc{1 + k}") for k, place in enumerate((2, 5)))
     return found
-
-
-_FIRST = 2  # input of a QMoE: codes of the first product
 
 
 def _experts(node: ir.Node, place: int, name: str) -> StoredMatrix:
@@ -94,9 +91,7 @@ def _experts(node: ir.Node, place: int, name: str) -> StoredMatrix:
     experts, rows, packed = (int(d) for d in _tensor(node, place).shape.numpy())
     shape = (experts * rows, packed * 8 // bits)
     size = _number(node, "block_size", 0) or shape[1]
-    pairs = experts if place == _FIRST and _number(node, "swiglu_fusion", 0) == 1 else 0
-    blocks = lambda: unpacked(codes(), scales(), None, bits, size, shape)  # noqa: E731
-    return StoredMatrix(name, False, blocks, shape, alternating=pairs)
+    return StoredMatrix(name, False, lambda: unpacked(codes(), scales(), None, bits, size, shape), shape)
 
 
 def read(node: ir.Node) -> StoredMatrix | None:

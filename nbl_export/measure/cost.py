@@ -5,10 +5,9 @@
 
 The model counts what every implementation must do. Each weight and each cached key and value is read once a chunk; new
 keys and values are written once. A token computes the experts that it takes, and a chunk reads those that its tokens
-take together (`records.mlp`). Graphs of some sources compute every expert (`every_expert`). A layer without attention
-reads and writes its state once a chunk. Norms, rotary embedding, softmax, the embedded row and intermediate activations
-are left out; they are some percent of the whole. Planning uses ratios of costs; `roofline` compares costs with a
-machine.
+take together (`records.mlp`). Graphs of some sources compute every expert (`every_expert`). Norms, rotary embedding,
+softmax, the embedded row and intermediate activations are left out; they are some percent of the whole. Planning uses
+ratios of costs; `roofline` compares costs with a machine.
 
 Tail pruning: above the last kept attention no token reads another token. If only the last token's logits are wanted,
 everything after that attention runs on one token. In the original this is o_proj and MLP of the last layer. Graphs that
@@ -142,23 +141,20 @@ class CostModel:
         total = 2.0 * (tokens if self.all_logits and not pruned else 1) * self._head
         for layer in range(self.spec.num_layers):
             entering, leaving = (rows[layer], rows[layer + 1]) if pruned else (tokens, tokens)
-            total += 2.0 * leaving * self.mlp.of(layer).multiply_adds(self.spec.hidden_size, every=self.every_expert)
+            total += 2.0 * leaving * self.mlp.multiply_adds(self.spec.hidden_size, every=self.every_expert)
             if layer in sizes:
                 total += 2.0 * entering * sizes[layer].multiply_adds
-            elif layer in self.spec.others:
-                total += 2.0 * (tokens * self.spec.other_multiply_adds - (tokens - leaving) * self.spec.other_output)
             else:
                 total += self._attention_flops(layer, tokens, depth) + 2.0 * leaving * self._o_proj
         return total
 
     def _bytes(self, sizes: Mapping[int, TokenWork], tokens: int, depth: int) -> float:
         rows = self._rows(sizes, tokens) if self.tail_pruned else [tokens] * (self.spec.num_layers + 1)
-        elements = sum(self._elements(sizes, i) + self._mlp_read(i, rows[i + 1]) for i in range(self.spec.num_layers))
-        kept = (i for i in self.spec.attention_layers if i not in sizes)
+        elements = sum(self._elements(sizes, i) + self._mlp_read(rows[i + 1]) for i in range(self.spec.num_layers))
+        kept = (i for i in range(self.spec.num_layers) if i not in sizes)
         positions = sum(min(depth + tokens, (self.spec.window_of(i) or depth + tokens) + tokens - 1) for i in kept)
         cache = self.spec.cache_bytes_per_token(1, self.cache_itemsize) * positions
-        states = 2 * len(self.spec.others) * self.spec.other_state * self.cache_itemsize  # read and written
-        return elements * self.weight_bytes + self._head * self.head_bytes + cache + states
+        return elements * self.weight_bytes + self._head * self.head_bytes + cache
 
     def _rows(self, sizes: Mapping[int, TokenWork], tokens: int) -> list[int]:
         """Tokens that enter each layer of a graph with a pruned tail, and the one that leaves the last layer.
@@ -176,8 +172,6 @@ class CostModel:
         return rows[::-1]
 
     def _elements(self, sizes: Mapping[int, TokenWork], layer: int) -> int:
-        if layer in self.spec.others:
-            return self.spec.other_elements
         return sizes[layer].elements if layer in sizes else self.spec.projections
 
     def _attention_flops(self, layer: int, tokens: int, depth: int) -> float:
@@ -194,8 +188,8 @@ class CostModel:
     def _o_proj(self) -> int:
         return self.spec.hidden_size * self.spec.num_heads * self.spec.head_dim
 
-    def _mlp_read(self, layer: int, tokens: int) -> float:
-        return self.mlp.of(layer).read(self.spec.hidden_size, tokens, every=self.every_expert)
+    def _mlp_read(self, tokens: int) -> float:
+        return self.mlp.read(self.spec.hidden_size, tokens, every=self.every_expert)
 
     @property
     def _head(self) -> int:

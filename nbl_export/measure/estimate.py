@@ -157,7 +157,7 @@ class Job:
     @property
     def sums(self) -> float:
         """Bytes of the sums in memory: three matrices of float64 for each layer and tap."""
-        return 24.0 * self.shape.decoder.hidden_size**2 * self._attention * self.taps
+        return 24.0 * self.shape.decoder.hidden_size**2 * self.shape.decoder.num_layers * self.taps
 
     @property
     def moments(self) -> float:
@@ -178,12 +178,7 @@ class Job:
             return asked if isinstance(asked, int) else len(asked)
         if isinstance(goal, CacheBudget):
             return layers_for_budget(self.options, goal, decoder, self._cache_item)[0]
-        return max(1, round(self._attention / 4))
-
-    @property
-    def _attention(self) -> int:
-        """Layers with attention."""
-        return len(self.shape.decoder.attention_layers)
+        return max(1, round(self.shape.decoder.num_layers / 4))
 
     @property
     def _cache_item(self) -> int:
@@ -221,7 +216,7 @@ class Job:
 
     def _calibrate_seconds(self) -> float:
         tokens, d = self.options.calibration_tokens, self.shape.decoder
-        sums = self.taps * _SUMS * d.hidden_size**2 * self._attention * tokens
+        sums = self.taps * _SUMS * d.hidden_size**2 * self.shape.decoder.num_layers * tokens
         read = self.weights * (2 if self.shape.is_gguf else 1) / _WRITTEN / 4
         return (
             _START_SECONDS + read + tokens * self._pass / self._torch_rate + sums / self.speed.product_flops_per_second
@@ -245,12 +240,12 @@ class Job:
 
     def _plan_seconds(self) -> float:
         d, tokens = self.shape.decoder, judging_tokens(self.options.context)
-        fits = self.taps * _FIT * d.hidden_size**3 * self._attention
+        fits = self.taps * _FIT * d.hidden_size**3 * self.shape.decoder.num_layers
         work, judged = 0.0, tokens / _JUDGED * self._head
         if self.judges:
-            work += self._attention * (tokens * self._pass / 2 + _HEADS * judged)
+            work += self.shape.decoder.num_layers * (tokens * self._pass / 2 + _HEADS * judged)
             steps = (
-                self._attention / 2 if self._trains and self.tests else self.count
+                self.shape.decoder.num_layers / 2 if self._trains and self.tests else self.count
             )  # a training begins with more layers
             work += (steps + _CURVE) * _TRIED * (tokens * self._pass / 2 + judged)
         if self.options.window_layers == AUTO_WINDOWS:
@@ -314,7 +309,7 @@ class Job:
 
     @property
     def _activations(self) -> float:
-        return 12.0 * _BATCH * max(self.shape.mlp.active, self.shape.mlp.dense_width)
+        return 12.0 * _BATCH * self.shape.mlp.active
 
     @property
     def _narrow_copies(self) -> float:
@@ -323,7 +318,7 @@ class Job:
     def _calibrate_memory(self) -> tuple[float, float]:
         s = self.shape
         layer = 4.0 * (s.layer_parameters + s.head_parameters) + (2.0 * s.layer_parameters if self.narrow else 0)
-        one = _PROCESS + layer + 3 * self.sums / self._attention + self._activations
+        one = _PROCESS + layer + 3 * self.sums / self.shape.decoder.num_layers + self._activations
         whole = _PROCESS + self.weights + self._narrow_copies + self.sums + self._activations
         return (whole if self.fits else one), min(whole, one)
 
@@ -398,17 +393,17 @@ class Job:
 
     def gains(self) -> tuple[Gain, ...]:
         """The modelled gain of an eighth, a quarter, ... of the layers, and of the number that is asked for."""
-        layers = self._attention
+        layers = self.shape.decoder.num_layers
         counts = {round(k * layers / _SECTIONS) for k in range(1, _SECTIONS // 2 + 1)}
         counts |= {self.count} if self.options.layers or self.options.kv_budget else set()
         return tuple(self._gain(n) for n in sorted(counts - {0}))
 
     def _gain(self, count: int) -> Gain:
         decoder, costs = self.shape.decoder, self.costs
-        layers, first = decoder.attention_layers, (self._attention - count) // 2
+        layers, first = range(decoder.num_layers), (decoder.num_layers - count) // 2
         middle, last = layers[first : first + count], layers[-count:]  # the middle is neither pruned nor looked up
         speeds = [costs.speedup_of_sizes(dict.fromkeys(chosen, self._map)) for chosen in (middle, last)]
-        cache = decoder.cache_bytes_per_token(self._attention - count, self._cache_item)
+        cache = decoder.cache_bytes_per_token(self.shape.decoder.num_layers - count, self._cache_item)
         return Gain(count, speeds[0].prefill, speeds[1].prefill, speeds[0].decode, cache)
 
     @property

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nbl_export.model.experts import Experts
-from nbl_export.model.hybrids import Others
 
 __all__ = ["FUSED", "Architecture"]
 
@@ -51,18 +50,13 @@ class Architecture:
         tied: the head is the embedding if the configuration does not say.
         per_layer: configuration keys of lists with one value a layer.
         fused_qkv: the single projection for queries, keys and values, in this order; None for three projections.
-        gated: the projection of queries gives gates of attention's output too.
-        others: layers without attention, in a hybrid.
-        width: configuration -> width of the MLP, if the key's value is not it.
         must_be: supported values of configuration keys.
         unfit: configuration -> why a model of this architecture is not supported; empty if it is.
         runtime_type: type in genai_config.json, if ONNX Runtime GenAI does not know the name.
         genai_as: the class whose builder in ONNX Runtime GenAI makes the graph, if the builder does not know the name.
         mobius: settings of mobius' configuration that mobius (0.1) reads wrong.
-        mobius_as: the type whose class makes mobius' graph, if mobius does not know the name.
         tried: the real model that whole jobs ran on; tests use tiny random ones.
-        not_from: decoder source, or one with a precision ("genai --precision int4") -> why the source exports no graph
-            of this architecture.
+        not_from: decoder source -> why the source exports no graph of this architecture.
     """
 
     name: str
@@ -87,15 +81,11 @@ class Architecture:
     tied: bool = False
     per_layer: tuple[str, ...] = ()
     fused_qkv: str | None = None
-    gated: bool = False
-    others: Others | None = None
-    width: Callable[[Mapping[str, Any]], int] | None = None
     must_be: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     unfit: Callable[[Mapping[str, Any]], str] | None = None
     runtime_type: str | None = None
     genai_as: str | None = None
     mobius: Mapping[str, Any] = field(default_factory=dict)
-    mobius_as: str | None = None
     tried: str = ""
     not_from: Mapping[str, str] = field(default_factory=dict)
 

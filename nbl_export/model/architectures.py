@@ -7,24 +7,20 @@ what is missing.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from nbl_export.errors import NblError
 from nbl_export.model.architecture_record import FUSED, Architecture
-from nbl_export.model.experts import GRANITE, LFM2, MIXTRAL, QWEN, Experts
-from nbl_export.model.hybrids import GATED_DELTA, SHORT_CONVOLUTION, beyond_attention
-from nbl_export.records.decoder import attention_among
+from nbl_export.model.experts import GRANITE, MIXTRAL, QWEN, Experts
 from nbl_export.records.mlp import MlpSpec
 
 __all__ = [
     "ARCHITECTURES",
     "LINEARIZED",
     "REFUSED",
-    "attention_layers",
     "check_config",
     "check_window",
-    "hybrid_facts",
+    "is_hybrid",
     "mlp_of",
     "windows_of",
 ]  # fmt: skip
@@ -60,37 +56,14 @@ _NO_OUTPUT_BIAS = {"attn_o_bias": False}  # attention_bias is of queries, keys a
 
 
 _NO_STATIC_CACHE = {"static": "mobius (0.1), which it comes from, has no caches of fixed length for it"}
-_NO_STATES = {
-    "mobius": "mobius (0.1) does not know its layers without attention; use --decoder-source genai",
-    "static": "the static form has no states of layers without attention",
-}
 
 
-_NARROW_GENAI = ("genai --precision int4", "genai --precision int8")
-_REGROUPED = "its graph has rows of several matrices in another order, which verification does not recognise; use fp32"
-
-
-_LFM2: dict[str, Any] = {
-    "norm_before": "operator_norm",
-    "norm_mlp": "ffn_norm",
-    "mlp": "feed_forward",
-    "mlp_in": ("w1", "w3"),
-    "mlp_out": "w2",
-    "norm_last": "embedding_norm",
-    "tied": True,
-    "per_layer": ("layer_types",),
-    "others": SHORT_CONVOLUTION,
-    "not_from": _NO_STATES,
-}
-
-
-def _lfm2_width(config: Mapping[str, Any]) -> int:
-    """As `Lfm2MLP` of transformers has it."""
-    width = int(config["intermediate_size"])
-    if not config.get("block_auto_adjust_ff_dim", True):
-        return width
-    block = int(config.get("block_multiple_of", 256))
-    return -(-int((config.get("block_ffn_dim_multiplier") or 1.0) * int(2 * width / 3)) // block) * block
+def _beyond_genai(config: Mapping[str, Any]) -> str:
+    """Why a Granite 4.0 with attention in every layer is not supported; "" if it is."""
+    if config.get("num_local_experts", 8) != 0:  # transformers' default
+        return "it has experts, and the GenAI builder (0.18) makes its shared MLP alone"
+    rotated = config.get("position_embedding_type") == "rope"
+    return "" if rotated else "its attention has no rotation, and the GenAI builder (0.18) rotates"
 
 
 def _neither(reason: str) -> dict[str, str]:
@@ -133,7 +106,7 @@ ARCHITECTURES = {
             mlp_out="output_linear",
             mlp_width="shared_intermediate_size",
             per_layer=("layer_types",),
-            unfit=beyond_attention,
+            unfit=_beyond_genai,
             not_from=_neither("mobius (0.1) leaves out its rotation, and multipliers of embeddings and logits"),
         ),
         Architecture("olmo", "Olmo", not_from=_NO_STATIC_CACHE),
@@ -261,56 +234,20 @@ ARCHITECTURES = {
             not_from=_EXPERTS,
         ),
         Architecture("mixtral", "Mixtral", runtime_type="llama", experts=Experts(stored=MIXTRAL), not_from=_EXPERTS),
-        Architecture("lfm2", "Lfm2", **_LFM2, width=_lfm2_width),
-        Architecture(
-            "lfm2_moe",
-            "Lfm2Moe",
-            **_LFM2,
-            must_be={"norm_topk_prob": (None, True)},
-            experts=Experts("moe_intermediate_size", stored=LFM2, first_dense="num_dense_layers"),
-        ),
-        Architecture(
-            "qwen3_5_text",
-            "Qwen3_5",
-            norm_offset=1.0,
-            per_layer=("layer_types",),
-            gated=True,
-            others=GATED_DELTA,
-            not_from={"static": _NO_STATES["static"]},
-        ),
-        Architecture(
-            "qwen3_5_moe_text",
-            "Qwen3_5Moe",
-            norm_offset=1.0,
-            per_layer=("layer_types",),
-            gated=True,
-            others=GATED_DELTA,
-            experts=Experts("moe_intermediate_size", "shared_expert_intermediate_size", QWEN),
-            mobius_as="qwen3_5_moe",
-            not_from={"static": _NO_STATES["static"]},
-        ),
-        Architecture(
-            "qwen3_next",
-            "Qwen3Next",
-            norm_offset=1.0,
-            per_layer=("layer_types",),
-            gated=True,
-            others=GATED_DELTA,
-            must_be={"mlp_only_layers": (None, []), "decoder_sparse_step": (None, 1)},
-            experts=Experts("moe_intermediate_size", "shared_expert_intermediate_size", QWEN),
-            not_from={
-                "static": _NO_STATES["static"],
-                "mobius --precision fp16": "mobius (0.1) keeps shares of its experts in float32; use fp32",
-                **dict.fromkeys(_NARROW_GENAI, _REGROUPED),
-            },
-        ),
     )
 }
 
 
 _COUNTS = ("num_local_experts", "num_experts")  # transformers writes one for the other
+_HYBRIDS = (
+    *("bamba", "jamba", "kimi_linear", "lfm2", "lfm2_moe", "minimax", "nemotron_h", "olmo_hybrid", "qwen3_5"),
+    *("qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "recurrent_gemma", "zamba", "zamba2"),
+    *("granitehybrid", "kimi-linear", "lfm2moe", "plamo2", "qwen35", "qwen35moe", "qwen3next"),  # in GGUF files
+)
+_NO_ATTENTION = {"conv", "linear_attention", "mamba", "recurrent"}  # in layer_types
 _BESIDE = "its MLP runs beside its attention, and a map has no place between them"
 REFUSED = {
+    "falcon_h1": "attention and a Mamba block run side by side in its layers, and no addition joins attention alone",
     "gemma4_text": "its layers have heads of two sizes, share caches, and read inputs of their own",
     **dict.fromkeys(("phi", "cohere", "cohere2", "gpt_neox", "gptj", "falcon"), _BESIDE),
 }
@@ -324,8 +261,6 @@ def mlp_of(config: Mapping[str, Any]) -> MlpSpec:
     """
     record = ARCHITECTURES.get(str(config.get("model_type")).removeprefix(LINEARIZED))
     width = config[record.mlp_key if record else "intermediate_size"]
-    if record is not None and record.width is not None:
-        width = record.width(config)
     if record is None or record.experts is None:
         return MlpSpec(width, 3 if record is None or record.mlp_gated else 2)
     keys = record.experts
@@ -333,26 +268,18 @@ def mlp_of(config: Mapping[str, Any]) -> MlpSpec:
     count = next((config[key] for key in _COUNTS if key in config), None)
     if type(count) is not int or count < 1:
         raise ValueError("it states no number of experts")
-    found = MlpSpec(width, 3, count, config["num_experts_per_tok"], shared)
-    first = config[keys.first_dense] if keys.first_dense else 0
-    return replace(found, dense=tuple(range(first)), dense_width=config["intermediate_size"]) if first else found
+    return MlpSpec(width, 3, count, config["num_experts_per_tok"], shared)
 
 
-def hybrid_facts(config: Any) -> dict[str, Any]:
-    """The fields of `records.decoder.DecoderSpec` that hybrids have; empty for other architectures.
-
-    Args:
-        config: of transformers, or the content of config.json.
-    """
-    values = config if isinstance(config, Mapping) else config.to_dict()
-    record = ARCHITECTURES[str(values["model_type"]).removeprefix(LINEARIZED)]
-    gated = {"gated": True} if record.gated else {}
-    return gated | ({} if record.others is None else record.others.facts(values))
-
-
-def attention_layers(config: Any) -> tuple[int, ...]:
-    """Layers with attention, from a transformers configuration, ascending."""
-    return attention_among(config.num_hidden_layers, hybrid_facts(config).get("others", ()))
+def is_hybrid(config: Mapping[str, Any]) -> bool:
+    """Whether some layers of a model have no attention, by its configuration (config.json)."""
+    name, inner = str(config.get("model_type")).removeprefix(LINEARIZED), config.get("text_config")
+    kinds = config.get("layer_types") or (("mamba",) if name == "granitemoehybrid" else ())  # transformers' default
+    return (
+        name in _HYBRIDS
+        or (isinstance(kinds, Sequence) and any(kind in _NO_ATTENTION for kind in kinds if isinstance(kind, str)))
+        or (isinstance(inner, Mapping) and is_hybrid(inner))
+    )
 
 
 def windows_of(config: Any) -> tuple[int | None, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["GRANITE", "LFM2", "MIXTRAL", "QWEN", "Experts"]
+__all__ = ["GRANITE", "MIXTRAL", "QWEN", "Experts"]
 
 
 @dataclass(frozen=True)
@@ -17,13 +17,11 @@ class Experts:
         shared: width of the expert that every token takes.
         stored: end of a weight's name -> ends of the names of its parts in a checkpoint, one behind the other. A part
             of a name with {} has one matrix for each expert.
-        first_dense: number of the first layers that have one MLP in place of experts, intermediate_size wide.
     """
 
     width: str = "intermediate_size"
     shared: str | None = None
     stored: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    first_dense: str | None = None
 
 
 QWEN = {
@@ -35,10 +33,6 @@ MIXTRAL = {
     "mlp.experts.down_proj": ("block_sparse_moe.experts.{}.w2.weight",),
     "mlp.gate.weight": ("block_sparse_moe.gate.weight",),
     "mlp.router.weight": ("block_sparse_moe.gate.weight",),
-}
-LFM2 = {
-    "feed_forward.experts.gate_up_proj": ("feed_forward.experts.{}.w1.weight", "feed_forward.experts.{}.w3.weight"),
-    "feed_forward.experts.down_proj": ("feed_forward.experts.{}.w2.weight",),
 }
 GRANITE = {
     "block_sparse_moe.experts.gate_up_proj": ("block_sparse_moe.input_linear.weight",),

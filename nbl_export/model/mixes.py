@@ -82,11 +82,11 @@ class Mixes(ABC):
     """A decoder in which any set of layers can be replaced.
 
     Attributes:
-        layers: those that a mix may replace, ascending.
+        num_layers: of the decoder.
         most_tokens: of windows that run at once in `window_losses`; None runs all.
     """
 
-    layers: Sequence[int]
+    num_layers: int
     most_tokens: int | None = None
 
     @property

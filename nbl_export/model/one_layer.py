@@ -153,9 +153,6 @@ def one_layer(config: Any, index: int, weights: WeightReader) -> Any:
     for name in architecture_of(config).per_layer:
         if getattr(config, name, None):
             setattr(single, name, [getattr(config, name)[index]])
-    experts = architecture_of(config).experts
-    if experts and experts.first_dense:
-        setattr(single, experts.first_dense, max(0, getattr(config, experts.first_dense) - index))
     with init_empty_weights(include_buffers=False):  # the rotary frequencies are computed buffers
         decoder = model_with(single, lm_head=False)
     if index < config.num_hidden_layers - 1:

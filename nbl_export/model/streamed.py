@@ -24,7 +24,6 @@ import torch
 from nbl_export.errors import NblError
 from nbl_export.mixers.base import Mixer
 from nbl_export.model import bfloat16
-from nbl_export.model.architectures import attention_layers
 from nbl_export.model.checkpoint.pretrained import config_of
 from nbl_export.model.head import Head
 from nbl_export.model.linearize import multiplier_of, run_from, switched
@@ -56,7 +55,7 @@ class StreamedModel(Mixes):
     ) -> None:
         self._config, self._weights = config_of(checkpoint), WeightReader(checkpoint)
         self._maps, self._tap, self._scratch, self._narrow = maps, tap, scratch, narrow
-        self.count, self.layers = int(self._config.num_hidden_layers), attention_layers(self._config)
+        self.num_layers = int(self._config.num_hidden_layers)
         self._head: Head | None = None
 
     @property
@@ -134,7 +133,7 @@ class _Runs(Runs):
 
     def _pass(self, mixes: set[frozenset[int]], progress: Progress) -> States:
         """Hidden states behind the last layer: of the mixes, and of the original if this is the first pass."""
-        layers, known = range(self._model.count), self._again and self._original is not None
+        layers, known = range(self._model.num_layers), self._again and self._original is not None
         ways = {layer: _begun(mixes, layer) if known else {_ORIGINAL, *_begun(mixes, layer)} for layer in layers}
         steps = sum(map(len, ways.values()))
         space = self._model.space(self._ids_WT, 1 + len(mixes) + (self._again and not known) * len(layers))

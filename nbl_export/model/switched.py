@@ -16,7 +16,6 @@ import torch
 
 from nbl_export.mixers.base import Mixer
 from nbl_export.model import bfloat16
-from nbl_export.model.architectures import attention_layers
 from nbl_export.model.head import Head
 from nbl_export.model.linearize import multiplier_of, run_from, switched
 from nbl_export.model.mixes import Mixes, Progress, Runs, quiet
@@ -41,7 +40,7 @@ class SwitchedModel(Mixes):
         self._decoder = model.get_decoder()
         self._layers = self._decoder.layers
         self._tap = tap
-        self.layers = attention_layers(model.config)
+        self.num_layers = len(self._layers)
         self._affine = {i: m.module(multiplier_of(model.config)).eval().to(model.device) for i, m in maps.items()}
 
     @property
@@ -111,5 +110,5 @@ class _Runs(Runs):
             progress(k + 1, len(replaced_sets))
 
     def _begin(self, firsts: Collection[int]) -> None:
-        watch = self._model.layers if self._again else firsts
+        watch = range(self._model.num_layers) if self._again else firsts
         self._original, self._entering = self._model.run((), ids_BT=self._ids_BT, watch=watch)

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection
 from dataclasses import dataclass
 
 from nbl_export.errors import NblError, UsageError
 from nbl_export.options.options import JobOptions, flag_of
-from nbl_export.records.decoder import DecoderSpec, attention_among
-from nbl_export.records.plan import spoken_layers
+from nbl_export.records.decoder import DecoderSpec
 
 __all__ = ["DEFAULT_INCREASE", "DEFAULT_SELECT", "DEFAULT_STEPS", "GOALS", "CacheBudget", "PerplexityIncrease",
            "TargetSpeedup", "asked_layers", "check_request", "check_size", "default_minutes", "goal_of",
@@ -114,22 +112,17 @@ def _read_layers(text: str, flag: str = "--layers") -> int | tuple[tuple[int, in
     return tuple(ranges)
 
 
-def parse_layers(
-    text: str, num_layers: int, flag: str = "--layers", others: Collection[int] = ()
-) -> int | tuple[int, ...]:
+def parse_layers(text: str, num_layers: int, flag: str = "--layers") -> int | tuple[int, ...]:
     """Read `--layers`, or another flag: "8" is a count, "0,7,24-29" (or "8,") names layers from 0.
-
-    Args:
-        others: layers without attention.
 
     Raises:
         UsageError: a part is no number, or a range runs backwards.
-        NblError: a layer is repeated, missing or without attention, or every layer with attention is named.
+        NblError: a layer is repeated or missing, or every layer is named.
     """
-    asked, attention = _read_layers(text, flag), attention_among(num_layers, others)
+    asked = _read_layers(text, flag)
     if isinstance(asked, int):
-        if asked >= len(attention):
-            raise NblError(_all_refused(f"{flag} {asked}", len(attention)))
+        if asked >= num_layers:
+            raise NblError(_all_refused(f"{flag} {asked}", num_layers))
         return asked
     chosen: list[int] = []
     for low, high in asked:
@@ -139,19 +132,14 @@ def parse_layers(
     repeated = sorted({i for i in chosen if chosen.count(i) > 1})
     if repeated:
         raise NblError(f"{flag} {text!r}: layer {repeated[0]} is named twice")
-    if without := sorted(set(chosen) - set(attention)):
-        raise NblError(
-            f"{flag} {text!r}: layer {without[0]} has no attention to replace; this model has attention in layers "
-            f"{spoken_layers(attention)}"
-        )
-    if len(chosen) >= len(attention):
-        raise NblError(_all_refused(f"{flag} {text!r}", len(attention)))
+    if len(chosen) >= num_layers:
+        raise NblError(_all_refused(f"{flag} {text!r}", num_layers))
     return tuple(sorted(chosen))
 
 
 def asked_layers(options: JobOptions, spec: DecoderSpec, name: str = "layers") -> int | tuple[int, ...]:
     """The number of layers, or the named layers, of an option that is given; raises as `parse_layers`."""
-    return parse_layers(getattr(options, name), spec.num_layers, flag_of(name), spec.others)
+    return parse_layers(getattr(options, name), spec.num_layers, flag_of(name))
 
 
 def _all_refused(what: str, count: int) -> str:
@@ -184,7 +172,7 @@ def layers_for_budget(options: JobOptions, budget: CacheBudget, spec: DecoderSpe
         NblError: the caches of the original fit already, or those of a single attention layer do not.
     """
     layer_bytes = spec.cache_bytes_per_token(1, itemsize) * budget.tokens
-    layers = len(spec.attention_layers)
+    layers = spec.num_layers
     kept = min(layers, int(budget.size_bytes // layer_bytes))
     of, asked = f"{budget.tokens} tokens" if budget.tokens > 1 else "a token", f"--kv-budget {options.kv_budget}"
     if kept < 1:

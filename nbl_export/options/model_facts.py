@@ -28,8 +28,3 @@ class ModelFacts:
     taps: tuple[str, ...] = TAPS
     not_from: Mapping[str, str] = field(default_factory=dict)
     decoder: DecoderSpec | None = None
-
-    @property
-    def is_hybrid(self) -> bool:
-        """Whether some of the decoder's layers have no attention."""
-        return self.decoder is not None and bool(self.decoder.others)

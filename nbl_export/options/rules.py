@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from nbl_export.errors import NblError, UsageError
-from nbl_export.options import hybrids
 from nbl_export.options.goals import asked_layers, names_layers
 from nbl_export.options.model_facts import ModelFacts
 from nbl_export.options.options import (
@@ -54,13 +53,6 @@ class Case:
         return self.options.precision == "int4" and self.options.decoder_source == "genai"
 
     @property
-    def left_out(self) -> str:
-        """The source, or source and precision, that the architecture has no graph of; "" if it has one."""
-        source = self.options.decoder_source
-        asked = (source, f"{source} --precision {self.options.precision}")
-        return next((key for key in asked if key in self.model.not_from), "")
-
-    @property
     def builder_keys(self) -> tuple[str, ...]:
         """The keys of `--builder-option`."""
         return tuple(word.partition("=")[0] for word in self.options.builder_option)
@@ -87,7 +79,7 @@ DEFAULTS: dict[str, Callable[[Mapping[str, Any], Capabilities, ModelFacts], str]
     "fit": lambda values, _, model: CHECKPOINT_FIT if model.maps_tap else usual_fit(values),
     "tap": _tap,
     "window_layers": lambda values, engine, model: (
-        usual_windows(values) if engine.windows and not model.maps_tap and not model.is_hybrid else NO_WINDOWS
+        usual_windows(values) if engine.windows and not model.maps_tap else NO_WINDOWS
     ),
 }
 
@@ -236,8 +228,9 @@ REFUSED: tuple[Refusal, ...] = (
         f"attention; use --tap {c.model.taps[0]}"
     )),
     (NblError, lambda c: (
-        c.left_out and f"--decoder-source {c.left_out} is not possible for {c.model.architecture}: "
-        f"{c.model.not_from[c.left_out]}"
+        c.options.decoder_source in c.model.not_from
+        and f"--decoder-source {c.options.decoder_source} is not possible for {c.model.architecture}: "
+        f"{c.model.not_from[c.options.decoder_source]}"
     )),
 )  # fmt: skip
 
@@ -270,7 +263,7 @@ def _wrong_windows(case: Case) -> str | bool:
     linear = () if options.layers is None else asked_layers(options, decoder)
     if isinstance(linear, tuple) and (both := sorted(set(windows) & set(linear))):
         return f"{flag}: layer {both[0]} is in --layers too; name it once"
-    count = len(decoder.attention_layers)
+    count = decoder.num_layers
     if len(windows) + (linear if isinstance(linear, int) else len(linear)) >= count:
         return f"{flag} and --layers name all {count} layers; at least one keeps its whole attention"
     return _too_wide(case)
@@ -284,7 +277,6 @@ def _too_wide(case: Case) -> str | bool:
 
 
 OF_DECODER: tuple[Refusal, ...] = (
-    (NblError, lambda c: c.model.decoder is not None and hybrids.refused(c.options, c.engine, c.model.decoder)),
     (NblError, _wrong_windows),
     (NblError, lambda c: (
         c.engine.static and c.cache_length > _positions(c)

@@ -55,7 +55,7 @@ def settle(
     if recorded and not model.maps_tap:
         # another goal for a run does not change how its maps are made
         known["fit"] = recorded.fit
-        if recorded.window_layers != AUTO_WINDOWS or not (_ends_windows(given) or model.is_hybrid):
+        if recorded.window_layers != AUTO_WINDOWS or not _ends_windows(given):
             known["window_layers"] = recorded.window_layers
     if model.maps_tap:
         for name in ("fit", "window_layers"):

@@ -39,7 +39,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,15 +119,11 @@ class _Front:
     What a further layer K adds to the loss is `_more_PK`.
 
     Args:
-        places: of the layers in these effects.
         alone: effects of each layer alone, for each text.
         base, known: effects of the set for each text, and the set; None for the empty set.
     """
 
-    def __init__(
-        self, places: Mapping[int, int], alone: Sequence[_Solo], base: Sequence[Effects] | None, known: Point | None
-    ) -> None:
-        self._places = places
+    def __init__(self, alone: Sequence[_Solo], base: Sequence[Effects] | None, known: Point | None) -> None:
         self._gram_PKK = torch.stack([solo.gram for solo in alone])
         self._more_PK = torch.stack([solo.loss for solo in alone])
         self._loss_P = torch.tensor(known.losses if known else [0.0] * len(alone), dtype=torch.float64)
@@ -138,14 +134,13 @@ class _Front:
 
     def estimate(self, layer: int) -> float:
         """Estimated loss of the set with one more layer."""
-        return _overall(self._loss_P + self._more_PK[:, self._places[layer]])
+        return _overall(self._loss_P + self._more_PK[:, layer])
 
     def add(self, layer: int) -> None:
         """Add a layer without a true pass."""
-        place = self._places[layer]
-        self._loss_P = self._loss_P + self._more_PK[:, place]
+        self._loss_P = self._loss_P + self._more_PK[:, layer]
         self.layers = (*self.layers, layer)
-        self._more_PK = self._more_PK + self._gram_PKK[:, place]
+        self._more_PK = self._more_PK + self._gram_PKK[:, layer]
 
 
 class _Solo:
@@ -187,13 +182,10 @@ class Search:
         progress: Progress, given: Sequence[int] = (), begin: Sequence[int] = (),
     ) -> None:  # fmt: skip
         self._judge, self._saving, self._begin = judge, saving, begin
-        self._places = {layer: place for place, layer in enumerate(judge.layers)}
         self._effects_alone = judge.alone(progress)
         self._alone = [_Solo(part) for part in self._effects_alone.split(judge.parts)]
         if not any(math.isfinite(_overall(loss_P)) for loss_P in torch.stack([solo.loss for solo in self._alone], 1)):
-            raise NblError(
-                f"the map of layer {judge.layers[0]} gives logits that are not finite; give more --calibration-tokens"
-            )
+            raise NblError("the map of layer 0 gives logits that are not finite; give more --calibration-tokens")
         self.order = order
         self._excess: dict[int, float] = {}
         replaced = order.layers or tuple(given)
@@ -235,7 +227,7 @@ class Search:
         return self.order
 
     def _front(self, known: Point | None, effects: Effects | None) -> _Front:
-        return _Front(self._places, self._alone, None if effects is None else effects.split(self._judge.parts), known)
+        return _Front(self._alone, None if effects is None else effects.split(self._judge.parts), known)
 
     def _step(self) -> tuple[Point, Effects]:
         known = self.order.steps[-1] if self.order.steps else None
@@ -244,7 +236,7 @@ class Search:
         tried: list[tuple[float, Point, Effects]] = []
         for layer, following in zip(ranked[:TRIES], [*ranked[1:], None], strict=False):
             replaced_set = (*front.layers, layer)
-            effects = self._judge.together(replaced_set) if known else self._effects_alone[self._places[layer]]
+            effects = self._judge.together(replaced_set) if known else self._effects_alone[layer]
             point = self._point(replaced_set, effects)
             self._excess[layer] = max(0.0, point.loss - front.estimate(layer))
             tried.append((self._value(point.loss, replaced_set), point, effects))
@@ -269,7 +261,7 @@ class Search:
         for layer in self._begin:
             if layer not in front.layers:
                 return [layer]
-        rest = [i for i in self._judge.layers if i not in front.layers]
+        rest = [i for i in range(self._judge.num_layers) if i not in front.layers]
         return sorted(rest, key=lambda i: (self._value(self._estimate(front, i), (*front.layers, i)), i))
 
     def _estimate(self, front: _Front, layer: int) -> float:
@@ -346,14 +338,14 @@ class Judge:
 
     def __init__(self, mixes: Mixes, texts: Sequence[torch.Tensor]) -> None:
         alike = [torch.cat(list(group)) for _, group in itertools.groupby(texts, lambda text: text.shape[1])]
-        self._mixes, self.layers = mixes, mixes.layers
+        self._mixes, self.num_layers = mixes, mixes.num_layers
         self._target_N = torch.cat([ids_WT[:, _judged_rows(ids_WT) + 1].flatten() for ids_WT in alike])
         self._runs = [mixes.runs(ids_WT, again=True) for ids_WT in alike]
         self.parts = [len(text) * len(_judged_rows(text)) for text in texts]  # judged positions of each text
 
     def alone(self, progress: Progress) -> Effects:
-        """The effects of each layer alone (K: in the order of `layers`)."""
-        return self._effects(self._changes_of([(i,) for i in self.layers], progress), pulled=True)
+        """The effects of each layer alone (K: all layers)."""
+        return self._effects(self._changes_of([(i,) for i in range(self.num_layers)], progress), pulled=True)
 
     def together(self, replaced_set: Collection[int]) -> Effects:
         """The effects of a mix (K = 1), without its pull."""

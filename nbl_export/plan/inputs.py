@@ -9,7 +9,6 @@ from typing import Any
 
 from nbl_export.mixers.base import Mixer
 from nbl_export.options.goals import CacheBudget, PerplexityIncrease, TargetSpeedup
-from nbl_export.records.decoder import attention_among
 from nbl_export.records.inputs import Lazy
 
 __all__ = ["AskedGoal", "MapKind", "OrderInputs", "PlanInputs", "Top",
@@ -77,7 +76,6 @@ class OrderInputs:
 
     Attributes:
         select: "cca" (smallest bound), "error", "greedy" (least loss) or "efficient" (least loss for the work saved).
-        others: layers without attention, which no order has.
         moments: (layer, tap) -> its moments.
         mixes: maps and their tap -> the torch model, in which these maps can replace attention.
         texts: texts that layers are chosen by; no map is fitted on them.
@@ -98,12 +96,6 @@ class OrderInputs:
     saved: Lazy[Callable[[Maps, int], float]]
     given: Lazy[Maps] = field(default_factory=lambda: Lazy(None, dict))
     top: TopInputs | None = None
-    others: tuple[int, ...] = ()
-
-    @property
-    def attention_layers(self) -> tuple[int, ...]:
-        """Layers with attention, ascending."""
-        return attention_among(self.num_layers, self.others)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -48,12 +48,12 @@ def choose_top(
         fit: fits maps of layers.
         known: the `to_json` of the top if it was chosen before from the same inputs.
     """
-    windows, attention = top.windows.value, order.attention_layers
+    windows, count = top.windows.value, order.num_layers
     if known is not None:
         widths = {int(layer): width for layer, width in known["windows"].items()}
         return Top(tuple(known["layers"]), {i: windows([i], width)[i] for i, width in widths.items()})
     try:
-        windows(attention[-1:], top.widths[0])
+        windows([count - 1], top.widths[0])
     except NblError as error:
         say(f"no layer gets a window: {error}")
         return Top()
@@ -80,7 +80,7 @@ def choose_top(
     length, limit = min(LENGTH, top.positions), math.log1p(top.share)
     mixes, tap = order.mixes.value, order.kind.tap
     with task("upper layers with a map and with windows") as progress:
-        losses_alone(lambda maps: mixes(maps, tap), mixers, attention, top.texts.value, length, is_enough, progress)
+        losses_alone(lambda maps: mixes(maps, tap), mixers, count, top.texts.value, length, is_enough, progress)
     say(_spoken_top(best))
     return Top(tuple(best), {i: mixer_of(i, kind) for i, kind in best.items() if kind != MAP})
 
@@ -97,7 +97,7 @@ def _spoken_top(kinds: Mapping[int, int]) -> str:
 
 
 def losses_alone(
-    mixes: Callable[[Maps], Mixes], mixers: Callable[[Collection[int]], Mapping[int, Maps]], attention: Sequence[int],
+    mixes: Callable[[Maps], Mixes], mixers: Callable[[Collection[int]], Mapping[int, Maps]], num_layers: int,
     texts: Texts, length: int, is_enough: Callable[[Losses], bool], progress: Callable[[int, int], None] = quiet,
 ) -> Losses:  # fmt: skip
     """The loss of each layer alone, with each kind, from the top down.
@@ -106,22 +106,22 @@ def losses_alone(
         mixes: mixers -> the torch model in which they can replace attention.
         mixers: layers -> kind -> their mixers.
         texts: consecutive windows of each. length: most tokens of a row; one row of each text is read.
-        attention: layers with attention, ascending. is_enough: whether no layer further down is wanted.
+        num_layers: of the decoder. is_enough: whether no layer further down is wanted.
     """
     rows = [*(long_rows(ids, length)[:1] for _, ids in texts), repeated(texts[0][1], length)]
     original = mixes({})
     runs = [(ids_WT[0], original.runs(ids_WT, again=True)) for ids_WT in rows]
     found: Losses = {}
-    step = max(1, round(len(attention) / 8))
-    for end in range(len(attention), 0, -step):
-        layers = attention[max(1, end - step) : end]  # one layer keeps its attention
+    step = max(1, round(num_layers / 8))
+    for end in range(num_layers, 0, -step):
+        layers = range(max(1, end - step), end)  # one layer keeps its attention
         kinds = mixers(layers)
         for done, (kind, maps) in enumerate(kinds.items()):
             mixed = mixes(maps)
             kls = [_losses(mixed, ids_T, of_row.of(mixed), maps) for ids_T, of_row in runs]
             for layer in maps:
                 found.setdefault(layer, {})[kind] = tuple(kl[layer] for kl in kls)
-            progress(len(kinds) * len(found) - len(kinds) + done + 1, len(kinds) * len(attention))
+            progress(len(kinds) * len(found) - len(kinds) + done + 1, len(kinds) * num_layers)
         if is_enough(found):
             break
     return found

@@ -55,10 +55,10 @@ class Selection:
 
     @functools.cached_property
     def scores(self) -> tuple[LayerScore, ...]:
-        """Scores of layers with attention: bounds at the residual tap for every tap, errors of the chosen one."""
+        """Scores of all layers: bounds at the residual tap for every tap, errors of the chosen one."""
         asked, moments, found = self.inputs.kind, self.inputs.moments.value, []
         kind = kind_of(asked.kind)
-        for i in self.inputs.attention_layers:
+        for i in range(self.inputs.num_layers):
             score = kind.score(moments(i, "residual"), i)
             if asked.tap != "residual":
                 own = kind.score(moments(i, asked.tap), i, bias=asked.bias)
@@ -128,7 +128,7 @@ class Selection:
         0 if the model's output does not give the order.
         """
         count = 0
-        while self.judges and count < len(self.inputs.attention_layers) - len(self.given) - 1:
+        while self.judges and count < self.inputs.num_layers - len(self.given) - 1:
             if self._extended(count + 1).steps[count + bool(self.given)].worst_increase > increase:
                 break
             count += 1
@@ -136,7 +136,7 @@ class Selection:
 
     def extrapolate(self, count: int) -> None:
         """Find the sets of a curve beyond `count` layers, unless they are recorded."""
-        layers = len(self.inputs.attention_layers)
+        layers = self.inputs.num_layers
         wanted = sorted({round(k * layers / _STRETCHES) for k in range(1, _STRETCHES // 2 + 1)} - {0})
         order = self._extended(count)
         known = {len(point.layers) for point in (*order.steps, *order.beyond)}
@@ -171,7 +171,7 @@ class Selection:
 
     @property
     def _all_maps(self) -> dict[int, Mixer]:
-        return self.maps_of(self.inputs.attention_layers)
+        return self.maps_of(range(self.inputs.num_layers))
 
     # -- records -----------------------------------------------------------------------------------------------
 
@@ -228,20 +228,15 @@ def ranked(scores: Sequence[LayerScore], select: str) -> tuple[int, ...]:
 
 def choose(
     scores: Sequence[LayerScore], request: int | tuple[int, ...], tap: str = "residual", select: str = "cca",
-    order: Sequence[int] | None = None, kind: str = "linear", others: Collection[int] = (),
+    order: Sequence[int] | None = None, kind: str = "linear",
 ) -> Plan:  # fmt: skip
     """The plan for a count or for named layers, all of one kind.
 
     A count takes the first layers of `order` (default: `ranked`).
-
-    Args:
-        scores: of each layer with attention.
-        others: layers without attention.
     """
     if isinstance(request, int):
         order = ranked(scores, select) if order is None else order
         replaced = tuple(sorted(order[:request]))
     else:
         replaced, select = request, "given"
-    layers = len(scores) + len(others)
-    return Plan(layers, replaced, tap, select, tuple(scores), (kind,) * len(replaced), tuple(others))
+    return Plan(len(scores), replaced, tap, select, tuple(scores), (kind,) * len(replaced))

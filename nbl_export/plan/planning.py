@@ -66,7 +66,7 @@ def make_plan(
         selection.extrapolate(len(order))
     select = "given" if order is None else selection.select
     asked = selection.inputs.kind
-    plan = choose(selection.scores, request, asked.tap, select, order, asked.kind, selection.inputs.others)
+    plan = choose(selection.scores, request, asked.tap, select, order, asked.kind)
     facts = selection.facts(inputs.speedup, inputs.setting)
     replaced = tuple(sorted({*selection.given, *plan.replaced}))
     maps = selection.maps_of(replaced)
@@ -129,7 +129,7 @@ def _count_to_train(asked: AskedGoal, selection: Selection) -> Reached:
     count = max(_least(selection.given), selection.predicted_count(HOPE * share))
     facts = {"max_perplexity_increase": text, "default": asked.text is None, "order": list(selection.order(count))}
     facts["given"] = list(selection.given)
-    layers = len(selection.inputs.attention_layers)
+    layers = selection.inputs.num_layers
     said = f"training begins with {count} of {layers} layers, and gives back what is beyond {text}"
     return Reached(count, {**facts, "share": share, "path": []}, (said,))
 
@@ -181,11 +181,10 @@ def count_for_speedup(asked: AskedGoal, selection: Selection, speedup: Callable[
     Raises:
         NblError: all layers but one do not reach it.
     """
-    goal, attention = asked.goal, selection.inputs.attention_layers
+    goal, layers = asked.goal, selection.inputs.num_layers
     assert isinstance(goal, TargetSpeedup)
-    layers = len(attention)
-    smallest = min(selection.maps_of(attention).values(), key=lambda mixer: mixer.work().elements)
-    reached = getattr(speedup(dict.fromkeys(attention[1:], smallest)), goal.phase)
+    smallest = min(selection.maps_of(range(layers)).values(), key=lambda mixer: mixer.work().elements)
+    reached = getattr(speedup(dict.fromkeys(range(1, layers), smallest)), goal.phase)
     for count in range(1, layers if reached >= goal.factor else 1):  # an unreachable goal needs no order
         found = speedup(selection.maps_of(selection.replaced(count)))
         reached = getattr(found, goal.phase)
@@ -226,7 +225,7 @@ def _unreachable(asked: str | None, step: Mapping[str, Any], share: float) -> st
 def _test(selection: Selection, texts: Texts, share: float, task: Task) -> list[dict[str, Any]]:
     """Tested counts in ascending order: up to the first failure, or down to the first success."""
     given = len(selection.given)
-    last = len(selection.inputs.attention_layers) - given - 1
+    last = selection.inputs.num_layers - given - 1
     least = _least(selection.given)
     start = min(last, max(least, selection.predicted_count(share) - 1))
 

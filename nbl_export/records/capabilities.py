@@ -28,8 +28,6 @@ class Capabilities:
         provider: ONNX Runtime's execution provider, which the exporter is told.
         providers: ONNX Runtime's other execution providers, which the engine can run with.
         windows: whether its decoders hold layers that read the last tokens alone (`--window-layers`).
-        hybrids: whether its decoders hold the states of layers without attention. recurrences: also matrices that
-            every token changes.
         measures_limits: whether roofs of the machine can be measured for the engine.
         proven_by: the engine that verifies the graphs; "" is the engine itself.
         reads: the form of `convert` whose files the engine runs; "" if it runs its own decoders.
@@ -51,8 +49,6 @@ class Capabilities:
     providers: tuple[str, ...] = ()
     every_expert: tuple[str, ...] = ()
     windows: bool = False
-    hybrids: bool = False
-    recurrences: bool = False
     measures_limits: bool = False
     proven_by: str = ""
     reads: str = ""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 from nbl_export.records.from_json import require
 
-__all__ = ["MOST_LAYERS", "STATE_SUFFIXES", "DecoderSpec", "GraphContract", "TensorInfo", "attention_among", "is_state"]
+__all__ = ["HYBRID", "MOST_LAYERS", "STATE_SUFFIXES", "DecoderSpec", "GraphContract", "TensorInfo", "is_state"]
 
 
 MOST_LAYERS = 1024  # real decoders have at most a few hundred
+HYBRID = (  # why hybrid models are not supported
+    "only about a quarter of the layers of a hybrid model are attention, so replacing them gains about 1% of a prompt"
+)
 STATE_SUFFIXES = (".conv_state", ".recurrent_state")  # end the names of states of constant size, beside caches
 
 
@@ -19,20 +21,11 @@ def is_state(name: str) -> bool:
     return name.endswith(STATE_SUFFIXES)
 
 
-def attention_among(num_layers: int, others: Collection[int]) -> tuple[int, ...]:
-    """The layers of a decoder that are not among the others, ascending."""
-    return tuple(i for i in range(num_layers) if i not in others)
-
-
 @dataclass(frozen=True)
 class DecoderSpec:
     """Sizes of a decoder, under the same names for all architectures.
 
     sliding_window: of the layers that have a window. full_layers: layers that see all tokens despite `sliding_window`.
-    gated: queries come with gates of attention's output, from the same product.
-    others: layers without attention, such as convolutions; a plan leaves them as they are.
-    other_elements, other_multiply_adds: of each of these layers, without its MLP: elements of its matrices, and what
-        a token takes. other_output: elements of its last matrix. other_state: elements that it holds of a sequence.
     """
 
     architecture: str
@@ -45,37 +38,18 @@ class DecoderSpec:
     max_positions: int
     sliding_window: int | None = None
     full_layers: tuple[int, ...] = ()
-    gated: bool = False
-    others: tuple[int, ...] = ()
-    other_elements: int = 0
-    other_multiply_adds: int = 0
-    other_output: int = 0
-    other_state: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("full_layers", "others"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has no tuples
+        object.__setattr__(self, "full_layers", tuple(self.full_layers))  # JSON has no tuples
         require(1 <= self.num_layers <= MOST_LAYERS, f"a decoder has 1 to {MOST_LAYERS} layers")
-        require(bool(self.attention_layers), "a decoder has a layer with attention")
         sizes = (self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim, self.vocab_size)
         require(min(*sizes, self.max_positions) >= 1, "the sizes of a decoder are at least 1")
         require(self.num_heads % self.num_kv_heads == 0, "query heads are a multiple of key/value heads")
 
     @property
-    def attention_layers(self) -> tuple[int, ...]:
-        """Layers with attention, ascending: those that a plan may replace."""
-        return attention_among(self.num_layers, self.others)
-
-    @property
-    def recurrent(self) -> bool:
-        """Whether a token changes what the other layers hold, beside the products of their matrices."""
-        return self.other_multiply_adds > self.other_elements
-
-    @property
     def projections(self) -> int:
-        """Elements of one attention's matrices: of queries, keys, values, what comes out, and gates."""
-        heads = (3 if self.gated else 2) * self.num_heads + 2 * self.num_kv_heads
-        return self.hidden_size * heads * self.head_dim
+        """Elements of one attention's matrices: of queries, keys, values, and what comes out."""
+        return self.hidden_size * 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
 
     def window_of(self, layer: int) -> int | None:
         """Tokens that a token attends to in a layer, itself included; None for all."""

@@ -3,8 +3,6 @@
     dense     down(act(gate x) * up x)                   three products, or two without a gate
     experts   router x ─► `chosen` of `experts` MLPs     and an MLP that every token takes, if `shared`
 
-Some layers of a decoder with experts may be `dense`; `of` gives the sizes of one layer.
-
 Routing is taken as even: a token finds each expert equally often. A chunk of T tokens then reads
 experts * (1 - (1 - chosen / experts)^T) of them.
 """
@@ -28,8 +26,6 @@ class MlpSpec:
         experts: routed experts; 0 if the layer is dense.
         chosen: experts that a token takes.
         shared: width of the expert that every token takes, whose output has a gate.
-        dense: layers with one MLP in place of experts.
-        dense_width: of this MLP.
     """
 
     width: int
@@ -37,19 +33,12 @@ class MlpSpec:
     experts: int = 0
     chosen: int = 0
     shared: int = 0
-    dense: tuple[int, ...] = ()
-    dense_width: int = 0
 
     def __post_init__(self) -> None:
-        sizes = (self.width, self.products, self.experts, self.chosen, self.shared, self.dense_width)
+        sizes = (self.width, self.products, self.experts, self.chosen, self.shared)
         require(all(type(size) is int and size >= 0 for size in sizes), "sizes of an MLP are whole numbers")
         require(self.width >= 1, "an MLP is at least 1 wide")
         require(self.experts == 0 or 1 <= self.chosen <= self.experts, "a token takes 1 to all of the experts")
-        require(not self.dense or bool(self.experts and self.dense_width), "a dense layer has a width, beside experts")
-
-    def of(self, layer: int) -> MlpSpec:
-        """The MLP of one layer."""
-        return MlpSpec(self.dense_width, self.products) if layer in self.dense else self
 
     @property
     def active(self) -> int:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nbl_export.records.decoder import attention_among
 from nbl_export.records.from_json import require
 
 __all__ = ["ATTENTION", "MAPS", "TAPS", "LayerScore", "Plan", "spoken_layers"]
@@ -55,7 +54,6 @@ class Plan:
 
     Attributes:
         kinds: the kind (`nbl_export.mixers`) of each replaced layer; not given: linear, for all.
-        others: layers that never had attention (`DecoderSpec.others`).
     """
 
     num_layers: int
@@ -64,14 +62,13 @@ class Plan:
     select: str = "cca"
     scores: tuple[LayerScore, ...] = ()
     kinds: tuple[str, ...] = ()
-    others: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.kinds:
             object.__setattr__(self, "kinds", ("linear",) * len(self.replaced))
         require(len(self.kinds) == len(self.replaced), "each replaced layer has one kind")
         require(self.replaced == tuple(sorted(set(self.replaced))), "replaced layers are sorted and distinct")
-        require(set(self.replaced) <= set(self.attention_layers), "a replaced layer has no attention")
+        require(set(self.replaced) <= set(range(self.num_layers)), "a replaced layer does not exist")
         require(bool(self.kept), "at least one attention layer stays")
         require(self.tap in TAPS, f"unknown tap {self.tap!r}; taps are {', '.join(TAPS)}")
 
@@ -80,20 +77,13 @@ class Plan:
         """The plan that the facts of a manifest record."""
         scores = tuple(LayerScore(**score) for score in facts["scores"])
         layers, kinds = tuple(facts["replaced_layers"]), tuple(facts.get("kinds", ()))
-        others = tuple(facts.get("decoder", {}).get("others", ()))
-        return cls(facts["num_layers"], layers, facts["tap"], facts["select"], scores, kinds, others)
+        return cls(facts["num_layers"], layers, facts["tap"], facts["select"], scores, kinds)
 
     def kind(self, layer: int) -> str:
         """The kind of a layer: `ATTENTION` if it is kept."""
         return dict(zip(self.replaced, self.kinds, strict=True)).get(layer, ATTENTION)
 
     @property
-    def attention_layers(self) -> tuple[int, ...]:
-        """Layers that had attention in the original, ascending."""
-        return attention_among(self.num_layers, self.others)
-
-    @property
     def kept(self) -> tuple[int, ...]:
         """Layers that keep attention and cache, ascending."""
-        gone = set(self.replaced)
-        return tuple(i for i in self.attention_layers if i not in gone)
+        return tuple(sorted(set(range(self.num_layers)) - set(self.replaced)))

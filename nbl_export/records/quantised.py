@@ -62,7 +62,6 @@ class StoredMatrix:
         blocks: unpacks the matrix.
         shape: [N, K] or [V, D], known before the matrix is unpacked; () if nobody asks.
         transposed: whether the graph multiplies by, or looks up in, W' as stored.
-        alternating: number of experts, one below the other, in each of which rows of gate and up alternate; else 0.
     """
 
     name: str
@@ -70,19 +69,6 @@ class StoredMatrix:
     blocks: Callable[[], Blocks]
     shape: tuple[int, ...] = ()
     transposed: bool = False
-    alternating: int = 0
-
-    @property
-    def in_halves(self) -> StoredMatrix:
-        """The matrix with all rows of gate above those of up in each expert."""
-        if not self.alternating:
-            return self
-
-        def blocks() -> Blocks:
-            found = self.blocks()
-            return found.rows(np.arange(len(found.codes)).reshape(self.alternating, -1, 2).swapaxes(1, 2).ravel())
-
-        return replace(self, blocks=blocks, alternating=0)
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def _failure(check: Mapping[str, Any]) -> str:
 
 
 def _lead(report: Mapping[str, Any]) -> str:
-    replaced, total = report["replaced_layers"], report["num_layers"] - len(report["others"])
+    replaced, total = report["replaced_layers"], report["num_layers"]
     if not replaced:
         return f"None of the {total} attention layers is replaced: both variants are the original."
     one, is_drop = len(replaced) == 1, report["fit"] == "drop"

@@ -73,7 +73,6 @@ def summarize(
     checks, variants = verify["checks"], measured.get("variants", {})
     return {
         "schema": 1,
-        "others": list(manifest.get("decoder", {}).get("others", ())),
         "status": _status(manifest, verify),
         **{name: manifest.get(name) for name in _COPIED},
         "scores": manifest.get("scores", []),

@@ -253,7 +253,7 @@ def describe(directory: Path) -> dict[str, Any]:
     options = facts["options"]
     capabilities = load_engine(options["engine"], options.get("provider", "cpu")).capabilities
     itemsize = capabilities.cache_itemsize(options["precision"])
-    kept = len(spec.attention_layers) - len(facts.get("replaced_layers", ()))
+    kept = spec.num_layers - len(facts.get("replaced_layers", ()))
     return {
         "model": facts["model"],
         "decoder": facts["decoder"],
@@ -265,7 +265,7 @@ def describe(directory: Path) -> dict[str, Any]:
         "tap": facts.get("tap"),
         "stages": {name: record["seconds"] for name, record in facts["stages"].items()},
         "variants": {
-            "original": _variant(directory / "original", spec, len(spec.attention_layers), itemsize),
+            "original": _variant(directory / "original", spec, spec.num_layers, itemsize),
             "nbl": _variant(directory / "model", spec, kept, itemsize),
         },
         "engines": facts.get("engines", {}),

@@ -39,17 +39,11 @@ class Wanted:
     maps: Mapping[int, Mixer]
 
 
-def held_names(
-    cache_ids: Iterable[int], mixers: Mapping[int, Mixer] | None = None, others: Iterable[int] = ()
-) -> set[str]:
-    """Names of the inputs that a decoder holds between steps: caches, and states of layers with a short memory.
-
-    Args:
-        others: layers that never had attention.
-    """
+def held_names(cache_ids: Iterable[int], mixers: Mapping[int, Mixer] | None = None) -> set[str]:
+    """Names of the inputs that a decoder holds between steps: caches, and states of layers with a short memory."""
     caches = {f"past_key_values.{i}.{part}" for i in cache_ids for part in ("key", "value")}
     remember = [layer for layer, mixer in (mixers or {}).items() if mixer.state is not None]
-    return caches.union(*map(state_names, (*remember, *others)))
+    return caches.union(*map(state_names, remember))
 
 
 @dataclass(frozen=True)

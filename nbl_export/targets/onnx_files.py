@@ -36,7 +36,7 @@ Task = Callable[[], AbstractContextManager[Any]]
 
 _OURS = re.compile(r"nbl\.layers\.\d+\.")
 # begin the names of shapes, indices and tables (`rewrite`)
-_SHAPES = ("nbl.states.", "nbl.window.", "nbl.tail.windows.", "nbl.others.")
+_SHAPES = ("nbl.states.", "nbl.window.", "nbl.tail.windows.")
 _OUR_PRODUCT = re.compile(r"/nbl/layers\.\d+/MatMul")
 _SPOKEN = {"last": "of the last token", "all": "of all tokens"}
 # ONNX Runtime's symmetric quantiser spans [-8, 8) steps: the mirror image of a block's largest value is one step off.
@@ -51,7 +51,7 @@ def check_files(directory: Path, contract: GraphContract, wanted: Wanted, *, den
     """
     cache = next(a for a in contract.inputs if a.name.startswith("past_key_values."))
     ids = range(len(wanted.cache_layers)) if dense else wanted.cache_layers
-    held = held_names(ids, wanted.maps, wanted.spec.others)
+    held = held_names(ids, wanted.maps)
     results = check_file(wanted.subject, directory, wanted.spec, held, contract, ITEMSIZE[cache.dtype], wanted.logits)
     results += check_maps(wanted.subject, directory, wanted.maps)
     if (directory / ALL_LOGITS_FILE).is_file():
@@ -113,7 +113,7 @@ def check_file(
     has = {n for n in in_file[0] if n.startswith("past_key_values.")}
     gives = {n.replace("present", "past_key_values") for n in in_file[1] if n.startswith("present.")}
     found, kept = (sum(not is_state(n) for n in names) // 2 for names in (has, held))
-    detail = f"caches {found} of {len(spec.attention_layers)} layers, logits {_SPOKEN[session.logits]}"
+    detail = f"caches {found} of {spec.num_layers} layers, logits {_SPOKEN[session.logits]}"
     kept_word = has == set(held) == gives and in_file == in_session and session.logits == logits
     results.append(checked(subject, "contract", kept_word, detail))
     predicted = spec.cache_bytes_per_token(kept, itemsize)

@@ -58,7 +58,7 @@ class Setting:
         """What a subject's graph has to be."""
         if subject == "original":
             maps = {}
-        kept = self.plan.kept if subject == "nbl" else self.plan.attention_layers
+        kept = self.plan.kept if subject == "nbl" else tuple(range(self.plan.num_layers))
         return Wanted(subject, self.spec, self.precision, self.logits, kept, maps)
 
 
@@ -77,7 +77,7 @@ def check_directory(
     shipped = decoder if pruned is None else engine.open_exact(directory, head_dim, pruned)
     results = engine.check_files(directory, shipped.contract, wanted)
     if pruned is not None:
-        remembers = wanted.spec.others or any(mixer.state is not None for mixer in wanted.maps.values())
+        remembers = any(mixer.state is not None for mixer in wanted.maps.values())
         long = probe.long if remembers else ()
         results += check_last(wanted.subject, decoder, shipped, probe.rows[0], precision, long)
     return [*results, _measured_cache(wanted.subject, decoder, head_dim)]

@@ -256,10 +256,9 @@ def give_known(
     """
     found = []
     kinds = {True: _tables(module, named), False: _products(module, named)}
-    halves = any(getattr(part, "is_concatenated", False) for part in module.modules())
     for stored in list(left):
-        own, matrix = kinds[stored.lookup], stored.in_halves if halves else stored
-        if any(not r.taken.all() for r in own) and (fidelity := _give(own, matrix)) is not None:
+        own = kinds[stored.lookup]
+        if any(not r.taken.all() for r in own) and (fidelity := _give(own, stored)) is not None:
             found.append(fidelity)
             left.remove(stored)
     torn = [rows.name for kind in kinds.values() for rows in kind if 0 < rows.taken.sum() < len(rows.taken)]

@@ -134,12 +134,12 @@ def test_file_round_trip_is_exact(checkpoint: Checkpoint, tmp_path: Path) -> Non
     with collect.Collection(load_model(checkpoint("llama")), taps) as found:
         found.add(windows())
     facts = {"count": found.count, "done": 1, "identity": {"batches": 1}}
-    with MomentsWriter(path, facts, range(LAYERS), taps, (HIDDEN, HIDDEN)) as writer:
+    with MomentsWriter(path, facts, LAYERS, taps, (HIDDEN, HIDDEN)) as writer:
         for i in range(LAYERS):
             writer.write(found.layer(i))
     with whole_moments(path) as file:
         file.check()
-        assert (file.taps, file.layers) == (taps, tuple(range(LAYERS)))
+        assert (file.taps, file.num_layers) == (taps, LAYERS)
         for i in range(LAYERS):
             for tap, sums in found.layer(i).items():
                 back = file.sums(i, tap)
@@ -153,7 +153,7 @@ def test_sums_of_an_unfinished_calibration_are_refused(tmp_path: Path) -> None:
     sums = Sums(1, *[one] * 6, *[one.view(1, 1)] * 3)
     for done in (1, 2):
         with MomentsWriter(
-            path, {"count": 1, "done": done, "identity": {"batches": 2}}, [0], ["normed"], (1, 1)
+            path, {"count": 1, "done": done, "identity": {"batches": 2}}, 1, ["normed"], (1, 1)
         ) as writer:
             writer.write({"normed": sums})
         if done == 2:

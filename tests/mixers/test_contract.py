@@ -250,7 +250,7 @@ def test_features_go_through_sums_files_and_layers(checkpoint: Callable[[str], P
     with MomentsWriter(
         tmp_path / "sums",
         {"count": ids.numel(), "done": 1, "identity": {"batches": 1}},
-        range(len(parts)),
+        len(parts),
         ("residual",),
         (2 * HIDDEN, HIDDEN),
     ) as file:

@@ -65,12 +65,12 @@ def collected(model: Any, _directory: Path, _scratch: Path) -> Any:
     with collect.Collection(model, taps) as half:
         half.refer(IDS)
         half.add(parts[0])
-        kept = [half.layer(i) for i in half.layers]
+        kept = [half.layer(i) for i in range(half.num_layers)]
     with collect.Collection(model, taps) as whole:
         for i, sums in enumerate(kept):
             whole.restore(i, sums)
         whole.add(parts[1])
-        found = [whole.layer(i)[tap] for i in whole.layers for tap in taps]
+        found = [whole.layer(i)[tap] for i in range(whole.num_layers) for tap in taps]
     return [(sums.xx, sums.yx, sums.yy, sums.x_sum, sums.y_sum) for sums in found]
 
 

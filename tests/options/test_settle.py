@@ -18,13 +18,6 @@ from nbl_export.run.facts import architecture_facts, capabilities_of
 DECODER = DecoderSpec("llama", 3, 64, 4, 2, 16, 384, 512)
 PLAIN = dataclasses.replace(architecture_facts("llama"), decoder=DECODER)
 OLMO = dataclasses.replace(architecture_facts("olmo2"), decoder=DECODER)
-HYBRID = dataclasses.replace(
-    architecture_facts("lfm2"), decoder=dataclasses.replace(DECODER, architecture="lfm2", num_layers=5, others=(0, 3))
-)
-RECURRENT = dataclasses.replace(
-    architecture_facts("qwen3_5_text"),
-    decoder=dataclasses.replace(DECODER, architecture="qwen3_5_text", num_layers=5, others=(0,), other_multiply_adds=1),
-)
 NBL = dataclasses.replace(PLAIN, maps_tap="residual")
 
 Asked = dict[str, Any]
@@ -64,8 +57,6 @@ SETTLED: list[tuple[Asked, Asked]] = [
 ]
 OF_MODEL: list[tuple[ModelFacts, Asked, Asked]] = [
     (dataclasses.replace(PLAIN, taps=("residual",)), {}, {"fit": "distilled", "tap": "residual"}),
-    (HYBRID, {}, {"fit": "distilled", "tap": "normed", "window_layers": "none"}),
-    (HYBRID, {"layers": "1-2"}, {"window_layers": "none"}),
     (NBL, {}, {"fit": "given", "tap": "residual", "window_layers": "none"}),
     (NBL, {"fit": "given", "tap": "residual"}, {"fit": "given"}),
     (dataclasses.replace(NBL, maps_tap="normed"), {}, {"fit": "given", "tap": "normed"}),
@@ -287,16 +278,6 @@ UNFIT: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
     ({"engine": "trt", "max_seq_len": 513}, PLAIN, ("--max-seq-len 513 is beyond the model's 512 positions",)),
     ({"engine": "trt", "max_seq_len": 31}, PLAIN, ("--max-seq-len 31 is too short", "at least 32")),
     ({"engine": "trt", "max_seq_len": 64, "prefill_chunk": 65}, PLAIN, ("--prefill-chunk 65 is beyond --max-seq-len",)),
-    ({"layers": "3"}, HYBRID, ("--layers 3 would replace all 3 attention layers", "at most 2")),
-    ({"layers": "1,3"}, HYBRID, ("--layers '1,3': layer 3 has no attention to replace", "in layers 1-2, 4")),
-    ({"layers": "1-2,4"}, HYBRID, ("would replace all 3 attention layers",)),
-    ({"layers": "1,5"}, HYBRID, ("layer 5 does not exist; this model has layers 0 to 4",)),
-    ({"kv_budget": "64MiB"}, HYBRID, ("the cache already fits", "take 768 bytes")),
-    ({"engine": "openvino"}, RECURRENT, ("have no loop over tokens", "--engine ort")),
-    ({"provider": "cuda"}, HYBRID, ("is not possible for lfm2", "--provider cpu")),
-    ({"decoder_source": "mobius"}, HYBRID, ("--decoder-source mobius is not possible for lfm2", "use --")),
-    ({"window_layers": "auto"}, HYBRID, ("--window-layers is not possible for lfm2", "--window-layers none")),
-    ({"precision": "int4", "quantized_model": "q"}, HYBRID, ("--quantized-model is not possible for lfm2",)),
 ]  # fmt: skip
 
 
@@ -324,7 +305,6 @@ def test_a_value_that_fits_is_accepted() -> None:
         {"engine": "trt", "max_seq_len": 512}, {"engine": "trt", "max_seq_len": 32, "prefill_chunk": 32},
     ):  # fmt: skip
         settled({"depths": (0,), **asked}, PLAIN)
-    settled({"engine": "openvino"}, HYBRID)
 
 
 def test_a_source_that_exports_no_such_architecture() -> None:
@@ -332,10 +312,6 @@ def test_a_source_that_exports_no_such_architecture() -> None:
     with pytest.raises(NblError, match="--decoder-source genai is not possible for llama: it has no such layer"):
         settled({}, model)
     settled({"decoder_source": "mobius"}, model)
-    coarse = dataclasses.replace(PLAIN, not_from={"genai --precision int4": "its rows are mixed"})
-    with pytest.raises(NblError, match="--decoder-source genai --precision int4 is not possible for llama: its rows"):
-        settled({"precision": "int4"}, coarse)
-    settled({"precision": "fp32"}, coarse)
 
 
 @pytest.mark.parametrize(

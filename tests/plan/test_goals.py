@@ -97,7 +97,7 @@ class Priced:
     def __init__(self, *rises: float, spread: float = 1e-6, guess: int = 0) -> None:
         self.rises, self.spread, self.guess = rises, spread, guess
         self.tested: list[int] = []
-        self.mixes, self.inputs, self.given = self, SimpleNamespace(num_layers=5, attention_layers=range(5)), ()
+        self.mixes, self.inputs, self.given = self, SimpleNamespace(num_layers=5), ()
 
     def order(self, count: int) -> tuple[int, ...]:
         return tuple(range(10, 10 + count))
@@ -260,7 +260,7 @@ def test_trained_maps_are_tested_downwards() -> None:
 class Sized:
     """A selection of layers 4, 3, ... of five, whose maps have 9 elements, and that of layer 4 fewer."""
 
-    inputs = SimpleNamespace(num_layers=5, attention_layers=range(5))
+    inputs = SimpleNamespace(num_layers=5)
 
     def order(self, count: int) -> tuple[int, ...]:
         return tuple(range(4, 4 - count, -1))

@@ -197,19 +197,19 @@ class Planted(Judge):
     ) -> None:  # fmt: skip
         self.quality_losses, self.excess = torch.tensor(quality_losses), dict(excess or {})
         self.directions = list(directions or range(len(quality_losses)))
-        self.layers, self.parts = range(len(quality_losses)), [1, 1]
+        self.num_layers, self.parts = len(quality_losses), [1, 1]
         self.passes: list[tuple[int, ...]] = []
 
     def alone(self, progress: Any) -> Effects:
-        progress(len(self.layers), len(self.layers))
-        return self._effects([(i,) for i in self.layers])
+        progress(self.num_layers, self.num_layers)
+        return self._effects([(i,) for i in range(self.num_layers)])
 
     def together(self, replaced_set: Collection[int]) -> Effects:
         self.passes.append(tuple(replaced_set))
         return self._effects([tuple(replaced_set)])
 
     def _effects(self, replaced_sets: Sequence[tuple[int, ...]]) -> Effects:
-        change = torch.zeros(2, len(replaced_sets), len(self.layers))
+        change = torch.zeros(2, len(replaced_sets), self.num_layers)
         beyond = torch.zeros(2, len(replaced_sets))
         for k, replaced_set in enumerate(replaced_sets):
             for i in replaced_set:

@@ -214,7 +214,7 @@ def test_another_input_is_another_key() -> None:
         "second_sha256": Lazy(None, lambda: "third"), "saved": Lazy("o", lambda: lambda maps, tokens: 0.0),
         "given": Lazy("o", dict), "top": TopInputs((5,), 0.1, 8, lazy, lazy, lazy),
     }  # fmt: skip
-    assert {f.name for f in dataclasses.fields(OrderInputs)} == others.keys() | {"num_layers", "hidden_size", "others"}
+    assert {f.name for f in dataclasses.fields(OrderInputs)} == others.keys() | {"num_layers", "hidden_size"}
     keys = [Selection(dataclasses.replace(start, **{name: other})).key for name, other in others.items()]
     assert len({Selection(start).key, *keys}) == len(others) + 1
     assert Selection(inputs("efficient")).key == Selection(start).key

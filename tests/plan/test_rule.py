@@ -29,7 +29,7 @@ class Planted(Judge):
 
     def __init__(self) -> None:
         random = torch.Generator().manual_seed(5)
-        self.layers, self.parts = range(LAYERS), [POSITIONS // 2, POSITIONS // 2]
+        self.num_layers, self.parts = LAYERS, [POSITIONS // 2, POSITIONS // 2]
         self._changes = torch.randn(POSITIONS, LAYERS, SIZE, generator=random) * torch.rand(LAYERS, 1, generator=random)
         self._rises = torch.rand(POSITIONS, LAYERS, generator=random)
 

@@ -133,7 +133,7 @@ def test_layers_are_measured_from_the_top_until_it_is_enough() -> None:
         mixers: Any = lambda layers: {kind: dict.fromkeys(layers, kind) for kind in kls}  # noqa: E731
         made: Any = lambda maps: Planted(maps, kls, asked)  # noqa: E731
         is_enough: Any = lambda losses: len(losses) >= enough  # noqa: E731
-        return losses_alone(made, mixers, range(17), texts, 8, is_enough, lambda *state: done.append(state))
+        return losses_alone(made, mixers, 17, texts, 8, is_enough, lambda *state: done.append(state))
 
     assert found(1) == {i: {MAP: (4.0, 2.0, 7.0), 5: (1.0, 3.0, 5.0)} for i in (15, 16)}
     assert asked == [(1, 8, text) for text in (0, 1, 2)] and done[-1] == (4, 34)

@@ -186,6 +186,9 @@ def test_biases_that_a_source_loses_are_refused(source: str, checkpoint: Checkpo
         build_decoder(source, checkpoint("llama-bias"), tmp_path / "original", "fp32", cache_length=96)
 
 
+HYBRID = r"model is a hybrid model \({}\), which is not supported: only about a quarter of the layers"
+
+
 @pytest.mark.parametrize(
     ("architecture", "changes", "said"),
     [
@@ -194,10 +197,18 @@ def test_biases_that_a_source_loses_are_refused(source: str, checkpoint: Checkpo
         ("llama", {"model_type": "mamba"}, "supported are llama, mistral, qwen2, qwen3, phi3, gemma2, gemma3_text"),
         ("llama", {"model_type": "gemma4_text"}, "not supported: its layers have heads of two sizes"),
         ("llama", {"model_type": "cohere2"}, "not supported: its MLP runs beside its attention"),
+        ("llama", {"model_type": "falcon_h1"}, "not supported: attention and a Mamba block run side by side"),
+        ("llama", {"model_type": "lfm2"}, HYBRID.format("lfm2")),
+        ("llama", {"model_type": "nbl-qwen3_next", "nbl_replaced_layers": [0], "nbl_tap": "normed"}, "a hybrid model"),
+        ("llama", {"model_type": "new", "layer_types": ["conv", "full_attention", "conv"]}, HYBRID.format("new")),
+        ("llama", {"model_type": "seen", "text_config": {"layer_types": ["linear_attention"]}}, HYBRID.format("seen")),
+        ("granitemoehybrid", {"layer_types": ["attention", "mamba", "attention"]}, HYBRID.format("granitemoehybrid")),
+        ("granitemoehybrid", {"layer_types": None}, HYBRID.format("granitemoehybrid")),  # what transformers then makes
+        ("granitemoehybrid", {"num_local_experts": 4}, "not supported: it has experts, and the GenAI builder"),
+        ("granitemoehybrid", {"position_embedding_type": "nope"}, "not supported: its attention has no rotation"),
         ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual True, which is not supported"),
         ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers \[0\], which is not supported"),
         ("phimoe", {"num_experts_per_tok": 1}, "num_experts_per_tok 1, which is not supported"),
-        ("lfm2_moe", {"norm_topk_prob": False}, "norm_topk_prob False, which is not supported"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "depend on the length of"),
     ],
 )
@@ -246,7 +257,6 @@ def test_the_main_job(
     [
         ("olmo2", (), "--decoder-source genai is not possible for olmo2: the GenAI builder"),
         ("gemma2", ("--decoder-source", "mobius"), "--decoder-source mobius is not possible for gemma2"),
-        ("qwen3_next", ("--precision", "int4"), "--decoder-source genai --precision int4 is not possible for qwen3"),
     ],
 )
 def test_what_an_architecture_cannot_is_refused_before_anything_is_computed(

@@ -30,7 +30,7 @@ from nbl_export.targets.base import ExportSettings
 from nbl_export.targets.openvino.session import IrDecoder
 from nbl_export.verify.ladder import run_rows
 
-from ..tiny import _SPECIAL, EVERY, HEAD_DIM, HIDDEN, HYBRIDS, VOCAB, record_of, save_checkpoint
+from ..tiny import _SPECIAL, EVERY, HEAD_DIM, HIDDEN, VOCAB, record_of, save_checkpoint
 
 NEAR = 1e-5  # of the largest logit; wrong wiring is beyond 1e-2
 SOURCES = ("genai", "mobius", "openvino")
@@ -60,11 +60,11 @@ def sizes(draw: st.DrawFn, architecture: str) -> dict[str, Any]:
         types = draw(st.lists(st.sampled_from(kinds), min_size=layers, max_size=layers))
         types[draw(st.integers(0, layers - 1))] = "full_attention"
         found["layer_types"] = types
-    return found | draw(experts(special, layers)) | draw(recurrence(special))
+    return found | draw(experts(special))
 
 
 @st.composite
-def experts(draw: st.DrawFn, special: dict[str, Any], layers: int) -> dict[str, Any]:
+def experts(draw: st.DrawFn, special: dict[str, Any]) -> dict[str, Any]:
     key = next((name for name in ("num_experts", "num_local_experts") if special.get(name)), None)
     if key is None:
         return {}
@@ -74,22 +74,11 @@ def experts(draw: st.DrawFn, special: dict[str, Any], layers: int) -> dict[str, 
     for name in ("moe_intermediate_size", "shared_expert_intermediate_size"):
         if name in special:
             found[name] = draw(st.sampled_from((32, 64, 96)))
-    if "num_dense_layers" in special:
-        found |= {"num_dense_layers": draw(st.integers(0, layers)), "use_expert_bias": draw(st.booleans())}
     return found
 
 
-@st.composite
-def recurrence(draw: st.DrawFn, special: dict[str, Any]) -> dict[str, Any]:
-    if "linear_num_key_heads" not in special:
-        return {}
-    keys = draw(st.integers(1, 2))
-    return {"linear_num_key_heads": keys, "linear_num_value_heads": keys * draw(st.integers(1, 2))}
-
-
 def source_of(architecture: str, data: st.DataObject) -> str:
-    record = record_of(architecture)
-    left_out = {*record.not_from, *(("openvino",) if record.gated else ())}
+    left_out = record_of(architecture).not_from
     return data.draw(st.sampled_from([name for name in SOURCES if name not in left_out]))
 
 
@@ -100,7 +89,7 @@ def a_map(hidden: int, layer: int) -> Linear:
 
 
 @pytest.mark.fuzz
-@pytest.mark.parametrize("architecture", [name for name in (*EVERY, *HYBRIDS) if name not in LISTS])
+@pytest.mark.parametrize("architecture", [name for name in EVERY if name not in LISTS])
 @settings(
     max_examples=4, deadline=None, phases=(Phase.generate,), suppress_health_check=list(HealthCheck), database=None
 )
@@ -111,8 +100,8 @@ def test_a_rewritten_graph_agrees_with_torch(architecture: str, data: st.DataObj
     with tempfile.TemporaryDirectory() as scratch:
         directory = save_checkpoint(architecture, Path(scratch) / "model", **changes)
         spec, target = read_spec(resolve(str(directory))), exporter_of(source)
-        most = len(spec.attention_layers) - 1  # a decoder keeps an attention layer
-        layers = data.draw(st.sets(st.sampled_from(spec.attention_layers), min_size=min(1, most), max_size=most))
+        most = spec.num_layers - 1  # a decoder keeps an attention layer
+        layers = data.draw(st.sets(st.sampled_from(range(spec.num_layers)), min_size=1, max_size=most))
         maps = {i: a_map(spec.hidden_size, i) for i in sorted(layers)}
         note(f"{source}, layers {sorted(maps)}")
         model = load_model(directory)
@@ -120,10 +109,9 @@ def test_a_rewritten_graph_agrees_with_torch(architecture: str, data: st.DataObj
         assert read_shape(directory).parameters_of_layers == sum(p.numel() for p in matrices)
         original, out = Path(scratch) / "original", Path(scratch) / "nbl"
         target.export(directory, original, ExportSettings(source, "fp32", 96))
-        target.linearize(original, out, Plan(spec.num_layers, tuple(maps), others=spec.others), maps)
+        target.linearize(original, out, Plan(spec.num_layers, tuple(maps)), maps)
         decoder: Any = OnnxDecoder(out, spec.head_dim) if source != "openvino" else IrDecoder(out, IR_FILE, exact=True)
-        assert decoder.contract.cache_layers == tuple(i for i in spec.attention_layers if i not in maps)
-        assert decoder.contract.state_layers == spec.others
+        assert decoder.contract.cache_layers == tuple(i for i in range(spec.num_layers) if i not in maps)
         model = linearize(model, maps)
         with torch.inference_mode():
             expected = [model(torch.tensor([row]), use_cache=False).logits[0].numpy() for row in rows]

@@ -28,7 +28,7 @@ from nbl_export.verify.streamed_reference import StreamedReference
 
 from ..command import TINY, nbl
 from ..jobs import until
-from ..tiny import EVERY, HYBRID_ATTENTION, HYBRIDS, VOCAB, random_map
+from ..tiny import EVERY, VOCAB, random_map
 from ..verifying import verify_tiny
 
 Checkpoint = Callable[[str], Path]
@@ -72,18 +72,17 @@ def same(found: Reference, expected: Reference) -> None:
     np.testing.assert_allclose(found.margins, expected.margins, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("architecture", [*EVERY, *HYBRIDS])
+@pytest.mark.parametrize("architecture", EVERY)
 def test_logits_text_and_noise_are_those_of_the_whole_model(architecture: str, checkpoint: Checkpoint) -> None:
     directory, tap = checkpoint(architecture), "residual" if architecture in ("olmo2", "llama") else "normed"
     model = load.load_model(directory)
-    maps = MAPS if architecture in EVERY else {i: random_map(i) for i in HYBRID_ATTENTION[::2]}
-    expected = torch_reference.references(model, maps, tap, PROBE)
+    expected = torch_reference.references(model, MAPS, tap, PROBE)
     graph = Graph({(OWN, subject): r.greedy for subject, r in expected.items()}, wrong=2)
-    layers = StreamedReference(directory, maps, tap, None, graph)
+    layers = StreamedReference(directory, MAPS, tap, None, graph)
     found = layers.references({OWN: PROBE}, {}, silent)[0][OWN]
     for subject, reference in expected.items():
         same(found[subject], reference)
-        noisy = torch_reference.noise_with_maps(model, maps, tap, PROBE, subject, reference)
+        noisy = torch_reference.noise_with_maps(model, MAPS, tap, PROBE, subject, reference)
         ours = layers.noise(OWN, subject, PROBE, found[subject])
         for one, other in zip((*ours.noise, ours.long_noise), (*noisy.noise, noisy.long_noise), strict=True):
             assert one is not None and other is not None and one.shape == other.shape

@@ -30,7 +30,7 @@ from nbl_export.errors import NblError
 from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import Mixer
 from nbl_export.model.architecture_record import Architecture
-from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, attention_layers, check_window
+from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, check_window
 from nbl_export.model.checkpoint.pretrained import model_with, quiet_transformers, tokenizer_of
 from nbl_export.model.linearize import architecture_of, linearize, multiplier_of, replace_attention
 from nbl_export.model.windows import blank_windows
@@ -42,13 +42,13 @@ def _exchange(model: Any) -> None:
     """Replace attention by blank mixers, as the configuration says.
 
     Raises:
-        ValueError: the configuration names layers without attention, all layers, or an unknown tap.
+        ValueError: the configuration names layers that do not exist, all layers, or an unknown tap.
         NblError: it has windows of an impossible size, or of attention that a window cannot stand for.
     """
     config = model.config
-    replaced, layers = config.nbl_replaced_layers or [], attention_layers(config)
-    if not set(replaced) < set(layers) or config.nbl_tap not in architecture_of(config).taps:
-        raise ValueError(f"config.json replaces layers {replaced} of {list(layers)} at the tap {config.nbl_tap!r}")
+    replaced, count = config.nbl_replaced_layers or [], config.num_hidden_layers
+    if not set(replaced) < set(range(count)) or config.nbl_tap not in architecture_of(config).taps:
+        raise ValueError(f"config.json replaces layers {replaced} of {count} at the tap {config.nbl_tap!r}")
     kinds = dict(zip(replaced, config.nbl_kinds or ["linear"] * len(replaced), strict=True))
     likes = outlines(model, kinds, config.nbl_window, config.nbl_tap)
     size, multiplier = config.hidden_size, multiplier_of(config)

@@ -26,7 +26,7 @@ from nbl_export.errors import CorruptError, NblError
 from nbl_export.files import scratch_in
 from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import Mixer
-from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, hybrid_facts, windows_of
+from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, windows_of
 from nbl_export.model.checkpoint import pretrained
 from nbl_export.model.checkpoint.dequantise import dequantise
 from nbl_export.model.checkpoint.pretrained import (
@@ -38,7 +38,7 @@ from nbl_export.model.checkpoint.pretrained import (
     reason_of,
     tokenizer_of,
 )
-from nbl_export.model.checkpoint.source import Linearized, Source, check_architecture, log
+from nbl_export.model.checkpoint.source import Linearized, Source, log
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.plan import Plan
 
@@ -53,14 +53,13 @@ def read_spec(source: Source) -> DecoderSpec:
     """The decoder's sizes, read by optimum's normalized configs.
 
     Raises:
-        NblError: the model is no decoder of a supported architecture, or its configuration contradicts itself.
+        NblError: its configuration contradicts itself.
     """
     quiet_transformers()
     _register(source)
     try:
         config = config_of(source.gguf or source.directory)
         architecture = config.model_type.removeprefix(LINEARIZED if source.linearized else "")
-        check_architecture(architecture, source.directory)
         check_weights(source.gguf or source.directory)
         return spec_of(config, architecture)
     except NblError:
@@ -86,7 +85,6 @@ def spec_of(config: Any, architecture: str) -> DecoderSpec:
         max_positions=config.max_position_embeddings,
         sliding_window=next(filter(None, windows), None),
         full_layers=tuple(i for i, window in enumerate(windows) if window is None) if any(windows) else (),
-        **hybrid_facts(config),
     )
 
 
@@ -216,7 +214,7 @@ def _is_whole(target: Path, source: Source) -> bool:
     return False
 
 
-def load_maps(source: Any, num_layers: int, others: tuple[int, ...] = ()) -> tuple[Plan, dict[int, Mixer]]:
+def load_maps(source: Any, num_layers: int) -> tuple[Plan, dict[int, Mixer]]:
     """Plan and maps of an NBL checkpoint. Maps, [D, D] and [D], are float32, whatever the stored type.
 
     Raises:
@@ -239,12 +237,12 @@ def load_maps(source: Any, num_layers: int, others: tuple[int, ...] = ()) -> tup
         maps = {i: kind_of(k).from_module(found.get(i, {}), replaced.size, likes.get(i)) for i, k in kinds.items()}
     except KeyError:
         maps = {}
-    if not maps or not found.keys() <= kinds.keys() - set(others):
+    if not maps or not found.keys() <= kinds.keys():
         raise CorruptError(
             f"{source.directory}: config.json names maps of layers {list(replaced.layers)}, the weights hold maps of "
             f"{sorted(found)}; fetch the model again"
         )
-    plan = Plan(num_layers, replaced.layers, replaced.tap, "given", kinds=replaced.kinds, others=others)
+    plan = Plan(num_layers, replaced.layers, replaced.tap, "given", kinds=replaced.kinds)
     return plan, maps
 
 

@@ -197,7 +197,7 @@ def gguf_outline(file: Path) -> GgufOutline | None:
 
 
 def _has_conversions(architecture: str) -> bool:
-    """Whether transformers reads an architecture by conversions of its own, which may join tensors (lfm2 in 5.24)."""
+    """Whether transformers reads an architecture by conversions of its own, which may join tensors."""
     try:
         from transformers.integrations.gguf import is_gguf_arch_supported
     except ImportError:  # an older transformers, which has none

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 from nbl_export.errors import NblError
 from nbl_export.graph.gguf.header import Header, read_header
 from nbl_export.graph.given import refuse_graph
-from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, check_config, hybrid_facts, mlp_of
+from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, check_config, mlp_of
 from nbl_export.model.checkpoint.source import check_architecture, gguf_of, linearized_of, read_config
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.mlp import MlpSpec
@@ -44,19 +43,13 @@ class Shape:
 
     @property
     def layer_parameters(self) -> int:
-        """Elements of the matrices of a layer with the largest of all parts."""
-        return max(self.decoder.projections, self.decoder.other_elements) + max(self._mlps)
+        """Elements of the matrices of a layer."""
+        return self.decoder.projections + self.mlp.elements(self.decoder.hidden_size)
 
     @property
     def parameters_of_layers(self) -> int:
         """Elements of the matrices of all layers."""
-        d = self.decoder
-        mixing = len(d.attention_layers) * d.projections + len(d.others) * d.other_elements
-        return mixing + sum(self._mlps)
-
-    @property
-    def _mlps(self) -> list[int]:
-        return [self.mlp.of(i).elements(self.decoder.hidden_size) for i in range(self.decoder.num_layers)]
+        return self.decoder.num_layers * self.layer_parameters
 
     @property
     def head_parameters(self) -> int:
@@ -94,7 +87,7 @@ def _of_config(config: dict[str, Any], path: Path) -> Shape:
     replaced = linearized_of(config, path)
     if replaced is not None:
         config = {**config, "model_type": config["model_type"].removeprefix(LINEARIZED)}
-    check_architecture(config.get("model_type"), path, multimodal="text_config" in config)
+    check_architecture(config, path)
     check_config(config, path)
     record = ARCHITECTURES[config["model_type"]]
     heads = config.get("num_attention_heads")
@@ -115,7 +108,7 @@ def _of_config(config: dict[str, Any], path: Path) -> Shape:
 def _of_gguf(path: Path) -> Shape:
     header = read_header(path)
     config = gguf_config(header)
-    check_architecture(config["model_type"], path)
+    check_architecture(config, path)
     heads = header.get("attention.head_count")
     found = {
         "block_count": header.get("block_count"),
@@ -162,8 +155,6 @@ def _shape(config: Mapping[str, Any], found: Mapping[str, Any], path: Path, tied
             words,
             positions,
         )
-        if not more.get("is_gguf"):
-            decoder = dataclasses.replace(decoder, **hybrid_facts(config))
     except (KeyError, TypeError, ValueError) as error:
         raise NblError(f"{path} has sizes of no decoder ({error}); fetch the model again") from error
     return Shape(decoder, mlp, tied, **more)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,9 @@ from nbl_export.files import key_of
 from nbl_export.graph.given import refuse_graph
 from nbl_export.graph.names import MANIFEST
 from nbl_export.mixers import kind_of, kinds
-from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, REFUSED, check_config, check_window
+from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, REFUSED, check_config, check_window, is_hybrid
 from nbl_export.model.checkpoint import pretrained
-from nbl_export.model.hybrids import UNSUPPORTED
+from nbl_export.records.decoder import HYBRID
 from nbl_export.records.plan import TAPS
 from nbl_export.trust.contained import check_folder, check_inside, refuse_special
 from nbl_export.trust.model_settings import CONFIG_BYTES, check_checkpoint, check_layers, read_object
@@ -145,7 +146,7 @@ def _directory_source(name: str, directory: Path, revision: str | None) -> Sourc
     replaced = linearized_of(config, directory / "config.json")
     if replaced is not None:
         config = {**config, "model_type": config["model_type"].removeprefix(LINEARIZED)}
-    check_architecture(config.get("model_type"), directory, multimodal="text_config" in config)
+    check_architecture(config, directory)
     check_config(config, directory / "config.json")
     weights = _weight_files(directory)
     check_layers(config.get("num_hidden_layers"), _names(weights), directory / "config.json")
@@ -197,10 +198,18 @@ def read_config(directory: Path) -> dict[str, Any]:
     return read_object(path, CONFIG_BYTES)
 
 
-def check_architecture(model_type: Any, where: Path, *, multimodal: bool = False) -> None:
+def check_architecture(config: Mapping[str, Any], where: Path) -> None:
+    """Refuse an architecture that is not supported, with the reason if it is known.
+
+    Args:
+        config: the content of config.json, or what a GGUF file states of it.
+    """
+    model_type = config.get("model_type")
+    if is_hybrid(config):
+        raise NblError(f"{where} is a hybrid model ({model_type}), which is not supported: {HYBRID}")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        advice = "; its language model, saved by itself, may be one of these" if multimodal else ""
-        reason = {**UNSUPPORTED, **REFUSED}.get(str(model_type))
+        advice = "; its language model, saved by itself, may be one of these" if "text_config" in config else ""
+        reason = REFUSED.get(str(model_type))
         why = "" if reason is None else f": {reason}"
         raise NblError(
             f"{where} has architecture {model_type!r}, which is not supported{why}; supported are "
@@ -266,7 +275,7 @@ def _gguf_source(name: str, file: Path) -> Source:
     if parts is not None and int(parts) > 1:
         raise NblError(f"{file} is one of {parts} parts; put them together (llama-gguf-split --merge)")
     aliases = {alias: record.name for record in ARCHITECTURES.values() for alias in record.aliases}
-    check_architecture(aliases.get(str(architecture), architecture), file)
+    check_architecture({"model_type": aliases.get(str(architecture), architecture)}, file)
     for stated in layers:  # transformers reads the key of any architecture
         check_layers(stated, names, file)
     return Source(name, file.parent, file, None, _fingerprint([file]))

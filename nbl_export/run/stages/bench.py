@@ -61,7 +61,7 @@ def run(inputs: BenchInputs, place: Place, out: Path) -> dict[str, Any]:
     )
     root = place.run.path / ("engine" if capabilities.static else "")
     token_bytes = functools.partial(spec.cache_bytes_per_token, itemsize=capabilities.cache_itemsize(inputs.precision))
-    counts = len(spec.attention_layers), len(place.plan.kept)
+    counts = spec.num_layers, len(place.plan.kept)
     variants = {
         subject: Variant(root / name, engine.open_runner, token_bytes(kept))
         for (subject, name), kept in zip(DECODERS.items(), counts, strict=True)

@@ -134,7 +134,7 @@ def _device(inputs: CalibrateInputs, place: Place) -> tuple[Any, bool]:
     sums = len(taps_of(inputs.tap)) * sums_bytes(_sizes(inputs))
     if not short and is_gpu(inputs.device.value):
         weights = 0 if inputs.model.is_loaded else float32_bytes(checkpoint)
-        if is_gpu(whole := inputs.choose.value(weights + len(spec.attention_layers) * sums)):
+        if is_gpu(whole := inputs.choose.value(weights + spec.num_layers * sums)):
             return whole, False
     device = inputs.choose.value(layer_bytes(checkpoint) + sums)
     if not short and not is_gpu(device):
@@ -161,7 +161,7 @@ def _run_layers(
     with (
         place.run.scratch() as scratch,
         place.ui.task(f"{count} tokens, layer by layer") as progress,
-        MomentsWriter(target, {**facts, "count": count}, spec.attention_layers, wanted.taps, _sizes(inputs)) as file,
+        MomentsWriter(target, {**facts, "count": count}, spec.num_layers, wanted.taps, _sizes(inputs)) as file,
     ):
         layers = collect.collect_layers(
             inputs.checkpoint.value, inputs.windows.value[0], parts, wanted, scratch, progress, device
@@ -189,8 +189,8 @@ def _facts(inputs: CalibrateInputs, batches: int, products: str) -> dict[str, An
 def _write(found: Any, path: Path, facts: dict[str, Any]) -> None:
     from nbl_export.calibrate.moments_file import MomentsWriter
 
-    with MomentsWriter(path, {**facts, "count": found.count}, found.layers, found.taps, found.sizes) as file:
-        for i in found.layers:
+    with MomentsWriter(path, {**facts, "count": found.count}, found.num_layers, found.taps, found.sizes) as file:
+        for i in range(found.num_layers):
             file.write(found.layer(i))
 
 
@@ -212,7 +212,7 @@ class _Partial:
                 file.check()
                 if file.facts["identity"] != self._facts["identity"]:
                     return 0
-                for i in file.layers:
+                for i in range(file.num_layers):
                     found.restore(i, {tap: file.sums(i, tap) for tap in file.taps})
                 return int(file.facts["done"])
         except CorruptError:

@@ -43,7 +43,7 @@ def declare(r: Resolver) -> PlanInputs | Lazy[Any]:
 
     options = r.options
     if options.fit == CHECKPOINT_FIT:
-        return Lazy([CHECKPOINT_FIT, r.fingerprint], lambda: load.load_maps(r.source, r.spec.num_layers, r.spec.others))
+        return Lazy([CHECKPOINT_FIT, r.fingerprint], lambda: load.load_maps(r.source, r.spec.num_layers))
     goal = _goal(r)
     return r.fill(
         PlanInputs,
@@ -72,7 +72,6 @@ def order_of(r: Resolver) -> OrderInputs:
         Lazy(r.saving if usual == "efficient" else None, lambda: _saved(r)),
         _given(r),
         _top(r),
-        spec.others,
     )
 
 

@@ -197,7 +197,7 @@ def conclude(
     from nbl_export.verify import ladder
 
     plan, size = place.plan, inputs.engine.value.capabilities.cache_itemsize(inputs.precision)
-    layers = {"original": len(plan.attention_layers), "nbl": len(plan.kept)}
+    layers = {"original": plan.num_layers, "nbl": len(plan.kept)}
     per_token = {subject: inputs.spec.cache_bytes_per_token(kept, size) for subject, kept in layers.items()}
     warning = warn_of_text(quality_losses)
     for row in quality_losses:

@@ -1,7 +1,6 @@
 """mobius, by the ONNX Runtime team: opset 24, fused to GroupQueryAttention and skip norms for the CPU.
 
-`corrected` sets what mobius 0.1 reads wrong from a configuration, and names the class of a type that mobius does not
-know, as the architecture's record says (`mobius`, `mobius_as`).
+`corrected` sets what mobius 0.1 reads wrong from a configuration, as the architecture's record says (`mobius`).
 """
 
 from __future__ import annotations
@@ -38,22 +37,17 @@ def build(checkpoint: Path, out: Path, precision: str) -> None:
     with captured("mobius", checkpoint), corrected(checkpoint):
         mobius_cli([*arguments, "--runtime", "ort-genai", str(out)])
     _restore_config(checkpoint, out / GENAI_CONFIG)
-    from nbl_export.targets.export.adopt_states import adopt_states
     from nbl_export.targets.export.restore_attention import restore_attention
 
     restore_attention(checkpoint, out)
-    adopt_states(out)
 
 
 @contextlib.contextmanager
 def corrected(checkpoint: Path) -> Iterator[None]:
     """Within: the configuration that mobius makes of transformers' has the settings of the architecture's record."""
-    from mobius import ArchitectureConfig, registry
+    from mobius import ArchitectureConfig
 
-    record = ARCHITECTURES[_config(checkpoint)["model_type"]]
-    settings = record.mobius
-    if record.mobius_as is not None:
-        registry.register(record.name, registry.get(record.mobius_as))
+    settings = ARCHITECTURES[_config(checkpoint)["model_type"]].mobius
     theirs = ArchitectureConfig.from_transformers
 
     def ours(config: Any, **more: Any) -> Any:

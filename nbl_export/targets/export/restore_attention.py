@@ -191,8 +191,7 @@ def _tables(config: Any, kind: str | None) -> tuple[np.ndarray, np.ndarray] | No
         return None
     classes = ARCHITECTURES[config.model_type].classes
     module = sys.modules[getattr(transformers, f"{classes}ForCausalLM").__module__]
-    names = (f"{classes}RotaryEmbedding", f"{classes}TextRotaryEmbedding")
-    rotary = next(getattr(module, name) for name in names if hasattr(module, name))(config)
+    rotary = getattr(module, f"{classes}RotaryEmbedding")(config)
     positions = torch.arange(config.max_position_embeddings)[None]
     chosen = {"layer_type": kind} if "layer_type" in inspect.signature(rotary.forward).parameters else {}
     with torch.inference_mode():

@@ -34,8 +34,6 @@ CAPABILITIES = Capabilities(
     rounded=("int8", "int4"),
     every_expert=("mobius",),
     windows=True,
-    hybrids=True,
-    recurrences=True,
     providers=tuple(PROVIDERS),
     measures_limits=True,
 )

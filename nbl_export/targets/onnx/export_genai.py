@@ -5,13 +5,11 @@ accuracy level 4 on the CPU).
 
 Patches of the GenAI builder (0.18) for models that it cannot export; verification compares the graphs with torch.
 
-SmolLM3     the builder gives a layer without rotary embedding a separate one, on positions that the graph lacks
-Qwen3.5     the builder knows the text model inside the one that sees images, and not by itself
-Qwen3-Next  the builder knows its layers as those of a Qwen3.5 with experts, where projections are apart
-Gemma 3     the builder does not read rotary settings by kind of layer, as transformers 5 has them
-OLMo        the builder makes norms of layer norms that have no weights
-GPT-OSS     the builder rounds experts from the published codes alone, which a checkpoint in floats lacks
-codes       the builder cannot join query, key and value of a quantised checkpoint without zero points into one matrix
+SmolLM3   the builder gives a layer without rotary embedding a separate one, on positions that the graph lacks
+Gemma 3   the builder does not read rotary settings by kind of layer, as transformers 5 has them
+OLMo      the builder makes norms of layer norms that have no weights
+GPT-OSS   the builder rounds experts from the published codes alone, which a checkpoint in floats lacks
+codes     the builder cannot join query, key and value of a quantised checkpoint without zero points into one matrix
 
 Rounding to int8 and int4 is patched too: the builder holds all matrices in float32 while it rounds, now it holds one.
 """
@@ -20,13 +18,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.graph.names import GRAPH_FILE
@@ -67,11 +62,9 @@ def build(checkpoint: Path, out: Path, settings: ExportSettings, provider: str =
         chosen = [*_NO_CODE, *(gpu.options_for(precision) if gpu else ()), *settings.builder_options]
         create_model(*where, **parse_extra_options(*where, chosen))
     _forget_commit(out / GRAPH_FILE)
-    from nbl_export.targets.export.adopt_states import adopt_states
     from nbl_export.targets.export.restore_attention import restore_attention
 
     restore_attention(checkpoint, out)
-    adopt_states(out)
 
 
 def _named(checkpoint: Path, scratch: Path) -> Path:
@@ -104,14 +97,9 @@ def repaired() -> Iterator[None]:
     from onnxruntime_genai.models import builder
 
     made = {"SmolLM3Model": _smollm3, "Gemma3Model": _gemma3, "OLMoModel": _olmo, "GPTOSSModel": _gpt_oss}
-    ours = {
-        **{name: make(getattr(builder, name)) for name, make in made.items()},
-        "Qwen3Model": _qwen3(builder),
-        "get_hf_details": _with_known_names(builder.get_hf_details),
-    }
     base = next(kind for kind in builder.LlamaModel.__mro__ if _PACKED in vars(kind))
     changes = [
-        *((builder, name, kind) for name, kind in ours.items()),
+        *((builder, name, make(getattr(builder, name))) for name, make in made.items()),
         (base, _PACKED, _packed(getattr(base, _PACKED))),
         (base, _ROUND, _one_by_one(getattr(base, _ROUND))),
     ]
@@ -201,70 +189,6 @@ def _take_place(node: Any, made: Any, weight: Any) -> None:
     ir.convenience.replace_nodes_and_values(whole, node, [node], nodes, node.outputs, outputs)
     if not weight.uses():
         del whole.initializers[weight.name]
-
-
-# class of a checkpoint -> the name that leads to `_qwen3`
-_KNOWN = dict.fromkeys(("Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM", "Qwen3NextForCausalLM"), "Qwen3ForCausalLM")
-
-
-def _with_known_names(theirs: Any) -> Any:
-    def details(*given: Any, **more: Any) -> Any:
-        found = theirs(*given, **more)
-        config = found["hf_config"]
-        config.architectures = [_KNOWN.get(name, name) for name in config.architectures or ()]
-        return found
-
-    return details
-
-
-def _qwen3(builder: Any) -> Any:
-    """The class of a Qwen3, or that of a text-only Qwen3.5, which the builder makes as a part of its own model.
-
-    Qwen3-Next has the layers of a Qwen3.5 with experts.
-    """
-    plain, module = builder.Qwen3Model, sys.modules[builder.Qwen35Model.__module__]
-    parts = {"qwen3_5_text": module.Qwen35TextModel, "qwen3_5_moe_text": module.Qwen35MoETextModel}
-    parts["qwen3_next"] = _qwen3_next(module.Qwen35MoETextModel)
-
-    def chosen(config: Any, *given: Any) -> Any:
-        return parts.get(config.model_type, plain)(config, *given)
-
-    return chosen
-
-
-def _qwen3_next(base: Any) -> Any:
-    class Qwen3NextModel(base):
-        def __init__(self, config: Any, *given: Any) -> None:
-            rope = config.rope_parameters
-            pairs = int(config.head_dim * rope["partial_rotary_factor"]) // 2
-            rope["mrope_section"] = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]  # of three equal positions
-            super().__init__(config, *given)
-
-        def make_linear_attention_input_proj(self, layer_id: int, attention: Any, root_input: str) -> Any:
-            _take_apart(attention)
-            return super().make_linear_attention_input_proj(layer_id, attention, root_input)
-
-    return Qwen3NextModel
-
-
-def _take_apart(attention: Any) -> None:
-    """Give it the projections of a Qwen3.5: here a head of keys has those of its values behind it."""
-    keys, size = attention.num_k_heads, attention.head_k_dim
-    heads = attention.num_v_heads // keys
-    values = heads * attention.head_v_dim
-
-    def apart(*sizes: int) -> list[Any]:
-        rows = np.arange(keys * sum(sizes)).reshape(keys, -1)
-        return [part.ravel() for part in np.split(rows, np.cumsum(sizes)[:-1], axis=1)]
-
-    query, key, value, gate = apart(size, size, values, values)
-    beta, decay = apart(heads, heads)
-    of_joined = {"qkv": np.concatenate([query, key, value]), "z": gate}
-    for joined, parts in ((attention.in_proj_qkvz, of_joined), (attention.in_proj_ba, {"b": beta, "a": decay})):
-        for name, rows in parts.items():
-            linear = type(joined)(joined.in_features, len(rows), bias=False)
-            linear.weight.data = joined.weight.data[rows]
-            setattr(attention, f"in_proj_{name}", linear)
 
 
 def _smollm3(base: Any) -> Any:

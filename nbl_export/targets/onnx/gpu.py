@@ -96,8 +96,6 @@ class GpuEngine(ort.OrtEngine):
             cross=True,
             dense_caches=self.provider.dense_caches,
             windows=False,
-            hybrids=False,
-            recurrences=False,
             measures_limits=False,
             provider=flag,
         )

@@ -46,7 +46,7 @@ def check_ir_files(directory: Path, contract: GraphContract, wanted: Wanted, ite
     Args:
         itemsize: bytes of a cache element as shipped; `contract` is of the float32 arithmetic.
     """
-    states = tuple(sorted({*wanted.spec.others, *(i for i, mixer in wanted.maps.items() if mixer.state is not None)}))
+    states = tuple(sorted(i for i, mixer in wanted.maps.items() if mixer.state is not None))
     held = (wanted.cache_layers, states)
     results = check_ir_states(wanted.subject, wanted.spec, held, contract, itemsize, wanted.logits)
     results.append(check_ir_maps(wanted.subject, directory, wanted.maps))

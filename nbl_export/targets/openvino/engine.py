@@ -38,7 +38,6 @@ CAPABILITIES = Capabilities(
     narrow=True,
     every_expert=("openvino",),
     windows=True,
-    hybrids=True,
     mapped={"openvino": _ROUNDED},
     rounded=_ROUNDED,
 )

@@ -9,11 +9,9 @@ Converts a torch decoder to an OpenVINO model whose caches are inputs and output
     input_ids [B, T], attention_mask [B, K], position_ids [B, T], past_key_values.i.{key,value} [B, Hkv, P, head]
         └─► logits [B, T, V], present.i.{key,value} [B, Hkv, P + T, head]         K = P + T
 
-    past_key_values.i.conv_state [B, D, taps - 1] ─► present.i.conv_state         of a layer with a short convolution
-
 OpenVINO's own front end converts the traced module. transformers builds masks for torch's arithmetic, so this module
 builds them, from positions and the attention mask; a layer with a sliding window gets a mask with the window. The
-caches hold all tokens. A convolution sees zeros at padding.
+caches hold all tokens.
 
 Moves the caches of a decoder into the model, as states; beams are reordered by an input beam_idx.
 
@@ -38,8 +36,7 @@ import torch
 from torch import nn
 
 from nbl_export.errors import MissingPackageError, NblError
-from nbl_export.model.architectures import attention_layers, windows_of
-from nbl_export.records.decoder import STATE_SUFFIXES
+from nbl_export.model.architectures import windows_of
 from nbl_export.targets.export.finish import add_text_files, captured
 
 __all__ = ["build"]
@@ -108,13 +105,12 @@ def _convert_tokenizer(checkpoint: Path, out: Path) -> None:
 
 
 LOWEST = torch.finfo(torch.float16).min  # of a masked score: bfloat16 and float16 hold it
-# as transformers' decoders call them
-_MASKS = ("create_causal_mask", "create_sliding_window_causal_mask", "create_recurrent_attention_mask")
+_MASKS = ("create_causal_mask", "create_sliding_window_causal_mask")  # as transformers' decoders call them
 _PAST, _PRESENT = "past_key_values.", "present."
 
 
 class _Caches:
-    """Caches as transformers' layers update them: new keys and values behind the old, and states of convolutions.
+    """Caches as transformers' layers update them: new keys and values behind the old.
 
     Args:
         pasts: by the ends of their names, such as 0.key.
@@ -130,36 +126,16 @@ class _Caches:
         self.held |= {name: torch.cat([self.held[name], new], dim=-2) for name, new in both.items()}
         return tuple(self.held[name] for name in both)
 
-    def get_conv_state(self, layer: int, **_: Any) -> torch.Tensor:
-        return self.held[f"{layer}{_CONVOLUTION}"]
-
-    def update_conv_state(self, columns: torch.Tensor, layer: int, **_: Any) -> torch.Tensor:
-        before = self.get_conv_state(layer)
-        every = torch.cat([before, columns], dim=-1)
-        self.held[f"{layer}{_CONVOLUTION}"] = every[..., -before.shape[-1] :]
-        return every
-
     def get_seq_length(self, *_: Any) -> int:
-        return int(next(past for name, past in self.held.items() if name.endswith("key")).shape[-2])
+        return int(next(iter(self.held.values())).shape[-2])
 
     def __len__(self) -> int:
-        return len({name.partition(".")[0] for name in self.held})
+        return len(self.held) // 2
 
 
-_CONVOLUTION = STATE_SUFFIXES[0]
-
-
-def _shapes_of(config: Any) -> dict[str, tuple[int, ...]]:
-    """Caches and states by the ends of their names, without batch; tokens are -1."""
-    heads, attention = config.num_key_value_heads, attention_layers(config)
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    found: dict[str, tuple[int, ...]] = {}
-    for layer in range(config.num_hidden_layers):
-        if layer in attention:
-            found |= {f"{layer}.{part}": (heads, -1, size) for part in ("key", "value")}
-        else:
-            found[f"{layer}{_CONVOLUTION}"] = (config.hidden_size, config.conv_L_cache - 1)
-    return found
+def _names_of(config: Any) -> list[str]:
+    """The ends of the names of all caches."""
+    return [f"{layer}.{part}" for layer in range(config.num_hidden_layers) for part in ("key", "value")]
 
 
 class _Step(nn.Module):
@@ -171,7 +147,7 @@ class _Step(nn.Module):
         arguments = inspect.signature(model.forward).parameters
         self._cache_name = "cache" if "cache" in arguments else "past_key_values"
         self._window = next(filter(None, windows_of(model.config)), None)
-        self._names = tuple(_shapes_of(model.config))
+        self._names = _names_of(model.config)
 
     def forward(self, input_ids: Any, attention_mask: Any, position_ids: Any, *pasts: Any) -> Any:
         caches = _Caches(dict(zip(self._names, pasts, strict=True)))
@@ -184,26 +160,22 @@ class _Step(nn.Module):
         return (out.logits, *caches.held.values())
 
 
-def _masks(ids_BT: Any, mask_BK: Any, position_BT: Any, window: int | None) -> tuple[Any, Any, Any]:
-    """Additive masks [B, 1, T, K]: of all tokens up to a token, and of those in its window, itself included.
-
-    The third is [B, T]: which new tokens are no padding.
-    """
+def _masks(ids_BT: Any, mask_BK: Any, position_BT: Any, window: int | None) -> tuple[Any, Any]:
+    """Additive masks [B, 1, T, K]: of all tokens up to a token, and of those in its window, itself included."""
     new, total = ids_BT.shape[1], mask_BK.shape[1]
     columns = torch.arange(total)
     own = torch.arange(new) + (total - new)
     seen = (columns[None, :] <= own[:, None])[None, None] & (mask_BK != 0)[:, None, None, :]
     full = torch.where(seen, 0.0, LOWEST)
-    own_BT = mask_BK[:, total - new :]
     if window is None:
-        return full, full, own_BT
+        return full, full
     place_BK = torch.cumsum(mask_BK, 1) - 1  # padding does not count as distance
     near = place_BK[:, None, None, :] > (position_BT - window)[:, None, :, None]
-    return full, torch.where(seen & near, 0.0, LOWEST), own_BT
+    return full, torch.where(seen & near, 0.0, LOWEST)
 
 
 @contextlib.contextmanager
-def _given(model: Any, masks: tuple[Any, Any, Any]) -> Iterator[None]:
+def _given(model: Any, masks: tuple[Any, Any]) -> Iterator[None]:
     """Within: the decoder's own module makes these masks instead of its own."""
     module = sys.modules[type(model.get_decoder()).__module__]
     made = {name: mask for name, mask in zip(_MASKS, masks, strict=True) if hasattr(module, name)}
@@ -222,8 +194,9 @@ def convert(model: Any) -> Any:
     _trace_experts(config)
     _compute_in_float32(model)
     batch, new, past = 2, 3, 5
-    shapes = _shapes_of(config)
-    pasts = [torch.zeros(batch, *(past if size < 0 else size for size in shape)) for shape in shapes.values()]
+    heads, names = config.num_key_value_heads, _names_of(config)
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    pasts = [torch.zeros(batch, heads, past, size) for _ in names]
     inputs: Mapping[str, torch.Tensor] = {
         "input_ids": torch.zeros(batch, new, dtype=torch.int64),
         "attention_mask": torch.ones(batch, new + past, dtype=torch.int64),
@@ -231,14 +204,14 @@ def convert(model: Any) -> Any:
     }
     with torch.no_grad():
         found = openvino.convert_model(_Step(model).eval(), example_input=(*inputs.values(), *pasts))
-    dims_of = {**dict.fromkeys(inputs, (-1,)), **{_PAST + name: shape for name, shape in shapes.items()}}
-    for port, (name, shape) in zip(found.inputs, dims_of.items(), strict=True):
+    for port, name in zip(found.inputs, [*inputs, *(_PAST + name for name in names)], strict=True):
         port.get_tensor().set_names({name})
         port.get_node().set_friendly_name(name)
         kind = openvino.Type.i64 if name in inputs else openvino.Type.f32
         port.get_node().set_element_type(kind)
-        port.get_node().set_partial_shape(openvino.PartialShape([-1, *shape]))
-    for port, name in zip(found.outputs, ["logits", *(_PRESENT + name for name in shapes)], strict=True):
+        dims = [-1, -1] if name in inputs else [-1, heads, -1, size]
+        port.get_node().set_partial_shape(openvino.PartialShape(dims))
+    for port, name in zip(found.outputs, ["logits", *(_PRESENT + name for name in names)], strict=True):
         port.get_tensor().set_names({name})
     found.validate_nodes_and_infer_types()
     _fold_sizes(found)

@@ -9,9 +9,8 @@
 
 A decoder has two states a layer. The layer is a number in the states' names, which every exporter writes, and the order
 of the graph confirms it. The join is the first addition behind the states whose other operand is an ancestor of the
-layer's keys: a mask, a bias and the epsilon of a norm are not. So names of nodes do not matter. A convolution has one
-state of constant size instead, and its join is found in the same way. The rewrite has made a layer with a short memory,
-so names of nodes lead to its join.
+layer's keys: a mask, a bias and the epsilon of a norm are not. So names of nodes do not matter. A layer with a short
+memory has one state of constant size instead. The rewrite has made that layer, so names of nodes lead to its join.
 
 Sizes of the decoder in an IR directory.
 """
@@ -202,11 +201,7 @@ class Dataflow:
             for place, value in enumerate(node.input_values()):
                 if value.get_node().get_friendly_name().startswith(prefix):
                     return Join(layer, node, place, (node, place))
-        reads, assigns = (
-            [n for n in self.nodes if n.get_type_name() == kind and self._memories.get(variable_of(n)) == layer]
-            for kind in ("ReadValue", "Assign")
-        )
-        return self._joined(layer, reads, assigns[0])[0]
+        raise RefusalError(layer, "it has a state, but its output does not meet a residual stream")
 
     def block(self, layer: int) -> Block:
         """The attention block of a layer.

@@ -125,7 +125,6 @@ def keep_last_token_ir(directory: Path) -> None:
 
 
 _GROUPS = (128, 64, 32)  # tried in this order
-_TAPS = "GroupConvolution"  # the operator of a convolution with one channel a group
 
 
 def group_size(width: int, others: tuple[int, ...] = ()) -> int:
@@ -144,9 +143,7 @@ def group_size(width: int, others: tuple[int, ...] = ()) -> int:
 
 
 def compress(model: Any, precision: str, *, group: int = 0, only_new: bool = False) -> Any:
-    """Compress the float32 matrices of a model for a precision.
-
-    Vectors stay float32: norms, biases, rotary tables, taps of convolutions.
+    """Compress the float32 matrices of a model for a precision. Vectors stay float32: norms, biases, rotary tables.
 
     Args:
         group: size of the groups of int4 codes along the inputs of a product.
@@ -164,17 +161,16 @@ def compress(model: Any, precision: str, *, group: int = 0, only_new: bool = Fal
             import nncf
     except ImportError as error:
         raise MissingPackageError("nncf", "openvino", "compressing weights") from error
-    modes, apart = nncf.CompressWeightsMode, nncf.IgnoredScope(types=[_TAPS], validate=False)
+    modes = nncf.CompressWeightsMode
     with _quiet(), kept_signal_stack():
         if precision == "int8":
-            return nncf.compress_weights(model, mode=modes.INT8_ASYM, ignored_scope=apart)
+            return nncf.compress_weights(model, mode=modes.INT8_ASYM)
         leave = nncf.AdvancedCompressionParameters(group_size_fallback_mode=nncf.GroupSizeFallbackMode.IGNORE)
         found = nncf.compress_weights(
             model, mode=modes.INT4_SYM, ratio=1.0, group_size=group, all_layers=only_new or None,
-            advanced_parameters=leave, ignored_scope=apart,
+            advanced_parameters=leave,
         )  # fmt: skip
-        # what no group divides
-        return nncf.compress_weights(found, mode=modes.INT8_ASYM, ignored_scope=apart)
+        return nncf.compress_weights(found, mode=modes.INT8_ASYM)  # what no group divides
 
 
 def _halve(model: Any) -> None:
@@ -204,10 +200,7 @@ def _is_float(node: Any, kind: str) -> bool:
 
 
 def _is_weight(node: Any) -> bool:
-    if node.get_friendly_name().startswith(TABLES):
-        return False
-    readers = {reader.get_node().get_type_name() for reader in node.output(0).get_target_inputs()}
-    return sum(dim > 1 for dim in node.get_output_shape(0)) > 1 and _TAPS not in readers
+    return sum(dim > 1 for dim in node.get_output_shape(0)) > 1 and not node.get_friendly_name().startswith(TABLES)
 
 
 @contextlib.contextmanager

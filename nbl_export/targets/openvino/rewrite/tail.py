@@ -100,10 +100,9 @@ def _take(join: Join, at: Any, name: str, batch_dims: int) -> None:
     from openvino import opset13 as ops
 
     last, data = join.last
-    columns = last.get_type_name() == "MatMul" and data == 0 and last.get_attributes()["transpose_a"]  # [B, D, T]
-    ends = ((last.input(data), TOKENS + columns), (join.join.input(1 - join.branch), TOKENS))
-    for (end, axis), title in zip(ends, ("attention", "residual"), strict=True):
-        taken = ops.gather(end.get_source_output(), at, integers(axis), batch_dims, name=f"{name}/{title}")
+    ends = (last.input(data), join.join.input(1 - join.branch))
+    for end, title in zip(ends, ("attention", "residual"), strict=True):
+        taken = ops.gather(end.get_source_output(), at, integers(TOKENS), batch_dims, name=f"{name}/{title}")
         end.replace_source_output(taken.output(0))
 
 
