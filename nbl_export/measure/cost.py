@@ -7,7 +7,7 @@ The model counts what every implementation must do. Each weight and each cached 
 keys and values are written once. A token computes the experts that it takes, and a chunk reads those that its tokens
 take together (`records.mlp`). Graphs of some sources compute every expert (`every_expert`). Norms, rotary embedding,
 softmax, the embedded row and intermediate activations are left out; they are some percent of the whole. Planning uses
-ratios of costs; `roofline` compares costs with a machine.
+ratios of costs.
 
 Tail pruning: above the last kept attention no token reads another token. If only the last token's logits are wanted,
 everything after that attention runs on one token. In the original this is o_proj and MLP of the last layer. Graphs that

@@ -1,17 +1,23 @@
-"""Two rates of this machine, which an estimate divides work by: float32 products and copies in memory."""
+"""Rates of this machine: products and copies, by which an estimate divides work, and what threads read together.
+
+Other programs that run at the same time make a rate too low.
+"""
 
 from __future__ import annotations
 
 import functools
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from nbl_export.measure.roofline import best_seconds
-
-__all__ = ["Speed", "measure_speed"]
+__all__ = ["READ_BYTES", "Speed", "best_seconds", "measure_speed", "read_bytes_per_second"]
 
 _ROWS, _WIDTH, _COPIED_BYTES, _REPETITIONS = 512, 1024, 64 << 20, 4
+READ_BYTES = 512 << 20  # more than caches hold
 
 
 @dataclass(frozen=True)
@@ -24,11 +30,37 @@ class Speed:
 
 @functools.cache  # each process measures once
 def measure_speed() -> Speed:
-    """Rates of this machine, in a tenth of a second; other programs that run at the same time make them too low."""
+    """Rates of this machine, in a tenth of a second."""
     rng = np.random.default_rng(0)
     x, weight = (rng.standard_normal(shape, np.float32) for shape in ((_ROWS, _WIDTH), (_WIDTH, _WIDTH)))
     source = np.ones(_COPIED_BYTES // 8)
     target = np.zeros_like(source)
-    product = best_seconds(lambda: x @ weight, _REPETITIONS)
-    copy = best_seconds(lambda: np.copyto(target, source), _REPETITIONS)
+    product = best_seconds(lambda: x @ weight)
+    copy = best_seconds(lambda: np.copyto(target, source))
     return Speed(2.0 * _ROWS * _WIDTH**2 / product, source.nbytes / copy)
+
+
+@functools.cache
+def read_bytes_per_second(threads: int) -> float:
+    """Bytes a second that so many threads read from memory together, in a second and `READ_BYTES` of memory."""
+    parts = np.array_split(np.ones(READ_BYTES // 8, np.int64), threads)
+
+    def read() -> None:
+        workers = [threading.Thread(target=np.bitwise_or.reduce, args=(part,)) for part in parts]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+
+    return sum(part.nbytes for part in parts) / best_seconds(read)
+
+
+def best_seconds(run: Callable[[], Any], repetitions: int = _REPETITIONS) -> float:
+    """The shortest of some runs, after one that is not counted."""
+    run()
+    seconds = []
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

@@ -28,7 +28,6 @@ class Capabilities:
         provider: ONNX Runtime's execution provider, which the exporter is told.
         providers: ONNX Runtime's other execution providers, which the engine can run with.
         windows: whether its decoders hold layers that read the last tokens alone (`--window-layers`).
-        measures_limits: whether roofs of the machine can be measured for the engine.
         proven_by: the engine that verifies the graphs; "" is the engine itself.
         reads: the form of `convert` whose files the engine runs; "" if it runs its own decoders.
     """
@@ -49,7 +48,6 @@ class Capabilities:
     providers: tuple[str, ...] = ()
     every_expert: tuple[str, ...] = ()
     windows: bool = False
-    measures_limits: bool = False
     proven_by: str = ""
     reads: str = ""
 

@@ -30,8 +30,8 @@ def speed(report: Mapping[str, Any]) -> Section:
     """What the benchmark measured, or that it measured nothing."""
     if not report["bench"]:
         return Section("Speed", (Paragraph("Speed and memory were not measured."),))
-    blocks = (_setting(report), _FIGURES, *_ratios(report), *_rates(report), *_latency(report), *_device(report),
-              *_limits(report), *_energy(report), *_sizes(report))  # fmt: skip
+    blocks = (_setting(report), _FIGURES, *_ratios(report), *_rates(report), *_reads(report), *_latency(report),
+              *_device(report), *_energy(report), *_sizes(report))  # fmt: skip
     return Section("Speed", blocks)
 
 
@@ -163,33 +163,23 @@ def _device(report: Mapping[str, Any]) -> Iterator[Block]:
     )
 
 
-def _limits(report: Mapping[str, Any]) -> Iterator[Block]:
-    limits = report["bench"].get("limits")
-    if not limits:
+def _reads(report: Mapping[str, Any]) -> Iterator[Block]:
+    """What decoding reads a second, and its share of what the machine reads; a share above all of it is left out."""
+    found = report["bench"].get("reads")
+    if not found:
         return
-    yield Heading("Share of what the machine allows")
-    columns = ("Test", "Variant", "Bound by", *Column.numbers("Tokens/s", "At most", "Share", "Model's error"))
-    yield Table.of(columns, [
-        (*_of(report, r), r["bound"], words.number(r["tokens_per_second"]), words.number(r["limit_tokens_per_second"]),
-         words.percent(r["percent"] / 100), f"{100 * r['error']:+.0f}%".replace("-", "−"))
-        for limit in limits for r in limit["rows"]
-    ])  # fmt: skip
-    for limit in limits:
-        yield Paragraph(_machine_limits(limit["rates"]))
-
-
-def _machine_limits(rates: Mapping[str, Any]) -> str:
-    products = rates["gemm_flops_per_second"].items()
-    flops = ", ".join(f"{words.number(rate / 1e9)} ({kernel})" for kernel, rate in products)
-    return (
-        f"With {rates['threads']} threads this machine multiplies matrices at {flops} GFLOP/s. "
-        f"It reads memory at {words.number(rates['read_bytes_per_second'] / 1e9)} GB/s. "
-        "Both rates were measured after the benchmark. "
-        "“At most” is the speed that these rates allow for the arithmetic or for the memory traffic of the test, "
-        "whichever is lower. "
-        "The rate of arithmetic is that of the fastest product that the precision may use. "
-        "“Model's error” is that of the cost model, which assumes one efficiency for prefill and one for decode."
+    able, threads = found["machine_bytes_per_second"], found["threads"]
+    before, after = (found["bytes_per_second"][name] for name in _VARIANTS)
+    shares = f": {words.percent(before / able)} and {words.percent(after / able)} of it"
+    yield Paragraph(
+        f"{words.test(found, swept=is_swept(report))} reads weights and caches at {_gigabytes(before)} in the original "
+        f"and {_gigabytes(after)} in NBL. With {threads} {words.plural('thread', threads)} this machine reads "
+        f"{_gigabytes(able)}, measured after the benchmark{shares if max(before, after) <= able else ''}."
     )
+
+
+def _gigabytes(rate: float) -> str:
+    return f"{words.number(rate / 1e9)} GB/s"
 
 
 def _energy(report: Mapping[str, Any]) -> Iterator[Block]:

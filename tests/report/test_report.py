@@ -259,6 +259,16 @@ CURVE: dict[str, Any] = {
 }  # fmt: skip
 
 
+def test_a_share_of_the_memory_rate_is_told_up_to_all_of_it() -> None:
+    """Weights of a small model stay in the processor's cache, so that they are read faster than memory allows."""
+    for able, end in ((30e9, ": 66.7% and 50.0% of it."), (18e9, ", measured after the benchmark.")):
+        rates = {"original": 20e9, "nbl": 15e9}
+        reads = {"test": "tg8", "depth": 0, "threads": 1, "machine_bytes_per_second": able, "bytes_per_second": rates}
+        text = Written(bench=changed(BENCH, reads=reads)).markdown
+        assert "tg8 reads weights and caches at 20.0 GB/s in the original and 15.0 GB/s in NBL. With 1 thread " in text
+        assert f"this machine reads {able / 1e9:.1f} GB/s" in text and end in text
+
+
 def test_the_curve_is_drawn_with_a_ring_at_this_runs_number(tmp_path: Path) -> None:
     render({**MANIFEST, "curve": CURVE, "select": "greedy"}, VERIFY, None, tmp_path)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nbl_export.errors import NblError
 from nbl_export.files import write_json
 from nbl_export.measure.benchmark import BenchSetting, BenchTests, side_by_side
 from nbl_export.measure.cost import CostModel, map_sizes
-from nbl_export.measure.roofline import limits_of
+from nbl_export.measure.machine_speed import READ_BYTES, read_bytes_per_second
 from nbl_export.measure.rounds import Variant
+from nbl_export.model.memory import available_bytes
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.from_json import edited
 from nbl_export.records.inputs import Lazy
+from nbl_export.records.results import Timing
 from nbl_export.run.resolve import Resolver
 from nbl_export.run.stages.common import LeftOut, Place
 from nbl_export.run_directory import BENCH_FILE, DECODERS, EVAL_FILE, VERIFY_FILE
@@ -26,7 +29,7 @@ __all__ = ["BenchInputs", "declare", "run"]
 
 @dataclass(frozen=True)
 class BenchInputs:
-    """What is measured, beside the graphs; names as in the options. limits: costs for the limits of the hardware."""
+    """What is measured, beside the graphs; names as in the options. costs: what decoding reads."""
 
     available: Lazy[Target]
     engine_name: str
@@ -35,7 +38,7 @@ class BenchInputs:
     spec: DecoderSpec
     cache_length: int
     tests: BenchTests
-    limits: Lazy[CostModel]
+    costs: Lazy[CostModel]
 
 
 def declare(r: Resolver) -> BenchInputs | LeftOut:
@@ -44,7 +47,7 @@ def declare(r: Resolver) -> BenchInputs | LeftOut:
         found = r.engine.probe_run()
         if not found.available:
             return LeftOut(f"the graphs do not run on this machine: {found.reason}")
-    return r.fill(BenchInputs, tests=r.fill(BenchTests), limits=Lazy(None, lambda: r.cost.value))
+    return r.fill(BenchInputs, tests=r.fill(BenchTests), costs=Lazy(None, lambda: r.cost.value))
 
 
 def run(inputs: BenchInputs, place: Place, out: Path) -> dict[str, Any]:
@@ -71,14 +74,32 @@ def run(inputs: BenchInputs, place: Place, out: Path) -> dict[str, Any]:
     said = {subject: engine.arithmetic(variant.directory) for subject, variant in variants.items()}
     arithmetic = {"arithmetic": said} if any(said.values()) else {}
     slots = {"slots": inputs.cache_length} if capabilities.static else {}
-    write_json(out / BENCH_FILE, {**result, **_limits(inputs, place, result), **arithmetic, **slots})
+    reads = {} if setting.gpu else _reads(inputs, place, result)
+    write_json(out / BENCH_FILE, {**result, **reads, **arithmetic, **slots})
     return {"status": place.verdict}
 
 
-def _limits(inputs: BenchInputs, place: Place, bench: Mapping[str, Any]) -> dict[str, Any]:
-    if not inputs.available.value.capabilities.measures_limits:
+def _reads(inputs: BenchInputs, place: Place, bench: Mapping[str, Any]) -> dict[str, Any]:
+    """Bytes of weights and caches that the first decode test reads a second, and what this machine can read.
+
+    Empty if the costs of the decoder are unknown, or if memory is short.
+    """
+    decoded = [t for t in map(Timing.from_json, bench["timings"]) if t.scenario.kind == "tg" and t.scenario.batch == 1]
+    if not decoded or available_bytes() < 4 * READ_BYTES:  # the measurement would make a small machine swap
         return {}
-    return limits_of(bench, lambda: inputs.limits.value, map_sizes(place.maps()), inputs.precision)
+    try:
+        costs = inputs.costs.value
+    except NblError:  # the checkpoint is gone, or its configuration does not state the width of its MLP
+        return {}
+    first, maps = decoded[0].scenario, map_sizes(place.maps())
+    threads = first.threads or inputs.available.value.default_threads()
+    middle = first.depth + first.tokens // 2
+    rates = {
+        t.variant: t.median * costs.decode({} if t.variant == "original" else maps, middle).bytes
+        for t in decoded if t.scenario == first
+    }  # fmt: skip
+    able = {"threads": threads, "machine_bytes_per_second": read_bytes_per_second(threads)}
+    return {"reads": {**first.facts(), **able, "bytes_per_second": rates}}
 
 
 # -- report ----------------------------------------------------------------------------------------------------

@@ -35,7 +35,6 @@ CAPABILITIES = Capabilities(
     every_expert=("mobius",),
     windows=True,
     providers=tuple(PROVIDERS),
-    measures_limits=True,
 )
 
 

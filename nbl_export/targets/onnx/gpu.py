@@ -96,7 +96,6 @@ class GpuEngine(ort.OrtEngine):
             cross=True,
             dense_caches=self.provider.dense_caches,
             windows=False,
-            measures_limits=False,
             provider=flag,
         )
 
