@@ -30,14 +30,15 @@ from nbl_export.targets.openvino.ir.files import ordered, read_ir
 from tests.exports import build_decoder
 from tests.tiny import ARCHITECTURES, LAYERS, made_by, random_map, save_checkpoint
 
-__all__ = ["CASES", "HERE", "header", "render_all", "render_graph"]
+__all__ = ["CASES", "HERE", "export_case", "header", "render_all", "render_case", "render_graph"]
+
+Case = tuple[str, str, str]  # architecture, decoder source, precision
 
 HERE = Path(__file__).parent
 REPLACED = (1,)
 PLAN, MAPS = Plan(LAYERS, REPLACED), {i: random_map(i) for i in REPLACED}
 RENDERED = ("qwen2", "qwen3", "phi3", "gemma2", "gemma3", "olmo2", "smollm3", "granite")  # beside ARCHITECTURES
-# (architecture, decoder source, precision)
-CASES = (
+CASES: tuple[Case, ...] = (
     *((a, s, "fp32") for a in ARCHITECTURES for s in ("genai", "mobius")),
     *((a, s, "fp32") for s in ("genai", "mobius") for a in made_by(s) if a in RENDERED),
     ("llama", "genai", "int4"),
@@ -122,26 +123,39 @@ def _attribute(attribute: ir.Attr) -> str:
     return str(round(attribute.value, 9) if isinstance(attribute.value, float) else attribute.value)
 
 
+def export_case(case: Case, scratch: Path) -> Path:
+    """The original decoder of a case."""
+    architecture, source, precision = case
+    out, checkpoint = scratch / "-".join(case), scratch / architecture
+    if not checkpoint.exists():
+        save_checkpoint(architecture, checkpoint)
+    build_decoder(source, checkpoint, out, precision, cache_length=_SLOTS)
+    return out
+
+
+def render_case(case: Case, original: Path, scratch: Path) -> dict[str, str]:
+    """File name -> text, for a case before and after the rewrite."""
+    architecture, source, precision = case
+    stem = f"{architecture}-{source}" + ("" if precision == "fp32" else f"-{precision}")
+    names = [f"{stem}-{name}.txt" for name in ("original", "nbl")]
+    if source == "openvino":
+        nbl = scratch / f"{stem}-nbl"
+        exporter_of(source).linearize(original, nbl, PLAN, MAPS)
+        texts = [render_ir(read_ir(directory)) for directory in (original, nbl)]
+    else:
+        model = ir.load(original / _FILE[source])
+        before = render_graph(model)
+        rewrite_model(model, PLAN, MAPS)
+        texts = [before, render_graph(model)]
+    return {name: f"{header(source)}\n{text}" for name, text in zip(names, texts, strict=True)}
+
+
 def render_all() -> dict[str, str]:
     """File name -> text, for every case before and after the rewrite."""
-    files = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        for architecture, source, precision in CASES:
-            checkpoint = Path(scratch) / architecture
-            if not checkpoint.exists():
-                save_checkpoint(architecture, checkpoint)
-            out = Path(scratch) / f"{architecture}-{source}-{precision}"
-            build_decoder(source, checkpoint, out, precision, cache_length=_SLOTS)
-            stem = f"{architecture}-{source}" + ("" if precision == "fp32" else f"-{precision}")
-            if source == "openvino":
-                exporter_of(source).linearize(out, out.with_name(f"{out.name}-nbl"), PLAN, MAPS)
-                for name, directory in (("original", out), ("nbl", out.with_name(f"{out.name}-nbl"))):
-                    files[f"{stem}-{name}.txt"] = f"{header(source)}\n{render_ir(read_ir(directory))}"
-                continue
-            model = ir.load(out / _FILE[source])
-            files[f"{stem}-original.txt"] = f"{header(source)}\n{render_graph(model)}"
-            rewrite_model(model, PLAN, MAPS)
-            files[f"{stem}-nbl.txt"] = f"{header(source)}\n{render_graph(model)}"
+    files: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as name:
+        for case in CASES:
+            files |= render_case(case, export_case(case, Path(name)), Path(name))
     return files
 
 

@@ -84,7 +84,7 @@ def _place(item: pytest.Item) -> int:
 _JOBS = {"finished", "run", "same"}
 _BEYOND = re.compile(
     r"subprocess|in_new_process|ForkServer|\bChild\b|\bnbl\(|verify_tiny|lm_eval"
-    r"|targets\.(openvino|tensorrt)|import openvino"
+    r"|FakeHub|FakeDatasets|targets\.(openvino|tensorrt)|import openvino"
 )
 
 

@@ -4,50 +4,55 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
 
 RENDER = Path(__file__).parent.parent / "graphs" / "render.py"
+_SPEC = importlib.util.spec_from_file_location("nbl_graphs_render", RENDER)
+assert _SPEC is not None and _SPEC.loader is not None
+render: Any = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(render)
 
 
 @pytest.fixture(scope="module")
-def render() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("nbl_graphs_render", RENDER)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def rendered(exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, str]]:
+    """case -> its texts; the static form has caches of its own size."""
+
+    def make(case: tuple[str, str, str]) -> dict[str, str]:
+        scratch = tmp_path_factory.mktemp("rendered")
+        original = render.export_case(case, scratch) if case[1] == "static" else exported(*case)
+        found: dict[str, str] = render.render_case(case, original, scratch)
+        return found
+
+    return make
 
 
-@pytest.fixture(scope="module")
-def rendered(render: ModuleType) -> dict[str, str]:
-    texts: dict[str, str] = render.render_all()
-    return texts
-
-
-def test_golden_text(render: ModuleType, rendered: dict[str, str]) -> None:
-    compared, other = 0, set()
-    for name, text in rendered.items():
+@pytest.mark.parametrize("case", render.CASES, ids="-".join)
+def test_golden_text(case: tuple[str, str, str], rendered: Callable[..., dict[str, str]]) -> None:
+    if case[1] == "openvino":
+        pytest.importorskip("openvino")
+    for name, text in rendered(case).items():
         golden = (RENDER.parent / name).read_text(encoding="utf-8")
         if golden.splitlines()[0] != text.splitlines()[0]:
-            other.add(f"{name} was made with {golden.splitlines()[0][2:]}, installed is {text.splitlines()[0][2:]}")
-            continue
-        compared += 1
+            made, installed = golden.splitlines()[0][2:], text.splitlines()[0][2:]
+            pytest.skip(f"{name} was made with {made}, installed is {installed}")
         change = list(difflib.unified_diff(golden.splitlines(), text.splitlines(), name, "now", lineterm="", n=1))
         assert not change, "graph changed; if it should have, run: python graphs/render.py\n" + "\n".join(change)
-    if not compared:
-        pytest.skip("other exporter versions than the golden text's: " + "; ".join(sorted(other)))
 
 
-def test_no_stale_golden_files(rendered: dict[str, str]) -> None:
-    assert {p.name for p in RENDER.parent.glob("*.txt")} == set(rendered)
+def test_no_stale_golden_files() -> None:
+    stems = ["-".join(case).removesuffix("-fp32") for case in render.CASES]
+    assert {path.name for path in RENDER.parent.glob("*.txt")} == {
+        f"{s}-{n}.txt" for s in stems for n in ("original", "nbl")
+    }
 
 
-def test_bypass_costs_two_nodes_and_saves_the_block(rendered: dict[str, str]) -> None:
+def test_bypass_costs_two_nodes_and_saves_the_block(rendered: Callable[..., dict[str, str]]) -> None:
     """GenAI graph: norm+qkv+attention+o_proj go (the norm's residual sum stays as Add), MatMul and Add come."""
-    before, after = (rendered[f"llama-genai-{v}.txt"].splitlines() for v in ("original", "nbl"))
+    before, after = (text.splitlines() for text in rendered(("llama", "genai", "fp32")).values())
 
     def count(lines: list[str], op: str) -> int:
         return sum(line.startswith(f"{op}(") for line in lines)
