@@ -55,6 +55,7 @@ TABLES: Mapping[str, Table] = {
     "gguf": serving.gguf,
     "gguf-speeds": serving.gguf_speeds,
     "vllm": serving.vllm,
+    "ngram": serving.ngram,
     "plans": serving.plans,
     "stages": second.stages,
     "taken": second.taken,

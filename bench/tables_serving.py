@@ -63,3 +63,16 @@ def plans(read: Read) -> Rows:
             f"{row['peak_memory_bytes'] / 1e9:.2f} GB", "yes" if row["capturable"] else "no",
         ))  # fmt: skip
     return rows
+
+
+def ngram(read: Read) -> Rows:
+    """N-gram decoding over plain decoding in ONNX Runtime GenAI, by kind of prompt."""
+    rows = read("ngram-smollm2")["rows"]
+    parts = {"prefill": "prefill", "decode": "decode", "answer": "whole answer"}
+    titles = (f"SmolLM2, float32 ({level([rows[0]['answer_processor']])})", "equal answers", "proposals accepted")
+    found: Rows = [(*titles, *parts.values(), "whole answer, wall clock"), "lrrrrrr"]
+    for row in rows:
+        ratios = (cell(row[key]) for key in (*(f"{part}_processor" for part in parts), "answer_wall"))
+        accepted = f"{100 * row['accepted'] / row['proposed']:.0f}%"
+        found.append((row["kind"], f"{row['equal']} of {row['prompts']}", accepted, *ratios))
+    return found
