@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from nbl_export.errors import NblError
-from nbl_export.evaluation.lm import find_graph
 from nbl_export.evaluation.scorer import GraphScorer, Request
 from nbl_export.mixers.linear import Linear
 from nbl_export.verify.ladder import TOLERANCES
 
 from ..tiny import VOCAB
 
+lm = pytest.importorskip("nbl_export.evaluation.lm", reason="lm-evaluation-harness is not installed")
 LIMIT = 2 * TOLERANCES["fp32"].limit  # a log softmax moves by at most twice what its logits move by
 
 
@@ -38,7 +38,7 @@ REQUESTS = (
 
 @pytest.fixture(scope="module")
 def scorers(genai_dirs: dict[str, Path]) -> dict[str, GraphScorer]:
-    return {name: GraphScorer(find_graph(path).open(1), 512) for name, path in genai_dirs.items()}
+    return {name: GraphScorer(lm.find_graph(path).open(1), 512) for name, path in genai_dirs.items()}
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_the_variants_differ_by_far_more_than_the_limit(scorers: dict[str, Graph
 def test_a_request_that_is_too_long_loses_its_beginning(
     genai_dirs: dict[str, Path], scorers: dict[str, GraphScorer]
 ) -> None:
-    short = GraphScorer(find_graph(genai_dirs["nbl"]).open(1), 16)
+    short = GraphScorer(lm.find_graph(genai_dirs["nbl"]).open(1), 16)
     (cut,) = short.score([Request(CONTEXT, ids(3, 5))])
     (same,) = scorers["nbl"].score([Request(CONTEXT[-12:], ids(3, 5))])
     assert cut.loglikelihood == pytest.approx(same.loglikelihood, abs=1e-4)

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from nbl_export.errors import CorruptError, NblError
-from nbl_export.evaluation.lm import find_graph
 from nbl_export.options.options import JobOptions
 from nbl_export.publish.card import _line, check_publishable
 from nbl_export.run.deployed import locate, open_finished
@@ -42,7 +41,7 @@ SPEAKERS: dict[str, Callable[[Path], Any]] = {
     "generate": locate,
     "convert": finished,
     "card": lambda path: check_publishable(RunDirectory.peek(path), force=False),
-    "eval": lambda path: find_graph(path),
+    "eval": lambda path: pytest.importorskip("nbl_export.evaluation.lm").find_graph(path),
 }
 
 
