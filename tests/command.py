@@ -18,17 +18,9 @@ from pathlib import Path
 from unittest import mock
 
 __all__ = [
-    "BARE",
-    "SHORT_PARTS",
-    "TINY",
-    "Outcome",
-    "assert_refused",
-    "configured",
-    "in_new_process",
-    "nbl",
-    "snapshot",
+    "BARE", "SHORT_PARTS", "TINY", "Outcome", "assert_refused", "configured", "in_new_process", "nbl", "snapshot",
     "stage_lines",
-]
+]  # fmt: skip
 
 # A run that is as small as the options allow: a few seconds.
 _BENCH = {

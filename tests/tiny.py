@@ -17,28 +17,10 @@ from nbl_export.model.architecture_record import Architecture
 from nbl_export.model.architectures import ARCHITECTURES as RECORDS
 
 __all__ = [
-    "ARCHITECTURES",
-    "END_IDS",
-    "EPSILON",
-    "EVERY",
-    "HEADS",
-    "HEAD_DIM",
-    "HIDDEN",
-    "INNER",
-    "KINDS",
-    "KV_HEADS",
-    "LAYERS",
-    "SPLIT",
-    "VARIANTS",
-    "VOCAB",
-    "cases",
-    "made_by",
-    "random_map",
-    "record_of",
-    "save_checkpoint",
-    "save_gguf",
-    "stdlib_text",
-]
+    "ARCHITECTURES", "END_IDS", "EPSILON", "EVERY", "HEADS", "HEAD_DIM", "HIDDEN", "INNER", "KINDS", "KV_HEADS",
+    "LAYERS", "SPLIT", "VARIANTS", "VOCAB", "cases", "made_by", "random_map", "record_of", "save_checkpoint",
+    "save_gguf", "stdlib_text",
+]  # fmt: skip
 
 # Every size differs from every other, and the root of the hidden size is no short number: what takes one size for
 # another, or rounds, is then wrong. All are multiples of 32, the smallest block of codes.
@@ -50,43 +32,11 @@ END_IDS = (1, 260)  # of end of text
 ARCHITECTURES = ("llama", "mistral", "mistral-window")
 # All that the tool takes, each once, and variants of which an exporter could lose something.
 EVERY = (
-    "llama",
-    "mistral-window",
-    "qwen2",
-    "qwen3",
-    "phi3",
-    "gemma2",
-    "gemma3",
-    "olmo2",
-    "smollm3",
-    "granite",
-    "granitemoehybrid",
-    "olmo",
-    "olmo3",
-    "ministral",
-    "ministral3",
-    "nemotron",
-    "ernie4_5",
-    "hunyuan",
-    "glm",
-    "glm4",
-    "exaone4",
-    "seed_oss",
-    "apertus",
-    "stablelm",
-    "starcoder2",
-    "gemma",
-    "arcee",
-    "helium",
-    "cwm",
-    "qwen3_moe",
-    "qwen2_moe",
-    "olmoe",
-    "granitemoe",
-    "gpt_oss",
-    "phimoe",
-    "mixtral",
-)
+    "llama", "mistral-window", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "olmo2", "smollm3", "granite",
+    "granitemoehybrid", "olmo", "olmo3", "ministral", "ministral3", "nemotron", "ernie4_5", "hunyuan", "glm", "glm4",
+    "exaone4", "seed_oss", "apertus", "stablelm", "starcoder2", "gemma", "arcee", "helium", "cwm", "qwen3_moe",
+    "qwen2_moe", "olmoe", "granitemoe", "gpt_oss", "phimoe", "mixtral",
+)  # fmt: skip
 VARIANTS = ("mistral", "llama3", "llama-linear", "llama-yarn", "llama-bias", "qwen2-window", "phi3-window", "phi4-mini",
             "phi3-long")  # fmt: skip
 

@@ -157,15 +157,9 @@ def test_the_recorded_command_has_every_option_that_is_not_the_default() -> None
         default = next(f.default for f in dataclasses.fields(JobOptions) if f.name == name)
         kind = "tuple" if isinstance(default, tuple) else type(default).__name__
         chosen = {
-            "tap": "normed",
-            "fit": "drop",
-            "select": "cca",
-            "logits": "all",
-            "distill_minutes": 0.5,
-            "compute_dtype": "float32",
-            "device": "cpu",
-            "maps": "linear",
-        }
+            "tap": "normed", "fit": "drop", "select": "cca", "logits": "all", "distill_minutes": 0.5,
+            "compute_dtype": "float32", "device": "cpu", "maps": "linear",
+        }  # fmt: skip
         value = (5, 6) if said.numbers else chosen.get(name, changed.get(kind, 7 if said.least is not None else "7"))
         given: dict[str, Any] = {name: value}
         options = dataclasses.replace(JobOptions("m"), **given)

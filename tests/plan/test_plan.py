@@ -35,20 +35,12 @@ def test_layers_are_read(text: str, expected: int | tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("30", "at least one stays"),
-        ("0-29", "at least one stays"),
-        ("31", "at least one stays"),
-        ("1,30", "layer 30 does not exist"),
-        ("1,1", "layer 1 is named twice"),
-        ("3-5,4", "layer 4 is named twice"),
-        ("-1", "is not a layer"),
-        ("5-3", "runs backwards"),
-        ("a", "is not a layer"),
-        ("1,,2", "is not a layer"),
-        ("", "is not a layer"),
-        ("1.5", "is not a layer"),
+        ("30", "at least one stays"), ("0-29", "at least one stays"), ("31", "at least one stays"),
+        ("1,30", "layer 30 does not exist"), ("1,1", "layer 1 is named twice"), ("3-5,4", "layer 4 is named twice"),
+        ("-1", "is not a layer"), ("5-3", "runs backwards"), ("a", "is not a layer"), ("1,,2", "is not a layer"),
+        ("", "is not a layer"), ("1.5", "is not a layer"),
     ],
-)
+)  # fmt: skip
 def test_bad_layers_are_refused(text: str, message: str) -> None:
     with pytest.raises(NblError, match=message):
         parse_layers(text, 30)

@@ -43,13 +43,8 @@ atexit.register(lambda: sys.stderr.write(",".join({"torch", "transformers", "onn
     assert found["parameters"] == 8029995008
     assert found["options"]["precision"] == "int4"
     assert [stage["stage"] for stage in found["stages"]] == [
-        "calibrate",
-        "plan",
-        "decoder",
-        "rewrite",
-        "verify",
-        "bench",
-    ]
+        "calibrate", "plan", "decoder", "rewrite", "verify", "bench",
+    ]  # fmt: skip
     assert found["seconds"] == pytest.approx(sum(stage["seconds"] for stage in found["stages"]))
     assert found["peak_bytes"] == max(stage["peak_bytes"] for stage in found["stages"])
     assert found["disk_bytes"] == pytest.approx(sum(stage["disk_bytes"] for stage in found["stages"]))

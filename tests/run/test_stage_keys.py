@@ -125,15 +125,11 @@ def test_what_a_goal_counts_is_in_the_key_of_the_plan(option: str, goal: dict[st
 @pytest.mark.parametrize(
     ("stage", "given", "same"),
     [
-        ("decoder", {}, {"tap": "normed"}),
-        ("decoder", {}, {"max_seq_len": 128}),
-        ("build", {}, {"max_batch": 1}),
-        ("build", {}, {"prefill_chunk": 512}),
-        ("plan", {}, {"precision": "int8"}),
-        ("verify", {}, {"threads": (2,)}),
+        ("decoder", {}, {"tap": "normed"}), ("decoder", {}, {"max_seq_len": 128}), ("build", {}, {"max_batch": 1}),
+        ("build", {}, {"prefill_chunk": 512}), ("plan", {}, {"precision": "int8"}), ("verify", {}, {"threads": (2,)}),
         ("verify", {}, {"device": "cpu"}),
     ],
-)
+)  # fmt: skip
 def test_what_changes_nothing_in_a_stage_is_not_in_its_key(
     stage: str, given: dict[str, Any], same: dict[str, Any], key_of_stage: Any
 ) -> None:

@@ -43,18 +43,9 @@ def model(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="session")
 def command(model: Path, text: Path) -> tuple[object, ...]:
     return (
-        "--model",
-        model,
-        "--calibration",
-        text,
-        *SMALL,
-        "--engine",
-        "trt-rtx",
-        "--layers",
-        "1",
-        "--max-seq-len",
+        "--model", model, "--calibration", text, *SMALL, "--engine", "trt-rtx", "--layers", "1", "--max-seq-len",
         SLOTS,
-    )
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -135,14 +126,8 @@ def test_accept_passes_on_a_stand_in(run: Path) -> None:
     found = accepting.accept(run, Ui(quiet=True), look=here, find=stand_in)
     assert found["status"] == "passed", found
     assert {check["check"] for check in found["checks"]} == {
-        "structure",
-        "original",
-        "nbl",
-        "text",
-        "last_token",
-        "slots",
-        "clock",
-    }
+        "structure", "original", "nbl", "text", "last_token", "slots", "clock",
+    }  # fmt: skip
     rows = {check["detail"] for check in found["checks"] if check["check"] == "nbl"}
     assert f"one sequence of {SLOTS} tokens" in rows
 

@@ -57,13 +57,9 @@ def test_a_weight_that_is_held_or_was_infinite_before_is_kept(
 def test_logits_that_are_not_finite_are_no_text(wrong: float) -> None:
     logits = np.array([[[0.5, wrong, 2.0]]], np.float32)
     session: Any = SimpleNamespace(
-        cache_length=8,
-        chunk=4,
-        widths=(4,),
-        contract=SimpleNamespace(inputs=()),
-        begin=lambda _batch: None,
+        cache_length=8, chunk=4, widths=(4,), contract=SimpleNamespace(inputs=()), begin=lambda _batch: None,
         run=lambda *_: logits,
-    )
+    )  # fmt: skip
     runner = StaticRunner(session, Path("engine"))
     with pytest.raises(NblError, match=r"engine gives logits that are not finite: .* --precision bf16"):
         runner.greedy([3], 2)

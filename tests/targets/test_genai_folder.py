@@ -80,17 +80,9 @@ def test_a_library_beside_the_model_is_not_loaded(
     words = {
         "generate": ("generate", folder, "x", "--max-new-tokens", 1),
         "bench": (
-            "bench",
-            folder,
-            genai_dirs["original"],
-            "--repetitions",
-            1,
-            "--prompt-tokens",
-            8,
-            "--generate-tokens",
-            2,
+            "bench", folder, genai_dirs["original"], "--repetitions", 1, "--prompt-tokens", 8, "--generate-tokens", 2,
         ),
-    }
+    }  # fmt: skip
     done = nbl(*words[command])
     assert_refused(done, 1, folder / "genai_config.json", "model.decoder.session_options.custom_ops_library", "remove")
     assert not (tmp_path / "marker").exists()

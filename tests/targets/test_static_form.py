@@ -314,14 +314,10 @@ def cap(model: ir.Model) -> None:
 @pytest.mark.parametrize(
     ("misform", "reason"),
     [
-        (contrib, "not a standard operator"),
-        (causal, "not an Attention of"),
-        (drop_mask, "not an Attention of"),
-        (foreign_present, "scattered in"),
-        (unread, "no node reads its input spare"),
-        (cap, "soft-caps"),
+        (contrib, "not a standard operator"), (causal, "not an Attention of"), (drop_mask, "not an Attention of"),
+        (foreign_present, "scattered in"), (unread, "no node reads its input spare"), (cap, "soft-caps"),
     ],
-)
+)  # fmt: skip
 def test_the_law_refuses(misform: Callable[[ir.Model], None], reason: str, form: Form) -> None:
     model = form("llama")
     assert not CheckForm()(model).modified

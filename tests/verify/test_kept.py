@@ -34,13 +34,9 @@ def made(seed: int = 0) -> Reference:
         return rng.standard_normal(shape).astype(np.float32)
 
     return Reference(
-        (normal(3, 7), normal(2, 7)),
-        (normal(3), normal(2)),
-        ((1, 2, 3),),
-        ((0.1, 0.2, 1 / 3),),
-        normal(4, 7),
+        (normal(3, 7), normal(2, 7)), (normal(3), normal(2)), ((1, 2, 3),), ((0.1, 0.2, 1 / 3),), normal(4, 7),
         normal(4),
-    )
+    )  # fmt: skip
 
 
 def same(one: Reference, other: Reference) -> bool:
