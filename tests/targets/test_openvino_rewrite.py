@@ -22,7 +22,7 @@ from nbl_export.targets.openvino.ir.anatomy import states_of
 from nbl_export.targets.openvino.ir.files import precision_of, read_ir, save_ir, stored_matrices
 from nbl_export.targets.openvino.session import IrDecoder
 
-from ..tiny import HIDDEN, LAYERS, VOCAB, cases, made_by, random_map
+from ..tiny import HIDDEN, LAYERS, VOCAB, made_by, random_map
 
 SUBSETS = [s for n in (1, 2) for s in itertools.combinations(range(LAYERS), n)]
 IDS = np.random.default_rng(3).integers(2, VOCAB, (2, 40))
@@ -30,7 +30,8 @@ LENGTHS = (24, 17)
 STEPS = 6
 
 
-OTHERS = [a for a in made_by("openvino") if a != "llama"]
+FEW = ("mistral-window", "olmo2", "granite", "gpt_oss")  # a window, a norm behind attention, multipliers, experts
+OTHERS = [pytest.param(a, marks=() if a in FEW else pytest.mark.fuzz) for a in made_by("openvino") if a != "llama"]
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +113,7 @@ def test_every_subset_keeps_parity(
     assert len(read_ir(out).get_sinks()) == 2 * (LAYERS - len(replaced))
 
 
-@pytest.mark.parametrize("architecture", cases(OTHERS))
+@pytest.mark.parametrize("architecture", OTHERS)
 def test_every_architecture_keeps_parity(
     pair: Callable[..., tuple[Path, Path]], checkpoint: Callable[[str], Path], architecture: str
 ) -> None:
