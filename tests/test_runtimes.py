@@ -100,7 +100,7 @@ def test_javascript_packages_are_pinned() -> None:
     assert all("resolved" not in entry for entry in locked.values())
 
 
-@pytest.mark.real
+@pytest.mark.fuzz
 def test_the_command_prints_the_table(genai_dirs: dict[str, Path], tmp_path: Path) -> None:
     """All rows, on the tiny model: those installed here agree, the others say what is missing."""
     done = subprocess.run(
