@@ -50,14 +50,6 @@ def test_a_changed_figure_is_found(copy: Path, name: str, figure: str) -> None:
     assert f"+ {row}" in done.stderr
 
 
-def test_a_table_without_markers_is_found(copy: Path) -> None:
-    page = copy / "docs" / "results" / "jobs.md"
-    page.write_text(page.read_text(encoding="utf-8").replace("<!-- demo -->\n", ""), encoding="utf-8")
-    done = check(copy)
-    assert done.returncode == 1
-    assert "one pair of markers for demo" in done.stderr
-
-
 def test_scripts_that_they_name_are_there() -> None:
     text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
     scripts = re.findall(r"python ((?:bench|tests)/[\w/]+\.py)", text)
