@@ -35,7 +35,7 @@ WINDOWS = torch.arange(8 * 64).view(8, 64)
 class Collected:
     """Stands in for the sums of a model with one layer."""
 
-    layers, size, sizes, count = (0,), 2, (2, 2), 64
+    num_layers, size, sizes, count = 1, 2, (2, 2), 64
 
     def __init__(self, taps: list[str]) -> None:
         self.taps, self.restored = taps, 0
