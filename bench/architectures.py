@@ -145,10 +145,10 @@ def static_form(precision: str, checkpoint: Path, text: Path, run: Path) -> dict
 
     ids = load_tokenizer(checkpoint).encode(text.read_text())[: 16 * 64]
     moments = collect(load_model(checkpoint), torch.tensor(ids).view(16, 64), lambda *_: None)["residual"]
-    plan = Plan(LAYERS, (0, 1))
-    maps = {i: Linear(*fit(moments[i], i)) for i in plan.replaced}
-    rewrite(run / "original", run / "model", plan, maps, dense=True)
-    found: dict[str, Any] = {"replaced_layers": list(plan.replaced)}
+    plan = Plan.of(LAYERS, dict.fromkeys((0, 1), "linear"))
+    maps = {i: Linear(*fit(moments[i], i)) for i in plan.layers}
+    rewrite(run / "original", run / "model", maps, plan.tap, dense=True)
+    found: dict[str, Any] = {"replaced_layers": list(plan.layers)}
     for subject, name, chosen in (("original", "original", None), ("nbl", "model", maps)):
         directory = run / name
         if precision == "int4":
@@ -177,7 +177,7 @@ def every_subset(source: str, precision: str, checkpoint: Path, run: Path) -> di
     for chosen in (s for count in range(len(layers)) for s in itertools.combinations(layers, count)):
         maps, directory = {i: random_map(i) for i in chosen}, run / ("original" if not chosen else str(chosen))
         if chosen:
-            target.linearize(run / "original", directory, Plan(spec.num_layers, chosen), maps)
+            target.linearize(run / "original", directory, maps)
         apart[chosen] = worst(_opened(source, directory, spec.head_dim), _with_random_maps(checkpoint, chosen))
     found = {"original": apart.pop(()), "nbl": max(apart.values())}
     status = "parity" if max(found.values()) < PARITY else "parity failed"

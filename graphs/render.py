@@ -22,13 +22,12 @@ import onnx_ir as ir
 
 from nbl_export.graph.names import GRAPH_FILE, STATIC_GRAPH_FILE
 from nbl_export.records.decoder import TensorInfo
-from nbl_export.records.plan import Plan
 from nbl_export.rewrite import contract_of, rewrite_model
 from nbl_export.targets import exporter_of
 from nbl_export.targets.openvino.ir.anatomy import states_of
 from nbl_export.targets.openvino.ir.files import ordered, read_ir
 from tests.exports import build_decoder
-from tests.tiny import ARCHITECTURES, LAYERS, made_by, random_map, save_checkpoint
+from tests.tiny import ARCHITECTURES, made_by, random_map, save_checkpoint
 
 __all__ = ["CASES", "HERE", "export_case", "header", "render_all", "render_case", "render_graph"]
 
@@ -36,7 +35,7 @@ Case = tuple[str, str, str]  # architecture, decoder source, precision
 
 HERE = Path(__file__).parent
 REPLACED = (1,)
-PLAN, MAPS = Plan(LAYERS, REPLACED), {i: random_map(i) for i in REPLACED}
+MAPS = {i: random_map(i) for i in REPLACED}
 RENDERED = ("qwen2", "qwen3", "phi3", "gemma2", "gemma3", "olmo2", "smollm3", "granite")  # beside ARCHITECTURES
 CASES: tuple[Case, ...] = (
     *((a, s, "fp32") for a in ARCHITECTURES for s in ("genai", "mobius")),
@@ -140,12 +139,12 @@ def render_case(case: Case, original: Path, scratch: Path) -> dict[str, str]:
     names = [f"{stem}-{name}.txt" for name in ("original", "nbl")]
     if source == "openvino":
         nbl = scratch / f"{stem}-nbl"
-        exporter_of(source).linearize(original, nbl, PLAN, MAPS)
+        exporter_of(source).linearize(original, nbl, MAPS)
         texts = [render_ir(read_ir(directory)) for directory in (original, nbl)]
     else:
         model = ir.load(original / _FILE[source])
         before = render_graph(model)
-        rewrite_model(model, PLAN, MAPS)
+        rewrite_model(model, MAPS)
         texts = [before, render_graph(model)]
     return {name: f"{header(source)}\n{text}" for name, text in zip(names, texts, strict=True)}
 

@@ -334,9 +334,9 @@ def _check_manifest(manifest: Any) -> None:
     if "plan" in manifest["stages"]:
         for score in manifest["scores"]:
             read_record(LayerScore, score)
-        plan = {"replaced": manifest["replaced_layers"], "tap": manifest["tap"], "select": manifest["select"],
-                "kinds": manifest.get("kinds", [])}  # fmt: skip
-        read_record(Plan, {"num_layers": spec.num_layers, **plan})
+        kinds = dict(zip(manifest["replaced_layers"], manifest["kinds"], strict=True))
+        plan = Plan.of(spec.num_layers, kinds)
+        read_record(Plan, {"kinds": plan.kinds, "tap": manifest["tap"], "select": manifest["select"]})
     _check_curve(manifest.get("curve"))
     if manifest.get("goal") is not None:
         _require({"max_perplexity_increase": "", "default": False, **manifest["goal"]},

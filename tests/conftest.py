@@ -30,7 +30,7 @@ from nbl_export.mixers.linear import Linear
 from .command import SHORT_PARTS, TINY, in_new_process
 from .graph_sources import make_graph
 from .store import Store, key_of
-from .tiny import LAYERS, random_map, save_checkpoint, stdlib_text
+from .tiny import random_map, save_checkpoint, stdlib_text
 
 # Changed files that run the stand-ins of TensorRT.
 _STAND_INS = re.compile(
@@ -205,13 +205,10 @@ def genai_dirs(
     exported: Callable[..., Path], random_maps: Callable[..., dict[int, Linear]], stores: dict[str, Store]
 ) -> dict[str, Path]:
     """A tiny GenAI model and its NBL version with the middle layer replaced (sparse cache ids). Never write to them."""
-    from nbl_export.records.plan import Plan
     from nbl_export.rewrite import rewrite
 
     original = exported("llama")
-    made = stores["package"].get(
-        "genai-nbl", lambda folder: rewrite(original, folder / "nbl", Plan(LAYERS, (1,)), random_maps(1))
-    )
+    made = stores["package"].get("genai-nbl", lambda folder: rewrite(original, folder / "nbl", random_maps(1)))
     return {"original": original, "nbl": made / "nbl"}
 
 

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from nbl_export.records.plan import Plan
 from nbl_export.targets.base import BuildSettings
 from nbl_export.targets.gpu import Gpu
 from nbl_export.targets.tensorrt.build import build_engine
 from nbl_export.targets.tensorrt.engine import TRT_RTX
 from nbl_export.targets.tensorrt.library import LIBRARIES
 
-from .static_tiny import LAYERS, SLOTS, maps_of, save_checkpoint
+from .static_tiny import SLOTS, maps_of, save_checkpoint
 
 __all__ = ["ADA", "HOPPER", "PLAIN", "RTX", "SMALL", "checkpoint_of", "engine_of", "graph_of", "needs_rtx"]
 
@@ -46,7 +45,7 @@ def graph_of(
     root = Path(tempfile.mkdtemp(dir=_ROOT.name))
     static.build(checkpoint_of(architecture), root / "original", precision, max_seq_len=cache_length)
     keep_last_token(root / "original")
-    rewrite(root / "original", root / "model", Plan(LAYERS, replaced), maps_of(replaced))
+    rewrite(root / "original", root / "model", maps_of(replaced))
     return root / "model"
 
 

@@ -55,7 +55,8 @@ def verify_tiny(
     """
     engine, spec = load_engine(ENGINES[source]), read_spec(resolve(str(checkpoint)))
     static = engine.capabilities.static
-    plan, maps = Plan(LAYERS, replaced, tap), {i: mixer_of(i) for i in replaced}
+    maps = {i: mixer_of(i) for i in replaced}
+    plan = Plan.of(LAYERS, {i: mixer.kind for i, mixer in maps.items()}, tap)
     cache_length = SLOTS if static else spec.max_positions
     setting = Setting(engine, spec, plan, precision, "last", cache_length, NEAREST, _quiet)
     directories = {"original": work / "original", "nbl": work / "model"}
@@ -64,7 +65,7 @@ def verify_tiny(
     else:
         shutil.copytree(exported, directories["original"])
     engine.keep_last_token(directories["original"])
-    engine.linearize(directories["original"], directories["nbl"], plan, maps)
+    engine.linearize(directories["original"], directories["nbl"], maps, plan.tap)
     results: list[CheckResult] = []
     if static:
         shipped, directories = directories, build_twins(checkpoint, setting, maps, work / "twins")

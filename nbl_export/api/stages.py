@@ -59,8 +59,8 @@ class Planned:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The replaced layers."""
-        return self.plan.replaced
+        """Layers with a mixer."""
+        return self.plan.layers
 
     @property
     def scores(self) -> tuple[LayerScore, ...]:
@@ -135,7 +135,7 @@ def plan(
         request = found.count
     order = selection.order(request) if isinstance(request, int) else None
     made = choose(selection.scores, request, calibration.tap, selection.select, order)
-    return Planned(made, selection.maps_of(made.replaced))
+    return Planned(made, selection.maps_of(made.layers))
 
 
 def linearize(model: Any, planned: Planned) -> Any:

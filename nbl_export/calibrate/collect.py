@@ -24,11 +24,11 @@ import torch
 from nbl_export.calibrate.sums import REFERENCE_ROWS, Accumulator, Sums
 from nbl_export.errors import NblError
 from nbl_export.mixers import DEFAULT
-from nbl_export.mixers.base import Kind
+from nbl_export.mixers.base import Kind, Port
 from nbl_export.mixers.lmmse import Moments
 from nbl_export.model import bfloat16
 from nbl_export.model.checkpoint.pretrained import config_of
-from nbl_export.model.linearize import block_output, run_from
+from nbl_export.model.linearize import port_output, port_width, run_from
 from nbl_export.model.one_layer import WeightReader, one_layer
 
 __all__ = ["Collection", "Wanted", "attach", "batches", "collect", "collect_layers", "refuse_not_finite"]
@@ -55,14 +55,14 @@ class Collection:
         self._decoder, self._narrow = model.get_decoder(), narrow
         self._device, size = next(model.parameters()).device, int(model.config.hidden_size)
         self.taps, self.num_layers, self.kind = tuple(taps), int(model.config.num_hidden_layers), kind
-        self.sizes = (kind.feature_count(size), size)
+        self.sizes = (kind.feature_count(size), port_width(self._decoder, kind.target))
         self.found = {tap: {i: Accumulator(self.sizes) for i in range(self.num_layers)} for tap in self.taps}
         self._handles: list[Any] = []
 
     def __enter__(self) -> Collection:
         for tap, accumulators in self.found.items():
             for layer, accumulator in accumulators.items():
-                self._handles += attach(self._decoder.layers[layer], accumulator, tap, self._decoder.config, self.kind)
+                self._handles += attach(self._decoder, layer, accumulator, tap, self.kind)
         return self
 
     def __exit__(self, _k: type[BaseException] | None, _v: BaseException | None, _t: TracebackType | None) -> None:
@@ -140,34 +140,43 @@ def refuse_not_finite(sums: Sums, layer: int) -> None:
         raise NblError(f"layer {layer}: its activations hold NaN or infinity; check the checkpoint's weights")
 
 
-def attach(layer: torch.nn.Module, accumulator: Accumulator, tap: str, config: Any, kind: Kind = DEFAULT) -> list[Any]:
+def attach(decoder: Any, layer: int, accumulator: Accumulator, tap: str, kind: Kind = DEFAULT) -> list[Any]:
     """Hook an accumulator to a decoder layer.
 
-    X are the features that the kind asks for, of the layer's input at the tap. Y is what the attention block adds to
-    the residual stream.
-
-    Args:
-        config: the model's configuration.
+    X are the features that the kind asks for, of the stream that it asks for, at the tap. Y are the values of the ports
+    that a mixer of the kind gives, one after another.
 
     Returns:
         The handles of the hooks.
+
+    Raises:
+        NblError: the layer has no such port.
     """
     seen: dict[str, torch.Tensor] = {}
+    given: dict[Port, torch.Tensor] = {}
 
     def on_input(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen["x"] = args[0] if args else kwargs["hidden_states"]
 
-    def on_output(_module: Any, _args: Any, output: Any) -> None:
-        y = output[0] if isinstance(output, tuple) else output
-        y = y if multiplier == 1.0 else y * multiplier
-        x_BTD, y_BTD = seen.pop("x").float(), y.float()
-        with bfloat16.products(y.device, False):
-            accumulator.update(kind.features(x_BTD).flatten(0, 1), y_BTD.flatten(0, 1))
+    def on_port(port: Port, multiplier: float) -> Callable[[Any, Any, Any], None]:
+        def take(_module: Any, _args: Any, output: Any) -> None:
+            y = output[0] if isinstance(output, tuple) else output
+            given[port] = y if multiplier == 1.0 else y * multiplier
+            if len(given) == len(kind.target):
+                y_BTE = torch.cat([given.pop(each) for each in kind.target], -1).float()
+                x_BTD = seen.pop("x").float()
+                with bfloat16.products(y_BTE.device, False):
+                    accumulator.update(kind.features(x_BTD).flatten(0, 1), y_BTE.flatten(0, 1))
 
-    attention: Any = layer.self_attn
-    last, multiplier = block_output(layer, config)
-    tapped = layer if tap == "residual" else attention
-    return [tapped.register_forward_pre_hook(on_input, with_kwargs=True), last.register_forward_hook(on_output)]
+        return take
+
+    read: Any = decoder.layers[kind.source(layer)]
+    tapped = read if tap == "residual" else read.self_attn
+    ends = {port: port_output(decoder.layers[layer], decoder.config, port) for port in kind.target}
+    return [
+        tapped.register_forward_pre_hook(on_input, with_kwargs=True),
+        *(module.register_forward_hook(on_port(port, multiplier)) for port, (module, multiplier) in ends.items()),
+    ]
 
 
 @dataclass(frozen=True)
@@ -205,8 +214,10 @@ def collect_layers(
         device: has one layer and one batch at a time, and the sums of the layer.
 
     Raises:
-        NblError: a weight is missing or damaged, or a layer's activations are not finite.
+        NblError: a weight is missing or damaged, a layer's activations are not finite, or the kind reads other layers.
     """
+    if wanted.kind.source(1) != 1:
+        raise NblError(f"kind {wanted.kind.name} reads an earlier layer, so the whole model has to fit into memory")
     config, weights = config_of(directory), WeightReader(directory)
     shapes = [tuple(ids_WT[:1, :REFERENCE_ROWS].shape), *(tuple(part.shape) for part in parts)]
     states = _States(scratch / "hidden", shapes, config.hidden_size)
@@ -216,9 +227,7 @@ def collect_layers(
     for index in range(config.num_hidden_layers):
         decoder = one_layer(config, index, weights).to(device)
         found = {tap: Accumulator(sizes) for tap in wanted.taps}
-        handles = [
-            handle for tap, a in found.items() for handle in attach(decoder.layers[0], a, tap, config, wanted.kind)
-        ]
+        handles = [handle for tap, a in found.items() for handle in attach(decoder, 0, a, tap, wanted.kind)]
         done = 0
         with torch.inference_mode(), bfloat16.products(torch.device(device), wanted.narrow):
             for k, ids in enumerate(inputs):

@@ -29,6 +29,7 @@ __all__ = [
     "AttentionBlock",
     "Join",
     "cache_layers",
+    "find_attention",
     "find_block",
     "find_reader",
     "graph_caches",
@@ -108,6 +109,19 @@ def find_block(graph: ir.Graph, layer: int) -> AttentionBlock:
     usable = len(projected) == 1 and projected[0] is not residual and _whole(residual) is residual
     normed = projected[0] if usable else None
     return AttentionBlock(layer, join, index, pasts, presents, projected, normed)
+
+
+def find_attention(block: AttentionBlock) -> ir.Node:
+    """The operator that takes a block's keys, before rotary, and its cache.
+
+    Raises:
+        RefusalError: no such operator; the block rotates keys itself, or joins them with its cache.
+    """
+    for node in block.pasts[0].consumers():
+        rotary = node.attributes.get("do_rotary") if node.op_type == "GroupQueryAttention" else None
+        if rotary is not None and rotary.as_int() == 1:
+            return node
+    raise RefusalError(block.layer, "its attention is no GroupQueryAttention that rotates keys, so it takes no others")
 
 
 def reading_layers(graph: ir.Graph) -> tuple[int, ...]:

@@ -31,7 +31,8 @@ from pathlib import Path
 
 from nbl_export.errors import CorruptError
 from nbl_export.graph.gguf.header import read_header
-from nbl_export.mixers.base import Mixer, TokenWork
+from nbl_export.mixers.base import Mixer, Port, TokenWork
+from nbl_export.mixers.rows import Need, Reads, rows_needed
 from nbl_export.model.architectures import mlp_of
 from nbl_export.model.checkpoint.shape import gguf_config
 from nbl_export.options.options import JobOptions
@@ -39,7 +40,7 @@ from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.mlp import MlpSpec
 
-__all__ = ["CostModel", "Speedup", "Work", "cost_model", "map_sizes", "read_mlp", "weight_bytes"]
+__all__ = ["CostModel", "LayerSizes", "Speedup", "Work", "cost_model", "map_sizes", "read_mlp", "weight_bytes"]
 
 # Bytes of a matrix element; quantised elements include a float32 scale for each block of 32.
 WEIGHT_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.125, "int4": 0.625}
@@ -50,9 +51,23 @@ def weight_bytes(precision: str) -> float:
     return WEIGHT_BYTES[precision]
 
 
-def map_sizes(maps: Mapping[int, Mixer]) -> dict[int, TokenWork]:
-    """What a token costs in each replaced layer."""
-    return {layer: mixer.work() for layer, mixer in maps.items()}
+@dataclass(frozen=True)
+class LayerSizes:
+    """What a layer with a mixer costs.
+
+    Attributes:
+        work: of one row of each of `reads`.
+        attends: whether the layer's own attention stays, with its cache.
+    """
+
+    reads: Reads
+    work: tuple[TokenWork, ...]
+    attends: bool = False
+
+
+def map_sizes(maps: Mapping[int, Mixer]) -> dict[int, LayerSizes]:
+    """What each layer with a mixer costs."""
+    return {i: LayerSizes(mixer.reads, mixer.work(), Port.OUTPUT not in mixer.gives) for i, mixer in maps.items()}
 
 
 def read_mlp(model: Path) -> MlpSpec:
@@ -112,72 +127,67 @@ class CostModel:
         """Modelled speedup of replacing the attention of some layers; 1 means none."""
         return self.speedup_of_sizes(map_sizes(maps))
 
-    def speedup_of_sizes(self, sizes: Mapping[int, TokenWork]) -> Speedup:
+    def speedup_of_sizes(self, sizes: Mapping[int, LayerSizes]) -> Speedup:
         """As `speedup`, from `map_sizes`."""
         return Speedup(
             self.prefill_flops({}) / self.prefill_flops(sizes),
             self.decode({}, self.tokens - 1).bytes / self.decode(sizes, self.tokens - 1).bytes,
         )
 
-    def prefill_flops(self, sizes: Mapping[int, TokenWork]) -> float:
+    def prefill_flops(self, sizes: Mapping[int, LayerSizes]) -> float:
         """Additions and multiplications of a prefill of `self.tokens` tokens."""
         return self.prefill(sizes, self.tokens).flops
 
-    def prefill_saved(self, sizes: Mapping[int, TokenWork]) -> float:
+    def prefill_saved(self, sizes: Mapping[int, LayerSizes]) -> float:
         """Share of `prefill_flops` that these replaced layers save."""
         return 1 - self.prefill_flops(sizes) / self.prefill_flops({})
 
-    def prefill(self, sizes: Mapping[int, TokenWork], tokens: int, depth: int = 0) -> Work:
+    def prefill(self, sizes: Mapping[int, LayerSizes], tokens: int, depth: int = 0) -> Work:
         """Work of a chunk of tokens after `depth` cached tokens; no sizes: the original."""
         return Work(self._flops(sizes, tokens, depth), self._bytes(sizes, tokens, depth))
 
-    def decode(self, sizes: Mapping[int, TokenWork], depth: int) -> Work:
+    def decode(self, sizes: Mapping[int, LayerSizes], depth: int) -> Work:
         """Work of one token after `depth` cached tokens: a chunk of one token."""
         return self.prefill(sizes, 1, depth)
 
-    def _flops(self, sizes: Mapping[int, TokenWork], tokens: int, depth: int) -> float:
-        pruned = self.tail_pruned
-        rows = self._rows(sizes, tokens)
-        total = 2.0 * (tokens if self.all_logits and not pruned else 1) * self._head
+    def _flops(self, sizes: Mapping[int, LayerSizes], tokens: int, depth: int) -> float:
+        needs = self._needs(sizes)
+        total = 2.0 * (tokens if self.all_logits and not self.tail_pruned else 1) * self._head
         for layer in range(self.spec.num_layers):
-            entering, leaving = (rows[layer], rows[layer + 1]) if pruned else (tokens, tokens)
-            total += 2.0 * leaving * self.mlp.multiply_adds(self.spec.hidden_size, every=self.every_expert)
-            if layer in sizes:
-                total += 2.0 * entering * sizes[layer].multiply_adds
-            else:
-                total += self._attention_flops(layer, tokens, depth) + 2.0 * leaving * self._o_proj
+            leaving, own = needs[layer + 1], sizes.get(layer)
+            rows = leaving.count(tokens)
+            total += 2.0 * rows * self.mlp.multiply_adds(self.spec.hidden_size, every=self.every_expert)
+            if own is not None:
+                read = [leaving.read_by(read).count(tokens) for read in own.reads]
+                total += sum(2.0 * count * work.multiply_adds for count, work in zip(read, own.work, strict=True))
+            if own is None or own.attends:
+                queries = tokens if own is None else read[0]
+                total += self._attention_flops(layer, tokens, depth, queries) + 2.0 * rows * self._o_proj
         return total
 
-    def _bytes(self, sizes: Mapping[int, TokenWork], tokens: int, depth: int) -> float:
-        rows = self._rows(sizes, tokens) if self.tail_pruned else [tokens] * (self.spec.num_layers + 1)
-        elements = sum(self._elements(sizes, i) + self._mlp_read(rows[i + 1]) for i in range(self.spec.num_layers))
-        kept = (i for i in range(self.spec.num_layers) if i not in sizes)
-        positions = sum(min(depth + tokens, (self.spec.window_of(i) or depth + tokens) + tokens - 1) for i in kept)
+    def _bytes(self, sizes: Mapping[int, LayerSizes], tokens: int, depth: int) -> float:
+        rows = [need.count(tokens) for need in self._needs(sizes)]
+        layers = range(self.spec.num_layers)
+        elements = sum(self._elements(sizes.get(i)) + self._mlp_read(rows[i + 1]) for i in layers)
+        caches = (i for i in layers if i not in sizes or sizes[i].attends)
+        positions = sum(min(depth + tokens, (self.spec.window_of(i) or depth + tokens) + tokens - 1) for i in caches)
         cache = self.spec.cache_bytes_per_token(1, self.cache_itemsize) * positions
         return elements * self.weight_bytes + self._head * self.head_bytes + cache
 
-    def _rows(self, sizes: Mapping[int, TokenWork], tokens: int) -> list[int]:
-        """Tokens that enter each layer of a graph with a pruned tail, and the one that leaves the last layer.
+    def _needs(self, sizes: Mapping[int, LayerSizes]) -> tuple[Need, ...]:
+        """Rows of each stream that the graph computes."""
+        if not self.tail_pruned:
+            return (Need(None),) * (self.spec.num_layers + 1)
+        return rows_needed({layer: size.reads for layer, size in sizes.items()}, self.spec.num_layers)
 
-        A layer with a reach needs as many more before each token, and the first token of the text.
-        """
-        rows = [1]
-        for layer in reversed(range(self.spec.num_layers)):
-            work = sizes.get(layer)
-            if work is None or not (work.token_local or work.reach):
-                rows += [tokens] * (layer + 1)
-                break
-            more = 0 if work.token_local else (work.reach or 0) - 1 + (rows[-1] == 1)
-            rows.append(min(tokens, rows[-1] + more))
-        return rows[::-1]
+    def _elements(self, own: LayerSizes | None) -> int:
+        mixer = 0 if own is None else sum(work.elements for work in own.work)
+        return mixer + (self.spec.projections if own is None or own.attends else 0)
 
-    def _elements(self, sizes: Mapping[int, TokenWork], layer: int) -> int:
-        return sizes[layer].elements if layer in sizes else self.spec.projections
-
-    def _attention_flops(self, layer: int, tokens: int, depth: int) -> float:
-        """Flops of q, k, v and the attention of them, without o_proj."""
-        pairs = sum(self._visible(layer, depth + position) for position in range(1, tokens + 1))
-        projected = 2.0 * tokens * (self.spec.projections - self._o_proj)
+    def _attention_flops(self, layer: int, tokens: int, depth: int, queries: int) -> float:
+        """Flops of q, k and v of the last tokens, and of their attention, without o_proj."""
+        pairs = sum(self._visible(layer, depth + position) for position in range(tokens - queries + 1, tokens + 1))
+        projected = 2.0 * queries * (self.spec.projections - self._o_proj)
         return projected + 4.0 * self.spec.num_heads * self.spec.head_dim * pairs
 
     def _visible(self, layer: int, position: int) -> int:

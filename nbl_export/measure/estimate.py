@@ -28,10 +28,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nbl_export.measure.cost import CostModel, weight_bytes
+from nbl_export.measure.cost import CostModel, LayerSizes, weight_bytes
 from nbl_export.measure.machine_speed import Speed
 from nbl_export.measure.rounds import LOOKS, Rule
 from nbl_export.mixers.base import TokenWork
+from nbl_export.mixers.rows import Read
 from nbl_export.model.checkpoint.shape import Shape
 from nbl_export.model.memory import STATES_SHARE, WEIGHTS_SHARE
 from nbl_export.options.goals import (
@@ -407,6 +408,6 @@ class Job:
         return Gain(count, speeds[0].prefill, speeds[1].prefill, speeds[0].decode, cache)
 
     @property
-    def _map(self) -> TokenWork:
+    def _map(self) -> LayerSizes:
         elements = 0 if self.options.fit == "drop" else self.shape.decoder.hidden_size**2
-        return TokenWork(elements, elements)
+        return LayerSizes((Read(),), (TokenWork(elements, elements),))

@@ -6,8 +6,9 @@ from nbl_export.mixers.base import Kind
 from nbl_export.mixers.linear import LINEAR
 from nbl_export.mixers.none import NONE
 from nbl_export.mixers.window import WINDOW
+from nbl_export.records.plan import ATTENTION, Plan
 
-__all__ = ["DEFAULT", "kind_of", "kinds", "register"]
+__all__ = ["DEFAULT", "cache_layers", "kind_of", "kinds", "register"]
 
 DEFAULT: Kind = LINEAR
 _KINDS: dict[str, Kind] = {kind.name: kind for kind in (LINEAR, NONE, WINDOW)}
@@ -21,6 +22,11 @@ def register(kind: Kind) -> None:
 def kinds() -> tuple[str, ...]:
     """Names of all kinds."""
     return tuple(_KINDS)
+
+
+def cache_layers(plan: Plan) -> tuple[int, ...]:
+    """Layers of a plan that hold the cache of their attention, ascending."""
+    return tuple(i for i, kind in enumerate(plan.kinds) if kind == ATTENTION or kind_of(kind).holds_cache)
 
 
 def kind_of(name: str) -> Kind:

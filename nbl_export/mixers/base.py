@@ -1,7 +1,12 @@
-"""What a layer does with the sequence, instead of attention: the protocols `Mixer`, `Kind` and `Builder`.
+"""What a layer does with the sequence, besides or instead of attention: the protocols `Mixer`, `Kind` and `Builder`.
 
     Kind     the registration: features for calibration ─► moments ─► fit ─► Mixer;  tensors of a file ─► Mixer
-    Mixer    one fitted layer: emits itself into a graph, is a torch module, and has tensors, work and a state
+    Mixer    one fitted layer: emits itself into a graph, is a torch module, has tensors and work, and says
+
+             reads    which rows of which streams (`rows`)
+             gives    a port: the block's output, or keys and values for the layer's own attention
+             holds    what stays between steps: the layer's cache, a state, or nothing
+
     Builder  what a mixer may put into a graph: one implementer each for ONNX, OpenVINO and NumPy (`apply`)
 
 A new kind is one file of this package and its name in `nbl_export.mixers`. Other packages ask a mixer what they need to
@@ -13,11 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from nbl_export.errors import RefusalError
+from nbl_export.mixers.rows import Reads
 from nbl_export.mixers.windowed import WindowShape, attend
 from nbl_export.records.plan import LayerScore
 
@@ -26,9 +33,48 @@ if TYPE_CHECKING:
 
     from nbl_export.mixers.lmmse import Moments
 
-__all__ = ["Builder", "Kind", "Mixer", "StateSpec", "TokenWork", "TrainedMixer", "WindowShape", "apply", "tapped"]
+__all__ = [
+    "CACHE",
+    "OWN",
+    "Builder",
+    "Cache",
+    "Kind",
+    "Mixer",
+    "Port",
+    "StateSpec",
+    "Streams",
+    "TokenWork",
+    "TrainedMixer",
+    "WindowShape",
+    "apply",
+    "cacheless",
+    "state_of",
+    "tapped",
+]
 
 Value = Any  # a value of the graph that a builder makes
+OWN = None  # the layer's own input at its tap, among streams
+Streams = Mapping[int | None, Value]  # a stream that a mixer reads (`Read.stream`) -> its value [B, T, D]
+
+
+class Port(Enum):
+    """Where a mixer's value enters a layer's attention block.
+
+    OUTPUT: what the block adds to the residual stream, [B, T, D]. The layer's attention leaves.
+    KEYS, VALUES: of the layer's own attention, before rotary, [B, T, heads x head size].
+    """
+
+    OUTPUT = "output"
+    KEYS = "keys"
+    VALUES = "values"
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The keys and values of all tokens, as the layer's own attention holds them."""
+
+
+CACHE = Cache()
 
 
 @dataclass(frozen=True)
@@ -46,20 +92,15 @@ class StateSpec:
 
 @dataclass(frozen=True)
 class TokenWork:
-    """What one token costs.
+    """What one row of a stream costs.
 
     Attributes:
-        multiply_adds: of this token alone.
-        elements: of the matrices that are read, once for all tokens of a step.
-        token_local: as in `Mixer`. Only such layers are left out of all tokens but the last, or looked up.
-        reach: the tokens that a token reads, its own included, if they are the last ones and the first one of the text.
-            Above the last layer without a reach, only the tokens that these layers need are computed.
+        multiply_adds: of this row alone.
+        elements: of the matrices that are read, once for all rows of a step.
     """
 
     multiply_adds: int
     elements: int
-    token_local: bool = True
-    reach: int | None = None
 
 
 class Builder(Protocol):
@@ -101,19 +142,23 @@ class Builder(Protocol):
 
 
 class Mixer(Protocol):
-    """One fitted layer: x [B, T, D], its input at the tap, to what it adds to the residual stream, [B, T, D]."""
+    """One fitted layer: values of the streams that it reads, [B, T, D] each, to the values of its ports."""
 
     @property
     def kind(self) -> str:
         """Name of its kind."""
 
     @property
-    def token_local(self) -> bool:
-        """Whether an output row depends on the input row of the same token alone. Then there is no state."""
+    def reads(self) -> Reads:
+        """The streams that it reads, and which rows; its own input at the tap comes first."""
 
     @property
-    def state(self) -> StateSpec | None:
-        """What it remembers between steps."""
+    def gives(self) -> tuple[Port, ...]:
+        """The ports of the layer that its values enter."""
+
+    @property
+    def holds(self) -> StateSpec | Cache | None:
+        """What stays between steps."""
 
     @property
     def size(self) -> int:
@@ -134,8 +179,8 @@ class Mixer(Protocol):
     def as_product(self, moments: Moments, layer: int) -> Mixer | None:
         """The nearest mixer that is one product, in the mean square over the calibration rows; None if none is near."""
 
-    def emit(self, build: Builder, x: Value) -> Value | None:
-        """Its output for x, from the operators of a builder. None: it adds nothing to the residual stream."""
+    def emit(self, build: Builder, streams: Streams) -> Mapping[Port, Value]:
+        """The values of its ports, from the operators of a builder. No value: nothing is added there."""
 
     def module(self, multiplier: float = 1.0) -> Any:
         """A torch module in place of a self-attention module of transformers (`mixers.modules.MixerModule`).
@@ -145,8 +190,8 @@ class Mixer(Protocol):
                 divided by it.
         """
 
-    def work(self) -> TokenWork:
-        """What one token costs."""
+    def work(self) -> tuple[TokenWork, ...]:
+        """What one row of each of `reads` costs."""
 
 
 class TrainedMixer(Protocol):
@@ -181,6 +226,20 @@ class Kind(Protocol):
     def fitted(self) -> bool:
         """Whether moments fit it; if not, it takes the weights of the layer's own attention."""
         return True
+
+    @property
+    def holds_cache(self) -> bool:
+        """Whether a layer of this kind holds the cache of its attention."""
+        return Port.OUTPUT not in self.target
+
+    @property
+    def target(self) -> tuple[Port, ...]:
+        """What calibration collects as Y: values of these ports in the original, one after another."""
+        return (Port.OUTPUT,)
+
+    def source(self, layer: int) -> int:
+        """The stream that calibration collects as X, for a layer: the layer's own input, or an earlier stream."""
+        return layer
 
     def feature_count(self, size: int) -> int:
         """F: the number of features of a layer that is `size` wide."""
@@ -234,15 +293,30 @@ class Kind(Protocol):
         return None
 
 
-def apply(mixer: Mixer, x_BTD: np.ndarray, state: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray | None]:
-    """What a mixer adds to the residual stream, in NumPy and float32, and its state after these tokens.
+def cacheless(mixers: Mapping[int, Mixer]) -> tuple[int, ...]:
+    """Layers whose mixer does not hold the cache of their attention, ascending."""
+    return tuple(layer for layer, mixer in sorted(mixers.items()) if mixer.holds != CACHE)
+
+
+def state_of(mixer: Mixer) -> StateSpec | None:
+    """The state that a mixer holds, if it holds one."""
+    return mixer.holds if isinstance(mixer.holds, StateSpec) else None
+
+
+def apply(
+    mixer: Mixer, streams: Mapping[int | None, np.ndarray], state: np.ndarray | None = None
+) -> tuple[dict[Port, np.ndarray], np.ndarray | None]:
+    """The values of a mixer's ports, in NumPy and float32, and its state after these tokens.
 
     Args:
+        streams: values [B, T, D] of the streams that it reads.
         state: after the tokens before; None before the first token.
     """
+    x_BTD = streams[OWN]
     build = _Arrays(state, len(x_BTD))
-    found = mixer.emit(build, x_BTD.astype(np.float32))
-    return (np.zeros(x_BTD.shape, np.float32) if found is None else found), build.kept
+    found = mixer.emit(build, {stream: value.astype(np.float32) for stream, value in streams.items()})
+    nothing = {Port.OUTPUT: np.zeros(x_BTD.shape, np.float32)} if mixer.gives == (Port.OUTPUT,) else {}
+    return {**nothing, **found}, build.kept
 
 
 class _Arrays:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nbl_export.mixers.base import Builder, Kind, Mixer, TokenWork, Value
+from nbl_export.mixers.base import OWN, Builder, Kind, Mixer, Port, Streams, TokenWork, Value
+from nbl_export.mixers.rows import Read
 from nbl_export.records.from_json import require
 
 if TYPE_CHECKING:
@@ -29,8 +30,9 @@ class Linear:
     weight: np.ndarray
     bias: np.ndarray
     kind = "linear"
-    token_local = True
-    state = None
+    reads = (Read(),)
+    gives = (Port.OUTPUT,)
+    holds = None
 
     def __post_init__(self) -> None:
         require(self.weight.ndim == 2 and self.bias.ndim == 1, "weight is a matrix, bias a vector")
@@ -66,9 +68,9 @@ class Linear:
             return self
         return Linear(lmmse.fold_bias(self.weight, self.bias, moments, layer), np.zeros_like(self.bias))
 
-    def emit(self, build: Builder, x: Value) -> Value:
-        x = build.matmul(x, self.weight, "weight")
-        return build.add(x, self.bias, "bias") if self._has_bias else x
+    def emit(self, build: Builder, streams: Streams) -> dict[Port, Value]:
+        x = build.matmul(streams[OWN], self.weight, "weight")
+        return {Port.OUTPUT: build.add(x, self.bias, "bias") if self._has_bias else x}
 
     def module(self, multiplier: float = 1.0) -> Any:
         import torch
@@ -77,8 +79,8 @@ class Linear:
         made.linear.load_state_dict({n: torch.from_numpy(getattr(self, n)) for n in ("weight", "bias")})
         return made
 
-    def work(self) -> TokenWork:
-        return TokenWork(self.weight.size, self.weight.size)
+    def work(self) -> tuple[TokenWork, ...]:
+        return (TokenWork(self.weight.size, self.weight.size),)
 
 
 class _Linear(Kind):

@@ -1,5 +1,8 @@
 """Torch modules of mixers, in place of a self-attention module of transformers: (hidden_states, ...) -> (output, None).
 
+A mixer that gives keys and values has `PortModule`s in place of the layer's k_proj and v_proj. Streams of other layers
+are in `MixerModule.streams` while the decoder runs (`model.linearize`).
+
 A module tells transformers' cache of each token, by one number: transformers reads the past length and the width of
 masks from the cache of the first layer of each kind. A mixer with a state keeps its input rows in the same cache, as
 its values. So cropping and reordering a cache treat these rows as they treat keys.
@@ -25,34 +28,44 @@ import numpy as np
 import torch
 from torch import nn
 
-from nbl_export.mixers.base import StateSpec
+from nbl_export.mixers.base import OWN, Port, StateSpec
 
-__all__ = ["MixerModule", "NothingModule", "TrainedLinear", "Wrapped"]
+__all__ = ["MixerModule", "NothingModule", "PortModule", "TrainedLinear", "Wrapped"]
 
 
 _OVERSAMPLED = 16  # extra singular vectors, so that the wanted singular vectors are exact
 
 
 class MixerModule(nn.Module):
-    """Base of the modules; a subclass gives `mix`.
+    """Base of the modules; a subclass gives `mix`, or `port` if it gives keys and values.
 
     Args:
         multiplier: the layer's factor of attention's output. A mixer includes it, so the module's output is divided.
 
     Attributes:
         state: what the mixer remembers.
+        gives: as in `base.Mixer`.
+        reads: streams of other layers that the mixer reads.
+        streams: their values [B, T, D] in this step.
         layer_idx: index of the layer in the cache; None to use no cache.
     """
 
     state: StateSpec | None = None
+    gives: tuple[Port, ...] = (Port.OUTPUT,)
+    reads: tuple[int, ...] = ()
 
     def __init__(self, multiplier: float = 1.0) -> None:
         super().__init__()
         self.multiplier = multiplier
         self.layer_idx: int | None = None
+        self.streams: dict[int | None, torch.Tensor] = {}
 
     def mix(self, x_BTD: torch.Tensor, past_BSD: torch.Tensor | None) -> torch.Tensor:
         """The mixer's output; `past_BSD` holds the rows of its state, None without a state."""
+        raise NotImplementedError
+
+    def port(self, port: Port) -> torch.Tensor:
+        """The value of keys or values, [B, T, heads x head size], of the tokens of this step."""
         raise NotImplementedError
 
     def forward(self, hidden_states: torch.Tensor, *_args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
@@ -75,6 +88,18 @@ class MixerModule(nn.Module):
         if rows is None:
             return blank
         return torch.cat([blank, rows[:, 0, : rows.shape[2] - x_BTD.shape[1]]], 1)[:, -tokens:]
+
+
+class PortModule(nn.Module):
+    """A projection of attention whose output a mixer gives: normed hidden states [B, T, D] -> [B, T, K]."""
+
+    def __init__(self, mixer: MixerModule, port: Port) -> None:
+        super().__init__()
+        self._mixer, self._port = (mixer,), port  # a tuple hides the module, which both ports share
+
+    def forward(self, normed_BTD: torch.Tensor) -> torch.Tensor:
+        self._mixer[0].streams[OWN] = normed_BTD
+        return self._mixer[0].port(self._port)
 
 
 def _without_padding(x_BTD: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

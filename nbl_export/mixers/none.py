@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nbl_export.mixers.base import Builder, Kind, Mixer, TokenWork, Value
+from nbl_export.mixers.base import Builder, Kind, Mixer, Port, Streams, TokenWork, Value
+from nbl_export.mixers.rows import Read
 
 if TYPE_CHECKING:
     from nbl_export.mixers.lmmse import Moments
@@ -22,8 +23,9 @@ class Nothing:
 
     size: int
     kind = "none"
-    token_local = True
-    state = None
+    reads = (Read(),)
+    gives = (Port.OUTPUT,)
+    holds = None
 
     def tensors(self) -> dict[str, np.ndarray]:
         """An empty tensor [0, D], from which a file tells the layer and its width."""
@@ -42,16 +44,16 @@ class Nothing:
     def as_product(self, moments: Moments, layer: int) -> Mixer:
         return self
 
-    def emit(self, build: Builder, x: Value) -> None:
-        return None
+    def emit(self, build: Builder, streams: Streams) -> dict[Port, Value]:
+        return {}
 
     def module(self, multiplier: float = 1.0) -> Any:
         from nbl_export.mixers.modules import NothingModule
 
         return NothingModule()
 
-    def work(self) -> TokenWork:
-        return TokenWork(0, 0)
+    def work(self) -> tuple[TokenWork, ...]:
+        return (TokenWork(0, 0),)
 
 
 class _None(Kind):

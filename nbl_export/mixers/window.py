@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nbl_export.errors import NblError
-from nbl_export.mixers.base import Builder, Kind, Mixer, StateSpec, TokenWork, Value, WindowShape
+from nbl_export.mixers.base import OWN, Builder, Kind, Mixer, Port, StateSpec, Streams, TokenWork, Value, WindowShape
+from nbl_export.mixers.rows import Read, Reads, Rows
 from nbl_export.records.from_json import require
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Window:
     norm: np.ndarray | None = None
     epsilon: float = 1e-6
     kind = "window"
-    token_local = False
+    gives = (Port.OUTPUT,)
 
     def __post_init__(self) -> None:
         shape = self.shape
@@ -67,7 +68,11 @@ class Window:
         return len(self.output)
 
     @property
-    def state(self) -> StateSpec:
+    def reads(self) -> Reads:
+        return (Read(rows=Rows.WINDOW, tokens=self.shape.tokens),)
+
+    @property
+    def holds(self) -> StateSpec:
         """The first row, then the last W rows: keys, values, and a mark of rows that hold a token."""
         return StateSpec(self.shape.tokens + 1, 2 * self.shape.key_width + 1, masked=False)
 
@@ -89,14 +94,15 @@ class Window:
     def as_product(self, moments: Moments, layer: int) -> None:
         return None
 
-    def emit(self, build: Builder, x: Value) -> Value:
+    def emit(self, build: Builder, streams: Streams) -> dict[Port, Value]:
+        x = streams[OWN]
         if self.norm is not None:
             x = build.norm(x, self.norm, self.epsilon, "norm")
         qkv = build.matmul(x, self.qkv, "qkv")
         if self.bias.any():
             qkv = build.add(qkv, self.bias, "bias")
-        seen = build.window(qkv, self.shape, self.frequencies, self.state, "window")
-        return build.matmul(seen, self.output, "output")
+        seen = build.window(qkv, self.shape, self.frequencies, self.holds, "window")
+        return {Port.OUTPUT: build.matmul(seen, self.output, "output")}
 
     def module(self, multiplier: float = 1.0) -> Any:
         import torch
@@ -107,10 +113,10 @@ class Window:
         made.load_state_dict({name: torch.from_numpy(numbers[name]) for name in made.state_dict()})
         return made
 
-    def work(self) -> TokenWork:
+    def work(self) -> tuple[TokenWork, ...]:
         elements = self.qkv.size + self.output.size
         scores = 2 * (self.shape.tokens + 1) * self.shape.query_width
-        return TokenWork(elements + scores, elements, token_local=False, reach=self.shape.tokens)
+        return (TokenWork(elements + scores, elements),)
 
 
 class _Window(Kind):

@@ -15,13 +15,15 @@ No other module knows the attributes of a decoder layer.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from nbl_export.mixers.base import Mixer
+from nbl_export.errors import NblError
+from nbl_export.mixers.base import Mixer, Port
+from nbl_export.mixers.modules import MixerModule, PortModule
 from nbl_export.model.architecture_record import Architecture
 from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED
 
@@ -29,36 +31,73 @@ __all__ = [
     "PassThrough",
     "architecture_of",
     "block_modules",
-    "block_output",
     "linearize",
     "multiplier_of",
+    "port_output",
+    "port_width",
+    "projection",
     "replace_attention",
     "replaced",
     "run_from",
     "switched",
 ]
 
+_PROJECTIONS = {Port.KEYS: "k_proj", Port.VALUES: "v_proj"}
+
 
 def linearize(model: Any, maps: Mapping[int, Mixer], tap: str = "residual") -> Any:
-    """Replace the attention of the layers that have a mixer, in place, and return the model.
+    """Put mixers into their layers, in place, and return the model.
 
-    With the tap "normed" the layer's norm stays before the mixer.
+    A mixer that gives the block's output replaces the layer's attention. With the tap "normed" the layer's norm stays
+    before the mixer. A mixer that gives keys and values replaces the products that make them.
     """
     multiplier = multiplier_of(model.config)
     replace_attention(model, {i: mixer.module(multiplier) for i, mixer in maps.items()}, tap)
     return model.eval()
 
 
-def replace_attention(model: Any, modules: Mapping[int, nn.Module], tap: str) -> None:
-    """Replace the layers' attention by modules, which take on attention's dtype, device and cache index."""
-    layers, norms = model.get_decoder().layers, block_modules(model.config, tap)
+def replace_attention(model: Any, modules: Mapping[int, MixerModule], tap: str) -> None:
+    """Put modules into layers for good. They take on attention's dtype, device and cache index."""
+    decoder = model.get_decoder()
     for index, module in modules.items():
-        layer = layers[index]
-        reference = next(layer.self_attn.parameters())
+        reference = next(decoder.layers[index].self_attn.parameters())
         module.layer_idx = index
-        layer.self_attn = module.to(dtype=reference.dtype, device=reference.device)
-        for name in norms:
-            setattr(layer, name, nn.Identity())
+        module.to(dtype=reference.dtype, device=reference.device)
+        if Port.OUTPUT not in module.gives:
+            decoder.layers[index].self_attn.mixer = module  # so that the model's weights include it
+    _watch(decoder, modules)
+    for owner, name, new in _places(decoder, modules, tap):
+        setattr(owner, name, new)
+
+
+def _places(decoder: Any, modules: Mapping[int, MixerModule], tap: str) -> Iterator[tuple[Any, str, nn.Module]]:
+    """Owner, attribute and new module of what the modules of layers change.
+
+    Raises:
+        NblError: a module gives keys, and the layer's attention makes keys in another way.
+    """
+    for index, module in modules.items():
+        layer = decoder.layers[index]
+        if Port.OUTPUT in module.gives:
+            yield layer, "self_attn", module
+            yield from ((layer, name, nn.Identity()) for name in block_modules(decoder.config, tap))
+        else:
+            for port in module.gives:
+                projection(layer, port)
+                yield layer.self_attn, _PROJECTIONS[port], PortModule(module, port)
+
+
+def _watch(decoder: Any, modules: Mapping[int, MixerModule]) -> list[Any]:
+    """Show modules the streams of other layers that they read; returns the handles of the hooks."""
+
+    def shown(module: MixerModule, stream: int) -> Any:
+        return lambda _layer, given: module.streams.__setitem__(stream, given[0])
+
+    return [
+        decoder.layers[stream].register_forward_pre_hook(shown(module, stream))
+        for module in modules.values()
+        for stream in module.reads
+    ]
 
 
 @contextlib.contextmanager
@@ -72,26 +111,26 @@ def replaced(model: Any, maps: Mapping[int, Mixer], tap: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def switched(decoder: Any, modules: Mapping[int, nn.Module], tap: str, first: int = 0) -> Iterator[None]:
-    """Within: layers of a decoder compute these modules instead of attention; layers below `first` pass their input on.
+def switched(decoder: Any, modules: Mapping[int, MixerModule], tap: str, first: int = 0) -> Iterator[None]:
+    """Within: layers of a decoder have these modules; layers below `first`, of which none is read, pass their input on.
 
     Layers below `first` stay in the list, since decoders look up a layer's mask and rotary embedding by its index.
     """
     layers = decoder.layers
-    norms = block_modules(decoder.config, tap)
-    kept = {i: {name: getattr(layers[i], name) for name in ("self_attn", *norms)} for i in modules}
+    places = list(_places(decoder, modules, tap))
+    before = [getattr(owner, name) for owner, name, _ in places]
+    handles = _watch(decoder, modules)
     try:
-        for i, module in modules.items():
-            layers[i].self_attn = module
-            for name in norms:
-                setattr(layers[i], name, nn.Identity())
+        for owner, name, new in places:
+            setattr(owner, name, new)
         decoder.layers = nn.ModuleList([*(PassThrough() for _ in range(first)), *layers[first:]])
         yield
     finally:
         decoder.layers = layers
-        for i, before in kept.items():
-            for name, was in before.items():
-                setattr(layers[i], name, was)
+        for (owner, name, _), was in zip(places, before, strict=True):
+            setattr(owner, name, was)
+        for handle in handles:
+            handle.remove()
 
 
 class PassThrough(nn.Module):
@@ -112,10 +151,34 @@ def multiplier_of(config: Any) -> float:
     return 1.0 if name is None else float(getattr(config, name))
 
 
-def block_output(layer: Any, config: Any) -> tuple[nn.Module, float]:
-    """The last module of the block, and the factor of its output: y = multiplier * out."""
+def port_output(layer: Any, config: Any, port: Port) -> tuple[nn.Module, float]:
+    """The module whose output is a port's value in the original, and its factor: value = multiplier * output.
+
+    Raises:
+        NblError: keys are no product of their own, or they are normed.
+    """
+    if port is not Port.OUTPUT:
+        return projection(layer, port), 1.0
     name = architecture_of(config).norm_after or "self_attn"
     return getattr(layer, name), multiplier_of(config)
+
+
+def projection(layer: Any, port: Port) -> Any:
+    """The product that makes a layer's keys or values.
+
+    Raises:
+        NblError: keys are no product of their own, or they are normed.
+    """
+    found = getattr(layer.self_attn, _PROJECTIONS[port], None)
+    if found is None or getattr(layer.self_attn, "k_norm", None) is not None:
+        raise NblError("this architecture's attention makes keys and values in another way than two products")
+    return found
+
+
+def port_width(decoder: Any, ports: Sequence[Port]) -> int:
+    """Numbers of a token in the values of these ports."""
+    size, layer = int(decoder.config.hidden_size), decoder.layers[0]
+    return sum(size if port is Port.OUTPUT else projection(layer, port).weight.shape[0] for port in ports)
 
 
 def block_modules(config: Any, tap: str) -> tuple[str, ...]:

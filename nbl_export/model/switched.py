@@ -1,6 +1,6 @@
 """The original and every mix of attention and maps in one torch model.
 
-    layers        0 .. a-1        a .. n-1                    a: the lowest layer in which two mixes differ
+    layers        0 .. a-1        a .. n-1                    a: the lowest stream that a layer of the mix reads
     mixes    same hidden states | run from `entering` at a    so layers below a are computed once for all mixes
 
 One copy of the weights serves all mixes: during a run, the layers of a mix compute their maps instead of attention. The
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from nbl_export.mixers.base import Mixer
+from nbl_export.mixers.rows import lowest_stream
 from nbl_export.model import bfloat16
 from nbl_export.model.head import Head
 from nbl_export.model.linearize import multiplier_of, run_from, switched
@@ -41,7 +42,8 @@ class SwitchedModel(Mixes):
         self._layers = self._decoder.layers
         self._tap = tap
         self.num_layers = len(self._layers)
-        self._affine = {i: m.module(multiplier_of(model.config)).eval().to(model.device) for i, m in maps.items()}
+        self._reads = {i: mixer.reads for i, mixer in maps.items()}
+        self._modules = {i: m.module(multiplier_of(model.config)).eval().to(model.device) for i, m in maps.items()}
 
     @property
     def head(self) -> Head:
@@ -49,6 +51,10 @@ class SwitchedModel(Mixes):
 
     def runs(self, ids_WT: torch.Tensor, *, again: bool) -> Runs:
         return _Runs(self, ids_WT, again)
+
+    def first(self, replaced_set: Collection[int]) -> int:
+        """The lowest stream that the layers of a mix read."""
+        return lowest_stream({i: self._reads[i] for i in replaced_set})
 
     @torch.no_grad()
     def run(
@@ -69,7 +75,7 @@ class SwitchedModel(Mixes):
         try:
             with (
                 bfloat16.products(self.model.device, self._narrow),
-                switched(self._decoder, {i: self._affine[i] for i in replaced_set}, self._tap, first),
+                switched(self._decoder, {i: self._modules[i] for i in replaced_set}, self._tap, first),
             ):
                 if ids_BT is not None:
                     last = self._decoder(input_ids=ids_BT.to(self.model.device), use_cache=False).last_hidden_state
@@ -83,7 +89,7 @@ class SwitchedModel(Mixes):
 
 
 class _Runs(Runs):
-    """The original runs at first use; each mix runs from the original's states at its lowest replaced layer."""
+    """The original runs at first use; each mix runs from the original's states at the lowest stream that it reads."""
 
     def __init__(self, model: SwitchedModel, ids_BT: torch.Tensor, again: bool) -> None:
         self._model, self._ids_BT, self._again = model, ids_BT, again
@@ -98,12 +104,12 @@ class _Runs(Runs):
         return self._original
 
     def last(self, replaced_sets: Sequence[Collection[int]], progress: Progress = quiet) -> Iterator[torch.Tensor]:
-        firsts = {min(replaced_set) for replaced_set in replaced_sets if replaced_set}
+        firsts = {self._model.first(replaced_set) for replaced_set in replaced_sets if replaced_set}
         if not firsts <= self._entering.keys():
             self._begin(firsts)
         for k, replaced_set in enumerate(replaced_sets):
             if replaced_set:
-                first = min(replaced_set)
+                first = self._model.first(replaced_set)
                 yield self._model.run(replaced_set, entering_BTD=self._entering[first], first=first)[0]
             else:
                 yield self.original

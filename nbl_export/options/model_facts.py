@@ -17,13 +17,13 @@ class ModelFacts:
 
     Attributes:
         maps_tap: the tap of the maps, if the model is an NBL checkpoint.
-        maps_window: whether an NBL checkpoint has layers of kind window.
+        kinds: of the mixers of an NBL checkpoint.
         architecture, taps, not_from: name, possible taps, and decoder source -> why it exports no such graph.
         decoder: the decoder's sizes.
     """
 
     maps_tap: str = ""
-    maps_window: bool = False
+    kinds: frozenset[str] = frozenset()
     architecture: str = ""
     taps: tuple[str, ...] = TAPS
     not_from: Mapping[str, str] = field(default_factory=dict)

@@ -79,7 +79,7 @@ DEFAULTS: dict[str, Callable[[Mapping[str, Any], Capabilities, ModelFacts], str]
     "fit": lambda values, _, model: CHECKPOINT_FIT if model.maps_tap else usual_fit(values),
     "tap": _tap,
     "window_layers": lambda values, engine, model: (
-        usual_windows(values) if engine.windows and not model.maps_tap else NO_WINDOWS
+        usual_windows(values) if _WINDOW in engine.kinds and not model.maps_tap else NO_WINDOWS
     ),
 }
 
@@ -93,6 +93,7 @@ class Applies:
     holds: Callable[[Case], bool]
 
 
+_WINDOW = "window"  # the kind of --window-layers
 _WINDOWS_IN = "--engine openvino, or ort with --provider cpu"
 # The builder reads these for MatMulNBits alone (onnxruntime_genai 0.18, models/builder.py).
 _OF_ROUNDING = ("accuracy_level", "algo_config", "block_size")
@@ -106,7 +107,7 @@ APPLIES: tuple[Applies, ...] = (
     ),
     Applies(
         ("window_layers",), f"{_WINDOWS_IN}, and the original model",
-        lambda c: c.options.window_layers == NO_WINDOWS or (c.engine.windows and not c.is_nbl),
+        lambda c: c.options.window_layers == NO_WINDOWS or (_WINDOW in c.engine.kinds and not c.is_nbl),
     ),
     Applies(("window",), "--window-layers", lambda c: c.options.window_layers != NO_WINDOWS),
     Applies(
@@ -211,8 +212,8 @@ REFUSED: tuple[Refusal, ...] = (
         and f"--fit {CHECKPOINT_FIT} is for a checkpoint with maps (nbl-export convert)"
     )),
     (UsageError, lambda c: (
-        c.model.maps_window and not c.engine.windows
-        and f"{c.options.model} has layers of kind window, which need {_WINDOWS_IN}"
+        bool(missing := c.model.kinds - c.engine.kinds)
+        and f"{c.options.model} has layers of kind {min(missing)}, which need {_WINDOWS_IN}"
     )),
     (UsageError, lambda c: (
         bool(c.model.maps_tap) and c.options.says_itself

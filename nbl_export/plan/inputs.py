@@ -33,7 +33,7 @@ class Top:
 
     def to_json(self) -> dict[str, Any]:
         """Its layers, and the width in tokens of each window."""
-        return {"layers": list(self.layers), "windows": {str(i): m.work().reach for i, m in self.windows.items()}}
+        return {"layers": list(self.layers), "windows": {str(i): m.reads[0].tokens for i, m in self.windows.items()}}
 
 
 @dataclass(frozen=True)

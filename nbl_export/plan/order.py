@@ -239,4 +239,4 @@ def choose(
         replaced = tuple(sorted(order[:request]))
     else:
         replaced, select = request, "given"
-    return Plan(len(scores), replaced, tap, select, tuple(scores), (kind,) * len(replaced))
+    return Plan.of(len(scores), dict.fromkeys(replaced, kind), tap, select, tuple(scores))

@@ -25,7 +25,6 @@ downwards until one passes (`count_trained`).
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,9 +67,9 @@ def make_plan(
     asked = selection.inputs.kind
     plan = choose(selection.scores, request, asked.tap, select, order, asked.kind)
     facts = selection.facts(inputs.speedup, inputs.setting)
-    replaced = tuple(sorted({*selection.given, *plan.replaced}))
-    maps = selection.maps_of(replaced)
-    plan = dataclasses.replace(plan, replaced=replaced, kinds=tuple(maps[i].kind for i in replaced))
+    maps = selection.maps_of(tuple(sorted({*selection.given, *plan.layers})))
+    kinds = {layer: mixer.kind for layer, mixer in maps.items()}
+    plan = Plan.of(plan.num_layers, kinds, plan.tap, plan.select, plan.scores)
     return plan, maps, {**facts, "goal": goal}
 
 
@@ -183,7 +182,7 @@ def count_for_speedup(asked: AskedGoal, selection: Selection, speedup: Callable[
     """
     goal, layers = asked.goal, selection.inputs.num_layers
     assert isinstance(goal, TargetSpeedup)
-    smallest = min(selection.maps_of(range(layers)).values(), key=lambda mixer: mixer.work().elements)
+    smallest = min(selection.maps_of(range(layers)).values(), key=lambda mixer: sum(w.elements for w in mixer.work()))
     reached = getattr(speedup(dict.fromkeys(range(1, layers), smallest)), goal.phase)
     for count in range(1, layers if reached >= goal.factor else 1):  # an unreachable goal needs no order
         found = speedup(selection.maps_of(selection.replaced(count)))

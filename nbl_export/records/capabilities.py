@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["Capabilities"]
+__all__ = ["LINEAR_KINDS", "Capabilities"]
+
+LINEAR_KINDS = frozenset({"linear", "none"})  # that every engine has: products, or nothing
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Capabilities:
         dense_caches: whether caches count 0..K-1.
         provider: ONNX Runtime's execution provider, which the exporter is told.
         providers: ONNX Runtime's other execution providers, which the engine can run with.
-        windows: whether its decoders hold layers that read the last tokens alone (`--window-layers`).
+        kinds: of mixers (`nbl_export.mixers`) that its decoders hold.
         proven_by: the engine that verifies the graphs; "" is the engine itself.
         reads: the form of `convert` whose files the engine runs; "" if it runs its own decoders.
     """
@@ -37,6 +39,7 @@ class Capabilities:
     precisions: tuple[str, ...]
     sources: Mapping[str, tuple[str, ...]]
     extra: str
+    kinds: frozenset[str] = LINEAR_KINDS
     cache_bytes: Mapping[str, int] = field(default_factory=dict)
     mapped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     rounded: tuple[str, ...] = ()
@@ -47,7 +50,6 @@ class Capabilities:
     provider: str = "cpu"
     providers: tuple[str, ...] = ()
     every_expert: tuple[str, ...] = ()
-    windows: bool = False
     proven_by: str = ""
     reads: str = ""
 

@@ -50,40 +50,47 @@ ATTENTION = "attention"  # the kind of a layer that stays as it is
 
 @dataclass(frozen=True)
 class Plan:
-    """The layers whose attention is replaced. The empty plan is legal and means the original model.
+    """The kind of each layer. A plan of attention alone means the original model.
 
     Attributes:
-        kinds: the kind (`nbl_export.mixers`) of each replaced layer; not given: linear, for all.
+        kinds: of each layer, a kind (`nbl_export.mixers`) or `ATTENTION`.
     """
 
-    num_layers: int
-    replaced: tuple[int, ...]
+    kinds: tuple[str, ...]
     tap: str = "residual"
     select: str = "cca"
     scores: tuple[LayerScore, ...] = ()
-    kinds: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.kinds:
-            object.__setattr__(self, "kinds", ("linear",) * len(self.replaced))
-        require(len(self.kinds) == len(self.replaced), "each replaced layer has one kind")
-        require(self.replaced == tuple(sorted(set(self.replaced))), "replaced layers are sorted and distinct")
-        require(set(self.replaced) <= set(range(self.num_layers)), "a replaced layer does not exist")
-        require(bool(self.kept), "at least one attention layer stays")
+        require(ATTENTION in self.kinds, "at least one attention layer stays")
         require(self.tap in TAPS, f"unknown tap {self.tap!r}; taps are {', '.join(TAPS)}")
+
+    @classmethod
+    def of(
+        cls, num_layers: int, kinds: Mapping[int, str], tap: str = "residual", select: str = "cca",
+        scores: tuple[LayerScore, ...] = (),
+    ) -> Plan:  # fmt: skip
+        """The plan of a decoder in which some layers have these kinds."""
+        require(set(kinds) <= set(range(num_layers)), "a layer with a kind does not exist")
+        return cls(tuple(kinds.get(i, ATTENTION) for i in range(num_layers)), tap, select, scores)
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any]) -> Plan:
         """The plan that the facts of a manifest record."""
         scores = tuple(LayerScore(**score) for score in facts["scores"])
-        layers, kinds = tuple(facts["replaced_layers"]), tuple(facts.get("kinds", ()))
-        return cls(facts["num_layers"], layers, facts["tap"], facts["select"], scores, kinds)
-
-    def kind(self, layer: int) -> str:
-        """The kind of a layer: `ATTENTION` if it is kept."""
-        return dict(zip(self.replaced, self.kinds, strict=True)).get(layer, ATTENTION)
+        kinds = dict(zip(facts["replaced_layers"], facts["kinds"], strict=True))
+        return cls.of(facts["num_layers"], kinds, facts["tap"], facts["select"], scores)
 
     @property
-    def kept(self) -> tuple[int, ...]:
-        """Layers that keep attention and cache, ascending."""
-        return tuple(sorted(set(range(self.num_layers)) - set(self.replaced)))
+    def num_layers(self) -> int:
+        return len(self.kinds)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers with a mixer, ascending."""
+        return tuple(i for i, kind in enumerate(self.kinds) if kind != ATTENTION)
+
+    @property
+    def mixers(self) -> tuple[str, ...]:
+        """The kinds of `layers`."""
+        return tuple(kind for kind in self.kinds if kind != ATTENTION)

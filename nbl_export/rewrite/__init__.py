@@ -1,9 +1,9 @@
-"""Turns a decoder graph and a plan into the NBL graph: an ordered list of passes, one subject each.
+"""Turns a decoder graph and mixers into the NBL graph: an ordered list of passes, one subject each.
 
 Passes change the graph in place and report whether they did. A pass refuses what it does not understand, with layer and
-reason. A plan that asks for m layers and would rewrite fewer is an error.
+reason. Mixers of m layers of which fewer could be rewritten are an error.
 
-The caches of replaced layers go, and the kept ones are numbered densely where a runtime asks for that:
+The caches that no layer holds go, and the kept ones are numbered densely where a runtime asks for that:
 
     before   inputs past.0 past.1 past.2 / outputs present.0 present.1 present.2      (1 replaced)
     after    inputs past.0 past.2        / outputs present.0 present.2
@@ -27,10 +27,10 @@ from nbl_export.graph.anatomy import cache_layers, graph_caches
 from nbl_export.graph.emitter import run_passes
 from nbl_export.graph.files import read_graph
 from nbl_export.graph.names import ALL_LOGITS_FILE, GENAI_CONFIG, STATIC_GRAPH_FILE, all_logits_file, graph_file
-from nbl_export.mixers.base import Mixer
+from nbl_export.mixers.base import Mixer, cacheless, state_of
 from nbl_export.records.decoder import GraphContract, TensorInfo
-from nbl_export.records.plan import Plan, spoken_layers
-from nbl_export.rewrite.bypass import BypassAttention, SkipNormToAdd, Sweep
+from nbl_export.records.plan import spoken_layers
+from nbl_export.rewrite.blocks import RewriteBlocks, SkipNormToAdd, Sweep
 from nbl_export.rewrite.quantize import QuantizeMapBlocks, QuantizeMaps
 from nbl_export.rewrite.tail import keep_last_token
 
@@ -51,12 +51,11 @@ LAYERS_KEY = "nbl.cache_layers"
 _DROPPED = "nbl_export.dropped"  # metadata key of a cache input; its value is the layer
 
 
-def passes_for(plan: Plan, maps: Mapping[int, Mixer]) -> Sequence[ir.passes.PassBase]:
+def passes_for(maps: Mapping[int, Mixer], tap: str = "residual") -> Sequence[ir.passes.PassBase]:
     """The passes of the rewrite, in order."""
-    chosen = {layer: maps[layer] for layer in plan.replaced}
     return (
-        BypassAttention(chosen, plan.tap),
-        DropCaches(plan.replaced),
+        RewriteBlocks(maps, tap),
+        DropCaches(cacheless(maps)),
         Sweep(),
         DropUnreadCaches(),
         SkipNormToAdd(),
@@ -66,37 +65,41 @@ def passes_for(plan: Plan, maps: Mapping[int, Mixer]) -> Sequence[ir.passes.Pass
     )
 
 
-def rewrite_model(model: ir.Model, plan: Plan, maps: Mapping[int, Mixer]) -> None:
-    """Rewrite a model in place; the empty plan changes nothing.
+def rewrite_model(model: ir.Model, maps: Mapping[int, Mixer], tap: str = "residual") -> None:
+    """Rewrite a model in place; no maps change nothing.
+
+    Args:
+        maps: layer -> its mixer. tap: what mixers act on (`records.plan.TAPS`).
 
     Raises:
-        RefusalError: the graph is not understood, or lacks layers of the plan.
+        RefusalError: the graph is not understood, or lacks one of the layers.
     """
-    if not plan.replaced:
+    if not maps:
         return
     before = graph_caches(model.graph)
-    missing = set(plan.replaced) - set(before)
+    missing = set(maps) - set(before)
     if missing:
         left = spoken_layers(list(before))
         raise RefusalError(min(missing), f"it has no attention, so it is replaced already; layers {left} have some")
-    _refuse_several_states([maps[layer] for layer in plan.replaced])
-    run_passes(passes_for(plan, maps), model)
+    _refuse_several_states(list(maps.values()))
+    gone = cacheless(maps)
+    run_passes(passes_for(maps, tap), model)
     after = [value for pasts, _ in graph_caches(model.graph).values() for value in pasts]
-    if after != [value for layer in before if layer not in plan.replaced for value in before[layer][0]]:
+    if after != [value for layer in before if layer not in gone for value in before[layer][0]]:
         names = [value.name for value in after]
-        raise RefusalError(None, f"caches {names} remain after replacing {list(plan.replaced)}")
+        raise RefusalError(None, f"caches {names} remain, where those of layers {spoken_layers(gone)} should be gone")
 
 
 def _refuse_several_states(mixers: Sequence[Mixer]) -> None:
     """ONNX Runtime GenAI takes states of one shape."""
-    if len({mixer.state for mixer in mixers if mixer.state is not None}) > 1:
+    if len({mixer.holds for mixer in mixers if state_of(mixer) is not None}) > 1:
         raise RefusalError(None, "its layers would have states of several sizes; ONNX Runtime GenAI takes one")
 
 
-def rewrite(source: Path, out: Path, plan: Plan, maps: Mapping[int, Mixer], *, dense: bool = False) -> None:
+def rewrite(source: Path, out: Path, maps: Mapping[int, Mixer], tap: str = "residual", *, dense: bool = False) -> None:
     """Write the NBL version of a deployable directory to `out`, which must not exist.
 
-    Kept weights are copied from file to file. An empty plan copies the graph byte for byte. A decoder.onnx gets dense
+    Kept weights are copied from file to file. No maps copy the graph byte for byte. A decoder.onnx gets dense
     cache ids; a model.onnx keeps the ids of its layers unless `dense` is set. Their runtimes expect these ids. A
     source with last-token logits has the graph with all logits beside it; so has the output.
 
@@ -108,16 +111,15 @@ def rewrite(source: Path, out: Path, plan: Plan, maps: Mapping[int, Mixer], *, d
     rewritten = (name, f"{name}.data", ALL_LOGITS_FILE)
     out.mkdir()
     for file in sorted(source.iterdir()):
-        if file.is_file() and (file.name not in rewritten or not plan.replaced):
+        if file.is_file() and (file.name not in rewritten or not maps):
             shutil.copyfile(file, out / file.name)
-    if not plan.replaced:
+    if not maps:
         return
     model = read_graph(source / all_logits_file(source))
-    rewrite_model(model, plan, maps)
+    rewrite_model(model, maps, tap)
     ir.save(model, out / name, external_data=f"{name}.data")
     if dense or name == STATIC_GRAPH_FILE:
-        make_dense(out / name)
-        _count_caches(out / GENAI_CONFIG, len(plan.kept))
+        _count_caches(out / GENAI_CONFIG, make_dense(out / name))
     if last_only:
         keep_last_token(out)
 
@@ -130,11 +132,12 @@ def _count_caches(path: Path, caches: int) -> None:
         path.write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
 
 
-def make_dense(path: Path) -> None:
-    """Give a saved graph cache ids 0..K-1; its data file does not change."""
+def make_dense(path: Path) -> int:
+    """Give a saved graph cache ids 0..K-1, and return K; its data file does not change."""
     model = read_graph(path)
     RenumberCaches()(model)
     ir.save(model, path)
+    return len(cache_layers(model.graph))
 
 
 def contract_of(model: ir.Model) -> GraphContract:
@@ -153,7 +156,7 @@ def _info(value: ir.Value) -> TensorInfo:
 
 
 class DropCaches(ir.passes.InPlacePass):
-    """Remove the caches of the given layers; run after `BypassAttention`, before `Sweep`."""
+    """Remove the caches of the given layers; run after `RewriteBlocks`, before `Sweep`."""
 
     def __init__(self, layers: Sequence[int]) -> None:
         super().__init__()

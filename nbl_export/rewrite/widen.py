@@ -25,7 +25,7 @@ from nbl_export.graph.emitter import register
 from nbl_export.graph.files import read_graph
 from nbl_export.graph.quantised import HOLDERS, expert_matrices, quantised_matrices
 from nbl_export.records.quantised import StoredMatrix
-from nbl_export.rewrite.bypass import Sweep
+from nbl_export.rewrite.blocks import Sweep
 
 __all__ = ["Widen", "save_twin"]
 

@@ -5,11 +5,10 @@
     enter window 1       t0                                              | W rows ........ last
     leave window 1                                                                         last
 
-A window reads W - 1 rows before each row that the layers above need, and the mark of the row before these. So each
-window below the top one adds W - 1 rows. Its state behind the step is the last W of them. The first token of a text
-passes through all windows, since all read it; it stands in front of the others as a row of its own, which also marks
-that rows are left out. Later steps have no first row: the states hold it, and their last row is the mark. If a step has
-no more tokens than rows are needed, all pass, in order behind the state.
+`mixers.rows` counts the rows. A window also reads the mark of the row before these. Its state behind the step is the
+last W of them. The first token of a text passes through all windows, since all read it. It stands in front of the
+others as a row of its own, which also marks that rows are left out. Later steps have no first row: the states hold it,
+and their last row is the mark. If a step has no more tokens than rows are needed, all pass, in order behind the state.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from nbl_export.graph.anatomy import Join, find_reader, reading_layers
 from nbl_export.graph.caches import graph_states
 from nbl_export.graph.emitter import Maker, choose, new_node
 from nbl_export.graph.names import node_name
+from nbl_export.mixers.rows import Read, Rows, rows_of_top
 from nbl_export.rewrite.integers import Integers
 from nbl_export.rewrite.window import SHARED, window_tokens
 
@@ -83,8 +83,9 @@ def stages_of(graph: ir.Graph, windows: tuple[int, ...]) -> tuple[list[Stage], i
     mask, last = (nodes[f"{SHARED[1]}/{name}"].outputs[0] for name in ("mask", "index"))
     one, more = Maker("/nbl/tail/One/", ir.DataType.INT64), Integers(graph, "/nbl/tail/windows", "nbl.tail.windows")
     below, found, same = _Rows.all_of(graph, more, mask, last), [], []
-    for number, layer in enumerate(windows):
-        below, at = below.fewer((len(windows) - number) * (window_tokens(graph) - 1) + 1, f"layers.{layer}/")
+    read = (Read(rows=Rows.WINDOW, tokens=window_tokens(graph)),)
+    for layer, need in rows_of_top(dict.fromkeys(windows, read)).items():
+        below, at = below.fewer(need.last or 1, f"layers.{layer}/")
         found += [at, below.last, below.mask]
         every = {"at": last, "last": last, "mask": mask}
         same += [one("Identity", f"layers.{layer}/{part}", value) for part, value in every.items()]

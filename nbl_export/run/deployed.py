@@ -212,8 +212,8 @@ def open_finished(output: Path, ui: Ui, *, force: bool = False) -> Iterator[Fini
         resolver = Resolver(dataclasses.replace(options, device="cpu"), run, ui)  # forms are compared bit for bit
         plan = resolver.plan
         yield resolver.fill(
-            Finished, run=run, maps=load_maps(run.path / MAPS_FILE, plan.replaced), tap=plan.tap,
-            remake=remake_command(options, plan.replaced), source=Lazy(None, lambda: resolver.source),
+            Finished, run=run, maps=load_maps(run.path / MAPS_FILE, plan.layers), tap=plan.tap,
+            remake=remake_command(options, plan.layers), source=Lazy(None, lambda: resolver.source),
         )  # fmt: skip
 
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from nbl_export.errors import NblError, UsageError
-from nbl_export.mixers import kind_of
 from nbl_export.model.architectures import ARCHITECTURES
 from nbl_export.model.checkpoint.source import Source, resolve
 from nbl_export.options.options import CHECKPOINT_FIT, JobOptions
@@ -60,7 +59,7 @@ def facts_of_model(source: Source, decoder: DecoderSpec) -> ModelFacts:
     return dataclasses.replace(
         _of_decoder(decoder),
         maps_tap=source.linearized.tap if source.linearized else "",
-        maps_window=source.linearized is not None and source.linearized.window is not None,
+        kinds=frozenset(source.linearized.kinds if source.linearized else ()),
     )
 
 
@@ -70,7 +69,7 @@ def facts_of_run(manifest: Mapping[str, Any]) -> ModelFacts:
     return dataclasses.replace(
         _of_decoder(DecoderSpec(**manifest["decoder"])),
         maps_tap=options.tap if options.fit == CHECKPOINT_FIT else "",
-        maps_window=options.fit == CHECKPOINT_FIT and not all(kind_of(k).fitted for k in manifest.get("kinds", ())),
+        kinds=frozenset(manifest.get("kinds", ()) if options.fit == CHECKPOINT_FIT else ()),
     )
 
 

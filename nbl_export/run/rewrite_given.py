@@ -111,7 +111,7 @@ def _plan(
     if len(chosen) >= num_layers:
         raise NblError(f"{maps_file} has maps of all {num_layers} layers, but one must stay; choose with --layers")
     maps = load_maps(maps_file, chosen)
-    return Plan(num_layers, tuple(chosen), tap, "given", kinds=tuple(m.kind for m in maps.values())), maps
+    return Plan.of(num_layers, {i: mixer.kind for i, mixer in maps.items()}, tap, "given"), maps
 
 
 def _check_width(width: int | None, maps: dict[int, Mixer], maps_file: Path) -> None:
@@ -128,10 +128,10 @@ def _write(model: Any, path: Path, file: Path, made: Path, plan: Plan, maps: dic
     from nbl_export.rewrite import rewrite, rewrite_model
 
     if (file.parent / ALL_LOGITS_FILE).is_file() or file.name == STATIC_GRAPH_FILE:
-        rewrite(file.parent, made, plan, maps)
+        rewrite(file.parent, made, maps, plan.tap)
         return
     files = list(companions(path, {file, *source.data_files(file, model)}))
-    rewrite_model(model, plan, maps)
+    rewrite_model(model, maps, plan.tap)
     made.mkdir()
     for old, name in files:
         (made / name).parent.mkdir(parents=True, exist_ok=True)
@@ -151,9 +151,9 @@ def _facts(model: Any, file: Path, maps_file: Path, maps: dict[int, Mixer], plan
         "source": {"graph": file.name, "sha256": file_sha256(file), "producer": model.producer_name},
         "maps": {"name": maps_file.name, "sha256": file_sha256(maps_file)},
         "num_layers": plan.num_layers,
-        "replaced_layers": sorted({*plan.replaced, *replaced_layers(model.graph)}),
+        "replaced_layers": sorted({*plan.layers, *replaced_layers(model.graph)}),
         "tap": plan.tap,
-        "caches": present_names(model.graph, without=plan.replaced),
+        "caches": present_names(model.graph, without=plan.layers),
         "versions": versions(_PACKAGES),
         "nbl_export": __version__,
     }

@@ -13,9 +13,9 @@ import psutil
 
 from nbl_export.errors import NblError
 from nbl_export.graph.names import ALL_LOGITS_FILE, GRAPH_FILE
+from nbl_export.mixers.base import Mixer
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import GraphContract
-from nbl_export.records.plan import Plan
 from nbl_export.records.results import CheckResult
 from nbl_export.targets.checks import Coded, Wanted
 from nbl_export.targets.runners import GraphDecoder, SequenceLimits, TextRunner
@@ -130,12 +130,13 @@ class Target:
         raise NblError(f"engine {self.capabilities.name} makes no decoder; use --engine ort")
 
     def linearize(
-        self, original: Path, out: Path, plan: Plan, maps: Mapping[int, Any],
+        self, original: Path, out: Path, maps: Mapping[int, Mixer], tap: str = "residual",
         open_model: Callable[[], Any] | None = None,
     ) -> None:  # fmt: skip
         """Write the NBL version of `original` to `out`, which must not exist.
 
         Args:
+            maps: layer -> its mixer. tap: what mixers act on (`records.plan.TAPS`).
             open_model: gives the torch model that `original` was made from, which may be changed; for targets that
                 export again instead of rewriting a graph. None if there is no torch model.
 
@@ -144,7 +145,7 @@ class Target:
         """
         from nbl_export.rewrite import rewrite
 
-        rewrite(original, out, plan, maps, dense=self.capabilities.dense_caches)
+        rewrite(original, out, maps, tap, dense=self.capabilities.dense_caches)
 
     def keep_last_token(self, directory: Path) -> None:
         """Make the graph give the logits of the last token; the graph with all logits stays beside it.

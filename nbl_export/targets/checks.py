@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from nbl_export.graph.names import constant_name, product_name, state_names
-from nbl_export.mixers.base import Mixer, StateSpec, WindowShape
+from nbl_export.mixers.base import Builder, Mixer, state_of
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.quantised import StoredMatrix
 from nbl_export.records.results import YES_NO, CheckResult
@@ -42,7 +42,7 @@ class Wanted:
 def held_names(cache_ids: Iterable[int], mixers: Mapping[int, Mixer] | None = None) -> set[str]:
     """Names of the inputs that a decoder holds between steps: caches, and states of layers with a short memory."""
     caches = {f"past_key_values.{i}.{part}" for i in cache_ids for part in ("key", "value")}
-    remember = [layer for layer, mixer in (mixers or {}).items() if mixer.state is not None]
+    remember = [layer for layer, mixer in (mixers or {}).items() if state_of(mixer) is not None]
     return caches.union(*map(state_names, remember))
 
 
@@ -129,7 +129,7 @@ class _Emitted:
     def __init__(self, mixer: Mixer) -> None:
         self.matrices: dict[str, np.ndarray] = {}
         self.vectors: dict[str, np.ndarray] = {}
-        mixer.emit(self, None)
+        mixer.emit(cast(Builder, self), dict.fromkeys(read.stream for read in mixer.reads))
 
     def matmul(self, x: Any, matrix: np.ndarray, name: str) -> None:
         self.matrices[name] = matrix
@@ -138,20 +138,9 @@ class _Emitted:
         if isinstance(other, np.ndarray):
             self.vectors[name] = other
 
-    def concat(self, values: Sequence[Any], name: str) -> None:
-        pass
-
-    def slice(self, x: Any, start: int, end: int | None, name: str) -> None:
-        pass
-
     def norm(self, x: Any, weight: np.ndarray, epsilon: float, name: str) -> None:
         self.vectors[name] = weight
 
-    def window(self, qkv: Any, shape: WindowShape, frequencies: np.ndarray, spec: StateSpec, name: str) -> None:
-        pass
-
-    def state(self, spec: StateSpec, name: str) -> None:
-        pass
-
-    def keep(self, spec: StateSpec, value: Any, name: str) -> None:
-        pass
+    def __getattr__(self, operator: str) -> Callable[..., None]:
+        """An operator without numbers of its own."""
+        return lambda *_: None

@@ -28,7 +28,7 @@ def build_twins(checkpoint: Path, setting: Setting, maps: Mapping[int, Mixer], o
     setting.engine.write_twin(checkpoint, directories["original"], setting.cache_length)
     if setting.logits == "last":
         setting.engine.keep_last_token(directories["original"])
-    setting.engine.linearize(directories["original"], directories["nbl"], setting.plan, maps)
+    setting.engine.linearize(directories["original"], directories["nbl"], maps, setting.plan.tap)
     if setting.precision == "int4":
         for directory in directories.values():
             setting.engine.write_int4_twin(directory)

@@ -292,7 +292,7 @@ def summary(
         "passed": all(r.passed for r in results),
         "status": status_of(precision, checks),
         "precision": precision,
-        "replaced_layers": list(plan.replaced),
+        "replaced_layers": list(plan.layers),
         "checks": checks,
         "quality_loss": quality_losses,
     }

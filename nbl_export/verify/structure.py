@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from nbl_export.errors import RefusalError
+from nbl_export.mixers import cache_layers
+from nbl_export.mixers.base import state_of
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.plan import Plan
 from nbl_export.records.results import YES_NO, CheckResult
@@ -58,7 +60,7 @@ class Setting:
         """What a subject's graph has to be."""
         if subject == "original":
             maps = {}
-        kept = self.plan.kept if subject == "nbl" else tuple(range(self.plan.num_layers))
+        kept = cache_layers(self.plan) if subject == "nbl" else tuple(range(self.plan.num_layers))
         return Wanted(subject, self.spec, self.precision, self.logits, kept, maps)
 
 
@@ -77,7 +79,7 @@ def check_directory(
     shipped = decoder if pruned is None else engine.open_exact(directory, head_dim, pruned)
     results = engine.check_files(directory, shipped.contract, wanted)
     if pruned is not None:
-        remembers = any(mixer.state is not None for mixer in wanted.maps.values())
+        remembers = any(state_of(mixer) is not None for mixer in wanted.maps.values())
         long = probe.long if remembers else ()
         results += check_last(wanted.subject, decoder, shipped, probe.rows[0], precision, long)
     return [*results, _measured_cache(wanted.subject, decoder, head_dim)]

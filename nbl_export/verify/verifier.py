@@ -20,7 +20,7 @@ import numpy as np
 
 from nbl_export.errors import CorruptError
 from nbl_export.graph.decoder import OnnxDecoder
-from nbl_export.mixers.base import Mixer, apply
+from nbl_export.mixers.base import Mixer, Port, apply, state_of
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.results import YES_NO, CheckResult
 from nbl_export.targets.checks import Coded
@@ -292,10 +292,11 @@ class MappedOriginal:
     def _mixed(self, layer: int, x_BTD: np.ndarray, counts_B: np.ndarray) -> np.ndarray:
         """The output of a layer's mixer, which remembers each row's valid tokens alone."""
         mixer = self._maps[layer]
-        if mixer.state is None:
-            return apply(mixer, x_BTD)[0]
+        if state_of(mixer) is None:
+            return apply(mixer, {None: x_BTD})[0][Port.OUTPUT]
         found = np.zeros(x_BTD.shape, np.float32)
         for row, count in enumerate(counts_B):
             past = self._states.get((layer, row))
-            found[row, :count], self._states[layer, row] = apply(mixer, x_BTD[row : row + 1, :count], past)
+            given, self._states[layer, row] = apply(mixer, {None: x_BTD[row : row + 1, :count]}, past)
+            found[row, :count] = given[Port.OUTPUT]
         return found

@@ -14,8 +14,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nbl_export.errors import CorruptError
-from nbl_export.measure.cost import CostModel, cost_model, read_mlp, weight_bytes
+from nbl_export.measure.cost import CostModel, LayerSizes, cost_model, read_mlp, weight_bytes
 from nbl_export.mixers.base import TokenWork
+from nbl_export.mixers.rows import Read, Rows
 from nbl_export.model.checkpoint.load import load_model, read_spec
 from nbl_export.model.checkpoint.source import resolve
 from nbl_export.options.options import JobOptions
@@ -27,8 +28,9 @@ from nbl_export.targets.openvino.export import _trace_experts
 from ..tiny import EVERY, HIDDEN, INNER, cases, record_of, save_gguf
 
 
-def work(elements: int, *, token_local: bool = True) -> TokenWork:
-    return TokenWork(elements, elements, token_local)
+def work(elements: int, *reads: Read) -> LayerSizes:
+    """Sizes of a layer that reads its own row, if nothing else is said."""
+    return LayerSizes(reads or (Read(),), (TokenWork(elements, elements),) * max(1, len(reads)))
 
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
@@ -78,15 +80,10 @@ def test_a_window_bounds_attention_and_cache() -> None:
     assert windowed.speedup_of_sizes(EIGHT).decode < full.speedup_of_sizes(EIGHT).decode
 
 
-def test_layers_with_a_reach_at_the_top_compute_few_tokens() -> None:
-    """W - 1 tokens more for each such layer above, and the first one; a layer that reads all ends them."""
+def test_windows_at_the_top_compute_few_tokens() -> None:
+    """W - 1 tokens more for each window above, and the first one (`mixers.rows`)."""
     model = dataclasses.replace(PRUNED, tokens=2048)
-    near = TokenWork(1000, 1000, token_local=False, reach=64)
-    far = TokenWork(1000, 1000, token_local=False)
-    assert model._rows(dict.fromkeys(range(28, 30), near), 2048)[26:] == [2048, 2048, 128, 65, 1]
-    assert model._rows({28: near, 29: work(1)}, 2048)[27:] == [2048, 65, 1, 1]
-    assert model._rows({27: near, 28: far, 29: near}, 2048)[27:] == [2048, 2048, 65, 1]
-    assert model._rows(dict.fromkeys(range(28, 30), near), 100)[28:] == [100, 65, 1]
+    near = work(1000, Read(rows=Rows.WINDOW, tokens=64))
     local = dict.fromkeys(range(24, 30), work(1000))
     few, one = (model.prefill_flops(sizes) for sizes in (dict.fromkeys(local, near), local))
     leaving, entering = 317 + 254 + 191 + 128 + 65 + 1 - 6, 380 + 317 + 254 + 191 + 128 + 65 - 6
@@ -155,10 +152,25 @@ def test_laws() -> None:
     assert high.prefill > 1.15 * low.prefill
 
 
+def test_keys_from_an_earlier_stream_leave_the_rest_of_a_prompt_below() -> None:
+    """Attention, cache and weights of the layers above a cut stay; of a prompt, 65 rows climb."""
+    cut, near, product = 20, 64, 576 * 2 * 3 * 64
+    keys = LayerSizes((Read(rows=Rows.LAST, tokens=near), Read(cut, Rows.ALL)),
+                      (TokenWork(0, 0), TokenWork(product, product)), attends=True)  # fmt: skip
+    chosen = dict.fromkeys(range(cut, 30), keys)
+    model = dataclasses.replace(PRUNED, tokens=2048)
+    speedup = model.speedup_of_sizes(chosen)
+    assert 1.40 < speedup.prefill < 1.45  # method: predicted keys, cut 20 of 30
+    more = model.decode(chosen, 2047).bytes - model.decode({}, 2047).bytes
+    assert more == 10 * product * 4.0  # a token reads the maps too
+    short = model.prefill(chosen, 64).flops - model.prefill({}, 64).flops
+    assert short > 0  # a short prompt climbs whole, and computes the maps in vain
+
+
 def test_layers_that_read_other_tokens_are_not_pruned() -> None:
     """A layer with a memory costs its products for every token, as the layers between it and the next attention do."""
     elements = 2 * 576 * 576
-    local, reading = (dict.fromkeys((0, 29), work(elements, token_local=local)) for local in (True, False))
+    local, reading = (dict.fromkeys((0, 29), work(elements, Read(rows=rows))) for rows in (Rows.LAST, Rows.ALL))
     one, other = PRUNED.prefill(local, 512), PRUNED.prefill(reading, 512)
     before = 576 * 9 * 64 + 3 * 576 * 1536  # o_proj and MLP of layer 28, before the last layer that reads others
     assert other.flops == one.flops + 2 * 511 * (before + elements)

@@ -15,8 +15,9 @@ import pytest
 
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.names import all_logits_file
-from nbl_export.measure.cost import CostModel, Work, read_mlp, weight_bytes
+from nbl_export.measure.cost import CostModel, LayerSizes, Work, read_mlp, weight_bytes
 from nbl_export.mixers.base import TokenWork
+from nbl_export.mixers.rows import Read
 from nbl_export.records.decoder import DecoderSpec
 
 from ..tiny import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, LAYERS, VOCAB
@@ -99,7 +100,11 @@ def test_graphs_that_a_run_ships(
 ) -> None:
     """Pruned tails, replaced layers with full maps."""
     replaced = json.loads((finished / "nbl.json").read_text(encoding="utf-8"))["replaced_layers"]
-    sizes = dict.fromkeys(replaced, TokenWork(HIDDEN * HIDDEN, HIDDEN * HIDDEN)) if name == "model" else {}
+    sizes = (
+        dict.fromkeys(replaced, LayerSizes((Read(),), (TokenWork(HIDDEN * HIDDEN, HIDDEN * HIDDEN),)))
+        if name == "model"
+        else {}
+    )
     for file, pruned in (("model.onnx", True), (all_logits_file(finished / name), False)):
         found = Count(finished / name, file, tmp_path).run(tokens, depth)
         assert costs_of(checkpoint("llama"), "fp32", pruned=pruned).prefill(sizes, tokens, depth) == found

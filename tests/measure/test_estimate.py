@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from nbl_export.measure.cost import LayerSizes
 from nbl_export.measure.estimate import STAGES, Job, Needs
 from nbl_export.measure.machine_speed import Speed, measure_speed
 from nbl_export.mixers.base import TokenWork
+from nbl_export.mixers.rows import Read
 from nbl_export.model.checkpoint.shape import Shape
 from nbl_export.options.options import JobOptions
 from nbl_export.records.decoder import DecoderSpec
@@ -155,7 +157,7 @@ def test_an_export_out_of_mapped_files_needs_no_memory_for_them() -> None:
 def test_gains_are_those_of_the_cost_model() -> None:
     found = job(SMOLLM2, layers="10").gains()
     assert [gain.layers for gain in found] == [4, 8, 10, 11, 15]
-    costs, size = job(SMOLLM2).costs, TokenWork(576 * 576, 576 * 576)
+    costs, size = job(SMOLLM2).costs, LayerSizes((Read(),), (TokenWork(576 * 576, 576 * 576),))
     expected = costs.speedup_of_sizes(dict.fromkeys(range(10, 20), size))
     assert (found[2].prefill, found[2].decode) == (expected.prefill, expected.decode)
     assert (

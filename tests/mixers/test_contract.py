@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,10 +17,11 @@ from nbl_export.calibrate.collect import Wanted, collect_layers
 from nbl_export.calibrate.moments_file import MomentsWriter, open_moments
 from nbl_export.distill.teacher_student import TeacherStudent
 from nbl_export.errors import NblError
-from nbl_export.mixers.base import Kind, Mixer, apply
+from nbl_export.mixers.base import OWN, Kind, Mixer, Port, apply, state_of
 from nbl_export.mixers.linear import Linear
 from nbl_export.mixers.modules import Wrapped
 from nbl_export.mixers.none import Nothing
+from nbl_export.mixers.rows import Read
 from nbl_export.mixers.window import Window
 from nbl_export.mixers.windowed import WindowShape
 from nbl_export.model.checkpoint.load import load_model
@@ -65,6 +66,11 @@ FITTED = [name for name, mixer in EVERY.items() if mixer.kind != "window"]
 ROWS = numbers(2, 9, D, seed=9)
 
 
+def output(mixer: Mixer, rows: np.ndarray, state: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+    found, kept = apply(mixer, {OWN: rows}, state)
+    return found[Port.OUTPUT], kept
+
+
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mixers, "_KINDS", dict(mixers._KINDS))
@@ -82,7 +88,7 @@ def test_every_kind_has_a_case(registered: None) -> None:
 @pytest.mark.parametrize("name", EVERY)
 def test_the_module_computes_what_numpy_does(name: str) -> None:
     mixer, x = EVERY[name], torch.from_numpy(ROWS)
-    expected = apply(mixer, ROWS)[0]
+    expected = output(mixer, ROWS)[0]
     for multiplier in (1.0, 0.5):
         with torch.no_grad():
             found, weights = mixer.module(multiplier)(x)
@@ -93,11 +99,11 @@ def test_the_module_computes_what_numpy_does(name: str) -> None:
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("cut", [1, 4, 8])
 def test_chunks_with_a_state_equal_the_whole(name: str, cut: int) -> None:
-    whole, last = apply(EVERY[name], ROWS)
-    first, state = apply(EVERY[name], ROWS[:, :cut])
-    second, end = apply(EVERY[name], ROWS[:, cut:], state)
+    whole, last = output(EVERY[name], ROWS)
+    first, state = output(EVERY[name], ROWS[:, :cut])
+    second, end = output(EVERY[name], ROWS[:, cut:], state)
     np.testing.assert_allclose(np.concatenate([first, second], 1), whole, atol=1e-6)
-    spec = EVERY[name].state
+    spec = state_of(EVERY[name])
     if spec is None:
         assert last is state is end is None
     else:
@@ -110,10 +116,10 @@ def test_a_local_mixer_reads_its_own_token_alone(name: str) -> None:
     mixer = EVERY[name]
     changed = ROWS.copy()
     changed[:, 3] += 1
-    away = np.abs(apply(mixer, changed)[0] - apply(mixer, ROWS)[0]).max((0, 2))
+    away = np.abs(output(mixer, changed)[0] - output(mixer, ROWS)[0]).max((0, 2))
     assert not away[:3].any()
-    assert mixer.token_local == (not away[4:].any())
-    assert mixer.token_local or mixer.state is not None
+    assert (mixer.reads == (Read(),)) == (not away[4:].any())
+    assert mixer.reads == (Read(),) or mixer.holds is not None
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -128,12 +134,12 @@ def test_tensors_make_the_same_mixer(name: str, tmp_path: Path) -> None:
         load_maps(path, (3,))[3],
         kind(mixer).from_module(state, D, like),
     ):
-        assert (found.kind, found.size, found.state) == (mixer.kind, D, mixer.state)
-        np.testing.assert_allclose(apply(found, ROWS)[0], apply(mixer, ROWS)[0], atol=1e-6)
+        assert (found.kind, found.size, found.holds) == (mixer.kind, D, mixer.holds)
+        np.testing.assert_allclose(output(found, ROWS)[0], output(mixer, ROWS)[0], atol=1e-6)
     blank = kind(mixer).blank(D, like=like)
     blank.load_state_dict(mixer.module().state_dict())
     with torch.no_grad():
-        np.testing.assert_allclose(blank(torch.from_numpy(ROWS))[0], apply(mixer, ROWS)[0], atol=1e-6)
+        np.testing.assert_allclose(blank(torch.from_numpy(ROWS))[0], output(mixer, ROWS)[0], atol=1e-6)
 
 
 def other_numbers(mixer: Mixer) -> Mixer | None:
@@ -166,15 +172,15 @@ class Named:
 def test_what_is_emitted_is_what_is_told(name: str) -> None:
     """Codes are put back into a mixer by these names, and nodes have names of their own."""
     mixer, build = EVERY[name], Named()
-    value: Any = mixer.emit(build, "x")
+    given = mixer.emit(cast(Any, build), {OWN: "x"})
     assert list(build.matrices) == list(mixer.matrices())
     assert len(set(build.names)) == len(build.names)
-    assert (value is None) == (not build.names)
+    assert bool(given) == bool(build.names)
     doubled = mixer.with_matrices({n: 2 * m for n, m in mixer.matrices().items()})
     assert all(np.array_equal(2 * m, doubled.matrices()[n]) for n, m in mixer.matrices().items())
-    work = mixer.work()
+    (work,) = mixer.work()
     assert work.elements == sum(m.size for m in mixer.matrices().values()) and work.multiply_adds >= work.elements >= 0
-    assert (work.elements > 0) == bool(build.names) and work.token_local == mixer.token_local
+    assert (work.elements > 0) == bool(build.names)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -183,7 +189,7 @@ def test_one_product_says_all_or_is_refused(name: str) -> None:
     weight = mixer.product()
     assert (weight is None) == (name in ("linear", "memory", "window", "window with a norm"))
     if weight is not None:
-        np.testing.assert_allclose(ROWS @ weight.T, apply(mixer, ROWS)[0], atol=1e-6)
+        np.testing.assert_allclose(ROWS @ weight.T, output(mixer, ROWS)[0], atol=1e-6)
     flat = torch.from_numpy(ROWS).flatten(0, 1)
     near = mixer.as_product(moments(flat, flat), 0)
     assert near is None or near.product() is not None
@@ -192,7 +198,7 @@ def test_one_product_says_all_or_is_refused(name: str) -> None:
 def rows_of(mixer: Mixer, size: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """Windows [B, T, D], and what the mixer makes of them."""
     x = 3 * numbers(40, 30, size, seed=seed) + 1
-    return torch.from_numpy(x), torch.from_numpy(apply(mixer, x)[0])
+    return torch.from_numpy(x), torch.from_numpy(output(mixer, x)[0])
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -215,7 +221,7 @@ def test_a_planted_mixer_is_fitted(name: str) -> None:
     bias = name != "linear without a bias"
     found = kind(mixer).fit(found_moments, 0, bias=bias)
     assert found.kind == mixer.kind
-    np.testing.assert_allclose(apply(found, ROWS)[0], apply(mixer, ROWS)[0], atol=2e-5)
+    np.testing.assert_allclose(output(found, ROWS)[0], output(mixer, ROWS)[0], atol=2e-5)
     scored = kind(mixer).score(found_moments, 4, bias=bias)
     assert scored.layer == 4 and scored.nmse < 1e-4 and -1e-9 <= scored.bound < 1e-3
 
@@ -233,10 +239,10 @@ def test_the_trained_form_begins_as_the_mixer_and_others_are_refused(
     x = torch.from_numpy(numbers(2, 5, HIDDEN))
     with torch.no_grad():
         found = Wrapped(trained, 0.5)(x)[0] * 0.5
-    expected = apply(mixer, x.numpy())[0]
+    expected = output(mixer, x.numpy())[0]
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-5, rtol=1e-5)
     again = kind(mixer).from_tensors(trained.tensors())
-    np.testing.assert_allclose(apply(again, x.numpy())[0], expected, atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(output(again, x.numpy())[0], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_features_go_through_sums_files_and_layers(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:

@@ -22,11 +22,10 @@ from nbl_export.calibrate import collect
 from nbl_export.errors import NblError, RefusalError
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.sizes import read_graph_facts
-from nbl_export.mixers.base import Mixer, StateSpec
+from nbl_export.mixers.base import OWN, Mixer, Port, StateSpec
 from nbl_export.mixers.none import Nothing
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
-from nbl_export.records.plan import Plan
 from nbl_export.rewrite import contract_of, rewrite, rewrite_model
 from nbl_export.rewrite.describe import graph_facts
 from nbl_export.targets import exporter_of
@@ -105,7 +104,7 @@ def test_graph_computes_what_torch_computes(
 ) -> None:
     """Every subset of layers: a padded batch, cached steps, and the graph that computes one token at its end."""
     chosen = {i: KINDS[kind](i) for i in replaced}
-    exporter_of(source).linearize(exported("llama", source), tmp_path / "nbl", Plan(LAYERS, replaced), chosen)
+    exporter_of(source).linearize(exported("llama", source), tmp_path / "nbl", chosen)
     right = torch_logits(checkpoint("llama"), chosen)
     decoder = DECODERS[source](tmp_path / "nbl")
     assert worst_of_batch(decoder, right) < CLOSE
@@ -123,7 +122,7 @@ def test_graph_computes_what_torch_computes(
 
 def test_dense_ids_number_caches_alone(checkpoint: Any, exported: Any, tmp_path: Path) -> None:
     chosen: dict[int, Mixer] = {1: memory(1)}
-    rewrite(exported("llama", "mobius"), tmp_path / "nbl", Plan(LAYERS, (1,)), chosen, dense=True)
+    rewrite(exported("llama", "mobius"), tmp_path / "nbl", chosen, dense=True)
     decoder = DECODERS["mobius"](tmp_path / "nbl")
     assert (decoder.contract.cache_layers, decoder.contract.state_layers) == ((0, 1), (1,))
     assert worst_of_batch(decoder, torch_logits(checkpoint("llama"), chosen)) < CLOSE
@@ -131,7 +130,7 @@ def test_dense_ids_number_caches_alone(checkpoint: Any, exported: Any, tmp_path:
 
 def test_padding_on_the_left_is_no_row_before(exported: Any, tmp_path: Path) -> None:
     """The layer's own output; GroupQueryAttention takes padding on the right alone."""
-    rewrite(exported("llama"), tmp_path / "nbl", Plan(LAYERS, (0,)), {0: memory(0)})
+    rewrite(exported("llama"), tmp_path / "nbl", {0: memory(0)})
     model = ir.load(tmp_path / "nbl" / "model.onnx")
     shown = next(node for node in model.graph if node.name == "/nbl/layers.0/Add").outputs[0]
     model.graph.outputs.append(shown)
@@ -147,7 +146,7 @@ def test_padding_on_the_left_is_no_row_before(exported: Any, tmp_path: Path) -> 
 @pytest.mark.parametrize("source", ["genai", "openvino"])
 def test_tap_normed(checkpoint: Any, exported: Any, tmp_path: Path, source: str) -> None:
     chosen: dict[int, Mixer] = {1: memory(1)}
-    exporter_of(source).linearize(exported("llama", source), tmp_path / "nbl", Plan(LAYERS, (1,), "normed"), chosen)
+    exporter_of(source).linearize(exported("llama", source), tmp_path / "nbl", chosen, "normed")
     right = torch_logits(checkpoint("llama"), chosen, "normed")
     assert worst_of_batch(DECODERS[source](tmp_path / "nbl"), right) < CLOSE
 
@@ -187,11 +186,13 @@ def test_verification_of_a_map_below_a_memory(checkpoint: Any, tmp_path: Path, s
 def test_verification_sees_a_wrong_memory(checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted: the graph reads the row of the token itself, as if it were the row before."""
 
-    def wrong(self: Memory, build: Any, x: Any) -> Any:
-        rows = build.concat([build.state(self.state, "state"), x], "rows")
-        build.keep(self.state, rows, "state")
+    def wrong(self: Memory, build: Any, streams: Any) -> Any:
+        x = streams[OWN]
+        rows = build.concat([build.state(self.holds, "state"), x], "rows")
+        build.keep(self.holds, rows, "state")
         before = build.matmul(build.slice(rows, 1, None, "shifted"), self.before, "before")
-        return build.add(build.add(build.matmul(x, self.now, "now"), before, "sum"), self.bias, "bias")
+        total = build.add(build.matmul(x, self.now, "now"), before, "sum")
+        return {Port.OUTPUT: build.add(total, self.bias, "bias")}
 
     monkeypatch.setattr(Memory, "emit", wrong)
     results = verify_tiny(checkpoint("llama"), "genai", "fp32", tmp_path, (1,), mixer_of=memory)
@@ -204,7 +205,7 @@ def test_genai_says_what_the_onnx_decoder_says(exported: Any, tmp_path: Path) ->
     from nbl_export.verify.ladder import greedy
 
     chosen: dict[int, Mixer] = {0: memory(0), 1: random_map(1)}
-    rewrite(exported("llama"), tmp_path / "nbl", Plan(LAYERS, (0, 1)), chosen)
+    rewrite(exported("llama"), tmp_path / "nbl", chosen)
     prompt = ids()[0].tolist()
     right = greedy(OnnxDecoder(tmp_path / "nbl", HEAD_DIM), prompt, 24)[0]
     with GenaiRunner(tmp_path / "nbl", threads=1) as runner:
@@ -222,7 +223,7 @@ def test_genai_goes_back_to_where_it_was_told_to(exported: Any, tmp_path: Path) 
     """As a benchmark goes back to the end of a filled cache, again and again."""
     from nbl_export.targets.onnx.genai import GenaiRunner
 
-    rewrite(exported("llama"), tmp_path / "nbl", Plan(LAYERS, (0,)), {0: memory(0)})
+    rewrite(exported("llama"), tmp_path / "nbl", {0: memory(0)})
     text = ids()[0].tolist()
     with GenaiRunner(tmp_path / "nbl", threads=1) as runner:
         runner.begin(64)
@@ -240,7 +241,7 @@ def test_genai_runs_prompts_of_two_lengths(exported: Any, tmp_path: Path) -> Non
     """A batch, padded on the right as GenAI pads it, says what each prompt says alone."""
     from nbl_export.verify.ladder import greedy
 
-    rewrite(exported("llama"), tmp_path / "nbl", Plan(LAYERS, (0, 2)), {0: memory(0), 2: memory(2)})
+    rewrite(exported("llama"), tmp_path / "nbl", {0: memory(0), 2: memory(2)})
     prompts = [ids()[k, :n].tolist() for k, n in enumerate(LENGTHS)]
     right = [greedy(OnnxDecoder(tmp_path / "nbl", HEAD_DIM), prompt, STEPS)[0] for prompt in prompts]
     assert said_in_a_batch(tmp_path / "nbl", prompts, STEPS, PAD) == [list(tokens) for tokens in right]
@@ -260,22 +261,22 @@ def test_numpy_reference_of_a_graph(checkpoint: Any, exported: Any) -> None:
 def test_states_of_two_sizes_are_refused(exported: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     longer = memory(2)
     monkeypatch.setattr(
-        Memory, "state", property(lambda self: StateSpec(2 if np.array_equal(self.now, longer.now) else 1, HIDDEN))
+        Memory, "holds", property(lambda self: StateSpec(2 if np.array_equal(self.now, longer.now) else 1, HIDDEN))
     )
     model = ir.load(exported("llama") / "model.onnx")
     with pytest.raises(RefusalError, match="states of several sizes"):
-        rewrite_model(model, Plan(LAYERS, (1, 2)), {1: memory(1), 2: longer})
+        rewrite_model(model, {1: memory(1), 2: longer})
 
 
 def test_a_graph_without_a_mask_is_refused(exported: Any) -> None:
     model = ir.load(exported("llama") / "model.onnx")
     next(v for v in model.graph.inputs if v.name == "attention_mask").name = "mask"
     with pytest.raises(RefusalError, match="no attention_mask"):
-        rewrite_model(model, Plan(LAYERS, (1,)), {1: memory(1)})
+        rewrite_model(model, {1: memory(1)})
 
 
 def test_states_have_the_names_that_genai_knows(exported: Any, tmp_path: Path) -> None:
-    rewrite(exported("llama"), tmp_path / "nbl", Plan(LAYERS, (2,)), {2: memory(2)})
+    rewrite(exported("llama"), tmp_path / "nbl", {2: memory(2)})
     model = ir.load(tmp_path / "nbl" / "model.onnx")
     contract = contract_of(model)
     states = {i.name: i.shape[1:] for i in contract.inputs if i.name.endswith("_state")}

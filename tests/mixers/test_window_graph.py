@@ -18,15 +18,14 @@ from nbl_export.mixers.window import Window
 from nbl_export.mixers.windowed import WindowShape, attend
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.windows import window_layers
-from nbl_export.records.plan import Plan
 from nbl_export.rewrite import contract_of, rewrite
-from nbl_export.rewrite.bypass import GraphBuilder, ValidTokens
+from nbl_export.rewrite.builder import GraphBuilder, ValidTokens
 from nbl_export.rewrite.window import state_dims
 from nbl_export.targets import exporter_of
 from nbl_export.verify.ladder import greedy
 from nbl_export.verify.verifier import MappedOriginal
 from tests.genai import said_in_a_batch
-from tests.tiny import HEAD_DIM, KV_HEADS, LAYERS, random_map
+from tests.tiny import HEAD_DIM, KV_HEADS, random_map
 from tests.verifying import verify_tiny
 
 from .test_toy_kind import CLOSE, LENGTHS, PAD, STEPS, ids, padded, torch_logits, worst_of_batch
@@ -42,7 +41,7 @@ def chosen_of(checkpoint: Path, mix: tuple[str, ...], tap: str = "residual", tok
 
 
 def rewritten(exported: Path, out: Path, chosen: dict[int, Mixer], tap: str = "residual") -> Path:
-    exporter_of("genai").linearize(exported, out, Plan(LAYERS, tuple(sorted(chosen)), tap), chosen)
+    exporter_of("genai").linearize(exported, out, chosen, tap)
     return out
 
 
@@ -118,7 +117,7 @@ def window_alone(shape: WindowShape, frequencies: np.ndarray) -> Any:
     inputs = [ir.Value(name=name, type=ir.TensorType(kind)) for name, kind in kinds.items()]
     given = ir.node("Identity", inputs[2:], name="given")
     graph = ir.Graph(inputs, (), nodes=[given], opset_imports={"": 22}, name="window")
-    build = GraphBuilder(graph, 0, inputs[2], kinds["qkv"], ValidTokens(graph, kinds["qkv"]), masked=False)
+    build = GraphBuilder(graph, 0, kinds["qkv"], inputs[2].shape, ValidTokens(graph, kinds["qkv"]))
     spec = StateSpec(shape.tokens + 1, 2 * shape.key_width + 1)
     heads = build.window(given.outputs[0], shape, frequencies, spec, "window")
     heads.name = "heads"
@@ -202,7 +201,10 @@ def test_verification_sees_other_weights(
     assert isinstance(one, Window) and one.norm is not None
     wrong = dataclasses.replace(one, norm=one.norm * 1.01)
     emit = Window.emit
-    swap = lambda self, build, x: emit(wrong if self is one and hasattr(build, "nodes") else self, build, x)  # noqa: E731
+
+    def swap(self: Window, build: Any, streams: Any) -> Any:
+        return emit(wrong if self is one and isinstance(build, GraphBuilder) else self, build, streams)
+
     monkeypatch.setattr(Window, "emit", swap)
     results = verify_tiny(
         checkpoint("llama"), "genai", "fp32", tmp_path, (1, 2), "residual", chosen.__getitem__, exported("llama"),
@@ -235,12 +237,12 @@ def test_windows_of_two_sizes_are_refused(checkpoint: Any, exported: Any, tmp_pa
     model = load_model(checkpoint("llama"))
     both = {**window_layers(model, [1], 4, "residual"), **window_layers(model, [2], 5, "residual")}
     with pytest.raises(RefusalError, match="states of several sizes"):
-        rewrite(exported("llama"), tmp_path / "nbl", Plan(LAYERS, (1, 2)), both)
+        rewrite(exported("llama"), tmp_path / "nbl", both)
 
 
 def test_graph_of_mobius(checkpoint: Any, exported: Any, tmp_path: Path) -> None:
     chosen, out = chosen_of(checkpoint("qwen2"), ("w", "a", "w")), tmp_path / "nbl"
-    exporter_of("mobius").linearize(exported("qwen2", "mobius"), out, Plan(LAYERS, tuple(sorted(chosen))), chosen)
+    exporter_of("mobius").linearize(exported("qwen2", "mobius"), out, chosen)
     right = torch_logits(checkpoint("qwen2"), chosen)
     assert worst_of_batch(OnnxDecoder(out, HEAD_DIM), right) < CLOSE
     exporter_of("mobius").keep_last_token(out)
@@ -250,7 +252,7 @@ def test_graph_of_mobius(checkpoint: Any, exported: Any, tmp_path: Path) -> None
 def test_padding_behind_a_cache_and_in_front_of_a_text(checkpoint: Any, given_graph: Any, tmp_path: Path) -> None:
     """A graph of plain operators: a padded chunk behind 4 tokens; then texts that end together, in steps of one."""
     chosen, out = chosen_of(checkpoint("llama"), ("a", "w", "w")), tmp_path / "nbl"
-    rewrite(given_graph("torchscript"), out, Plan(LAYERS, (1, 2)), chosen)
+    rewrite(given_graph("torchscript"), out, chosen)
     right = torch_logits(checkpoint("llama"), chosen)
     exporter_of("genai").keep_last_token(out)
     sides = graph_caches(ir.load(out / "model.onnx").graph).values()

@@ -16,7 +16,6 @@ from nbl_export.mixers.base import Mixer
 from nbl_export.mixers.window import Window
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
-from nbl_export.records.plan import Plan
 from nbl_export.targets.openvino.check import check_ir_maps, check_ir_pruned
 from nbl_export.targets.openvino.engine import OPENVINO
 from nbl_export.targets.openvino.ir.files import read_ir, stored_matrices
@@ -24,7 +23,6 @@ from nbl_export.targets.openvino.rewrite import window
 from nbl_export.targets.openvino.session import IrDecoder, OpenVinoRunner
 from nbl_export.verify.ladder import greedy
 from nbl_export.verify.torch_reference import give, nearest_maps, row_logits
-from tests.tiny import LAYERS
 from tests.verifying import verify_tiny
 
 from .test_toy_kind import CLOSE, LENGTHS, STEPS, ids, torch_logits, worst_of_batch
@@ -37,9 +35,7 @@ def made(checkpoint: Any, exported: Any, tmp_path: Path) -> Callable[..., tuple[
 
     def make(name: str, mix: str, tokens: int = W, tap: str = "residual") -> tuple[Path, dict[int, Mixer]]:
         chosen = chosen_of(checkpoint(name), tuple(mix), tap, tokens)
-        OPENVINO.linearize(
-            exported(name, "openvino"), tmp_path / "nbl", Plan(LAYERS, tuple(sorted(chosen)), tap), chosen
-        )
+        OPENVINO.linearize(exported(name, "openvino"), tmp_path / "nbl", chosen, tap)
         OPENVINO.keep_last_token(tmp_path / "nbl")
         return tmp_path / "nbl", chosen
 
@@ -77,7 +73,7 @@ def test_chunks_and_sizes(checkpoint: Any, made: Any, tokens: int) -> None:
 def test_windows_of_two_sizes(checkpoint: Any, exported: Any, tmp_path: Path) -> None:
     sizes = {1: ("awa", 4), 2: ("aaw", W)}
     chosen = {i: chosen_of(checkpoint("llama"), tuple(mix), tokens=n)[i] for i, (mix, n) in sizes.items()}
-    OPENVINO.linearize(exported("llama", "openvino"), tmp_path / "nbl", Plan(LAYERS, (1, 2)), chosen)
+    OPENVINO.linearize(exported("llama", "openvino"), tmp_path / "nbl", chosen)
     OPENVINO.keep_last_token(tmp_path / "nbl")
     right = torch_logits(checkpoint("llama"), chosen)
     assert worst_of_batch(IrDecoder(tmp_path / "nbl", ALL_LOGITS_IR, exact=True), right) < CLOSE
@@ -113,7 +109,7 @@ def test_matrices_get_the_codes_of_their_neighbours(
 ) -> None:
     """In float32 arithmetic, against torch with the same matrices; rotary tables are float32."""
     chosen, original = chosen_of(checkpoint(name), tuple(mix), tap), exported(name, "openvino", precision)
-    OPENVINO.linearize(original, tmp_path / "nbl", Plan(LAYERS, tuple(sorted(chosen)), tap), chosen)
+    OPENVINO.linearize(original, tmp_path / "nbl", chosen, tap)
     model, ir = load_model(checkpoint(name)), read_ir(tmp_path / "nbl")
     give(model, stored_matrices(read_ir(original)))
     coded = [m for m in stored_matrices(ir) if m.name.startswith("/nbl/")]

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from nbl_export.mixers import lmmse
-from nbl_export.mixers.base import Builder, Kind, Mixer, StateSpec, TokenWork, Value
+from nbl_export.mixers.base import OWN, Builder, Kind, Mixer, Port, StateSpec, Streams, TokenWork, Value
 from nbl_export.mixers.lmmse import Moments
 from nbl_export.mixers.modules import MixerModule
+from nbl_export.mixers.rows import Read, Rows
 
 __all__ = ["MEMORY", "Memory"]
 
@@ -31,10 +32,11 @@ class Memory:
     before: np.ndarray
     bias: np.ndarray
     kind = "memory"
-    token_local = False
+    reads = (Read(rows=Rows.ALL),)
+    gives = (Port.OUTPUT,)
 
     @property
-    def state(self) -> StateSpec:
+    def holds(self) -> StateSpec:
         return StateSpec(1, self.size)
 
     @property
@@ -56,21 +58,22 @@ class Memory:
     def as_product(self, moments: Moments, layer: int) -> None:
         return None
 
-    def emit(self, build: Builder, x: Value) -> Value:
-        past = build.state(self.state, "past")
+    def emit(self, build: Builder, streams: Streams) -> dict[Port, Value]:
+        x = streams[OWN]
+        past = build.state(self.holds, "past")
         rows = build.concat([past, x], "rows")
-        build.keep(self.state, rows, "past")
+        build.keep(self.holds, rows, "past")
         now = build.matmul(x, self.now, "now")
         before = build.matmul(build.slice(rows, 0, -1, "earlier"), self.before, "before")
-        return build.add(build.add(now, before, "both"), self.bias, "bias")
+        return {Port.OUTPUT: build.add(build.add(now, before, "both"), self.bias, "bias")}
 
     def module(self, multiplier: float = 1.0) -> MemoryModule:
         made = MemoryModule(self.size, multiplier)
         made.load_state_dict({name: torch.from_numpy(array) for name, array in self.tensors().items()})
         return made
 
-    def work(self) -> TokenWork:
-        return TokenWork(self.now.size + self.before.size, self.now.size + self.before.size, token_local=False)
+    def work(self) -> tuple[TokenWork, ...]:
+        return (TokenWork(self.now.size + self.before.size, self.now.size + self.before.size),)
 
 
 class MemoryModule(MixerModule):

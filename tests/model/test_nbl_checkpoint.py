@@ -67,7 +67,7 @@ def test_the_stock_model_with_the_maps_is_what_was_saved(
     spec = load.read_spec(source)
     assert spec == load.read_spec(checkpoint_source.resolve(str(checkpoint(architecture))))
     plan, maps = load.load_maps(source, spec.num_layers)
-    assert (plan.replaced, plan.tap, plan.select) == (LAYERS, tap, "given")
+    assert (plan.layers, plan.tap, plan.select) == (LAYERS, tap, "given")
     for i, m in random_maps(*LAYERS).items():
         for name, array in m.tensors().items():
             np.testing.assert_array_equal(maps[i].tensors()[name], array)
@@ -99,7 +99,7 @@ def test_a_checkpoint_says_the_kind_of_each_layer(
         save_linearized(original, checkpoint("llama"), maps, "residual", directory)
         assert json.loads((directory / "config.json").read_text())["nbl_kinds"] == ["linear", other.kind]
         plan, found = load.load_maps(checkpoint_source.resolve(str(directory)), 3)
-        assert plan.kinds == ("linear", other.kind) and found[2].kind == other.kind
+        assert plan.mixers == ("linear", other.kind) and found[2].kind == other.kind
         for name, array in other.tensors().items():
             np.testing.assert_array_equal(found[2].tensors()[name], array)
         with torch.inference_mode():

@@ -76,7 +76,7 @@ def test_a_saved_checkpoint_is_the_linearized_model(
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert (config["nbl_kinds"], config["nbl_window"]) == (["linear", "window"], W)
     plan, maps = load.load_maps(resolve(str(tmp_path / "saved")), LAYERS)
-    assert (plan.replaced, plan.kinds, plan.tap) == ((0, LAYERS - 1), ("linear", "window"), tap)
+    assert (plan.layers, plan.mixers, plan.tap) == ((0, LAYERS - 1), ("linear", "window"), tap)
     for layer, mixer in chosen.items():
         found = maps[layer].tensors()
         assert found.keys() == mixer.tensors().keys()

@@ -276,7 +276,7 @@ def sped_up(text: str) -> tuple[int, Any, tuple[str, ...]]:
     """A decoder whose prefill is 0.25 faster for each replaced layer, and whose decode is 0.1 faster."""
 
     def speedup(maps: Maps) -> Any:
-        small = sum(m.work().elements == 4 for m in maps.values()) / 100
+        small = sum(m.work()[0].elements == 4 for m in maps.values()) / 100
         return SimpleNamespace(prefill=1 + 0.25 * len(maps) + small, decode=1 + 0.1 * len(maps))
 
     goal = goal_of(options(target_speedup=text))

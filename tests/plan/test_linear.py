@@ -22,7 +22,6 @@ from nbl_export.mixers.lmmse import fit, score
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
 from nbl_export.plan.maps_file import load_maps
-from nbl_export.records.plan import Plan
 from nbl_export.rewrite import rewrite
 from nbl_export.targets.onnx_files import check_maps
 from nbl_export.verify.ladder import run_rows
@@ -30,7 +29,7 @@ from nbl_export.verify.ladder import run_rows
 from ..command import nbl
 from ..mixers.test_lmmse import moments, sample
 from ..rewrite.test_rewrite import rows, worst
-from ..tiny import HEAD_DIM, HIDDEN, LAYERS, random_map
+from ..tiny import HEAD_DIM, HIDDEN, random_map
 
 Exported = Callable[..., Path]
 TOLERANCE = 2e-4  # of fp32 logits, as in test_rewrite
@@ -58,7 +57,7 @@ def test_graph_has_a_product_and_no_addition(
     source: str, exported: Exported, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     maps = linear(0, 2)
-    rewrite(exported("llama", source), tmp_path / "nbl", Plan(LAYERS, (0, 2), "normed"), maps)
+    rewrite(exported("llama", source), tmp_path / "nbl", maps, "normed")
     model = linearize(load_model(checkpoint("llama")), maps, "normed")
     with torch.inference_mode():
         expected = [model(torch.tensor([row]), use_cache=False).logits[0].numpy() for row in rows()]
@@ -73,7 +72,7 @@ def test_graph_has_a_product_and_no_addition(
 
 
 def test_a_bias_in_the_graph_of_a_map_without_one_is_found(exported: Exported, tmp_path: Path) -> None:
-    rewrite(exported("llama"), tmp_path / "nbl", Plan(LAYERS, (1,), "normed"), {1: random_map(1)})
+    rewrite(exported("llama"), tmp_path / "nbl", {1: random_map(1)}, "normed")
     (result,) = check_maps("nbl", tmp_path / "nbl", linear(1))
     assert not result.passed and "layer 1 has a bias" in result.detail
 

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from nbl_export.errors import CorruptError, NblError
+from nbl_export.mixers import cache_layers
 from nbl_export.mixers.linear import Linear
 from nbl_export.options.goals import parse_layers
 from nbl_export.plan.maps_file import load_maps, maps_in, save_maps
@@ -47,26 +48,28 @@ def test_bad_layers_are_refused(text: str, message: str) -> None:
 
 
 def test_smallest_bound_goes_first_and_ties_go_to_the_lower_layer() -> None:
-    assert choose(SCORES, 1).replaced == (1,)
-    assert choose(SCORES, 2).replaced == (1, 3)
-    assert choose(SCORES, 3).replaced == (1, 2, 3)
-    assert choose(SCORES, 0) == Plan(5, (), "residual", "cca", SCORES)
+    assert choose(SCORES, 1).layers == (1,)
+    assert choose(SCORES, 2).layers == (1, 3)
+    assert choose(SCORES, 3).layers == (1, 2, 3)
+    assert choose(SCORES, 0) == Plan.of(5, {}, "residual", "cca", SCORES)
 
 
 def test_named_layers_are_taken_as_they_are() -> None:
-    assert choose(SCORES, (0, 4)).replaced == (0, 4)
-    assert choose(SCORES, (0, 4)).kept == (1, 2, 3)
+    assert choose(SCORES, (0, 4)).layers == (0, 4)
     plan = choose(SCORES, (0, 4), kind="none")
-    assert [plan.kind(i) for i in range(5)] == ["none", "attention", "attention", "attention", "none"]
-    assert Plan(5, (0, 4)).kinds == ("linear", "linear")
-    with pytest.raises(ValueError, match="one kind"):
-        Plan(5, (0, 4), kinds=("none",))
+    assert plan.kinds == ("none", "attention", "attention", "attention", "none")
+    assert (plan.layers, plan.mixers, plan.num_layers) == ((0, 4), ("none", "none"), 5)
 
 
 def test_contradictory_plans_cannot_be_made() -> None:
-    for replaced in ((1, 0), (0, 0), (5,), (0, 1, 2, 3, 4)):
-        with pytest.raises(ValueError, match="layer"):
-            Plan(5, replaced)
+    with pytest.raises(ValueError, match="does not exist"):
+        Plan.of(5, {5: "linear"})
+    with pytest.raises(ValueError, match="at least one attention layer stays"):
+        Plan.of(5, dict.fromkeys(range(5), "linear"))
+
+
+def test_caches_are_those_that_layers_hold() -> None:
+    assert cache_layers(Plan.of(4, {0: "linear", 2: "window", 3: "none"})) == (1,)
 
 
 def maps() -> dict[int, Linear]:

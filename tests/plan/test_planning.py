@@ -120,14 +120,14 @@ def test_a_count_takes_the_layers_with_the_best_scores() -> None:
         heavy: dict[str, Any] = dict.fromkeys(("mixes", "texts", "second_sha256", "saved"), Lazy(None, never))
         bare = dataclasses.replace(inputs(select), **heavy)
         plan, maps, facts, _ = planned(plan_inputs(bare, 3, **lazy))
-        assert plan.replaced == tuple(sorted(CHEAPEST)) == tuple(maps)
+        assert plan.layers == tuple(sorted(CHEAPEST)) == tuple(maps)
         assert (plan.select, plan.tap, facts) == (select, "residual", {"curve": None, "goal": None})
-    assert planned(plan_inputs(inputs("error"), 1))[0].replaced == CHEAPEST[:1]
+    assert planned(plan_inputs(inputs("error"), 1))[0].layers == CHEAPEST[:1]
 
 
 def test_named_layers_need_no_order() -> None:
     plan, _, _, _ = planned(plan_inputs(inputs("greedy"), (0, 7)))
-    assert (plan.replaced, plan.select, Judge.rounds) == ((0, 7), "given", 0)
+    assert (plan.layers, plan.select, Judge.rounds) == ((0, 7), "given", 0)
     assert len(plan.scores) == LAYERS
 
 
@@ -151,9 +151,9 @@ def test_the_order_of_a_judge_is_that_of_the_rule_and_is_made_once() -> None:
     assert Judge.rounds == 1
     kept = longest[2]["greedy"]
     steps = [tuple(step["layers"]) for step in kept["steps"]]
-    assert longest[0].replaced == tuple(sorted(steps[-1])) and [len(step) for step in steps] == [1, 2, 3, 4, 5, 6]
+    assert longest[0].layers == tuple(sorted(steps[-1])) and [len(step) for step in steps] == [1, 2, 3, 4, 5, 6]
     again = planned(plan_inputs(inputs("greedy"), 4), recorded=kept)
-    assert again[0].replaced == tuple(sorted(steps[3])) and again[2]["greedy"] == kept
+    assert again[0].layers == tuple(sorted(steps[3])) and again[2]["greedy"] == kept
     assert Judge.rounds == 1
     for damaged in ({**kept, "steps": "none"}, {"key": kept["key"]}, {**kept, "key": "other"}):
         assert planned(plan_inputs(inputs("greedy"), 6), recorded=damaged)[2]["greedy"] == kept
@@ -173,10 +173,10 @@ def test_the_curve_has_the_steps_and_goes_on_to_half_of_the_layers() -> None:
 
 def test_without_a_count_a_limit_or_a_speedup_decides() -> None:
     plan, _, facts, said = planned(plan_inputs(inputs()))
-    assert len(plan.replaced) == 4  # exp(2 * 0.01 * 4) - 1 is within 10%, one layer more is not
+    assert len(plan.layers) == 4  # exp(2 * 0.01 * 4) - 1 is within 10%, one layer more is not
     assert facts["goal"]["default"] and "10% is allowed" in said[0] and "5 layers" in said[1]
     plan, _, facts, said = planned(plan_inputs(inputs(), None, AskedGoal(TargetSpeedup(1.25, "prefill"), "1.25")))
-    assert len(plan.replaced) == 3 and "modelled" in facts["goal"] and said == ["3 layers: modelled x1.30 in prefill, "
+    assert len(plan.layers) == 3 and "modelled" in facts["goal"] and said == ["3 layers: modelled x1.30 in prefill, "
                                                                                 "x1.15 in decode"]  # fmt: skip
     asked = AskedGoal(PerplexityIncrease(0.01), "1%")
     with pytest.raises(NblError, match="--max-perplexity-increase 1% cannot be met"):
@@ -189,19 +189,19 @@ def test_layers_that_are_replaced_in_any_case_come_first_and_count_in_every_set(
     plan, maps, facts, _ = planned(plan_inputs(order, 3))
     steps = [point["layers"] for point in facts["greedy"]["steps"]]
     assert [len(step) for step in steps] == [1, 2, 3, 4] and all(step[0] == 7 for step in steps)
-    assert plan.replaced == tuple(sorted(steps[-1])) == tuple(maps)
-    assert dict(zip(plan.replaced, plan.kinds, strict=True)) == {i: "none" if i == 7 else "linear" for i in steps[-1]}
+    assert plan.layers == tuple(sorted(steps[-1])) == tuple(maps)
+    assert dict(zip(plan.layers, plan.mixers, strict=True)) == {i: "none" if i == 7 else "linear" for i in steps[-1]}
     selection = Selection(order)
     assert selection.order(2) == steps[2][1:] and selection.replaced(2) == steps[2]
     scored = Selection(dataclasses.replace(inputs("cca"), given=Lazy("g", lambda: {CHEAPEST[0]: Nothing(SIZE)})))
     assert scored.order(2) == CHEAPEST[1:]
     # The given layer alone is beyond a limit that two maps keep.
     goal = AskedGoal(PerplexityIncrease(0.05), "5%")
-    assert len(planned(plan_inputs(inputs("greedy"), goal=goal))[0].replaced) == 2
+    assert len(planned(plan_inputs(inputs("greedy"), goal=goal))[0].layers) == 2
     with pytest.raises(NblError, match="cannot be met"):
         planned(plan_inputs(order, goal=goal))
     wide = planned(plan_inputs(order, goal=AskedGoal(PerplexityIncrease(0.3), "30%")))
-    assert [step["layers"] for step in wide[2]["goal"]["path"]][-1] == len(wide[0].replaced) + 1
+    assert [step["layers"] for step in wide[2]["goal"]["path"]][-1] == len(wide[0].layers) + 1
 
 
 def test_another_input_is_another_key() -> None:

@@ -16,11 +16,10 @@ import pytest
 from nbl_export.errors import NblError
 from nbl_export.mixers.linear import Linear
 from nbl_export.publish.transformers_js import lay_out
-from nbl_export.records.plan import Plan
 from nbl_export.rewrite import rewrite
 
 from ..command import nbl, snapshot
-from ..tiny import HEAD_DIM, LAYERS
+from ..tiny import HEAD_DIM
 
 Exported = Callable[..., Path]
 Maps = Callable[..., dict[int, Linear]]
@@ -57,7 +56,7 @@ def test_the_graph_has_the_name_of_its_precision_and_computes_the_same(
     source: str, precision: str, name: str, dtype: str, exported: Exported, random_maps: Maps, tmp_path: Path
 ) -> None:
     model, out = tmp_path / "model", tmp_path / "out"
-    rewrite(exported("llama", source, precision), model, Plan(LAYERS, (1,)), random_maps(1))
+    rewrite(exported("llama", source, precision), model, random_maps(1))
     before = snapshot(model)
     assert lay_out(model, out) == out
     assert snapshot(model) == before

@@ -26,7 +26,7 @@ EXACT = CheckResult("nbl", "nbl", "max abs logit difference, prefill", 7e-5, 1e-
 COARSE = CheckResult("nbl", "nbl", "relative rms logit difference, prefill", 0.31, 0.75, True, "one sequence")
 ROUNDED = CheckResult("quantised", "nbl", "relative rms logit difference, prefill", 0.05, 0.1, True, "one sequence")
 TEXT = CheckResult("text", "nbl", "torch's margin where greedy text first differs", 3.5, 4.0, True)
-PLAN = Plan(6, (0, 2, 3))
+PLAN = Plan.of(6, dict.fromkeys((0, 2, 3), "linear"))
 
 
 def verified(precision: str, *checks: CheckResult) -> dict[str, Any]:

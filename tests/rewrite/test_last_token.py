@@ -18,7 +18,6 @@ from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.names import ALL_LOGITS_FILE, all_logits_file
 from nbl_export.mixers.linear import Linear
 from nbl_export.records.decoder import DecoderSpec
-from nbl_export.records.plan import Plan
 from nbl_export.records.results import CheckResult
 from nbl_export.rewrite import rewrite
 from nbl_export.rewrite.tail import difference, keep_last_token
@@ -42,7 +41,7 @@ def ship(source: Path, tmp_path: Path, maps: dict[int, Linear]) -> dict[str, Pat
     places = {"original": tmp_path / "original", "nbl": tmp_path / "nbl"}
     shutil.copytree(source, places["original"])
     keep_last_token(places["original"])
-    rewrite(places["original"], places["nbl"], Plan(LAYERS, tuple(sorted(maps))), maps)
+    rewrite(places["original"], places["nbl"], maps)
     return places
 
 
@@ -89,7 +88,7 @@ def test_other_precisions(source: str, precision: str, exported: Exported, rando
 
 def test_dense_caches_are_pruned_too(exported: Exported, random_maps: Maps, tmp_path: Path) -> None:
     original = ship(exported("llama"), tmp_path, random_maps(2))["original"]
-    rewrite(original, tmp_path / "dense", Plan(LAYERS, (0,)), random_maps(0), dense=True)
+    rewrite(original, tmp_path / "dense", random_maps(0), dense=True)
     assert difference(tmp_path / "dense") == ""
     assert OnnxDecoder(tmp_path / "dense", HEAD_DIM).contract.cache_layers == (0, 1)
     assert [r.passed for r in held(tmp_path / "dense")] == [True] * 3

@@ -19,7 +19,7 @@ from nbl_export.graph.emitter import run_passes
 from nbl_export.mixers.linear import Linear
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
-from nbl_export.records.plan import TAPS, Plan
+from nbl_export.records.plan import TAPS
 from nbl_export.rewrite import contract_of, rewrite, rewrite_model
 from nbl_export.verify.ladder import DECODE_STEPS, run_rows
 
@@ -58,7 +58,7 @@ def test_every_subset_keeps_parity(
 ) -> None:  # fmt: skip
     """Prefill and cached steps, a batch of two lengths; cache layers and bytes as predicted."""
     maps = random_maps(*replaced)
-    rewrite(exported(architecture, source), tmp_path / "nbl", Plan(LAYERS, replaced), maps)
+    rewrite(exported(architecture, source), tmp_path / "nbl", maps)
     decoder = OnnxDecoder(tmp_path / "nbl", HEAD_DIM)
     got = run_rows(decoder, rows())
     assert worst(got, torch_logits(checkpoint(architecture), maps)) < TOLERANCE["fp32"]
@@ -77,7 +77,7 @@ def test_normed_tap_keeps_parity(
     tmp_path: Path,
 ) -> None:  # fmt: skip
     maps = random_maps(*replaced)
-    rewrite(exported(architecture, source), tmp_path / "nbl", Plan(LAYERS, replaced, "normed"), maps)
+    rewrite(exported(architecture, source), tmp_path / "nbl", maps, "normed")
     got = run_rows(OnnxDecoder(tmp_path / "nbl", HEAD_DIM), rows())
     assert worst(got, torch_logits(checkpoint(architecture), maps, "normed")) < TOLERANCE["fp32"]
     residual_tap = torch_logits(checkpoint(architecture), maps)
@@ -90,7 +90,7 @@ def test_half_precision_graph_with_plain_attention(
 ) -> None:
     """mobius fp16 is not fused to GroupQueryAttention: masks and rotary tables are shared across layers."""
     maps = random_maps(0, 2)
-    rewrite(exported("llama", "mobius", "fp16"), tmp_path / "nbl", Plan(LAYERS, (0, 2), tap), maps)
+    rewrite(exported("llama", "mobius", "fp16"), tmp_path / "nbl", maps, tap)
     decoder = OnnxDecoder(tmp_path / "nbl", HEAD_DIM)
     expected = torch_logits(checkpoint("llama"), maps, tap)
     scale = max(float(np.abs(e).max()) for e in expected)
@@ -99,16 +99,16 @@ def test_half_precision_graph_with_plain_attention(
 
 def test_order_of_layers_does_not_matter(exported: Exported, random_maps: Maps, tmp_path: Path) -> None:
     source = exported("llama")
-    rewrite(source, tmp_path / "once", Plan(LAYERS, (0, 2)), random_maps(0, 2))
-    rewrite(source, tmp_path / "first", Plan(LAYERS, (2,)), random_maps(2))
-    rewrite(tmp_path / "first", tmp_path / "second", Plan(LAYERS, (0,)), random_maps(0))
+    rewrite(source, tmp_path / "once", random_maps(0, 2))
+    rewrite(source, tmp_path / "first", random_maps(2))
+    rewrite(tmp_path / "first", tmp_path / "second", random_maps(0))
     one, two = (run_rows(OnnxDecoder(tmp_path / n, HEAD_DIM), rows()) for n in ("once", "second"))
     assert worst(one, two) == 0.0
 
 
 def test_empty_plan_gives_back_the_same_bytes(exported: Exported, tmp_path: Path) -> None:
     source = exported("llama")
-    rewrite(source, tmp_path / "nbl", Plan(LAYERS, ()), {})
+    rewrite(source, tmp_path / "nbl", {})
     names = sorted(p.name for p in source.iterdir())
     assert names == sorted(p.name for p in (tmp_path / "nbl").iterdir())
     assert all((source / n).read_bytes() == (tmp_path / "nbl" / n).read_bytes() for n in names)
@@ -138,7 +138,7 @@ def _small_map() -> tuple[np.ndarray, np.ndarray]:
 def test_quantised_maps_like_their_neighbours(exported: Exported, random_maps: Maps, tmp_path: Path) -> None:
     for precision, bits in (("int4", 4), ("int8", 8)):
         out = tmp_path / precision
-        rewrite(exported("llama", "genai", precision), out, Plan(LAYERS, (1,)), random_maps(1))
+        rewrite(exported("llama", "genai", precision), out, random_maps(1))
         graph = ir.load(out / "model.onnx").graph
         (node,) = [n for n in graph if (n.name or "").startswith("/nbl/layers.1/MatMul")]
         neighbour = next(n for n in graph if n.op_type == "MatMulNBits" and "/mlp/" in str(n.name))
@@ -151,7 +151,7 @@ def test_quantised_maps_like_their_neighbours(exported: Exported, random_maps: M
 
 def test_int4_maps_are_as_good_as_four_bits_allow(exported: Exported, random_maps: Maps, tmp_path: Path) -> None:
     """The packed weight, unpacked, is the map within half a quantisation step a block."""
-    rewrite(exported("llama", "genai", "int4"), tmp_path / "nbl", Plan(LAYERS, (1,)), random_maps(1))
+    rewrite(exported("llama", "genai", "int4"), tmp_path / "nbl", random_maps(1))
     graph = ir.load(tmp_path / "nbl" / "model.onnx").graph
     (node,) = [n for n in graph if (n.name or "").startswith("/nbl/layers.1/MatMul")]
     packed, scales = (v.const_value.numpy() for v in node.inputs[1:3] if v is not None and v.const_value is not None)
@@ -165,15 +165,15 @@ def test_int4_maps_are_as_good_as_four_bits_allow(exported: Exported, random_map
 
 
 def test_refuses_layers_that_are_not_there(exported: Exported, random_maps: Maps, tmp_path: Path) -> None:
-    rewrite(exported("llama"), tmp_path / "nbl", Plan(LAYERS, (1,)), random_maps(1))
+    rewrite(exported("llama"), tmp_path / "nbl", random_maps(1))
     with pytest.raises(RefusalError, match="layer 1: it has no attention, so it is replaced already; layers 0, 2"):
-        rewrite(tmp_path / "nbl", tmp_path / "again", Plan(LAYERS, (1,)), random_maps(1))
+        rewrite(tmp_path / "nbl", tmp_path / "again", random_maps(1))
 
 
 def test_refuses_a_map_of_another_size(exported: Exported, tmp_path: Path) -> None:
     wrong = {1: Linear(np.zeros((32, 32), np.float32), np.zeros(32, np.float32))}
     with pytest.raises(RefusalError, match="layer 1"):
-        rewrite(exported("llama", "mobius"), tmp_path / "nbl", Plan(LAYERS, (1,)), wrong)
+        rewrite(exported("llama", "mobius"), tmp_path / "nbl", wrong)
 
 
 def test_refuses_a_block_without_a_residual_join(exported: Exported, random_maps: Maps) -> None:
@@ -182,7 +182,7 @@ def test_refuses_a_block_without_a_residual_join(exported: Exported, random_maps
         if node.op_type == "SkipSimplifiedLayerNormalization":
             node.op_type = "SomethingElse"
     with pytest.raises(RefusalError, match="layer 1: no residual addition"):
-        rewrite_model(model, Plan(LAYERS, (1,)), random_maps(1))
+        rewrite_model(model, random_maps(1))
 
 
 def test_refuses_a_cache_that_is_read_elsewhere(exported: Exported, random_maps: Maps) -> None:
@@ -193,7 +193,7 @@ def test_refuses_a_cache_that_is_read_elsewhere(exported: Exported, random_maps:
     model.graph.append(spy)
     model.graph.outputs.append(spy.outputs[0])
     with pytest.raises(RefusalError, match="layer 1"):
-        rewrite_model(model, Plan(LAYERS, (1,)), random_maps(1))
+        rewrite_model(model, random_maps(1))
 
 
 def test_a_read_cache_is_not_dropped(exported: Exported) -> None:
@@ -210,7 +210,7 @@ def test_past_length_reader_moves_to_a_kept_cache(exported: Exported, random_map
     reader.outputs[0].name, reader.outputs[0].type = "past_shape", ir.TensorType(ir.DataType.INT64)
     model.graph.append(reader)
     model.graph.outputs.append(reader.outputs[0])
-    rewrite_model(model, Plan(LAYERS, (0,)), random_maps(0))
+    rewrite_model(model, random_maps(0))
     assert reader.inputs[0] is not None
     assert reader.inputs[0].name == "past_key_values.1.key"
 
@@ -232,7 +232,7 @@ def test_fault_in_the_maps_is_seen(
     checkpoint: Any, exported: Exported, random_maps: Maps, tmp_path: Path,
 ) -> None:  # fmt: skip
     maps = random_maps(1)
-    rewrite(exported("llama"), tmp_path / "nbl", Plan(LAYERS, (1,)), fault(maps))
+    rewrite(exported("llama"), tmp_path / "nbl", fault(maps))
     got = run_rows(OnnxDecoder(tmp_path / "nbl", HEAD_DIM), rows())
     assert worst(got, torch_logits(checkpoint("llama"), maps)) > 100 * TOLERANCE["fp32"]
 
@@ -245,8 +245,8 @@ def test_fault_wrong_tap_is_seen(
     def off_by_a_norm(block: Any, _tap: str) -> ir.Value:
         return block.residual.producer().outputs[0]
 
-    monkeypatch.setattr(rewriting.bypass, "tapped", off_by_a_norm)
-    rewrite(exported("llama"), tmp_path / "nbl", Plan(LAYERS, (1,)), random_maps(1))
+    monkeypatch.setattr(rewriting.blocks, "tapped", off_by_a_norm)
+    rewrite(exported("llama"), tmp_path / "nbl", random_maps(1))
     got = run_rows(OnnxDecoder(tmp_path / "nbl", HEAD_DIM), rows())
     assert worst(got, torch_logits(checkpoint("llama"), random_maps(1))) > 100 * TOLERANCE["fp32"]
 
@@ -258,7 +258,7 @@ def test_fault_wrong_cache_kept_is_refused(
     drop = rewriting.DropCaches
     monkeypatch.setattr(rewriting, "DropCaches", lambda _layers: drop((2,)))
     with pytest.raises(RefusalError):
-        rewrite(exported("llama"), tmp_path / "nbl", Plan(LAYERS, (1,)), random_maps(1))
+        rewrite(exported("llama"), tmp_path / "nbl", random_maps(1))
 
 
 def test_fault_position_off_by_one_is_seen(

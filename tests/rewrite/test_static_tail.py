@@ -10,14 +10,13 @@ import onnx_ir as ir
 import pytest
 
 from nbl_export.graph.names import ALL_LOGITS_FILE
-from nbl_export.records.plan import Plan
 from nbl_export.rewrite import rewrite
 from nbl_export.rewrite.tail import difference, keep_last_token
 from nbl_export.targets.tensorrt import export as static
 from nbl_export.targets.tensorrt.static.on_ort import open_decoder
 from nbl_export.verify.last_token import check_last
 
-from ..static_tiny import LAYERS, TOLERANCE, VOCAB, maps_of, rows, single_row_error, torch_logits, worst  # fmt: skip
+from ..static_tiny import TOLERANCE, VOCAB, maps_of, rows, single_row_error, torch_logits, worst  # fmt: skip
 
 Form = Callable[[str], ir.Model]
 
@@ -27,7 +26,7 @@ def pruned(model: ir.Model, replaced: tuple[int, ...], directory: Path) -> Path:
     original = directory / "original"
     static.save_graph(model, original)
     keep_last_token(original)
-    rewrite(original, directory / "model", Plan(LAYERS, replaced), maps_of(replaced))
+    rewrite(original, directory / "model", maps_of(replaced))
     return directory / "model"
 
 

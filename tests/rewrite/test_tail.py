@@ -17,11 +17,10 @@ from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.mixers.linear import Linear
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
-from nbl_export.records.plan import Plan
 from nbl_export.rewrite import rewrite_model
 from nbl_export.rewrite.tail import PruneTail
 
-from ..tiny import ARCHITECTURES, HEAD_DIM, HIDDEN, LAYERS, VOCAB
+from ..tiny import ARCHITECTURES, HEAD_DIM, HIDDEN, VOCAB
 
 Exported = Callable[..., Path]
 Maps = Callable[..., dict[int, Linear]]
@@ -31,7 +30,7 @@ TOLERANCE = 2e-4
 
 def pruned(source: Path, replaced: tuple[int, ...], maps: dict[int, Linear], out: Path) -> OnnxDecoder:
     model = ir.load(source / "model.onnx")
-    rewrite_model(model, Plan(LAYERS, replaced), maps)
+    rewrite_model(model, maps)
     assert PruneTail()(model).modified
     out.mkdir()
     ir.save(model, out / "model.onnx", external_data="model.onnx.data")
@@ -118,7 +117,7 @@ def test_quantised_graph_is_pruned_too(precision: str, exported: Exported, rando
     """Same logits as the unpruned quantised graph gives for the last position."""
     source, maps = exported("llama", "genai", precision), random_maps(2)
     model = ir.load(source / "model.onnx")
-    rewrite_model(model, Plan(LAYERS, (2,)), maps)
+    rewrite_model(model, maps)
     (tmp_path / "all").mkdir()
     ir.save(model, tmp_path / "all" / "model.onnx", external_data="model.onnx.data")
     whole = OnnxDecoder(tmp_path / "all", HEAD_DIM)
@@ -219,7 +218,7 @@ def test_runs_in_the_generation_runtime(exported: Exported, random_maps: Maps, t
     from nbl_export.rewrite import rewrite
     from nbl_export.targets.onnx.engine import ORT
 
-    rewrite(exported("llama"), tmp_path / "all", Plan(LAYERS, (1, 2)), random_maps(1, 2))
+    rewrite(exported("llama"), tmp_path / "all", random_maps(1, 2))
     shutil.copytree(tmp_path / "all", tmp_path / "last")
     model = ir.load(tmp_path / "all" / "model.onnx")
     PruneTail()(model)

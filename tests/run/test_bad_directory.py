@@ -276,9 +276,9 @@ def transposed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     correct = rewrite.rewrite_model
 
-    def wrong(model: Any, plan: Any, maps: dict[int, Linear], *more: Any) -> Any:
+    def wrong(model: Any, maps: dict[int, Linear], *more: Any) -> Any:
         turned = {i: Linear(np.ascontiguousarray(m.weight.T), m.bias) for i, m in maps.items()}
-        return correct(model, plan, turned, *more)
+        return correct(model, turned, *more)
 
     monkeypatch.setattr(rewrite, "rewrite_model", wrong)
 

@@ -21,7 +21,6 @@ from nbl_export.mixers.linear import Linear
 from nbl_export.model.checkpoint.load import load_model, read_spec
 from nbl_export.model.checkpoint.source import resolve
 from nbl_export.model.linearize import linearize
-from nbl_export.records.plan import Plan
 from nbl_export.rewrite import rewrite
 from nbl_export.rewrite.tail import keep_last_token
 from nbl_export.targets.checks import held_names
@@ -87,7 +86,7 @@ def test_the_rewritten_graph_agrees_with_torch(
     """Norms on both sides of attention and multipliers go with it; windows and rotation of the other layers stay."""
     for replaced in ((1,), (0, 2)):
         maps, out = random_maps(*replaced), tmp_path / "".join(map(str, replaced))
-        rewrite(exported(architecture, source), out, Plan(LAYERS, replaced), maps)
+        rewrite(exported(architecture, source), out, maps)
         decoder = open_graph(out, checkpoint(architecture))
         assert worst(run_rows(decoder, rows()), torch_logits(checkpoint(architecture), replaced)) < TOLERANCE, replaced
         assert decoder.contract.cache_layers == tuple(i for i in range(LAYERS) if i not in replaced)
@@ -101,7 +100,7 @@ def test_the_normed_tap(
     architecture: str, source: str, checkpoint: Checkpoint, exported: Exported, random_maps: Maps, tmp_path: Path
 ) -> None:
     maps = random_maps(1, 2)
-    rewrite(exported(architecture, source), tmp_path / "nbl", Plan(LAYERS, (1, 2), "normed"), maps)
+    rewrite(exported(architecture, source), tmp_path / "nbl", maps, "normed")
     found = run_rows(open_graph(tmp_path / "nbl", checkpoint(architecture)), rows())
     assert worst(found, torch_logits(checkpoint(architecture), (1, 2), "normed")) < TOLERANCE
 
@@ -113,7 +112,7 @@ def test_the_pruned_tail(
     """Logits of the last token, from graphs with norms and caps behind the last attention that others do not have."""
     for replaced in ((), (1, 2)):
         maps, out = random_maps(*replaced), tmp_path / f"nbl{len(replaced)}"
-        rewrite(exported(architecture, source), out, Plan(LAYERS, replaced), maps)
+        rewrite(exported(architecture, source), out, maps)
         keep_last_token(out)
         decoder = open_graph(out, checkpoint(architecture))
         decoder.begin(1)
@@ -125,7 +124,7 @@ def test_the_pruned_tail(
 @pytest.mark.parametrize("architecture", cases([*made_by("static"), "qwen2-window", "phi3-window", "phi4-mini"]))
 def test_the_static_form(architecture: str, checkpoint: Checkpoint, random_maps: Maps, tmp_path: Path) -> None:
     build_decoder("static", checkpoint(architecture), tmp_path / "original", "fp32", cache_length=96)
-    rewrite(tmp_path / "original", tmp_path / "nbl", Plan(LAYERS, (0, 2)), random_maps(0, 2))
+    rewrite(tmp_path / "original", tmp_path / "nbl", random_maps(0, 2))
     for name, chosen in (("original", ()), ("nbl", (0, 2))):
         found = run_rows(open_decoder(tmp_path / name / STATIC_GRAPH_FILE), rows())
         assert worst(found, torch_logits(checkpoint(architecture), chosen)) < TOLERANCE

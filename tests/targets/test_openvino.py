@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 
 from nbl_export.errors import CorruptError, MissingPackageError, NblError
-from nbl_export.records.plan import Plan
 from nbl_export.targets import load_engine
 from nbl_export.targets.openvino import engine as openvino_engine
 from nbl_export.targets.openvino.engine import OPENVINO
 from nbl_export.targets.openvino.session import OpenVinoRunner
 from nbl_export.targets.openvino.signals import kept_signal_stack
 
-from ..tiny import LAYERS, VOCAB, random_map
+from ..tiny import VOCAB, random_map
 
 PROMPT = np.random.default_rng(5).integers(2, VOCAB, 20).tolist()
 
@@ -33,7 +32,7 @@ def directories(exported: Callable[..., Path], tmp_path_factory: pytest.TempPath
     out = tmp_path_factory.mktemp("openvino")
     shutil.copytree(exported("llama", "openvino", "fp32"), out / "original")
     OPENVINO.keep_last_token(out / "original")
-    OPENVINO.linearize(out / "original", out / "model", Plan(LAYERS, (1,)), {1: random_map(1)})
+    OPENVINO.linearize(out / "original", out / "model", {1: random_map(1)})
     return {"original": out / "original", "nbl": out / "model"}
 
 

@@ -15,7 +15,6 @@ import pytest
 from nbl_export.errors import RefusalError
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE
 from nbl_export.mixers.linear import Linear
-from nbl_export.records.plan import Plan
 from nbl_export.targets.openvino import check as ir_files
 from nbl_export.targets.openvino.engine import OPENVINO
 from nbl_export.targets.openvino.ir.anatomy import states_of
@@ -51,7 +50,7 @@ def pair(exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
     ) -> tuple[Path, Path]:
         source = original(architecture, precision)
         out = tmp_path_factory.mktemp("pair") / "model"
-        OPENVINO.linearize(source, out, Plan(LAYERS, replaced, tap), {i: random_map(i) for i in replaced})
+        OPENVINO.linearize(source, out, {i: random_map(i) for i in replaced}, tap)
         return source, out
 
     return make
@@ -141,7 +140,7 @@ def test_maps_get_the_codes_of_their_neighbours(
 
 def test_the_empty_plan_gives_back_the_files(pair: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
     source, _ = pair("llama", (1,))
-    OPENVINO.linearize(source, tmp_path / "model", Plan(LAYERS, ()), {})
+    OPENVINO.linearize(source, tmp_path / "model", {})
     files = sorted(p.name for p in source.iterdir())
     assert files == sorted(p.name for p in (tmp_path / "model").iterdir())
     assert all((source / n).read_bytes() == (tmp_path / "model" / n).read_bytes() for n in files)
@@ -153,7 +152,7 @@ def test_a_map_without_a_bias_has_no_addition(
 ) -> None:
     source, _ = pair("llama", (1,), precision)
     maps = {1: Linear(random_map(1).weight, np.zeros(HIDDEN, np.float32))}
-    OPENVINO.linearize(source, tmp_path / "model", Plan(LAYERS, (1,), "normed"), maps)
+    OPENVINO.linearize(source, tmp_path / "model", maps, "normed")
     names = {n.get_friendly_name() for n in read_ir(tmp_path / "model").get_ops()}
     assert "/nbl/layers.1/MatMul" in names and "/nbl/layers.1/Add" not in names
     assert away(checkpoint("llama"), source, tmp_path / "model", maps, "normed") < 1e-4
@@ -169,24 +168,24 @@ def test_maps_that_compression_leaves_in_float32_are_refused(
     source, _ = pair("llama", (1,), "int8")
     monkeypatch.setattr(rewriting, "compress", lambda model, *_, **__: model)
     with pytest.raises(RefusalError, match=r"/nbl/layers.1/MatMul was left in float32"):
-        OPENVINO.linearize(source, tmp_path / "model", Plan(LAYERS, (1,)), {1: random_map(1)})
+        OPENVINO.linearize(source, tmp_path / "model", {1: random_map(1)})
 
 
 @pytest.mark.parametrize(
-    ("architecture", "plan", "maps", "said"),
+    ("architecture", "tap", "maps", "said"),
     [
-        ("llama", Plan(4, (3,)), {3: random_map(3)}, r"states for layers \[0, 1, 2\] only"),
-        ("olmo2", Plan(LAYERS, (1,), "normed"), {1: random_map(1)}, "which tap normed needs"),
-        ("llama", Plan(LAYERS, (1,)), {1: Linear(np.eye(8, dtype=np.float32), np.zeros(8, np.float32))},
+        ("llama", "residual", {3: random_map(3)}, r"states for layers \[0, 1, 2\] only"),
+        ("olmo2", "normed", {1: random_map(1)}, "which tap normed needs"),
+        ("llama", "residual", {1: Linear(np.eye(8, dtype=np.float32), np.zeros(8, np.float32))},
          "96 wide, the map 8"),
-        ("llama", Plan(4, (0, 1, 2)), {i: random_map(i) for i in range(3)}, "no attention layer would keep its cache"),
+        ("llama", "residual", {i: random_map(i) for i in range(3)}, "no attention layer would keep its cache"),
     ],
 )  # fmt: skip
 def test_what_is_not_understood_is_refused(
-    exported: Callable[..., Path], tmp_path: Path, architecture: str, plan: Plan, maps: Any, said: str
+    exported: Callable[..., Path], tmp_path: Path, architecture: str, tap: str, maps: Any, said: str
 ) -> None:
     with pytest.raises(RefusalError, match=said):
-        OPENVINO.linearize(exported(architecture, "openvino", "fp32"), tmp_path / "model", plan, maps)
+        OPENVINO.linearize(exported(architecture, "openvino", "fp32"), tmp_path / "model", maps, tap)
 
 
 def swapped(maps: dict[int, Linear]) -> dict[int, Linear]:
@@ -207,7 +206,7 @@ def test_wrong_maps_are_found(
 ) -> None:
     source, _ = pair("llama", (0, 1), "int4")
     maps = {i: random_map(i) for i in (0, 1)}
-    OPENVINO.linearize(source, tmp_path / "model", Plan(LAYERS, (0, 1)), fault(maps))
+    OPENVINO.linearize(source, tmp_path / "model", fault(maps))
     assert not ir_files.check_ir_maps("nbl", tmp_path / "model", maps).passed
     assert ir_files.check_ir_maps("nbl", tmp_path / "model", fault(maps)).passed
 

@@ -24,7 +24,6 @@ from nbl_export.model.checkpoint.load import load_model, read_spec
 from nbl_export.model.checkpoint.shape import read_shape
 from nbl_export.model.checkpoint.source import resolve
 from nbl_export.model.linearize import linearize
-from nbl_export.records.plan import Plan
 from nbl_export.targets import exporter_of
 from nbl_export.targets.base import ExportSettings
 from nbl_export.targets.openvino.session import IrDecoder
@@ -109,7 +108,7 @@ def test_a_rewritten_graph_agrees_with_torch(architecture: str, data: st.DataObj
         assert read_shape(directory).parameters_of_layers == sum(p.numel() for p in matrices)
         original, out = Path(scratch) / "original", Path(scratch) / "nbl"
         target.export(directory, original, ExportSettings(source, "fp32", 96))
-        target.linearize(original, out, Plan(spec.num_layers, tuple(maps)), maps)
+        target.linearize(original, out, maps)
         decoder: Any = OnnxDecoder(out, spec.head_dim) if source != "openvino" else IrDecoder(out, IR_FILE, exact=True)
         assert decoder.contract.cache_layers == tuple(i for i in range(spec.num_layers) if i not in maps)
         model = linearize(model, maps)

@@ -18,7 +18,6 @@ from nbl_export.graph.quantised import int4_blocks
 from nbl_export.mixers.linear import Linear
 from nbl_export.model.architectures import windows_of
 from nbl_export.records.decoder import ITEMSIZE
-from nbl_export.records.plan import Plan
 from nbl_export.rewrite import LAYERS_KEY, RenumberCaches, contract_of, rewrite, rewrite_model
 from nbl_export.rewrite.tail import difference, keep_last_token
 from nbl_export.targets.tensorrt import export as static
@@ -364,7 +363,7 @@ def test_rewriting_and_finishing_commute(
     static.save_graph(model, ours / "original")
     for directory in (twin, ours):
         keep_last_token(directory / "original")
-        rewrite(directory / "original", directory / "model", Plan(LAYERS, (0, 2)), maps, dense=True)
+        rewrite(directory / "original", directory / "model", maps, dense=True)
         assert all(difference(directory / name) == "" for name in ("original", "model"))
     for name in ("original", "model"):
         for theirs, file in ((ALL_LOGITS_FILE, ALL_LOGITS_FILE), (GRAPH_FILE, "decoder.onnx")):
@@ -388,7 +387,7 @@ def test_a_difference_is_named(form: Form) -> None:
 
 def rewritten(model: ir.Model, replaced: tuple[int, ...]) -> tuple[RenumberCaches, dict[int, Linear]]:
     maps = maps_of(replaced)
-    rewrite_model(model, Plan(LAYERS, replaced), maps)
+    rewrite_model(model, maps)
     step = RenumberCaches()
     step(model)
     CheckForm()(model)
@@ -435,7 +434,7 @@ def test_renumbering_says_what_it_did(form: Form, tmp_path: Path) -> None:
 
 def test_renumbering_refuses_what_it_cannot_close(form: Form) -> None:
     model = form("llama")
-    rewrite_model(model, Plan(LAYERS, (0,)), maps_of([0]))
+    rewrite_model(model, maps_of([0]))
     nodes(model, "Sigmoid")[0].outputs[0].name = "past_key_values.0.key"
     with pytest.raises(Exception, match=r"past_key_values\.0\.key is needed for a cache and taken"):
         RenumberCaches()(model)

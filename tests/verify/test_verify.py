@@ -17,7 +17,6 @@ import pytest
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.mixers.linear import Linear
 from nbl_export.records.decoder import DecoderSpec
-from nbl_export.records.plan import Plan
 from nbl_export.records.results import CheckResult
 from nbl_export.rewrite import rewrite
 from nbl_export.targets.checks import held_names
@@ -221,7 +220,7 @@ def test_greedy_difference_counts_only_where_torch_was_decided() -> None:
 def test_file_rung_on_real_graphs(
     exported: Callable[..., Path], random_maps: Callable[..., dict[int, Linear]], tmp_path: Path
 ) -> None:
-    rewrite(exported("llama"), tmp_path / "nbl", Plan(LAYERS, (0,)), random_maps(0))
+    rewrite(exported("llama"), tmp_path / "nbl", random_maps(0))
     session = OnnxDecoder(tmp_path / "nbl", HEAD_DIM).contract
     right = check_file("nbl", tmp_path / "nbl", SPEC, held_names((1, 2)), session, 4)
     assert [r.metric for r in right if r.passed] == [
@@ -253,7 +252,7 @@ def test_maps_are_read_back_out_of_the_graph(
 ) -> None:  # fmt: skip
     """Faults that quantised logits would not show: two maps exchanged, a lost bias, a transposed map."""
     original, maps = exported("llama", source, precision), random_maps(0, 1)
-    rewrite(original, tmp_path / "nbl", Plan(LAYERS, (0, 1)), maps)
+    rewrite(original, tmp_path / "nbl", maps)
     assert [r.passed for r in check_maps("nbl", tmp_path / "nbl", maps)] == [True]
     assert [r.passed for r in check_untouched(tmp_path / "nbl", original)] == [True]
     exchanged = {0: Linear(maps[1].weight, maps[0].bias), 1: maps[1]}
@@ -278,7 +277,7 @@ def test_a_weight_changed_in_passing_is_seen(
     import onnx
 
     original = exported("llama")
-    rewrite(original, tmp_path / "nbl", Plan(LAYERS, (1,)), random_maps(1))
+    rewrite(original, tmp_path / "nbl", random_maps(1))
     model = onnx.load(str(tmp_path / "nbl" / "model.onnx"))
     (tensor,) = [t for t in model.graph.initializer if t.name == "model.layers.2.mlp.up_proj.MatMul.weight"]
     changed = onnx.numpy_helper.to_array(tensor).copy()

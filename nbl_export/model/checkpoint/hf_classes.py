@@ -145,7 +145,7 @@ def empty_linearized(config: Any, maps: Mapping[int, Mixer], tap: str) -> Any:
     values = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures")}
     kinds = [maps[i].kind for i in sorted(maps)]
     given = None if set(kinds) == {"linear"} else kinds  # stock configurations leave out what is None
-    sizes = sorted({mixer.work().reach or 0 for mixer in maps.values() if not kind_of(mixer.kind).fitted})
+    sizes = sorted({mixer.reads[0].tokens for mixer in maps.values() if not kind_of(mixer.kind).fitted})
     if len(sizes) > 1:
         raise NblError(f"no NBL checkpoint of windows of {' and '.join(map(str, sizes))} tokens; choose one size")
     more = {"nbl_kinds": given, "nbl_window": sizes[0] if sizes else None}

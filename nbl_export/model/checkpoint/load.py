@@ -242,7 +242,8 @@ def load_maps(source: Any, num_layers: int) -> tuple[Plan, dict[int, Mixer]]:
             f"{source.directory}: config.json names maps of layers {list(replaced.layers)}, the weights hold maps of "
             f"{sorted(found)}; fetch the model again"
         )
-    plan = Plan(num_layers, replaced.layers, replaced.tap, "given", kinds=replaced.kinds)
+    kinds = dict(zip(replaced.layers, replaced.kinds, strict=True))
+    plan = Plan.of(num_layers, kinds, replaced.tap, "given")
     return plan, maps
 
 

@@ -14,6 +14,7 @@ from nbl_export.measure.benchmark import BenchSetting, BenchTests, side_by_side
 from nbl_export.measure.cost import CostModel, map_sizes
 from nbl_export.measure.machine_speed import READ_BYTES, read_bytes_per_second
 from nbl_export.measure.rounds import Variant
+from nbl_export.mixers import cache_layers
 from nbl_export.model.memory import available_bytes
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.from_json import edited
@@ -64,7 +65,7 @@ def run(inputs: BenchInputs, place: Place, out: Path) -> dict[str, Any]:
     )
     root = place.run.path / ("engine" if capabilities.static else "")
     token_bytes = functools.partial(spec.cache_bytes_per_token, itemsize=capabilities.cache_itemsize(inputs.precision))
-    counts = spec.num_layers, len(place.plan.kept)
+    counts = spec.num_layers, len(cache_layers(place.plan))
     variants = {
         subject: Variant(root / name, engine.open_runner, token_bytes(kept))
         for (subject, name), kept in zip(DECODERS.items(), counts, strict=True)

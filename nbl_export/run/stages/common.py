@@ -65,7 +65,7 @@ class Place:
         """The maps of the plan's layers."""
         from nbl_export.plan.maps_file import load_maps
 
-        return load_maps(self.run.path / MAPS_FILE, self.plan.replaced)
+        return load_maps(self.run.path / MAPS_FILE, self.plan.layers)
 
     @property
     def verdict(self) -> str:

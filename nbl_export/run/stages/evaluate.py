@@ -91,7 +91,7 @@ def _model_key(inputs: EvalInputs, place: Place, variant: str) -> str:
     if variant == "torch-original":
         return key_of(fingerprint)
     maps = [files.get(MAPS_FILE) for s in ("plan", "distill") if (files := stages.get(s, {}).get("files", {}))]
-    return key_of(fingerprint, maps, place.plan.replaced, place.plan.tap)
+    return key_of(fingerprint, maps, place.plan.layers, place.plan.tap)
 
 
 def _open(inputs: EvalInputs, place: Place, variant: str) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 from nbl_export.files import versions, write_json
 from nbl_export.graph.names import MANIFEST
+from nbl_export.mixers import cache_layers
 from nbl_export.options.options import public_facts
 from nbl_export.records.inputs import Lazy
 from nbl_export.run.resolve import Resolver
@@ -111,11 +112,11 @@ def run_rewrite(inputs: RewriteInputs, place: Place, out: Path) -> dict[str, Any
     original = place.run.path / DECODERS["original"]
     engine = inputs.engine.value
     opened = lambda: inputs.model.value.cpu()  # noqa: E731  exporters trace on the CPU
-    engine.linearize(original, target, plan, place.maps(), opened)
+    engine.linearize(original, target, place.maps(), plan.tap, opened)
     inputs.model.forget()  # a target may have changed it
     facts = {k: place.run.manifest[k] for k in _DEPLOYED_FACTS}
     if engine.capabilities.dense_caches:
-        facts["cache_layers"] = list(plan.kept)  # layers of the cache ids 0..K-1
+        facts["cache_layers"] = list(cache_layers(plan))  # layers of the cache ids 0..K-1
     facts = public_facts(facts, place.run.manifest)  # the folder may be published: no paths of this machine
     write_json(target / MANIFEST, {**facts, "versions": versions(PACKAGES), "nbl_export": __version__})
     return {"versions": {"nbl-export": __version__, **versions(PACKAGES)}}

@@ -151,12 +151,12 @@ def run(inputs: PlanInputs | Lazy[Any], place: Place, out: Path) -> dict[str, An
         trains = inputs.trains.value
         if facts["curve"]:
             place.ui.say(f"  {spoken_curve(facts['curve'])}")
-    distilled = trains and plan.replaced
+    distilled = trains and plan.layers
     save_maps(maps, out / (START_FILE if distilled else MAPS_FILE), plan.tap)
     return {
         "fit": {"kind": "independent" if fit == "distilled" else fit},
-        "replaced_layers": list(plan.replaced),
-        "kinds": list(plan.kinds),
+        "replaced_layers": list(plan.layers),
+        "kinds": list(plan.mixers),
         "tap": plan.tap,
         "select": plan.select,
         "scores": [dataclasses.asdict(s) for s in plan.scores],
@@ -193,7 +193,7 @@ class DistillInputs:
 
 def declare_distill(r: Resolver) -> DistillInputs | LeftOut:
     """The inputs of the stage; left out unless maps are distilled."""
-    if r.options.fit != "distilled" or not r.plan.replaced:
+    if r.options.fit != "distilled" or not r.plan.layers:
         return LeftOut()
     if not r.trains:
         return LeftOut("the model does not fit into memory, which training needs")
@@ -220,7 +220,7 @@ def run_distill(inputs: DistillInputs, place: Place, out: Path) -> dict[str, Any
             training.Callbacks(progress, lambda s: place.ui.say(f"  {s}"), state, goal.narrow if goal else None),
         )  # fmt: skip
     facts = goal.reach(found.maps) if goal else {}
-    replaced = facts.get("replaced_layers", plan.replaced)
+    replaced = facts.get("replaced_layers", plan.layers)
     save_maps({i: found.maps[i] for i in replaced}, out / MAPS_FILE, plan.tap)
     write_json(out / DISTILL_FILE, {"held_kl": found.held_kl, "train_kl": found.train_kl, "seconds": found.seconds})
     kept = found.held_kl[found.narrowed :]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.files import versions, write_json
+from nbl_export.mixers import cache_layers
 from nbl_export.mixers.base import Mixer
 from nbl_export.options.options import CHECKPOINT_FIT
 from nbl_export.plan.inputs import Texts
@@ -197,7 +198,7 @@ def conclude(
     from nbl_export.verify import ladder
 
     plan, size = place.plan, inputs.engine.value.capabilities.cache_itemsize(inputs.precision)
-    layers = {"original": plan.num_layers, "nbl": len(plan.kept)}
+    layers = {"original": plan.num_layers, "nbl": len(cache_layers(plan))}
     per_token = {subject: inputs.spec.cache_bytes_per_token(kept, size) for subject, kept in layers.items()}
     warning = warn_of_text(quality_losses)
     for row in quality_losses:

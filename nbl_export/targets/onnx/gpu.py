@@ -56,7 +56,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import NblError, UsageError
-from nbl_export.records.capabilities import Capabilities
+from nbl_export.records.capabilities import LINEAR_KINDS, Capabilities
 from nbl_export.targets.base import Availability
 from nbl_export.targets.gpu import PROVIDERS, Gpu, Provider, find_gpu, outdated, unpackaged
 from nbl_export.targets.onnx import engine as ort
@@ -95,7 +95,7 @@ class GpuEngine(ort.OrtEngine):
             cache_bytes=dict.fromkeys(self.provider.precisions, 2),
             cross=True,
             dense_caches=self.provider.dense_caches,
-            windows=False,
+            kinds=LINEAR_KINDS,
             provider=flag,
         )
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE
-from nbl_export.mixers.base import Mixer
+from nbl_export.mixers.base import Mixer, state_of
 from nbl_export.records.decoder import DecoderSpec, GraphContract
 from nbl_export.records.results import CheckResult
 from nbl_export.targets.checks import MAPS, Coded, HeldMaps, Wanted, checked, judge_maps
@@ -46,7 +46,7 @@ def check_ir_files(directory: Path, contract: GraphContract, wanted: Wanted, ite
     Args:
         itemsize: bytes of a cache element as shipped; `contract` is of the float32 arithmetic.
     """
-    states = tuple(sorted(i for i, mixer in wanted.maps.items() if mixer.state is not None))
+    states = tuple(sorted(i for i, mixer in wanted.maps.items() if state_of(mixer) is not None))
     held = (wanted.cache_layers, states)
     results = check_ir_states(wanted.subject, wanted.spec, held, contract, itemsize, wanted.logits)
     results.append(check_ir_maps(wanted.subject, directory, wanted.maps))

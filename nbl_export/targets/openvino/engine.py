@@ -11,9 +11,8 @@ import numpy as np
 
 from nbl_export.errors import NblError
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE
-from nbl_export.records.capabilities import Capabilities
+from nbl_export.records.capabilities import LINEAR_KINDS, Capabilities
 from nbl_export.records.decoder import GraphContract
-from nbl_export.records.plan import Plan
 from nbl_export.records.results import CheckResult
 from nbl_export.targets.base import Availability, DecoderFacts, ExportSettings, Target, Task, default_threads
 from nbl_export.targets.checks import Coded, Wanted
@@ -37,7 +36,7 @@ CAPABILITIES = Capabilities(
     cache_bytes={"fp16": 2, "int8": 1, "int4": 1},
     narrow=True,
     every_expert=("openvino",),
-    windows=True,
+    kinds=LINEAR_KINDS | {"window"},
     mapped={"openvino": _ROUNDED},
     rounded=_ROUNDED,
 )
@@ -90,13 +89,13 @@ class OpenVinoEngine(Target):
         build(checkpoint, out, settings.precision, settings.precision in _ROUNDED)
 
     def linearize(
-        self, original: Path, out: Path, plan: Plan, maps: Mapping[int, Any],
+        self, original: Path, out: Path, maps: Mapping[int, Any], tap: str = "residual",
         open_model: Callable[[], Any] | None = None,
     ) -> None:  # fmt: skip
         """Rewrite the IR."""
         from nbl_export.targets.openvino.rewrite import rewrite_ir
 
-        rewrite_ir(original, out, plan, maps)
+        rewrite_ir(original, out, maps, tap)
 
     def keep_last_token(self, directory: Path) -> None:
         """Prune the IR's tail."""

@@ -22,7 +22,6 @@ from nbl_export.model.checkpoint.hf_classes import save_linearized
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import GraphContract, TensorInfo
-from nbl_export.records.plan import Plan
 from nbl_export.records.results import CheckResult
 from nbl_export.targets.base import Availability, DecoderFacts, ExportSettings, Target
 from nbl_export.targets.checks import MAPS, Coded, Wanted, checked
@@ -67,14 +66,14 @@ class ToyEngine(Target):
         _mark(out, ())
 
     def linearize(
-        self, original: Path, out: Path, plan: Plan, maps: Mapping[int, Any],
+        self, original: Path, out: Path, maps: Mapping[int, Mixer], tap: str = "residual",
         open_model: Callable[[], Any] | None = None,
     ) -> None:  # fmt: skip
         """Export again: the torch model with its maps. `original` gives the tokenizer."""
         assert open_model is not None
-        save_linearized(open_model(), original, maps, plan.tap, out)
+        save_linearized(open_model(), original, maps, tap, out)
         add_text_files(original, out)
-        _mark(out, plan.replaced)
+        _mark(out, tuple(sorted(maps)))
 
     def keep_last_token(self, directory: Path) -> None:
         """The engine decides at each step which logits it computes."""

@@ -25,7 +25,7 @@ from typing import Any
 from nbl_export.errors import MissingPackageError, NblError, RefusalError
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE, IR_WEIGHTS
 from nbl_export.mixers.base import Mixer
-from nbl_export.records.plan import Plan
+from nbl_export.records.plan import spoken_layers
 from nbl_export.targets.openvino.ir.anatomy import Dataflow, states_of
 from nbl_export.targets.openvino.ir.files import (
     group_of,
@@ -45,29 +45,31 @@ __all__ = ["compress", "group_size", "keep_last_token_ir", "rewrite_ir", "rewrit
 _GRAPHS = (IR_FILE, ALL_LOGITS_IR, IR_WEIGHTS)
 
 
-def rewrite_ir_model(model: Any, plan: Plan, maps: Mapping[int, Mixer]) -> None:
-    """Rewrite a model in place, with float maps; the empty plan changes nothing.
+def rewrite_ir_model(model: Any, maps: Mapping[int, Mixer], tap: str = "residual") -> None:
+    """Rewrite a model in place, with float maps; no maps change nothing.
 
     Raises:
-        RefusalError: the model is not understood, or lacks layers of the plan.
+        RefusalError: the model is not understood, or lacks one of the layers.
     """
-    if not plan.replaced:
+    if not maps:
         return
     before = states_of(model)
-    missing = set(plan.replaced) - set(before)
+    missing = set(maps) - set(before)
     if missing:
         raise RefusalError(min(missing), f"the IR has states for layers {list(before)} only")
-    bypass_attention(model, Dataflow(model), {layer: maps[layer] for layer in plan.replaced}, plan.tap)
-    drop_states(model, plan.replaced)
+    bypass_attention(model, Dataflow(model), maps, tap)
+    drop_states(model, maps)
     after = list(states_of(model))
-    if after != [layer for layer in before if layer not in plan.replaced]:
-        raise RefusalError(None, f"states of layers {after} remain after replacing {list(plan.replaced)}")
+    if after != [layer for layer in before if layer not in maps]:
+        raise RefusalError(
+            None, f"states of layers {after} remain, where those of {spoken_layers(sorted(maps))} are gone"
+        )
 
 
-def rewrite_ir(source: Path, out: Path, plan: Plan, maps: Mapping[int, Mixer]) -> None:
+def rewrite_ir(source: Path, out: Path, maps: Mapping[int, Mixer], tap: str = "residual") -> None:
     """Write the NBL version of an IR directory to `out`, which must not exist.
 
-    Kept constants stay byte for byte, also those in codes. An empty plan copies the directory. A source with last-token
+    Kept constants stay byte for byte, also those in codes. No maps copy the directory. A source with last-token
     logits has the graph with all logits beside it; so has the output.
 
     Raises:
@@ -76,13 +78,13 @@ def rewrite_ir(source: Path, out: Path, plan: Plan, maps: Mapping[int, Mixer]) -
     last_only = (source / ALL_LOGITS_IR).is_file()
     out.mkdir()
     for file in sorted(source.iterdir()):
-        if file.is_file() and (file.name not in _GRAPHS or not plan.replaced):
+        if file.is_file() and (file.name not in _GRAPHS or not maps):
             shutil.copyfile(file, out / file.name)
-    if not plan.replaced:
+    if not maps:
         return
     model = read_ir(source, ALL_LOGITS_IR if last_only else IR_FILE)
     precision, group = precision_of(model), group_of(model)
-    rewrite_ir_model(model, plan, maps)
+    rewrite_ir_model(model, maps, tap)
     model = compress(model, precision, group=group, only_new=True)
     _refuse_float_maps(model, precision)
     save_ir(model, out, precision, group)

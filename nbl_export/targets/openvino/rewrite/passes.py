@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from nbl_export.errors import RefusalError
-from nbl_export.mixers.base import Mixer, tapped
+from nbl_export.mixers.base import OWN, Mixer, Port, state_of, tapped
 from nbl_export.targets.openvino.ir.anatomy import Block, Dataflow, State, states_of
 from nbl_export.targets.openvino.rewrite.builder import IrBuilder
 
@@ -24,13 +24,15 @@ def bypass_attention(model: Any, flow: Dataflow, mixers: Mapping[int, Mixer], ta
     """Replace the attention of layers by mixers, in place.
 
     Raises:
-        RefusalError: a block is not understood, has another width, or lacks the tap.
+        RefusalError: a block is not understood, has another width, or lacks the tap, or a mixer gives keys.
     """
     for block in [flow.block(layer) for layer in sorted(mixers)]:
         mixer = mixers[block.layer]
         _check_width(block, mixer)
-        build = IrBuilder(model, block.layer, tapped(block, tap), remembers=mixer.state is not None)
-        output = mixer.emit(build, build.x)
+        if mixer.gives != (Port.OUTPUT,):
+            raise RefusalError(block.layer, f"an IR takes no {mixer.kind} layer, which gives keys and values")
+        build = IrBuilder(model, block.layer, tapped(block, tap), remembers=state_of(mixer) is not None)
+        output = mixer.emit(build, {OWN: build.x}).get(Port.OUTPUT)
         if output is None:
             for reader in block.join.output(0).get_target_inputs():
                 reader.replace_source_output(block.residual)

@@ -17,6 +17,7 @@ from typing import Any
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.names import node_name, state_names
+from nbl_export.mixers.rows import Read, Rows, rows_of_top
 from nbl_export.targets.openvino.ir.anatomy import Dataflow, Join, memories_of, variable_of
 from nbl_export.targets.openvino.rewrite.nodes import TOKENS, cut, integers, length, places, valid_tokens
 from nbl_export.targets.openvino.rewrite.window import VALID, WINDOW, first_token
@@ -44,8 +45,9 @@ def prune_tail(model: Any) -> None:
     joins = [flow.reader(layer) for layer in flow.readers[-1 - len(windows) :]]
     _check_tail(flow, joins, _own(flow, [window.layer for window in windows]))
     valid = valid_tokens(model, windows[0].layer, "/nbl/tail/Valid") if windows else None
-    for number, (join, window) in enumerate(zip(joins, windows, strict=False)):
-        at, valid = _fewer(valid, (len(windows) - number) * (window.tokens - 1) + 1)
+    needs = rows_of_top({window.layer: (Read(rows=Rows.WINDOW, tokens=window.tokens),) for window in windows})
+    for join, window in zip(joins, windows, strict=False):
+        at, valid = _fewer(valid, needs[window.layer].last or 1)
         _take(join, at, f"/nbl/tail/layers.{window.layer}", batch_dims=1)
         for reader in window.valid.output(0).get_target_inputs():
             reader.replace_source_output(valid.output(0))

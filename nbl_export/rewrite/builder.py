@@ -1,13 +1,4 @@
-"""Feeds a replaced layer's residual join with a mixer's output instead of its attention; the tap names the value x.
-
-    before   x -- norm -- qkv -- GroupQueryAttention -- o_proj -+      after   x -- MatMul(W') -- Add(b) -+
-             x -------------------------------------------- join                x -------------------- join
-
-The nodes are the mixer's own (`mixers`). If it adds nothing, the join goes, and its readers get x.
-This pass removes no nodes, because exporters share rotary tables, masks and shape values across layers. The old block
-only loses its reader (see `DropCaches`, `SkipNormToAdd` and `Sweep`). Refuses a join that `anatomy` cannot find.
-
-`GraphBuilder` is the `mixers.base.Builder` of ONNX graphs. A layer with a short memory has states:
+"""The `mixers.base.Builder` of ONNX graphs. A layer with a short memory has states:
 
     before   x --------- mixer -- y          after   x -- Mul(valid) --------- Concat -- mixer -- y
                                                      past (transposed) ---------^   `- GatherND -- present (transposed)
@@ -27,135 +18,17 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from nbl_export.errors import RefusalError
-from nbl_export.graph.anatomy import AttentionBlock, find_block
-from nbl_export.graph.emitter import add_initializer, element_type, new_node, register
+from nbl_export.graph.emitter import add_initializer, new_node, register
 from nbl_export.graph.names import constant_name, node_name, product_name, state_names
-from nbl_export.mixers.base import Mixer, StateSpec, WindowShape, tapped
+from nbl_export.mixers.base import StateSpec, WindowShape
 from nbl_export.rewrite.tail import LastValid
 from nbl_export.rewrite.window import WindowStep, emit_window, state_dims
 
-__all__ = ["BypassAttention", "SkipNormToAdd", "Sweep"]
-
-_NORMS = {"SkipSimplifiedLayerNormalization": "SimplifiedLayerNormalization",
-          "SkipLayerNormalization": "LayerNormalization"}  # fmt: skip
-_SUM = 3  # output of a skip norm: the residual stream
-
+__all__ = ["GraphBuilder", "ValidTokens"]
 
 _PREFIX, _CONSTANTS = "/nbl/states", "nbl.states"
-
-
-class BypassAttention(ir.passes.InPlacePass):
-    """Replace the attention of layers by mixers, which add their own nodes by a `GraphBuilder`."""
-
-    def __init__(self, mixers: Mapping[int, Mixer], tap: str = "residual") -> None:
-        super().__init__()
-        self.mixers = mixers
-        self.tap = tap
-
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        graph = model.graph
-        blocks = [find_block(graph, layer) for layer in sorted(self.mixers)]
-        valid: ValidTokens | None = None
-        for block in blocks:
-            mixer = self.mixers[block.layer]
-            _check_same_size(block, mixer)
-            dtype, x = element_type(graph, block.residual), tapped(block, self.tap)
-            if mixer.state is not None and valid is None:
-                valid = ValidTokens(graph, dtype)
-            build = GraphBuilder(graph, block.layer, x, dtype, *((valid, mixer.state.masked) if mixer.state else ()))
-            output = mixer.emit(build, build.x)
-            if output is None:
-                _pass_on(graph, block)
-                continue
-            graph.insert_before(block.join, build.nodes)
-            block.join.replace_input_with(block.branch_index, output)
-        return ir.passes.PassResult(model, modified=bool(blocks))
-
-
-def _check_same_size(block: AttentionBlock, mixer: Mixer) -> None:
-    width = block.branch.shape[-1] if block.branch.shape is not None else None
-    if isinstance(width, int) and width != mixer.size:
-        raise RefusalError(block.layer, f"its attention output is {width} wide, the map {mixer.size}")
-
-
-def _pass_on(graph: ir.Graph, block: AttentionBlock) -> None:
-    """Give the readers of a join the residual alone: nothing is added to it.
-
-    before   y -- SkipSimplifiedLayerNormalization(x, y) -> normed, sum      after   SimplifiedLayerNormalization(x)
-    """
-    join, x = block.join, block.residual
-    if (bias := _bias_of(join)) is not None:
-        add = new_node("Add", [x, bias], node_name(block.layer, "Add"), x.dtype, x.shape)
-        graph.insert_before(join, [add])
-        x = add.outputs[0]
-    if join.op_type != "Add":
-        _norm_alone(graph, join, x, node_name(block.layer, "norm"))
-    for total in join.outputs[:1] if join.op_type == "Add" else join.outputs[_SUM:]:
-        total.replace_all_uses_with(x)
-    graph.remove(join, safe=True)
-
-
-def _norm_alone(graph: ir.Graph, skip: ir.Node, value: ir.Value, name: str) -> None:
-    """Give the readers of a skip norm's normed output a norm of `value`, made in the place of the skip norm."""
-    if skip.op_type not in _NORMS or not skip.outputs[0].consumers():
-        return
-    weights = skip.inputs[2 : 3 if skip.op_type == "SkipSimplifiedLayerNormalization" else 4]
-    epsilon, old = skip.attributes["epsilon"].as_float(), skip.outputs[0]
-    dtype = value.dtype or element_type(graph, value)
-    attributes = {"axis": -1, "stash_type": 1, "epsilon": epsilon}
-    norm = new_node(_NORMS[skip.op_type], [value, *weights], name, dtype, old.shape, attributes)
-    graph.insert_before(skip, [norm])
-    old.replace_all_uses_with(norm.outputs[0])
-
-
-Sweep = RemoveUnusedNodesPass  # unread nodes and initializers
-
-
-class SkipNormToAdd(ir.passes.InPlacePass):
-    """Turn a skip norm whose sum alone is read into an Add, or into two if it has a bias input.
-
-        before   SkipSimplifiedLayerNormalization(skip, x) -> (unread, , , sum)      after   Add(skip, x) -> sum
-
-    No node reads the input norm of a replaced layer. But the fused operator of the norm also computes the residual
-    stream, so its addition stays.
-    """
-
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        found = [node for node in model.graph if _only_sum_is_read(node)]
-        for node in found:
-            left, right, bias = node.inputs[0], node.inputs[1], _bias_of(node)
-            total = node.outputs[_SUM]
-            terms = [(left, right)] if bias is None else [(left, right), (None, bias)]
-            adds: list[ir.Node] = []
-            for a, b in terms:
-                adds.append(ir.node("Add", [a if a is not None else adds[-1].outputs[0], b], name=f"{node.name}/Add"))
-                adds[-1].outputs[0].name = f"{total.name}/sum{len(adds)}"
-            last = adds[-1].outputs[0]
-            last.type, last.shape = total.type, total.shape
-            model.graph.insert_before(node, adds)
-            total.replace_all_uses_with(last)
-            model.graph.remove(node, safe=True)
-            last.name = total.name
-        return ir.passes.PassResult(model, modified=bool(found))
-
-
-def _only_sum_is_read(node: ir.Node) -> bool:
-    if node.op_type not in _NORMS or len(node.outputs) <= _SUM:
-        return False
-    *others, total = node.outputs[: _SUM + 1]
-    read = [v for v in others if v.consumers() or v.is_graph_output()]
-    return not read and bool(total.consumers()) and not total.is_graph_output()
-
-
-def _bias_of(node: ir.Node) -> ir.Value | None:
-    """The bias that a skip norm adds to its sum."""
-    if node.op_type not in _NORMS:
-        return None
-    index = 3 if node.op_type == "SkipSimplifiedLayerNormalization" else 4
-    return node.inputs[index] if len(node.inputs) > index else None
 
 
 class ValidTokens:
@@ -204,19 +77,20 @@ class GraphBuilder:
     """Makes the nodes of one layer; they are in `nodes`, in order, and not in the graph yet.
 
     Args:
-        x: the layer's input at the tap.
+        shape: of the layer's input.
         valid: needed by a layer with a state alone.
-        masked: whether rows of padding are zeros for a layer with a state.
     """
 
     def __init__(
-        self, graph: ir.Graph, layer: int, x: ir.Value, dtype: ir.DataType, valid: ValidTokens | None = None,
-        masked: bool = True,
-    ) -> None:  # fmt: skip
+        self, graph: ir.Graph, layer: int, dtype: ir.DataType, shape: ir.Shape | None, valid: ValidTokens | None = None
+    ) -> None:
         self.nodes: list[ir.Node] = []
-        self._graph, self._layer, self._dtype, self._valid = graph, layer, dtype, valid
-        self._shape = x.shape
-        self.x = x if valid is None or not masked else self._add_node("Mul", [x, valid.mask_BT1], "Masked", x.shape)
+        self._graph, self._layer, self._dtype, self._valid, self._shape = graph, layer, dtype, valid, shape
+
+    def masked(self, x: ir.Value) -> ir.Value:
+        """x with zeros in rows of padding."""
+        assert self._valid is not None
+        return self._add_node("Mul", [x, self._valid.mask_BT1], "Masked", x.shape)
 
     def matmul(self, x: ir.Value, matrix: np.ndarray, name: str) -> ir.Value:
         transposed = np.ascontiguousarray(matrix.T)  # as MatMul takes it

@@ -1,0 +1,189 @@
+"""Lets the values of mixers enter the ports of their layers (`mixers.base.Port`); the tap names the value x.
+
+    before   x -- norm -- qkv -- GroupQueryAttention -- o_proj -+      output   x -- MatMul(W') -- Add(b) -+
+             x -------------------------------------------- join                x -------------------- join
+
+    keys and values   stream c ------- mixer -- keys, values -+
+                      x -- norm -- qkv -- Slice -- queries ---+- GroupQueryAttention -- o_proj -- join
+
+The nodes are the mixer's own (`mixers`). If it gives no output, the join goes, and its readers get x.
+This pass removes no nodes, because exporters share rotary tables, masks and shape values across layers. The old block
+only loses its reader (see `DropCaches`, `SkipNormToAdd` and `Sweep`). Refuses a join that `anatomy` cannot find.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from nbl_export.errors import RefusalError
+from nbl_export.graph.anatomy import AttentionBlock, find_attention, find_block
+from nbl_export.graph.emitter import element_type, new_node, register
+from nbl_export.graph.names import constant_name, node_name
+from nbl_export.mixers.base import OWN, Mixer, Port, state_of, tapped
+from nbl_export.rewrite.builder import GraphBuilder, ValidTokens
+
+__all__ = ["RewriteBlocks", "SkipNormToAdd", "Sweep"]
+
+_NORMS = {"SkipSimplifiedLayerNormalization": "SimplifiedLayerNormalization",
+          "SkipLayerNormalization": "LayerNormalization"}  # fmt: skip
+_SUM = 3  # output of a skip norm: the residual stream
+
+
+class RewriteBlocks(ir.passes.InPlacePass):
+    """Put mixers into layers. They add their own nodes by a `GraphBuilder`."""
+
+    def __init__(self, mixers: Mapping[int, Mixer], tap: str = "residual") -> None:
+        super().__init__()
+        self.mixers = mixers
+        self.tap = tap
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        graph = model.graph
+        read = {read.stream for mixer in self.mixers.values() for read in mixer.reads} - {OWN}
+        blocks = {
+            layer: find_block(graph, layer) for layer in sorted({*self.mixers, *(s for s in read if s is not None)})
+        }
+        streams: dict[int | None, ir.Value] = {}
+        valid: ValidTokens | None = None
+        for layer, block in blocks.items():
+            if layer in read:
+                streams[layer] = block.residual  # before the layer's own mixer can take its join away
+            mixer = self.mixers.get(layer)
+            if mixer is None:
+                continue
+            _check_same_size(block, mixer)
+            dtype, state = element_type(graph, block.residual), state_of(mixer)
+            if state is not None and valid is None:
+                valid = ValidTokens(graph, dtype)
+            x = tapped(block, self.tap)
+            build = GraphBuilder(graph, layer, dtype, x.shape, None if state is None else valid)
+            streams[OWN] = build.masked(x) if state is not None and state.masked else x
+            _give(graph, block, build, mixer, mixer.emit(build, streams))
+        return ir.passes.PassResult(model, modified=bool(self.mixers))
+
+
+def _give(
+    graph: ir.Graph, block: AttentionBlock, build: GraphBuilder, mixer: Mixer, given: Mapping[Port, ir.Value]
+) -> None:
+    """Let a mixer's values enter their ports."""
+    if Port.OUTPUT not in mixer.gives:
+        _give_keys(graph, block, build, given)
+    elif Port.OUTPUT in given:
+        graph.insert_before(block.join, build.nodes)
+        block.join.replace_input_with(block.branch_index, given[Port.OUTPUT])
+    else:
+        _pass_on(graph, block)
+
+
+def _give_keys(graph: ir.Graph, block: AttentionBlock, build: GraphBuilder, given: Mapping[Port, ir.Value]) -> None:
+    """Give a layer's attention keys and values; its queries stay."""
+    attention = find_attention(block)
+    packed = attention.inputs[0]
+    if packed is None or attention.inputs[1] is not None:
+        raise RefusalError(block.layer, "its queries, keys and values are no packed input of GroupQueryAttention")
+    bounds = [
+        register(graph, ir.tensor([number], ir.DataType.INT64, name=constant_name(block.layer, f"queries.{name}")))
+        for name, number in (("start", 0), ("end", _query_width(block, attention, packed)), ("axis", 2))
+    ]
+    title = node_name(block.layer, "Queries")
+    queries = new_node("Slice", [packed, *bounds], title, element_type(graph, block.residual))
+    graph.insert_before(attention, [*build.nodes, queries])
+    for index, value in enumerate((queries.outputs[0], given[Port.KEYS], given[Port.VALUES])):
+        attention.replace_input_with(index, value)
+
+
+def _query_width(block: AttentionBlock, attention: ir.Node, packed: ir.Value) -> int:
+    """Numbers of a token's queries, from the size of a head or from the width of the packed value."""
+    heads, kv_heads = (attention.attributes[name].as_int() for name in ("num_heads", "kv_num_heads"))
+    size, width = (None if v.shape is None else v.shape[-1] for v in (block.pasts[0], packed))
+    if isinstance(size, int):
+        return heads * size
+    if isinstance(width, int):
+        return width * heads // (heads + 2 * kv_heads)
+    raise RefusalError(block.layer, f"neither its cache nor {packed.name} states the size of a head")
+
+
+def _check_same_size(block: AttentionBlock, mixer: Mixer) -> None:
+    width = block.branch.shape[-1] if block.branch.shape is not None else None
+    if isinstance(width, int) and width != mixer.size:
+        raise RefusalError(block.layer, f"its attention output is {width} wide, the map {mixer.size}")
+
+
+def _pass_on(graph: ir.Graph, block: AttentionBlock) -> None:
+    """Give the readers of a join the residual alone: nothing is added to it.
+
+    before   y -- SkipSimplifiedLayerNormalization(x, y) -> normed, sum      after   SimplifiedLayerNormalization(x)
+    """
+    join, x = block.join, block.residual
+    if (bias := _bias_of(join)) is not None:
+        add = new_node("Add", [x, bias], node_name(block.layer, "Add"), x.dtype, x.shape)
+        graph.insert_before(join, [add])
+        x = add.outputs[0]
+    if join.op_type != "Add":
+        _norm_alone(graph, join, x, node_name(block.layer, "norm"))
+    for total in join.outputs[:1] if join.op_type == "Add" else join.outputs[_SUM:]:
+        total.replace_all_uses_with(x)
+    graph.remove(join, safe=True)
+
+
+def _norm_alone(graph: ir.Graph, skip: ir.Node, value: ir.Value, name: str) -> None:
+    """Give the readers of a skip norm's normed output a norm of `value`, made in the place of the skip norm."""
+    if skip.op_type not in _NORMS or not skip.outputs[0].consumers():
+        return
+    weights = skip.inputs[2 : 3 if skip.op_type == "SkipSimplifiedLayerNormalization" else 4]
+    epsilon, old = skip.attributes["epsilon"].as_float(), skip.outputs[0]
+    dtype = value.dtype or element_type(graph, value)
+    attributes = {"axis": -1, "stash_type": 1, "epsilon": epsilon}
+    norm = new_node(_NORMS[skip.op_type], [value, *weights], name, dtype, old.shape, attributes)
+    graph.insert_before(skip, [norm])
+    old.replace_all_uses_with(norm.outputs[0])
+
+
+Sweep = RemoveUnusedNodesPass  # unread nodes and initializers
+
+
+class SkipNormToAdd(ir.passes.InPlacePass):
+    """Turn a skip norm whose sum alone is read into an Add, or into two if it has a bias input.
+
+        before   SkipSimplifiedLayerNormalization(skip, x) -> (unread, , , sum)      after   Add(skip, x) -> sum
+
+    No node reads the input norm of a replaced layer. But the fused operator of the norm also computes the residual
+    stream, so its addition stays.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        found = [node for node in model.graph if _only_sum_is_read(node)]
+        for node in found:
+            left, right, bias = node.inputs[0], node.inputs[1], _bias_of(node)
+            total = node.outputs[_SUM]
+            terms = [(left, right)] if bias is None else [(left, right), (None, bias)]
+            adds: list[ir.Node] = []
+            for a, b in terms:
+                adds.append(ir.node("Add", [a if a is not None else adds[-1].outputs[0], b], name=f"{node.name}/Add"))
+                adds[-1].outputs[0].name = f"{total.name}/sum{len(adds)}"
+            last = adds[-1].outputs[0]
+            last.type, last.shape = total.type, total.shape
+            model.graph.insert_before(node, adds)
+            total.replace_all_uses_with(last)
+            model.graph.remove(node, safe=True)
+            last.name = total.name
+        return ir.passes.PassResult(model, modified=bool(found))
+
+
+def _only_sum_is_read(node: ir.Node) -> bool:
+    if node.op_type not in _NORMS or len(node.outputs) <= _SUM:
+        return False
+    *others, total = node.outputs[: _SUM + 1]
+    read = [v for v in others if v.consumers() or v.is_graph_output()]
+    return not read and bool(total.consumers()) and not total.is_graph_output()
+
+
+def _bias_of(node: ir.Node) -> ir.Value | None:
+    """The bias that a skip norm adds to its sum."""
+    if node.op_type not in _NORMS:
+        return None
+    index = 3 if node.op_type == "SkipSimplifiedLayerNormalization" else 4
+    return node.inputs[index] if len(node.inputs) > index else None
