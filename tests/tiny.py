@@ -18,8 +18,8 @@ from nbl_export.model.architectures import ARCHITECTURES as RECORDS
 
 __all__ = [
     "ARCHITECTURES", "END_IDS", "EPSILON", "EVERY", "HEADS", "HEAD_DIM", "HIDDEN", "INNER", "KINDS", "KV_HEADS",
-    "LAYERS", "SPLIT", "VARIANTS", "VOCAB", "cases", "made_by", "random_map", "record_of", "save_checkpoint",
-    "save_gguf", "stdlib_text",
+    "LAYERS", "SPLIT", "VARIANTS", "VOCAB", "cases", "made_by", "mlp_module", "random_map", "record_of",
+    "save_checkpoint", "save_gguf", "stdlib_text",
 ]  # fmt: skip
 
 # Every size differs from every other, and the root of the hidden size is no short number: what takes one size for
@@ -68,6 +68,12 @@ _RECORD = {
 def record_of(name: str) -> Architecture:
     """The record of one of `EVERY`."""
     return RECORDS[_RECORD.get(name, name)]
+
+
+def mlp_module(layer: Any) -> Any:
+    """The MLP, or the experts, of a layer of a torch model."""
+    names = ("mlp", "block_sparse_moe", "shared_mlp")
+    return next(child for name, child in layer.named_children() if name in names)
 
 
 def made_by(source: str) -> tuple[str, ...]:
@@ -222,7 +228,7 @@ def save_checkpoint(architecture: str, directory: Path, **changes: Any) -> Path:
             else:  # norms and biases: what starts as 1 or 0 could be forgotten unseen
                 parameter.add_(0.2 * torch.randn_like(parameter))
         for name, buffer in model.named_buffers():
-            if name in model.state_dict():  # such as what a router adds to its scores
+            if name in model.state_dict():  # such as numbers of an activation
                 buffer.normal_(0, 0.3)
     model.save_pretrained(directory)
     _tokenizer().save_pretrained(directory)

@@ -17,11 +17,7 @@ from typing import Any
 
 from nbl_export.model.experts import Experts
 
-__all__ = ["FUSED", "Architecture"]
-
-
-FUSED = ("gate_up_proj",)  # gate and up in one product
-_FUSED = (FUSED, ("input_linear",))
+__all__ = ["Architecture"]
 
 
 @dataclass(frozen=True)
@@ -34,14 +30,9 @@ class Architecture:
         aliases: names in GGUF files.
         norm_before: the norm before attention; None if attention reads the residual stream directly.
         norm_after: the norm between attention and the addition.
-        norm_mlp: the norm before the MLP; None if the MLP reads the residual stream directly.
-        mlp: the module of the MLP or of the experts.
-        mlp_in: the MLP's products of its input: gate and up, both in one, or up alone. Experts have none.
-        mlp_out: the MLP's last product.
+        mlp_gated: whether the MLP has a product of the gate.
         mlp_width: configuration key of the MLP's width.
         experts: configuration keys of its experts, if it has any.
-        norm_last: the decoder's norm behind its last layer.
-        norm_offset: what norms add to their weight before they multiply by it.
         multiplier: configuration key of the factor of attention's output before the addition.
         entry_multiplier: decoder attribute of the factor of the first layer's input.
         logits_divisor, logits_cap: configuration keys; logits are head(x) / divisor, then cap * tanh(logits / cap).
@@ -64,14 +55,9 @@ class Architecture:
     aliases: tuple[str, ...] = ()
     norm_before: str | None = "input_layernorm"
     norm_after: str | None = None
-    norm_mlp: str | None = "post_attention_layernorm"
-    mlp: str = "mlp"
-    mlp_in: tuple[str, ...] = ("gate_proj", "up_proj")
-    mlp_out: str = "down_proj"
+    mlp_gated: bool = True
     mlp_width: str = "intermediate_size"
     experts: Experts | None = None
-    norm_last: str = "norm"
-    norm_offset: float = 0.0
     multiplier: str | None = None
     entry_multiplier: str | None = None
     logits_divisor: str | None = None
@@ -98,8 +84,3 @@ class Architecture:
     def mlp_key(self) -> str:
         """Configuration key of the width of its MLP, or of an expert."""
         return self.experts.width if self.experts else self.mlp_width
-
-    @property
-    def mlp_gated(self) -> bool:
-        """Whether the MLP has a product of the gate."""
-        return self.mlp_in in _FUSED or len(self.mlp_in) == 2

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nbl_export.errors import NblError
-from nbl_export.model.architecture_record import FUSED, Architecture
+from nbl_export.model.architecture_record import Architecture
 from nbl_export.model.experts import GRANITE, MIXTRAL, QWEN, Experts
 from nbl_export.records.mlp import MlpSpec
 
@@ -31,8 +31,6 @@ _CAUSAL = {"use_bidirectional_attention": (None, False)}
 
 _SANDWICH: dict[str, Any] = {
     "norm_after": "post_attention_layernorm",
-    "norm_mlp": "pre_feedforward_layernorm",
-    "norm_offset": 1.0,
     "logits_cap": "final_logit_softcapping",
     "score_scalar": "query_pre_attn_scalar",
     "embedding_root": True,
@@ -45,7 +43,7 @@ _SANDWICH: dict[str, Any] = {
 _NOT_GENAI = {"genai": "the GenAI builder (0.18) does not know it; use --decoder-source mobius"}
 _NO_STATIC_EXPERTS = {"static": "the form for TensorRT has no experts"}
 _EXPERTS = {**_NOT_GENAI, **_NO_STATIC_EXPERTS}
-_POST_NORM: dict[str, Any] = {"norm_before": None, "norm_after": "post_attention_layernorm", "norm_mlp": None}
+_POST_NORM: dict[str, Any] = {"norm_before": None, "norm_after": "post_attention_layernorm"}
 _GRANITE: dict[str, Any] = {
     "multiplier": "residual_multiplier",
     "entry_multiplier": "embedding_multiplier",
@@ -81,7 +79,7 @@ ARCHITECTURES = {
         Architecture("mistral", "Mistral"),
         Architecture("qwen2", "Qwen2", per_layer=("layer_types",), tried="Qwen2.5-Coder-0.5B"),
         Architecture("qwen3", "Qwen3", per_layer=("layer_types",)),
-        Architecture("phi3", "Phi3", fused_qkv="qkv_proj", mlp_in=FUSED),
+        Architecture("phi3", "Phi3", fused_qkv="qkv_proj"),
         Architecture(
             "gemma2",
             "Gemma2",
@@ -101,9 +99,6 @@ ARCHITECTURES = {
             "granitemoehybrid",
             "GraniteMoeHybrid",
             **_GRANITE,
-            mlp="shared_mlp",
-            mlp_in=("input_linear",),
-            mlp_out="output_linear",
             mlp_width="shared_intermediate_size",
             per_layer=("layer_types",),
             unfit=_beyond_genai,
@@ -120,20 +115,19 @@ ARCHITECTURES = {
             runtime_type="llama",
             not_from={**_NOT_GENAI, "static": "the form for TensorRT has no rotation that grows with the position"},
         ),
-        Architecture("nemotron", "Nemotron", norm_offset=1.0, mlp_in=("up_proj",)),
+        Architecture("nemotron", "Nemotron", mlp_gated=False),
         Architecture("ernie4_5", "Ernie4_5", tied=True, mobius=_PAIRS),
         Architecture(
             "hunyuan_v1_dense",
             "HunYuanDenseV1",
             not_from=_neither("mobius (0.1) norms queries and keys before it rotates them"),
         ),
-        Architecture("glm", "Glm", runtime_type="llama", mlp_in=FUSED, mobius=_NO_OUTPUT_BIAS, not_from=_NOT_GENAI),
+        Architecture("glm", "Glm", runtime_type="llama", mobius=_NO_OUTPUT_BIAS, not_from=_NOT_GENAI),
         Architecture(
             "glm4",
             "Glm4",
             runtime_type="llama",
             norm_after="post_self_attn_layernorm",
-            mlp_in=FUSED,
             mobius=_NO_OUTPUT_BIAS,
             not_from=_NOT_GENAI,
         ),
@@ -153,8 +147,7 @@ ARCHITECTURES = {
             "Apertus",
             runtime_type="llama",
             norm_before="attention_layernorm",
-            norm_mlp="feedforward_layernorm",
-            mlp_in=("up_proj",),
+            mlp_gated=False,
             not_from=_NOT_GENAI,
         ),
         Architecture(
@@ -164,25 +157,9 @@ ARCHITECTURES = {
             must_be={"use_parallel_residual": (None, False)},
             not_from=_NOT_GENAI,
         ),
-        Architecture(
-            "starcoder2",
-            "Starcoder2",
-            runtime_type="llama",
-            tied=True,
-            mlp_in=("c_fc",),
-            mlp_out="c_proj",
-            not_from=_NOT_GENAI,
-        ),
-        Architecture(
-            "gemma",
-            "Gemma",
-            norm_offset=1.0,
-            embedding_root=True,
-            tied=True,
-            must_be=_CAUSAL,
-            not_from=_NO_STATIC_CACHE,
-        ),
-        Architecture("arcee", "Arcee", runtime_type="llama", mlp_in=("up_proj",), not_from=_NOT_GENAI),
+        Architecture("starcoder2", "Starcoder2", runtime_type="llama", tied=True, mlp_gated=False, not_from=_NOT_GENAI),
+        Architecture("gemma", "Gemma", embedding_root=True, tied=True, must_be=_CAUSAL, not_from=_NO_STATIC_CACHE),
+        Architecture("arcee", "Arcee", runtime_type="llama", mlp_gated=False, not_from=_NOT_GENAI),
         Architecture("helium", "Helium", runtime_type="llama", genai_as="Ernie4_5", mobius=_PAIRS),
         Architecture(
             "cwm",
@@ -213,7 +190,6 @@ ARCHITECTURES = {
             "granitemoe",
             "GraniteMoe",
             runtime_type="llama",
-            mlp="block_sparse_moe",
             **_GRANITE,
             experts=Experts(stored=GRANITE),
             not_from=_EXPERTS,

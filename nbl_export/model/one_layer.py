@@ -156,7 +156,7 @@ def one_layer(config: Any, index: int, weights: WeightReader) -> Any:
     with init_empty_weights(include_buffers=False):  # the rotary frequencies are computed buffers
         decoder = model_with(single, lm_head=False)
     if index < config.num_hidden_layers - 1:
-        setattr(decoder, architecture_of(config).norm_last, nn.Identity())
+        decoder.norm = nn.Identity()
     if index:
         decoder.embed_tokens = nn.Identity()
     weights.fill(decoder, lambda name: name.replace(_LAYER.format(0), _LAYER.format(index), 1))

@@ -100,7 +100,6 @@ def _unsupported(attention: Any, config: Any, index: int) -> str | None:
         (record.norm_after is not None, "it has a norm behind it"),
         (getattr(attention, "q_norm", None) is not None, "it norms queries and keys"),
         (record.fused_qkv is not None, "its queries, keys and values are one product"),
-        (record.norm_offset != 0, "its norm adds to its weight"),
         (not flat, f"its rotary embedding is of type {rope.get('rope_type')!r}"),
         (bool(getattr(config, "no_rope_layers", None)), "some of its layers have no rotary embedding"),
         (windows_of(config)[index] is not None, "it has a window of its own, without the first token"),

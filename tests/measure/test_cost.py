@@ -25,7 +25,7 @@ from nbl_export.records.mlp import MlpSpec
 from nbl_export.run.facts import capabilities_of
 from nbl_export.targets.openvino.export import _trace_experts
 
-from ..tiny import EVERY, HIDDEN, INNER, cases, record_of, save_gguf
+from ..tiny import EVERY, HIDDEN, INNER, cases, mlp_module, record_of, save_gguf
 
 
 def work(elements: int, *reads: Read) -> LayerSizes:
@@ -212,7 +212,7 @@ def test_work_of_an_mlp_is_that_counted(architecture: str, checkpoint: Callable[
         if not every:
             model.config._experts_implementation = "batched_mm"
         with FlopCounterMode(display=False) as counter, torch.inference_mode():
-            getattr(model.get_decoder().layers[1], record.mlp)(torch.randn(1, 7, HIDDEN))
+            mlp_module(model.get_decoder().layers[1])(torch.randn(1, 7, HIDDEN))
         assert counter.get_total_flops() == 2 * 7 * found.multiply_adds(HIDDEN, every=every)
 
 

@@ -39,7 +39,7 @@ def test_a_map_takes_the_place_of_the_whole_block(architecture: str, checkpoint:
     model = linearize(load_model(checkpoint(architecture)), random_maps(1))
     seen: dict[str, torch.Tensor] = {}
     layer = model.model.layers[1]
-    first = _first_of_mlp(layer, model.config)
+    first = _first_of_mlp(model, layer)
     layer.register_forward_pre_hook(lambda _m, args: seen.update(x=args[0]))
     first.register_forward_pre_hook(lambda _m, args: seen.update(r=args[0]))
     with torch.inference_mode():
@@ -59,8 +59,8 @@ def test_moments_are_of_what_the_block_adds(architecture: str, checkpoint: Check
             _check(model, tap="normed")
     layer = model.model.layers[1]
     seen: dict[str, list[torch.Tensor]] = {"x": [], "r": []}
+    _first_of_mlp(model, layer).register_forward_pre_hook(lambda _m, args: seen["r"].append(args[0]))
     layer.register_forward_pre_hook(lambda _m, args: seen["x"].append(args[0]))
-    _first_of_mlp(layer, model.config).register_forward_pre_hook(lambda _m, args: seen["r"].append(args[0]))
     ids = torch.arange(2, 66).view(2, 32)
     found = collect(model, ids, lambda *_: None, taps)
     y = (seen["r"][-1] - seen["x"][-1]).flatten(0, 1).double().mean(0)
@@ -164,10 +164,18 @@ def test_a_fitted_map_is_better_than_none(architecture: str, checkpoint: Checkpo
     assert affine.weight.shape == (HIDDEN, HIDDEN) and np.abs(affine.weight).max() > 0
 
 
-def _first_of_mlp(layer: Any, config: Any) -> Any:
-    """The module that reads the residual stream behind the attention block."""
-    record = architecture_of(config)
-    return getattr(layer, record.norm_mlp or record.mlp)  # behind attention alone: OLMo 2
+def _first_of_mlp(model: Any, layer: Any) -> Any:
+    """The module that reads the residual stream behind the attention block: the first one to run there."""
+    record = architecture_of(model.config)
+    block, ran = {"self_attn", record.norm_before, record.norm_after}, list[Any]()
+    children = layer.named_children()
+    behind = [child for name, child in children if name not in block and not isinstance(child, torch.nn.Dropout)]
+    handles = [child.register_forward_pre_hook(lambda module, _: ran.append(module)) for child in behind]
+    with torch.inference_mode():
+        model(IDS)
+    for handle in handles:
+        handle.remove()
+    return ran[0]
 
 
 def _check(model: Any, **asked: Any) -> None:

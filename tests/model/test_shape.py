@@ -19,7 +19,7 @@ from nbl_export.model.checkpoint.load import load_model, read_spec
 from nbl_export.model.checkpoint.shape import read_shape
 from nbl_export.records.mlp import MlpSpec
 
-from ..tiny import EVERY, HIDDEN, INNER, cases, record_of, save_gguf
+from ..tiny import EVERY, HIDDEN, INNER, cases, mlp_module, save_gguf
 
 LLAMA_8B: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -43,7 +43,7 @@ def test_sizes_are_those_of_transformers(architecture: str, checkpoint: Callable
     found, expected = read_shape(directory), read_spec(source.resolve(str(directory)))
     assert found.decoder == dataclasses.replace(expected, sliding_window=None, full_layers=())
     model = load_model(directory)
-    mlps = [getattr(layer, record_of(architecture).mlp) for layer in model.get_decoder().layers]
+    mlps = [mlp_module(layer) for layer in model.get_decoder().layers]
     matrices = [[p.numel() for n, p in m.named_parameters() if p.ndim > 1 and not n.endswith("bias")] for m in mlps]
     assert {sum(sizes) for sizes in matrices} == {found.mlp.elements(HIDDEN)}
     assert found.tied == AutoConfig.from_pretrained(directory).tie_word_embeddings
