@@ -27,7 +27,8 @@ def plain_seconds(directory: Path) -> tuple[int, float]:
     import torch
 
     from nbl_export.calibrate import collect
-    from nbl_export.options.options import JobOptions, located
+    from nbl_export.options.options import JobOptions
+    from nbl_export.options.public import located
     from nbl_export.run.progress import Ui
     from nbl_export.run.resolve import Resolver
     from nbl_export.run_directory import RunDirectory

@@ -1,11 +1,12 @@
-"""Writes docs/usage.md from the command line itself.
+"""Writes what follows from the options record: docs/usage.md, and the types of Python's arguments (api/asked.py).
 
-python docs/usage.py            write it
-python docs/usage.py --check    only say whether it would change, and end with 1 if so
+python docs/usage.py            write both
+python docs/usage.py --check    only say which one would change, and end with 1 if so
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,30 @@ from typing import Any
 import typer
 
 PAGE = Path(__file__).with_name("usage.md")
+TYPES = Path(__file__).parent.parent / "nbl_export" / "api" / "asked.py"
+TYPES_HEAD = '''"""The options of the main job as a type, for type checkers; `options.options` says what they mean.
+
+`python docs/usage.py` writes this file from the options record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import TypedDict
+
+__all__ = ["Options"]
+
+Path = str | PathLike[str]
+
+
+class Options(TypedDict, total=False):
+    """Options of the main job, all optional: the same names, defaults and rules as on the command line.
+
+    A number may be given where the command line takes text (layers=8), and a list for several (layers=[7, 9]).
+    """
+
+'''
 HEAD = """# Usage
 
 ```
@@ -116,8 +141,27 @@ def _options(command: Any, name: str) -> Iterator[str]:
         yield from ("| option | meaning |", "|---|---|", *rows, "")
 
 
+def types() -> str:
+    """The text of asked.py."""
+    from nbl_export.options.options import OPTIONS, JobOptions
+
+    fields = {field.name: str(field.type) for field in dataclasses.fields(JobOptions)}
+    return TYPES_HEAD + "".join(f"    {name}: {_type(fields[name], record)}\n" for name, record in OPTIONS.items())
+
+
+def _type(kind: str, record: Any) -> str:
+    one = "Path" if "path" in record.python else "int" if record.numbers else "str"
+    several = "tuple" in kind or bool(record.numbers)
+    parts = [one, f"Sequence[{one}]"] if several else [one if "path" in record.python else kind.removesuffix(" | None")]
+    parts += [name for name in ("int", "float") if name in record.python]
+    parts += ["Sequence[int]"] if "layers" in record.python else []
+    return " | ".join([*parts, *(["None"] if kind.endswith("None") else [])])
+
+
 if __name__ == "__main__":
-    text = page()
+    written = {PAGE: page(), TYPES: types()}
     if "--check" in sys.argv:
-        sys.exit(0 if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text else f"{PAGE} would change")
-    PAGE.write_text(text, encoding="utf-8")
+        changed = [str(f) for f, text in written.items() if not f.is_file() or f.read_text(encoding="utf-8") != text]
+        sys.exit(f"{' and '.join(changed)} would change" if changed else 0)
+    for file, text in written.items():
+        file.write_text(text, encoding="utf-8")

@@ -46,7 +46,8 @@ from nbl_export.files import (
     write_json,
 )
 from nbl_export.graph.names import GENAI_CONFIG, IR_FILE, MANIFEST
-from nbl_export.options.options import JobOptions, describe_command
+from nbl_export.options.command import describe_command
+from nbl_export.options.options import JobOptions
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.from_json import read_record
 from nbl_export.records.plan import LayerScore, Plan

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from nbl_export.options.options import JobOptions, located
+from nbl_export.options.options import JobOptions
+from nbl_export.options.public import located
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy
 from nbl_export.run import pipeline

@@ -1,4 +1,7 @@
-"""The options of the main job as a type, so that a type checker knows them. `options.options` says what they mean."""
+"""The options of the main job as a type, for type checkers; `options.options` says what they mean.
+
+`python docs/usage.py` writes this file from the options record.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,6 @@ class Options(TypedDict, total=False):
 
     engine: str
     layers: str | int | Sequence[int] | None
-    window_layers: str | Sequence[int]
-    window: int | None
     max_perplexity_increase: str | None
     target_speedup: str | float | None
     kv_budget: str | None
@@ -28,6 +29,8 @@ class Options(TypedDict, total=False):
     select: str | None
     tap: str
     maps: str
+    window_layers: str | Sequence[int]
+    window: int | None
     distill_minutes: float | None
     distill_steps: int | None
     distill_tokens: int

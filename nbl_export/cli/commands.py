@@ -12,7 +12,8 @@ import typer
 from nbl_export.cli import options as opt
 from nbl_export.cli.options import show, ui
 from nbl_export.errors import UsageError
-from nbl_export.options.options import MAIN, JobOptions
+from nbl_export.options.option import MAIN
+from nbl_export.options.options import JobOptions
 from nbl_export.trust.terminal import visible
 
 __all__ = ["COMMANDS"]

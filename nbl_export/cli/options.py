@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nbl_export.errors import UsageError
-from nbl_export.options.options import MAIN, OPTIONS, PANELS, JobOptions, Option, flag_of
+from nbl_export.options.option import MAIN, Option
+from nbl_export.options.options import OPTIONS, PANELS, JobOptions, flag_of
 from nbl_export.options.settle import read_asked
 from nbl_export.records.from_json import read_record
 from nbl_export.trust.model_settings import read_object

@@ -1,34 +1,26 @@
-"""The options of a job: one field each, with its help, heading, commands and default.
+"""The options of a job: one field each, with all that is said of it (`option.Option`).
 
-The command line, docs/usage.md, `--config FILE`, nbl.json and the command that repeats a run are made from the fields.
-
-A run records the absolute paths of its options. Published options have no path:
-
-recorded      Llama-3.2-1B, ../mails.txt:2
-located       /home/ann/models/Llama-3.2-1B, /home/ann/texts/mails.txt:2    whatever the working directory is
-public        Llama-3.2-1B, mails.txt:2
-org/name, org/name@split stay as they are
+The command line, Python's arguments, docs/usage.md, `--config FILE`, nbl.json and the command that repeats a run are
+made from the fields. `settle` settles them, and `rules` refuses values that do not go together.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from nbl_export.options.model_facts import ModelFacts
+from nbl_export.options.option import Applies, Option, option
+from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.from_json import read_record, require
 from nbl_export.records.plan import MAPS, TAPS
 
-__all__ = ["BUILDER_OPTIONS", "CHECKPOINT_FIT", "LEFT", "MAIN", "NO_ORIGINAL",
-           "OPTIONS", "PANELS", "WIDTHS", "JobOptions", "Option", "describe_command", "flag_of",
-           "located", "public_facts", "public_options", "usual_tap", "usual_windows"]  # fmt: skip
-
-MAIN = "main"  # the name of the main job among commands
+__all__ = ["AUTO_WINDOWS", "BUILDER_OPTIONS", "CHECKPOINT_FIT", "LEFT", "NO_ORIGINAL", "NO_WINDOWS", "OPTIONS",
+           "PANELS", "WIDTHS", "WINDOW", "WINDOWS_IN", "JobOptions", "flag_of"]  # fmt: skip
 
 # Source of the maps: closed form for each layer; joint training from there; zero, which drops attention; or an NBL
 # checkpoint.
@@ -74,45 +66,59 @@ LEFT: dict[str, str] = {
 PANELS = ("What is replaced", "Distillation", "Calibration", "Torch", "Engine", "Benchmark")
 _REPLACED, _DISTILL, _CALIBRATE, _TORCH, _ENGINE, _BENCH = PANELS
 
+# -- usual values, and when options have an effect ------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class Option:
-    """One option of the command line.
-
-    Attributes:
-        help: one or two sentences.
-        panel: heading in the help.
-        commands: commands that take the option; an option of no command comes from a configuration file only.
-        first: whether the option is on the first page of the main job's help.
-        flag: without dashes, if the flag differs from the field's name.
-        metavar: name of the value; by default N for a number, and N,... for several.
-        least, most: bounds of a number.
-        numbers: an example, if the value is written as numbers with commas between.
-        choices: the possible values; empty if there is no list of them.
-    """
-
-    help: str
-    panel: str
-    commands: tuple[str, ...] = (MAIN,)
-    first: bool = False
-    flag: str = ""
-    metavar: str | None = None
-    least: float | None = None
-    most: float | None = None
-    numbers: str = ""
-    choices: tuple[str, ...] = ()
+WINDOW = "window"  # the kind of --window-layers
+WINDOWS_IN = "--engine openvino, or ort with --provider cpu"
+# The builder reads these for MatMulNBits alone (onnxruntime_genai 0.18, models/builder.py).
+_OF_ROUNDING = ("accuracy_level", "algo_config", "block_size")
 
 
-def option(default: Any, help: str, panel: str, commands: str = MAIN, **more: Any) -> Any:
-    """A dataclass field with its `Option`. commands: names with spaces between."""
-    record = Option(help, panel, tuple(commands.split()), **more)
-    return dataclasses.field(default=default, metadata={"option": record})
+def _usual_fit(values: Mapping[str, Any], _engine: Capabilities | None, model: ModelFacts) -> str:
+    """Maps are trained for a limit on quality. A goal of another kind or an order by scores needs the closed form."""
+    closed = any(values[name] for name in ("layers", "target_speedup", "kv_budget"))
+    if model.maps_tap:
+        return CHECKPOINT_FIT
+    return "independent" if closed or values["select"] in ("cca", "error") else "distilled"
 
 
-def flag_of(name: str) -> str:
-    """The option as the command line has it."""
-    record = OPTIONS.get(name)
-    return f"--{((record.flag if record else '') or name).replace('_', '-')}"
+def _usual_windows(values: Mapping[str, Any], engine: Capabilities | None, model: ModelFacts) -> str:
+    """Windows for a limit on quality, of an engine that has them; the gain was measured in ONNX Runtime alone."""
+    others = values["engine"] != "ort" or any(values[name] for name in ("layers", "target_speedup", "kv_budget"))
+    lacks = engine is not None and WINDOW not in engine.kinds
+    return NO_WINDOWS if others or lacks or values["fit"] == "drop" or model.maps_tap else AUTO_WINDOWS
+
+
+def _usual_tap(values: Mapping[str, Any], _engine: Capabilities | None, model: ModelFacts) -> str:
+    wanted = "normed" if values["fit"] == "distilled" or values["maps"] == "linear" else "residual"
+    return model.maps_tap or (wanted if wanted in model.taps else model.taps[0])
+
+
+_ORIGINAL = (
+    Applies("the original model; this NBL checkpoint no longer contains the removed attention", lambda c: not c.is_nbl),
+)
+_ORDERED = (
+    *_ORIGINAL, Applies("a number of layers or a goal; --layers names the layers here", lambda c: not c.is_named),
+)  # fmt: skip
+_FITTED = (*_ORIGINAL, Applies("fitted maps (--fit independent or distilled)", lambda c: c.options.fit != "drop"))
+_TRAINED = (Applies("--fit distilled", lambda c: c.options.fit == "distilled"),)
+_SEEDED = (
+    Applies("--fit distilled or --calibration self", lambda c: c.options.fit == "distilled" or c.options.says_itself),
+)
+_WITH_WINDOWS = (
+    Applies(f"{WINDOWS_IN}, and the original model",
+            lambda c: c.options.window_layers == NO_WINDOWS or (WINDOW in c.engine.kinds and not c.is_nbl)),
+)  # fmt: skip
+_OF_WINDOWS = (Applies("--window-layers", lambda c: c.options.window_layers != NO_WINDOWS),)
+_ORT = (Applies("--engine ort", lambda c: bool(c.engine.providers)),)
+_COMPILED = (Applies("engines that compile graphs (trt, trt-rtx)", lambda c: c.engine.static),)
+_NOT_COMPILED = (Applies("engines that compile nothing (ort, openvino)", lambda c: not c.engine.static),)
+_INT4 = (Applies("--precision int4 of --decoder-source genai", lambda c: c.builds_int4),)
+_BUILT = (
+    Applies("--decoder-source genai", lambda c: c.options.decoder_source == "genai"),
+    Applies(f"--precision int8 or int4 ({', '.join(_OF_ROUNDING)})",
+            lambda c: c.options.precision in ("int8", "int4") or not set(c.builder_keys) & set(_OF_ROUNDING)),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -120,114 +126,129 @@ class JobOptions:
     """All options of the main job, resolved. nbl.json records these options, and a resumed run reads them.
 
     None stands for a default that depends on other options or on the model. The help of a field states the default.
+    A field of which others make their usual value stands before them.
     """
 
     model: str
     engine: str = option(
-        "ort", "ort (default), openvino, trt or trt-rtx (TensorRT).", _ENGINE, "main build",
-        first=True, metavar="ENGINE",
+        "ort", "ort (default), openvino, trt or trt-rtx (TensorRT).", _ENGINE, "main build", first=True,
+        metavar="ENGINE",
     )  # fmt: skip
     layers: str | None = option(
         None, 'How many layers ("8") or which ("0,7,24-29"); default: perplexity +10% at most.', _REPLACED,
-        "main plan rewrite", first=True, metavar="LAYERS",
+        "main plan rewrite", first=True, metavar="LAYERS", python="int layers", applies=_ORIGINAL,
+    )  # fmt: skip
+    max_perplexity_increase: str | None = option(
+        None, "The most layers within this, on other text.", _REPLACED, "main plan", first=True, metavar="5%",
+        applies=_ORIGINAL,
+    )  # fmt: skip
+    target_speedup: str | None = option(
+        None, "Modelled speedup to reach: 1.3 or 1.3@decode.", _REPLACED, "main plan", first=True, metavar="FACTOR",
+        applies=_ORIGINAL, python="float",
+    )  # fmt: skip
+    kv_budget: str | None = option(
+        None, "Most KV cache: 64MiB@4096, or 15KiB a token.", _REPLACED, "main plan", first=True, metavar="SIZE",
+        applies=_ORIGINAL,
+    )  # fmt: skip
+    fit: str = option(
+        "independent", "independent, distilled (trained; default with a limit), or drop.", _REPLACED, "main plan",
+        first=True, choices=FITS, metavar="FIT", usual=_usual_fit,
+    )  # fmt: skip
+    select: str | None = option(
+        None, "Order: efficient (default), greedy, error, or the paper's cca.", _REPLACED, "main plan", first=True,
+        choices=SELECTS, metavar="ORDER", applies=_ORDERED,
+    )  # fmt: skip
+    tap: str = option(
+        "residual", "What a map is applied to: residual (default) or normed (default of --fit distilled).", _REPLACED,
+        "main calibrate plan", choices=TAPS, metavar="TAP", usual=_usual_tap,
+    )  # fmt: skip
+    maps: str = option(
+        "affine", "affine (matrix and bias, default), or linear (matrix alone on the normed input, as llama.cpp and "
+        "Nemotron-NAS checkpoints need).", _REPLACED, "main plan", choices=MAPS, metavar="KIND", applies=_FITTED,
     )  # fmt: skip
     window_layers: str = option(
         NO_WINDOWS, "Further layers whose attention reads the last --window tokens and the first one alone: 24-29; "
         "auto: layers at the top that lose too much as linear ones; or none. Default: auto for a limit on quality, if "
-        "the engine has them.", _REPLACED, "main plan", metavar="LAYERS",
+        "the engine has them.", _REPLACED, "main plan", metavar="LAYERS", python="layers", usual=_usual_windows,
+        applies=_WITH_WINDOWS,
     )  # fmt: skip
     window: int | None = option(
         None, "Tokens that a layer of --window-layers reads; default: 64, or with auto 64 or 128.", _REPLACED,
-        "main plan", least=1,
-    )  # fmt: skip
-    max_perplexity_increase: str | None = option(
-        None, "The most layers within this, on other text.", _REPLACED, "main plan",
-        first=True, metavar="5%",
-    )  # fmt: skip
-    target_speedup: str | None = option(
-        None, "Modelled speedup to reach: 1.3 or 1.3@decode.", _REPLACED, "main plan", first=True, metavar="FACTOR"
-    )
-    kv_budget: str | None = option(
-        None, "Most KV cache: 64MiB@4096, or 15KiB a token.", _REPLACED, "main plan",
-        first=True, metavar="SIZE",
-    )  # fmt: skip
-    fit: str = option(
-        "independent", "independent, distilled (trained; default with a limit), or drop.",
-        _REPLACED, "main plan", first=True, choices=FITS, metavar="FIT",
-    )  # fmt: skip
-    select: str | None = option(
-        None, "Order: efficient (default), greedy, error, or the paper's cca.",
-        _REPLACED, "main plan", first=True, choices=SELECTS, metavar="ORDER",
-    )  # fmt: skip
-    tap: str = option(
-        "residual", "What a map is applied to: residual (default) or normed (default of --fit distilled).", _REPLACED,
-        "main calibrate plan", choices=TAPS, metavar="TAP",
-    )  # fmt: skip
-    maps: str = option(
-        "affine", "affine (matrix and bias, default), or linear (matrix alone on the normed input, as llama.cpp and "
-        "Nemotron-NAS checkpoints need).", _REPLACED, "main plan", choices=MAPS, metavar="KIND",
+        "main plan", least=1, applies=_OF_WINDOWS,
     )  # fmt: skip
     distill_minutes: float | None = option(
-        None, "Minutes of --fit distilled.", _DISTILL,
-        first=True, metavar="MINUTES",
+        None, "Minutes of --fit distilled.", _DISTILL, first=True, metavar="MINUTES", applies=_TRAINED,
     )  # fmt: skip
     distill_steps: int | None = option(
-        None, "Training steps of --fit distilled; default 320 without minutes.", _DISTILL, least=1
-    )
+        None, "Training steps of --fit distilled; default 320 without minutes.", _DISTILL, least=1, applies=_TRAINED,
+    )  # fmt: skip
     distill_tokens: int = option(
-        262_144, "Tokens of the text that --fit distilled trains on, from its beginning.", _DISTILL, least=1
-    )
-    lora_rank: int = option(16, "Rank of the delta that --fit distilled trains on each map.", _DISTILL, least=1)
+        262_144, "Tokens of the text that --fit distilled trains on, from its beginning.", _DISTILL, least=1,
+        applies=_TRAINED,
+    )  # fmt: skip
+    lora_rank: int = option(
+        16, "Rank of the delta that --fit distilled trains on each map.", _DISTILL, least=1, applies=_TRAINED,
+    )  # fmt: skip
     label_weight: float = option(
         0.1, "Share of the text's own next tokens in the loss of --fit distilled.", _DISTILL, least=0, most=1,
-        metavar="SHARE",
+        metavar="SHARE", applies=_TRAINED,
     )  # fmt: skip
     calibration: tuple[str, ...] = option(
         (), 'File or hub dataset (org/name@split); repeat to mix. "self": '
-        "the model's own text.", _CALIBRATE, "main calibrate", first=True, metavar="TEXT[:WEIGHT]",
+        "the model's own text.", _CALIBRATE,
+        "main calibrate", first=True, metavar="TEXT[:WEIGHT]", python="path list",
     )  # fmt: skip
     calibration_tokens: int = option(65_536, "Tokens to calibrate on.", _CALIBRATE, "main calibrate", least=1)
     context: int = option(512, "Length of a window in tokens.", _CALIBRATE, "main calibrate", least=2)
     compute_dtype: str = option(
-        "auto", "Products while calibrating and choosing layers: float32, bfloat16, or auto (default; bfloat16 if the "
-        "processor has it).", _TORCH, "main calibrate", choices=DTYPES, metavar="DTYPE",
+        "auto",
+        "Products while calibrating and choosing layers: float32, bfloat16, or auto (default; bfloat16 if the "
+        "processor has it).", _TORCH, "main calibrate", choices=DTYPES, metavar="DTYPE", applies=_ORIGINAL,
     )  # fmt: skip
     device: str = option(
         "auto", "Where torch calibrates, chooses layers, trains and verifies: cpu, cuda (one GPU), or auto (default; "
         "the GPU if torch sees one and the work fits).", _TORCH, "main calibrate plan rewrite verify eval",
         choices=DEVICES, metavar="DEVICE",
     )  # fmt: skip
-    seed: int = option(0, "Seed of distillation and of --calibration self.", _CALIBRATE, "main calibrate", least=0)
+    seed: int = option(
+        0, "Seed of distillation and of --calibration self.", _CALIBRATE, "main calibrate", least=0, applies=_SEEDED,
+    )  # fmt: skip
     precision: str = option(
         "fp32", "ort: fp32 (default), fp16, int8, int4; openvino: fp16 (default), fp32, int8, int4; trt: bf16 "
         "(default), fp16, int4; trt-rtx: fp16 (default), bf16, int4.", _ENGINE, "main rewrite", first=True,
-        metavar="PRECISION",
+        metavar="PRECISION", usual=lambda _, engine, __: engine and engine.precisions[0],
     )  # fmt: skip
     provider: str = option(
-        "cpu", "ort: for cpu (default), cuda or nv-tensorrt-rtx.", _ENGINE, first=True, metavar="PROVIDER"
-    )
-    max_seq_len: int | None = option(None, "trt, trt-rtx: most tokens of a sequence; default 2048.", _ENGINE, least=1)
+        "cpu", "ort: for cpu (default), cuda or nv-tensorrt-rtx.", _ENGINE, first=True, metavar="PROVIDER",
+        applies=_ORT,
+    )  # fmt: skip
+    max_seq_len: int | None = option(
+        None, "trt, trt-rtx: most tokens of a sequence; default 2048.", _ENGINE, least=1, applies=_COMPILED,
+    )  # fmt: skip
     max_batch: int | None = option(
-        None, "trt, trt-rtx: most sequences at once; default 1.", _ENGINE, "main build", least=1
-    )
+        None, "trt, trt-rtx: most sequences at once; default 1.", _ENGINE, "main build", least=1, applies=_COMPILED,
+    )  # fmt: skip
     prefill_chunk: int | None = option(
-        None, "trt, trt-rtx: tokens of a prefill step; default 512.", _ENGINE, "main build", least=1
-    )
+        None, "trt, trt-rtx: tokens of a prefill step; default 512.", _ENGINE, "main build", least=1,
+        applies=_COMPILED,
+    )  # fmt: skip
     logits: str | None = option(
         None, "Logits of the last token (default), as generation needs, or all.", _ENGINE, choices=("last", "all"),
         metavar="last|all",
     )  # fmt: skip
     decoder_source: str = option(
         "genai", "What exports the decoder graph; ort: genai (default) or mobius; openvino: openvino; trt, trt-rtx: "
-        "static.", _ENGINE, "main rewrite", metavar="SOURCE",
+        "static.", _ENGINE, "main rewrite", metavar="SOURCE", usual=lambda _, engine,
+        __: engine.source if engine else "genai",
     )  # fmt: skip
     builder_option: tuple[str, ...] = option(
         (), "How the GenAI builder quantises: algo_config, block_size, accuracy_level, shared_embeddings, "
-        "fuse_mlp_gate_up; repeat for more.", _ENGINE, "main rewrite", metavar="KEY=VALUE",
+        "fuse_mlp_gate_up; repeat for more.", _ENGINE, "main rewrite", metavar="KEY=VALUE", python="list",
+        applies=_BUILT,
     )  # fmt: skip
     quantized_model: str | None = option(
-        None, "int4: use the codes of this checkpoint of the same model (GPTQ, AWQ or Olive).", _ENGINE, "main rewrite",
-        metavar="MODEL",
+        None, "int4: use the codes of this checkpoint of the same model (GPTQ, AWQ or Olive).", _ENGINE,
+        "main rewrite", metavar="MODEL", python="path", applies=_INT4,
     )  # fmt: skip
     depths: tuple[int, ...] = option(
         (0, 2048), "Tokens already in the cache; default 0,2048.", _BENCH, "bench", flag="depth", numbers="0,2048",
@@ -238,18 +259,18 @@ class JobOptions:
         "is wider than 10%.", _BENCH, "bench", least=1,
     )  # fmt: skip
     prompt_tokens: tuple[int, ...] = option(
-        (512,), "Lengths of the prefill test; default 512.", _BENCH, "bench", numbers="128,512", least=1
-    )
+        (512,), "Lengths of the prefill test; default 512.", _BENCH, "bench", numbers="128,512", least=1,
+    )  # fmt: skip
     generate_tokens: int | None = option(
-        None, "Length of the decode test; default: 128, fewer for a large model on a CPU.", _BENCH, "bench", least=1
-    )
+        None, "Length of the decode test; default: 128, fewer for a large model on a CPU.", _BENCH, "bench", least=1,
+    )  # fmt: skip
     threads: tuple[int, ...] | None = option(
         None, "Threads of the engine; several are timed in turn. Default: the engine's choice.", _BENCH, "bench",
-        numbers="1,2", least=1,
+        numbers="1,2", least=1, applies=_NOT_COMPILED,
     )  # fmt: skip
     batches: tuple[int, ...] = option(
-        (1,), "ort: sequences side by side; default 1.", _BENCH, "bench", flag="batch", numbers="1,4", least=1
-    )
+        (1,), "ort: sequences side by side; default 1.", _BENCH, "bench", flag="batch", numbers="1,4", least=1,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         for name, record in OPTIONS.items():
@@ -322,100 +343,7 @@ class JobOptions:
 OPTIONS: dict[str, Option] = {f.name: f.metadata["option"] for f in dataclasses.fields(JobOptions) if f.metadata}
 
 
-def usual_fit(values: Mapping[str, Any]) -> str:
-    """The fit of an original model if none is asked for: maps are trained for a limit on quality.
-
-    A goal of another kind or an order by scores needs the closed form.
-    """
-    closed = any(values[name] for name in ("layers", "target_speedup", "kv_budget"))
-    scores = values["select"] in ("cca", "error")
-    return "independent" if closed or scores else "distilled"
-
-
-def usual_windows(values: Mapping[str, Any]) -> str:
-    """The windows if none are asked for, of an engine and a model that have them: those of a limit on quality.
-
-    The gain was measured in ONNX Runtime alone.
-    """
-    others = values["engine"] != "ort" or any(values[name] for name in ("layers", "target_speedup", "kv_budget"))
-    return NO_WINDOWS if others or values["fit"] == "drop" else AUTO_WINDOWS
-
-
-def usual_tap(fit: str, maps: str) -> str:
-    """The tap if none is asked for."""
-    return "normed" if fit == "distilled" or maps == "linear" else "residual"
-
-
-def describe_command(options: JobOptions, output: Path) -> str:
-    """The command line that repeats this run; defaults are left out."""
-    words = ["nbl-export", "--model", options.model, "--engine", options.engine]
-    command = shlex.join([*words, *_flags(options, MAIN, {"engine"}), "--output", str(output)])
-    asked = _flags(options, "bench", {n for n, record in OPTIONS.items() if MAIN in record.commands})
-    return command + (f" && {shlex.join(['nbl-export', 'bench', str(output), *asked])}" if asked else "")
-
-
-def _flags(options: JobOptions, command: str, without: set[str]) -> list[str]:
-    words = []
-    defaults = {f.name: f.default for f in dataclasses.fields(JobOptions)}
-    defaults |= {"fit": usual_fit(vars(options)), "tap": usual_tap(options.fit, options.maps)}
-    if usual_windows(vars(options)) == AUTO_WINDOWS:
-        del defaults["window_layers"]  # the model decides whether it is the default
-    if (options.engine, options.provider) != (defaults["engine"], defaults["provider"]):
-        del defaults["precision"]  # the default is the engine's own
-    for name, record in OPTIONS.items():
-        value = getattr(options, name)
-        if command not in record.commands or name in without or (name in defaults and value == defaults[name]):
-            continue
-        if isinstance(value, tuple) and not record.numbers:
-            words += [word for item in value for word in (flag_of(name), item)]
-        elif value is True:
-            words.append(flag_of(name))
-        else:
-            words += [flag_of(name), ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
-    return words
-
-
-# -- paths -----------------------------------------------------------------------------------------------------
-
-
-def located(options: JobOptions, manifest: Mapping[str, Any]) -> JobOptions:
-    """Options with the absolute paths of model and texts that a run's manifest has."""
-    places, noted = manifest.get("places", {}), manifest.get("quantized") or {}
-    same = options.quantized_model is not None and options.quantized_model == noted.get("name")
-    return dataclasses.replace(
-        options,
-        model=places.get("model") or options.model,
-        quantized_model=(noted.get("place") if same else None) or options.quantized_model,
-        calibration=tuple(places.get("calibration") or options.calibration),
-    )
-
-
-def public_options(manifest: Mapping[str, Any]) -> JobOptions:
-    """The options of a run's manifest, with file names where they had paths."""
-    options = located(JobOptions.from_json(manifest["options"]), manifest)
-    return dataclasses.replace(
-        options,
-        model=_last_part(options.model),
-        quantized_model=options.quantized_model and _last_part(options.quantized_model),
-        calibration=tuple(map(_last_part, options.calibration)),
-    )
-
-
-def public_facts(deployed: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts beside a deployed graph, with file names instead of paths.
-
-    Args:
-        deployed: nbl.json of the model directory.
-        manifest: nbl.json of the run directory that holds the model directory.
-    """
-    options = public_options(manifest)
-    written = {name: options.to_json()[name] for name in ("model", "quantized_model", "calibration")}
-    return {
-        **deployed,
-        "model": {**deployed["model"], "name": options.model},
-        "options": {**deployed["options"], **written},
-    }
-
-
-def _last_part(place: str) -> str:
-    return Path(place).name if Path(place).is_absolute() else place
+def flag_of(name: str) -> str:
+    """The option as the command line has it."""
+    record = OPTIONS.get(name)
+    return f"--{((record.flag if record else '') or name).replace('_', '-')}"

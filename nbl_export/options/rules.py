@@ -1,19 +1,16 @@
-"""The rules of options, as rows of five tables. `settle` applies them.
+"""What is refused, as rows of three tables. `settle` applies them.
 
-    DEFAULTS     option -> its value if nobody asks for one
-    APPLIES      option -> when it has an effect, and what the message says otherwise
     FIRST        refused before idle options are found: what the kind of model rules out
     REFUSED      refused after that: what does not fit the engine or the model
     OF_DECODER   refused when the decoder's sizes are known
 
-A rule is a function of a `Case`: the options, the facts of the engine and the facts of the model.
+A row is a function of a `Case`: the options, the facts of the engine and the facts of the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from nbl_export.errors import NblError, UsageError
 from nbl_export.options.goals import asked_layers, names_layers
@@ -24,14 +21,12 @@ from nbl_export.options.options import (
     CHECKPOINT_FIT,
     NO_ORIGINAL,
     NO_WINDOWS,
+    WINDOWS_IN,
     JobOptions,
-    usual_fit,
-    usual_tap,
-    usual_windows,
 )
 from nbl_export.records.capabilities import Capabilities
 
-__all__ = ["APPLIES", "DEFAULTS", "FIRST", "OF_DECODER", "REFUSED", "Applies", "Case", "ModelFacts", "Refusal"]
+__all__ = ["FIRST", "OF_DECODER", "REFUSED", "Case", "Refusal"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +43,11 @@ class Case:
         return self.options.fit == CHECKPOINT_FIT
 
     @property
+    def is_named(self) -> bool:
+        """Whether `--layers` names the layers."""
+        return names_layers(self.options.layers)
+
+    @property
     def builds_int4(self) -> bool:
         """Whether the GenAI builder writes int4 matrices."""
         return self.options.precision == "int4" and self.options.decoder_source == "genai"
@@ -62,80 +62,6 @@ class Case:
         """Most tokens of a sequence."""
         assert self.model.decoder is not None
         return self.options.cache_length(self.model.decoder, compiled=self.engine.static)
-
-
-# -- defaults and effects ----------------------------------------------------------------------------------------
-
-
-def _tap(values: Mapping[str, Any], _engine: Capabilities, model: ModelFacts) -> str:
-    wanted = usual_tap(values["fit"], values["maps"])
-    return model.maps_tap or (wanted if wanted in model.taps else model.taps[0])
-
-
-# An option -> its value if nobody asks for one, from the options so far, the engine and the model.
-DEFAULTS: dict[str, Callable[[Mapping[str, Any], Capabilities, ModelFacts], str]] = {
-    "decoder_source": lambda _, engine, model: engine.source,
-    "precision": lambda _, engine, model: engine.precisions[0],
-    "fit": lambda values, _, model: CHECKPOINT_FIT if model.maps_tap else usual_fit(values),
-    "tap": _tap,
-    "window_layers": lambda values, engine, model: (
-        usual_windows(values) if _WINDOW in engine.kinds and not model.maps_tap else NO_WINDOWS
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Applies:
-    """When options have an effect. belongs: ends the sentence "--option is for ..."."""
-
-    options: tuple[str, ...]
-    belongs: str
-    holds: Callable[[Case], bool]
-
-
-_WINDOW = "window"  # the kind of --window-layers
-_WINDOWS_IN = "--engine openvino, or ort with --provider cpu"
-# The builder reads these for MatMulNBits alone (onnxruntime_genai 0.18, models/builder.py).
-_OF_ROUNDING = ("accuracy_level", "algo_config", "block_size")
-
-# An option applies if all of its rows hold. An option without a row applies to every job.
-APPLIES: tuple[Applies, ...] = (
-    Applies(
-        ("layers", "max_perplexity_increase", "target_speedup", "kv_budget", "select", "maps", "compute_dtype"),
-        "the original model; this NBL checkpoint no longer contains the removed attention",
-        lambda c: not c.is_nbl,
-    ),
-    Applies(
-        ("window_layers",), f"{_WINDOWS_IN}, and the original model",
-        lambda c: c.options.window_layers == NO_WINDOWS or (_WINDOW in c.engine.kinds and not c.is_nbl),
-    ),
-    Applies(("window",), "--window-layers", lambda c: c.options.window_layers != NO_WINDOWS),
-    Applies(
-        ("select",), "a number of layers or a goal; --layers names the layers here",
-        lambda c: not names_layers(c.options.layers),
-    ),
-    Applies(("maps",), "fitted maps (--fit independent or distilled)", lambda c: c.options.fit != "drop"),
-    Applies(
-        ("distill_minutes", "distill_steps", "distill_tokens", "lora_rank", "label_weight"), "--fit distilled",
-        lambda c: c.options.fit == "distilled",
-    ),
-    Applies(
-        ("seed",), "--fit distilled or --calibration self",
-        lambda c: c.options.fit == "distilled" or c.options.says_itself,
-    ),
-    Applies(("provider",), "--engine ort", lambda c: bool(c.engine.providers)),
-    Applies(
-        ("max_seq_len", "max_batch", "prefill_chunk"), "engines that compile graphs (trt, trt-rtx)",
-        lambda c: c.engine.static,
-    ),
-    Applies(("builder_option",), "--decoder-source genai", lambda c: c.options.decoder_source == "genai"),
-    Applies(
-        ("builder_option",), f"--precision int8 or int4 ({', '.join(_OF_ROUNDING)})",
-        lambda c: c.options.precision in ("int8", "int4") or not set(c.builder_keys) & set(_OF_ROUNDING),
-    ),
-    Applies(("quantized_model",), "--precision int4 of --decoder-source genai", lambda c: c.builds_int4),
-    Applies(("threads",), "engines that compile nothing (ort, openvino)", lambda c: not c.engine.static),
-)  # fmt: skip
 
 
 # -- what is refused ----------------------------------------------------------------------------------------------
@@ -195,7 +121,7 @@ def _beside_windows(case: Case) -> str | bool:
     options = case.options
     if options.window_layers == NO_WINDOWS:
         return False
-    if options.window_layers == AUTO_WINDOWS and names_layers(options.layers):
+    if options.window_layers == AUTO_WINDOWS and case.is_named:
         return f"--window-layers {AUTO_WINDOWS} does not go with named --layers; name the layers of the windows too"
     return options.kv_budget is not None and (
         "--window-layers does not go with --kv-budget, which counts whole caches; give a number of --layers"
@@ -213,7 +139,7 @@ REFUSED: tuple[Refusal, ...] = (
     )),
     (UsageError, lambda c: (
         bool(missing := c.model.kinds - c.engine.kinds)
-        and f"{c.options.model} has layers of kind {min(missing)}, which need {_WINDOWS_IN}"
+        and f"{c.options.model} has layers of kind {min(missing)}, which need {WINDOWS_IN}"
     )),
     (UsageError, lambda c: (
         bool(c.model.maps_tap) and c.options.says_itself

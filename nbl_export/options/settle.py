@@ -5,7 +5,8 @@
       ─► an option without effect is refused, or returns to its default if it was only recorded
       ─► refused: values that contradict each other, or do not fit the engine or the model
 
-The command line, `--config FILE`, a changed run, Olive and Python call `settle`. The rules are rows of `rules`.
+The command line, `--config FILE`, a changed run, Olive and Python call `settle`. Defaults and effects stand with
+the fields (`options`); what is refused, in `rules`.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from typing import Any
 
 from nbl_export.errors import UsageError
 from nbl_export.options.goals import GOALS, asked_layers, check_request, check_size, names_layers
-from nbl_export.options.options import AUTO_WINDOWS, LEFT, OPTIONS, JobOptions, Option, flag_of
-from nbl_export.options.rules import APPLIES, DEFAULTS, FIRST, OF_DECODER, REFUSED, Case, ModelFacts, Refusal
+from nbl_export.options.model_facts import ModelFacts
+from nbl_export.options.option import Option
+from nbl_export.options.options import AUTO_WINDOWS, LEFT, OPTIONS, JobOptions, flag_of
+from nbl_export.options.rules import FIRST, OF_DECODER, REFUSED, Case, Refusal
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.from_json import read_record
 
@@ -27,7 +30,6 @@ __all__ = ["judge", "numbers", "over", "read_asked", "settle"]
 EngineOf = Callable[[str, str], Capabilities]  # engine, provider -> its capabilities; refuses an unknown engine
 
 _COUNTS = ("layers", *GOALS)  # one of them sets how many layers are replaced
-_LAYERS = ("layers", "window_layers")
 _DEFAULT: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(JobOptions)}
 
 
@@ -89,9 +91,9 @@ def _defaults(values: Mapping[str, Any], engine_of: EngineOf, model: ModelFacts)
     found = {**_DEFAULT, **values}
     engine = engine_of(str(found["engine"]), str(found["provider"]))
     defaults = {}
-    for name, default in DEFAULTS.items():  # a later default may depend on an earlier one
-        defaults[name] = default(found, engine, model)
-        found[name] = values.get(name, defaults[name])
+    for name, usual in ((name, record.usual) for name, record in OPTIONS.items() if record.usual):
+        defaults[name] = usual(found, engine, model)
+        found[name] = values.get(name, defaults[name])  # a later default may depend on an earlier one
     return defaults
 
 
@@ -106,11 +108,13 @@ def _applying(case: Case, given: Mapping[str, Any]) -> Case:
     """The case, with recorded options that no longer apply at their defaults; unchanged if nothing is asked for."""
     if not given:
         return case
-    idle = [(name, rule.belongs) for rule in APPLIES if not rule.holds(case) for name in rule.options]
-    for name, belongs in idle:
-        if name in given:
+    recorded = {}
+    for name, record in OPTIONS.items():
+        belongs = next((rule.belongs for rule in record.applies if not rule.holds(case)), None)
+        if belongs and name in given:
             raise UsageError(f"{flag_of(name)} is for {belongs}; leave {flag_of(name)} out")
-    recorded = {name: _DEFAULT[name] for name, _ in idle}
+        if belongs:
+            recorded[name] = _DEFAULT[name]
     return dataclasses.replace(case, options=dataclasses.replace(case.options, **recorded))
 
 
@@ -163,11 +167,12 @@ def _value(name: str, value: Any, said: Option | None) -> Any:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if said is not None and said.numbers and isinstance(value, (str, int)) and not isinstance(value, bool):
         return numbers(str(value), name)
-    if name in ("calibration", "builder_option") and isinstance(value, str):
+    takes = () if said is None else said.python
+    if "list" in takes and isinstance(value, str):
         return (value,)
-    if name in _COUNTS and is_number:
+    if {"int", "float"} & set(takes) and is_number:
         return str(value)
-    if name in _LAYERS and isinstance(value, (list, tuple)):
+    if "layers" in takes and isinstance(value, (list, tuple)):
         return ",".join(map(str, value)) + ("," if len(value) == 1 else "")  # "8" alone is a count
     if name == "precision" and isinstance(value, str):
         return value.lower()

@@ -29,7 +29,8 @@ from typing import Any
 from nbl_export.errors import MissingPackageError, NblError, UsageError
 from nbl_export.files import file_sha256, friendly_os_errors
 from nbl_export.model.architectures import ARCHITECTURES
-from nbl_export.options.options import describe_command, public_options
+from nbl_export.options.command import describe_command
+from nbl_export.options.public import public_options
 from nbl_export.records.from_json import edited
 from nbl_export.records.results import COMPARED, VERIFIED
 from nbl_export.report.document import written

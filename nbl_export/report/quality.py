@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from nbl_export.options.command import describe_command
 from nbl_export.options.goals import DEFAULT_SELECT
-from nbl_export.options.options import CHECKPOINT_FIT, JobOptions, describe_command
+from nbl_export.options.options import CHECKPOINT_FIT, JobOptions
 from nbl_export.options.settle import over
 from nbl_export.records.paired import spoken_ratio
 from nbl_export.records.quality import spoken_loss

@@ -12,7 +12,9 @@ from typing import Any
 from nbl_export.errors import NblError, UsageError
 from nbl_export.graph.names import MANIFEST
 from nbl_export.mixers.base import Mixer
-from nbl_export.options.options import CHECKPOINT_FIT, JobOptions, describe_command, located
+from nbl_export.options.command import describe_command
+from nbl_export.options.options import CHECKPOINT_FIT, JobOptions
+from nbl_export.options.public import located
 from nbl_export.plan.maps_file import load_maps
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.from_json import edited

@@ -13,8 +13,8 @@ from typing import Any
 from nbl_export.errors import NblError, UsageError
 from nbl_export.model.architectures import ARCHITECTURES
 from nbl_export.model.checkpoint.source import Source, resolve
+from nbl_export.options.model_facts import ModelFacts
 from nbl_export.options.options import CHECKPOINT_FIT, JobOptions
-from nbl_export.options.rules import ModelFacts
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.targets import ENGINES, load_engine

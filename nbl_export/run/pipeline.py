@@ -10,7 +10,8 @@ from typing import Any
 from nbl_export.errors import NblError, ParityError
 from nbl_export.files import key_of
 from nbl_export.model.device import guarded
-from nbl_export.options.options import CHECKPOINT_FIT, NO_ORIGINAL, JobOptions, located
+from nbl_export.options.options import CHECKPOINT_FIT, NO_ORIGINAL, JobOptions
+from nbl_export.options.public import located
 from nbl_export.options.settle import settle
 from nbl_export.records.requests import EvalRequest, Prepared, Subject
 from nbl_export.run.deployed import result

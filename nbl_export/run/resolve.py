@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 from nbl_export.errors import NblError
 from nbl_export.files import key_of
 from nbl_export.measure.cost import CostModel, cost_model
-from nbl_export.options.options import JobOptions, describe_command
+from nbl_export.options.command import describe_command
+from nbl_export.options.options import JobOptions
 from nbl_export.plan.inputs import Maps, Texts
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy, identity_of

@@ -16,7 +16,9 @@ import pytest
 
 from nbl_export.cli.options import read_config
 from nbl_export.errors import NblError
-from nbl_export.options.options import MAIN, OPTIONS, JobOptions, describe_command
+from nbl_export.options.command import describe_command
+from nbl_export.options.option import MAIN
+from nbl_export.options.options import OPTIONS, JobOptions
 from nbl_export.options.options import flag_of as flag
 
 from ..command import assert_refused, nbl, snapshot, stage_lines

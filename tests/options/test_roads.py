@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from nbl_export.errors import UsageError
-from nbl_export.options.options import JobOptions, describe_command, flag_of
+from nbl_export.options.command import describe_command
+from nbl_export.options.options import JobOptions, flag_of
 from nbl_export.options.settle import settle
 from nbl_export.run import pipeline
 from nbl_export.run.facts import capabilities_of

@@ -12,7 +12,7 @@ from typing import Any
 from nbl_export.files import versions, write_json
 from nbl_export.graph.names import MANIFEST
 from nbl_export.mixers import cache_layers
-from nbl_export.options.options import public_facts
+from nbl_export.options.public import public_facts
 from nbl_export.records.inputs import Lazy
 from nbl_export.run.resolve import Resolver
 from nbl_export.run.stages.common import LeftOut, Place
