@@ -2,22 +2,13 @@
 
 Passes change the graph in place and report whether they did. A pass refuses what it does not understand, with layer and
 reason. Mixers of m layers of which fewer could be rewritten are an error.
-
-The caches that no layer holds go, and the kept ones are numbered densely where a runtime asks for that:
-
-    before   inputs past.0 past.1 past.2 / outputs present.0 present.1 present.2      (1 replaced)
-    after    inputs past.0 past.2        / outputs present.0 present.2
-    dense    inputs past.0 past.1        / outputs present.0 present.1                nbl.cache_layers = "0,2"
-
-Some exporters read the past length of all layers from one layer's cache (`Shape(past_key_values.0.key)`). These readers
-first get a kept cache, which has the same dimensions. Refuses a cache that any other node still reads.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, MutableSequence, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -31,24 +22,11 @@ from nbl_export.mixers.base import Mixer, cacheless, state_of
 from nbl_export.records.decoder import GraphContract, TensorInfo
 from nbl_export.records.plan import spoken_layers
 from nbl_export.rewrite.blocks import RewriteBlocks, SkipNormToAdd, Sweep
+from nbl_export.rewrite.caches import DropCaches, DropUnreadCaches, make_dense
 from nbl_export.rewrite.quantize import QuantizeMapBlocks, QuantizeMaps
 from nbl_export.rewrite.tail import keep_last_token
 
-__all__ = [
-    "LAYERS_KEY",
-    "DropCaches",
-    "DropUnreadCaches",
-    "RenumberCaches",
-    "contract_of",
-    "make_dense",
-    "passes_for",
-    "rewrite",
-    "rewrite_model",
-]
-
-
-LAYERS_KEY = "nbl.cache_layers"
-_DROPPED = "nbl_export.dropped"  # metadata key of a cache input; its value is the layer
+__all__ = ["contract_of", "passes_for", "rewrite", "rewrite_model"]
 
 
 def passes_for(maps: Mapping[int, Mixer], tap: str = "residual") -> Sequence[ir.passes.PassBase]:
@@ -132,14 +110,6 @@ def _count_caches(path: Path, caches: int) -> None:
         path.write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
 
 
-def make_dense(path: Path) -> int:
-    """Give a saved graph cache ids 0..K-1, and return K; its data file does not change."""
-    model = read_graph(path)
-    RenumberCaches()(model)
-    ir.save(model, path)
-    return len(cache_layers(model.graph))
-
-
 def contract_of(model: ir.Model) -> GraphContract:
     """Names, element types and dimensions of a decoder graph, and the layers that keep a cache."""
     return GraphContract(
@@ -153,117 +123,3 @@ def _info(value: ir.Value) -> TensorInfo:
     dtype = value.dtype.numpy().name if value.dtype is not None else "?"
     dims = () if value.shape is None else tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
     return TensorInfo(str(value.name), dtype, dims)
-
-
-class DropCaches(ir.passes.InPlacePass):
-    """Remove the caches of the given layers; run after `RewriteBlocks`, before `Sweep`."""
-
-    def __init__(self, layers: Sequence[int]) -> None:
-        super().__init__()
-        self.layers = tuple(layers)
-
-    def requires(self, model: ir.Model) -> None:
-        """At least one layer keeps its cache."""
-        if not set(graph_caches(model.graph)) - set(self.layers):
-            raise RefusalError(None, "no attention layer would keep its cache; keep at least one")
-
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        graph = model.graph
-        caches = graph_caches(graph)
-        kept = [layer for layer in caches if layer not in self.layers]
-        for layer in self.layers:
-            pasts, presents = caches[layer]
-            for past, replacement in zip(pasts, caches[kept[0]][0], strict=True):
-                _repoint_shape_readers(past, replacement)
-                past.meta[_DROPPED] = layer
-            _remove(graph.outputs, presents)
-        return ir.passes.PassResult(model, modified=bool(self.layers))
-
-
-class DropUnreadCaches(ir.passes.InPlacePass):
-    """Remove the cache inputs that `DropCaches` has marked; run after `Sweep`."""
-
-    def requires(self, model: ir.Model) -> None:
-        """No node reads a dropped cache."""
-        for value in _dropped(model.graph):
-            readers = [user.name or user.op_type for user in value.consumers()]
-            if readers:
-                raise RefusalError(value.meta[_DROPPED], f"its cache {value.name} is still read by {readers[0]}")
-
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        gone = _dropped(model.graph)
-        _remove(model.graph.inputs, gone)
-        return ir.passes.PassResult(model, modified=bool(gone))
-
-
-def _dropped(graph: ir.Graph) -> list[ir.Value]:
-    return [value for value in graph.inputs if _DROPPED in value.meta]
-
-
-def _repoint_shape_readers(past: ir.Value, replacement: ir.Value) -> None:
-    for user, index in tuple(past.uses()):
-        if user.op_type in ("Shape", "Size"):
-            user.replace_input_with(index, replacement)
-
-
-def _remove(values: MutableSequence[ir.Value], gone: Sequence[ir.Value]) -> None:
-    for value in gone:
-        values.remove(value)
-
-
-class RenumberCaches(ir.passes.InPlacePass):
-    """Rename caches to ids 0..K-1, in the order of their layers; run last.
-
-    TensorRT binds caches by name and accepts any ids. The code around TensorRT (ONNX Runtime's RTX provider, samples,
-    this project's contract) counts 0..K-1. The model's metadata keeps the layer of each id. Refuses a cache without its
-    other three tensors, and a name that another value has.
-
-    After a call, `new_ids` maps each kept layer to its id, and `renamed` lists (name, layer, id) of each tensor.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.new_ids: dict[int, int] = {}
-        self.renamed: tuple[tuple[str, int, int], ...] = ()
-
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        caches = graph_caches(model.graph)
-        before = _recorded(model, list(caches))
-        self.new_ids = {before[layer]: index for index, layer in enumerate(caches)}
-        plan = list(_plan(caches))
-        _refuse_taken(model.graph, [(value, name) for value, name, _, _ in plan])
-        changed = [value.name != name for value, name, _, _ in plan]
-        for value, name, _, _ in plan:
-            value.name = name
-        model.metadata_props[LAYERS_KEY] = ",".join(map(str, self.new_ids))
-        self.renamed = tuple((name, before[layer], index) for _, name, layer, index in plan)
-        return ir.passes.PassResult(model, modified=any(changed))
-
-
-def _recorded(model: ir.Model, ids: list[int]) -> dict[int, int]:
-    """Layer of each id that the graph has now; the metadata of a renumbered graph states the layers."""
-    stated = model.metadata_props.get(LAYERS_KEY)
-    layers = [int(part) for part in stated.split(",")] if stated else []
-    return {i: layers[i] if i < len(layers) else i for i in ids}
-
-
-def _plan(
-    caches: dict[int, tuple[tuple[ir.Value, ...], tuple[ir.Value, ...]]],
-) -> Iterator[tuple[ir.Value, str, int, int]]:
-    """Value, new name, old id and new id of every cache tensor."""
-    for index, (layer, (pasts, presents)) in enumerate(caches.items()):
-        for value in (*pasts, *presents):
-            if str(value.name).count(".") != 2:
-                raise RefusalError(layer, f"its cache is called {value.name}, which cannot be renumbered")
-            stem, _, part = str(value.name).split(".")
-            yield value, f"{stem}.{index}.{part}", layer, index
-
-
-def _refuse_taken(graph: ir.Graph, names: list[tuple[ir.Value, str]]) -> None:
-    """Refuse a new name that a value other than a cache already has."""
-    ours = {id(value) for value, _ in names}
-    wanted = {name for _, name in names}
-    others = [*graph.inputs, *graph.initializers.values(), *(o for n in graph for o in n.outputs)]
-    for value in others:
-        if value.name in wanted and id(value) not in ours:
-            raise RefusalError(None, f"the name {value.name} is needed for a cache and taken by another value")
