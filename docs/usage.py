@@ -61,8 +61,9 @@ An option that has no effect in a job is refused.
 nbl-export estimate MODEL [options of the main job]
 ```
 
-`estimate` says what a job takes on this machine: time, peak memory and disk of each stage.
-It also gives the modelled gain by number of layers.
+`estimate` says what a job takes on this machine: time, memory and disk of each stage.
+It also gives the modelled gain of a prompt, for the layers that are asked for or a quarter of the layers.
+A number of layers is taken from the middle of the model; the last layers gain more.
 MODEL is a `config.json`, a checkpoint directory or a GGUF file. No weight is read, so the answer takes a second or two.
 
 The main job says the same totals before it begins. It refuses if memory or disk cannot suffice.
@@ -70,17 +71,14 @@ A job that resumes counts the stages that are left.
 
 | column | meaning |
 |---|---|
-| time | work over the speed of a short matrix product and a short copy, measured now |
-| peak memory | of the process, with mapped files, whose pages the system can drop |
-| needed memory | the least that a stage can run with, beside Python and its libraries; a job is refused by this |
+| time | work over the speed of a short matrix product, measured now |
+| memory | the least that a stage can run with, beside Python and its libraries; a job is refused by this |
 | disk | what the stage writes; float weights of a GGUF file are removed when the report is written |
 
-Measured stages of jobs with 0.1B and 0.5B parameters agree within a factor of 1.5 in time.
-They do so in memory too, except the rewrite (1.6), which ends before its peak is sampled well.
-Calibration and plan of an 8B shape agree within 1.5.
-Calibration of a 1.5B shape took 1.95 times the estimate; the speed of the machine at that time is not known.
-These jobs ran in float32 on ONNX Runtime.
-Estimates for quantised graphs and OpenVINO follow from the same work and were not compared.
+A stage takes more memory than the least if more is free.
+Measured stages of jobs with 0.1B, 0.5B, 3B and 8B parameters agree within a factor of 2 in time.
+None took less memory than the estimate.
+These jobs ran on ONNX Runtime. Estimates for OpenVINO follow from the same work and were not compared.
 
 Engines for GPUs are built and timed in a time that is not estimated.
 Calibration on the model's own text (`self`) takes longer than estimated.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from nbl_export.api.asked import Options
-    from nbl_export.measure.estimate import Gain, Needs
+    from nbl_export.measure.estimate import Needs
 
 __all__ = ["Answers", "Estimate", "Loss", "Point", "Run", "Speed", "estimate", "export", "open"]
 
@@ -95,25 +96,27 @@ class Answers:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the main job will take on this machine, by stages, and what it gains, by the number of layers.
+    """What the main job will take on this machine.
 
     Attributes:
-        replaced: the number of layers that time and disk are counted for.
+        memory_bytes: the least that it can run with, beside Python and its libraries.
+        replaced: the number of layers that time, disk and gain are counted for.
+        prefill_gain: modelled speedup of a prompt.
         refused: why the job cannot end here, in a sentence; "" if nothing speaks against it.
     """
 
     seconds: float
-    peak_bytes: float
+    memory_bytes: float
     disk_bytes: float
     replaced: int
+    prefill_gain: float
     stages: tuple[Needs, ...]
-    gains: tuple[Gain, ...]
     refused: str
 
     def __str__(self) -> str:
         from nbl_export.report.estimate import spoken_totals
 
-        said = spoken_totals({name: getattr(self, name) for name in ("seconds", "peak_bytes", "disk_bytes")})
+        said = spoken_totals(vars(self))
         return f"{said}; {self.refused}" if self.refused else said
 
 
@@ -307,15 +310,12 @@ def estimate(model: str | PathLike[str], **options: Unpack[Options]) -> Estimate
     Raises:
         NblError: the model does not state its sizes, or an option does not fit.
     """
-    from nbl_export.measure.estimate import Gain, Needs
+    from nbl_export.measure.estimate import Needs
     from nbl_export.run.estimate import estimate as estimated
 
     found = estimated(str(model), dict(_plain(options)))
-    stages, gains = (Needs(**row) for row in found["stages"]), (Gain(**row) for row in found["gains"])
-    return Estimate(
-        found["seconds"], found["peak_bytes"], found["disk_bytes"], found["replaced"], tuple(stages), tuple(gains),
-        found["refused"],
-    )  # fmt: skip
+    values = {field.name: found[field.name] for field in dataclasses.fields(Estimate)}
+    return Estimate(**{**values, "stages": tuple(Needs(**row) for row in found["stages"])})
 
 
 def _plain(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -206,16 +206,16 @@ class CostModel:
         return self.spec.hidden_size * self.spec.vocab_size
 
 
-def cost_model(options: JobOptions, engine: Capabilities, decoder: DecoderSpec, model: Path) -> CostModel:
+def cost_model(options: JobOptions, engine: Capabilities, decoder: DecoderSpec, model: Path | MlpSpec) -> CostModel:
     """The cost model of a job's shipped graphs.
 
     Args:
-        model: a GGUF file, or a directory with the model's config.json.
+        model: sizes of the MLP, or a GGUF file or a directory whose config.json states them.
     """
     size = weight_bytes(options.precision)
     return CostModel(
         decoder,
-        read_mlp(model),
+        read_mlp(model) if isinstance(model, Path) else model,
         size,
         2.0 if engine.static and options.precision == "int4" else size,  # the static form keeps its head in fp16
         engine.cache_itemsize(options.precision),

@@ -1,4 +1,4 @@
-"""Rates of this machine: products and copies, by which an estimate divides work, and what threads read together.
+"""Rates of this machine: products, by which an estimate divides work, and what threads read together.
 
 Other programs that run at the same time make a rate too low.
 """
@@ -9,35 +9,22 @@ import functools
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-__all__ = ["READ_BYTES", "Speed", "best_seconds", "measure_speed", "read_bytes_per_second"]
+__all__ = ["READ_BYTES", "best_seconds", "product_flops_per_second", "read_bytes_per_second"]
 
-_ROWS, _WIDTH, _COPIED_BYTES, _REPETITIONS = 512, 1024, 64 << 20, 4
+_ROWS, _WIDTH, _REPETITIONS = 512, 1024, 4
 READ_BYTES = 512 << 20  # more than caches hold
 
 
-@dataclass(frozen=True)
-class Speed:
-    """Rates of a machine."""
-
-    product_flops_per_second: float
-    copied_bytes_per_second: float
-
-
 @functools.cache  # each process measures once
-def measure_speed() -> Speed:
-    """Rates of this machine, in a tenth of a second."""
+def product_flops_per_second() -> float:
+    """Additions and multiplications a second of a float32 product, in a tenth of a second."""
     rng = np.random.default_rng(0)
     x, weight = (rng.standard_normal(shape, np.float32) for shape in ((_ROWS, _WIDTH), (_WIDTH, _WIDTH)))
-    source = np.ones(_COPIED_BYTES // 8)
-    target = np.zeros_like(source)
-    product = best_seconds(lambda: x @ weight)
-    copy = best_seconds(lambda: np.copyto(target, source))
-    return Speed(2.0 * _ROWS * _WIDTH**2 / product, source.nbytes / copy)
+    return 2.0 * _ROWS * _WIDTH**2 / best_seconds(lambda: x @ weight)
 
 
 @functools.cache

@@ -1,8 +1,8 @@
 """What a job will take, told before it begins; a job that cannot end is refused.
 
     config.json, or the head of a GGUF file ─► sizes ┐
-    options, settled as the main job settles them ───┼─► seconds, memory and disk of each stage, gain by layers
-    a short product and copy on this machine ────────┘
+    options, settled as the main job settles them ───┼─► seconds, memory and disk of each stage, gain of a prompt
+    a short product on this machine ─────────────────┘
 
 A job that resumes counts the stages that are left: those that are not recorded, have another key, or read such a stage.
 """
@@ -18,12 +18,12 @@ from typing import Any
 
 from nbl_export.errors import NblError
 from nbl_export.measure.estimate import Job, Needs
-from nbl_export.measure.machine_speed import measure_speed
+from nbl_export.measure.machine_speed import product_flops_per_second
 from nbl_export.model.checkpoint.shape import Shape, read_shape
 from nbl_export.model.memory import available_bytes
 from nbl_export.options.options import JobOptions
 from nbl_export.options.settle import settle
-from nbl_export.report.estimate import TITLES, spoken_totals
+from nbl_export.report.estimate import spoken_totals
 from nbl_export.report.words import size
 from nbl_export.run.facts import architecture_facts, capabilities_of
 from nbl_export.run.resolve import Resolver
@@ -33,7 +33,7 @@ __all__ = ["estimate", "foreseen", "spoken_machine"]
 
 
 def estimate(model: str, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """What a whole job will take and gain, by stages and by layers; reads no weight.
+    """What a whole job will take, by stages, and the gain of a prompt; reads no weight.
 
     Raises:
         NblError: there is no such model, it does not state its sizes, or an option does not fit.
@@ -52,12 +52,12 @@ def estimate(model: str, asked: Mapping[str, Any]) -> dict[str, Any]:
         "decoder": dataclasses.asdict(shape.decoder),
         "parameters": shape.parameters,
         "options": {name: getattr(options, name) for name in names},
-        "machine": {**dataclasses.asdict(job.speed), "bfloat16": job.narrow, "memory_bytes": job.available_bytes,
-                    "disk_bytes": free},
+        "machine": {"product_flops_per_second": job.product_flops_per_second, "bfloat16": job.bfloat16,
+                    "memory_bytes": job.available_bytes, "disk_bytes": free},
         "stages": [dataclasses.asdict(stage) for stage in stages],
         **_totals(stages),
         "replaced": job.count,
-        "gains": [dataclasses.asdict(gain) for gain in job.gains()],
+        "prefill_gain": job.prefill_gain(),
         "tokens": options.prompt_length,
         "refused": _shortage(stages, job.available_bytes, free, Path.cwd()),
     }  # fmt: skip
@@ -87,26 +87,25 @@ def foreseen(resolver: Resolver, stages: Sequence[Stage], output: Path) -> str:
 
 def _job(shape: Shape, options: JobOptions) -> Job:
     engine = capabilities_of(options.engine, options.provider)
-    narrow = options.compute_dtype != "float32" and _has_bfloat16()
-    return Job(shape, options, engine, measure_speed(), narrow, available_bytes(), not engine.cross)
+    bfloat16 = options.compute_dtype != "float32" and _has_bfloat16()
+    return Job(shape, options, engine, product_flops_per_second(), bfloat16, available_bytes(), not engine.cross)
 
 
 def _totals(needs: Sequence[Needs]) -> dict[str, float]:
     return {
         "seconds": sum(stage.seconds for stage in needs),
-        "peak_bytes": max(stage.peak_bytes for stage in needs),
+        "memory_bytes": max(stage.memory_bytes for stage in needs),
         "disk_bytes": sum(stage.disk_bytes for stage in needs),
     }
 
 
 def _shortage(needs: Sequence[Needs], memory: float, disk: float, output: Path) -> str:
     """Why the stages cannot end, in a sentence; "" if memory and disk can suffice."""
-    most, left = max(needs, key=lambda stage: stage.needed_bytes), _totals(needs)["disk_bytes"]
-    if most.needed_bytes > memory:
+    most, left = max(needs, key=lambda stage: stage.memory_bytes), _totals(needs)["disk_bytes"]
+    if most.memory_bytes > memory:
         return (
-            f"the stage {TITLES.get(most.stage, most.stage)} needs {size(most.needed_bytes)} of memory at least, and "
-            f"{size(memory)} are available: close other programs, or take a machine with more memory or a "
-            "smaller model"
+            f"the stage {most.stage} needs {size(most.memory_bytes)} of memory at least, and {size(memory)} are "
+            "available: close other programs, or take a machine with more memory or a smaller model"
         )
     if left > disk:
         return (

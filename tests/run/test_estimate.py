@@ -46,15 +46,15 @@ atexit.register(lambda: sys.stderr.write(",".join({"torch", "transformers", "onn
         "calibrate", "plan", "decoder", "rewrite", "verify", "bench",
     ]  # fmt: skip
     assert found["seconds"] == pytest.approx(sum(stage["seconds"] for stage in found["stages"]))
-    assert found["peak_bytes"] == max(stage["peak_bytes"] for stage in found["stages"])
+    assert found["memory_bytes"] == max(stage["memory_bytes"] for stage in found["stages"])
     assert found["disk_bytes"] == pytest.approx(sum(stage["disk_bytes"] for stage in found["stages"]))
-    assert [gain["layers"] for gain in found["gains"]] == [4, 8, 12, 16]
+    assert (found["replaced"], found["prefill_gain"] > 1) == (8, True)
 
 
 def test_the_table_has_a_row_for_each_stage(checkpoint: Callable[[str], Path]) -> None:
     shown = nbl("estimate", checkpoint("llama"))
     assert shown.status == 0, shown.err
-    for word in ("calibrate", "plan", "distill", "decoder graph", "rewrite", "verify", "bench", "whole job"):
+    for word in ("calibrate", "plan", "distill", "decoder", "rewrite", "verify", "bench", "whole job"):
         assert word in shown.out
     assert "The job takes about" in shown.out
     assert "refused" not in shown.out
@@ -78,7 +78,7 @@ def test_a_refusal_is_foreseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(estimating, "available_bytes", lambda memory=memory: memory << 30)
         assert estimate(str(tmp_path), asked)["refused"] == ""
     with_disk(monkeypatch, 20 << 30)
-    assert "the run needs 21.4 GiB of disk" in estimate(str(tmp_path), asked)["refused"]
+    assert "the run needs 21.2 GiB of disk" in estimate(str(tmp_path), asked)["refused"]
 
 
 # -- the main job ---------------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ def test_a_model_that_cannot_fit_ends_the_job_before_it_begins(
 
 def test_a_job_says_what_it_takes(finished: Path, same: Same, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = (finished.parent / "stderr").read_text(encoding="utf-8").splitlines()[0]
-    assert re.fullmatch(r"estimate: about .+, .+ MiB of memory and .+ MiB of disk", first)
+    assert re.fullmatch(r"estimate: about .+, at least .+ MiB of memory and .+ MiB of disk", first)
     with_disk(monkeypatch, 0)
     monkeypatch.setattr(estimating, "available_bytes", lambda: 0)
     again = nbl(*same, "--output", run)  # nothing is left to do
@@ -121,10 +121,9 @@ def test_disk_is_that_of_a_finished_run(finished: Path, checkpoint: Callable[[st
     job = estimating._job(read_shape(checkpoint("llama")), opened(finished).options)
     found = {stage.stage: stage.disk_bytes for stage in job.needs()}
     files = {"calibrate": "moments.safetensors", "plan": "maps.safetensors", "decoder": "original/model.onnx.data",
-             "rewrite": "model/model.onnx.data", "verify": "references.safetensors"}  # fmt: skip
+             "rewrite": "model/model.onnx.data"}  # fmt: skip
     left = {stage: (finished / name).stat().st_size for stage, name in files.items()}
     assert found["bench"] == 0
-    assert 1 < found.pop("verify") / left.pop("verify") < 2  # the longest row of so short a model is shorter
     assert {stage: found[stage] / left[stage] for stage in left} == pytest.approx(dict.fromkeys(left, 1), rel=0.2)
 
 
