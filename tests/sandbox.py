@@ -115,7 +115,6 @@ def _forget_peak(process: int) -> int:
 
 def _serve(pipe: Any, of_parent: Any) -> None:
     of_parent.close()
-    os.environ.pop("NBL_NODE_LLAMA_CPP", None)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     gc.freeze()  # what the parent made is not looked through after every call
     with tempfile.TemporaryFile() as said:  # libraries in C++ write to the descriptor

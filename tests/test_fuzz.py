@@ -174,12 +174,9 @@ def test_canaries_leave_a_trace(canaries: Canaries, tmp_path: Path) -> None:
         "module": "import runpy; runpy.run_path('evil.py')",
         "pickle": "import pickle; pickle.load(open('pytorch_model.bin', 'rb'))",
         "library": "import ctypes; ctypes.CDLL('./canary.so')",
-        "node": "import subprocess; subprocess.run(['node', 'node_modules/node-llama-cpp/dist/index.js'], check=True)",
     }
     for trace, code in acts.items():
         if trace == "library" and not canaries.has_library:
-            continue
-        if trace == "node" and shutil.which("node") is None:
             continue
         subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
         assert canaries.touched() == [trace]

@@ -23,13 +23,13 @@ LEVELS = {
     "run": 8, "publish": 9, "api": 10, "cli": 10, "hf": 10, "olive": 10, "__main__": 11, "": 11,
 }  # fmt: skip
 STAGES = ("calibrate", "plan", "distill", "measure", "verify", "evaluation", "report")
-TARGETS = ("onnx", "openvino", "tensorrt", "gguf", "checkpoint")  # packages of `targets`; its other ones serve all
+TARGETS = ("onnx", "openvino", "tensorrt", "checkpoint")  # packages of `targets`; its other ones serve all
 # Library -> where it may be imported: a place, or a module of one.
 HEAVY = {
     "torch": ("model", "calibrate", "plan", "distill", "mixers",
               "text.sampling", "text.windows", "verify.torch_reference", "verify.streamed_reference",
               "targets.export", "targets.openvino.export", "targets.tensorrt.device", "targets.tensorrt.export",
-              "targets.gguf.write", "targets.checkpoint"),
+              "targets.checkpoint"),
     "transformers": ("model", "text.sampling", "targets.export", "targets.onnx.export_genai",
                      "targets.openvino.export", "targets.tensorrt.export", "targets.checkpoint"),
     "vllm": ("targets.checkpoint.vllm",),
@@ -43,7 +43,7 @@ HEAVY = {
     "lm_eval": ("evaluation",),
     "openvino": ("targets.openvino",),
     "openvino_tokenizers": ("targets.openvino",),
-    "gguf": ("graph.gguf", "model", "targets.gguf", "publish.card"),
+    "gguf": ("model", "publish.card"),
     "nncf": ("targets.openvino",),
     "datasets": ("evaluation", "text.hub"),
     "typer": ("cli",),
@@ -148,13 +148,13 @@ def is_at_home(library: str, name: str) -> bool:
 
 
 # Modules that may say an engine's name beside the texts of options: names of packages, and of tools that read a form.
-NAME_ENGINES = {"run_directory": {"openvino"}, "publish.convert": {"llama.cpp"}}
+NAME_ENGINES = {"run_directory": {"openvino"}}
 _ENGINE_TEXTS = "options.options"  # the default of --engine, and help
 
 
 def test_only_targets_know_engines() -> None:
     names = {target.capabilities.name for target in all_targets()}
-    assert len(names) == 5
+    assert len(names) == 4
     said = [
         (module, node.lineno, node.value)
         for module, tree in TREES.items()

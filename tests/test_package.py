@@ -55,12 +55,7 @@ def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     package = {p.relative_to(ROOT).as_posix() for p in (ROOT / "nbl_export").rglob("*.py")}
-    files = {
-        "nbl_export/py.typed",
-        "nbl_export/targets/gguf/server.mjs",
-        "nbl_export/report/report.html.jinja",
-        "nbl_export/publish/card.md.jinja",
-    }
+    files = {"nbl_export/py.typed", "nbl_export/report/report.html.jinja", "nbl_export/publish/card.md.jinja"}
     assert {name for name in names if not name.startswith(f"nbl_export-{VERSION}.dist-info/")} == package | files
 
 

@@ -6,7 +6,7 @@ import functools
 import json
 import shutil
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from nbl_export.model.architectures import ARCHITECTURES as RECORDS
 
 __all__ = [
     "ARCHITECTURES", "END_IDS", "EPSILON", "EVERY", "HEADS", "HEAD_DIM", "HIDDEN", "INNER", "KINDS", "KV_HEADS",
-    "LAYERS", "SPLIT", "VARIANTS", "VOCAB", "cases", "made_by", "mlp_module", "random_map", "record_of",
+    "LAYERS", "SPLIT", "VARIANTS", "VOCAB", "cases", "greedy", "made_by", "mlp_module", "random_map", "record_of",
     "save_checkpoint", "save_gguf", "stdlib_text",
 ]  # fmt: skip
 
@@ -256,6 +256,17 @@ def random_map(layer: int) -> Linear:
     rng = np.random.default_rng(layer)
     weight = (rng.standard_normal((HIDDEN, HIDDEN)) / 8).astype(np.float32)
     return Linear(weight, rng.standard_normal(HIDDEN).astype(np.float32))
+
+
+def greedy(model: Any, ids: Sequence[int], new_tokens: int) -> list[int]:
+    """Greedy continuation of a prompt by a torch model, without a cache; ignores the end of text."""
+    import torch
+
+    row = list(ids)
+    with torch.no_grad():
+        for _ in range(new_tokens):
+            row.append(int(model(torch.tensor([row]), use_cache=False).logits[0, -1].argmax()))
+    return row[len(ids) :]
 
 
 def save_gguf(path: Path) -> Path:

@@ -211,18 +211,14 @@ class Run:
         original, nbl = ("".join(pieces) for _, pieces in found)
         return Answers(prompt, original, nbl)
 
-    def to(
-        self, form: str, path: str | PathLike[str], *, kind: str | None = None, base: str | PathLike[str] | None = None,
-        force: bool = False, quiet: bool = False,
-    ) -> Path:  # fmt: skip
-        """Write the NBL model in a form that other engines read: transformers, gguf, nemotron-nas, mlx or edge-llm.
+    def to(self, form: str, path: str | PathLike[str], *, force: bool = False, quiet: bool = False) -> Path:
+        """Write the NBL model in a form that other engines read: transformers, nemotron-nas, mlx or edge-llm.
 
         The form ngram is the original decoder, with n-gram decoding in ONNX Runtime GenAI.
 
         Args:
-            form: or an engine that reads one: vllm, llama.cpp, ollama, tensorrt-llm, tensorrt-edge-llm, mlx-lm.
-            path: a new file or directory.
-            kind: type of a GGUF's matrices. base: a GGUF of the original. Both are for gguf.
+            form: or an engine that reads one: vllm, tensorrt-llm, tensorrt-edge-llm, mlx-lm.
+            path: a new directory.
 
         Raises:
             NblError: the model has no such form, or `path` is there already.
@@ -231,8 +227,8 @@ class Run:
         from nbl_export.publish.convert import convert
         from nbl_export.run.progress import Ui
 
-        target, given = Path(path), None if base is None else Path(base)
-        convert(self.path, form, target, Ui(quiet=quiet), kind=kind, base=given, force=force)
+        target = Path(path)
+        convert(self.path, form, target, Ui(quiet=quiet), force=force)
         return target
 
     def __repr__(self) -> str:

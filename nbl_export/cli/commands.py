@@ -270,25 +270,18 @@ def convert(
         typer.Option(
             "--to",
             metavar="FORM",
-            help="transformers, gguf, nemotron-nas, mlx, edge-llm or ngram (the original, which GenAI decodes with "
-            "n-grams); or the engine: vllm, llama.cpp, ollama, ...",
+            help="transformers, nemotron-nas, mlx, edge-llm or ngram (the original, which GenAI decodes with "
+            "n-grams); or the engine: vllm, tensorrt-llm, ...",
         ),
     ],
-    output: Annotated[Path, typer.Option(metavar="TARGET", help="The new file or directory.")],
-    kind: Annotated[
-        str | None,
-        typer.Option("--type", metavar="TYPE", help="gguf: keep (the original's codes, default), f16, q8_0 or q4_0."),
-    ] = None,
-    base: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="gguf: a GGUF of the original; default: the run's own model.")
-    ] = None,
+    output: Annotated[Path, typer.Option(metavar="TARGET", help="The new directory.")],
     force: opt.Force = False,
 ) -> None:
     """Write the NBL model, or the original with n-grams, for other engines."""
     from nbl_export.publish.convert import convert as write
 
     shown = ui()
-    for result in write(directory, to, output, shown, kind=kind, base=base, force=force):
+    for result in write(directory, to, output, shown, force=force):
         shown.say(f"  {result.subject}: {result.metric}: {result.detail}")
     print(output)
 

@@ -12,7 +12,7 @@ from nbl_export.records.decoder import ITEMSIZE, is_state
 
 __all__ = ["GraphFacts", "read_graph_facts"]
 
-# Rotary tables, as both builders name them; llama.cpp computes them.
+# Rotary tables, as both builders name them; no weights.
 _APART = ("cos_cache", "sin_cache")
 _PACKED = {  # operator -> its inputs with codes, scales and zero points; their matrix is counted separately
     "MatMulNBits": slice(1, 4),
@@ -26,7 +26,7 @@ class GraphFacts:
     """The size of a decoder graph.
 
     Attributes:
-        parameters: elements of all weights; a shared weight counts once, as in llama.cpp.
+        parameters: elements of all weights; a shared weight counts once.
         cache_bytes_per_token: of one sequence.
     """
 

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nbl_export.errors import CorruptError
-from nbl_export.graph.gguf.header import read_header
+from nbl_export.graph.gguf_header import read_header
 from nbl_export.mixers.base import Mixer, Port, TokenWork
 from nbl_export.mixers.rows import Need, Reads, rows_needed
 from nbl_export.model.architectures import mlp_of

@@ -27,7 +27,7 @@ from torch import nn
 
 from nbl_export.errors import NblError
 from nbl_export.files import safetensors_tensors
-from nbl_export.graph.gguf.header import read_header
+from nbl_export.graph.gguf_header import read_header
 from nbl_export.model.architectures import ARCHITECTURES
 from nbl_export.model.checkpoint.pretrained import model_with
 from nbl_export.model.linearize import architecture_of

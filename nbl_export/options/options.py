@@ -49,7 +49,10 @@ BUILDER_OPTIONS: dict[str, tuple[str, ...]] = {
 
 # Options and commands that left -> what to use. The message is "--option is gone: " and the sentence.
 _NGRAM = "nbl-export convert DIR --to ngram writes the original with n-gram decoding (docs/drafts.md)"
+_GGUF = "llama.cpp's convert_hf_to_gguf.py makes a GGUF file of convert --to nemotron-nas (docs/serving.md)"
 LEFT: dict[str, str] = {
+    "base": _GGUF,
+    "gguf": _GGUF,
     "draft": _NGRAM,
     "draft_layers": _NGRAM,
     "lossless": _NGRAM,
@@ -61,6 +64,7 @@ LEFT: dict[str, str] = {
     "requantize": "leave it out; int8 and int4 round the weights of a GGUF file like any others",
     "sweep": "leave it out; the report of each job has a curve of other numbers of layers",
     "token_table": "leave it out; linearized leading layers are computed like all others",
+    "type": _GGUF,
 }
 
 PANELS = ("What is replaced", "Distillation", "Calibration", "Torch", "Engine", "Benchmark")
@@ -163,7 +167,7 @@ class JobOptions:
         "main calibrate plan", choices=TAPS, metavar="TAP", usual=_usual_tap,
     )  # fmt: skip
     maps: str = option(
-        "affine", "affine (matrix and bias, default), or linear (matrix alone on the normed input, as llama.cpp and "
+        "affine", "affine (matrix and bias, default), or linear (matrix alone on the normed input, as "
         "Nemotron-NAS checkpoints need).", _REPLACED, "main plan", choices=MAPS, metavar="KIND", applies=_FITTED,
     )  # fmt: skip
     window_layers: str = option(

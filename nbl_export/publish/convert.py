@@ -1,8 +1,7 @@
 """Converts a finished run to a form that other engines read: `nbl-export convert DIR --to FORM`.
 
 transformers   directory of `nbl_export.hf`'s classes, which vLLM's plugin reads too
-gguf           file for llama.cpp
-nemotron-nas   directory for TensorRT-LLM
+nemotron-nas   directory for TensorRT-LLM, and for the converter of llama.cpp
 mlx            directory for mlx-lm
 edge-llm       directory for TensorRT-Edge-LLM
 ngram          directory of the original decoder for ONNX Runtime GenAI, which proposes tokens from the text so far
@@ -17,51 +16,38 @@ from typing import Any
 
 from nbl_export.errors import NblError, ParityError, UsageError
 from nbl_export.files import move_into_place, refuse_occupied
-from nbl_export.options.options import NO_ORIGINAL
-from nbl_export.publish.gguf import TAP, linear_maps, loss_of_change
+from nbl_export.options.options import LEFT, NO_ORIGINAL
+from nbl_export.publish.linear_maps import TAP, linear_maps, loss_of_change
 from nbl_export.records.results import CheckResult
 from nbl_export.run.deployed import Finished, open_finished
 from nbl_export.run.progress import Ui
 from nbl_export.run_directory import DECODERS
-from nbl_export.targets.gguf.linearize import KEEP, TYPES
 
 __all__ = ["FORMS", "convert"]
 
-FORMS = ("transformers", "gguf", "nemotron-nas", "mlx", "edge-llm", "ngram")
+FORMS = ("transformers", "nemotron-nas", "mlx", "edge-llm", "ngram")
 # engine -> the form that it reads
-_READ_BY = {
-    "vllm": "transformers", "llama.cpp": "gguf", "ollama": "gguf", "tensorrt-llm": "nemotron-nas", "mlx-lm": "mlx",
-    "tensorrt-edge-llm": "edge-llm",
-}  # fmt: skip
+_READ_BY = {"vllm": "transformers", "tensorrt-llm": "nemotron-nas", "mlx-lm": "mlx", "tensorrt-edge-llm": "edge-llm"}
+_OF_LLAMA_CPP = ("gguf", "llama.cpp", "ollama")
 
 
-def convert(
-    output: Path, form: str, target: Path, ui: Ui, *, kind: str | None = None, base: Path | None = None,
-    force: bool = False,
-) -> Sequence[CheckResult]:  # fmt: skip
+def convert(output: Path, form: str, target: Path, ui: Ui, *, force: bool = False) -> Sequence[CheckResult]:
     """Write a run's model in a form at `target`, completely or not at all. Returns the checks that were made.
 
     Args:
         form: one of FORMS, or an engine that reads one.
-        kind: types of a GGUF's matrices, see `targets.gguf.linearize.TYPES`.
-        base: a GGUF file of the original, for form gguf.
         force: go on although verification failed.
 
     Raises:
-        UsageError: no such form or type, or an option of another form.
+        UsageError: no such form.
         NblError: `target` is there already, the run is not finished or failed, or its model has no such form.
         ParityError: what was written is not the model.
     """
-    form = _READ_BY.get(form.lower(), form)
-    _check_asked(form, kind, base)
+    form = _form_of(form)
     refuse_occupied(target)
     with open_finished(output, ui, force=force) as found:
         if form == "transformers":
             return _save_checkpoint(found, target, ui)
-        if form == "gguf":
-            from nbl_export.publish import gguf
-
-            return gguf.convert(found, target, kind or KEEP, base, ui)
         if form == "edge-llm":
             return _save_edge_llm(found, target, ui)
         if form == "ngram":
@@ -69,15 +55,14 @@ def convert(
         return _save_nemotron_nas(found, target, form, ui)
 
 
-def _check_asked(form: str, kind: str | None, base: Path | None) -> None:
+def _form_of(asked: str) -> str:
+    """The form that an engine reads, or that `asked` is itself."""
+    if asked.lower() in _OF_LLAMA_CPP:
+        raise UsageError(f"--to {asked} is gone: {LEFT['gguf']}")
+    form = _READ_BY.get(asked.lower(), asked)
     if form not in FORMS:
         raise UsageError(f"--to is {', '.join(FORMS)}, or an engine ({', '.join(_READ_BY)}), not {form!r}")
-    if form != "gguf" and (kind is not None or base is not None):
-        raise UsageError(f"{'--type' if kind is not None else '--base'} is for --to gguf; leave it out")
-    if kind is not None and kind not in TYPES:
-        raise UsageError(f"--type is {', '.join(TYPES)}, not {kind!r}")
-    if base is not None and not base.is_file():
-        raise NblError(f"--base {base} is not a file; give a GGUF of the original model")
+    return form
 
 
 def _save_checkpoint(found: Finished, target: Path, ui: Ui) -> list[CheckResult]:
@@ -104,8 +89,8 @@ def _save_nemotron_nas(found: Finished, target: Path, form: str, ui: Ui) -> list
         NblError: the form does not hold the model.
         ParityError: the model that was read back computes something else.
     """
+    from nbl_export.model.likelihood import log_probabilities
     from nbl_export.model.linearize import replaced
-    from nbl_export.model.torch_decoder import TorchDecoder
     from nbl_export.targets.checkpoint import nemotron_nas
 
     nemotron_nas.check(found.model.value.config, tuple(found.maps), form)
@@ -119,7 +104,7 @@ def _save_nemotron_nas(found: Finished, target: Path, form: str, ui: Ui) -> list
         )
         ids = found.held_back.value.final[0, :64].tolist()
         with replaced(found.model.value, linear.maps, TAP):
-            expected, _ = TorchDecoder(found.model.value).score(ids)
+            expected = log_probabilities(found.model.value, ids)
         result = _compared(found, nemotron_nas.load(scratch / "saved"), expected, ids)
         move_into_place(scratch / "saved", target)
     return [result]
@@ -132,7 +117,7 @@ def _save_edge_llm(found: Finished, target: Path, ui: Ui) -> list[CheckResult]:
         NblError: the form does not hold the model.
         ParityError: the model that was read back computes something else.
     """
-    from nbl_export.model.torch_decoder import TorchDecoder
+    from nbl_export.model.likelihood import log_probabilities
     from nbl_export.targets.checkpoint import edge_llm
 
     edge_llm.check(found.model.value.config, found.maps)
@@ -140,7 +125,7 @@ def _save_edge_llm(found: Finished, target: Path, ui: Ui) -> list[CheckResult]:
         model = copy.deepcopy(found.model.value)
         edge_llm.save(model, found.checkpoint.value, found.maps, found.tap, scratch / "saved")
         ids = found.held_back.value.final[0, :64].tolist()
-        expected, _ = TorchDecoder(model).score(ids)
+        expected = log_probabilities(model, ids)
         result = _compared(found, edge_llm.load(scratch / "saved"), expected, ids)
         move_into_place(scratch / "saved", target)
     for sentence in edge_llm.remarks(target):
@@ -171,9 +156,9 @@ def _compared(found: Finished, written: Any, expected: Any, ids: Sequence[int]) 
     Raises:
         ParityError: they differ.
     """
-    from nbl_export.model.torch_decoder import TorchDecoder
+    from nbl_export.model.likelihood import log_probabilities
 
-    away = float(abs(TorchDecoder(written).score(ids)[0] - expected).max())
+    away = float(abs(log_probabilities(written, ids) - expected).max())
     metric = "largest difference of a log-probability"
     result = CheckResult("original", "nbl", metric, away, 0.0, away == 0.0, f"{away:.2g}")
     if not result.passed:

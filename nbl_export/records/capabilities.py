@@ -31,7 +31,6 @@ class Capabilities:
         providers: ONNX Runtime's other execution providers, which the engine can run with.
         kinds: of mixers (`nbl_export.mixers`) that its decoders hold.
         proven_by: the engine that verifies the graphs; "" is the engine itself.
-        reads: the form of `convert` whose files the engine runs; "" if it runs its own decoders.
     """
 
     name: str
@@ -51,7 +50,6 @@ class Capabilities:
     providers: tuple[str, ...] = ()
     every_expert: tuple[str, ...] = ()
     proven_by: str = ""
-    reads: str = ""
 
     @property
     def source(self) -> str:

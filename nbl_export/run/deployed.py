@@ -35,7 +35,7 @@ from nbl_export.targets import all_targets, load_engine, owner_of
 from nbl_export.targets.base import Target
 from nbl_export.targets.runners import SequenceLimits, TextRunner
 from nbl_export.text.windows import Division
-from nbl_export.trust.contained import check_folder, check_inside, refuse_special
+from nbl_export.trust.contained import check_folder, refuse_special
 
 __all__ = ["Finished", "Located", "answers", "available_engine", "describe", "examine_engines", "is_model_directory",
            "locate", "open_finished", "open_for_text", "remake_command", "result", "trust_engines"]  # fmt: skip
@@ -60,7 +60,7 @@ class Located:
 
 
 def is_model_directory(directory: Path) -> bool:
-    """Whether a directory holds a decoder itself, or a path is a GGUF file."""
+    """Whether a directory holds a decoder itself."""
     return owner_of(directory) is not None
 
 
@@ -100,11 +100,8 @@ def locate(directory: Path, name: str = "model", *, force: bool = False) -> Loca
         CorruptError: a file is missing or has changed since it was written.
     """
     refuse_special(directory)
-    if directory.is_file():
-        check_inside(directory, directory.parent)
     if (owner := owner_of(directory)) is not None:
-        if directory.is_dir():
-            check_folder(directory)
+        check_folder(directory)
         return Located(directory, owner.capabilities.name, owner.capabilities.provider)
     if not directory.exists():
         raise NblError(f"{directory} does not exist; nbl-export --output makes a run directory")

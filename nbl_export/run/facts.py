@@ -10,14 +10,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from nbl_export.errors import NblError, UsageError
+from nbl_export.errors import NblError
 from nbl_export.model.architectures import ARCHITECTURES
 from nbl_export.model.checkpoint.source import Source, resolve
 from nbl_export.options.model_facts import ModelFacts
 from nbl_export.options.options import CHECKPOINT_FIT, JobOptions
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import DecoderSpec
-from nbl_export.targets import ENGINES, load_engine
+from nbl_export.targets import load_engine
 from nbl_export.text.corpus import Text
 from nbl_export.text.mixture import absolute_sources
 
@@ -26,18 +26,12 @@ __all__ = ["architecture_facts", "capabilities_of", "check_machine", "facts_of_m
 
 
 def capabilities_of(engine: str, provider: str = "cpu") -> Capabilities:
-    """The capabilities of an engine that makes decoders.
+    """The capabilities of an engine.
 
     Raises:
-        UsageError: there is no such engine, or it makes no decoders.
+        UsageError: there is no such engine or provider.
     """
-    capabilities = load_engine(engine, provider).capabilities
-    if not capabilities.sources:
-        raise UsageError(
-            f"--engine {engine} makes no decoders; engines that do are {', '.join(ENGINES)}. "
-            f"nbl-export convert DIR --to {capabilities.reads} writes the model of a finished run for {engine}"
-        )
-    return capabilities
+    return load_engine(engine, provider).capabilities
 
 
 def read_model(model: str, manifest: Mapping[str, Any]) -> tuple[Source, DecoderSpec]:

@@ -16,15 +16,13 @@ from nbl_export.targets.gpu import PROVIDERS
 
 __all__ = ["ENGINES", "all_targets", "exporter_of", "load_engine", "owner_of"]
 
-# Targets that make decoders of a job, by the value of --engine.
+# Targets by the value of --engine.
 ENGINES = {
     "ort": "nbl_export.targets.onnx.engine:ORT",
     "openvino": "nbl_export.targets.openvino.engine:OPENVINO",
     "trt": "nbl_export.targets.tensorrt.engine:TRT",
     "trt-rtx": "nbl_export.targets.tensorrt.engine:TRT_RTX",
 }
-# Targets that run files of `convert`, and make no decoders of a job.
-_RUNNERS = {"llama.cpp": "nbl_export.targets.gguf.engine:LLAMA_CPP"}
 # Targets that run with an execution provider of their own.
 _WITH_PROVIDERS = {"ort": "nbl_export.targets.onnx.gpu:GpuEngine"}
 
@@ -36,11 +34,10 @@ def load_engine(name: str, provider: str = "cpu") -> Target:
     Raises:
         UsageError: there is no such engine or provider.
     """
-    known = {**ENGINES, **_RUNNERS}
-    if name not in known:
+    if name not in ENGINES:
         raise UsageError(f"unknown engine {name!r}; engines are {', '.join(ENGINES)}")
     if provider == "cpu":
-        found: Target = _named(known[name])
+        found: Target = _named(ENGINES[name])
         return found
     if name not in _WITH_PROVIDERS:
         raise UsageError(f"--provider is for engine {', '.join(_WITH_PROVIDERS)}, not for {name}")
@@ -49,7 +46,7 @@ def load_engine(name: str, provider: str = "cpu") -> Target:
 
 
 def owner_of(path: Path) -> Target | None:
-    """The target that runs a deployable directory or file; None if there is none."""
+    """The target that runs a deployable directory; None if there is none."""
     return next((target for target in all_targets() if target.owns(path)), None)
 
 
@@ -60,7 +57,7 @@ def exporter_of(source: str) -> Target:
 
 def all_targets() -> Iterator[Target]:
     """Every target, and every execution provider of a target that has some."""
-    for name in (*ENGINES, *_RUNNERS):
+    for name in ENGINES:
         yield load_engine(name)
     for name in _WITH_PROVIDERS:
         for provider in PROVIDERS:

@@ -11,7 +11,6 @@ from typing import Any
 
 import psutil
 
-from nbl_export.errors import NblError
 from nbl_export.graph.names import ALL_LOGITS_FILE, GRAPH_FILE
 from nbl_export.mixers.base import Mixer
 from nbl_export.records.capabilities import Capabilities
@@ -104,11 +103,11 @@ class Target:
         return default_threads()
 
     def owns(self, path: Path) -> bool:
-        """Whether this target runs a deployable directory or file."""
+        """Whether this target runs a deployable directory."""
         raise NotImplementedError
 
     def facts(self, path: Path) -> DecoderFacts:
-        """Sizes of a deployable directory or file that the target owns.
+        """Sizes of a deployable directory that the target owns.
 
         Raises:
             NblError: a file is missing or damaged, or the decoder cannot be measured by single steps.
@@ -127,7 +126,7 @@ class Target:
         Raises:
             NblError: the exporter refuses the checkpoint or the precision; the message has the reason.
         """
-        raise NblError(f"engine {self.capabilities.name} makes no decoder; use --engine ort")
+        raise NotImplementedError
 
     def linearize(
         self, original: Path, out: Path, maps: Mapping[int, Mixer], tap: str = "residual",
@@ -244,12 +243,8 @@ class Target:
     def open_graph(
         self, directory: Path, head_dim: int, file: str | None = None, threads: int | None = None
     ) -> GraphDecoder:
-        """The graph for verification and scores: the graph with all logits, unless `file` names another.
-
-        Raises:
-            NblError: the target has no graph that gives the logits of every position.
-        """
-        raise NblError(f"{directory} has no graph that gives the logits of every position")
+        """The graph for verification and scores: the graph with all logits, unless `file` names another."""
+        raise NotImplementedError
 
     def open_exact(self, directory: Path, head_dim: int, file: str | None = None) -> GraphDecoder:
         """Like `open_graph`, in the arithmetic that the graph's own types state."""

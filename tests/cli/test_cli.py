@@ -354,7 +354,7 @@ def test_doctor_names_every_engine_with_its_reason() -> None:
     from nbl_export.targets.gpu import PROVIDERS
 
     found = answer("doctor")
-    assert set(found) == {*ENGINES, "llama.cpp", *(f"ort --provider {flag}" for flag in PROVIDERS)}
+    assert set(found) == {*ENGINES, *(f"ort --provider {flag}" for flag in PROVIDERS)}
     assert all(isinstance(engine["available"], bool) and engine["reason"] for engine in found.values())
     assert found["ort"]["available"], found["ort"]["reason"]
     halves = nbl("doctor").out.split("Could be added")

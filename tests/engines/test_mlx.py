@@ -13,10 +13,9 @@ import torch
 from nbl_export.mixers.linear import Linear
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
-from nbl_export.model.torch_decoder import TorchDecoder
 from nbl_export.targets.checkpoint import nemotron_nas
 
-from ..tiny import HIDDEN, SPLIT, random_map, save_checkpoint
+from ..tiny import HIDDEN, SPLIT, greedy, random_map, save_checkpoint
 
 pytestmark = pytest.mark.mlx
 
@@ -48,7 +47,7 @@ def test_mlx_gives_the_tokens_of_transformers(architecture: str, layers: tuple[i
     maps = {i: Linear(random_map(i).weight, torch.zeros(HIDDEN).numpy()) for i in layers}
     nemotron_nas.save(load_model(checkpoint), checkpoint, maps, "mlx", tmp_path / "out")
     ids = torch.randint(3, 380, (40,), generator=torch.Generator().manual_seed(0)).tolist()
-    expected = TorchDecoder(linearize(load_model(checkpoint), maps, "normed")).greedy(ids, NEW)
+    expected = greedy(linearize(load_model(checkpoint), maps, "normed"), ids, NEW)
     words = [PYTHON, "-c", CODE, str(tmp_path / "out"), json.dumps(ids), str(NEW)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -18,9 +18,8 @@ import torch
 
 from nbl_export.model.checkpoint.hf_classes import save_linearized
 from nbl_export.model.checkpoint.load import load_model
-from nbl_export.model.torch_decoder import TorchDecoder
 
-from ..tiny import random_map, save_checkpoint
+from ..tiny import greedy, random_map, save_checkpoint
 
 pytestmark = pytest.mark.vllm
 
@@ -55,7 +54,7 @@ def expected(directory: Path) -> list[list[int]]:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    return [TorchDecoder(model).greedy(ids, NEW) for ids in IDS]
+    return [greedy(model, ids, NEW) for ids in IDS]
 
 
 def run(job: dict[str, Any], **environment: str) -> Any:

@@ -142,13 +142,6 @@ def test_more_layers_than_a_gguf_holds(tmp_path: Path, key: str) -> None:
         resolve(str(file))
 
 
-def test_a_gguf_for_llama_cpp_states_no_more_layers_than_it_holds(tmp_path: Path) -> None:
-    from nbl_export.targets.gguf.engine import read_gguf_facts
-
-    with pytest.raises(NblError, match="states 1073741824 layers"):
-        read_gguf_facts(empty_gguf(tmp_path / "model.gguf", **{"llama.block_count": 1 << 30}))
-
-
 def gguf_of(checkpoint: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
     """The tiny Llama as a GGUF, its tensors changed."""
     from safetensors.torch import load_file, save_file

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 
 from nbl_export.errors import CorruptError, NblError
-from nbl_export.graph.gguf.content import read_content
-from nbl_export.graph.gguf.header import read_header
+from nbl_export.graph.gguf_header import read_header
 from nbl_export.model.checkpoint import source
 from nbl_export.model.checkpoint.load import load_model, read_spec
 from nbl_export.model.checkpoint.shape import read_shape
@@ -61,19 +61,20 @@ def test_an_8b_model_has_its_parameters(tmp_path: Path) -> None:
 
 def test_head_of_a_gguf_file(tmp_path: Path) -> None:
     file = save_gguf(tmp_path / "tiny.gguf")
-    header, content = read_header(file), read_content(file)
-    assert header.shapes == {tensor.name: tensor.shape for tensor in content.tensors}
-    lengths = {name: len(k.value) if isinstance(k.value, list) else k.value for name, k in content.keys.items()}
+    header, reader = read_header(file), gguf.GGUFReader(file)
+    assert header.shapes == {tensor.name: tuple(reversed(tensor.shape.tolist())) for tensor in reader.tensors}
+    values = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    lengths = {name: len(value) if isinstance(value, list) else value for name, value in values.items()}
     assert {name: header.keys[name] for name in lengths} == pytest.approx(lengths)
     found = read_shape(file)
     assert found.decoder == read_spec(source.resolve(str(file)))
     assert (found.mlp, found.is_gguf) == (MlpSpec(INNER), True)
-    assert found.parameters == sum(math.prod(tensor.shape) for tensor in content.tensors if len(tensor.shape) == 2)
+    assert found.parameters == sum(math.prod(shape) for shape in header.shapes.values() if len(shape) == 2)
 
 
 def test_a_cut_gguf_file_is_refused(tmp_path: Path) -> None:
     whole = save_gguf(tmp_path / "tiny.gguf").read_bytes()
-    end = len(whole) - sum(tensor.stored_bytes for tensor in read_content(tmp_path / "tiny.gguf").tensors)
+    end = len(whole) - sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(tmp_path / "tiny.gguf").tensors)
     for length in (0, 3, 7, 23, 40, 100, end // 2, end - 1000):
         (tmp_path / "cut.gguf").write_bytes(whole[:length])
         with pytest.raises(CorruptError, match="truncated or not a GGUF file"):

@@ -178,8 +178,6 @@ def test_a_refusal_reaches_the_user(recorded: Recorded, tmp_path: Path) -> None:
 
 
 def test_engines_that_cannot_make_the_run(recorded: Recorded, tmp_path: Path) -> None:
-    done = nbl("--model", "m", "--engine", "llama.cpp", "--output", tmp_path / "out")
-    assert_refused(done, 2, "llama.cpp makes no decoders", "convert DIR --to gguf")
     done = nbl("build", recorded(), "--engine", "trt")
     assert_refused(done, 1, "is a run for --engine ort", "make another run with --engine trt or trt-rtx")
 

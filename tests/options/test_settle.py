@@ -224,7 +224,6 @@ def test_an_option_with_effect_is_accepted(asked: Asked) -> None:
 # All that is asked for, the model, and parts of the message: refused as usage.
 WRONG: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
     ({"engine": "steam"}, None, ("unknown engine 'steam'; engines are ort, openvino, trt, trt-rtx",)),
-    ({"engine": "llama.cpp"}, None, ("llama.cpp makes no decoders", "ort, openvino, trt, trt-rtx", "--to gguf")),
     ({"engine": "openvino", "provider": "cuda"}, None, ("--provider is for engine ort, not for openvino",)),
     ({"precision": "fp7"}, None, ("--precision fp7 is not for engine ort", "fp32", "int4")),
     ({"engine": "openvino", "precision": "bf16"}, None, ("engine openvino; it takes fp16, fp32, int8, int4",)),

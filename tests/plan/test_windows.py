@@ -59,8 +59,8 @@ def test_named_windows_ship_verified(
         assert step["layers"] == 2 and facts["goal"]["given"] == [LAYERS - 1]
     said = (run / "report.md").read_text()
     assert "layer 2 reads the last tokens and the first one alone" in said and "by a linear layer" not in said
-    refused = nbl("convert", run, "--to", "gguf", "--output", tmp_path / "gguf")
-    assert refused.status == 1 and "layer 2 is of the kind window" in refused.err and not (tmp_path / "gguf").exists()
+    refused = nbl("convert", run, "--to", "edge-llm", "--output", tmp_path / "saved")
+    assert refused.status == 1 and "a layer with a window" in refused.err and not (tmp_path / "saved").exists()
 
 
 def test_a_saved_run_with_windows_is_the_model_of_a_job(checkpoint: Any, text: Path, tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from safetensors.numpy import load_file, save_file
 
 from nbl_export.calibrate.moments_file import whole_moments
 from nbl_export.errors import CorruptError, NblError
-from nbl_export.graph.gguf.content import read_content
 from nbl_export.mixers import lmmse
 from nbl_export.mixers.linear import LINEAR, Linear
 from nbl_export.model.checkpoint.load import load_model
@@ -21,18 +20,20 @@ from nbl_export.model.linearize import linearize
 from nbl_export.plan.maps_file import load_maps
 from nbl_export.targets.checkpoint import nemotron_nas
 
-from ..canaries import Canaries
 from ..command import TINY, assert_refused, nbl
 from ..jobs import until
-from ..tiny import HIDDEN, SPLIT, random_map, save_checkpoint, save_gguf
+from ..tiny import HIDDEN, SPLIT, random_map, save_checkpoint
 
 IDS = torch.arange(3, 40)[None]
 
 
+NAS = {"intermediate_size": 256, **SPLIT}  # what the Nemotron-NAS form holds
+
+
 @pytest.fixture(scope="module")
 def runs(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Finished runs on a GGUF: maps without a bias, with a bias on the normed input, and on the residual stream."""
-    model = save_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+    """Finished runs: maps without a bias, with a bias on the normed input, and on the residual stream."""
+    model = save_checkpoint("llama", tmp_path_factory.mktemp("nas") / "model", **NAS)
     kinds = {"linear": ("--maps", "linear"), "normed": ("--tap", "normed"), "residual": ()}
     found = {}
     for name, options in kinds.items():
@@ -44,28 +45,17 @@ def runs(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
     return found
 
 
-def maps_in(path: Path) -> dict[int, np.ndarray]:
-    content = read_content(path)
-    return {
-        i: content.by_name[f"blk.{i}.attn_output.weight"].values() for i in content.keys["nbl.replaced_layers"].value
-    }
+def matrices_in(directory: Path) -> dict[int, np.ndarray]:
+    weights = load_file(directory / "model.safetensors")
+    return {i: weights[f"model.layers.{i}.self_attn.linear_attn.weight"] for i in (1, 2)}
 
 
-def test_gguf_of_linear_maps_holds_them_as_they_are(
-    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    canaries = Canaries(tmp_path / "canaries")
-    (tmp_path / "strange").mkdir()
-    canaries.plant(tmp_path / "strange")
-    monkeypatch.chdir(tmp_path / "strange")  # a node package of the working directory is not run
-    done = nbl("convert", runs["linear"], "--to", "gguf", "--output", tmp_path / "m.gguf")
-    assert canaries.touched() == []
-    assert (done.status, done.out) == (0, f"{tmp_path / 'm.gguf'}\n"), done.err
-    for said in ("not run in llama.cpp", "NBL_NODE_LLAMA_CPP", "kept tensors byte for byte"):
-        assert said in done.err
+def test_linear_maps_are_written_as_they_are(runs: dict[str, Path], tmp_path: Path) -> None:
+    done = nbl("convert", runs["linear"], "--to", "tensorrt-llm", "--output", tmp_path / "nas")
+    assert (done.status, done.out) == (0, f"{tmp_path / 'nas'}\n"), done.err
     assert "Perplexity" not in done.err  # nothing changed
     maps = load_maps(runs["linear"] / "maps.safetensors", (1, 2))
-    for i, found in maps_in(tmp_path / "m.gguf").items():
+    for i, found in matrices_in(tmp_path / "nas").items():
         np.testing.assert_array_equal(found, maps[i].tensors()["weight"])
     assert not [p.name for p in runs["linear"].iterdir() if p.name.startswith(".tmp-")]
 
@@ -75,13 +65,13 @@ def test_other_maps_are_made_linear_and_what_that_costs_is_said(
     kind: str, runs: dict[str, Path], tmp_path: Path
 ) -> None:
     """Both ways give the least-squares map without an intercept, which the run with --maps linear has fitted."""
-    done = nbl("convert", runs[kind], "--to", "gguf", "--output", tmp_path / "m.gguf")
+    done = nbl("convert", runs[kind], "--to", "nemotron-nas", "--output", tmp_path / "nas")
     assert done.status == 0, done.err
     assert "Perplexity on held-back text: original" in done.err
     assert ("folded into its matrix" in done.err) == (kind == "normed")
     assert ("collecting them from 1024 tokens" in done.err) == (kind == "residual")
     expected = load_maps(runs["linear"] / "maps.safetensors", (1, 2))
-    for i, found in maps_in(tmp_path / "m.gguf").items():
+    for i, found in matrices_in(tmp_path / "nas").items():
         apart = np.abs(found - expected[i].tensors()["weight"]).max() / np.abs(expected[i].tensors()["weight"]).max()
         assert apart < 1e-3, (i, apart)
 
@@ -99,41 +89,30 @@ def test_a_folded_bias_is_the_nearest_map(runs: dict[str, Path]) -> None:
     assert not LINEAR.from_tensors({"weight": folded, "bias": given.bias}).as_product(moments, 1).bias.any()
 
 
-def test_gguf_types_and_base(runs: dict[str, Path], tmp_path: Path) -> None:
-    model = Path(json.loads((runs["linear"] / "nbl.json").read_text())["places"]["model"])
-    for options in (("--type", "q8_0"), ("--base", model)):
-        target = tmp_path / f"{options[1]}.gguf".replace("/", "_")
-        done = nbl("convert", runs["linear"], "--to", "gguf", *options, "--output", target)
-        assert done.status == 0, done.err
-    kinds = {t.kind.name for t in read_content(tmp_path / "q8_0.gguf").tensors if len(t.shape) == 2}
-    assert kinds == {"Q8_0"}
-    assert nbl("inspect", tmp_path / "q8_0.gguf").status != 0  # no traceback
-    other = save_checkpoint("llama", tmp_path / "other")
-    assert_refused(nbl("convert", runs["linear"], "--to", "gguf", "--base", other / "config.json", "--output",
-                       tmp_path / "x.gguf"), 1, "cannot be read as GGUF")  # fmt: skip
-
-
 @pytest.mark.parametrize(
-    ("options", "status", "part"),
+    ("form", "part"),
     [
-        (("--to", "onnx"), 2, "--to is transformers, gguf, nemotron-nas, mlx, edge-llm"),
-        (("--to", "gguf", "--type", "q3_k"), 2, "--type is keep, f16, q8_0, q4_0"),
-        (("--to", "mlx", "--type", "f16"), 2, "--type is for --to gguf"),
-        (("--to", "gguf", "--base", "nowhere.gguf"), 1, "nowhere.gguf is not a file"),
-        (("--to", "nemotron-nas"), 1, "rounds the width of an MLP to a multiple of 256, and this model's is 128"),
+        ("onnx", "--to is transformers, nemotron-nas, mlx, edge-llm"),
+        ("gguf", "--to gguf is gone: llama.cpp's convert_hf_to_gguf.py"),
+        ("llama.cpp", "--to nemotron-nas"),
     ],
 )
-def test_refused(options: tuple[str, ...], status: int, part: str, runs: dict[str, Path], tmp_path: Path) -> None:
-    assert_refused(nbl("convert", runs["linear"], *options, "--output", tmp_path / "out"), status, part)
+def test_forms_that_are_none(form: str, part: str, tmp_path: Path) -> None:
+    assert_refused(nbl("convert", tmp_path, "--to", form, "--output", tmp_path / "out"), 2, part)
+
+
+def test_a_model_that_the_form_cannot_hold(run: Path, tmp_path: Path) -> None:
+    refused = nbl("convert", run, "--to", "nemotron-nas", "--output", tmp_path / "out")
+    assert_refused(refused, 1, "rounds the width of an MLP to a multiple of 256, and this model's is 128")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_target_that_is_there_and_a_directory_that_is_no_run(runs: dict[str, Path], tmp_path: Path) -> None:
-    (tmp_path / "mine.gguf").write_text("mine")
-    asked = ("--to", "gguf", "--output", tmp_path / "mine.gguf")
-    assert_refused(nbl("convert", runs["linear"], *asked), 1, "mine.gguf is there already")
-    assert (tmp_path / "mine.gguf").read_text() == "mine"
-    assert nbl("convert", tmp_path / "nowhere", *asked[:3], tmp_path / "new.gguf").status == 1
+    (tmp_path / "mine").write_text("mine")
+    asked = ("--to", "nemotron-nas", "--output", tmp_path / "mine")
+    assert_refused(nbl("convert", runs["linear"], *asked), 1, "mine is there already")
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert nbl("convert", tmp_path / "nowhere", *asked[:3], tmp_path / "new").status == 1
 
 
 def test_without_the_text_the_command_of_a_run_that_can_is_named(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -141,11 +120,8 @@ def test_without_the_text_the_command_of_a_run_that_can_is_named(runs: dict[str,
     manifest = json.loads((run / "nbl.json").read_text())
     manifest["calibration"]["sha256"] = "0" * 64
     (run / "nbl.json").write_text(json.dumps(manifest))
-    done = nbl("convert", run, "--to", "gguf", "--output", tmp_path / "m.gguf")
+    done = nbl("convert", run, "--to", "nemotron-nas", "--output", tmp_path / "nas")
     assert_refused(done, 1, "has changed since this run", "--maps linear", "--layers 1,2")
-
-
-NAS = {"intermediate_size": 256, **SPLIT}  # what the Nemotron-NAS form holds
 
 
 def linear(*layers: int) -> dict[int, Linear]:
@@ -206,12 +182,3 @@ def test_what_nemotron_nas_cannot_hold(
     with pytest.raises(NblError, match=part):
         nemotron_nas.save(load_model(checkpoint), checkpoint, linear(*layers), "mlx", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_gguf_of_a_checkpoint(run: Path) -> None:
-    """A run on safetensors: the file has the checkpoint's tokenizer, and maps in the type of the checkpoint."""
-    done = nbl("convert", run, "--to", "gguf", "--output", run.with_name("m.gguf"))
-    assert done.status == 0, done.err
-    content = read_content(run.with_name("m.gguf"))
-    assert content.keys["tokenizer.ggml.pre"].value == "gpt-2"
-    assert {t.kind.name for t in content.tensors} == {"F32"}

@@ -14,10 +14,12 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from nbl_export.errors import NblError
 from nbl_export.mixers.linear import Linear
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
-from nbl_export.publish.gguf import LinearMaps, loss_of_change
+from nbl_export.publish.linear_maps import LinearMaps, linear_maps, loss_of_change
+from nbl_export.run.progress import Ui
 
 from ..tiny import HIDDEN, VOCAB
 
@@ -59,3 +61,9 @@ def test_nothing_is_said_of_maps_that_did_not_change_or_without_the_original() -
     for change, gone in (("", False), ("changed", True)):
         found: Any = SimpleNamespace(original_is_gone=gone)
         assert loss_of_change(found, LinearMaps({}, change)) == ""
+
+
+def test_a_window_has_no_linear_map() -> None:
+    found: Any = SimpleNamespace(maps={2: SimpleNamespace(kind="window", product=lambda: None)}, tap="normed")
+    with pytest.raises(NblError, match="layer 2 is of the kind window, and this form holds one matrix a layer"):
+        linear_maps(found, Ui(quiet=True))

@@ -74,7 +74,7 @@ def test_graphs_say_how_large_they_are(exported: Callable[..., Path], checkpoint
     ("arguments", "status", "parts"),
     [
         (("NONE", "RUN"), 1, ("NONE", "does not exist")),
-        (("RUN", "--against", "NONE.gguf"), 1, ("NONE.gguf", "does not exist")),
+        (("RUN", "--against", "NONE"), 1, ("NONE", "does not exist")),
         (("RUN", "RUN"), 1, ("named twice",)),
         (("RUN", "--against", "RUN/model"), 1, ("named twice",)),
         (("RUN", "--format", "xml"), 2, ("--format", "llama-bench")),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import NblError
-from nbl_export.graph.gguf.header import Header, read_header
+from nbl_export.graph.gguf_header import Header, read_header
 from nbl_export.graph.given import refuse_graph
 from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, check_config, mlp_of
 from nbl_export.model.checkpoint.source import check_architecture, gguf_of, linearized_of, read_config
