@@ -137,6 +137,8 @@ def test_a_nemotron_nas_directory_is_the_same_model(form: str, architecture: str
     with torch.inference_mode():
         found = nemotron_nas.load(tmp_path / "out")(IDS, use_cache=False).logits
         assert torch.equal(found, expected(IDS, use_cache=False).logits)
+    tokenizer = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"  # which transformers 4 knows
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architectures"] == ["DeciLMForCausalLM"] and config["model_type"] == "nemotron-nas"
     assert [b["attention"]["replace_with_linear"] for b in config["block_configs"]] == [False, True, True]

@@ -5,8 +5,8 @@
     weights       model.layers.{i}.self_attn.{linear_attn | linear}.weight [D, D], of the normed input, without a bias
 
 Readers compute the width of an MLP from its multiplier: the next multiple of 256 above int(2 * ffn_mult * D / 3).
-Sources: TensorRT-LLM, _torch/models/modeling_nemotron_nas.py, which names the matrix linear_attn; mlx-lm 0.32,
-models/nemotron-nas.py, which names it linear and takes its mask from layer 0.
+Sources: TensorRT-LLM, _torch/models/modeling_nemotron_nas.py, and llama.cpp, conversion/deci.py, which name the matrix
+linear_attn; mlx-lm 0.32, models/nemotron-nas.py, which names it linear and takes its mask from layer 0.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ import torch
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import Mixer
-from nbl_export.model.checkpoint.pretrained import model_with, tokenizer_of
+from nbl_export.model.checkpoint.pretrained import model_with
 from nbl_export.model.linearize import linearize
+from nbl_export.targets.export.finish import add_text_files
 
 __all__ = ["MATRIX", "check", "load", "save"]
 
@@ -85,9 +86,7 @@ def save(model: Any, checkpoint: Path, maps: Mapping[int, Mixer], form: str, out
     save_torch_state_dict(weights, out)
     config = _config(model.config, tuple(sorted(maps)))
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(out)
-    tokenizer_of(checkpoint).save_pretrained(out)
+    add_text_files(checkpoint, out)  # readers have transformers 4
     shutil.copyfile(_CODE, out / f"{_MODULE}.py")
 
 
