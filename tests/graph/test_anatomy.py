@@ -172,6 +172,13 @@ def test_a_cache_that_goes_nowhere_is_refused() -> None:
         cache_layers(graph(text))
 
 
+def test_a_hybrid_by_the_genai_builder_is_refused() -> None:
+    found = graph()
+    found.inputs.append(ir.Value(name="past.1.conv"))
+    with pytest.raises(RefusalError, match=r"past\.1\.conv is the state of a layer without attention: only about a"):
+        cache_layers(found)
+
+
 def test_graph_without_caches_is_refused() -> None:
     text = DECOMPOSED.replace(", float[B,1,Q,8] present_0_key, float[B,1,Q,8] present_0_value)", ")")
     with pytest.raises(RefusalError, match="none of its inputs and outputs are key/value caches"):
