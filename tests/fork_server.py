@@ -168,10 +168,12 @@ def _become(server: int, arguments: list[str], code: str, log: str) -> None:
 
 if __name__ == "__main__":
     _end_with(int(sys.argv[1]))
-    import transformers.models.llama  # noqa: F401  whatever takes long to load
+    # Whatever takes long to load. Transformers loads its parts, and torch, when a name is asked for.
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
     import nbl_export.report.page
-    import nbl_export.rewrite  # noqa: F401
+    import nbl_export.rewrite
+    import nbl_export.run.pipeline  # noqa: F401
     from tests.command import SHORT_PARTS
 
     exec(SHORT_PARTS)

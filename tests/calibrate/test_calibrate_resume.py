@@ -38,7 +38,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
 
 @pytest.fixture(scope="module")
 def command(same: tuple[object, ...]) -> tuple[object, ...]:
-    return ("calibrate", *same[:4], "--calibration-tokens", 4096, "--context", 64)
+    return ("calibrate", *same[:4], "--calibration-tokens", 1536, "--context", 64)
 
 
 @pytest.fixture(scope="module")

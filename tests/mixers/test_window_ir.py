@@ -42,9 +42,7 @@ def made(checkpoint: Any, exported: Any, tmp_path: Path) -> Callable[..., tuple[
     return make
 
 
-@pytest.mark.parametrize(
-    ("name", "mix"), [("llama", "aww"), ("llama", "waw"), ("llama", "lwa"), ("qwen2", "law"), ("granite", "wal")]
-)
+@pytest.mark.parametrize(("name", "mix"), [("llama", "aww"), ("qwen2", "law"), ("granite", "wal")])
 def test_the_ir_computes_what_torch_computes(checkpoint: Any, made: Any, name: str, mix: str) -> None:
     """A padded batch, cached steps, the states, and the graph that computes one token at its end."""
     out, chosen = made(name, mix)
@@ -56,7 +54,7 @@ def test_the_ir_computes_what_torch_computes(checkpoint: Any, made: Any, name: s
     assert check_ir_pruned("nbl", out).passed and check_ir_maps("nbl", out, chosen).passed
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 16])
+@pytest.mark.parametrize("tokens", [1, 16])
 def test_chunks_and_sizes(checkpoint: Any, made: Any, tokens: int) -> None:
     """One row in chunks; the normed tap."""
     out, chosen = made("llama", "aww", tokens, "normed")

@@ -251,7 +251,6 @@ def test_a_job_runs_on_the_gpu_and_says_so(
     [
         (1.0, True, "torch computes on Fake GPU (CUDA)", "Fake GPU (CUDA)"),
         (1.0, False, "one layer at a time on Fake GPU (CUDA): the GPU has too little memory", "Fake GPU (CUDA)"),
-        (0.8, False, "one layer at a time on Fake GPU (CUDA): the GPU has too little memory", "Fake GPU (CUDA)"),
         (0.1, False, "the torch model is on the CPU: its weights are", "CPU"),
     ],
 )
