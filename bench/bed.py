@@ -48,8 +48,9 @@ class Bed:
             self.model, self.tokenizer = load.load_model(directory), load.load_tokenizer(directory)
         c4 = corpus.read_text(str(data / "c4" / "c4_demo.json"))
         source = corpus.installed_text() if text == "default" else c4
-        self.windows, self.held = text_windows.pack(source, self.tokenizer, TOKENS, CONTEXT, HELD)
-        self.training = text_windows.extend(self.windows, source, self.tokenizer, train_tokens, HELD)
+        ids = text_windows.token_ids(source, self.tokenizer, max(TOKENS, train_tokens) + HELD)
+        self.windows, self.held = text_windows.pack_ids(source, ids, TOKENS, CONTEXT, HELD)
+        self.training = text_windows.extend(self.windows, ids, train_tokens, HELD)
         self.text = {"name": source.name, "sha256": source.sha256}
         self.texts = {
             "c4 rest": self._spread(self._ids(c4.documents)[TOKENS + HELD :], near_windows or windows),

@@ -35,7 +35,7 @@ def plain_seconds(directory: Path) -> tuple[int, float]:
 
     run = RunDirectory.peek(directory)
     resolver = Resolver(located(JobOptions.from_json(run.manifest["options"]), run.manifest), run, Ui(quiet=True))
-    windows, decoder = resolver.windows.value[0], resolver.model.value.get_decoder()
+    windows, decoder = resolver.text.windows.value, resolver.model.value.get_decoder()
     with torch.inference_mode():
         decoder(input_ids=collect.batches(windows)[0], use_cache=False)  # warm-up
         started = time.monotonic()

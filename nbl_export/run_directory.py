@@ -1,9 +1,8 @@
 """The run directory: one manifest, hashed files, and stages that are finished or absent.
 
     DIR/nbl.json               the manifest (this module's `RunDirectory` reads and writes it)
-    DIR/calibration.jsonl.gz   documents of the hub datasets that are calibrated on
+    DIR/text.safetensors       text: token ids of the calibration text and of the second text, by use
     DIR/moments.safetensors    calibrate; calibrate.partial.safetensors while it works
-    DIR/sampled.safetensors    calibrate --calibration self: the sampled tokens
     DIR/maps.safetensors       plan; distill, if requested (then plan writes start.safetensors)
     DIR/distill.json           distill; distill.partial.safetensors while it works
     DIR/original/              decoder: the exported graph; all_logits.onnx is the graph as exported, if model.onnx
@@ -23,7 +22,8 @@
 A stage writes into a scratch directory, and its results are renamed into place. Before the renaming, the manifest drops
 the records of this stage and of all stages that read its results. So a kill at any moment leaves the old state, or a
 stage that is absent. Changed options reach the manifest with the first stage that finishes under them, so a refused
-command changes nothing.
+command changes nothing. The stage text is not such a stage: it drops no records, since the rows that a stage has read
+are in the stage's key. So an interrupted change of text leaves the results as they were.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ from nbl_export.records.plan import LayerScore, Plan
 from nbl_export.trust.contained import check_folder
 from nbl_export.trust.lock import locked
 
-__all__ = ["ACCEPTANCE_FILE", "ACCEPTANCE_JSON", "ACCEPTANCE_MD", "BENCH_FILE", "CALIBRATION_FILE", "CHECKPOINT",
-           "DECODERS", "DISTILL_FILE", "EVAL_FILE", "MADE_BY", "MAPS_FILE", "MOMENTS_FILE", "PACKAGES",
-           "REFERENCES_FILE", "REPORT_HTML", "REPORT_JSON", "REPORT_MD", "SCHEMA", "START_FILE",
-           "VERIFY_FILE", "RunDirectory", "refuse_foreign"]  # fmt: skip
+__all__ = ["ACCEPTANCE_FILE", "ACCEPTANCE_JSON", "ACCEPTANCE_MD", "BENCH_FILE", "CHECKPOINT", "DECODERS",
+           "DISTILL_FILE", "EVAL_FILE", "MADE_BY", "MAPS_FILE", "MOMENTS_FILE", "PACKAGES", "REFERENCES_FILE",
+           "REPORT_HTML", "REPORT_JSON", "REPORT_MD", "SCHEMA", "START_FILE", "TEXT_FILE", "VERIFY_FILE",
+           "RunDirectory", "refuse_foreign"]  # fmt: skip
 
 SCHEMA = 1
 
@@ -67,7 +67,7 @@ MADE_BY = {"original": "decoder", "model": "rewrite"}  # directory of a decoder 
 VERIFY_FILE, BENCH_FILE, EVAL_FILE = "verify.json", "bench.json", "eval.json"
 DISTILL_FILE = "distill.json"
 REPORT_JSON, REPORT_HTML, REPORT_MD = "report.json", "report.html", "report.md"
-CALIBRATION_FILE = "calibration.jsonl.gz"
+TEXT_FILE = "text.safetensors"
 CHECKPOINT = "checkpoint"
 MOMENTS_FILE = "moments.safetensors"
 START_FILE = "start.safetensors"  # maps before distillation
@@ -250,7 +250,9 @@ class RunDirectory:
         for name in (stage, *readers):
             self.stages.pop(name, None)
         failed = self.manifest["status"] == "failed" and "verify" in self.stages
-        self.save(status="failed" if failed else "incomplete")
+        if readers:
+            self.note(status="failed" if failed else "incomplete")
+        self.save()
         for entry in sorted(scratch.iterdir()):
             target = self.path / entry.name
             if target.is_dir():
@@ -272,7 +274,7 @@ class RunDirectory:
 
 
 _OURS = (
-    CALIBRATION_FILE, MOMENTS_FILE, "calibrate.partial.safetensors", "sampled.safetensors", START_FILE, MAPS_FILE,
+    TEXT_FILE, MOMENTS_FILE, "calibrate.partial.safetensors", START_FILE, MAPS_FILE,
     DISTILL_FILE, "distill.partial.safetensors", *DECODERS.values(), VERIFY_FILE,
     REFERENCES_FILE, ACCEPTANCE_FILE, EVAL_FILE, "engine", BENCH_FILE, REPORT_HTML,
     REPORT_MD, REPORT_JSON, ACCEPTANCE_MD, ACCEPTANCE_JSON, "nbl-checkpoint", CHECKPOINT, MANIFEST,
@@ -312,11 +314,12 @@ def _check_manifest(manifest: Any) -> None:
     Raises:
         KeyError, TypeError, ValueError, AttributeError or OverflowError: a value is missing or of the wrong kind.
     """
-    _require(manifest, schema=int, status=str, command=str, stages=dict)
+    _require(manifest, schema=int, status=str, command=str, stages=dict, sources=list)
     _require(manifest["model"], name=str, fingerprint=str)
-    _require(manifest["calibration"], name=str, sha256=str)
-    for facts in {"hub": {}, **manifest["calibration"]}["hub"].values():
-        _require(facts, sha256=str, characters=int, cut=bool)
+    if "text" in manifest["stages"]:
+        _require(manifest["text"], name=str, sha256=str, second=str, parts=dict)
+    if manifest["stages"].keys() - {"text"}:
+        _require(manifest["calibration"], name=str, sha256=str)
     for record in manifest["stages"].values():
         _require(record, key=str, seconds=(int, float), files=dict)
         if any(Path(name).is_absolute() or ".." in Path(name).parts for name in record["files"]):

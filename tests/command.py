@@ -20,6 +20,7 @@ from unittest import mock
 __all__ = [
     "BARE", "SHORT_PARTS", "TINY", "Outcome", "assert_refused", "configured", "in_new_process", "nbl", "snapshot",
     "stage_lines",
+    "text_is_read",
 ]  # fmt: skip
 
 # A run that is as small as the options allow: a few seconds.
@@ -38,7 +39,7 @@ machine_speed.READ_BYTES = 1 << 20
 windows._PART_TOKENS = {roles: tokens // 4 for roles, tokens in windows._PART_TOKENS.items()}
 """
 _STAGE = re.compile(
-    r"^(calibrate|plan|decoder graph|rewrite|verify|bench|report)( \.\.\.|: reused|: done in [\d.]+ s)$"
+    r"^(text|calibrate|plan|decoder graph|rewrite|verify|bench|report)( \.\.\.|: reused|: done in [\d.]+ s)$"
 )
 
 
@@ -88,9 +89,14 @@ def in_new_process(*arguments: object, code: str = "", **environment: str) -> Ou
 
 
 def stage_lines(outcome: Outcome) -> dict[str, str]:
-    """Stage title -> "reused" or "done", in the order they came."""
+    """Stage title -> "reused" or "done", in the order they came; the stage text, which every job has, is left out."""
     found = (_STAGE.match(line) for line in outcome.err.splitlines())
-    return {m[1]: m[2].strip(" :").split()[0] for m in found if m and m[2] != " ..."}
+    return {m[1]: m[2].strip(" :").split()[0] for m in found if m and m[2] != " ..." and m[1] != "text"}
+
+
+def text_is_read(outcome: Outcome) -> bool:
+    """Whether the stage text has read and cut a text."""
+    return "text: done" in outcome.err
 
 
 def configured(directory: Path, **values: object) -> tuple[str, ...]:

@@ -19,8 +19,13 @@ from nbl_export.run.progress import Ui
 from nbl_export.run.resolve import Resolver
 from nbl_export.run_directory import RunDirectory
 
-__all__ = ["opened", "resolver_of", "until"]
+__all__ = ["TEXT", "opened", "resolver_of", "until"]
 
+_PARTS = ("windows", "held_back", "training", "deciding", "choosing", "final")
+TEXT: dict[str, Any] = {
+    "name": "a text", "second": "another text",
+    "parts": {part: part for part in (*_PARTS, *(f"second.{part}" for part in _PARTS[3:]))},
+}  # fmt: skip
 _SPEC = DecoderSpec("llama", 3, 64, 4, 2, 16, 384, 512)
 
 
@@ -46,15 +51,15 @@ def resolver_of(
     """
     run = RunDirectory(directory)
     run.manifest = {
-        "model": {"fingerprint": "model"}, "calibration": {"sha256": "text"}, "quantized": {"fingerprint": "codes"},
-        "decoder": dataclasses.asdict(_SPEC), "places": {}, "num_layers": 3, "replaced_layers": [1], "tap": "residual",
-        "select": "cca", "scores": [], "stages": {"calibrate": {"key": "moments"}}, **(manifest or {}),
+        "model": {"fingerprint": "model"}, "calibration": {}, "sources": [], "quantized": {"fingerprint": "codes"},
+        "decoder": dataclasses.asdict(_SPEC), "places": {}, "num_layers": 3, "replaced_layers": [1],
+        "kinds": ["linear"], "tap": "residual", "select": "cca", "scores": [],
+        "stages": {"calibrate": {"key": "moments"}}, "text": TEXT, **(manifest or {}),
     }  # fmt: skip
     resolver = Resolver(JobOptions("m", **options), run, Ui(quiet=True), asked)
     resolver.__dict__ |= {
         "source": SimpleNamespace(graph=None, gguf=None, fingerprint="model", directory=directory),
         "shortage": Lazy(None, lambda: ""),
-        "second_text": SimpleNamespace(sha256="another text", name="another text"),
     }  # fmt: skip
     return resolver
 

@@ -17,7 +17,6 @@ from nbl_export.calibrate.sums import Sums
 from nbl_export.distill.state import State
 from nbl_export.files import move_into_place, replaced, replacing, scratch_in, write_json
 from nbl_export.report import console
-from nbl_export.text.sampling import save_windows
 
 
 def moments(path: Path) -> None:
@@ -36,7 +35,6 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "stream": stream,
     "json": lambda path: write_json(path, {"a": 1}),
     "moments": moments,
-    "windows": lambda path: save_windows(torch.zeros(2, 2, dtype=torch.long), "key", path),
     "distillation": lambda path: State(path, "key").save({"a": torch.zeros(2)}, {}),
     "table": lambda path: console.write("text", path),
 }

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -84,20 +85,25 @@ def calibrate(
         NblError: the architecture is not supported, the text is too short, or activations are not finite.
     """
     from nbl_export.calibrate.collect import collect
+    from nbl_export.records.inputs import Lazy
     from nbl_export.records.plan import TAPS
-    from nbl_export.text import windows as cut
+    from nbl_export.text import corpus, parts
 
     if tap not in TAPS:
         raise UsageError(f"tap is {' or '.join(TAPS)}, not {tap!r}")
     spec, read = _spec(model), _read(text)
     if str(model.dtype) != "torch.float32":
         raise UsageError(f"the model is in {model.dtype}; load it in float32 (dtype=torch.float32)")
-    held_back = cut.held_back_tokens(context)
-    rows, held = cut.pack(read, tokenizer, tokens, context, held_back, spec.vocab_size)
+    rows = parts.cut(read, tokenizer, tokens, context, tokens, spec.vocab_size)
+    if (second := corpus.stdlib_text()).sha256 != read.sha256:
+        rows |= parts.cut_second(second, tokenizer, context, spec.vocab_size)
+    both = parts.JobText((read.name, second.name), {part: Lazy(None, partial(rows.get, part)) for part in rows})
+    windows = both.windows.value
     taps = tuple(dict.fromkeys(("residual", tap)))
-    with _task(quiet)(f"{rows.numel()} tokens") as progress:
-        moments = collect(model, rows, progress, taps)
-    return Calibration(model, tap, int(rows.numel()), moments, *_judges(read, held, tokenizer, spec))
+    with _task(quiet)(f"{windows.numel()} tokens") as progress:
+        moments = collect(model, windows, progress, taps)
+    choosing, deciding = both.choosing(spec.max_positions).value, both.deciding.value
+    return Calibration(model, tap, int(windows.numel()), moments, choosing, deciding)
 
 
 def plan(
@@ -171,23 +177,6 @@ def _read(text: str | PathLike[str] | Sequence[str] | None) -> Any:
     return corpus.Text("the given documents", corpus.documents_sha256(documents), documents)
 
 
-def _judges(read: Any, held: Any, tokenizer: Any, spec: Any) -> tuple[Texts, Texts]:
-    """Texts that choose layers and that decide on a limit: held back, and the second text, as in the main job."""
-    from nbl_export.text import corpus
-    from nbl_export.text import windows as cut
-
-    context, second = held.shape[1], corpus.stdlib_text()
-    own = cut.divide(held, cut.CALIBRATION_ROLES)
-    choosing, deciding = [("held back", own.choosing)], [("held back", own.deciding)]
-    if second.sha256 != read.sha256:
-        rows, _ = cut.pack(second, tokenizer, cut.second_tokens(context), context, vocab_size=spec.vocab_size)
-        if len(rows) >= len(cut.SECOND_ROLES):
-            other = cut.divide(rows, cut.SECOND_ROLES)
-            choosing.append((second.name, other.choosing))
-            deciding.append((second.name, other.deciding))
-    return cut.choosing_texts(choosing, spec.max_positions), deciding
-
-
 def _selection(calibration: Calibration, options: JobOptions, quiet: bool) -> Selection:
     from nbl_export.measure.cost import CostModel, map_sizes
     from nbl_export.model.architectures import mlp_of
@@ -211,7 +200,6 @@ def _selection(calibration: Calibration, options: JobOptions, quiet: bool) -> Se
         Lazy(None, lambda: lambda layer, tap: moments[tap][layer]),
         Lazy(None, lambda: lambda maps, tap: SwitchedModel(model, maps, tap)),
         Lazy(None, lambda: calibration.choosing),
-        Lazy(None, lambda: None),
         Lazy(None, lambda: saved),
     )
     return Selection(inputs, _task(quiet))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,13 +10,13 @@ from typing import Any
 from nbl_export.mixers.base import Mixer
 from nbl_export.options.goals import CacheBudget, PerplexityIncrease, TargetSpeedup
 from nbl_export.records.inputs import Lazy
+from nbl_export.text.parts import Texts
 
 __all__ = ["AskedGoal", "MapKind", "OrderInputs", "PlanInputs", "Top",
            "TopInputs"]  # fmt: skip
 
 Maps = Mapping[int, Mixer]  # replaced layer -> its mixer
 Fit = Callable[[Collection[int]], Maps]  # layers -> their fitted maps
-Texts = Sequence[tuple[str, Any]]  # name and token ids [windows, context] of each text
 Task = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]  # title -> progress (done, total)
 
 
@@ -79,7 +79,6 @@ class OrderInputs:
         moments: (layer, tap) -> its moments.
         mixes: maps and their tap -> the torch model, in which these maps can replace attention.
         texts: texts that layers are chosen by; no map is fitted on them.
-        second_sha256: of the second text among them, which differs between versions of Python.
         saved: share of the arithmetic of a prefill of some tokens that maps save, for "efficient".
         given: mixers of layers that are replaced in any case, before the order begins.
         top: how the layers are chosen that the order begins with, and which of them have a window; None for no top.
@@ -92,7 +91,6 @@ class OrderInputs:
     moments: Lazy[Callable[[int, str], Any]]
     mixes: Lazy[Callable[[Maps, str], Any]]
     texts: Lazy[Texts]
-    second_sha256: Lazy[str | None]
     saved: Lazy[Callable[[Maps, int], float]]
     given: Lazy[Maps] = field(default_factory=lambda: Lazy(None, dict))
     top: TopInputs | None = None

@@ -192,9 +192,7 @@ class Selection:
         inputs = self.inputs
         saved = inputs.saved.identity if self.select == "efficient" else None
         parts = (inputs.kind, inputs.moments, inputs.mixes, inputs.texts, inputs.given, inputs.top)
-        return key_of(
-            RULE, EVERY, _WEIGHED_TOKENS, [identity_of(part) for part in parts], inputs.second_sha256.value, saved
-        )
+        return key_of(RULE, EVERY, _WEIGHED_TOKENS, [identity_of(part) for part in parts], saved)
 
     def facts(self, speedup: Lazy[Callable[[Maps], Any]], setting: Lazy[Mapping[str, Any]]) -> dict[str, Any]:
         """Facts for the manifest: the order, so that it is not computed twice, and the curve that it gives.

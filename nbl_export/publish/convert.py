@@ -102,7 +102,7 @@ def _save_nemotron_nas(found: Finished, target: Path, form: str, ui: Ui) -> list
         nemotron_nas.save(
             copy.deepcopy(found.model.value), found.checkpoint.value, linear.maps, form, scratch / "saved"
         )
-        ids = found.held_back.value.final[0, :64].tolist()
+        ids = found.final.value[0, :64].tolist()
         with replaced(found.model.value, linear.maps, TAP):
             expected = log_probabilities(found.model.value, ids)
         result = _compared(found, nemotron_nas.load(scratch / "saved"), expected, ids)
@@ -124,7 +124,7 @@ def _save_edge_llm(found: Finished, target: Path, ui: Ui) -> list[CheckResult]:
     with found.run.scratch() as scratch, ui.task("saving"):
         model = copy.deepcopy(found.model.value)
         edge_llm.save(model, found.checkpoint.value, found.maps, found.tap, scratch / "saved")
-        ids = found.held_back.value.final[0, :64].tolist()
+        ids = found.final.value[0, :64].tolist()
         expected = log_probabilities(model, ids)
         result = _compared(found, edge_llm.load(scratch / "saved"), expected, ids)
         move_into_place(scratch / "saved", target)

@@ -87,7 +87,7 @@ def _moments(found: Finished, layers: Sequence[int], ui: Ui) -> Iterator[tuple[i
                     yield i, file.sums(i, TAP).moments()
                 return
     try:
-        model, windows = found.model.value, found.windows.value[0]
+        model, windows = found.model.value, found.windows.value
     except NblError as error:
         raise NblError(f"{error}; or make a run for this form: {found.remake}") from error
     ui.say(f"  the run has no moments of the normed input; collecting them from {windows.numel()} tokens")
@@ -103,7 +103,7 @@ def loss_of_change(found: Finished, linear: LinearMaps) -> str:
         return ""
     from nbl_export.model.switched import SwitchedModel
 
-    found_on = found.held_back.value.final
+    found_on = found.final.value
     asked = ((found.maps, found.tap), (linear.maps, TAP))
     losses = [SwitchedModel(found.model.value, maps, tap).quality_loss(found_on, tuple(maps)) for maps, tap in asked]
     (original, before), (_, after) = (loss.perplexities for loss in losses)

@@ -34,7 +34,6 @@ from nbl_export.run_directory import (
 from nbl_export.targets import all_targets, load_engine, owner_of
 from nbl_export.targets.base import Target
 from nbl_export.targets.runners import SequenceLimits, TextRunner
-from nbl_export.text.windows import Division
 from nbl_export.trust.contained import check_folder, refuse_special
 
 __all__ = ["Finished", "Located", "answers", "available_engine", "describe", "examine_engines", "is_model_directory",
@@ -157,9 +156,8 @@ class Finished:
         fit: the source of the maps. remake: the command that makes a run with maps without a bias.
         source: the `checkpoint.Source` of the original. checkpoint: a directory with its safetensors and tokenizer.
         model: the original torch model. Its value raises NblError if it is not available.
-        windows: token windows that the run calibrated on, and held-back windows. Raises NblError if the text is not
-            available, or has changed.
-        held_back: the held-back windows by use; those of the final figures neither fitted nor chose anything.
+        windows: token windows that the run calibrated on.
+        final: token windows of the final figures, which neither fitted nor chose anything.
     """
 
     run: RunDirectory
@@ -170,8 +168,8 @@ class Finished:
     source: Lazy[Any]
     checkpoint: Lazy[Path]
     model: Lazy[Any]
-    windows: Lazy[tuple[Any, Any]]
-    held_back: Lazy[Division]
+    windows: Lazy[Any]
+    final: Lazy[Any]
 
     @property
     def original_is_gone(self) -> bool:
@@ -213,6 +211,7 @@ def open_finished(output: Path, ui: Ui, *, force: bool = False) -> Iterator[Fini
         yield resolver.fill(
             Finished, run=run, maps=load_maps(run.path / MAPS_FILE, plan.layers), tap=plan.tap,
             remake=remake_command(options, plan.layers), source=Lazy(None, lambda: resolver.source),
+            windows=resolver.text.windows, final=resolver.text.own_final,
         )  # fmt: skip
 
 

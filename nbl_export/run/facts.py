@@ -18,7 +18,6 @@ from nbl_export.options.options import CHECKPOINT_FIT, JobOptions
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.targets import load_engine
-from nbl_export.text.corpus import Text
 from nbl_export.text.mixture import absolute_sources
 
 __all__ = ["architecture_facts", "capabilities_of", "check_machine", "facts_of_model",
@@ -120,14 +119,8 @@ def require_engine(options: JobOptions, *, to_prove: bool = False) -> None:
 # -- what a run records -------------------------------------------------------------------------------------------
 
 
-def identity_of(
-    options: JobOptions, source: Source, spec: DecoderSpec, text: Text, hub: dict[str, Any]
-) -> dict[str, Any]:
-    """The manifest's facts about model, decoder and calibration text, with their paths.
-
-    Args:
-        hub: facts about the hub datasets in the text, see `text.mixture`.
-    """
+def identity_of(options: JobOptions, source: Source, spec: DecoderSpec) -> dict[str, Any]:
+    """The manifest's facts about model and decoder, with the paths of model and text."""
     return {
         "model": {
             "name": options.model,
@@ -137,14 +130,6 @@ def identity_of(
             "fingerprint": source.fingerprint,
         },
         "decoder": dataclasses.asdict(spec),
-        "calibration": {
-            "tokens": options.calibration_tokens,
-            "context": options.context,
-            "name": text.name,
-            "sha256": text.sha256,
-            "parts": [dataclasses.asdict(part) for part in text.parts],
-            "hub": hub,
-        },
         "places": {"model": source.place, "calibration": absolute_sources(options.calibration)},
         "num_layers": spec.num_layers,
     }

@@ -26,7 +26,7 @@ from nbl_export.run.facts import (
 )
 from nbl_export.run.progress import Ui
 from nbl_export.run.resolve import Resolver
-from nbl_export.run.stages import bench, calibrate, evaluate, graphs, plan, verify
+from nbl_export.run.stages import bench, calibrate, evaluate, graphs, plan, text, verify
 from nbl_export.run.stages.common import LeftOut, Place, Stage, readers
 from nbl_export.run_directory import REPORT_JSON, VERIFY_FILE, RunDirectory, refuse_foreign
 from nbl_export.targets import ENGINES, load_engine
@@ -34,6 +34,7 @@ from nbl_export.targets import ENGINES, load_engine
 __all__ = ["STAGES", "run_calibration", "run_evaluation", "run_job", "run_stages"]
 
 STAGES = (
+    Stage("text", "text", text.declare, text.run),
     Stage("calibrate", "calibrate", calibrate.declare, calibrate.run),
     Stage("plan", "plan", plan.declare, plan.run),
     Stage("distill", "distill", plan.declare_distill, plan.run_distill),
@@ -101,14 +102,22 @@ def _work(asked: Mapping[str, Any], recorded: JobOptions | None, output: Path, u
 
     estimated = foreseen(resolver_of(), STAGES[: _place(until)], output)
     resolver = resolver_of()  # a new one: keys that were asked for before the inputs are noted would be old
-    resolver.check_inputs()  # before anything is written or, with force, removed
+    resolver.quantized  # noqa: B018  inputs are read before anything is written or, with force, removed
+    if not _has_text(resolver):
+        resolver.documents.value  # noqa: B018
     if until == "calibrate" and settled.fit == CHECKPOINT_FIT:
         raise NblError(f"nothing to calibrate here: {NO_ORIGINAL}; give the original model")
     with RunDirectory.open_run(output, create=True, force=force) as resolver.run:
-        resolver.identify()
+        resolver.begin()
         if estimated:
             ui.say(estimated)
         _advance(resolver, until)
+
+
+def _has_text(resolver: Resolver) -> bool:
+    """Whether the run has the text that the options ask for."""
+    run = resolver.run
+    return "text" in run.stages and run.is_done("text", STAGES[0].key(text.declare(resolver), {}))
 
 
 def run_stages(
@@ -129,10 +138,7 @@ def run_stages(
         if "engine" in changes:
             require_engine(options)
         resolver = Resolver(located(options, run.manifest), run, ui, asked)
-        if options != recorded:
-            resolver.note_options(options)
-        if options.quantized_model != recorded.quantized_model:
-            resolver.note_quantized()
+        resolver.noted, resolver.recorded, resolver.sources = options, recorded, run.manifest["sources"]
         _advance(resolver, until, ignore_failure=force, needs=needs)
         return run
 
@@ -233,6 +239,8 @@ def _advance(resolver: Resolver, until: str, *, ignore_failure: bool = False, ne
         else:
             _run(place, stage, inputs, keys[stage.name])
         place.run.partial(stage.name).unlink(missing_ok=True)
+        if stage.name == "text":
+            resolver.note()
         if stage.name == "verify" and not ignore_failure:
             _refuse_failed(place)
     place.run.save()

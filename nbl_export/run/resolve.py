@@ -19,7 +19,7 @@ from nbl_export.files import key_of
 from nbl_export.measure.cost import CostModel, cost_model
 from nbl_export.options.command import describe_command
 from nbl_export.options.options import JobOptions
-from nbl_export.plan.inputs import Maps, Texts
+from nbl_export.plan.inputs import Maps
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy, identity_of
 from nbl_export.records.plan import Plan
@@ -27,19 +27,10 @@ from nbl_export.records.requests import Prepared
 from nbl_export.run.facts import identity_of as facts_of
 from nbl_export.run.facts import require_engine
 from nbl_export.run.progress import Ui
-from nbl_export.run_directory import CALIBRATION_FILE, CHECKPOINT, RunDirectory
+from nbl_export.run_directory import CHECKPOINT, TEXT_FILE, RunDirectory
 from nbl_export.targets import load_engine
 from nbl_export.targets.base import Target
-from nbl_export.text.windows import (
-    CALIBRATION_ROLES,
-    DIVISION,
-    SECOND_ROLES,
-    Division,
-    choosing_texts,
-    divide,
-    held_back_tokens,
-    second_tokens,
-)
+from nbl_export.text.parts import JobText
 
 __all__ = ["Resolver", "lazy"]
 
@@ -72,7 +63,9 @@ class Resolver:
 
     def __init__(self, options: JobOptions, run: RunDirectory, ui: Ui, asked: Prepared | None = None) -> None:
         self.options, self.run, self.ui = options, run, ui
+        self.noted = options  # as the user gave them, without places of this machine
         self.evaluation = asked
+        self.recorded: JobOptions | None = None  # the options that those of this command change
         self.keys: dict[str, str] = {}  # of the stages that are not left out, in order
 
     def value(self, name: str) -> Any:
@@ -86,46 +79,37 @@ class Resolver:
 
     # -- checks and the manifest -------------------------------------------------------------------------------
 
-    def check_inputs(self) -> None:
-        """Read the calibration text and the quantised checkpoint, which checks them.
-
-        Raises:
-            NblError: an input is missing or damaged.
-        """
-        self.text, self.quantized  # noqa: B018  reading them is the check
-
-    def identify(self) -> None:
-        """Record model, text and options in the manifest; a new directory gets its manifest immediately.
+    def begin(self) -> None:
+        """Give a new directory its manifest.
 
         Raises:
             NblError: the directory holds a run of another model.
         """
         known = self.run.manifest.get("model")
-        if known and known["fingerprint"] != self.source.fingerprint and self.run.stages:
+        same = known and known["fingerprint"] == self.source.fingerprint
+        if known and not same and self.run.stages:
             raise NblError(
                 f"{self.run.path} holds a run of {known['name']}, not of this {self.source.name}; "
                 "use another --output, or start over with --force"
             )
-        found = facts_of(self.options, self.source, self.read_spec, self.text, self.hub_texts.facts)
-        measured = {**found["calibration"], **self.run.manifest.get("calibration", {})}  # keep the counted tokens
-        named = {key: found["calibration"][key] for key in ("name", "sha256", "parts", "hub")}
-        self.run.note(**{**found, "calibration": {**measured, **named}})
-        self.note_options(self.options)
-        self.note_quantized()
-        if not known:
+        if not same:
+            self.note()
             self.run.save()
-        self.hub_texts.save()
 
-    def note_options(self, options: JobOptions) -> None:
-        """Record the options and their command line in the manifest."""
-        self.run.note(options=options.to_json(), command=describe_command(options, self.run.path))
-
-    def note_quantized(self) -> None:
-        """Record place (for `located`) and fingerprint of the quantised checkpoint in the manifest."""
+    def note(self) -> None:
+        """Note model, options and text for the manifest; the next finished stage writes them."""
         from nbl_export.model.checkpoint import quantized
 
-        if self.quantized is not None:
-            self.run.note(quantized={"name": self.options.quantized_model, **quantized.describe(self.quantized)})
+        options, recorded = self.noted, self.recorded
+        if recorded is None:
+            self.run.note(**facts_of(options, self.source, self.read_spec), sources=self.sources)
+        if options.quantized_model != (recorded and recorded.quantized_model) and self.quantized is not None:
+            self.run.note(quantized={"name": options.quantized_model, **quantized.describe(self.quantized)})
+        self.run.note(options=options.to_json(), command=describe_command(options, self.run.path))
+        if text := self.run.manifest.get("text"):
+            about = {"name": text["name"], "sha256": text["sha256"], "parts": text["mix"]}
+            size = {"tokens": text["tokens"], "context": text["context"]}
+            self.run.note(calibration={**self.run.manifest.get("calibration", {}), **about, **size})
 
     # -- plain values ------------------------------------------------------------------------------------------
 
@@ -149,15 +133,6 @@ class Resolver:
     @property
     def fingerprint(self) -> str:
         return str(self.run.manifest["model"]["fingerprint"])
-
-    @property
-    def text_sha256(self) -> str:
-        return str(self.run.manifest["calibration"]["sha256"])
-
-    @property
-    def division(self) -> Any:
-        """How windows are divided by use."""
-        return DIVISION
 
     @property
     def saving(self) -> list[Any]:
@@ -295,125 +270,39 @@ class Resolver:
         require_engine(self.options)
         return self.engine
 
-    # -- texts -------------------------------------------------------------------------------------------------
+    # -- text --------------------------------------------------------------------------------------------------
 
     @functools.cached_property
-    def text(self) -> Any:
-        from nbl_export.text import corpus, mixture
+    def sources(self) -> list[Any]:
+        """What identifies the calibration text's sources: as the run records them, or as they are now."""
+        from nbl_export.text.mixture import identify
 
-        if self.options.says_itself:
-            name = f"sampled from the model itself (seed {self.options.seed}, temperature 1)"
-            return corpus.Text(name, key_of("sampled", self.source.fingerprint, self.options.seed), ())
-        return mixture.read_texts(self.options.calibration, self.hub_texts)
-
-    @functools.cached_property
-    def hub_texts(self) -> Any:
-        """Texts of hub datasets, which the run directory keeps."""
-        from nbl_export.text.mixture import HubTexts
-
-        return HubTexts(self.run.path / CALIBRATION_FILE, self.run.manifest, self.ui.say)
-
-    @functools.cached_property
-    def second_text(self) -> Any:
-        """The second text: nobody calibrates on it, and every machine has it."""
-        from nbl_export.text import corpus
-
-        return corpus.stdlib_text()
+        options = self.options
+        return ["self"] if options.says_itself else identify(options.calibration)
 
     @lazy(shown=True)
-    def text_names(self) -> tuple[str, str]:
-        return self.text.name, self.second_text.name
+    def documents(self) -> Any:
+        """The calibration text; without documents if the model samples it."""
+        from nbl_export.text import corpus, mixture
 
-    def _tokenizer(self) -> Any:
+        options = self.options
+        if options.says_itself:
+            name = f"sampled from the model itself (seed {options.seed}, temperature 1)"
+            return corpus.Text(name, key_of("sampled", self.source.fingerprint, options.seed), ())
+        if mixture.identify(options.calibration) != self.sources:
+            raise NblError("the calibration text has changed since this run; restore it")
+        return mixture.read_texts(options.calibration, self.ui.say)
+
+    @lazy(shown=True)
+    def tokenizer(self) -> Any:
         from nbl_export.model.checkpoint import load
 
         return load.load_tokenizer(self.checkpoint.value)
 
-    @lazy("fingerprint", "text_sha256", "calibration_tokens", "context", "division")
-    def windows(self) -> tuple[Any, Any]:
-        """Token windows for calibration, and held-back token windows."""
-        from nbl_export.text import windows as text_windows
-
-        if self.text.sha256 != self.text_sha256:
-            raise NblError(f"the calibration text {self.text.name} has changed since this run; restore it")
-        if self.options.says_itself:
-            return self._sampled()
-        options, held_back = self.options, held_back_tokens(self.options.context)
-        return text_windows.pack(
-            self.text, self._tokenizer(), options.calibration_tokens, options.context, held_back, self.spec.vocab_size
-        )
-
-    def _sampled(self) -> tuple[Any, Any]:
-        """Windows sampled from the model itself; sampled once and kept in the run directory."""
-        from nbl_export.text import sampling
-
-        options, context = self.options, self.options.context
-        wanted, held = max(1, -(-options.calibration_tokens // context)), held_back_tokens(context) // context
-        path, key = self.run.path / "sampled.safetensors", key_of(self.text_sha256, wanted, held, context)
-        ids = sampling.load_windows(path, key)
-        if ids is None:
-            with self.ui.task("sampling") as progress:
-                ids = sampling.sample_windows(self.model.value, wanted + held, context, options.seed, progress)
-            sampling.save_windows(ids, key, path)
-        return ids[:wanted], ids[wanted:]
-
-    @lazy("windows")
-    def held_back(self) -> Division:
-        """The held-back windows by use."""
-        return divide(self.windows.value[1], CALIBRATION_ROLES)
-
-    @lazy("windows", "distill_tokens")
-    def training(self) -> Any:
-        """Token windows for distillation: the calibration windows, and more windows of the same text."""
-        from nbl_export.text import windows as text_windows
-
-        windows, options = self.windows.value[0], self.options
-        if options.says_itself:
-            return windows
-        held_back = held_back_tokens(options.context)
-        return text_windows.extend(windows, self.text, self._tokenizer(), options.distill_tokens, held_back)
-
-    @lazy("fingerprint", "text_sha256", "context", "division")
-    def second(self) -> Division | None:
-        """Windows of the second text by use; None if it is the calibration text or has too few windows."""
-        from nbl_export.text import windows as text_windows
-
-        if self.second_text.sha256 == self.text_sha256:
-            return None
-        context, size = self.options.context, self.spec.vocab_size
-        rows, _ = text_windows.pack(
-            self.second_text, self._tokenizer(), second_tokens(context), context, vocab_size=size
-        )
-        return divide(rows, SECOND_ROLES) if len(rows) >= len(SECOND_ROLES) else None
-
-    def _both(self, held_back: Any, part: str) -> Texts:
-        """Name and windows of the calibration text, and of a part of the second text if there is one."""
-        texts = [(f"held back from {self.text.name}", held_back)]
-        if self.second.value is not None:
-            texts.append((f"{self.second_text.name} (not calibrated on)", getattr(self.second.value, part)))
-        return texts
-
-    @lazy("windows", "second")
-    def deciding(self) -> Texts:
-        """Texts that decide how many layers a goal takes, see `text.windows`."""
-        return self._both(self.held_back.value.deciding, "deciding")
-
-    @lazy("windows", "second")
-    def final(self) -> Texts:
-        """Texts of the final figures."""
-        return self._both(self.held_back.value.final, "final")
-
-    @lazy("windows", "second")
-    def choosing_parts(self) -> Texts:
-        """Consecutive windows of both choosing parts, equally many of each."""
-        own = self.held_back.value.choosing
-        return [(name, windows[: len(own)]) for name, windows in self._both(own, "choosing")]
-
-    @lazy("windows", "second", "says_itself")
-    def choosing(self) -> Texts:
-        """Texts that layers are chosen by."""
-        own = self.held_back.value.choosing
-        alone = [(f"held back from {self.text.name}", own)]  # the second text is not the model's own
-        return choosing_texts(
-            alone if self.options.says_itself else self._both(own, "choosing"), self.spec.max_positions
-        )
+    @property
+    def text(self) -> JobText:
+        """The rows that the stage `text` left."""
+        if "text" not in self.run.manifest:
+            raise NblError(f"{self.run.path} has no text yet: run its command again ({self.run.manifest['command']})")
+        noted = self.run.manifest["text"]
+        return JobText.of_file(self.run.path / TEXT_FILE, (noted["name"], noted["second"]), noted["parts"])

@@ -22,7 +22,7 @@ import logging
 import re
 import sysconfig
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -37,6 +37,7 @@ __all__ = [
     "TextPart",
     "cut_documents",
     "documents_sha256",
+    "find",
     "hub_texts",
     "installed_text",
     "read_text",
@@ -237,23 +238,30 @@ def documents_sha256(documents: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def read_text(source: str, read_hub: Callable[[str], Text] | None = None) -> Text:
-    """Read one file or hub dataset.
-
-    Args:
-        read_hub: reads the dataset of a hub id; None asks the hub.
+def find(source: str) -> Path | None:
+    """The file that a source names; None for the id of a hub dataset.
 
     Raises:
-        NblError: the text is missing, empty, binary, not UTF-8, or without a text field.
+        NblError: it names neither.
     """
     path = Path(source).expanduser()
     if path.is_file():
-        return _read_file(path)
+        return path
     if path.is_dir():
         raise NblError(f"calibration text {path} is a directory; name a file in it")
     if path.is_absolute() or source.startswith((".", "~")) or not _HUB_ID.fullmatch(source):
         raise NblError(f"no calibration text at {path}: give a UTF-8 file, .jsonl, .json or a hub dataset (org/name)")
-    return hub_texts([source])[0] if read_hub is None else read_hub(source)
+    return None
+
+
+def read_text(source: str) -> Text:
+    """Read one file or hub dataset.
+
+    Raises:
+        NblError: the text is missing, empty, binary, not UTF-8, or without a text field.
+    """
+    file = find(source)
+    return hub_texts([source])[0] if file is None else _read_file(file)
 
 
 def installed_text(reason: str = "", *, failed: bool = False) -> Text:

@@ -6,15 +6,13 @@ Sequences are sampled in batches with the cache, cut after an end-of-text token,
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from nbl_export.errors import NblError
-from nbl_export.files import replaced
 
-__all__ = ["load_windows", "sample_windows", "save_windows"]
+__all__ = ["sample_windows"]
 
 _SEQUENCES = 32  # sampled at once
 
@@ -62,23 +60,3 @@ def _until_end(row: list[int], ends: list[int]) -> list[int]:
         if token in ends:
             return row[: place + 1]
     return row
-
-
-def save_windows(ids_WT: torch.Tensor, key: str, path: Path) -> None:
-    """Write sampled windows, complete or not at all; `key` identifies the inputs of the sampling."""
-    from safetensors.torch import save_file
-
-    with replaced(path) as scratch:
-        save_file({"ids": ids_WT}, scratch, metadata={"key": key})
-
-
-def load_windows(path: Path, key: str) -> torch.Tensor | None:
-    """Windows that were sampled for `key`; None if there are none."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            ids: torch.Tensor = file.get_tensor("ids")
-            return ids if (file.metadata() or {}).get("key") == key else None
-    except (SafetensorError, OSError):
-        return None

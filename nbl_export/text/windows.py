@@ -18,7 +18,8 @@ a short calibration text an eighth is held back, and at least three windows.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.errors import NblError
@@ -26,8 +27,6 @@ from nbl_export.text.corpus import Text
 
 if TYPE_CHECKING:
     import torch
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 __all__ = [
     "CALIBRATION_ROLES",
@@ -43,8 +42,10 @@ __all__ = [
     "held_back_tokens",
     "judging_tokens",
     "pack",
+    "pack_ids",
     "repeated",
     "second_tokens",
+    "token_ids",
 ]
 
 log = logging.getLogger(__name__)
@@ -68,25 +69,28 @@ DIVISION: list[Any] = [
 def pack(
     text: Text, tokenizer: Any, tokens: int, context: int, held_back: int = 0, vocab_size: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokenize and cut into full windows, packed and never padded.
+    """Tokenize and cut into full windows: `token_ids` and `pack_ids`."""
+    needed = (max(1, -(-tokens // context)) + -(-held_back // context)) * context
+    return pack_ids(text, token_ids(text, tokenizer, needed, vocab_size), tokens, context, held_back)
 
-    Args:
-        vocab_size: of the model that reads the windows.
+
+def pack_ids(
+    text: Text, ids: Sequence[int], tokens: int, context: int, held_back: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cut the token ids of a text into full windows, packed and never padded.
 
     Returns:
-        ids [windows, context] for calibration, and held-back ids [held, context] from the end of what was read. If the
-        text is too short for all, the rest after calibration is held back: at least an eighth of the windows, and at
-        least `FEWEST_WINDOWS`, if any are requested.
+        ids [windows, context] for calibration, and held-back ids [held, context] that follow. If the text is too short
+        for all, the rest after calibration is held back: at least an eighth of the windows, and at least
+        `FEWEST_WINDOWS`, if any are requested.
 
     Raises:
-        NblError: the text is too short for one window of each, or has tokens that the model lacks.
+        NblError: the text is too short for one window of each.
     """
     import torch
 
     wanted, spare = max(1, -(-tokens // context)), -(-held_back // context)
-    needed = (wanted + spare) * context
-    ids = _ids(text, tokenizer, needed, vocab_size)
-    windows = min(len(ids), needed) // context
+    windows = min(len(ids) // context, wanted + spare)
     held = min(spare, max(FEWEST_WINDOWS, windows // 8, windows - wanted))
     if windows - held < 1:
         raise NblError(
@@ -104,8 +108,15 @@ def pack(
     return rows[:used], rows[windows - held :]
 
 
-def _ids(text: Text, tokenizer: Any, needed: int, vocab_size: int | None = None) -> list[int]:
-    """Token ids of the beginning of a text: all that are needed, and few more."""
+def token_ids(text: Text, tokenizer: Any, needed: int, vocab_size: int | None = None) -> list[int]:
+    """Token ids of the beginning of a text: all that are needed, and few more.
+
+    Args:
+        vocab_size: of the model that reads them.
+
+    Raises:
+        NblError: the text has tokens that the model lacks, or the tokenizer fails.
+    """
     ids: list[int] = []
     for piece in _pieces(text.documents):
         try:
@@ -134,13 +145,13 @@ def _pieces(documents: Iterable[str]) -> Iterator[str]:
             begin = end
 
 
-def extend(windows_WT: torch.Tensor, text: Text, tokenizer: Any, tokens: int, held_back: int) -> torch.Tensor:
+def extend(windows_WT: torch.Tensor, ids: Sequence[int], tokens: int, held_back: int) -> torch.Tensor:
     """Windows of `tokens` tokens: the first windows of a `pack`, and then windows from what follows in the text.
 
     Args:
-        windows_WT: calibration windows that `pack` gave for this text.
-        tokens: in all; fewer if the text ends.
-        held_back: as given to `pack`. All these tokens are skipped, even if `pack` held back fewer.
+        windows_WT: calibration windows that `pack_ids` gave for these ids.
+        tokens: in all; fewer if the ids end.
+        held_back: as given to `pack_ids`. All these tokens are skipped, even if `pack_ids` held back fewer.
     """
     import torch
 
@@ -149,9 +160,7 @@ def extend(windows_WT: torch.Tensor, text: Text, tokenizer: Any, tokens: int, he
     if wanted <= len(windows_WT):
         return windows_WT[:wanted]
     passed = windows_WT.numel() + -(-held_back // context) * context
-    needed = passed + (wanted - len(windows_WT)) * context
-    ids = _ids(text, tokenizer, needed)
-    following = torch.tensor(ids[passed:needed], dtype=torch.long)
+    following = torch.tensor(ids[passed : passed + (wanted - len(windows_WT)) * context], dtype=torch.long)
     return torch.cat([windows_WT, following[: len(following) // context * context].view(-1, context)])
 
 

@@ -86,15 +86,15 @@ def test_killed_at_random_moments_ends_with_the_same_moments(
         done = server.start(*command, "--output", run, code=OFTEN)
         assert done.status == 0, done.err
     assert file_sha256(run / "moments.safetensors") == expected
-    assert set(snapshot(run)) == {"moments.safetensors", "nbl.json"}
+    assert set(snapshot(run)) == {"text.safetensors", "moments.safetensors", "nbl.json"}
 
 
 KILL_AT_RENAME = """
 import os, signal
 replace, seen = os.replace, []
 def replace_and_die(source, target):
-    seen.append(target)
-    dies = os.path.basename(target) == "calibrate.partial.safetensors" and len(seen) >= 5
+    seen.append(os.path.basename(target) == "calibrate.partial.safetensors")
+    dies = seen[-1] and sum(seen) == 4
     if dies and {late}:
         replace(source, target)
     if dies:
@@ -116,7 +116,20 @@ def test_killed_while_the_partial_file_is_written(
     assert done.status == 0, done.err
     assert going_on(done.err) > 0
     assert file_sha256(run / "moments.safetensors") == expected
-    assert set(snapshot(run)) == {"moments.safetensors", "nbl.json"}
+    assert set(snapshot(run)) == {"text.safetensors", "moments.safetensors", "nbl.json"}
+
+
+def test_killed_again_and_again(command: tuple[object, ...], expected: str, tmp_path: Path, server: ForkServer) -> None:
+    """No batch is counted twice, however many partial files a run has gone on from."""
+    run, before = tmp_path / "run", 0
+    for kill in range(3):
+        process = server.start(*command, "--output", run, code=OFTEN + KILL_AT_RENAME.format(late=True))
+        assert process.status == -signal.SIGKILL, process.err
+        assert going_on(process.err) > before or not kill
+        before = going_on(process.err)
+    done = server.start(*command, "--output", run, code=OFTEN)
+    assert done.status == 0 and going_on(done.err) > before, done.err
+    assert file_sha256(run / "moments.safetensors") == expected
 
 
 @pytest.fixture(scope="module")

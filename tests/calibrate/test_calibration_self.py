@@ -60,8 +60,8 @@ def test_sequences_end_with_the_end_of_text(row: list[int], kept: list[int]) -> 
     assert sampling._until_end(row, [1]) == kept
 
 
-def test_no_text_is_read(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_read_file", "hub_texts", "installed_text", "stdlib_text"):
+def test_no_calibration_text_is_read(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("hub_texts", "installed_text", "read_text"):
         monkeypatch.setattr(corpus, name, lambda *_a, **_k: pytest.fail("a text was read"))
     given = ("calibrate", "--model", checkpoint("llama"), *GIVEN_GRAPH)
     for name in ("one", "two"):
@@ -83,7 +83,7 @@ def test_no_text_is_read(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: py
 
 
 def test_sampled_once_for_all_stages(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A damaged or missing file is sampled again, to the same tokens."""
+    """A missing file is sampled again, to the same tokens."""
     calls: list[int] = []
     sample = sampling.sample_windows
 
@@ -99,7 +99,7 @@ def test_sampled_once_for_all_stages(checkpoint: Checkpoint, tmp_path: Path, mon
     assert nbl(*given).status == 0
     assert len(calls) == 1
     (tmp_path / "run" / "moments.safetensors").unlink()
-    (tmp_path / "run" / "sampled.safetensors").write_bytes(b"nothing")
+    (tmp_path / "run" / "text.safetensors").unlink()
     assert nbl(*given).status == 0
     assert len(calls) == 2
     assert file_sha256(tmp_path / "run" / "moments.safetensors") == before

@@ -23,6 +23,8 @@ from nbl_export.plan import greedy
 from nbl_export.plan.greedy import EVERY, Effects, GreedyOrder, Judge, Point, Search
 from nbl_export.plan.order import Selection
 from nbl_export.run.stages.plan import order_of
+from nbl_export.run_directory import TEXT_FILE
+from nbl_export.text.parts import read
 
 from ..command import nbl
 from ..jobs import opened
@@ -338,12 +340,12 @@ def test_layers_are_judged_on_another_text_too(run: Path, monkeypatch: pytest.Mo
             Selection(order_of(resolver)).order(1)
     assert bfloat16 == [True, False]
     windows = seen[0]
-    near, second = resolver.held_back.value, resolver.second.value
+    near, second = read(run / TEXT_FILE, "choosing"), read(run / TEXT_FILE, "second.choosing")
     half = len(windows) // 2
-    assert windows[:half].tolist() == near.choosing[:half].tolist()
+    assert windows[:half].tolist() == near[:half].tolist()
     others = [tuple(row) for row in windows[half:].tolist()]
-    assert len(set(others)) == half and second is not None
-    assert set(others) <= {tuple(row) for row in second.choosing.tolist()}
+    assert len(set(others)) == half
+    assert set(others) <= {tuple(row) for row in second.tolist()}
 
 
 def test_unknown_selection_is_refused(run: Path) -> None:

@@ -86,7 +86,7 @@ def inputs(select: str = "cca", **kind: Any) -> OrderInputs:
     return OrderInputs(
         MapKind(**kind), LAYERS, SIZE, select, Lazy("moments", lambda: moments_of),
         Lazy("model", lambda: Switched), Lazy("texts", lambda: texts),
-        Lazy(None, lambda: "second"), Lazy("saved", lambda: lambda maps, tokens: len(maps) * tokens / 10_000),
+        Lazy("saved", lambda: lambda maps, tokens: len(maps) * tokens / 10_000),
     )  # fmt: skip
 
 
@@ -117,7 +117,7 @@ def never() -> Any:
 def test_a_count_takes_the_layers_with_the_best_scores() -> None:
     lazy: dict[str, Any] = dict.fromkeys(("deciding", "speedup", "setting"), Lazy(None, never))
     for select in ("cca", "error"):
-        heavy: dict[str, Any] = dict.fromkeys(("mixes", "texts", "second_sha256", "saved"), Lazy(None, never))
+        heavy: dict[str, Any] = dict.fromkeys(("mixes", "texts", "saved"), Lazy(None, never))
         bare = dataclasses.replace(inputs(select), **heavy)
         plan, maps, facts, _ = planned(plan_inputs(bare, 3, **lazy))
         assert plan.layers == tuple(sorted(CHEAPEST)) == tuple(maps)
@@ -211,7 +211,7 @@ def test_another_input_is_another_key() -> None:
     others: dict[str, Any] = {
         "kind": MapKind(bias=False), "select": Lazy("greedy", lambda: "greedy"),
         "moments": Lazy("o", lambda: moments_of), "mixes": Lazy("o", lambda: Switched), "texts": Lazy("o", list),
-        "second_sha256": Lazy(None, lambda: "third"), "saved": Lazy("o", lambda: lambda maps, tokens: 0.0),
+        "saved": Lazy("o", lambda: lambda maps, tokens: 0.0),
         "given": Lazy("o", dict), "top": TopInputs((5,), 0.1, 8, lazy, lazy, lazy),
     }  # fmt: skip
     assert {f.name for f in dataclasses.fields(OrderInputs)} == others.keys() | {"num_layers", "hidden_size"}

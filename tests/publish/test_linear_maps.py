@@ -44,8 +44,8 @@ def test_the_perplexities_are_of_each_maps_own_tap(
     """The maps of the run act on the run's tap, and linear maps on the normed input."""
     path, maps = checkpoint("llama"), random_maps(0, 2)
     now = LinearMaps(linear(maps), "changed")
-    model, held_back = (SimpleNamespace(value=value) for value in (load_model(path), SimpleNamespace(final=WINDOWS)))
-    found: Any = SimpleNamespace(model=model, maps=maps, tap=tap, held_back=held_back, original_is_gone=False)
+    model, final = (SimpleNamespace(value=value) for value in (load_model(path), WINDOWS))
+    found: Any = SimpleNamespace(model=model, maps=maps, tap=tap, final=final, original_is_gone=False)
     said = [float(value) for value in re.findall(r"(\d[\d.e+]*\d)", loss_of_change(found, now))]
     expected = [
         perplexity(load_model(path)),

@@ -22,7 +22,7 @@ from nbl_export.run_directory import RunDirectory
 CHANGES = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate"}
 MANIFEST = {
     "command": "nbl-export", "options": {"model": "m", "engine": "ort", "precision": "fp32"},
-    "model": {"name": "m", "fingerprint": "f"},
+    "sources": [], "model": {"name": "m", "fingerprint": "f"},
     "calibration": {"name": "t", "sha256": "s"},
     "decoder": dict(architecture="llama", num_layers=2, hidden_size=4, num_heads=2, num_kv_heads=1, head_dim=2,
                     vocab_size=8, max_positions=16),

@@ -212,16 +212,13 @@ def edit_decoder(path: Path, **values: Any) -> None:
     edit(path, decoder={**json.loads(path.read_text())["decoder"], **values})
 
 
-def edit_hub(path: Path, facts: Any) -> None:
-    edit(path, calibration={**json.loads(path.read_text())["calibration"], "hub": {"org/name": facts}})
-
-
 MANIFESTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "cut": (lambda p: cut(p, 500), ("cannot be read", "restore it", "--force")),
     "empty": (lambda p: cut(p, 0), ("cannot be read", "restore it", "--force")),
     "binary": (lambda p: p.write_bytes(b"\xff\xfe\0"), ("cannot be read", "restore it", "--force")),
     "list": (lambda p: p.write_text("[]"), ("not a manifest", "restore it", "--force")),
     "no stages": (lambda p: edit(p, stages=None), ("not a manifest", "restore it", "--force")),
+    "no text": (lambda p: edit(p, text=None), ("not a manifest", "restore it", "--force")),
     "stages of text": (lambda p: edit(p, stages={"plan": "yes"}), ("not a manifest", "restore it", "--force")),
     "no decoder": (lambda p: edit(p, decoder=None), ("not a manifest", "restore it", "--force")),
     "options of nothing": (lambda p: edit(p, options={}), ("not a manifest", "restore it", "--force")),
@@ -237,8 +234,6 @@ MANIFESTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         ("not a manifest", "--force"),
     ),
     "a goal of a number": (lambda p: edit(p, goal={"max_perplexity_increase": 3}), ("not a manifest", "--force")),
-    "a hub text of a name": (lambda p: edit_hub(p, "name"), ("not a manifest", "restore it", "--force")),
-    "a hub text of no length": (lambda p: edit_hub(p, {"sha256": "0", "cut": True}), ("not a manifest", "--force")),
     "places of text": (lambda p: edit(p, places="here"), ("not a manifest", "restore it")),
     "a decoder without heads": (lambda p: edit_decoder(p, num_kv_heads=0), ("not a manifest", "at least 1")),
     "a decoder of a name": (lambda p: edit_decoder(p, hidden_size="64"), ("not a manifest", "'hidden_size'")),
@@ -263,7 +258,7 @@ def test_damaged_manifest_is_forgotten_with_force(same: Same, run: Path) -> None
     (run / "nbl.json").write_text("{")
     done = nbl("calibrate", *same[:4], *same[6:], "--output", run, "--force")
     assert done.status == 0, done.err
-    assert {p.name for p in run.iterdir()} == {".lock", "nbl.json", "moments.safetensors"}
+    assert {p.name for p in run.iterdir()} == {".lock", "nbl.json", "text.safetensors", "moments.safetensors"}
 
 
 # -- verification that fails ------------------------------------------------------------------------------------
@@ -339,5 +334,5 @@ def test_machine_that_gives_up(
 
     monkeypatch.setattr(collect.Collection, "add", fail)
     before = snapshot(run)
-    assert_refused(nbl(*same, "--calibration-tokens", 512, "--output", run), 1, words)
+    assert_refused(nbl(*same, "--tap", "normed", "--output", run), 1, words)
     assert snapshot(run) == before

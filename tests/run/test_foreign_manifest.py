@@ -25,7 +25,7 @@ def manifest(path: Path, **options: Any) -> Path:
                "head_dim": 16, "vocab_size": 384, "max_positions": 512}  # fmt: skip
     facts = {"schema": 1, "status": "incomplete", "command": EVIL, "decoder": decoder,
              "stages": {"calibrate": {"key": "k", "files": {}, "seconds": 1.0}},
-             "model": {"name": "m", "fingerprint": "f"}, "calibration": {"name": "t", "sha256": "s"},
+             "sources": [], "model": {"name": "m", "fingerprint": "f"}, "calibration": {"name": "t", "sha256": "s"},
              "options": {"model": "m", "engine": "ort", "precision": "fp32", **options}}  # fmt: skip
     path.mkdir()
     (path / "nbl.json").write_text(json.dumps(facts), encoding="utf-8")

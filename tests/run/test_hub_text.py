@@ -1,8 +1,7 @@
-"""Text of the hub in a run directory: kept at first, read from there ever after, and whole or not there."""
+"""Text of the hub in a run directory: cut once, and read from there ever after."""
 
 from __future__ import annotations
 
-import gzip
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,11 +15,12 @@ from nbl_export.files import file_sha256
 from nbl_export.text import corpus
 from nbl_export.text.mixture import HUB_MIX
 
-from ..command import Outcome, assert_refused, nbl, stage_lines
+from ..command import Outcome, assert_refused, nbl, stage_lines, text_is_read
+from ..damage import flip
 from ..fake_datasets import MIX_ROWS, FakeDatasets
 from ..fake_hub import FakeHub, fake_hub
 
-KEPT = "calibration.jsonl.gz"
+KEPT = "text.safetensors"
 WORDS = "words of an other text that somebody gave to the hub, in a few rows of a single column. "
 OTHER = {"org/other@train": [{"text": f"{i} {WORDS * 20}"} for i in range(30)]}
 Calibrate = Callable[..., Outcome]
@@ -56,11 +56,6 @@ def facts_of(run: Path) -> Any:
     return json.loads((run / "nbl.json").read_text())["calibration"]
 
 
-def damage(path: Path) -> None:
-    """Another word in one document; the file is as well packed as before."""
-    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()).replace(b"words", b"sword", 1)))
-
-
 def test_a_rerun_reads_what_the_first_run_kept(
     calibrate: Calibrate, server: FakeHub, library: FakeDatasets, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -71,8 +66,7 @@ def test_a_rerun_reads_what_the_first_run_kept(
     assert f"reading from the hub: {', '.join(HUB_MIX)}" in done.err
     moments, facts = file_sha256(run / "moments.safetensors"), facts_of(run)
     assert facts["name"].startswith("hub mix: allenai/c4/en, ")
-    assert [part["name"] for part in facts["parts"]] == list(facts["hub"]) == list(HUB_MIX)
-    assert {part["sha256"] for part in facts["parts"]} == {found["sha256"] for found in facts["hub"].values()}
+    assert [part["name"] for part in facts["parts"]] == list(HUB_MIX)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     library.serve({})
     before, asked = len(server.requests), list(library.asked)
@@ -89,42 +83,35 @@ def test_a_rerun_reads_what_the_first_run_kept(
     assert (tmp_path / "again" / KEPT).read_bytes() == (run / KEPT).read_bytes()
 
 
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
 @pytest.mark.usefixtures("server")
-@pytest.mark.parametrize("action", [damage, Path.unlink, cut])
 @pytest.mark.parametrize("text", [(), ("--calibration", "org/other")])
-def test_a_damaged_kept_text_is_not_read(
-    text: tuple[str, ...], action: Callable[[Path], Any], calibrate: Calibrate, library: FakeDatasets, tmp_path: Path
+def test_a_damaged_text_is_not_read_and_a_lost_one_is_read_again(
+    text: tuple[str, ...], calibrate: Calibrate, library: FakeDatasets, tmp_path: Path
 ) -> None:
     assert calibrate("run", *text).status == 0
     kept, asked = tmp_path / "run" / KEPT, len(library.asked)
     before = kept.read_bytes()
-    action(kept)
+    flip(kept)
     for outcome in (calibrate("run", *text), nbl("plan", tmp_path / "run", "--layers", 1)):
-        assert_refused(outcome, 1, kept, "restore it, or start over with --force")
+        assert_refused(outcome, 1, kept, "start over with --force")
     assert len(library.asked) == asked
-    done = calibrate("run", *text, "--force")
-    assert stage_lines(done) == {"calibrate": "done"} and kept.read_bytes() == before
+    kept.unlink()
+    again = calibrate("run", *text)
+    assert text_is_read(again) and stage_lines(again) == {"calibrate": "reused"}
+    assert len(library.asked) == 2 * asked and kept.read_bytes() == before
 
 
 @pytest.mark.usefixtures("server")
-def test_before_the_first_finished_stage_the_hub_is_read_anew(
+def test_an_interrupted_calibration_goes_on_with_the_text_that_was_read(
     calibrate: Calibrate, library: FakeDatasets, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     with monkeypatch.context() as broken:
         broken.setattr(collect, "Collection", lambda *_: 1 / 0)
         assert calibrate("run").status == 1
-    before = (tmp_path / "run" / KEPT).read_bytes()
-    assert calibrate("run").status == 0 and len(library.asked) == 3
-    (tmp_path / "run" / "nbl.json").write_text(
-        json.dumps({**json.loads((tmp_path / "run" / "nbl.json").read_text()), "stages": {}})
-    )
-    damage(tmp_path / "run" / KEPT)
-    assert calibrate("run").status == 0 and len(library.asked) == 6
-    assert (tmp_path / "run" / KEPT).read_bytes() == before
+    library.serve({})
+    done = calibrate("run")
+    assert done.status == 0 and not text_is_read(done)
+    assert len(library.asked) == 3
 
 
 @pytest.mark.usefixtures("server")
@@ -132,16 +119,20 @@ def test_an_interrupted_change_of_text_harms_nothing(
     calibrate: Calibrate, library: FakeDatasets, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     assert calibrate("run").status == 0
+    before, facts = file_sha256(tmp_path / "run" / KEPT), facts_of(tmp_path / "run")
     with monkeypatch.context() as broken:
         broken.setattr(collect, "Collection", lambda *_: 1 / 0)
         assert calibrate("run", "--calibration", "org/other").status == 1
-    asked = len(library.asked)
-    assert stage_lines(calibrate("run")) == {"calibrate": "reused"}
-    assert len(library.asked) == asked
+    assert facts_of(tmp_path / "run") == facts and len(library.asked) == 4
+    back = nbl("plan", tmp_path / "run", "--layers", 1)
+    assert text_is_read(back) and stage_lines(back) == {"calibrate": "reused", "plan": "done"}, back.err
+    assert file_sha256(tmp_path / "run" / KEPT) == before
     changed = calibrate("run", "--calibration", "org/other")
     assert stage_lines(changed) == {"calibrate": "done"}
-    assert list(facts_of(tmp_path / "run")["hub"]) == ["org/other"]
+    assert facts_of(tmp_path / "run")["name"] == "org/other"
+    asked = len(library.asked)
     assert stage_lines(calibrate("run", "--calibration", "org/other")) == {"calibrate": "reused"}
+    assert len(library.asked) == asked
 
 
 @pytest.mark.usefixtures("server")
@@ -154,9 +145,25 @@ def test_a_file_beside_a_dataset_is_read_as_it_is_now(
     assert stage_lines(calibrate(*given)) == {"calibrate": "reused"}
     own.write_text(own.read_text()[5000:])
     assert stage_lines(calibrate(*given)) == {"calibrate": "done"}
-    assert list(library.asked) == ["org/other@train"]
-    assert calibrate("run", "--calibration", own, "--force").status == 0
-    assert not (tmp_path / "run" / KEPT).exists()
+
+
+def test_a_text_that_changed_only_beyond_what_is_read_calibrates_nothing_anew(
+    calibrate: Calibrate, text: Path, tmp_path: Path
+) -> None:
+    """The tokens that a stage reads are in its key, and not the file."""
+    own = Path(shutil.copy(text, tmp_path / "own.txt"))
+    given = ("run", "--calibration", own)
+    assert calibrate(*given).status == 0
+    own.write_text(f"{own.read_text()} and some words more")
+    again = calibrate(*given)
+    assert text_is_read(again) and stage_lines(again) == {"calibrate": "reused"}
+    assert facts_of(tmp_path / "run")["sha256"] == file_sha256(own)
+    own.unlink()
+    assert stage_lines(nbl("plan", tmp_path / "run", "--layers", 1)) == {"calibrate": "reused", "plan": "done"}
+    (tmp_path / "run" / KEPT).unlink()
+    assert_refused(nbl("plan", tmp_path / "run", "--layers", 2), 1, "no calibration text at", own)
+    shutil.copy(text, own)
+    assert_refused(nbl("plan", tmp_path / "run", "--layers", 2), 1, "has changed since this run; restore it")
 
 
 def test_a_dataset_that_breaks_leaves_nothing(calibrate: Calibrate, library: FakeDatasets, tmp_path: Path) -> None:
@@ -176,6 +183,5 @@ def test_a_run_that_began_without_the_hub_goes_on_without_it(
     assert "HF_HUB_OFFLINE is set and the package" in caplog.text
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     assert stage_lines(calibrate("run")) == {"calibrate": "reused"}
-    assert "began without the hub (--force starts over)" in caplog.text
     assert (server.requests, list(library.asked)) == ([], [])
     assert calibrate("run", "--force").status == 0 and len(library.asked) == 3

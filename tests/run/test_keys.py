@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,14 +15,13 @@ from nbl_export.plan import order
 from nbl_export.plan.greedy import GreedyOrder, Point
 from nbl_export.plan.order import Selection
 from nbl_export.records.inputs import Lazy
-from nbl_export.run import resolve
 from nbl_export.run.stages import calibrate, plan, verify
 from nbl_export.run.stages.common import Place
 from nbl_export.run.stages.plan import order_of
 from nbl_export.verify.kept import KeptReferences
 from nbl_export.verify.ladder import Probe
 
-from ..jobs import resolver_of
+from ..jobs import TEXT, resolver_of
 
 Changes = dict[str, Any]
 
@@ -55,7 +53,7 @@ def resumed_batches(
     resolver = resolver_of(directory, options, facts)
     declared = calibrate.declare(resolver)
     assert isinstance(declared, calibrate.CalibrateInputs)
-    inputs = dataclasses.replace(declared, windows=Lazy(None, lambda: (windows, None)))
+    inputs = dataclasses.replace(declared, windows=Lazy(None, lambda: windows))
     found = calibrate._facts(inputs, batches, products)
     partial, collected = calibrate._Partial(directory / "partial", found), Collected(found["identity"]["taps"])
     done = partial.restore(collected)
@@ -66,9 +64,8 @@ def resumed_batches(
 
 CALIBRATIONS: dict[str, dict[str, Any]] = {
     "another model": {"facts": {"model": {"fingerprint": "other"}}},
-    "another text": {"facts": {"calibration": {"sha256": "other"}}},
     "another tap": {"options": {"tap": "normed"}},
-    "another context": {"options": {"context": 32}},
+    "another context": {"windows": WINDOWS.view(16, 32)},
     "fewer tokens": {"windows": WINDOWS[:6]},
     "other tokens": {"windows": WINDOWS + 1},
     "other batches": {"batches": 3},
@@ -116,20 +113,19 @@ def test_another_order_of_layers_is_computed_anew(change: str, tmp_path: Path) -
     assert known({**options, **changed}, facts) == GreedyOrder()
 
 
-@pytest.mark.parametrize("name", ["RULE", "EVERY", "_WEIGHED_TOKENS", "DIVISION"])
+@pytest.mark.parametrize("name", ["RULE", "EVERY", "_WEIGHED_TOKENS"])
 def test_another_way_to_judge_layers_computes_the_order_anew(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = key_of_order(tmp_path, GREEDY)
-    monkeypatch.setattr(resolve if name == "DIVISION" else order, name, "another")
+    monkeypatch.setattr(order, name, "another")
     assert key_of_order(tmp_path, GREEDY) != before
 
 
 def test_another_second_text_computes_the_order_anew(tmp_path: Path) -> None:
-    resolver = resolver_of(tmp_path, GREEDY)
-    before = Selection(order_of(resolver)).key
-    resolver.__dict__["second_text"] = SimpleNamespace(sha256="a third")
-    assert Selection(order_of(resolver)).key != before
+    other = {"text": {**TEXT, "parts": {**TEXT["parts"], "second.choosing": "a third"}}}
+    keys = [Selection(order_of(resolver_of(tmp_path, GREEDY, facts))).key for facts in ({}, other)]
+    assert keys[0] != keys[1]
 
 
 # -- an unfinished distillation --------------------------------------------------------------------------------

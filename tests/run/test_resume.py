@@ -62,7 +62,7 @@ def test_nothing_is_done_twice(same: Same, run: Path) -> None:
 
 @pytest.fixture
 def quick(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stages that copy what a real run left, so that only the question which of them run is left."""
+    """Stages behind the text that copy what a real run left: only the question which of them run is left."""
 
     def copy(stage: str, _inputs: Any, _place: Any, out: Path) -> dict[str, Any]:
         for name in facts_of(finished)["stages"][stage]["files"]:
@@ -71,8 +71,9 @@ def quick(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return {"status": "verified"} if stage in ("verify", "bench", "report") else {}
 
     monkeypatch.setattr(pipeline, "_tell", lambda *_: None)  # it reads facts that these stages do not find
-    stages = (dataclasses.replace(stage, run=functools.partial(copy, stage.name)) for stage in pipeline.STAGES)
-    monkeypatch.setattr(pipeline, "STAGES", tuple(stages))
+    text, *others = pipeline.STAGES
+    stages = (dataclasses.replace(stage, run=functools.partial(copy, stage.name)) for stage in others)
+    monkeypatch.setattr(pipeline, "STAGES", (text, *stages))
 
 
 BENCH = ("--depth", "--prompt-tokens", "--threads", "--batch")
@@ -210,7 +211,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
         yield started
 
 
-MORE = ("--calibration-tokens", 2048)
+MORE, NORMED = ("--calibration-tokens", 2048), ("--tap", "normed")
 ENDLESS = ("--config", Path(__file__).parents[1] / "endless.toml")
 FAREWELL = "nbl-export: interrupted; finished stages are kept, and the same command continues after them"
 
@@ -257,8 +258,8 @@ def but_notes(said: str) -> list[str]:
 @pytest.mark.parametrize(
     ("number", "line", "delay", "more"),
     [
-        (signal.SIGTERM, "calibrate ...", None, MORE),
-        (signal.SIGINT, "calibrate ...", 0.0, MORE),
+        (signal.SIGTERM, "calibrate ...", None, NORMED),
+        (signal.SIGINT, "calibrate ...", 0.0, NORMED),
         (signal.SIGINT, "bench ...", 0.1, ENDLESS),  # while the child that measures memory starts
         pytest.param(signal.SIGINT, "bench ...", 0.3, ENDLESS, marks=pytest.mark.fuzz),
         (signal.SIGTERM, "bench ...", None, ENDLESS),
@@ -345,7 +346,7 @@ def test_interrupted_first_run_goes_on(same: Same, tmp_path: Path, server: ForkS
     assert process.wait_for("calibrate ...")
     process.kill(signal.SIGINT)
     assert process.status == 130, process.err
-    assert {p.name for p in run.iterdir()} == {".lock", "nbl.json"}
+    assert {p.name for p in run.iterdir()} == {".lock", "nbl.json", "text.safetensors"}
     assert json.loads(nbl("inspect", run, "--json").out)["status"] == "incomplete"
     assert_refused(nbl("generate", run, "Hi"), 1, run, "not finished", "--calibration-tokens 2048")
     done = nbl("calibrate", *same[:4], *same[6:], "--output", run)  # without --config

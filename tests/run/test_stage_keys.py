@@ -23,7 +23,7 @@ from nbl_export.run.resolve import Resolver
 from nbl_export.run.stages import common
 from nbl_export.run.stages.common import LeftOut
 
-from ..jobs import resolver_of
+from ..jobs import TEXT, resolver_of
 
 EVAL = Prepared(EvalRequest(tasks=("a",)), (Subject("a", None, 10, {"sha256": "0"}, {"shots": 0}),), "harness 1")
 TRT = {"engine": "trt-rtx", "decoder_source": "static", "precision": "fp16"}
@@ -49,18 +49,19 @@ OTHER: dict[str, Any] = {
     "generate_tokens": 7, "threads": (1,), "batches": (2,), "engine": "openvino",
 }  # fmt: skip
 _PLAN = ("layers", "window_layers", "max_perplexity_increase", "target_speedup", "kv_budget", "fit", "select",
-         "tap", "maps", "calibration_tokens", "context", "compute_dtype", "logits")  # fmt: skip
+         "tap", "maps", "compute_dtype", "logits")  # fmt: skip
 _DECODER = ("precision", "provider", "logits", "decoder_source", "builder_option", "quantized_model")
 _GRAPHS = tuple(dict.fromkeys((*_PLAN, *_DECODER)))
 _BENCH = ("depths", "repetitions", "prompt_tokens", "generate_tokens", "threads", "batches")
 # What each stage reads.
 READS: dict[str, tuple[str, ...]] = {
-    "calibrate": ("calibration_tokens", "context", "tap", "compute_dtype"),
+    "text": ("calibration_tokens", "context", "distill_tokens"),
+    "calibrate": ("tap", "compute_dtype"),
     "plan": _PLAN,
-    "distill": (*_PLAN, "distill_minutes", "distill_steps", "distill_tokens", "lora_rank", "label_weight", "seed"),
+    "distill": (*_PLAN, "distill_minutes", "distill_steps", "lora_rank", "label_weight", "seed"),
     "decoder": _DECODER,
     "rewrite": _GRAPHS,
-    "verify": ("distill_tokens", *_GRAPHS),
+    "verify": ("context", *_GRAPHS),
     "eval": _GRAPHS,
     "build": ("engine", "max_batch", "prefill_chunk", "max_seq_len", *(name for name in _GRAPHS if name != "provider")),
     "bench": (*_BENCH, *_GRAPHS),
@@ -137,20 +138,43 @@ def test_what_changes_nothing_in_a_stage_is_not_in_its_key(
     assert key_of_stage(stage, **{**given, **same}) == key_of_stage(stage, **given)
 
 
-@pytest.mark.parametrize("option", ["calibration_tokens", "context"])
-def test_maps_that_are_given_are_verified_again_on_other_text(option: str, key_of_stage: Any) -> None:
-    """No stage before reads the text then."""
-    given = {"fit": "given", "tap": "residual"}
-    assert key_of_stage("verify", **given, **{option: OTHER[option]}) != key_of_stage("verify", **given)
-    assert key_of_stage("verify", {"calibration": {"sha256": "other"}}, **given) != key_of_stage("verify", **given)
+# The parts of the text that each stage reads itself.
+ROWS: dict[str, tuple[str, ...]] = {
+    "calibrate": ("windows",),
+    "plan": ("deciding", "choosing", "second.deciding", "second.choosing"),
+    "distill": ("training", "choosing"),
+    "verify": tuple(TEXT["parts"]),
+}
+
+
+@pytest.mark.parametrize("stage", ROWS)
+def test_other_rows_of_a_part_that_a_stage_reads_are_another_key(stage: str, tmp_path: Path) -> None:
+    """The hash of a part stands for its rows; no stage before need be another."""
+
+    def identity(**parts: str) -> Any:
+        text = {**TEXT, "parts": {**TEXT["parts"], **parts}}
+        inputs = next(s for s in STAGES if s.name == stage).declare(
+            resolver_of(tmp_path, {**USUAL, **BASES.get(stage, {})}, {"text": text})
+        )
+        return identity_of(inputs)
+
+    changed = {part for part in TEXT["parts"] if identity(**{part: "other"}) != identity()}
+    assert changed == set(ROWS[stage])
+
+
+def test_samples_of_another_seed_are_another_text(key_of_stage: Any) -> None:
+    sampled = {"calibration": ("self",)}
+    assert key_of_stage("text", **sampled, seed=7) != key_of_stage("text", **sampled)
+    assert key_of_stage("text", seed=7) == key_of_stage("text")
 
 
 def test_inputs_that_are_no_options_are_in_the_keys(key_of_stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Model, text, quantised checkpoint, request, and the compiler's version."""
+    parts = dict.fromkeys(TEXT["parts"], "other")
     for stage in READS:
         assert key_of_stage(stage, {"model": {"fingerprint": "other"}}) != key_of_stage(stage)
-        text = key_of_stage(stage, {"calibration": {"sha256": "other"}})
-        assert (text == key_of_stage(stage)) == (stage == "decoder"), stage
+        text = key_of_stage(stage, {"text": {**TEXT, "parts": parts}})
+        assert (text == key_of_stage(stage)) == (stage in ("text", "decoder")), stage
     codes = {"quantized_model": "q"}
     assert key_of_stage("decoder", {"quantized": {"fingerprint": "x"}}, **codes) != key_of_stage("decoder", **codes)
     (subject,) = EVAL.subjects
@@ -172,8 +196,8 @@ def test_inputs_that_are_no_options_are_in_the_keys(key_of_stage: Any, monkeypat
 # Options that follow from others or from the model: the form of the graph, the hash of the text.
 # The device changes no result.
 FOLLOW = {"device", "decoder_source", "engine", "calibration", "model"}
-# The curve states what its speeds were modelled for. The moments state their options.
-STATED = {"calibrate": {"seed"}, "plan": {"precision", "provider", "prompt_tokens"}}
+# The curve states what its speeds were modelled for.
+STATED = {"text": {"seed"}, "plan": {"precision", "provider", "prompt_tokens"}}
 
 
 class Watched(JobOptions):
@@ -210,9 +234,6 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """What loads a model, a text or a file is replaced, so that only the options that say what is loaded are left."""
     import torch
 
-    def windows(count: int) -> Any:
-        return torch.zeros(count, 8, dtype=torch.long)
-
     model: Any = SimpleNamespace(device=torch.device("cpu"), to=lambda _device: model)
     stubs: dict[str, Any] = {
         "nbl_export.run.resolve.require_engine": lambda *_args, **_given: None,
@@ -224,8 +245,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
         "nbl_export.model.checkpoint.quantized.check_same": lambda *_: None,
         "nbl_export.model.one_layer.shortage_of": lambda _directory: "",
         "nbl_export.text.mixture.read_texts": lambda *_: SimpleNamespace(name="t", sha256="text"),
-        "nbl_export.text.windows.pack": lambda *_args, **_given: (windows(8), windows(8)),
-        "nbl_export.text.windows.extend": lambda found, *_: found,
+        "nbl_export.text.parts.read": lambda *_: torch.zeros(8, 8, dtype=torch.long),
     }
     for name, value in stubs.items():
         monkeypatch.setattr(name, value)
@@ -246,7 +266,6 @@ def test_the_table_above_has_what_a_stage_reads(stage: str, tmp_path: Path, monk
     """The inputs of a stage are declared and loaded, all of them, while each read option is noted."""
     options = {**USUAL, **BASES.get(stage, {})}
     resolver = resolver_of(tmp_path, options, asked=ASKED.get(stage))
-    resolver.__dict__["hub_texts"] = None
     resolver.options = Watched(**{name: getattr(resolver.options, name) for name in JobOptions.__dataclass_fields__})
     monkeypatch.setattr(common.Place, "maps", lambda _self: {})
     found = next(s for s in STAGES if s.name == stage)
@@ -254,7 +273,7 @@ def test_the_table_above_has_what_a_stage_reads(stage: str, tmp_path: Path, monk
     inputs = found.declare(resolver)
     assert not isinstance(inputs, LeftOut)
     loaded(inputs)
-    assert {"calibration_tokens", "context"} <= Watched.seen or stage in ("decoder", "rewrite", "bench")
+    assert Watched.seen or stage == "rewrite"
     # Conditions that are read to leave a stage out do not change what it makes.
     assert Watched.seen - FOLLOW - STATED.get(stage, set()) - GATES <= set(READS[stage])
 

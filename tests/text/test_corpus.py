@@ -68,12 +68,13 @@ def test_text_to_train_on_goes_on_behind_what_is_held_back(checkpoint: Callable[
     tokenizer, read = load_tokenizer(checkpoint("llama")), read_text(str(text))
     windows, held = pack(read, tokenizer, 640, 64, 128)
     whole, _ = pack(read, tokenizer, 64 * 15, 64)
-    ids = text_windows.extend(windows, read, tokenizer, 64 * 13 + 5, 128)
+    every = text_windows.token_ids(read, tokenizer, 10**9)
+    ids = text_windows.extend(windows, every, 64 * 13 + 5, 128)
     assert ids.tolist() == [*whole[:10].tolist(), *whole[12:15].tolist()]
     assert held.tolist() == whole[10:12].tolist()
-    assert text_windows.extend(windows, read, tokenizer, 256, 128).tolist() == windows[:4].tolist()
-    every = text_windows.extend(windows, read, tokenizer, 10**9, 128)  # as far as the text goes
-    assert 15 < len(every) < len(read.documents[0]) // 64
+    assert text_windows.extend(windows, every, 256, 128).tolist() == windows[:4].tolist()
+    longest = text_windows.extend(windows, every, 10**9, 128)  # as far as the text goes
+    assert 15 < len(longest) < len(read.documents[0]) // 64
 
 
 @pytest.mark.parametrize(
@@ -170,5 +171,5 @@ def test_a_very_long_document_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch)
         return {"input_ids": list(range(len(piece)))}
 
     text = corpus.Text("t", "0", ("y" * 100,))
-    assert len(text_windows._ids(text, tokenizer, 15)) == 20
+    assert len(text_windows.token_ids(text, tokenizer, 15)) == 20
     assert asked == ["y" * 10] * 2

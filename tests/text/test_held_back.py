@@ -15,9 +15,11 @@ from nbl_export.run.stages import plan as plan_stage
 from nbl_export.run.stages import verify
 from nbl_export.run.stages.common import Place
 from nbl_export.run.stages.plan import order_of
-from nbl_export.text import corpus
+from nbl_export.run_directory import TEXT_FILE
+from nbl_export.text import corpus, parts
 from nbl_export.text import windows as text_windows
-from nbl_export.text.windows import CALIBRATION_ROLES, SECOND_ROLES, Division, divide, held_back_tokens, second_tokens
+from nbl_export.text.parts import cut, cut_second
+from nbl_export.text.windows import CALIBRATION_ROLES, SECOND_ROLES, Division, divide, held_back_tokens
 
 from ..command import nbl
 from ..jobs import opened
@@ -46,19 +48,14 @@ def positions(windows: Any) -> set[int]:
     return set(torch.as_tensor(windows).flatten().tolist())
 
 
-def parts_of(division: Division) -> dict[str, set[int]]:
-    return {part: positions(getattr(division, part)) for part in PARTS}
-
-
 @pytest.mark.parametrize("context", [64, 384, 512, 2048])
 @pytest.mark.parametrize("tokens", [9_000, 30_000, 70_000, 100_000, 400_000])
 def test_calibration_training_judging_deciding_and_figures_share_no_token(tokens: int, context: int) -> None:
     text, tokenizer = counting(tokens)
-    held_back = held_back_tokens(context)
-    calibration, held = text_windows.pack(text, tokenizer, 65_536, context, held_back)
-    training = text_windows.extend(calibration, text, tokenizer, 262_144, held_back)
-    uses = {**parts_of(divide(held, CALIBRATION_ROLES)), "training": positions(training)}
-    assert positions(calibration) <= uses["training"]
+    found = {part: positions(rows) for part, rows in cut(text, tokenizer, 65_536, context, 262_144, tokens).items()}
+    uses = {part: found[part] for part in (*PARTS, "training")}
+    assert found["windows"] <= uses["training"]
+    assert found["held_back"] == set().union(*(uses[part] for part in PARTS))
     assert all(uses.values())
     assert sum(map(len, uses.values())) == len(set().union(*uses.values()))
     if tokens == 400_000:
@@ -68,8 +65,8 @@ def test_calibration_training_judging_deciding_and_figures_share_no_token(tokens
 def test_parts_of_the_other_text_share_no_token_either() -> None:
     for context in (64, 512, 2048):
         text, tokenizer = counting(160_000)
-        rows, _ = text_windows.pack(text, tokenizer, second_tokens(context), context)
-        uses = parts_of(divide(rows, SECOND_ROLES))
+        uses = {part: positions(rows) for part, rows in cut_second(text, tokenizer, context, 160_000).items()}
+        assert set(uses) == {f"second.{part}" for part in PARTS}
         assert all(len(found) >= 8192 for found in uses.values())
         assert sum(map(len, uses.values())) == len(set().union(*uses.values()))
         assert min(set().union(*uses.values())) >= 8192  # what the defaults were tried on
@@ -87,15 +84,16 @@ def test_a_text_that_is_too_short_for_every_use_is_refused() -> None:
 
 def test_stages_read_the_parts_that_are_theirs(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     resolver = opened(run, select="greedy")
-    near, second = resolver.held_back.value, resolver.second.value
-    assert second is not None
-    read: dict[str, Any] = {}
+    near, second = (
+        Division(*(parts.read(run / TEXT_FILE, f"{text}{part}") for part in PARTS)) for text in ("", "second.")
+    )
+    seen: dict[str, Any] = {}
 
     class SeenError(Exception):
         pass
 
     def judge(_switched: Any, texts: Any, **_given: Any) -> Any:
-        read["choosing"] = texts
+        seen["choosing"] = texts
         raise SeenError
 
     monkeypatch.setattr("nbl_export.plan.order.Judge", judge)
@@ -105,15 +103,14 @@ def test_stages_read_the_parts_that_are_theirs(run: Path, monkeypatch: pytest.Mo
     def rows(windows: Any) -> set[tuple[int, ...]]:
         return {tuple(row) for row in windows.tolist()}
 
-    own, others, twice = read["choosing"]
+    own, others, twice = seen["choosing"]
     assert rows(own) <= rows(near.choosing) and rows(others) <= rows(second.choosing)
     passages, again = torch.as_tensor(twice).view(2, -1, min(64, twice.numel() // 2))
     assert torch.equal(passages.flip(0), again)  # a layer that copies from far back is seen
     assert passages.flatten().tolist() == near.choosing.flatten()[: passages.numel()].tolist()
     final = [windows for _, windows in verify.loss_texts(verify.declare(resolver))]
     assert rows(final[0]) == rows(near.final) and rows(final[1]) == rows(second.final)
-    assert final[1].size >= 8192 and final[0].size >= 6144  # the first text is short
-    seen: dict[str, Any] = {}
+    assert final[1].size == final[0].size == 2048  # SHORT_PARTS
 
     class Recorder:
         @property
@@ -129,7 +126,7 @@ def test_stages_read_the_parts_that_are_theirs(run: Path, monkeypatch: pytest.Mo
             return {name: [loss, loss] for name in mixes}
 
     recorder: Any = Recorder()
-    _steps(recorder.mixes, resolver.deciding.value, [recorder.order(1)], 0.1, quiet)
+    _steps(recorder.mixes, resolver.text.deciding.value, [recorder.order(1)], 0.1, quiet)
     assert [rows(w) for w in seen["deciding"]] == [rows(near.deciding), rows(second.deciding)]
 
 
@@ -151,8 +148,8 @@ def test_distilled_maps_are_judged_by_the_choosing_part(run: Path, monkeypatch: 
     with pytest.raises(SeenError) as seen:
         plan_stage.run_distill(inputs, Place(resolver.run, resolver.ui), run)
     windows, judging = seen.value.args
-    assert judging.tolist() == resolver.held_back.value.choosing.tolist()
-    assert windows.tolist() == resolver.training.value.tolist()
+    assert judging.tolist() == parts.read(run / TEXT_FILE, "choosing").tolist()
+    assert windows.tolist() == parts.read(run / TEXT_FILE, "training").tolist()
 
 
 def test_a_run_says_what_it_read_for_what(run: Path) -> None:
@@ -172,4 +169,4 @@ def test_a_tested_count_is_a_use_of_the_text_also_without_a_goal(run: Path) -> N
     resolver = opened(run)
     resolver.run.manifest["goal"] = {"max_perplexity_increase": "10%", "default": True, "path": [{"layers": 1}]}
     uses = verify.uses_of(verify.declare(resolver), Place(resolver.run, resolver.ui))
-    assert [u["tokens"] for u in uses if u["use"] == "number of layers"] == [13_312, 16_384]
+    assert [u["tokens"] for u in uses if u["use"] == "number of layers"] == [4096, 4096]

@@ -161,7 +161,7 @@ def test_two_texts_through_the_command(checkpoint: Callable[[str], Path], text: 
     assert "calibrate: reused" in again.err
     assert nbl("plan", tmp_path / "r", "--layers", "1").status == 0
     changed = nbl(*given, "--calibration", f"{text}:2,{tmp_path}/b.jsonl.gz", "--output", tmp_path / "r")
-    assert "calibrate: done" in changed.err
+    assert "text: done" in changed.err
     refused = nbl(*given, "--calibration", f"{text}:0", "--output", tmp_path / "r")
     assert_refused(refused, 2, "a weight is a number above 0")
     assert mixture.parse_sources(facts["options"]["calibration"])[0].weight == 3

@@ -9,7 +9,6 @@ exact (`sums`), so a resumed run and an uninterrupted run give the same bytes.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from nbl_export.records.inputs import Lazy
 from nbl_export.run.resolve import Resolver
 from nbl_export.run.stages.common import LeftOut, Place
 from nbl_export.run_directory import MOMENTS_FILE
+from nbl_export.text.parts import rows_sha256
 
 __all__ = ["CalibrateInputs", "declare", "run", "taps_of"]
 
@@ -42,16 +42,14 @@ class CalibrateInputs:
     """What moments follow from.
 
     Attributes:
-        windows: token windows that maps are fitted on, and held-back windows.
+        windows: token windows that maps are fitted on.
         shortage: why the model does not fit into memory, or "".
         mixer: kind of mixer, whose features are summed.
         device: of the torch model. choose: gives the device for work of a size in bytes.
     """
 
     fingerprint: str
-    text_sha256: str
-    windows: Lazy[tuple[Any, Any]]
-    context: int
+    windows: Lazy[Any]
     tap: str
     compute_dtype: str
     spec: DecoderSpec
@@ -69,7 +67,7 @@ def declare(r: Resolver) -> CalibrateInputs | LeftOut:
     if options.fit == CHECKPOINT_FIT:
         return LeftOut(NO_ORIGINAL)
     features = kind_of(options.kind).feature_count(r.spec.hidden_size)  # kinds of equal features share moments
-    return r.fill(CalibrateInputs, mixer=Lazy(features, lambda: options.kind))
+    return r.fill(CalibrateInputs, windows=r.text.windows, mixer=Lazy(features, lambda: options.kind))
 
 
 def run(inputs: CalibrateInputs, place: Place, out: Path) -> dict[str, Any]:
@@ -80,11 +78,11 @@ def run(inputs: CalibrateInputs, place: Place, out: Path) -> dict[str, Any]:
     """
     from nbl_export.calibrate import collect
 
-    windows, _ = inputs.windows.value
+    windows = inputs.windows.value
     parts = collect.batches(windows)
     device, by_layer = _device(inputs, place)
     calibration = {
-        **place.run.manifest["calibration"], "tokens": int(windows.numel()), "context": inputs.context,
+        **place.run.manifest["calibration"],
         "products": "bfloat16" if _narrow(inputs, device) else "float32", "device": spoken(device),
     }  # fmt: skip
     facts = _facts(inputs, len(parts), calibration["products"])
@@ -99,7 +97,7 @@ def _run_whole(inputs: CalibrateInputs, place: Place, parts: Sequence[Any], fact
     """Collect with the whole model in memory."""
     from nbl_export.calibrate import collect
 
-    windows, _ = inputs.windows.value
+    windows = inputs.windows.value
     partial = _Partial(place.run.partial("calibrate"), facts)
     total = windows.numel()
     taps, narrow = facts["identity"]["taps"], facts["identity"]["products"] == "bfloat16"
@@ -155,7 +153,7 @@ def _run_layers(
     from nbl_export.calibrate import collect
     from nbl_export.calibrate.moments_file import MomentsWriter
 
-    count, identity = inputs.windows.value[0].numel(), facts["identity"]
+    count, identity = inputs.windows.value.numel(), facts["identity"]
     target, spec, kind = out / MOMENTS_FILE, inputs.spec, kind_of(inputs.mixer.value)
     wanted = collect.Wanted(identity["taps"], kind, identity["products"] == "bfloat16")
     with (
@@ -164,7 +162,7 @@ def _run_layers(
         MomentsWriter(target, {**facts, "count": count}, spec.num_layers, wanted.taps, _sizes(inputs)) as file,
     ):
         layers = collect.collect_layers(
-            inputs.checkpoint.value, inputs.windows.value[0], parts, wanted, scratch, progress, device
+            inputs.checkpoint.value, inputs.windows.value, parts, wanted, scratch, progress, device
         )
         for sums in layers:
             file.write(sums)
@@ -172,13 +170,11 @@ def _run_layers(
 
 def _facts(inputs: CalibrateInputs, batches: int, products: str) -> dict[str, Any]:
     """The metadata of a moments file except the counts, see `moments_file`."""
-    windows = inputs.windows.value[0]
+    windows = inputs.windows.value
     identity = {
         "model": inputs.fingerprint,
-        "text": inputs.text_sha256,
-        "context": inputs.context,
         "tokens": int(windows.numel()),
-        "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+        "windows": rows_sha256(windows),
         "batches": batches,
         "taps": list(taps_of(inputs.tap)),
         "products": products,

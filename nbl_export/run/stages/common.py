@@ -20,12 +20,13 @@ __all__ = ["READS", "LeftOut", "Place", "Stage", "readers"]
 
 # Stage -> the earlier stages whose files or facts it reads, in running order.
 READS: dict[str, tuple[str, ...]] = {
-    "calibrate": (),
-    "plan": ("calibrate",),
-    "distill": ("plan",),
+    "text": (),
+    "calibrate": ("text",),
+    "plan": ("text", "calibrate"),
+    "distill": ("text", "plan"),
     "decoder": (),
     "rewrite": ("plan", "distill", "decoder"),
-    "verify": ("rewrite",),
+    "verify": ("text", "rewrite"),
     "eval": ("rewrite",),
     "build": ("rewrite",),
     "bench": ("rewrite", "build"),
@@ -33,8 +34,13 @@ READS: dict[str, tuple[str, ...]] = {
 }
 
 
+BY_PART = ("text",)  # whoever reads its file has the hash of a part among its inputs, so another file may be the same
+
+
 def readers(name: str) -> list[str]:
-    """Names of the stages that read a stage, directly or indirectly."""
+    """Names of the stages that another result of a stage makes stale, directly or indirectly."""
+    if name in BY_PART:
+        return []
     found = [name]
     for stage, earlier in READS.items():  # in order, so one pass finds all
         if set(earlier) & set(found):
@@ -93,4 +99,5 @@ class Stage:
 
     def key(self, inputs: Any, keys: dict[str, str]) -> str:
         """Fingerprint of the inputs. keys: of the earlier stages that are not left out."""
-        return key_of(self.name, identity_of(inputs), [keys[name] for name in READS[self.name] if name in keys])
+        earlier = [keys[name] for name in READS[self.name] if name in keys and name not in BY_PART]
+        return key_of(self.name, identity_of(inputs), earlier)

@@ -30,7 +30,6 @@ from nbl_export.report.quality import spoken_curve
 from nbl_export.run.resolve import Resolver
 from nbl_export.run.stages.common import LeftOut, Place
 from nbl_export.run_directory import DISTILL_FILE, MAPS_FILE, MOMENTS_FILE, START_FILE
-from nbl_export.text.windows import Division
 
 __all__ = ["declare", "order_of", "run"]
 
@@ -50,6 +49,7 @@ def declare(r: Resolver) -> PlanInputs | Lazy[Any]:
         order=order_of(r),
         request=None if options.layers is None else asked_layers(options, r.spec),
         goal=goal,
+        deciding=r.text.deciding,
         trains=Lazy(None, lambda: r.trains),
         # The curve states what its speed-ups are modelled for, so that only a goal needs them in the key.
         speedup=Lazy(r.cost.identity if isinstance(goal.goal, TargetSpeedup) else None, lambda: r.cost.value.speedup),
@@ -67,8 +67,7 @@ def order_of(r: Resolver) -> OrderInputs:
         usual,
         Lazy(r.key("calibrate"), lambda: _moments(r)),
         r.mixes,
-        r.choosing,
-        Lazy(None, lambda: None if options.says_itself else r.second_text.sha256),
+        r.text.choosing(spec.max_positions, alone=options.says_itself),
         Lazy(r.saving if usual == "efficient" else None, lambda: _saved(r)),
         _given(r),
         _top(r),
@@ -103,7 +102,7 @@ def _top(r: Resolver) -> TopInputs | None:
         share=goal.share if isinstance(goal, PerplexityIncrease) else DEFAULT_INCREASE,
         positions=r.spec.max_positions,
         windows=Lazy(None, lambda: functools.partial(_windows_of, r)),
-        texts=r.choosing_parts,
+        texts=r.text.consecutive,
         saved=Lazy(r.saving, lambda: _saved(r)),
     )
 
@@ -172,7 +171,7 @@ class DistillInputs:
     """What trained maps follow from, beside the maps at the start.
 
     Attributes:
-        training: windows of the training text. held_back: their part "choosing" chooses the best step.
+        training: windows of the training text. judging: held-back windows that choose the best step.
         choosing, deciding: texts by which layers are given back; None if all layers stay.
     """
 
@@ -183,7 +182,7 @@ class DistillInputs:
     lora_rank: int
     label_weight: float
     training: Lazy[Any]
-    held_back: Lazy[Division]
+    judging: Lazy[Any]
     choosing: Lazy[Texts] | None
     deciding: Lazy[Texts] | None
     model: Lazy[Any]
@@ -198,8 +197,14 @@ def declare_distill(r: Resolver) -> DistillInputs | LeftOut:
     if not r.trains:
         return LeftOut("the model does not fit into memory, which training needs")
     narrows = "order" in (r.run.manifest.get("goal") or {})
-    texts = {"choosing": r.choosing, "deciding": r.deciding}
-    return r.fill(DistillInputs, **{name: text if narrows else None for name, text in texts.items()})
+    choosing = r.text.choosing(r.spec.max_positions, alone=r.options.says_itself)
+    return r.fill(
+        DistillInputs,
+        training=r.text.training,
+        judging=r.text.judging,
+        choosing=choosing if narrows else None,
+        deciding=r.text.deciding if narrows else None,
+    )
 
 
 def run_distill(inputs: DistillInputs, place: Place, out: Path) -> dict[str, Any]:
@@ -208,7 +213,7 @@ def run_distill(inputs: DistillInputs, place: Place, out: Path) -> dict[str, Any
     from nbl_export.distill.state import State
     from nbl_export.plan.maps_file import load_maps, maps_in, save_maps
 
-    plan, windows, judging = place.plan, inputs.training.value, inputs.held_back.value.choosing
+    plan, windows, judging = place.plan, inputs.training.value, inputs.judging.value
     goal = _Goal(inputs, place) if inputs.deciding else None
     settings = _settings(inputs, goal)
     path = place.run.path / START_FILE

@@ -23,7 +23,6 @@ from nbl_export.run.stages.common import Place
 from nbl_export.run_directory import ACCEPTANCE_FILE, DECODERS, PACKAGES, REFERENCES_FILE, VERIFY_FILE
 from nbl_export.targets.base import Target
 from nbl_export.targets.tokenizer import TOKENIZER, Text
-from nbl_export.text.windows import Division
 from nbl_export.verify.codes import NEAREST, SEARCHED
 from nbl_export.verify.kept import KeptReferences
 from nbl_export.verify.ladder import WITHOUT_TWIN
@@ -51,10 +50,10 @@ class VerifyInputs:
         nearness: see `verify.structure.Setting`. codes: a checkpoint whose matrices the graphs have, or None.
         exporter: engine, provider and decoder source, for the kept references.
         lacks_attention: the original of an NBL checkpoint lacks the removed attention.
-        windows: for calibration, and held back. held_back, second: held-back windows of both texts by use.
-        final: name and windows of the final figures. text_names: of both texts.
-        training: windows of a distillation; None without one.
-        choosing: the texts that layers were chosen by.
+        windows: for calibration. held_back: all that nobody calibrates on, in the order of the text.
+        names: of the calibration text and of the second text.
+        training: windows of a distillation; None without one. judging: those that choose its best step.
+        choosing: the texts that layers were chosen by. deciding: that decided how many. final: of the final figures.
         shortage: why the torch model does not fit into memory; "" if it fits.
     """
 
@@ -70,19 +69,20 @@ class VerifyInputs:
     exporter: tuple[str | None, ...]
     lacks_attention: bool
     context: int
-    windows: Lazy[tuple[Any, Any]]
-    held_back: Lazy[Division]
-    second: Lazy[Division | None]
-    final: Lazy[Texts]
-    text_names: Lazy[tuple[str, str]]
+    names: Lazy[tuple[str, str]]
+    windows: Lazy[Any]
+    held_back: Lazy[Any]
     training: Lazy[Any] | None
+    judging: Lazy[Any]
     choosing: Lazy[Texts]
+    deciding: Lazy[Texts]
+    final: Lazy[Texts]
     shortage: Lazy[str]
 
 
 def declare(r: Resolver) -> VerifyInputs:
     """The inputs of the stage. Compiled engines are proven by ONNX Runtime, whichever they are."""
-    options = r.options
+    options, text = r.options, r.text
     proven_by = "static form" if r.engine.capabilities.static else [options.engine, options.provider]
     exporter = (None if r.engine.capabilities.static else options.engine, options.provider, options.decoder_source)
     return r.fill(
@@ -91,7 +91,14 @@ def declare(r: Resolver) -> VerifyInputs:
         nearness=_nearness(r),
         exporter=exporter,
         lacks_attention=options.fit == CHECKPOINT_FIT,
-        training=r.training if options.fit == "distilled" else None,
+        names=Lazy(None, lambda: text.names),
+        windows=text.windows,
+        held_back=text.held_back,
+        training=text.training if options.fit == "distilled" else None,
+        judging=text.judging,
+        choosing=text.choosing(r.spec.max_positions, alone=options.says_itself),
+        deciding=text.deciding,
+        final=text.final,
     )
 
 
@@ -236,8 +243,8 @@ def make_probe(inputs: VerifyInputs) -> Any:
     """
     from nbl_export.verify import ladder
 
-    windows, held = inputs.windows.value
-    ids, cache_length = held.flatten().tolist(), inputs.cache_length
+    windows, cache_length = inputs.windows.value, inputs.cache_length
+    ids = inputs.held_back.value.flatten().tolist()
     window = inputs.spec.sliding_window or 0
     first, second = _PREFILL_TOKENS
     if 0 < window <= _LONGEST_PROBED_WINDOW:
@@ -270,15 +277,14 @@ def _cut(windows_WT: Any, context: int) -> Any:
 
 def uses_of(inputs: VerifyInputs, place: Place) -> list[dict[str, Any]]:
     """The value of "texts" in verify.json: for each use of a text, its name and number of tokens."""
-    own, second, names = inputs.held_back.value, inputs.second.value, inputs.text_names.value
-    both = [own] if second is None else [own, second]
-    used: list[tuple[str, str, Any]] = [("calibration: scores and maps", names[0], inputs.windows.value[0])]
+    names = inputs.names.value
+    used: list[tuple[str, str, Any]] = [("calibration: scores and maps", names[0], inputs.windows.value)]
     if inputs.training is not None:
         used.append(("distillation: training", names[0], inputs.training.value))
-        used.append(("distillation: judging", names[0], own.choosing))
+        used.append(("distillation: judging", names[0], inputs.judging.value))
     if place.plan.select in ("greedy", "efficient"):
         used += [("choice of layers", *text) for text in inputs.choosing.value]
     if (place.run.manifest.get("goal") or {}).get("path"):
-        used += [("number of layers", n, part.deciding) for n, part in zip(names, both, strict=False)]
-    used += [("final figures", n, part.final) for n, part in zip(names, both, strict=False)]
+        used += [("number of layers", n, rows) for n, (_, rows) in zip(names, inputs.deciding.value, strict=False)]
+    used += [("final figures", n, rows) for n, (_, rows) in zip(names, inputs.final.value, strict=False)]
     return [{"use": use, "text": name, "tokens": int(windows.numel())} for use, name, windows in used]

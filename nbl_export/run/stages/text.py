@@ -1,0 +1,112 @@
+"""The text stage: both texts of a job are read, tokenised and cut once; every later stage reads the rows.
+
+    --calibration ─► documents ─► token ids ─┐
+    --calibration self ─► samples of the model ─┼─► text.safetensors (`text.parts`), hashes in nbl.json
+    second text ─────────────────────────────┘
+
+A job that goes on reads the file, and neither the sources nor the hub.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nbl_export.records.inputs import Lazy
+from nbl_export.run.resolve import Resolver
+from nbl_export.run.stages.common import Place
+from nbl_export.run_directory import TEXT_FILE
+from nbl_export.text.corpus import Text, stdlib_text
+from nbl_export.text.windows import DIVISION, held_back_tokens
+
+__all__ = ["TextInputs", "declare", "run"]
+
+
+@dataclass(frozen=True)
+class TextInputs:
+    """What the rows follow from.
+
+    Attributes:
+        fingerprint: of the model, whose tokenizer reads the text.
+        sources: see `text.mixture.identify`.
+        seed: of the samples; None if there is a text.
+        distill_tokens: of the text that maps are trained on; cut in any case, so that another fit reads no text again.
+        division: see `text.windows`.
+        documents: the calibration text; without documents if the model samples it.
+        second: the text that nobody calibrates on.
+    """
+
+    fingerprint: str
+    sources: list[Any]
+    seed: int | None
+    calibration_tokens: int
+    context: int
+    distill_tokens: int
+    division: list[Any]
+    vocab_size: int
+    documents: Lazy[Text]
+    second: Lazy[Text]
+    tokenizer: Lazy[Any]
+    model: Lazy[Any]
+
+
+def declare(r: Resolver) -> TextInputs:
+    """The inputs of the stage."""
+    options = r.options
+    return TextInputs(
+        fingerprint=r.fingerprint,
+        sources=r.sources,
+        seed=options.seed if options.says_itself else None,
+        calibration_tokens=options.calibration_tokens,
+        context=options.context,
+        distill_tokens=options.distill_tokens,
+        division=DIVISION,
+        vocab_size=r.spec.vocab_size,
+        documents=r.documents,
+        second=Lazy(None, stdlib_text),
+        tokenizer=r.tokenizer,
+        model=r.model,
+    )
+
+
+def run(inputs: TextInputs, place: Place, out: Path) -> dict[str, Any]:
+    """Write text.safetensors; returns names, hashes and sizes for the manifest."""
+    from nbl_export.text import parts
+
+    text, second, context = inputs.documents.value, inputs.second.value, inputs.context
+    if inputs.seed is None:
+        rows = parts.cut(
+            text, inputs.tokenizer.value, inputs.calibration_tokens, context, inputs.distill_tokens, inputs.vocab_size
+        )
+    else:
+        rows = _sampled(inputs, place)
+    if second.sha256 != text.sha256:
+        rows |= parts.cut_second(second, inputs.tokenizer.value, context, inputs.vocab_size)
+    hashes = parts.save(rows, out / TEXT_FILE)
+    inputs.documents.forget()
+    facts = {
+        "name": text.name,
+        "sha256": text.sha256,
+        "mix": [dataclasses.asdict(part) for part in text.parts],
+        "tokens": int(rows["windows"].numel()),
+        "context": context,
+        "second": second.name,
+        "parts": hashes,
+    }
+    return {"text": facts}
+
+
+def _sampled(inputs: TextInputs, place: Place) -> dict[str, Any]:
+    """Rows that the model samples, in place of those of a text; maps are trained on the calibration rows."""
+    from nbl_export.text.parts import with_uses
+    from nbl_export.text.sampling import sample_windows
+
+    assert inputs.seed is not None
+    context = inputs.context
+    wanted, held = max(1, -(-inputs.calibration_tokens // context)), held_back_tokens(context) // context
+    with place.ui.task("sampling") as progress:
+        rows_WT = sample_windows(inputs.model.value, wanted + held, context, inputs.seed, progress)
+    windows = rows_WT[:wanted]
+    return with_uses({"windows": windows, "held_back": rows_WT[wanted:], "training": windows})

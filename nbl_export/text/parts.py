@@ -1,0 +1,195 @@
+"""The text of a job: rows of token ids by what they are for, cut once and read by every later stage.
+
+    calibration text ─► windows, held_back, training, deciding, choosing, final ┐
+    second text ──────► second.deciding, second.choosing, second.final ─────────┴─► one safetensors file
+
+    windows                      maps are fitted on
+    held_back                    nobody fits a map on, in the order of the text; verification takes its probes of it
+    deciding, choosing, final    the same rows by use, see `windows`
+    training                     maps are trained on: `windows`, and what follows in the text
+    second.*                     absent if the second text is the calibration text, or is too short
+
+The hash of a part identifies what is made of it, so a stage runs again only if the tokens that it reads are others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nbl_export.errors import CorruptError
+from nbl_export.files import arrays_sha256
+from nbl_export.records.inputs import Lazy
+from nbl_export.text.corpus import Text
+from nbl_export.text.windows import (
+    CALIBRATION_ROLES,
+    SECOND_ROLES,
+    choosing_texts,
+    divide,
+    extend,
+    held_back_tokens,
+    pack_ids,
+    second_tokens,
+    token_ids,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["JobText", "cut", "cut_second", "read", "rows_sha256", "save", "with_uses"]
+
+Texts = Sequence[tuple[str, Any]]  # name and token ids [windows, context] of each text
+
+
+# -- cutting ---------------------------------------------------------------------------------------------------
+
+
+def cut(
+    text: Text, tokenizer: Any, tokens: int, context: int, training: int, vocab_size: int
+) -> dict[str, torch.Tensor]:
+    """The parts of a calibration text, which is tokenised once.
+
+    Args:
+        tokens: to calibrate on. training: tokens to train on.
+        vocab_size: of the model that reads the rows.
+
+    Raises:
+        NblError: the text is too short for one window of each use, or has tokens that the model lacks.
+    """
+    held_back = held_back_tokens(context)
+    most = max(-(-tokens // context), training // context, 1) * context
+    ids = token_ids(text, tokenizer, most + held_back, vocab_size)
+    windows, held = pack_ids(text, ids, tokens, context, held_back)
+    return with_uses({"windows": windows, "held_back": held, "training": extend(windows, ids, training, held_back)})
+
+
+def with_uses(rows: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Parts, and the held-back rows by use."""
+    return {**rows, **vars(divide(rows["held_back"], CALIBRATION_ROLES))}
+
+
+def cut_second(text: Text, tokenizer: Any, context: int, vocab_size: int) -> dict[str, torch.Tensor]:
+    """The parts of the second text; nothing if it has too few windows."""
+    needed = second_tokens(context)
+    rows, _ = pack_ids(text, token_ids(text, tokenizer, needed, vocab_size), needed, context, 0)
+    if len(rows) < len(SECOND_ROLES):
+        return {}
+    return {f"second.{use}": found for use, found in vars(divide(rows, SECOND_ROLES)).items()}
+
+
+# -- the file --------------------------------------------------------------------------------------------------
+
+
+def rows_sha256(rows_WT: torch.Tensor) -> str:
+    """What identifies rows of token ids."""
+    return arrays_sha256({"ids": rows_WT.numpy()})
+
+
+def save(parts: Mapping[str, torch.Tensor], path: Path) -> dict[str, str]:
+    """Write parts to a new file; returns the hash of each."""
+    from safetensors.torch import save_file
+
+    save_file({name: rows_WT.clone() for name, rows_WT in parts.items()}, path)
+    return {name: rows_sha256(rows_WT) for name, rows_WT in parts.items()}
+
+
+def read(path: Path, part: str) -> torch.Tensor:
+    """One part of a file.
+
+    Raises:
+        CorruptError: the file is missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            rows_WT: torch.Tensor = file.get_tensor(part)
+            return rows_WT
+    except (SafetensorError, OSError) as error:
+        raise CorruptError(f"{path}, the text of the run, cannot be read ({error}); run its command again") from error
+
+
+# -- reading ---------------------------------------------------------------------------------------------------
+
+
+class JobText:
+    """Both texts of a job by use, each part read at first use.
+
+    Args:
+        names: of the calibration text and of the second text.
+        rows: part -> its rows.
+    """
+
+    def __init__(self, names: tuple[str, str], rows: Mapping[str, Lazy[torch.Tensor]]) -> None:
+        self.names, self._rows = names, rows
+
+    @classmethod
+    def of_file(cls, path: Path, names: tuple[str, str], hashes: Mapping[str, str]) -> JobText:
+        """The text in a file that `save` wrote.
+
+        Args:
+            hashes: of its parts.
+        """
+        return cls(names, {part: Lazy(found, partial(read, path, part)) for part, found in hashes.items()})
+
+    @property
+    def windows(self) -> Lazy[torch.Tensor]:
+        """Rows that maps are fitted on."""
+        return self._rows["windows"]
+
+    @property
+    def held_back(self) -> Lazy[torch.Tensor]:
+        """All held-back rows of the calibration text, in its order."""
+        return self._rows["held_back"]
+
+    @property
+    def training(self) -> Lazy[torch.Tensor]:
+        """Rows that maps are trained on."""
+        return self._rows["training"]
+
+    @property
+    def judging(self) -> Lazy[torch.Tensor]:
+        """Held-back rows that choose the best step of a training."""
+        return self._rows["choosing"]
+
+    @property
+    def own_final(self) -> Lazy[torch.Tensor]:
+        """Held-back rows of the calibration text that final figures are measured on."""
+        return self._rows["final"]
+
+    @property
+    def deciding(self) -> Lazy[Texts]:
+        """Texts that decide how many layers a goal takes."""
+        return self._both("deciding")
+
+    @property
+    def final(self) -> Lazy[Texts]:
+        """Texts of the final figures."""
+        return self._both("final")
+
+    @property
+    def consecutive(self) -> Lazy[Texts]:
+        """Consecutive rows of both choosing parts, equally many of each."""
+        both = self._both("choosing")
+        return Lazy(both.identity, lambda: [(name, rows[: len(both.value[0][1])]) for name, rows in both.value])
+
+    def choosing(self, positions: int, *, alone: bool = False) -> Lazy[Texts]:
+        """Texts that layers are chosen by.
+
+        Args:
+            positions: of the model.
+            alone: without the second text, which is not the model's own.
+        """
+        texts = self._both("choosing", alone=alone)
+        return Lazy(texts.identity, lambda: choosing_texts(texts.value, positions))
+
+    def _both(self, use: str, *, alone: bool = False) -> Lazy[Texts]:
+        """Name and rows of the calibration text, and of the second text if there is one."""
+        own, second = self.names
+        named = {f"held back from {own}": use, f"{second} (not calibrated on)": f"second.{use}"}
+        rows = {name: self._rows[part] for name, part in named.items() if part in self._rows}
+        rows = dict(list(rows.items())[:1]) if alone else rows
+        identity = [part.identity for part in rows.values()]
+        return Lazy(identity, lambda: [(name, part.value) for name, part in rows.items()])
