@@ -1,9 +1,8 @@
 """The settings of genai_config.json that a folder may give ONNX Runtime GenAI; others are refused before GenAI runs.
 
-    model      numbers and token ids of the decoder, names of its graph, inputs and outputs
-    session    threads, memory, logging, provider_options of `_PROVIDERS`, keys of `_ENTRIES`
-    search     how a text is continued
-    speculative  how tokens are proposed from the text so far (`targets.onnx.ngram`)
+    model, search, ...   numbers and token ids under any key, words under the keys of `_WORDS`
+    inputs, outputs      names
+    session_options      numbers and words under the keys of `_KEYS`; provider_options: the same for each provider
 
 GenAI passes every other session key on to ONNX Runtime. Some of these keys load libraries (custom_ops_library), write
 files (enable_profiling, session.optimized_model_filepath) or read folders. Some provider options are paths or addresses
@@ -14,7 +13,7 @@ The allowed keys are from src/config.cpp of GenAI 0.18, as far as its builder an
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,111 +26,38 @@ __all__ = ["GENAI_CONFIG", "check_genai_config", "read_genai_config"]
 
 _MOST_BYTES = 1 << 20
 _NAME = re.compile(r"[A-Za-z0-9_][\w. %/:-]*")
-_GRAPH = re.compile(r"[A-Za-z0-9_][\w.-]*\.onnx")
-Rule = Callable[[Any], bool]
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float)  # bool is a subclass of int
-
-
-def _name(value: Any) -> bool:
-    return isinstance(value, str) and _NAME.fullmatch(value) is not None
-
-
-def _plain(value: Any) -> bool:
-    """A number, or a word that names neither a file nor a folder."""
-    return _number(value) or (isinstance(value, str) and re.fullmatch(r"[\w,.+-]{0,200}", value) is not None)
-
-
-def _ids(value: Any) -> bool:
-    return value is None or _number(value) or (isinstance(value, list) and all(map(_number, value)))
-
-
-def _graph(value: Any) -> bool:
-    return isinstance(value, str) and _GRAPH.fullmatch(value) is not None
-
-
-def _names(value: Any) -> bool:
-    return isinstance(value, dict) and all(_name(k) and _name(v) for k, v in value.items())
-
-
-_PROVIDERS: Mapping[str, frozenset[str]] = {
-    "cpu": frozenset(),
-    "cuda": frozenset({"device_id", "enable_cuda_graph", "enable_skip_layer_norm_strict_mode", "gpu_mem_limit",
-                       "arena_extend_strategy", "cudnn_conv_algo_search", "do_copy_in_default_stream", "use_tf32",
-                       "prefer_nhwc", "sdpa_kernel", "fuse_conv_bias", "use_ep_level_unified_stream"}),
-    "NvTensorRtRtx": frozenset({"device_id", "enable_cuda_graph", "nv_max_workspace_size", "nv_multi_profile_enable"}),
-    "dml": frozenset({"device_id", "enable_graph_capture"}),
-    "webgpu": frozenset({"enableGraphCapture", "validationMode"}),
-}  # fmt: skip
-_ENTRIES = frozenset({
-    "ep.cuda.fpa_intb_gemm", "mlas.enable_gemm_fastmath_arm64_bfloat16", "optimization.disable_specified_optimizers",
-    "session.disable_prepacking", "session.dynamic_block_base", "session.force_spinning_stop",
-    "session.inter_op.allow_spinning", "session.intra_op.allow_spinning", "session.qdq_matmulnbits_accuracy_level",
-    "session.set_denormal_as_zero", "session.use_device_allocator_for_initializers", "session.use_env_allocators",
-})  # fmt: skip
-
-
-def _providers(value: Any) -> bool:
-    """Check a list of {provider: {option: word}}; `_Refused` names the key that is refused."""
-    if not isinstance(value, list):
-        return False
-    for entry in value:
-        if not isinstance(entry, dict):
-            return False
-        for provider, options in entry.items():
-            known = {name.lower(): allowed for name, allowed in _PROVIDERS.items()}.get(provider.lower())
-            if known is None or not isinstance(options, dict):
-                raise _Refused(_shown(provider), "provider_options")
-            for option, said in options.items():
-                if option not in known or not _plain(said):
-                    raise _Refused(_shown(option), f"provider_options.{provider}")
-    return True
-
-
-class _Refused(Exception):
-    def __init__(self, key: str, where: str) -> None:
-        super().__init__(f"{where}.{key}" if where else key)
-
-
-def _all(rule: Rule, *names: str) -> dict[str, Rule]:
-    return dict.fromkeys(names, rule)
-
-
-_SESSION: dict[str, Any] = {
-    **_all(_number, "intra_op_num_threads", "inter_op_num_threads", "log_severity_level", "log_verbosity_level",
-           "enable_cpu_mem_arena", "enable_mem_pattern"),
-    **_all(_plain, "log_id", "graph_optimization_level", *_ENTRIES),
-    "provider_options": _providers,
-}  # fmt: skip
-_DECODER: dict[str, Any] = {
-    **_all(_number, "head_size", "hidden_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads"),
-    **_all(_names, "inputs", "outputs"),
-    "filename": _graph,
-    "session_options": _SESSION,
-    "sliding_window": {
-        **_all(_number, "window_size", "pad_value", "cache_slack", "slide_key_value_cache", "slide_inputs"),
-        **_all(_plain, "alignment"),
-        **_all(_ids, "layers"),
-    },
+_WORD = re.compile(r"[\w,.+-]{0,200}")  # names neither a file nor a folder
+_WORDS = {
+    "model.type": _WORD,
+    "model.decoder.filename": re.compile(r"[A-Za-z0-9_][\w.-]*\.onnx"),
+    "model.decoder.sliding_window.alignment": _WORD,
 }
-_SETTINGS: dict[str, Any] = {
-    "model": {
-        **_all(_number, "context_length", "vocab_size"),
-        **_all(_ids, "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id",
-               "bot_token_id", "eot_token_id", "bor_token_id", "eor_token_id", "image_token_id"),
-        "type": _plain,
-        "decoder": _DECODER,
+_NUMBERS = ("model", "model.decoder", "model.decoder.sliding_window", "search", "speculative")
+_NAMES = ("model.decoder.inputs", "model.decoder.outputs")
+_SESSION = "model.decoder.session_options"
+_PROVIDERS = f"{_SESSION}.provider_options"
+_KEYS = {
+    _SESSION: {
+        "intra_op_num_threads", "inter_op_num_threads", "log_severity_level", "log_verbosity_level", "log_id",
+        "enable_cpu_mem_arena", "enable_mem_pattern", "graph_optimization_level", "ep.cuda.fpa_intb_gemm",
+        "mlas.enable_gemm_fastmath_arm64_bfloat16", "optimization.disable_specified_optimizers",
+        "session.disable_prepacking", "session.dynamic_block_base", "session.force_spinning_stop",
+        "session.inter_op.allow_spinning", "session.intra_op.allow_spinning", "session.set_denormal_as_zero",
+        "session.qdq_matmulnbits_accuracy_level", "session.use_device_allocator_for_initializers",
+        "session.use_env_allocators",
     },
-    "speculative": _all(
-        _number, "cooldown", "max_draft_tokens", "min_adaptive_k", "ngram_chained_lookup", "ngram_size"
-    ),
-    "search": _all(
-        _number, "batch_size", "chunk_size", "diversity_penalty", "do_sample", "early_stopping", "length_penalty",
-        "max_length", "min_length", "no_repeat_ngram_size", "num_beams", "num_return_sequences",
-        "past_present_share_buffer", "random_seed", "repetition_penalty", "temperature", "top_k", "top_p",
-    ),
+    _PROVIDERS: set(),
+    f"{_PROVIDERS}.cpu": set(),
+    f"{_PROVIDERS}.cuda": {
+        "device_id", "enable_cuda_graph", "enable_skip_layer_norm_strict_mode", "gpu_mem_limit",
+        "arena_extend_strategy", "cudnn_conv_algo_search", "do_copy_in_default_stream", "use_tf32", "prefer_nhwc",
+        "sdpa_kernel", "fuse_conv_bias", "use_ep_level_unified_stream",
+    },
+    f"{_PROVIDERS}.nvtensorrtrtx": {
+        "device_id", "enable_cuda_graph", "nv_max_workspace_size", "nv_multi_profile_enable",
+    },
+    f"{_PROVIDERS}.dml": {"device_id", "enable_graph_capture"},
+    f"{_PROVIDERS}.webgpu": {"enableGraphCapture", "validationMode"},
 }  # fmt: skip
 
 
@@ -143,13 +69,11 @@ def read_genai_config(directory: Path) -> dict[str, Any]:
     """
     path = check_inside(directory / GENAI_CONFIG, directory)
     settings = read_object(path, _MOST_BYTES)
-    try:
-        _hold(settings, _SETTINGS, "")
-    except _Refused as refused:
+    for refused in _refused(settings, ""):
         raise NblError(
             f"{path} sets {refused}, which is refused: a model's folder may not choose libraries, files or devices; "
             "remove the key if you trust the folder"
-        ) from refused
+        )
     if "\\" in path.read_text(encoding="utf-8"):
         raise NblError(f"{path} contains a backslash, which JSON parsers read differently; remove it")
     return settings
@@ -161,21 +85,36 @@ def check_genai_config(directory: Path) -> None:
         read_genai_config(directory)
 
 
-def _hold(settings: dict[str, Any], rules: Mapping[str, Any], where: str) -> None:
+def _refused(settings: Mapping[str, Any], part: str) -> Iterator[str]:
+    """Names of settings that are refused, each with the parts that it is in."""
     for key, value in settings.items():
-        rule = rules.get(key)
-        if isinstance(rule, dict) and isinstance(value, dict):
-            _hold(value, rule, f"{where}.{key}".lstrip("."))
-        elif not callable(rule) or not _rule_holds(rule, value, where):
-            raise _Refused(_shown(key), where)
+        name = f"{part}.{key if len(key) <= 60 and key.isprintable() else repr(key[:60])}".lstrip(".")
+        inner = value if name == _PROVIDERS and isinstance(value, list) else [value]
+        is_part = name in (*_NUMBERS, *_NAMES) or _place(name) in _KEYS
+        if is_part and all(isinstance(mapping, dict) for mapping in inner):
+            for mapping in inner:
+                yield from _refused(mapping, name)
+        elif is_part or not _may_be(value, key, name, part):
+            yield name
 
 
-def _rule_holds(rule: Rule, value: Any, where: str) -> bool:
-    try:
-        return rule(value)
-    except _Refused as refused:
-        raise _Refused(str(refused), where) from refused
+def _may_be(value: Any, key: str, name: str, part: str) -> bool:
+    is_number = isinstance(value, int | float)  # bool is a subclass of int
+    if _place(part) in _KEYS:
+        return key in _KEYS[_place(part)] and (is_number or _matches(_WORD, value))
+    if part in _NAMES:
+        return _matches(_NAME, key) and _matches(_NAME, value)
+    if name in _WORDS:
+        return _matches(_WORDS[name], value)
+    if key.endswith("_id") or key == "layers":
+        is_number |= value is None or (isinstance(value, list) and all(isinstance(item, int | float) for item in value))
+    return part in _NUMBERS and is_number
 
 
-def _shown(key: str) -> str:
-    return key if len(key) <= 60 and key.isprintable() else repr(key[:60])
+def _place(part: str) -> str:
+    """The part as `_KEYS` has it: GenAI compares names of providers without case."""
+    return part.lower() if part.startswith(_PROVIDERS) else part
+
+
+def _matches(pattern: re.Pattern[str], value: Any) -> bool:
+    return isinstance(value, str) and pattern.fullmatch(value) is not None

@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,7 @@ from nbl_export.errors import NblError
 from nbl_export.records.decoder import MOST_LAYERS
 from nbl_export.trust.contained import check_folder, is_inside
 
-__all__ = [
-    "CONFIG_BYTES",
-    "check_checkpoint",
-    "check_layers",
-    "check_model_counts",
-    "check_token_counts",
-    "check_tokenizer_settings",
-    "read_object",
-]
+__all__ = ["CONFIG_BYTES", "check_checkpoint", "check_layers", "check_tokenizer_settings", "read_object"]
 
 CONFIG_BYTES = 8 << 20
 _MOST_BYTES = {"config.json": CONFIG_BYTES, "generation_config.json": 1 << 20, "tokenizer_config.json": 64 << 20}
@@ -82,7 +74,8 @@ def _check_config(path: Path) -> None:
     for where in _values(config):
         if not isinstance(where, dict):
             continue
-        check_model_counts(where, path)
+        _check_numbers(path, _MOST, [("num_labels", where.get("num_labels"))])
+        _check_numbers(path, 1, [("partial_rotary_factor", where.get("partial_rotary_factor"))])
         if where.get("transformers_weights") is not None:
             raise _refused(path, "transformers_weights", "weights are read from model.safetensors or its index")
         for key in (key for key in where if any(part in key for part in _ATTENTION)):
@@ -115,13 +108,17 @@ def check_tokenizer_settings(directory: Path) -> None:
     """Check that tokenizer_config.json, if it exists, names no file outside its folder, in lists and mappings neither.
 
     Raises:
-        NblError: a setting names a file of this machine outside the folder, or options of a native parser.
+        NblError: a setting names a file of this machine outside the folder, options of a native parser, or a number
+            larger than that of any tokenizer.
     """
     path = directory / "tokenizer_config.json"
     if not path.is_file():
         return
     settings = read_object(path, _MOST_BYTES[path.name])
-    check_token_counts(settings, path)
+    _check_numbers(path, _MOST, ((key, value) for key, value in settings.items() if not _NO_COUNT.search(key)))
+    if isinstance(added := settings.get("added_tokens_decoder"), dict):
+        ids = (("added_tokens_decoder", int(number)) for number in added if number.strip().isdecimal())
+        _check_numbers(path, _MOST_TOKENS, ids)
     for key, value in settings.items():
         if key in (*_SAVED_FROM, *_TEXTS) or key.endswith(_TEXT_ENDS):
             continue
@@ -157,36 +154,10 @@ def check_layers(stated: Any, names: Iterable[str], where: object) -> None:
         raise NblError(f"{where} states {stated} layers, and {reason}; fetch the model again")
 
 
-def check_model_counts(settings: Mapping[str, Any], where: object) -> None:
-    """Check one mapping of a config.json.
-
-    Raises:
-        NblError: a number is larger than that of any decoder.
-    """
-    labels, part = settings.get("num_labels"), settings.get("partial_rotary_factor")
-    if isinstance(labels, int) and labels > _MOST:
-        raise _too_many(where, "num_labels", labels)
-    if isinstance(part, int | float) and part > 1:
-        raise _too_many(where, "partial_rotary_factor", part)
-
-
-def check_token_counts(settings: Mapping[str, Any], where: object) -> None:
-    """Check a tokenizer_config.json.
-
-    Raises:
-        NblError: a number is larger than that of any tokenizer.
-    """
-    for key, value in settings.items():
-        if isinstance(value, int) and value > _MOST and not _NO_COUNT.search(key):
-            raise _too_many(where, key, value)
-    added = settings.get("added_tokens_decoder")
-    for number in added if isinstance(added, dict) else ():
-        if number.strip().isdecimal() and int(number) > _MOST_TOKENS:
-            raise _too_many(where, "added_tokens_decoder", int(number))
-
-
-def _too_many(where: object, key: str, value: float) -> NblError:
-    return NblError(f"{where} sets {key} to {value:.12g}, and no decoder has as many; fetch the model again")
+def _check_numbers(where: object, most: float, numbers: Iterable[tuple[str, Any]]) -> None:
+    for key, value in numbers:
+        if isinstance(value, int | float) and value > most:
+            raise NblError(f"{where} sets {key} to {value:.12g}, and no decoder has as many; fetch the model again")
 
 
 def read_object(path: Path, most_bytes: int) -> dict[str, Any]:
