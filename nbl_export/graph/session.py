@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import CorruptError, MissingPackageError, NblError, one_line
-from nbl_export.graph.trust import check_graph_file
+from nbl_export.graph.trust import read_proto
 from nbl_export.records.decoder import GraphContract, TensorInfo
 
 __all__ = ["PAST", "contract_of_session", "import_onnxruntime", "open_session"]
@@ -59,7 +59,7 @@ def open_session(
     for key, value in {**(entries or {}), **({} if folder is None else {_DATA_FOLDER: str(folder)})}.items():
         options.add_session_config_entry(key, value)
     if isinstance(graph, Path):
-        check_graph_file(graph)
+        read_proto(graph)
     try:
         loaded = str(graph) if isinstance(graph, Path) else graph
         return ort.InferenceSession(loaded, options, providers=["CPUExecutionProvider"])

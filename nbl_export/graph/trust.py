@@ -14,13 +14,13 @@ from typing import Any
 from nbl_export.errors import CorruptError, MissingPackageError, NblError
 from nbl_export.trust.contained import check_inside
 
-__all__ = ["check_graph", "check_graph_file"]
+__all__ = ["check_graph", "read_proto"]
 
 _COMPILED = "EPContext"  # of com.microsoft; no graph of this tool or its decoder sources has one
 
 
-def check_graph_file(path: Path) -> None:
-    """Check a graph with `check_graph`, without reading its data.
+def read_proto(path: Path) -> Any:
+    """A graph as onnx reads it, without its data, and checked by `check_graph`.
 
     Raises:
         CorruptError: the file is missing or no ONNX model, or `check_graph` raises this error.
@@ -39,6 +39,7 @@ def check_graph_file(path: Path) -> None:
         said = " ".join(str(error).split())[:200]
         raise CorruptError(f"{path} is not an ONNX model that can be read ({said}); export the model again") from error
     check_graph(proto, path)
+    return proto
 
 
 def check_graph(proto: Any, path: Path) -> None:

@@ -5,14 +5,8 @@
 Speed and quality loss are the report's own blocks, so card and report cannot disagree. The manifest notes what was
 written, so that an edited card is never overwritten.
 
-Hub id, licence and languages of a run's base model.
-
-    hub id              the front matter of README.md at the revision of the run
-    directory           the front matter of DIR/README.md
-    GGUF                general.license, general.languages, general.repo_url of the metadata
-
-Nothing is guessed: a fact that these sources do not state is unknown. A file that has changed since the run is not
-read.
+Licence and languages are those of the base model's card: in its hub repository, or beside the weights. The metadata of
+a GGUF file state them too. Nothing is guessed, and a file that has changed since the run is not read.
 """
 
 from __future__ import annotations
@@ -22,7 +16,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -122,17 +116,8 @@ def render(manifest: Mapping[str, Any], report: Mapping[str, Any], base: BaseMod
         from huggingface_hub import ModelCard, ModelCardData
     except ImportError as error:
         raise MissingPackageError("huggingface_hub", "export", "writing a model card") from error
-    data = ModelCardData(
-        base_model=base.hub_id,
-        license=base.licence,
-        license_name=base.licence_name,
-        license_link=base.licence_link,
-        language=list(base.languages) or None,
-        pipeline_tag="text-generation",
-        tags=_TAGS,
-    )
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(manifest, report, base, chat)}")
-    return str(card)
+    data = ModelCardData(base_model=base.hub_id, **base.terms, pipeline_tag="text-generation", tags=_TAGS)
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(manifest, report, base, chat)}"))
 
 
 def _line(text: str) -> str:
@@ -153,6 +138,7 @@ def _body(manifest: Mapping[str, Any], report: Mapping[str, Any], base: BaseMode
     memory = (report["machine"] or {}).get("memory_bytes")
     return environment.from_string(source).render(
         base=base,
+        terms=dict.fromkeys(_TERMS) | base.terms,
         chat=chat,
         report=report,
         decoder=manifest["decoder"],
@@ -172,25 +158,23 @@ def _body(manifest: Mapping[str, Any], report: Mapping[str, Any], base: BaseMode
 
 
 _HUB = "https://huggingface.co/"
-_FACTS = ("license", "license_name", "license_link", "language")
+_TERMS = ("license", "license_name", "license_link")
 
 
 @dataclass(frozen=True)
 class BaseModel:
     """A model's identity and terms.
 
-    hub_id: None if the run was made from files and nothing states which model they are.
-    licence: an identifier of the hub ("apache-2.0", "other"); None if it is not stated.
-    origin: the source of the licence, in words.
+    Attributes:
+        hub_id: None if the run was made from files and nothing states which model they are.
+        terms: fields of `ModelCardData`: license ("apache-2.0", "other"), license_name, license_link, language.
+        origin: the source of the licence, in words.
     """
 
     title: str
     hub_id: str | None = None
     revision: str | None = None
-    licence: str | None = None
-    licence_name: str | None = None
-    licence_link: str | None = None
-    languages: tuple[str, ...] = ()
+    terms: Mapping[str, Any] = field(default_factory=dict)
     origin: str = ""
 
 
@@ -227,20 +211,16 @@ def find(manifest: Mapping[str, Any], hub_id: str | None = None) -> BaseModel:
     revision = model.get("revision")
     if hub_id and revision and hub_id != model["name"]:
         raise NblError(f"this run was made from {model['name']}, not from {hub_id}; leave --base-model out")
-    facts, origin = _of_files(Path(place), model["fingerprint"]) if place else ({}, "")
-    hub_id = hub_id or (model["name"] if revision else facts.get("hub_id"))
-    if not facts.get("license") and hub_id:
-        facts, origin = {**facts, **_of_hub(hub_id, revision)}, f"the card of {hub_id}"
-    return BaseModel(
-        title=str(model.get("title") or hub_id or Path(model["name"]).name),
-        hub_id=hub_id,
-        revision=revision,
-        licence=facts.get("license"),
-        licence_name=facts.get("license_name"),
-        licence_link=_absolute(facts.get("license_link"), hub_id),
-        languages=facts.get("language", ()),
-        origin=origin if facts.get("license") else "",
-    )
+    terms, origin = _of_files(Path(place), model["fingerprint"]) if place else ({}, "")
+    stated = terms.pop("hub_id", None)
+    hub_id = hub_id or (model["name"] if revision else stated)
+    if "license" not in terms and hub_id:
+        terms, origin = {**terms, **_of_hub(hub_id, revision)}, f"the card of {hub_id}"
+    link = terms.get("license_link", "https://")
+    if not link.startswith(("https://", "http://")):  # it points into the base model's repository
+        terms["license_link"] = f"{_HUB}{hub_id}/blob/main/{link}" if hub_id else None
+    title = str(model.get("title") or hub_id or Path(model["name"]).name)
+    return BaseModel(title, hub_id, revision, terms, origin if "license" in terms else "")
 
 
 def _of_files(place: Path, fingerprint: str) -> tuple[dict[str, Any], str]:
@@ -261,19 +241,12 @@ def _of_files(place: Path, fingerprint: str) -> tuple[dict[str, Any], str]:
 def _of_gguf(file: Path) -> dict[str, Any]:
     import gguf
 
-    reader = gguf.GGUFReader(str(file))
-    fields = {name: reader.get_field(f"general.{name}") for name in ("license", "license.name", "license.link",
-              "languages", "repo_url", "source.repo_url")}  # fmt: skip
-    values = {name: field.contents() for name, field in fields.items() if field is not None}
+    fields = gguf.GGUFReader(str(file)).fields
+    values = {name.removeprefix("general."): field.contents() for name, field in fields.items() if "general." in name}
     url = str(values.get("repo_url") or values.get("source.repo_url") or "")
     hub_id = re.fullmatch(rf"{re.escape(_HUB)}([\w.-]+/[\w.-]+)/?", url)
-    stated = _clean({
-        "license": values.get("license"),
-        "license_name": values.get("license.name"),
-        "license_link": values.get("license.link"),
-        "language": values.get("languages"),
-    })  # fmt: skip
-    return {**stated, "hub_id": hub_id[1]} if hub_id else stated
+    terms = {name.replace(".", "_"): values.get(name) for name in ("license", "license.name", "license.link")}
+    return _clean({**terms, "language": values.get("languages")}) | ({"hub_id": hub_id[1]} if hub_id else {})
 
 
 def _of_hub(hub_id: str, revision: str | None) -> dict[str, Any]:
@@ -298,15 +271,9 @@ def _of_card(file: Path) -> dict[str, Any]:
 
 
 def _clean(stated: Mapping[str, Any]) -> dict[str, Any]:
-    """The needed facts that have the right type; the authors of the model wrote them."""
-    found: dict[str, Any] = {k: stated[k] for k in _FACTS if isinstance(stated.get(k), str) and stated[k].strip()}
+    """The terms that have the right type; the authors of the model wrote them."""
+    terms = {name: stated[name] for name in _TERMS if isinstance(stated.get(name), str) and stated[name].strip()}
     languages = stated.get("language")
     listed = [languages] if isinstance(languages, str) else languages if isinstance(languages, list) else []
-    return {**found, "language": tuple(word for word in listed if isinstance(word, str))}
-
-
-def _absolute(link: str | None, hub_id: str | None) -> str | None:
-    """An absolute link; a relative link points into the base model's repository."""
-    if link is None or link.startswith(("https://", "http://")):
-        return link
-    return f"{_HUB}{hub_id}/blob/main/{link}" if hub_id else None
+    words = [word for word in listed if isinstance(word, str)]
+    return {**terms, "language": words} if words else terms

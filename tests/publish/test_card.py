@@ -166,9 +166,8 @@ def test_metadata_of_a_gguf(tmp_path: Path) -> None:
         tmp_path / "tiny.Q4.gguf", license="mit", languages=["en"], repo_url="https://huggingface.co/org/tiny"
     )
     found = base_model.find(facts)
-    assert found == BaseModel(
-        "tiny.Q4", "org/tiny", None, "mit", languages=("en",), origin="the metadata of tiny.Q4.gguf"
-    )
+    terms = {"license": "mit", "language": ["en"]}
+    assert found == BaseModel("tiny.Q4", "org/tiny", None, terms, "the metadata of tiny.Q4.gguf")
     bare = base_model.find(gguf_facts(tmp_path / "bare.gguf", repo_url="https://elsewhere.example/org/tiny"))
     assert bare == BaseModel("bare")
 
@@ -208,7 +207,9 @@ def test_a_run_of_a_hub_model_knows_its_name(run: Path, tmp_path: Path) -> None:
 def test_names_of_others_are_text(run: Path) -> None:
     report = json.loads((run / "report.json").read_text())
     text = card.render(
-        manifest(run), report, BaseModel("<script>x</script> | [a](b)", licence="mit\n---\nx: y", origin="`o`")
+        manifest(run),
+        report,
+        BaseModel("<script>x</script> | [a](b)", terms={"license": "mit\n---\nx: y"}, origin="`o`"),
     )
     assert "<script>" not in text
     assert r"\<script\>x\</script\> \| \[a\]\(b)".replace(r"\(", "(") in text

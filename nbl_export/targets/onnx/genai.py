@@ -57,7 +57,7 @@ import numpy as np
 from nbl_export.errors import MissingPackageError, NblError, one_line
 from nbl_export.graph.genai_config import read_genai_config
 from nbl_export.graph.names import GRAPH_FILE
-from nbl_export.graph.trust import check_graph_file
+from nbl_export.graph.trust import read_proto
 from nbl_export.targets.base import default_threads
 from nbl_export.targets.onnx.facts import GenaiSettings
 from nbl_export.targets.runners import SequenceLimits
@@ -323,4 +323,4 @@ def check_genai_folder(directory: Path) -> None:
     """
     check_folder(directory)
     decoder = read_genai_config(directory).get("model", {}).get("decoder", {})
-    check_graph_file(directory / decoder.get("filename", GRAPH_FILE))
+    read_proto(directory / decoder.get("filename", GRAPH_FILE))

@@ -35,7 +35,7 @@ from typing import Any
 from nbl_export.errors import NblError
 from nbl_export.files import friendly_os_errors, scratch_in, write_json
 from nbl_export.graph.names import ALL_LOGITS_FILE, STATIC_GRAPH_FILE
-from nbl_export.graph.trust import check_graph_file
+from nbl_export.graph.trust import read_proto
 from nbl_export.records.decoder import ITEMSIZE, GraphContract
 from nbl_export.targets.base import BuildSettings
 from nbl_export.targets.gpu import Gpu, find_gpu
@@ -120,7 +120,7 @@ def build_engine(
     graph = source / _GRAPH
     if not graph.is_file():
         raise NblError(f"{source} holds no {_GRAPH}; export it with --engine {library.capabilities.name}")
-    check_graph_file(graph)
+    read_proto(graph)
     parsed = parse(trt, log, graph)
     bypass_unit_scale(parsed)
     contract = parsed.contract
