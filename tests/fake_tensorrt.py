@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from nbl_export.targets.tensorrt.device import Device
 from nbl_export.targets.tensorrt.static.schedule import Profile
 
 __all__ = ["Config", "Context", "FakeDevice", "FakeTensorRT", "FakeTensorRTX", "RtxConfig", "dtypes_of", "open_graph"]
@@ -27,10 +28,9 @@ _STREAM = 7
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 
 
-class FakeDevice:
+class FakeDevice(Device):
     """Host memory behind integer addresses; work runs at once, or is recorded while something is captured."""
 
-    title = "host memory"
     stream = _STREAM
 
     def __init__(self, *, captures: bool = True) -> None:

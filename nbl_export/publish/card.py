@@ -138,7 +138,7 @@ def _body(manifest: Mapping[str, Any], report: Mapping[str, Any], base: BaseMode
     memory = (report["machine"] or {}).get("memory_bytes")
     return environment.from_string(source).render(
         base=base,
-        terms=dict.fromkeys(_TERMS) | base.terms,
+        terms={**dict.fromkeys(_TERMS), **base.terms},
         chat=chat,
         report=report,
         decoder=manifest["decoder"],

@@ -1,18 +1,17 @@
-"""Device memory through cuda-python and torch: what fails is one error of ours, and everything is freed."""
+"""Device memory through cuda-python: what fails is one error of ours, and everything is freed."""
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from nbl_export.errors import NblError
 from nbl_export.targets.tensorrt import device
-from nbl_export.targets.tensorrt.device import CudaPython, Torch, attempt_all, open_device
+from nbl_export.targets.tensorrt.device import Device, attempt_all, open_device
 
 pytestmark = pytest.mark.trt
 
@@ -51,10 +50,10 @@ class Runtime:
         return function
 
 
-def cuda(monkeypatch: pytest.MonkeyPatch, **fails: Status | Exception) -> tuple[CudaPython, Runtime]:
+def cuda(monkeypatch: pytest.MonkeyPatch, **fails: Status | Exception) -> tuple[Device, Runtime]:
     runtime = Runtime()
     monkeypatch.setattr(device.importlib, "import_module", lambda _name: runtime)
-    opened = CudaPython()
+    opened = Device()
     runtime.fails = fails
     return opened, runtime
 
@@ -129,7 +128,7 @@ def test_closing_frees_everything_and_tells_the_first_failure(monkeypatch: pytes
 def test_a_device_that_does_not_open_is_one_sentence(
     answer: Status | Exception, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device, "find_backend", lambda: CudaPython)
+    monkeypatch.setattr(device, "missing_package", lambda: "")
     monkeypatch.setattr(device.importlib, "import_module", lambda _name: Runtime(cudaStreamCreateWithFlags=answer))
     with pytest.raises(NblError, match=reason):
         open_device()
@@ -139,7 +138,7 @@ def test_a_package_that_does_not_load_is_one_sentence(monkeypatch: pytest.Monkey
     def broken(name: str) -> types.ModuleType:
         raise ImportError(f"{name}: libcuda.so.1: cannot open shared object file")
 
-    monkeypatch.setattr(device, "find_backend", lambda: CudaPython)
+    monkeypatch.setattr(device, "missing_package", lambda: "")
     monkeypatch.setattr(device.importlib, "import_module", broken)
     with pytest.raises(NblError, match=r"cuda-python refuses a stream on the GPU: ImportError: .*libcuda.so.1"):
         open_device()
@@ -159,97 +158,6 @@ def test_pinned_memory_and_events_are_freed(monkeypatch: pytest.MonkeyPatch) -> 
     runtime.calls.clear()
     opened.close()
     assert [call[0] for call in runtime.calls] == ["cudaFreeHost", *["cudaEventDestroy"] * 2, "cudaStreamDestroy"]
-
-
-class FakeTorch:
-    """The parts of torch that are used; `fails` raises in them. A real torch raises RuntimeError for CUDA's errors."""
-
-    uint8 = "uint8"
-
-    def __init__(self) -> None:
-        self.fails: dict[str, Exception] = {}
-        self.seen: list[Any] = []
-        self.streams = ["default"]
-        self.cuda = self
-
-    def _act(self, name: str) -> None:
-        self.seen.append(name)
-        if name in self.fails:
-            raise self.fails[name]
-
-    def Stream(self) -> Any:
-        return types.SimpleNamespace(cuda_stream=7, synchronize=lambda: self._act("synchronize"))
-
-    def CUDAGraph(self) -> Any:
-        return types.SimpleNamespace(replay=lambda: self._act("replay"))
-
-    @contextlib.contextmanager
-    def stream(self, stream: Any) -> Iterator[None]:
-        before = self.streams[-1]
-        self.streams.append(stream)
-        try:
-            yield
-        finally:
-            self.streams.append(before)
-
-    @contextlib.contextmanager
-    def graph(self, _graph: Any, stream: Any, capture_error_mode: str = "global") -> Iterator[None]:
-        """As torch's: the end of a failed capture raises, and the stream is not left then."""
-        self.seen.append(capture_error_mode)
-        self.streams.append(stream)
-        yield
-        self._act("capture_end")
-        self.streams.pop()
-
-    def empty(self, size: int, **_: Any) -> Any:
-        self._act("empty")
-        return types.SimpleNamespace(data_ptr=lambda: 1000 + size)
-
-
-@pytest.fixture
-def torch(monkeypatch: pytest.MonkeyPatch) -> FakeTorch:
-    fake = FakeTorch()
-    monkeypatch.setattr(device.importlib, "import_module", lambda _name: fake)
-    return fake
-
-
-def test_torch_captures_for_its_own_thread(torch: FakeTorch) -> None:
-    Torch().capture(lambda: torch.seen.append("work"))()
-    assert torch.seen == ["thread_local", "work", "capture_end", "replay"]
-    assert torch.streams[-1] == "default"
-
-
-def test_torchs_capture_error_is_ours(torch: FakeTorch) -> None:
-    torch.fails["capture_end"] = RuntimeError("CUDA error: operation failed due to a previous error\nduring capture")
-    opened = Torch()
-    with pytest.raises(NblError, match=r"torch refuses to capture a step: RuntimeError: CUDA error: .* during capture"):
-        opened.capture(lambda: None)
-    assert torch.streams[-1] == "default"
-    with pytest.raises(NblError) as caught:
-        opened.capture(fail)
-    assert caught.value is WORK
-    torch.fails.clear()
-    with pytest.raises(NblError) as caught:
-        opened.capture(fail)
-    assert caught.value is WORK
-
-
-def test_torchs_other_errors_are_ours(torch: FakeTorch) -> None:
-    opened = Torch()
-    replay = opened.capture(lambda: None)
-    address = opened.allocate(8)
-    torch.fails = {name: RuntimeError(f"CUDA error in {name}") for name in ("empty", "synchronize", "replay")}
-    with pytest.raises(NblError, match=r"no further 4.0 MiB \(RuntimeError: CUDA error in empty\); use a smaller"):
-        opened.allocate(4 << 20)
-    with pytest.raises(NblError, match="torch refuses a captured step: RuntimeError: CUDA error in replay"):
-        replay()
-    with pytest.raises(NblError, match="torch refuses to wait for the stream"):
-        opened.synchronize()
-    with pytest.raises(NblError, match="torch refuses to clear memory: KeyError"):
-        opened.zero(address + 1, 8)
-    with pytest.raises(NblError, match="CUDA error in synchronize"):
-        opened.close()
-    assert opened._buffers == {}
 
 
 def test_all_steps_are_attempted_and_the_first_failure_is_told() -> None:

@@ -89,7 +89,6 @@ def test_tensorrt_is_exercised_up_to_its_first_call(monkeypatch: pytest.MonkeyPa
 class Backend:
     """A package whose stream is made and freed."""
 
-    title = "cuda-python"
     open = 0
 
     def __init__(self) -> None:
@@ -103,7 +102,8 @@ def test_gpu_and_driver_have_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     stub(monkeypatch)
     monkeypatch.setattr(tensorrt_library, "load_library", lambda library: sys.modules["tensorrt"])
     monkeypatch.setattr(engine, "_cuda_major", lambda library: 13)
-    monkeypatch.setattr(device, "find_backend", lambda: Backend)
+    monkeypatch.setattr(device, "missing_package", lambda: "")
+    monkeypatch.setattr(device, "Device", Backend)
     cases = (
         (TRT_RTX, HOPPER, False, "compute capability is 9.0, .* 7.5, 8.0, 8.6, 8.9, 12.0, 12.1; use --engine trt$"),
         (TRT, HOPPER, True, r"runs on the NVIDIA H100 \(9.0\), memory by cuda-python"),
@@ -123,7 +123,7 @@ def test_gpu_and_driver_have_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         assert answer.available is available, answer
         assert re.search(pattern, answer.reason), answer.reason
     assert Backend.open == 0, "a stream was not freed"
-    monkeypatch.setattr(device, "find_backend", lambda: "device memory needs the package cuda-python")
+    monkeypatch.setattr(device, "missing_package", lambda: "device memory needs the package cuda-python")
     assert "cuda-python" in TRT_RTX.probe_run().reason
 
 
@@ -148,7 +148,7 @@ def bindings(monkeypatch: pytest.MonkeyPatch, version: str, status: Status) -> N
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", runtime)
     monkeypatch.setattr(device.importlib.metadata, "version", lambda name: version)
-    monkeypatch.setattr(device, "find_backend", lambda: device.CudaPython)
+    monkeypatch.setattr(device, "missing_package", lambda: "")
 
 
 def test_a_driver_too_old_for_the_bindings_is_found_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +176,7 @@ def test_packages_fit_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is missing is named for the CUDA that the driver supports."""
     real = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda n, *a: None if n.startswith(("tensorrt", "cuda", "torch")) else real(n, *a)
+        importlib.util, "find_spec", lambda n, *a: None if n.startswith(("tensorrt", "cuda")) else real(n, *a)
     )
     for cuda, rtx, memory in (
         ((13, 1), "pip install tensorrt-rtx cuda-python", "pip install cuda-python"),
@@ -186,7 +186,7 @@ def test_packages_fit_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
         for module in (tensorrt_library, device):
             monkeypatch.setattr(module, "find_gpu", lambda card=card: card)
         assert TRT_RTX.probe_run().reason.endswith(rtx)
-        assert memory in str(device.find_backend())
+        assert memory in device.missing_package()
         assert all(part in spoken(card) for part in (f"CUDA {cuda[0]}.{cuda[1]}", rtx.split()[2], rtx.split()[3]))
     assert "2 GPUs are visible" in spoken(Gpu("NVIDIA L4", "8.9", (13, 0), 2))
 

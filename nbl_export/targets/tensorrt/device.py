@@ -1,7 +1,7 @@
-"""Memory, a stream and captured graphs on the first GPU, through cuda-python or torch.
+"""Memory, a stream and captured graphs on the first GPU, through cuda-python.
 
-Every failure is an NblError: cuda-python answers with a status, torch raises RuntimeError. While a step is captured,
-other threads may use the GPU (capture mode "thread local", as in NVIDIA's trtexec).
+Every failure is an NblError. While a step is captured, other threads may use the GPU (capture mode "thread local", as
+in NVIDIA's trtexec).
 """
 
 from __future__ import annotations
@@ -13,74 +13,24 @@ import importlib
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from nbl_export.errors import NblError
 from nbl_export.targets.gpu import Gpu, find_gpu, outdated, release_for
 
-__all__ = ["CudaPython", "Device", "Torch", "attempt_all", "check_device", "find_backend", "open_device"]
+__all__ = ["Device", "attempt_all", "check_device", "missing_package", "open_device"]
 
 
-class Device(Protocol):
-    """GPU memory and one stream. Addresses are integers; all work is ordered on `stream`."""
-
-    title: str
-    stream: int
-
-    def allocate(self, size: int) -> int:
-        """Allocate `size` bytes; returns their address.
-
-        Raises:
-            NblError: the GPU has no memory left.
-        """
-
-    def pinned(self, size: int) -> np.ndarray:
-        """Bytes of host memory that the device reads and writes by itself, so that a copy needs no second one."""
-
-    def zero(self, address: int, size: int) -> None: ...
-
-    def upload(self, address: int, array: np.ndarray) -> None:
-        """Copy a contiguous array; the array may change after `synchronize`."""
-
-    def download(self, address: int, array: np.ndarray) -> None:
-        """Copy into a contiguous array; the data is there after `synchronize`."""
-
-    def synchronize(self) -> None:
-        """Wait for the stream."""
-
-    def mark(self, which: int) -> None:
-        """Put event 0 or event 1 on the stream."""
-
-    def between_marks(self) -> float:
-        """Seconds from event 0 to event 1, after `synchronize`."""
-
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Record what `work` puts on the stream, without running it; returns a function that runs the record.
-
-        Raises:
-            NblError: `work` failed, which comes first, or its work cannot be recorded.
-        """
-
-    def close(self) -> None:
-        """Free all memory, the stream and the records, also after an error.
-
-        Raises:
-            NblError: the first failure, after everything has been tried.
-        """
+_PACKAGE = "cuda-python"
 
 
-def find_backend() -> type[CudaPython] | type[Torch] | str:
-    """The package to use, or what is missing, as a sentence without a full stop."""
+def missing_package() -> str:
+    """What is missing, as a sentence without a full stop; "" if cuda-python is installed."""
     if importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.bindings") is not None:
-        return CudaPython
-    if importlib.util.find_spec("torch") is not None:
-        torch: Any = importlib.import_module("torch")
-        if torch.cuda.is_available():
-            return Torch
-    bindings = release_for(find_gpu()).bindings
-    return f"device memory needs the package cuda-python (pip install {bindings}), or torch with CUDA"
+        return ""
+    return f"device memory needs the package {_PACKAGE} (pip install {release_for(find_gpu()).bindings})"
 
 
 def check_device(gpu: Gpu) -> str:
@@ -91,16 +41,14 @@ def check_device(gpu: Gpu) -> str:
     Raises:
         NblError: there is no usable package, or the GPU makes no stream; the message says what to change.
     """
-    backend = find_backend()
-    if isinstance(backend, str):
-        raise NblError(backend)
+    if missing := missing_package():
+        raise NblError(missing)
     try:
-        backend().close()
-    except Exception as error:  # torch and bindings that do not load have exceptions of their own
+        Device().close()
+    except Exception as error:  # bindings that do not load have exceptions of their own
         text = " ".join(str(error).split())[:200]
-        advice = _driver_advice(gpu) if backend is CudaPython else ""
-        raise NblError(f"{backend.title} makes no stream on the {gpu.name}: {text}{advice}") from error
-    return backend.title
+        raise NblError(f"{_PACKAGE} makes no stream on the {gpu.name}: {text}{_driver_advice(gpu)}") from error
+    return _PACKAGE
 
 
 def _driver_advice(gpu: Gpu) -> str:
@@ -115,16 +63,15 @@ def _driver_advice(gpu: Gpu) -> str:
 
 
 def open_device() -> Device:
-    """Open a device through the package that is there.
+    """Open the first GPU.
 
     Raises:
         NblError: there is no usable package, or it does not reach the GPU.
     """
-    backend = find_backend()
-    if isinstance(backend, str):
-        raise NblError(backend)
-    with _errors_of(backend.title, "a stream on the GPU"):
-        return backend()
+    if missing := missing_package():
+        raise NblError(missing)
+    with _errors_of("a stream on the GPU"):
+        return Device()
 
 
 def attempt_all(*steps: Callable[[], object]) -> None:
@@ -145,31 +92,25 @@ def attempt_all(*steps: Callable[[], object]) -> None:
 
 
 @contextlib.contextmanager
-def _errors_of(package: str, what: str) -> Iterator[None]:
-    """Turn an exception of a package into an NblError."""
+def _errors_of(what: str) -> Iterator[None]:
+    """Turn an exception of the package into an NblError."""
     try:
         yield
     except NblError:
         raise
     except Exception as error:
-        raise NblError(f"{package} refuses {what}: {_text(error)}") from error
+        raise NblError(f"{_PACKAGE} refuses {what}: {_text(error)}") from error
 
 
 def _text(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def _no_memory(size: int, error: Exception) -> NblError:
-    return NblError(
-        f"the GPU gives no further {size / 2**20:,.1f} MiB ({error}); use a smaller --max-seq-len, --max-batch or "
-        "--prefill-chunk"
-    )
+class Device:
+    """GPU memory and one stream. Addresses are integers; all work is ordered on `stream`.
 
-
-class CudaPython:
-    """GPU memory through cuda-python's CUDA runtime; each call returns (status, values...)."""
-
-    title = "cuda-python"
+    Each call of the CUDA runtime returns (status, values...).
+    """
 
     def __init__(self) -> None:
         self._rt: Any = importlib.import_module("cuda.bindings.runtime")
@@ -181,21 +122,30 @@ class CudaPython:
         self.stream = int(self._stream)
 
     def _call(self, function: Any, *arguments: Any) -> Any:
-        with _errors_of(self.title, function.__name__):
+        with _errors_of(function.__name__):
             status, *values = function(*arguments)
         if int(status):
             raise NblError(f"the GPU refuses {function.__name__}: {status.name}")
         return values[0] if values else None
 
     def allocate(self, size: int) -> int:
+        """Allocate `size` bytes; returns their address.
+
+        Raises:
+            NblError: the GPU has no memory left.
+        """
         try:
             address = int(self._call(self._rt.cudaMalloc, size))
         except NblError as error:
-            raise _no_memory(size, error) from error
+            raise NblError(
+                f"the GPU gives no further {size / 2**20:,.1f} MiB ({error}); use a smaller --max-seq-len, --max-batch "
+                "or --prefill-chunk"
+            ) from error
         self._buffers.append(address)
         return address
 
     def pinned(self, size: int) -> np.ndarray:
+        """Bytes of host memory that the device reads and writes by itself, so that a copy needs no second one."""
         address = int(self._call(self._rt.cudaHostAlloc, size, self._rt.cudaHostAllocDefault))
         self._pinned.append(address)
         return np.ctypeslib.as_array((ctypes.c_ubyte * size).from_address(address))
@@ -204,25 +154,35 @@ class CudaPython:
         self._call(self._rt.cudaMemsetAsync, address, 0, size, self._stream)
 
     def upload(self, address: int, array: np.ndarray) -> None:
+        """Copy a contiguous array; the array may change after `synchronize`."""
         kind = self._rt.cudaMemcpyKind.cudaMemcpyHostToDevice
         self._call(self._rt.cudaMemcpyAsync, address, array.ctypes.data, array.nbytes, kind, self._stream)
 
     def download(self, address: int, array: np.ndarray) -> None:
+        """Copy into a contiguous array; the data is there after `synchronize`."""
         kind = self._rt.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._call(self._rt.cudaMemcpyAsync, array.ctypes.data, address, array.nbytes, kind, self._stream)
 
     def synchronize(self) -> None:
+        """Wait for the stream."""
         self._call(self._rt.cudaStreamSynchronize, self._stream)
 
     def mark(self, which: int) -> None:
+        """Put event 0 or event 1 on the stream."""
         if not self._events:
             self._events = [self._call(self._rt.cudaEventCreate) for _ in range(2)]
         self._call(self._rt.cudaEventRecord, self._events[which], self._stream)
 
     def between_marks(self) -> float:
+        """Seconds from event 0 to event 1, after `synchronize`."""
         return float(self._call(self._rt.cudaEventElapsedTime, *self._events)) / 1000
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Record what `work` puts on the stream, without running it; returns a function that runs the record.
+
+        Raises:
+            NblError: `work` failed, which comes first, or its work cannot be recorded.
+        """
         mode = self._rt.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call(self._rt.cudaStreamBeginCapture, self._stream, mode)
         try:
@@ -237,6 +197,11 @@ class CudaPython:
         return lambda: self._call(self._rt.cudaGraphLaunch, ready, self._stream)
 
     def close(self) -> None:
+        """Free all memory, the stream and the records, also after an error.
+
+        Raises:
+            NblError: the first failure, after everything has been tried.
+        """
         rt = self._rt
         calls: list[tuple[Any, Any]] = []
         for graph, ready in self._graphs:
@@ -248,91 +213,3 @@ class CudaPython:
             calls.append((rt.cudaStreamDestroy, self._stream))
         self._graphs, self._buffers, self._pinned, self._events, self._stream = [], [], [], [], None
         attempt_all(*(functools.partial(self._call, *call) for call in calls))
-
-
-class Torch:
-    """GPU memory through torch.cuda: byte tensors, a stream, CUDAGraph."""
-
-    title = "torch"
-
-    def __init__(self) -> None:
-        self._torch: Any = importlib.import_module("torch")
-        self._buffers: dict[int, Any] = {}
-        self._events: list[Any] = []
-        self._stream = self._torch.cuda.Stream()
-        self.stream = int(self._stream.cuda_stream)
-
-    @contextlib.contextmanager
-    def _on_stream(self, what: str) -> Iterator[None]:
-        with _errors_of(self.title, what), self._torch.cuda.stream(self._stream):
-            yield
-
-    def allocate(self, size: int) -> int:
-        try:
-            buffer = self._torch.empty(size, dtype=self._torch.uint8, device="cuda")
-        except Exception as error:  # torch.OutOfMemoryError, a RuntimeError
-            raise _no_memory(size, NblError(_text(error))) from error
-        self._buffers[int(buffer.data_ptr())] = buffer
-        return int(buffer.data_ptr())
-
-    def pinned(self, size: int) -> np.ndarray:
-        with _errors_of(self.title, "host memory"):
-            found: np.ndarray = self._torch.empty(size, dtype=self._torch.uint8, pin_memory=True).numpy()
-        return found
-
-    def zero(self, address: int, size: int) -> None:
-        with self._on_stream("to clear memory"):
-            self._buffers[address][:size].zero_()
-
-    def upload(self, address: int, array: np.ndarray) -> None:
-        flat = self._torch.from_numpy(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-        with self._on_stream("a copy to the GPU"):
-            self._buffers[address][: flat.numel()].copy_(flat)
-
-    def download(self, address: int, array: np.ndarray) -> None:
-        flat = self._torch.from_numpy(array.reshape(-1).view(np.uint8))
-        with self._on_stream("a copy from the GPU"):
-            flat.copy_(self._buffers[address][: flat.numel()])
-
-    def synchronize(self) -> None:
-        with _errors_of(self.title, "to wait for the stream"):
-            self._stream.synchronize()
-
-    def mark(self, which: int) -> None:
-        with _errors_of(self.title, "an event"):
-            if not self._events:
-                self._events = [self._torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            self._events[which].record(self._stream)
-
-    def between_marks(self) -> float:
-        with _errors_of(self.title, "the time between events"):
-            return float(self._events[0].elapsed_time(self._events[1])) / 1000
-
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        graph = self._torch.cuda.CUDAGraph()
-        failed: list[NblError] = []
-        try:
-            # the outer block leaves the stream also if the end of the capture fails
-            with (
-                self._on_stream("to capture a step"),
-                self._torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
-            ):
-                try:
-                    work()
-                except NblError as error:
-                    failed.append(error)
-        except NblError as error:
-            if not failed:
-                raise
-            raise failed[0] from error
-        if failed:
-            raise failed[0]
-
-        def replay() -> None:
-            with self._on_stream("a captured step"):
-                graph.replay()
-
-        return replay
-
-    def close(self) -> None:
-        attempt_all(self.synchronize, self._buffers.clear)
