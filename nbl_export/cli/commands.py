@@ -118,11 +118,9 @@ def bench(
         Path | None,
         typer.Option(metavar="DIR", help="Compare with this directory; default: original/ of the first run."),
     ] = None,
-    form: Annotated[
-        str | None, typer.Option("--format", metavar="FORMAT", help="table (default), md, csv, json or llama-bench.")
-    ] = None,
+    form: Annotated[str | None, typer.Option("--format", metavar="FORMAT", help="table (default), md or json.")] = None,
     output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write to FILE; .md, .csv or .json sets the format.")
+        Path | None, typer.Option(metavar="FILE", help="Write to FILE; .md or .json sets the format.")
     ] = None,
     force: opt.Force = False,
     trust_engine: opt.TrustEngine = False,

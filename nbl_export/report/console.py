@@ -1,8 +1,6 @@
 """What commands print: tables of a run directory, a graph, a measurement, and this machine's engines.
 
-`render` writes the result of `run.compare.compare` as a table, Markdown, CSV, JSON, or llama-bench's columns.
-llama-bench (llama.cpp, tools/llama-bench, markdown printer): model, size, params, backend, threads, test, t/s; sizes in
-MiB or GiB and parameters in M or B with two digits, "pp512 @ d2048" behind a cache, t/s as mean ± standard deviation.
+`render` writes the result of `run.compare.compare` as a table, Markdown or JSON.
 """
 
 from __future__ import annotations
@@ -22,6 +20,7 @@ from nbl_export.records.results import spoken_background
 from nbl_export.report import length, quality, speed
 from nbl_export.report.outcome import outcome
 from nbl_export.report.table import Column, Shown, Table, facts
+from nbl_export.report.words import size
 from nbl_export.trust.terminal import Console, visible
 
 __all__ = ["FORMATS", "check_output", "checks_table", "describe_table", "doctor_table",
@@ -29,8 +28,8 @@ __all__ = ["FORMATS", "check_output", "checks_table", "describe_table", "doctor_
            "scores_table", "speed_table", "write"]  # fmt: skip
 
 _LOGITS = {"last": "of the last token", "all": "of all tokens", None: "no output of that name"}
-FORMATS = ("table", "md", "csv", "json", "llama-bench")
-_ENDINGS = {".md": "md", ".csv": "csv", ".json": "json"}
+FORMATS = ("table", "md", "json")
+_ENDINGS = {".md": "md", ".json": "json"}
 
 
 # -- a run directory, a graph, engines ------------------------------------------------------------------------------
@@ -71,19 +70,15 @@ def _layers(replaced: list[int] | None) -> str:
 def _variant(variant: Mapping[str, Any] | None) -> tuple[Any, ...]:
     if variant is None:
         return "not built yet", "", ""
-    return variant["cache_layers"], f"{variant['kv_cache_bytes_per_token']:,}", _mib(variant["model_bytes"])
-
-
-def _mib(size: float) -> str:
-    return f"{size / 2**20:,.1f} MiB"
+    return variant["cache_layers"], f"{variant['kv_cache_bytes_per_token']:,}", size(variant["model_bytes"])
 
 
 def engines_table(engines: dict[str, Any]) -> Table:
     """What the build stage made."""
     columns = ("engine", "made by", "precision", *Column.numbers("size", "built in", "caches of all slots"))
     return Table.of(columns, [
-        (name, f"{made['engine']} {made['version']}", made["precision"], _mib(made["plan_bytes"]),
-         f"{made['build_seconds']:.1f} s", _mib(made["cache_bytes"]))
+        (name, f"{made['engine']} {made['version']}", made["precision"], size(made["plan_bytes"]),
+         f"{made['build_seconds']:.1f} s", size(made["cache_bytes"]))
         for name, made in engines.items()
     ], "Engines")  # fmt: skip
 
@@ -94,7 +89,7 @@ def graph_table(found: dict[str, Any]) -> Shown:
     weights = ", ".join(f"{count} {kind}" for kind, count in found["weights"].items())
     vocabulary = "?" if found["decoder"]["vocab_size"] is None else found["decoder"]["vocab_size"]
     head = facts([
-        ("graph", f"{found['graph']} ({_mib(found['bytes'])} with its data)"),
+        ("graph", f"{found['graph']} ({size(found['bytes'])} with its data)"),
         ("made by", found["producer"] or "it does not say"),
         ("operators", f"{found['nodes']} nodes, {opsets}"),
         ("decoder", f"{_decoder(found['decoder'])}, vocabulary {vocabulary}"),
@@ -247,10 +242,6 @@ def render(value: Mapping[str, Any], form: str, width: int | None = None) -> str
     """The text in one of `FORMATS`, ending in a line break. width: columns of a table, None is the terminal's."""
     if form == "json":
         return json.dumps(value, indent=1) + "\n"
-    if form == "csv":
-        return visible(_raw_table(value).csv())
-    if form == "llama-bench":
-        return visible(_llama_bench(value).markdown(aligned=True)) + "\n"
     table, said = _compared(value), f"Speed was {spoken_background(value['background'])}.\n"
     if form == "md":
         return f"{visible(table.markdown())}\n\n{said}"
@@ -278,8 +269,8 @@ def _compared(value: Mapping[str, Any]) -> Table:
             *(_ratio_cells(ratios.get(_key(row))) if ratios else ()),
             None if row["ttft_seconds"] is None else f"{1000 * row['ttft_seconds']:.1f}",
             " / ".join(f"{1000 * s:.2f}" for s in tpot.values()) if tpot else None,
-            facts and _size(facts["peak_memory_bytes"]),
-            facts and _size(sum(facts["disk_bytes"].values())),
+            facts and size(facts["peak_memory_bytes"]),
+            facts and size(sum(facts["disk_bytes"].values())),
         ])  # fmt: skip
     return Table.of(("decoder", "test", *Column.numbers(*numbers)), rows)
 
@@ -292,61 +283,3 @@ def _ratio_cells(ratio: Mapping[str, Any] | None) -> tuple[str, str]:
     if ratio is None:
         return "", ""
     return ratio["text"], f"{spoken_ratio(ratio['low'])} to {spoken_ratio(ratio['high'])}, {ratio['interval']}"
-
-
-def _raw_table(value: Mapping[str, Any]) -> Table:
-    """Raw numbers, a line for each row."""
-    ratios = {_key(r): r for r in value["ratios"]}
-    lines = [_line(value, row, ratios.get(_key(row), {})) for row in value["rows"]]
-    return Table.of(lines[0], [line.values() for line in lines])
-
-
-def _line(value: Mapping[str, Any], row: Mapping[str, Any], ratio: Mapping[str, Any]) -> dict[str, Any]:
-    facts, tpot = value["variants"][row["variant"]], row["tpot_seconds"] or {}
-    return {
-        "decoder": row["variant"],
-        **{name: row[name] for name in ("test", "kind", "tokens", "depth", "batch", "threads")},
-        **{name: row[f"tokens_per_second_{name}"] for name in ("median", "mean", "stdev")},
-        "base": value["base"],
-        **{name: ratio.get(name) for name in ("ratio", "low", "high", "confidence", "loads", "verdict")},
-        "ttft_seconds": row["ttft_seconds"],
-        **{f"tpot_{name}_seconds": tpot.get(name) for name in ("p50", "p95", "p99")},
-        "joules_per_token": row["joules_per_token"],
-        **{name: facts[name] for name in ("peak_memory_bytes", "steady_memory_bytes", "load_seconds")},
-        "model_bytes": facts["model_bytes"],
-        "disk_bytes": sum(facts["disk_bytes"].values()),
-        **{name: facts[name] for name in ("kv_cache_bytes_per_token", "parameters", "engine", "provider")},
-        "cpu": value["machine"]["cpu"],
-        "others_cores": value["background"]["others"],
-        "busy": value["background"]["busy"],
-    }
-
-
-def _llama_bench(value: Mapping[str, Any]) -> Table:
-    batched = any(row["batch"] > 1 for row in value["rows"])
-    columns = ("model", *Column.numbers("size", "params"), "backend",
-               *Column.numbers("threads", *(["batch"] if batched else []), "test", "t/s"))  # fmt: skip
-    rows = []
-    for row in value["rows"]:
-        facts = value["variants"][row["variant"]]
-        rows.append([
-            row["variant"],
-            _size(facts["model_bytes"]),
-            _parameters(facts["parameters"]),
-            f"{facts['engine'].upper()} {facts['provider'].upper()}",
-            row["threads"],
-            *([row["batch"]] if batched else []),
-            row["test"] + (f" @ d{row['depth']}" if row["depth"] else ""),
-            f"{row['tokens_per_second_mean']:.2f} ± {row['tokens_per_second_stdev']:.2f}",
-        ])  # fmt: skip
-    return Table.of(columns, rows)
-
-
-def _size(count: float) -> str:
-    return f"{count / 2**20:.2f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
-
-
-def _parameters(count: int | None) -> str:
-    if count is None:
-        return ""
-    return f"{count / 1e6:.2f} M" if count < 1e9 else f"{count / 1e9:.2f} B"

@@ -1,12 +1,10 @@
 """A table of cells, for every reader.
 
-Table ─► __rich__: a terminal   ├► markdown, aligned or not   ├► csv   └► report.html.jinja: HTML
+Table ─► __rich__: a terminal   ├► markdown   └► report.html.jinja: HTML
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -77,24 +75,11 @@ class Table:
             drawn.add_row(*(cell.text for cell in row), end_section=left == self.totals + 1)
         return drawn
 
-    def markdown(self, *, aligned: bool = False) -> str:
-        """GitHub-flavoured Markdown. aligned: columns line up in the text too."""
-        lines = [[escaped(c.title) for c in self.columns], *([escaped(c.text) for c in row] for row in self.rows)]
-        right = [column.look == "number" for column in self.columns]
-        widths = [max(len(line[i]) for line in lines) if aligned else 0 for i in range(len(self.columns))]
-        rule = ["-" * ((w or 3 + r) - r) + ":" * r for w, r in zip(widths, right, strict=True)]
-        lines.insert(1, rule)
-        padded = ([c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)]
-                  for line in lines)  # fmt: skip
-        return "\n".join(f"| {' | '.join(line)} |" for line in padded)
-
-    def csv(self) -> str:
-        """Comma separated values, a line for the titles and for each row."""
-        stream = io.StringIO()
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(column.title for column in self.columns)
-        writer.writerows([cell.text for cell in row] for row in self.rows)
-        return stream.getvalue()
+    def markdown(self) -> str:
+        """GitHub-flavoured Markdown."""
+        rule = ["---:" if column.look == "number" else "---" for column in self.columns]
+        lines = [[escaped(c.title) for c in self.columns], rule, *([escaped(c.text) for c in r] for r in self.rows)]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 Shown: TypeAlias = tuple[Table | str, ...]  # what a command prints: tables, and lines between them

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,8 +74,8 @@ def test_graphs_say_how_large_they_are(exported: Callable[..., Path], checkpoint
         (("RUN", "--against", "NONE"), 1, ("NONE", "does not exist")),
         (("RUN", "RUN"), 1, ("named twice",)),
         (("RUN", "--against", "RUN/model"), 1, ("named twice",)),
-        (("RUN", "--format", "xml"), 2, ("--format", "llama-bench")),
-        (("RUN", "--format", "csv", "--json"), 2, ("--json",)),
+        (("RUN", "--format", "xml"), 2, ("--format", "json")),
+        (("RUN", "--format", "md", "--json"), 2, ("--json",)),
         (("RUN", "--output", "RUN"), 1, ("is a directory",)),
         (("RUN", "--output", "NONE/x.md"), 1, ("there is no directory", "make it first")),
         (("RUN/model", "RUN/original", "--depth", "600"), 1, ("nothing to measure", "512")),
@@ -105,56 +102,22 @@ def test_a_run_that_failed_verification_is_not_measured_unless_forced(run: Path)
 # -- formats ---------------------------------------------------------------------------------------------------
 
 
-def value(batch: int = 1) -> dict[str, Any]:
-    """What compare gives, of figures that are easy to check: b takes half the time of a."""
-    timings = [
-        {"kind": kind, "tokens": 100, "depth": depth, "batch": batch, "threads": 2, "variant": name,
-         "samples_ns": [int(factor * s * 1e9) for s in (1, 1, 2, 1, 1)], "loads": [0, 1, 2, 3, 4],
-         **({"first_token_ns": [10**6] * 5} if kind == "pp" else {"token_ns": [[2 * 10**6, 4 * 10**6]]})}
-        for kind, depth in (("pp", 0), ("tg", 64)) for name, factor in (("a|x", 1), ("b", 0.5))
-    ]  # fmt: skip
-    facts = {"peak_memory_bytes": 2**20, "steady_memory_bytes": 2**19, "load_seconds": 0.5, "model_bytes": 3 * 2**29,
-             "disk_bytes": {"graph": 5, "weights": 7}, "kv_cache_bytes_per_token": 9, "parameters": 134_515_008,
-             "engine": "ort", "provider": "cpu"}  # fmt: skip
-    return {
-        "background": {"cores": 2, "others": 0.8, "stolen": 0.0, "waits": 60, "gave_up": 0, "busy": True, "loads": []},
-        "base": "a|x", "machine": {"cpu": "A processor"},
-        **figures({"timings": timings, "base": "a|x", "repetitions": 5}),
-        "variants": {"a|x": facts, "b": {**facts, "parameters": None}},
-    }  # fmt: skip
-
-
-def test_llama_bench_has_its_columns() -> None:
-    lines = render(value(), "llama-bench").splitlines()
-    cells = [[c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
-    assert cells[0] == ["model", "size", "params", "backend", "threads", "test", "t/s"]
-    assert cells[2] == [r"a\|x", "1.50 GiB", "134.52 M", "ORT CPU", "2", "pp100", "90.00 ± 22.36"]
-    assert cells[5] == ["b", "1.50 GiB", "", "ORT CPU", "2", "tg100 @ d64", "180.00 ± 44.72"]
-    assert len({len(line) for line in lines}) == 1  # they line up
-    assert "batch" not in lines[0] and "| batch |" in render(value(4), "llama-bench")
-
-
-def test_csv_has_raw_numbers_in_a_line_for_each_row() -> None:
-    lines = list(csv.DictReader(io.StringIO(render(value(), "csv"))))
-    assert [(line["decoder"], line["test"], line["depth"]) for line in lines] == [
-        ("a|x", "pp100", "0"), ("b", "pp100", "0"), ("a|x", "tg100", "64"), ("b", "tg100", "64"),
-    ]  # fmt: skip
-    assert [line["verdict"] for line in lines] == ["", "faster", "", "faster"]
-    assert [float(lines[1][k]) for k in ("median", "ratio", "low", "high")] == [200, 2, 2, 2]
-    assert float(lines[1]["ttft_seconds"]) == pytest.approx(0.501) and lines[1]["tpot_p50_seconds"] == ""
-    assert float(lines[3]["tpot_p50_seconds"]) == pytest.approx(0.003)
-    assert lines[0]["disk_bytes"] == "12"
-    assert [line["loads"] for line in lines] == ["", "5", "", "5"]
-    assert {(line["others_cores"], line["busy"]) for line in lines} == {("0.8", "True")}
+def test_a_table_has_ratios_and_latency(finished: Path) -> None:
+    bench = json.loads((finished / "bench.json").read_text(encoding="utf-8"))
+    value = {**bench, **figures(bench), "base": "original"}
+    rows = [line.split("|")[1:-1] for line in render(value, "md").splitlines() if "|" in line]
+    lines = [[cell.strip() for cell in row] for row in rows]
+    assert lines[0][:6] == ["decoder", "test", "tokens/s", "± sd", "over original", "interval"]
+    assert [line[0] for line in lines[2:]] == [row["variant"] for row in value["rows"]]
+    assert json.loads(render(value, "json")) == json.loads(json.dumps(value))
 
 
 def test_the_ending_of_the_file_says_the_format() -> None:
-    assert [format_of(None, Path(f"x{end}")) for end in (".md", ".CSV", ".json", ".txt", "")] == [
-        "md", "csv", "json", "table", "table",
-    ]  # fmt: skip
-    assert format_of("llama-bench", Path("x.md")) == "llama-bench" and format_of(None, None) == "table"
+    endings = {".MD": "md", ".json": "json", ".txt": "table", "": "table"}
+    assert {end: format_of(None, Path(f"x{end}")) for end in endings} == endings
+    assert format_of("json", Path("x.md")) == "json" and format_of(None, None) == "table"
     assert all(format_of(name, None) == name for name in FORMATS)
-    with pytest.raises(UsageError, match="llama-bench"):
+    with pytest.raises(UsageError, match="md, json"):
         format_of("yaml", None)
 
 
