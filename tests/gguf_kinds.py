@@ -12,7 +12,7 @@ import numpy as np
 
 from .tiny import LAYERS, VOCAB, _tokenizer
 
-__all__ = ["HALVES", "WIDE", "random_blocks", "save_as", "save_mixed"]
+__all__ = ["HALVES", "save_as", "save_mixed"]
 
 WIDE = 256  # hidden size: K-quants have blocks of 256
 # type -> float16 fields of a block, by place: sizes that make weights of about 0.1

@@ -18,7 +18,6 @@ class Capabilities:
         precisions: values of `--precision`, the default first.
         sources: decoder source -> the precisions that it makes for the engine, the default source first.
         every_expert: decoder sources whose graphs compute every expert for every token.
-        extra: optional extra that installs the engine.
         cache_bytes: precision -> bytes of a cache element; 4 if it is not named.
         mapped: decoder source -> the precisions whose export leaves the weights in the checkpoint's files.
         rounded: of these, the precisions whose export holds one matrix in float32 at a time.
@@ -37,7 +36,6 @@ class Capabilities:
     title: str
     precisions: tuple[str, ...]
     sources: Mapping[str, tuple[str, ...]]
-    extra: str
     kinds: frozenset[str] = LINEAR_KINDS
     cache_bytes: Mapping[str, int] = field(default_factory=dict)
     mapped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

@@ -28,7 +28,6 @@ CAPABILITIES = Capabilities(
     title="ONNX Runtime",
     precisions=("fp32", "fp16", "int8", "int4"),
     sources={"genai": export_genai.PRECISIONS, "mobius": mobius.PRECISIONS},
-    extra="cpu",
     cache_bytes={"fp16": 2},
     mapped={"genai": export_genai.PRECISIONS},
     rounded=("int8", "int4"),

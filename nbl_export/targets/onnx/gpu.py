@@ -91,7 +91,6 @@ class GpuEngine(ort.OrtEngine):
             title=f"ONNX Runtime, {self.provider.title} provider",
             precisions=self.provider.precisions,
             sources={"genai": self.provider.precisions},
-            extra=self.provider.extra,
             cache_bytes=dict.fromkeys(self.provider.precisions, 2),
             cross=True,
             dense_caches=self.provider.dense_caches,

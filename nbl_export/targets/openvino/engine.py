@@ -32,7 +32,6 @@ CAPABILITIES = Capabilities(
     title="OpenVINO",
     precisions=PRECISIONS,
     sources={"openvino": PRECISIONS},
-    extra="openvino",
     cache_bytes={"fp16": 2, "int8": 1, "int4": 1},
     narrow=True,
     every_expert=("openvino",),

@@ -118,7 +118,7 @@ _COMPILED: dict[str, Any] = {
 LIBRARIES = {
     "trt": Library(
         # bf16 first: fused attention in fp16 sums in fp16 (see `static_form.numbers`), which shows in long texts
-        capabilities=Capabilities("trt", "TensorRT", ("bf16", "fp16", "int4"), _SOURCES, "trt", **_COMPILED),
+        capabilities=Capabilities("trt", "TensorRT", ("bf16", "fp16", "int4"), _SOURCES, **_COMPILED),
         module="tensorrt",
         package="tensorrt",
         origin=" (its libraries come from NVIDIA's own package index)",
@@ -131,7 +131,7 @@ LIBRARIES = {
         other="trt-rtx",
     ),
     "trt-rtx": Library(
-        capabilities=Capabilities("trt-rtx", "TensorRT for RTX", _PRECISIONS, _SOURCES, "trt-rtx", **_COMPILED),
+        capabilities=Capabilities("trt-rtx", "TensorRT for RTX", _PRECISIONS, _SOURCES, **_COMPILED),
         module="tensorrt_rtx",
         package="tensorrt-rtx",
         origin="",

@@ -38,7 +38,7 @@ _WEIGHTS = "model.safetensors"
 class ToyEngine(Target):
     """torch on the CPU, in float32."""
 
-    capabilities = Capabilities("toy", "Toy", ("fp32",), {"toy": ("fp32",)}, "toy", cache_bytes={"fp32": 0})
+    capabilities = Capabilities("toy", "Toy", ("fp32",), {"toy": ("fp32",)}, cache_bytes={"fp32": 0})
 
     def probe(self) -> Availability:
         """A product with a known result."""
