@@ -68,7 +68,6 @@ def compare(
             "path": str(found.path),
             "engine": found.engine,
             "provider": found.provider,
-            "parameters": facts[name].parameters,
             "arithmetic": available_engine(found).arithmetic(found.path),
             **({"slots": facts[name].context_length} if available_engine(found).capabilities.static else {}),
         }

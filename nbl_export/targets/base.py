@@ -53,14 +53,12 @@ class DecoderFacts:
     Attributes:
         head_dim: size of a head, used if a graph only names that dimension of its caches.
         cache_bytes_per_token: of one sequence.
-        parameters: elements of all weights; None if the files do not say.
     """
 
     vocab_size: int
     context_length: int
     head_dim: int
     cache_bytes_per_token: int
-    parameters: int | None
 
 
 @dataclass(frozen=True)

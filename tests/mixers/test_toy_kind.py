@@ -21,7 +21,6 @@ from nbl_export import mixers
 from nbl_export.calibrate import collect
 from nbl_export.errors import NblError, RefusalError
 from nbl_export.graph.decoder import OnnxDecoder
-from nbl_export.graph.sizes import read_graph_facts
 from nbl_export.mixers.base import OWN, Mixer, Port, StateSpec
 from nbl_export.mixers.none import Nothing
 from nbl_export.model.checkpoint.load import load_model
@@ -29,6 +28,7 @@ from nbl_export.model.linearize import linearize
 from nbl_export.rewrite import contract_of, rewrite, rewrite_model
 from nbl_export.rewrite.describe import graph_facts
 from nbl_export.targets import exporter_of
+from nbl_export.targets.onnx.facts import read_facts
 from nbl_export.targets.openvino.session import IrDecoder
 from nbl_export.verify.torch_reference import row_logits
 from nbl_export.verify.verifier import MappedOriginal
@@ -284,7 +284,7 @@ def test_states_have_the_names_that_genai_knows(exported: Any, tmp_path: Path) -
     assert {"present.2.conv_state", "present.2.recurrent_state"} <= {o.name for o in contract.outputs}
     assert contract.cache_layers == (0, 1)
     per_token = 2 * 2 * 2 * HEAD_DIM * 4
-    assert read_graph_facts(tmp_path / "nbl" / "model.onnx", HEAD_DIM).cache_bytes_per_token == per_token
+    assert read_facts(tmp_path / "nbl").cache_bytes_per_token == per_token
     facts = graph_facts(model)
     assert (facts["decoder"]["num_layers"], facts["replaced_layers"]) == (LAYERS, [2])
     assert facts["inputs"] == ["input_ids", "attention_mask"] and facts["tail"] is None

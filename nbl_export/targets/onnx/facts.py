@@ -12,12 +12,15 @@ from pathlib import Path
 from nbl_export.errors import CorruptError, NblError, one_line
 from nbl_export.graph.genai_config import read_genai_config
 from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE
-from nbl_export.graph.sizes import read_graph_facts
+from nbl_export.graph.trust import read_proto
+from nbl_export.records.decoder import is_state
 from nbl_export.targets.base import DecoderFacts
 from nbl_export.targets.gpu import PROVIDERS
 from nbl_export.trust.contained import check_inside
 
 __all__ = ["GenaiSettings", "provider_of", "read_facts"]
+
+_HALVES = (10, 16)  # FLOAT16 and BFLOAT16 of TensorProto
 
 
 def read_facts(directory: Path) -> DecoderFacts:
@@ -31,10 +34,20 @@ def read_facts(directory: Path) -> DecoderFacts:
         raise NblError(f"{directory} proposes tokens, so single steps say nothing: time whole answers in GenAI itself")
     if settings.head_dim is None:
         raise CorruptError(f"{directory / GENAI_CONFIG} gives no head_size; export the model again")
-    graph = read_graph_facts(directory / GRAPH_FILE, settings.head_dim)
-    return DecoderFacts(
-        settings.vocab_size, settings.context_length, settings.head_dim, graph.cache_bytes_per_token, graph.parameters
-    )
+    cache = _cache_bytes(directory / GRAPH_FILE, settings.head_dim)
+    return DecoderFacts(settings.vocab_size, settings.context_length, settings.head_dim, cache)
+
+
+def _cache_bytes(graph: Path, head_dim: int) -> int:
+    """Bytes that the caches of a graph take for a token.
+
+    Args:
+        head_dim: used if the graph only names that dimension of its caches.
+    """
+    inputs = read_proto(graph).graph.input
+    caches = [v.type.tensor_type for v in inputs if v.name.startswith("past_key_values.") and not is_state(v.name)]
+    sizes = ((t.shape.dim[1].dim_value, t.shape.dim[3].dim_value or head_dim, t.elem_type) for t in caches)
+    return sum(heads * size * (2 if kind in _HALVES else 4) for heads, size, kind in sizes)
 
 
 def provider_of(directory: Path) -> str:

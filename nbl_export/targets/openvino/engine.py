@@ -78,7 +78,7 @@ class OpenVinoEngine(Target):
         """Sizes from the IR and config.json."""
         found = read_ir_facts(path)
         cache = found.cache_elements_per_token * self.capabilities.cache_itemsize(found.precision)
-        return DecoderFacts(found.vocab_size, found.context_length, found.head_dim, cache, found.parameters)
+        return DecoderFacts(found.vocab_size, found.context_length, found.head_dim, cache)
 
     def export(self, checkpoint: Path, out: Path, settings: ExportSettings) -> None:
         """With OpenVINO's own front end."""

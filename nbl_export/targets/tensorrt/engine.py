@@ -109,7 +109,7 @@ class TensorRtEngine(Target):
         record = read_record(path)
         vocab = next(o.shape[-1] for o in record.outputs if o.name == "logits")
         head = next(i.shape[-1] for i in record.inputs if i.name.startswith("past_key_values."))
-        return DecoderFacts(int(vocab), record.max_seq_len, int(head), record.cache_bytes_per_token, None)
+        return DecoderFacts(int(vocab), record.max_seq_len, int(head), record.cache_bytes_per_token)
 
     def export(self, checkpoint: Path, out: Path, settings: ExportSettings) -> None:
         """With mobius, brought to the static form."""

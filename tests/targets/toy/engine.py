@@ -56,8 +56,7 @@ class ToyEngine(Target):
             sizes = [int(config[name]) for name in ("vocab_size", "max_position_embeddings", "head_dim")]
         except (OSError, ValueError, KeyError) as error:
             raise CorruptError(f"{path} does not state its sizes ({error}); export it again") from error
-        weights = load_file(path / _WEIGHTS)
-        return DecoderFacts(sizes[0], sizes[1], sizes[2], 0, sum(w.size for w in weights.values()))
+        return DecoderFacts(sizes[0], sizes[1], sizes[2], 0)
 
     def export(self, checkpoint: Path, out: Path, settings: ExportSettings) -> None:
         """The torch model as it is."""

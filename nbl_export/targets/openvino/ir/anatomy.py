@@ -27,7 +27,7 @@ from typing import Any
 from nbl_export.errors import CorruptError, RefusalError
 from nbl_export.graph.names import node_name
 from nbl_export.records.decoder import is_state
-from nbl_export.targets.openvino.ir.files import count_parameters, precision_of, read_ir
+from nbl_export.targets.openvino.ir.files import precision_of, read_ir
 
 __all__ = [
     "Block",
@@ -265,12 +265,10 @@ class IrFacts:
 
     Attributes:
         precision: as nbl-export noted it; "" for a directory from elsewhere.
-        parameters: elements of all weights; a shared weight counts once.
         cache_elements_per_token: of one sequence, in all states.
     """
 
     precision: str
-    parameters: int
     vocab_size: int
     context_length: int
     head_dim: int
@@ -291,7 +289,6 @@ def read_ir_facts(directory: Path) -> IrFacts:
         raise CorruptError(f"the logits of {directory} have no fixed size; export it again")
     return IrFacts(
         precision_of(model),
-        count_parameters(model),
         vocab.get_length(),
         context_length(directory),
         states[0].head_size,

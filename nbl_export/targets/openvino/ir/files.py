@@ -27,7 +27,6 @@ __all__ = [
     "check_ir",
     "constant_of",
     "constants_of",
-    "count_parameters",
     "difference",
     "float_constant",
     "group_of",
@@ -213,22 +212,6 @@ def stored_matrices(model: Any) -> list[StoredMatrix]:
             found.append(StoredMatrix(node.get_friendly_name(), kind == "Gather", blocks))
             break
     return found
-
-
-def count_parameters(model: Any) -> int:
-    """Elements of all weights: floats and codes with more than one element, without scales and zero points."""
-    apart = set()
-    for node in model.get_ops():
-        if node.get_type_name() in ("Multiply", "Subtract"):
-            chain, other = _chain(node.input_value(0)), _bare(node.input_value(1))
-            if chain is not None and other is not None:
-                apart.add(other.get_friendly_name())
-    sizes = {
-        node.get_friendly_name(): int(np.prod(node.get_output_shape(0)))
-        for node in model.get_ops()
-        if node.get_type_name() == "Constant" and _type(node) not in _INDICES
-    }
-    return sum(size for name, size in sizes.items() if size > 1 and name not in apart)
 
 
 def constants_of(model: Any) -> Iterator[tuple[str, np.ndarray]]:
