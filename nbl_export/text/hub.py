@@ -1,11 +1,10 @@
 """Reads documents of hub datasets in a child process, with a limit of time and of characters.
 
     unavailable()          why the hub is not asked: a switch, no library, no answer within seconds
-    stream(sources, ...)   child `main` ─► lines of JSON ─► documents of each source
+    stream(sources, ...)   child `answer` ─► lines of JSON ─► documents of each source
 
-    request   {"sources": ["org/name@split", ...], "most": characters of each dataset}      an argument of the child
-    answer    ["text", 0, "one document"] ... ["end", 0, cut], then the same for source 1   lines of JSON on its stdout
-              ["error", 0, "why dataset 0 cannot be read"], and the process ends
+    ["text", 0, "one document"] ... ["end", 0, cut], then the same for source 1
+    ["error", 0, "why dataset 0 cannot be read"], and the process ends
 
 A child can be stopped while its library waits for the network. The child's memory is freed when it ends. A document is
 the column `text` or `content` of a row, or its `messages` in a plain form.
@@ -15,22 +14,19 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import json
 import os
-import subprocess
-import sys
-import tempfile
 import threading
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
+from nbl_export.child import Child, Write
 from nbl_export.errors import NblError
-from nbl_export.files import PACKAGE
 
-__all__ = ["COLUMNS", "HubError", "HubRows", "answer", "main", "split_source", "stream", "unavailable"]
+__all__ = ["COLUMNS", "HubError", "HubRows", "answer", "split_source", "stream", "unavailable"]
 
 COLUMNS = ("text", "content", "messages")
 _ROWS = 20_000  # most rows of a dataset
@@ -44,17 +40,22 @@ def split_source(source: str) -> tuple[str, tuple[str, ...], str]:
     return "/".join(parts[:2]), tuple(parts[2:]), split or "train"
 
 
-def answer(request: Any, write: Callable[[list[Any]], None]) -> None:
-    """Write the documents of each dataset, and stop at the first dataset that cannot be read."""
-    for number, source in enumerate(request["sources"]):
+def answer(write: Write, sources: Sequence[str], most: int) -> None:
+    """Write the documents of each dataset, and stop at the first dataset that cannot be read.
+
+    Args:
+        most: characters of each dataset.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what the library prints
+    for number, source in enumerate(sources):
         try:
-            most = int(request["most"])
+            left = most
             for document in _documents(source):
-                write(["text", number, document[:most]])
-                most -= len(document)
-                if most <= 0:
+                write(["text", number, document[:left]])
+                left -= len(document)
+                if left <= 0:
                     break
-            write(["end", number, most <= 0])
+            write(["end", number, left <= 0])
         except Exception as error:  # the library raises many kinds
             write(["error", number, _said(error)])
             return
@@ -99,25 +100,10 @@ def _said(error: Exception) -> str:
     return text if type(error) is ValueError else f"{type(error).__name__}: {text}"
 
 
-def main(request: str) -> None:
-    """Answer on stdout, and end without the clean-up of libraries, which can wait for a network."""
-    out = os.fdopen(os.dup(sys.stdout.fileno()), "w", 1, encoding="ascii")  # 1: a stopped process leaves whole lines
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is no answer
-
-    def write(line: list[Any]) -> None:
-        out.write(json.dumps(line) + "\n")
-
-    answer(json.loads(request), write)
-    out.close()
-    os._exit(0)
-
-
 PROBE_SECONDS = 3.0
 _SWITCHES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 _ON = ("1", "ON", "YES", "TRUE")  # as the hub's library reads its switches
 _PROBED = "datasets/allenai/c4/resolve/main/README.md"
-_CHILD = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-_CHILD += "from nbl_export.text.hub import main; main(sys.argv[2])"
 
 
 class HubError(NblError):
@@ -189,41 +175,24 @@ def stream(sources: Sequence[str], most: int, seconds: float | None = None) -> l
     """
     if not _has_library():
         raise NblError(f"no calibration text at {sources[0]}; if it is a hub dataset id, pip install datasets")
-    path = [*sys.path, str(PACKAGE.parent)]
-    request = {"sources": list(sources), "most": most}
-    command = [sys.executable, "-I", "-c", _CHILD, json.dumps(path), json.dumps(request)]
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        late = False
-        try:
-            subprocess.run(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, timeout=seconds, check=False)
-        except subprocess.TimeoutExpired:
-            late = True
-        out.seek(0)
-        return _parsed(sources, out, f"not read within {seconds:.0f} s" if late and seconds else _last_line(err))
-
-
-def _parsed(sources: Sequence[str], lines: IO[bytes], otherwise: str) -> list[HubRows]:
-    """Rows of each source; `otherwise` is the reason if the child did not finish."""
-    documents: list[list[str]] = [[] for _ in sources]
+    line: Any
     found: list[HubRows] = []
-    for line in lines:
-        if not line.endswith(b"\n"):  # the child was stopped here
-            break
-        kind, number, value = json.loads(line)
-        if kind == "error":
-            raise HubError(sources[number], value)
-        if kind == "text":
-            documents[number].append(value)
-        else:
-            if not any(map(str.strip, documents[number])):
+    documents: list[str] = []
+    end = None if seconds is None else time.monotonic() + seconds
+    with Child(answer, list(sources), most) as child:
+        while len(found) < len(sources):
+            try:
+                line = child.answer(None if end is None else max(0.0, end - time.monotonic()))
+            except TimeoutError:
+                raise HubError(sources[len(found)], f"not read within {seconds:.0f} s") from None
+            kind, number, value = line or ("error", len(found), f"the reading process {child.ending()}")
+            if kind == "error":
+                raise HubError(sources[number], value)
+            if kind == "text":
+                documents.append(value)
+                continue
+            if not any(map(str.strip, documents)):
                 raise HubError(sources[number], "it holds no text")
-            found.append(HubRows(tuple(documents[number]), value))
-    if len(found) < len(sources):
-        raise HubError(sources[len(found)], otherwise)
+            found.append(HubRows(tuple(documents), value))
+            documents.clear()
     return found
-
-
-def _last_line(stream: IO[bytes]) -> str:
-    stream.seek(0)
-    lines = stream.read().decode("utf-8", "replace").split("\n")
-    return next((line.strip()[-300:] for line in reversed(lines) if line.strip()), "the reading process ended early")

@@ -111,7 +111,7 @@ def test_a_dataset_of_the_mix_is_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
         ([{"messages": [{"role": "user"}]}], "row 1 of the column messages holds no text (list)"),
         ([{"messages": "text"}], "row 1 of the column messages holds no text (str)"),
         ([{"content": " "}], "it holds no text"),
-        (["die"], "the reading process ended early"),
+        (["die"], "the reading process ended with status 9"),
     ],
 )
 @pytest.mark.parametrize("installed", [True, False])
