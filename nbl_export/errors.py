@@ -1,15 +1,7 @@
 """Errors that a user can act on: the message says what is wrong, where, and what to do."""
 
-__all__ = [
-    "AcceptanceError",
-    "BusyError",
-    "CorruptError",
-    "MissingPackageError",
-    "NblError",
-    "ParityError",
-    "RefusalError",
-    "UsageError",
-]
+__all__ = ["AcceptanceError", "BusyError", "CorruptError", "MissingPackageError", "NblError", "ParityError",
+           "RefusalError", "UsageError"]  # fmt: skip
 
 
 class NblError(Exception):

@@ -24,18 +24,8 @@ from nbl_export.errors import RefusalError
 from nbl_export.graph.caches import graph_caches, graph_states
 from nbl_export.graph.names import node_name
 
-__all__ = [
-    "PRODUCTS",
-    "AttentionBlock",
-    "Join",
-    "cache_layers",
-    "find_attention",
-    "find_block",
-    "find_reader",
-    "graph_caches",
-    "is_constant",
-    "reading_layers",
-]
+__all__ = ["PRODUCTS", "AttentionBlock", "Join", "cache_layers", "find_attention", "find_block", "find_reader",
+           "graph_caches", "is_constant", "reading_layers"]  # fmt: skip
 
 # Operators that multiply activations by weights, or that quantise activations for such a product.
 PRODUCTS = ("MatMul", "Gemm", "MatMulNBits", "MatMulBnb4", "MatMulInteger", "QLinearMatMul", "FusedMatMul",

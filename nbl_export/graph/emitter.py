@@ -10,24 +10,9 @@ import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
 
-__all__ = [
-    "Emitter",
-    "Maker",
-    "add_initializer",
-    "cache_slots",
-    "choose",
-    "drop_input",
-    "element_type",
-    "graph_input",
-    "need",
-    "new_node",
-    "register",
-    "run_passes",
-    "shape_of",
-    "size",
-    "type_of",
-    "values_read",
-]
+__all__ = ["Emitter", "Maker", "add_initializer", "cache_slots", "choose", "drop_input", "element_type",
+           "graph_input", "need", "new_node", "register", "run_passes", "shape_of", "size", "type_of",
+           "values_read"]  # fmt: skip
 
 
 Dim = int | str | ir.SymbolicDim | None

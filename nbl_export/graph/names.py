@@ -6,25 +6,9 @@ from pathlib import Path
 
 from nbl_export.records.decoder import STATE_SUFFIXES
 
-__all__ = [
-    "ALL_LOGITS_FILE",
-    "ALL_LOGITS_IR",
-    "DETOKENIZER_IR",
-    "GENAI_CONFIG",
-    "GRAPH_FILE",
-    "IR_FILE",
-    "IR_WEIGHTS",
-    "MANIFEST",
-    "OWN_NODES",
-    "STATIC_GRAPH_FILE",
-    "TOKENIZER_IR",
-    "all_logits_file",
-    "constant_name",
-    "graph_file",
-    "node_name",
-    "product_name",
-    "state_names",
-]
+__all__ = ["ALL_LOGITS_FILE", "ALL_LOGITS_IR", "DETOKENIZER_IR", "GENAI_CONFIG", "GRAPH_FILE", "IR_FILE",
+           "IR_WEIGHTS", "MANIFEST", "OWN_NODES", "STATIC_GRAPH_FILE", "TOKENIZER_IR", "all_logits_file",
+           "constant_name", "graph_file", "node_name", "product_name", "state_names"]  # fmt: skip
 
 GRAPH_FILE = "model.onnx"
 STATIC_GRAPH_FILE = "decoder.onnx"  # the static form at the deployed precision, for a compiler

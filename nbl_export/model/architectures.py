@@ -14,16 +14,8 @@ from nbl_export.model.architecture_record import Architecture
 from nbl_export.model.experts import GRANITE, MIXTRAL, QWEN, Experts
 from nbl_export.records.mlp import MlpSpec
 
-__all__ = [
-    "ARCHITECTURES",
-    "LINEARIZED",
-    "REFUSED",
-    "check_config",
-    "check_window",
-    "is_hybrid",
-    "mlp_of",
-    "windows_of",
-]  # fmt: skip
+__all__ = ["ARCHITECTURES", "LINEARIZED", "REFUSED", "check_config", "check_window", "is_hybrid", "mlp_of",
+           "windows_of"]  # fmt: skip
 
 
 _CAUSAL = {"use_bidirectional_attention": (None, False)}

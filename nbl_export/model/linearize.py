@@ -27,20 +27,8 @@ from nbl_export.mixers.modules import MixerModule, PortModule
 from nbl_export.model.architecture_record import Architecture
 from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED
 
-__all__ = [
-    "PassThrough",
-    "architecture_of",
-    "block_modules",
-    "linearize",
-    "multiplier_of",
-    "port_output",
-    "port_width",
-    "projection",
-    "replace_attention",
-    "replaced",
-    "run_from",
-    "switched",
-]
+__all__ = ["PassThrough", "architecture_of", "block_modules", "linearize", "multiplier_of", "port_output",
+           "port_width", "projection", "replace_attention", "replaced", "run_from", "switched"]  # fmt: skip
 
 _PROJECTIONS = {Port.KEYS: "k_proj", Port.VALUES: "v_proj"}
 

@@ -8,20 +8,8 @@ from typing import Any
 
 from nbl_export.records.paired import spoken_test
 
-__all__ = [
-    "change",
-    "duration",
-    "figure",
-    "listed",
-    "milliseconds",
-    "number",
-    "percent",
-    "plural",
-    "positions",
-    "signed",
-    "size",
-    "test",
-]  # fmt: skip
+__all__ = ["change", "duration", "figure", "listed", "milliseconds", "number", "percent", "plural", "positions",
+           "signed", "size", "test"]  # fmt: skip
 
 
 def number(value: float | None, missing: str = "–") -> str:

@@ -31,18 +31,8 @@ from nbl_export.errors import NblError
 from nbl_export.files import stream_sha256
 from nbl_export.text import hub
 
-__all__ = [
-    "READ_BYTES",
-    "Text",
-    "TextPart",
-    "cut_documents",
-    "documents_sha256",
-    "find",
-    "hub_texts",
-    "installed_text",
-    "read_text",
-    "stdlib_text",
-]
+__all__ = ["READ_BYTES", "Text", "TextPart", "cut_documents", "documents_sha256", "find", "hub_texts",
+           "installed_text", "read_text", "stdlib_text"]  # fmt: skip
 
 READ_BYTES = 64 << 20  # most bytes of one text: some fifteen million tokens
 _LINE_CHARS = 8 << 20  # most characters of one line of JSON

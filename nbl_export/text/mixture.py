@@ -26,16 +26,8 @@ from nbl_export.files import file_sha256
 from nbl_export.text.corpus import Text, TextPart, cut_documents, find, hub_texts, installed_text, read_text
 from nbl_export.text.hub import HubError, unavailable
 
-__all__ = [
-    "HUB_MIX",
-    "WeightedSource",
-    "absolute_sources",
-    "default_text",
-    "identify",
-    "mix",
-    "parse_sources",
-    "read_texts",
-]
+__all__ = ["HUB_MIX", "WeightedSource", "absolute_sources", "default_text", "identify", "mix", "parse_sources",
+           "read_texts"]  # fmt: skip
 
 # Web text, program text and chat: the default, in equal shares of characters.
 HUB_MIX = (

@@ -26,20 +26,8 @@ from nbl_export.errors import NblError
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.targets.gpu import CudaRelease, find_gpu, release_for, unpackaged
 
-__all__ = [
-    "LAYERS_NOTE",
-    "LIBRARIES",
-    "FusedAttention",
-    "Library",
-    "Message",
-    "Messages",
-    "changes",
-    "complaints",
-    "ignored_inputs",
-    "load_library",
-    "messages_of",
-    "require",
-]
+__all__ = ["LAYERS_NOTE", "LIBRARIES", "FusedAttention", "Library", "Message", "Messages", "changes", "complaints",
+           "ignored_inputs", "load_library", "messages_of", "require"]  # fmt: skip
 
 
 @dataclass(frozen=True)

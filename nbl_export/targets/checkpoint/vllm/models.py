@@ -28,17 +28,8 @@ from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.model_executor.models.utils import PPMissingLayer
 
-__all__ = [
-    "Dropped",
-    "Joined",
-    "LinearAttention",
-    "Linearized",
-    "NblLlamaForCausalLM",
-    "NblMistralForCausalLM",
-    "NblPhi3ForCausalLM",
-    "NblQwen2ForCausalLM",
-    "NblQwen3ForCausalLM",
-]
+__all__ = ["Dropped", "Joined", "LinearAttention", "Linearized", "NblLlamaForCausalLM", "NblMistralForCausalLM",
+           "NblPhi3ForCausalLM", "NblQwen2ForCausalLM", "NblQwen3ForCausalLM"]  # fmt: skip
 
 
 class LinearAttention(nn.Module):

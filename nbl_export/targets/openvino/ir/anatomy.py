@@ -29,18 +29,8 @@ from nbl_export.graph.names import node_name
 from nbl_export.records.decoder import is_state
 from nbl_export.targets.openvino.ir.files import precision_of, read_ir
 
-__all__ = [
-    "Block",
-    "Dataflow",
-    "IrFacts",
-    "LayerStates",
-    "State",
-    "context_length",
-    "memories_of",
-    "read_ir_facts",
-    "states_of",
-    "variable_of",
-]
+__all__ = ["Block", "Dataflow", "IrFacts", "LayerStates", "State", "context_length", "memories_of", "read_ir_facts",
+           "states_of", "variable_of"]  # fmt: skip
 
 _RANK = 3  # of the residual stream
 _NUMBER = re.compile(r"\d+")
