@@ -189,7 +189,8 @@ class Job:
             exported = 12.0 * s.head_parameters if options.precision in self.engine.rounded else 0.0
         stages = (
             Needs("calibrate", self._in_torch(read_tokens) + _SUMS * read_tokens * self.moments / 16 / rate,
-                  layer + 4.5 * self.moments / d.num_layers + 12.0 * _BATCH * s.mlp.active, self.moments + converted),
+                  max(layer + 4.5 * self.moments / d.num_layers + 12.0 * _BATCH * s.mlp.active,
+                      self.weights if s.is_gguf else 0.0), self.moments + converted),
             Needs("plan", self._in_torch(self._planned()) + _FIT * d.hidden_size * self.moments / 16 / rate,
                   80.0 * d.hidden_size**2, maps),
             Needs("distill", self._trained() + self._in_torch(self._tested), self.weights, maps),

@@ -28,7 +28,6 @@ from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import Mixer
 from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, windows_of
 from nbl_export.model.checkpoint import pretrained
-from nbl_export.model.checkpoint.dequantise import dequantise
 from nbl_export.model.checkpoint.pretrained import (
     check_weights,
     config_of,
@@ -184,7 +183,7 @@ def _convert(source: Source, target: Path) -> None:
         try:
             if source.gguf is not None:
                 log.info("dequantising %s", source.gguf.name)
-                dequantise(source.gguf, made)
+                _dequantise(source.gguf, made)
             else:
                 _restore(source.directory, made)
         except (OSError, MemoryError, NblError):
@@ -196,6 +195,18 @@ def _convert(source: Source, target: Path) -> None:
         (made / _MARKER).write_text(json.dumps(facts), encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         os.replace(made, target)
+
+
+def _dequantise(gguf: Path, out: Path) -> None:
+    from nbl_export.model.one_layer import refuse_whole
+
+    refuse_whole(gguf, f"the conversion of {gguf.name} (safetensors need none)")
+    model = model_of(gguf)
+    # transformers refuses to save a model that was loaded quantised; these weights are dequantised.
+    model.config.__dict__.pop("quantization_config", None)
+    model.hf_quantizer = None
+    model.save_pretrained(out)
+    tokenizer_of(gguf).save_pretrained(out)
 
 
 def _restore(directory: Path, out: Path) -> None:

@@ -14,16 +14,14 @@ import contextlib
 import functools
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.trust.model_settings import check_checkpoint
 
-__all__ = ["GgufOutline", "check_weights", "config_of", "gguf_outline", "model_of", "model_with",
-           "quiet_transformers", "reason_of", "refuse_missing", "tokenizer_of"]  # fmt: skip
+__all__ = ["check_weights", "config_of", "model_of", "model_with", "quiet_transformers", "reason_of", "tokenizer_of"]
 
 
 def quiet_transformers() -> None:
@@ -115,11 +113,11 @@ def _load(model: Path, dtype: Any = None, **more: Any) -> Any:
             dtype=dtype or torch.float32, output_loading_info=True, use_safetensors=True, trust_remote_code=False,
             local_files_only=True, **given, **more,
         )  # fmt: skip
-    refuse_missing(model, report["missing_keys"])
+    _refuse_missing(model, report["missing_keys"])
     return loaded
 
 
-def refuse_missing(where: Path, missing: Iterable[str]) -> None:
+def _refuse_missing(where: Path, missing: Iterable[str]) -> None:
     names = sorted(missing)
     if names:
         raise NblError(f"{where} lacks the weights {names[0]} and {len(names) - 1} more; fetch the model again")
@@ -127,82 +125,24 @@ def refuse_missing(where: Path, missing: Iterable[str]) -> None:
 
 def _check_gguf(file: Path, config: Any) -> None:
     """Compare a model's parameters with the tensors of a GGUF file, by transformers' map of their names."""
-    model, names = _outline(config)
-    shapes = {
-        names[tensor.name]: tuple(int(n) for n in reversed(tensor.shape))
-        for tensor in reader(file).tensors
-        if tensor.name in names
-    }
-    parameters = {name: tuple(value.shape) for name, value in model.named_parameters()}  # a tied one once
-    refuse_missing(file, parameters.keys() - shapes.keys())
-    other = [name for name, shape in parameters.items() if shapes[name] != shape]
-    if other:
-        found, stated = list(shapes[other[0]]), list(parameters[other[0]])
-        raise NblError(f"{file} has {other[0]} in shape {found}, and its keys state {stated}; fetch the model again")
-
-
-def _outline(config: Any) -> tuple[Any, dict[str, str]]:
-    """A model on torch's meta device, and transformers' map of GGUF's names to its parameters."""
     import torch
     from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
 
     with torch.device("meta"):
         model = model_with(config)
     with shared():
-        return model, get_gguf_hf_weights_map(model, TensorProcessor())
-
-
-@dataclass(frozen=True)
-class GgufOutline:
-    """What transformers makes of a GGUF file, without a weight.
-
-    Attributes:
-        file: the GGUF file.
-        model: on torch's meta device.
-        names: of the parameters, by the names of GGUF.
-        change: name of GGUF, values in float32 -> the parameter's values, which may have another order.
-    """
-
-    file: Path
-    model: Any
-    names: Mapping[str, str]
-    change: Callable[[str, Any], Any]
-
-
-def gguf_outline(file: Path) -> GgufOutline | None:
-    """The model of a GGUF file; None if transformers reads the architecture otherwise than tensor by tensor.
-
-    Raises:
-        NblError: the file lacks a weight, or has it in another shape. Whatever transformers raises on a damaged file.
-    """
-    check_weights(file)
-    quiet_transformers()
-    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, load_gguf_checkpoint
-
-    architecture = reader(file).fields["general.architecture"].contents()
-    if _has_conversions(architecture):
-        return None
-    model, names = _outline(config_of(file))
-    with shared():
-        keys = load_gguf_checkpoint(str(file.absolute()), return_tensors=False)["config"]
-    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=keys)
-
-    def change(name: str, values: Any) -> Any:
-        made = processor.process(values, name, tensor_key_mapping=names, parsed_parameters={"tensors": {}})
-        if made.name != name:
-            raise NblError(f"{file} has {name}, which transformers joins with others; give the model in safetensors")
-        return made.weights
-
-    return GgufOutline(file, model, names, change)
-
-
-def _has_conversions(architecture: str) -> bool:
-    """Whether transformers reads an architecture by conversions of its own, which may join tensors."""
-    try:
-        from transformers.integrations.gguf import is_gguf_arch_supported
-    except ImportError:  # an older transformers, which has none
-        return False
-    return bool(is_gguf_arch_supported(architecture))
+        names = get_gguf_hf_weights_map(model, TensorProcessor())
+    shapes = {
+        names[tensor.name]: tuple(int(n) for n in reversed(tensor.shape))
+        for tensor in reader(file).tensors
+        if tensor.name in names
+    }
+    parameters = {name: tuple(value.shape) for name, value in model.named_parameters()}  # a tied one once
+    _refuse_missing(file, parameters.keys() - shapes.keys())
+    other = [name for name, shape in parameters.items() if shapes[name] != shape]
+    if other:
+        found, stated = list(shapes[other[0]]), list(parameters[other[0]])
+        raise NblError(f"{file} has {other[0]} in shape {found}, and its keys state {stated}; fetch the model again")
 
 
 def model_with(config: Any, *, lm_head: bool = True) -> Any:
