@@ -175,7 +175,6 @@ def stream(sources: Sequence[str], most: int, seconds: float | None = None) -> l
     """
     if not _has_library():
         raise NblError(f"no calibration text at {sources[0]}; if it is a hub dataset id, pip install datasets")
-    line: Any
     found: list[HubRows] = []
     documents: list[str] = []
     end = None if seconds is None else time.monotonic() + seconds
@@ -185,7 +184,8 @@ def stream(sources: Sequence[str], most: int, seconds: float | None = None) -> l
                 line = child.answer(None if end is None else max(0.0, end - time.monotonic()))
             except TimeoutError:
                 raise HubError(sources[len(found)], f"not read within {seconds:.0f} s") from None
-            kind, number, value = line or ("error", len(found), f"the reading process {child.ending()}")
+            said: Any = line or ("error", len(found), f"the reading process {child.ending()}")
+            kind, number, value = said
             if kind == "error":
                 raise HubError(sources[number], value)
             if kind == "text":
