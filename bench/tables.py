@@ -37,6 +37,7 @@ TABLES: Mapping[str, Table] = {
     "demo": speed.demo,
     "exchange": speed.exchange,
     "trained-jobs": speed.trained_jobs,
+    "int4-methods": speed.int4_methods,
     "openvino": ov.openvino,
     "twins": proof.twins,
     "choices": quality.choices,

@@ -208,3 +208,30 @@ def coverage(read: Read) -> Rows:
         shown = (f"{100 * row['held']['this']:.1f}% (×{row['width']['this']:.1f})" for row in cells)
         rows.append((kind, str(windows), *shown))
     return rows
+
+
+_METHODS = {
+    "float32": "float32", "rtn": "to nearest (`default`)", "awq": "AWQ, then to nearest", "k_quant": "`k_quant`",
+    "k_quant_mixed": "`k_quant_mixed`",
+}  # fmt: skip
+
+
+def int4_methods(read: Read) -> Rows:
+    """The original rounded to int4: size, perplexity over float32, and speed of one core over rounding to nearest."""
+    run = read("int4-methods-smollm2")
+    times = run["core_seconds"]
+    pairs = {
+        (name, phase): paired_ratio(times["rtn"][phase], found[phase], range(len(found[phase])))
+        for name, found in times.items()
+        for phase in found
+    }
+    heads = ("MB", "C4", "WikiText-2", f"prefill 512 ({_kind(pairs.values())})", "decode")
+    rows: Rows = [("rounding", *heads), "l" + "r" * len(heads)]
+    for name, title in _METHODS.items():
+        texts = (run["rows"][name][text] for text in ("c4", "wikitext"))
+        rises = (f"{r['perplexity']:.1f}" if name == "float32" else _increase(r) for r in texts)
+        speeds = (
+            spoken(pairs[name, phase]) if name not in ("float32", "rtn") else "" for phase in ("prefill", "decode")
+        )
+        rows.append((title, f"{run['bytes'][name] / 1e6:.0f}", *rises, *speeds))
+    return rows

@@ -16,7 +16,7 @@ from nbl_export.model.checkpoint.source import resolve
 from nbl_export.records.plan import Plan
 from nbl_export.records.results import CheckResult
 from nbl_export.targets import load_engine
-from nbl_export.verify.codes import NEAREST
+from nbl_export.verify.codes import NEAREST, SEARCHED
 from nbl_export.verify.float32_twins import build_twins, check_shipped
 from nbl_export.verify.kept import KeptReferences
 from nbl_export.verify.ladder import DECODE_STEPS, Probe
@@ -58,7 +58,8 @@ def verify_tiny(
     maps = {i: mixer_of(i) for i in replaced}
     plan = Plan.of(LAYERS, {i: mixer.kind for i, mixer in maps.items()}, tap)
     cache_length = SLOTS if static else spec.max_positions
-    setting = Setting(engine, spec, plan, precision, "last", cache_length, NEAREST, _quiet)
+    nearness = SEARCHED if (source, precision) == ("genai", "int4") else NEAREST
+    setting = Setting(engine, spec, plan, precision, "last", cache_length, nearness, _quiet)
     directories = {"original": work / "original", "nbl": work / "model"}
     if exported is None:
         build_decoder(source, checkpoint, directories["original"], precision, cache_length=cache_length)

@@ -38,7 +38,8 @@ NO_ORIGINAL = "the checkpoint no longer contains the attention weights of its re
 # How the GenAI builder quantises, by its own names (`--extra_options` of onnxruntime_genai.models.builder). The values
 # are limited to graphs that can be rewritten and verified. is_symmetric=false is left out: the builder (0.18) then
 # gives a tied embedding float32 where it declares uint8. k_quant has zero points too, and is correct.
-_ALGORITHMS = ("default", "rtn", "k_quant", "rtn_last", "k_quant_last", "k_quant_mixed")
+INT4_ALGORITHM = "k_quant_mixed"  # bench/results/int4-methods-smollm2.json
+_ALGORITHMS = ("default", "rtn", "k_quant", "rtn_last", "k_quant_last", INT4_ALGORITHM)
 BUILDER_OPTIONS: dict[str, tuple[str, ...]] = {
     "accuracy_level": ("1", "2", "3", "4"),  # of activations: 1 float32, 4 int8
     "algo_config": _ALGORITHMS,
@@ -58,7 +59,7 @@ LEFT: dict[str, str] = {
     "lossless": _NGRAM,
     "max_layers": "leave it out; the report of each job has a curve of other numbers of layers",
     "profile": "ONNX Runtime has a profiler of its own (docs/engines/onnxruntime.md, Time by operator)",
-    "quantize": "use --builder-option algo_config=k_quant_mixed, or a checkpoint that AWQ made with --quantized-model",
+    "quantize": "leave it out; int4 is rounded by k_quant_mixed (docs/quantisation.md)",
     "rank": "leave it out; maps have full rank",
     "recipe": "nbl-export rewrite-graph GRAPH --maps DIR puts the maps of another run into a graph of the same model",
     "requantize": "leave it out; int8 and int4 round the weights of a GGUF file like any others",
@@ -246,9 +247,9 @@ class JobOptions:
         __: engine.source if engine else "genai",
     )  # fmt: skip
     builder_option: tuple[str, ...] = option(
-        (), "How the GenAI builder quantises: algo_config, block_size, accuracy_level, shared_embeddings, "
-        "fuse_mlp_gate_up; repeat for more.", _ENGINE, "main rewrite", metavar="KEY=VALUE", python="list",
-        applies=_BUILT,
+        (), "How the GenAI builder quantises: algo_config (int4 on a CPU: k_quant_mixed), block_size, accuracy_level, "
+        "shared_embeddings, fuse_mlp_gate_up; repeat for more.", _ENGINE, "main rewrite", metavar="KEY=VALUE",
+        python="list", applies=_BUILT,
     )  # fmt: skip
     quantized_model: str | None = option(
         None, "int4: use the codes of this checkpoint of the same model (GPTQ, AWQ or Olive).", _ENGINE,
@@ -304,6 +305,13 @@ class JobOptions:
     def has_bias(self) -> bool:
         """Whether maps are fitted with a bias."""
         return self.maps == "affine"
+
+    @property
+    def builder_options(self) -> tuple[str, ...]:
+        """What the GenAI builder is told: what is asked for, and the usual algorithm of int4 on a CPU."""
+        usual = self.decoder_source == "genai" and self.precision == "int4" and self.provider == "cpu"
+        chosen = self.quantized_model or any(word.startswith("algo_config=") for word in self.builder_option)
+        return (*self.builder_option, f"algo_config={INT4_ALGORITHM}") if usual and not chosen else self.builder_option
 
     @property
     def kept_logits(self) -> str:

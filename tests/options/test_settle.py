@@ -114,6 +114,23 @@ def test_recorded_defaults_follow_another_model(model: ModelFacts, expected: Ask
     assert_settled(settle({}, capabilities_of, model, recorded), {**expected, "calibration_tokens": 9})
 
 
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({}, ("algo_config=k_quant_mixed",)),
+        ({"builder_option": "block_size=64"}, ("block_size=64", "algo_config=k_quant_mixed")),
+        ({"builder_option": "algo_config=default"}, ("algo_config=default",)),
+        ({"quantized_model": "q"}, ()),
+        ({"precision": "int8"}, ()),
+        ({"provider": "cuda"}, ()),
+        ({"engine": "openvino"}, ()),
+    ],
+    ids=str,
+)
+def test_the_builder_rounds_to_int4_on_a_cpu_by_k_quant_mixed(asked: Asked, told: tuple[str, ...]) -> None:
+    assert settled({"precision": "int4", **asked}).builder_options == told
+
+
 def test_no_change_keeps_recorded_options_without_effect() -> None:
     """Else their stages would run again."""
     recorded = dataclasses.replace(settled({"layers": "0,2"}), select="cca", seed=3)

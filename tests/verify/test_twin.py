@@ -137,7 +137,7 @@ def window_off_by_one(model: ir.Model) -> None:
 
 def lose_a_scale(model: ir.Model) -> None:
     """One block of one row, of a matrix that is not a map."""
-    name = "model.layers.1.mlp.down_proj.MatMul.weight_scales"
+    name = "model.layers.1.mlp.down_proj.MatMul.weight_scale"
     value = model.graph.initializers[name]
     scales = value.const_value.numpy().copy()  # type: ignore[union-attr]
     scales.reshape(HIDDEN, -1)[40, 1] = 0

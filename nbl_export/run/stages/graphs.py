@@ -45,7 +45,7 @@ class DecoderInputs:
     engine: Lazy[Target]
     decoder_source: str
     precision: str
-    builder_option: tuple[str, ...]
+    builder_options: tuple[str, ...]
     kept_logits: str
     cache_length: int
     codes: Lazy[Any]
@@ -77,7 +77,7 @@ def run_decoder(inputs: DecoderInputs, place: Place, out: Path) -> dict[str, Any
     engine = inputs.engine.value
     original = out / DECODERS["original"]
     settings = ExportSettings(
-        inputs.decoder_source, inputs.precision, inputs.cache_length, inputs.builder_option, _codes(inputs)
+        inputs.decoder_source, inputs.precision, inputs.cache_length, inputs.builder_options, _codes(inputs)
     )
     engine.export(inputs.checkpoint.value, original, settings)
     if inputs.kept_logits == "last":

@@ -110,7 +110,7 @@ def _engine(r: Resolver) -> Target:
 def _nearness(r: Resolver) -> float | None:
     if r.options.quantized_model is not None:
         return None
-    searched = any(option.startswith("algo_config=k_quant") for option in r.options.builder_option)
+    searched = any(option.startswith("algo_config=k_quant") for option in r.options.builder_options)
     return SEARCHED if searched else NEAREST
 
 

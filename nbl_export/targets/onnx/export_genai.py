@@ -12,6 +12,7 @@ GPT-OSS   the builder rounds experts from the published codes alone, which a che
 codes     the builder cannot join query, key and value of a quantised checkpoint without zero points into one matrix
 
 Rounding to int8 and int4 is patched too: the builder holds all matrices in float32 while it rounds, now it holds one.
+ONNX Runtime's k_quant (1.32) fails for rows of an odd number of blocks, whose last byte of zero points is half full.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.graph.names import GRAPH_FILE
@@ -94,6 +97,7 @@ def _forget_commit(path: Path) -> None:
 @contextlib.contextmanager
 def repaired() -> Iterator[None]:
     """Patch the builder inside the block."""
+    from onnxruntime.quantization.neural_compressor import weight_only
     from onnxruntime_genai.models import builder
 
     made = {"SmolLM3Model": _smollm3, "Gemma3Model": _gemma3, "OLMoModel": _olmo, "GPTOSSModel": _gpt_oss}
@@ -102,6 +106,7 @@ def repaired() -> Iterator[None]:
         *((builder, name, make(getattr(builder, name))) for name, make in made.items()),
         (base, _PACKED, _packed(getattr(base, _PACKED))),
         (base, _ROUND, _one_by_one(getattr(base, _ROUND))),
+        (weight_only, _PRODUCT, _whole_bytes(getattr(weight_only, _PRODUCT))),
     ]
     before = [(place, name, getattr(place, name)) for place, name, _ in changes]
     try:
@@ -135,7 +140,7 @@ _ROUND = "to_nbits"
 
 
 def _one_by_one(theirs: Any) -> Any:
-    """Round each matrix in a graph of one node. The file is the same, byte for byte."""
+    """Round each matrix in a graph of one node. Nodes and weights are the same, byte for byte."""
 
     def rounded(self: Any) -> Any:
         if getattr(self, "exact_quant_override_names", None) or self.matmul_attrs["weights_prepacked"]:
@@ -150,6 +155,26 @@ def _one_by_one(theirs: Any) -> Any:
         return whole
 
     return rounded
+
+
+_PRODUCT = "make_matmul_weight_only_node"
+
+
+def _whole_bytes(theirs: Any) -> Any:
+    """Give each row of 4-bit zero points whole bytes, as MatMulNBits reads them."""
+
+    def made(*, zero_point: Any, num_bits: int, k_blocks: int, **given: Any) -> Any:
+        if zero_point is None or num_bits != 4 or k_blocks % 2 == 0:
+            return theirs(zero_point=zero_point, num_bits=num_bits, k_blocks=k_blocks, **given)
+        from onnx import numpy_helper
+
+        node, constants = theirs(zero_point=None, num_bits=num_bits, k_blocks=k_blocks, **given)
+        zeros = np.pad(zero_point.reshape(-1, k_blocks).astype(np.uint8), ((0, 0), (0, 1)))
+        packed = numpy_helper.from_array(zeros[:, ::2] | zeros[:, 1::2] << 4, f"{given['node'].input[1]}_zp")
+        node.input.append(packed.name)
+        return node, [*constants, packed]
+
+    return made
 
 
 def _alone(whole: Any, node: Any) -> Any:
