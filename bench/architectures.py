@@ -125,7 +125,7 @@ def _decoder(directory: Path, head_dim: int) -> Any:
 
 
 def static_form(precision: str, checkpoint: Path, text: Path, run: Path) -> dict[str, Any]:
-    """The rewritten static form for TensorRT, on ONNX Runtime in float32, also with int4 blocks."""
+    """The rewritten static form for TensorRT, on ONNX Runtime in float32."""
     from nbl_export.calibrate.collect import collect
     from nbl_export.graph.names import GRAPH_FILE
     from nbl_export.mixers.linear import Linear
@@ -150,11 +150,7 @@ def static_form(precision: str, checkpoint: Path, text: Path, run: Path) -> dict
     rewrite(run / "original", run / "model", maps, plan.tap, dense=True)
     found: dict[str, Any] = {"replaced_layers": list(plan.layers)}
     for subject, name, chosen in (("original", "original", None), ("nbl", "model", maps)):
-        directory = run / name
-        if precision == "int4":
-            static.save_int4_twin(directory, directory / "int4")
-            directory = directory / "int4"
-        found[subject] = worst(open_decoder(directory / GRAPH_FILE), torch_logits(checkpoint, chosen))
+        found[subject] = worst(open_decoder(run / name / GRAPH_FILE), torch_logits(checkpoint, chosen))
     return {"status": "verified", "reason": "", **found}
 
 
@@ -167,7 +163,7 @@ def every_subset(source: str, precision: str, checkpoint: Path, run: Path) -> di
     from nbl_export.targets.base import ExportSettings
 
     spec, target = read_spec(resolve(str(checkpoint))), exporter_of(source)
-    engine, asked = target.capabilities.name, "fp16" if source == "static" else precision  # the static form is a twin
+    engine, asked = target.capabilities.name, "fp16" if source == "static" else precision  # static: in float32
     options = JobOptions(str(checkpoint), engine=engine, precision=asked, decoder_source=source)
     facts = dataclasses.replace(architecture_facts(spec.architecture), decoder=spec)
     judge(Case(options, target.capabilities, facts))

@@ -39,7 +39,7 @@ TABLES: Mapping[str, Table] = {
     "trained-jobs": speed.trained_jobs,
     "int4-methods": speed.int4_methods,
     "openvino": ov.openvino,
-    "twins": proof.twins,
+    "verified": proof.verified,
     "choices": quality.choices,
     "copies": quality.copies,
     "tasks": quality.tasks,

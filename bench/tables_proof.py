@@ -9,16 +9,14 @@ Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
 
 
-def twins(read: Read) -> Rows:
-    head = ("", "float32 form from torch", "codes from matrices", "kernels from codes", "shipped graph", "rounding")
-    rows: Rows = [head, "lrrrrr"]
-    for row in read("twins")["rows"]:
-        twin = max(row["twin_original"], row["twin_nbl"])
-        coded = row["shipped"] is not None
-        rest = (
-            f"{row['steps']:.2f} steps", f"{row['products']:.0e}", f"{row['shipped']:.1%}", f"{row['rounding']:.0%}"
-        ) if coded else ("–",) * 4  # fmt: skip
-        rows.append((f"{row['model']}, {row['precision']}", f"{twin:.1e}", *rest))
+def verified(read: Read) -> Rows:
+    rows: Rows = [("", "exporter", "original", "NBL", "NBL as shipped", "text: margin"), "lrrrrr"]
+    for row in read("verified")["rows"]:
+        rounded = row["precision"] in ("int8", "int4")
+        exporter = f"{row['exporter']:+.1%}" if rounded else f"{row['exporter']:.1e}"
+        shipped = "–" if row["shipped"] is None else f"{row['shipped']:.1%}"
+        name = f"{row['model']}, {row['precision']}, {row['layers']}"
+        rows.append((name, exporter, f"{row['original']:.1e}", f"{row['nbl']:.1e}", shipped, f"{row['margin']:.2g}"))
     return rows
 
 

@@ -10,7 +10,6 @@
     DIR/model/                 rewrite: the NBL graph, deployable by itself
     DIR/model/README.md        card, if requested
     DIR/verify.json            verify
-    DIR/references.safetensors verify: what the original model said, for another plan of this model
     DIR/acceptance.safetensors verify, for engines of a GPU: what `accept` compares with on the target machine
     DIR/eval.json              eval, if requested
     DIR/engine/{original,model}/ build: compiled, deployable by itself
@@ -55,8 +54,8 @@ from nbl_export.trust.contained import check_folder
 from nbl_export.trust.lock import locked
 
 __all__ = ["ACCEPTANCE_FILE", "ACCEPTANCE_JSON", "ACCEPTANCE_MD", "BENCH_FILE", "CHECKPOINT", "DECODERS",
-           "DISTILL_FILE", "EVAL_FILE", "MADE_BY", "MAPS_FILE", "MOMENTS_FILE", "PACKAGES", "REFERENCES_FILE",
-           "REPORT_HTML", "REPORT_JSON", "REPORT_MD", "SCHEMA", "START_FILE", "TEXT_FILE", "VERIFY_FILE",
+           "DISTILL_FILE", "EVAL_FILE", "MADE_BY", "MAPS_FILE", "MOMENTS_FILE", "PACKAGES", "REPORT_HTML",
+           "REPORT_JSON", "REPORT_MD", "SCHEMA", "START_FILE", "TEXT_FILE", "VERIFY_FILE",
            "RunDirectory", "refuse_foreign"]  # fmt: skip
 
 SCHEMA = 1
@@ -72,7 +71,6 @@ CHECKPOINT = "checkpoint"
 MOMENTS_FILE = "moments.safetensors"
 START_FILE = "start.safetensors"  # maps before distillation
 MAPS_FILE = "maps.safetensors"
-REFERENCES_FILE = "references.safetensors"
 ACCEPTANCE_FILE = "acceptance.safetensors"  # values to compare with
 ACCEPTANCE_JSON, ACCEPTANCE_MD = "acceptance.json", "acceptance.md"  # verdicts
 
@@ -276,7 +274,7 @@ class RunDirectory:
 _OURS = (
     TEXT_FILE, MOMENTS_FILE, "calibrate.partial.safetensors", START_FILE, MAPS_FILE,
     DISTILL_FILE, "distill.partial.safetensors", *DECODERS.values(), VERIFY_FILE,
-    REFERENCES_FILE, ACCEPTANCE_FILE, EVAL_FILE, "engine", BENCH_FILE, REPORT_HTML,
+    ACCEPTANCE_FILE, EVAL_FILE, "engine", BENCH_FILE, REPORT_HTML,
     REPORT_MD, REPORT_JSON, ACCEPTANCE_MD, ACCEPTANCE_JSON, "nbl-checkpoint", CHECKPOINT, MANIFEST,
 )  # fmt: skip
 

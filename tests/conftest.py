@@ -66,7 +66,7 @@ def _without_stand_ins(config: pytest.Config) -> bool:
 # Files that take longest, the longest first. A worker that began one of them last would end the run alone.
 _LONG = (
     "run/test_openvino_run.py", "targets/test_architecture_graphs.py", "verify/test_tiny_graphs.py",
-    "targets/test_repairs.py", "model/test_quantized_model.py", "verify/test_twin.py",
+    "targets/test_repairs.py", "model/test_quantized_model.py", "verify/test_faults.py",
     "run/test_bad_directory.py", "run/test_resume.py", "run/test_given_graph.py", "cli/test_cli.py",
     "mixers/test_toy_kind.py",
     "targets/test_openvino_rewrite.py", "mixers/test_contract.py", "plan/test_fit.py",

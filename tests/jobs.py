@@ -58,7 +58,7 @@ def resolver_of(
     }  # fmt: skip
     resolver = Resolver(JobOptions("m", **options), run, Ui(quiet=True), asked)
     resolver.__dict__ |= {
-        "source": SimpleNamespace(graph=None, gguf=None, fingerprint="model", directory=directory),
+        "source": SimpleNamespace(gguf=None, fingerprint="model", directory=directory),
         "shortage": Lazy(None, lambda: ""),
     }  # fmt: skip
     return resolver

@@ -27,7 +27,7 @@ TARGETS = ("onnx", "openvino", "tensorrt", "checkpoint")  # packages of `targets
 # Library -> where it may be imported: a place, or a module of one.
 HEAVY = {
     "torch": ("model", "calibrate", "plan", "distill", "mixers",
-              "text.parts", "text.sampling", "text.windows", "verify.torch_reference", "verify.streamed_reference",
+              "text.parts", "text.sampling", "text.windows", "verify.exporter",
               "targets.export", "targets.openvino.export", "targets.tensorrt.device", "targets.tensorrt.export",
               "targets.checkpoint"),
     "transformers": ("model", "text.sampling", "targets.export", "targets.onnx.export_genai",

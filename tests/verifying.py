@@ -16,11 +16,9 @@ from nbl_export.model.checkpoint.source import resolve
 from nbl_export.records.plan import Plan
 from nbl_export.records.results import CheckResult
 from nbl_export.targets import load_engine
-from nbl_export.verify.codes import NEAREST, SEARCHED
-from nbl_export.verify.float32_twins import build_twins, check_shipped
-from nbl_export.verify.kept import KeptReferences
+from nbl_export.verify import exporter
 from nbl_export.verify.ladder import DECODE_STEPS, Probe
-from nbl_export.verify.structure import Setting, coded_graphs
+from nbl_export.verify.structure import Setting
 from nbl_export.verify.verifier import Verifier
 from tests.exports import build_decoder
 
@@ -43,7 +41,6 @@ def verify_tiny(
     mixer_of: Callable[[int], Mixer] = random_map,
     exported: Path | None = None,
     prompts: bool = True,
-    layers: bool = False,
 ) -> list[CheckResult]:
     """Export, prune, rewrite and verify in the folder `work`.
 
@@ -51,15 +48,13 @@ def verify_tiny(
         mixer_of: layer -> its mixer.
         exported: the original graph, which is copied instead of made.
         prompts: without them, no text is compared.
-        layers: the torch model is in memory layer by layer.
     """
     engine, spec = load_engine(ENGINES[source]), read_spec(resolve(str(checkpoint)))
     static = engine.capabilities.static
     maps = {i: mixer_of(i) for i in replaced}
     plan = Plan.of(LAYERS, {i: mixer.kind for i, mixer in maps.items()}, tap)
     cache_length = SLOTS if static else spec.max_positions
-    nearness = SEARCHED if (source, precision) == ("genai", "int4") else NEAREST
-    setting = Setting(engine, spec, plan, precision, "last", cache_length, nearness, _quiet)
+    setting = Setting(engine, spec, plan, precision, "last", cache_length, _quiet)
     directories = {"original": work / "original", "nbl": work / "model"}
     if exported is None:
         build_decoder(source, checkpoint, directories["original"], precision, cache_length=cache_length)
@@ -67,18 +62,20 @@ def verify_tiny(
         shutil.copytree(exported, directories["original"])
     engine.keep_last_token(directories["original"])
     engine.linearize(directories["original"], directories["nbl"], maps, plan.tap)
-    results: list[CheckResult] = []
+    run = directories
     if static:
-        shipped, directories = directories, build_twins(checkpoint, setting, maps, work / "twins")
-        results += check_shipped(setting, shipped, directories)
-    coded = coded_graphs(setting, directories, results, work / "coded")
-    made = Verifier(setting, _probe(prompts), maps, results, KeptReferences(work / "references", []))
-    if layers:
-        made.refer_to_layers(coded, directories, checkpoint)
-    else:
-        made.refer_to_torch(coded, lambda: contextlib.nullcontext(load_model(checkpoint)))
-    made.run(directories, coded)
-    return results
+        run = {subject: work / f"{subject}-float32" for subject in directories}
+        for subject, directory in directories.items():
+            engine.write_float32(directory, run[subject])
+    made = Verifier(setting, _probe(prompts), maps)
+    made.run(directories, run)
+    model = load_model(checkpoint)
+    if precision in exporter.ROUNDED:
+        windows = np.random.default_rng(1).integers(2, VOCAB, (2, 100))
+        original = engine.open_graph(run["original"], spec.head_dim)
+        result, _ = exporter.check_perplexity(model, original, precision, windows, lambda *_: None)
+        return [*made.results, result]
+    return [*made.results, *exporter.check_logits(model, precision, made.probe, made.references["original"])]
 
 
 @contextlib.contextmanager

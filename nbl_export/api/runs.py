@@ -142,7 +142,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """verified, compared (quantised, without a proof), failed, or incomplete."""
+        """verified, failed, or incomplete."""
         return str(self.manifest["status"])
 
     @property
@@ -278,7 +278,7 @@ def export(
 
     Raises:
         NblError: what the user can correct, in a sentence: what, where, what to do.
-        ParityError: the graph does not compute what the torch model computes.
+        ParityError: the NBL graph does not compute what the original graph computes with these layers.
     """
     from nbl_export.run.pipeline import run_job
     from nbl_export.run.progress import Ui

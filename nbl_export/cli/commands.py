@@ -76,7 +76,7 @@ def rewrite_graph(
 
 @opt.takes("verify")
 def verify(directory: opt.Run, asked: dict[str, Any], as_json: opt.Json = False) -> None:
-    """Compare the exported graphs with the torch models."""
+    """Compare the NBL graph with the original graph, and that with the torch model."""
     from nbl_export.report.console import checks_table
     from nbl_export.run.pipeline import run_stages
     from nbl_export.run_directory import VERIFY_FILE

@@ -1,15 +1,11 @@
 """A decoder graph on plain ONNX Runtime: prefill and cached steps of a right-padded batch, logits as numpy.
 
 For verification, not for speed: caches and states are copied through numpy. Only the graph's inputs and outputs matter.
-
-A float32 graph keeps its weights in the file, mapped into memory, so the kernel can drop their pages. By default ONNX
-Runtime copies each matrix into another order. In float32 that changes the rounding of products alone. Quantised
-matrices need it: without it they take other kernels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +17,6 @@ from nbl_export.records.decoder import is_state
 
 __all__ = ["OnnxDecoder"]
 
-_UNPACKED = "session.disable_prepacking"
 _FED = ("past_key_values", "present")  # part of an input's name -> of the output that feeds it
 
 
@@ -34,7 +29,8 @@ class OnnxDecoder:
         head_dim: size of a head, used if the graph only names that dimension.
         threads: intra-op threads; None is ONNX Runtime's choice.
         caches: name of each cache input -> of its output; None: past_key_values.N.key -> present.N.key.
-        proto: the graph itself, with its data in `directory`; `file` is then not read.
+        exact: see `open_session`.
+        session: runs in place of a session of the graph (`mixed.MixedSession`); `directory` is then not read.
 
     Raises:
         CorruptError: ONNX Runtime cannot load the graph.
@@ -42,13 +38,9 @@ class OnnxDecoder:
 
     def __init__(
         self, directory: Path, head_dim: int, threads: int | None = None, *, file: str = GRAPH_FILE,
-        caches: Mapping[str, str] | None = None, proto: bytes | None = None,
+        caches: Mapping[str, str] | None = None, exact: bool = False, session: Any = None,
     ) -> None:  # fmt: skip
-        model = (directory / file).read_bytes() if proto is None else proto
-        self.session = open_session(
-            directory / file if proto is None else proto, threads, folder=directory if proto is not None else None,
-            entries={_UNPACKED: "1"} if _is_float32(model) else None,
-        )  # fmt: skip
+        self.session = session or open_session(directory / file, threads, mapped=True, exact=exact)
         self.head_dim = head_dim
         self.contract = contract_of_session(self.session)
         named = [a.name for a in self.contract.inputs if PAST.match(a.name)]
@@ -68,43 +60,24 @@ class OnnxDecoder:
         states = (a for a in self.contract.inputs if a.name in self._states)
         self._past |= {a.name: np.zeros((batch, *map(int, a.shape[1:])), a.dtype) for a in states}
 
-    def step(
-        self, ids_BT: np.ndarray, valid_BT: np.ndarray | None = None, further: Mapping[str, np.ndarray] | None = None
-    ) -> np.ndarray:
+    def step(self, ids_BT: np.ndarray, valid_BT: np.ndarray | None = None) -> np.ndarray:
         """Append tokens; returns float32 logits [B, T, V], or [B, 1, V] from a pruned graph.
 
         Args:
             ids_BT: token ids.
             valid_BT: 1 for tokens, 0 for padding on the right; only a first chunk may be padded.
-            further: values of inputs that only this graph has.
         """
+        valid = np.ones_like(ids_BT) if valid_BT is None else valid_BT
+        positions = self._mask_BT.sum(1)[:, None] + np.arange(ids_BT.shape[1])[None, :]
+        mask = np.concatenate([self._mask_BT, valid.astype(np.int64)], 1)
+        feeds = {"input_ids": ids_BT, "attention_mask": mask, "position_ids": positions}
+        types = {a.name: a.dtype for a in self.contract.inputs}
+        ours = {name: value.astype(types[name], copy=False) for name, value in feeds.items() if name in types}
         outputs = [a.name for a in self.contract.outputs]
-        feeds, mask = self._feeds(ids_BT, valid_BT, further)
-        found = dict(zip(outputs, self.session.run(outputs, feeds), strict=True))
+        found = dict(zip(outputs, self.session.run(outputs, {**ours, **self._past}), strict=True))
         self._mask_BT = mask
         self._past = {name: found[output] for name, output in {**self._caches, **self._states}.items()}
         return np.asarray(found["logits"].astype(np.float32, copy=False))
-
-    def look(
-        self, outputs: Sequence[str], ids_BT: np.ndarray, valid_BT: np.ndarray | None = None,
-        further: Mapping[str, np.ndarray] | None = None,
-    ) -> list[np.ndarray]:  # fmt: skip
-        """Other outputs for the tokens that would come next, without appending these tokens."""
-        found: list[np.ndarray] = self.session.run(list(outputs), self._feeds(ids_BT, valid_BT, further)[0])
-        return found
-
-    def _feeds(
-        self, ids_BT: np.ndarray, valid_BT: np.ndarray | None, further: Mapping[str, np.ndarray] | None
-    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """All inputs of a step, and the mask after the step."""
-        valid = np.ones_like(ids_BT) if valid_BT is None else valid_BT
-        past_lengths = self._mask_BT.sum(1)
-        mask = np.concatenate([self._mask_BT, valid.astype(np.int64)], 1)
-        positions = past_lengths[:, None] + np.arange(ids_BT.shape[1])[None, :]
-        feeds = {"input_ids": ids_BT, "attention_mask": mask, "position_ids": positions}
-        types = {a.name: a.dtype for a in self.contract.inputs}
-        ours = {k: v.astype(types[k], copy=False) for k, v in {**feeds, **(further or {})}.items() if k in types}
-        return {**ours, **self._past}, mask
 
     def mark(self) -> Any:
         """The state of the running batch, for `rewind`. Costs nothing: a step makes new caches and changes none."""
@@ -124,11 +97,3 @@ class OnnxDecoder:
     def cache_bytes(self) -> int:
         """Bytes that the caches of the running batch hold now, without states of constant size."""
         return sum(self._past[name].nbytes for name in self._caches)
-
-
-def _is_float32(model: bytes) -> bool:
-    """Whether all numbers in a serialised graph are float32 or indices; external data is not read."""
-    import onnx
-
-    kinds = {tensor.data_type for tensor in onnx.ModelProto.FromString(model).graph.initializer}
-    return kinds <= {onnx.TensorProto.FLOAT, onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.BOOL}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import CorruptError, MissingPackageError, NblError, one_line
+from nbl_export.graph.exact import exact_model
 from nbl_export.graph.trust import read_proto
 from nbl_export.records.decoder import GraphContract, TensorInfo
 
@@ -19,6 +20,7 @@ _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfl
            "tensor(int64)": "int64", "tensor(int32)": "int32", "tensor(bool)": "bool"}  # fmt: skip
 _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 _SILENT = 4  # severity "fatal": only the exception raised here reports an error
+_UNPACKED = "session.disable_prepacking"
 
 
 def import_onnxruntime() -> Any:
@@ -36,7 +38,7 @@ def import_onnxruntime() -> Any:
 
 def open_session(
     graph: Path | bytes, threads: int | None = None, *, folder: Path | None = None,
-    entries: Mapping[str, str] | None = None,
+    entries: Mapping[str, str] | None = None, mapped: bool = False, exact: bool = False,
 ) -> Any:  # fmt: skip
     """An InferenceSession on the CPU provider.
 
@@ -45,6 +47,10 @@ def open_session(
         threads: intra-op threads; None is ONNX Runtime's choice.
         folder: of a serialised model's external data.
         entries: further entries of the session's configuration.
+        mapped: a float32 graph keeps its weights in the file, mapped into memory, so the kernel can drop their pages.
+            By default ONNX Runtime copies each matrix into another order. In float32 that changes the rounding of
+            products alone. Quantised matrices need it: without it they take other kernels.
+        exact: products with quantised matrices do not round activations (`graph.exact`).
 
     Raises:
         CorruptError: ONNX Runtime cannot load the graph.
@@ -56,12 +62,17 @@ def open_session(
     options.log_severity_level = _SILENT
     if threads:
         options.intra_op_num_threads = threads
-    for key, value in {**(entries or {}), **({} if folder is None else {_DATA_FOLDER: str(folder)})}.items():
+    loaded = str(graph) if isinstance(graph, Path) else graph
+    proto = read_proto(graph) if isinstance(graph, Path) else _parsed(graph)
+    entries = dict(entries or {}) | ({_UNPACKED: "1"} if mapped and _is_float32(proto) else {})
+    if exact:
+        entries |= exact_model(proto)
+        loaded, folder = proto.SerializeToString(), graph.parent if isinstance(graph, Path) else folder
+    if folder is not None:
+        entries[_DATA_FOLDER] = str(folder)
+    for key, value in entries.items():
         options.add_session_config_entry(key, value)
-    if isinstance(graph, Path):
-        read_proto(graph)
     try:
-        loaded = str(graph) if isinstance(graph, Path) else graph
         return ort.InferenceSession(loaded, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ORT's own exception types, one for each kind of damage
         name = graph if isinstance(graph, Path) else f"a graph of {folder or 'its own'}"
@@ -71,6 +82,20 @@ def open_session(
                 f"{one_line(error)}"
             ) from error
         raise CorruptError(f"ONNX Runtime cannot load {name}: {one_line(error)}") from error
+
+
+def _parsed(model: bytes) -> Any:
+    import onnx
+
+    return onnx.ModelProto.FromString(model)
+
+
+def _is_float32(proto: Any) -> bool:
+    """Whether all numbers in a graph are float32 or indices; external data is not read."""
+    import onnx
+
+    kinds = {tensor.data_type for tensor in proto.graph.initializer}
+    return kinds <= {onnx.TensorProto.FLOAT, onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.BOOL}
 
 
 def contract_of_session(session: Any) -> GraphContract:

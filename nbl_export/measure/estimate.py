@@ -198,7 +198,7 @@ class Job:
                   graph + exported, graph + (converted if has_maps else 0.0)),
             Needs("rewrite", graph / _WRITTEN, 0.0, graph),
             Needs("verify", (2 * final_tokens(options.context) + _PROBED) * self.token / rate,
-                  min(self.weights, max(layer + 4.0 * s.head_parameters, graph if is_rounded else 0.0)), 0.0),
+                  graph if is_rounded else 0.0, 0.0),
             Needs("bench", self._timed(), graph, 0.0),
         )  # fmt: skip
         left_out = {"calibrate", "plan"} if has_maps else set()

@@ -33,8 +33,25 @@ if TYPE_CHECKING:
 
     from nbl_export.mixers.lmmse import Moments
 
-__all__ = ["CACHE", "OWN", "Builder", "Cache", "Kind", "Mixer", "Port", "StateSpec", "Streams", "TokenWork",
-           "TrainedMixer", "WindowShape", "apply", "cacheless", "state_of", "tapped"]  # fmt: skip
+__all__ = [
+    "CACHE",
+    "OWN",
+    "Builder",
+    "Cache",
+    "Kind",
+    "Mixer",
+    "Port",
+    "Running",
+    "StateSpec",
+    "Streams",
+    "TokenWork",
+    "TrainedMixer",
+    "WindowShape",
+    "apply",
+    "cacheless",
+    "state_of",
+    "tapped",
+]
 
 Value = Any  # a value of the graph that a builder makes
 OWN = None  # the layer's own input at its tap, among streams
@@ -150,12 +167,6 @@ class Mixer(Protocol):
 
     def tensors(self) -> dict[str, np.ndarray]:
         """All its numbers in float32, by name, as `Kind.from_tensors` takes them."""
-
-    def matrices(self) -> dict[str, np.ndarray]:
-        """The matrices [O, I] that `emit` multiplies by, under the names that `emit` gives them, in that order."""
-
-    def with_matrices(self, matrices: Mapping[str, np.ndarray]) -> Mixer:
-        """The same with other numbers in `matrices()`, e.g. those that a quantised graph stores."""
 
     def product(self) -> np.ndarray | None:
         """The matrix W [D, D] if it computes x W' and nothing else, as some file formats need; otherwise None."""
@@ -287,35 +298,72 @@ def state_of(mixer: Mixer) -> StateSpec | None:
     return mixer.holds if isinstance(mixer.holds, StateSpec) else None
 
 
+Stored = Mapping[str, np.ndarray]  # matrices and vectors that a graph holds of a mixer, by the names of `emit`
+
+
 def apply(
-    mixer: Mixer, streams: Mapping[int | None, np.ndarray], state: np.ndarray | None = None
+    mixer: Mixer,
+    streams: Mapping[int | None, np.ndarray],
+    state: np.ndarray | None = None,
+    stored: Stored | None = None,
 ) -> tuple[dict[Port, np.ndarray], np.ndarray | None]:
     """The values of a mixer's ports, in NumPy and float32, and its state after these tokens.
 
     Args:
         streams: values [B, T, D] of the streams that it reads.
         state: after the tokens before; None before the first token.
+        stored: used instead of the mixer's own numbers.
     """
     x_BTD = streams[OWN]
-    build = _Arrays(state, len(x_BTD))
+    build = _Arrays(state, len(x_BTD), stored or {})
     found = mixer.emit(build, {stream: value.astype(np.float32) for stream, value in streams.items()})
     nothing = {Port.OUTPUT: np.zeros(x_BTD.shape, np.float32)} if mixer.gives == (Port.OUTPUT,) else {}
     return {**nothing, **found}, build.kept
 
 
+class Running:
+    """Mixers of some layers in NumPy, which read their own input and give the block's output, and their states.
+
+    Args:
+        mixers: by layer.
+        stored: by layer, see `apply`.
+    """
+
+    def __init__(self, mixers: Mapping[int, Mixer], stored: Mapping[int, Stored] | None = None) -> None:
+        self.mixers, self._stored = mixers, stored or {}
+        self.layers = tuple(sorted(mixers))
+        self._states: dict[tuple[int, int], np.ndarray | None] = {}
+
+    def begin(self) -> None:
+        """Start a batch with empty states."""
+        self._states = {}
+
+    def __call__(self, layer: int, x_BTD: np.ndarray, valid_BT: np.ndarray) -> np.ndarray:
+        """The output of a layer's mixer in float32; a state remembers each row's valid tokens alone."""
+        mixer, stored = self.mixers[layer], self._stored.get(layer)
+        if state_of(mixer) is None:
+            return apply(mixer, {OWN: x_BTD}, None, stored)[0][Port.OUTPUT]
+        found = np.zeros(x_BTD.shape, np.float32)
+        for row, valid_T in enumerate(valid_BT.astype(bool)):
+            past = self._states.get((layer, row))
+            given, self._states[layer, row] = apply(mixer, {OWN: x_BTD[row : row + 1, valid_T]}, past, stored)
+            found[row, valid_T] = given[Port.OUTPUT]
+        return found
+
+
 class _Arrays:
     """The builder whose values are arrays."""
 
-    def __init__(self, past: np.ndarray | None, batch: int) -> None:
-        self._past, self._batch = past, batch
+    def __init__(self, past: np.ndarray | None, batch: int, stored: Stored) -> None:
+        self._past, self._batch, self._stored = past, batch, stored
         self.kept: np.ndarray | None = None
 
     def matmul(self, x: np.ndarray, matrix: np.ndarray, name: str) -> np.ndarray:
-        product: np.ndarray = x @ matrix.T
+        product: np.ndarray = x @ self._stored.get(name, matrix).T
         return product
 
     def add(self, x: np.ndarray, other: np.ndarray, name: str) -> np.ndarray:
-        return x + other
+        return x + self._stored.get(name, other)
 
     def concat(self, values: Sequence[np.ndarray], name: str) -> np.ndarray:
         return np.concatenate(values, axis=1)
@@ -324,7 +372,8 @@ class _Arrays:
         return x[:, start:end]
 
     def norm(self, x: np.ndarray, weight: np.ndarray, epsilon: float, name: str) -> np.ndarray:
-        found: np.ndarray = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + np.float32(epsilon)) * weight
+        found: np.ndarray = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + np.float32(epsilon))
+        found *= self._stored.get(name, weight)
         return found
 
     def window(

@@ -49,13 +49,7 @@ class Linear:
 
     def tensors(self) -> dict[str, np.ndarray]:
         """The weight [D, D] and the bias [D]."""
-        return {**self.matrices(), "bias": self.bias}
-
-    def matrices(self) -> dict[str, np.ndarray]:
-        return {"weight": self.weight}
-
-    def with_matrices(self, matrices: Mapping[str, np.ndarray]) -> Linear:
-        return Linear(matrices["weight"], self.bias)
+        return {"weight": self.weight, "bias": self.bias}
 
     def product(self) -> np.ndarray | None:
         return None if self._has_bias else self.weight

@@ -31,12 +31,6 @@ class Nothing:
         """An empty tensor [0, D], from which a file tells the layer and its width."""
         return {"nothing": np.zeros((0, self.size), np.float32)}
 
-    def matrices(self) -> dict[str, np.ndarray]:
-        return {}
-
-    def with_matrices(self, matrices: Mapping[str, np.ndarray]) -> Mixer:
-        return self
-
     def product(self) -> np.ndarray:
         """A matrix of zeros, for formats that have no layer without a mixer."""
         return np.zeros((self.size, self.size), np.float32)

@@ -80,13 +80,8 @@ class Window:
         """The matrices, the bias, the norm if there is one, and the shape as numbers."""
         sizes = np.array([*dataclasses.astuple(self.shape), self.epsilon], np.float32)
         norm = {} if self.norm is None else {"norm": self.norm}
-        return {**self.matrices(), "bias": self.bias, "frequencies": self.frequencies, "sizes": sizes, **norm}
-
-    def matrices(self) -> dict[str, np.ndarray]:
-        return {"qkv": self.qkv, "output": self.output}
-
-    def with_matrices(self, matrices: Mapping[str, np.ndarray]) -> Window:
-        return dataclasses.replace(self, qkv=matrices["qkv"], output=matrices["output"])
+        matrices = {"qkv": self.qkv, "output": self.output}
+        return {**matrices, "bias": self.bias, "frequencies": self.frequencies, "sizes": sizes, **norm}
 
     def product(self) -> None:
         return None

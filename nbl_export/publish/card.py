@@ -26,7 +26,7 @@ from nbl_export.model.architectures import ARCHITECTURES
 from nbl_export.options.command import describe_command
 from nbl_export.options.public import public_options
 from nbl_export.records.from_json import edited
-from nbl_export.records.results import COMPARED, VERIFIED
+from nbl_export.records.results import VERIFIED
 from nbl_export.report.document import written
 from nbl_export.report.model import head
 from nbl_export.report.quality import quality
@@ -86,7 +86,7 @@ def check_publishable(run: RunDirectory, *, force: bool) -> None:
     missing = [stage for stage in ("rewrite", "verify", "report") if stage not in run.stages]
     if missing:
         raise NblError(f"{run.path} is not finished: run its command again ({run.manifest['command']})")
-    if run.manifest["status"] not in (VERIFIED, COMPARED) and not force:
+    if run.manifest["status"] != VERIFIED and not force:
         raise NblError(f"{run.path} failed verification; see its verify.json, or use --force to go on all the same")
     for stage in ("rewrite", "verify", "report"):
         run.check(stage)

@@ -23,7 +23,7 @@ class Capabilities:
         rounded: of these, the precisions whose export holds one matrix in float32 at a time.
         narrow: whether the engine computes in fewer bits than the graph's types state, unless the precision is fp32.
         static: whether the engine compiles graphs of the static form, with caches of --max-seq-len slots. A CPU
-            verifies such a graph through its float32 twin (a float32 copy). The build stage makes the engine that runs.
+            verifies a float32 copy of such a graph. The build stage makes the engine that runs.
         cross: whether exports may be for another machine; bench is left out if the engine does not run here.
         dense_caches: whether caches count 0..K-1.
         provider: ONNX Runtime's execution provider, which the exporter is told.

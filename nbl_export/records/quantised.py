@@ -3,17 +3,16 @@
     W[n, k]  =  scale[n, k // size] * (code[n, k] - zero[n, k // size])
 
 Of two 4-bit codes in a byte the first has the low bits, in ONNX Runtime's operators (onnxruntime,
-docs/ContribOperators.md, MatMulNBits and GatherBlockQuantized). `verify.codes` runs the kernels that verify this.
+docs/ContribOperators.md, MatMulNBits and GatherBlockQuantized).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Blocks", "Fidelity", "StoredMatrix", "unpacked"]
+__all__ = ["Blocks", "unpacked"]
 
 
 @dataclass(frozen=True)
@@ -43,42 +42,8 @@ class Blocks:
         """Value of one code step, for each element [N, K]."""
         return self._spread(self.scales)
 
-    def rows(self, which: slice | np.ndarray) -> Blocks:
-        """Some of the rows."""
-        zeros = self.zeros[which] if isinstance(self.zeros, np.ndarray) else self.zeros
-        return replace(self, codes=self.codes[which], scales=self.scales[which], zeros=zeros)
-
     def _spread(self, values: np.ndarray) -> np.ndarray:
         return np.repeat(values, self.size, 1)[:, : self.codes.shape[1]]
-
-
-@dataclass(frozen=True)
-class StoredMatrix:
-    """A matrix that a graph stores in codes.
-
-    Attributes:
-        name: node that holds the matrix.
-        lookup: whether the matrix is a table [V, D] whose rows are looked up; else it is W [N, K] of y = x W'.
-        blocks: unpacks the matrix.
-        shape: [N, K] or [V, D], known before the matrix is unpacked; () if nobody asks.
-        transposed: whether the graph multiplies by, or looks up in, W' as stored.
-    """
-
-    name: str
-    lookup: bool
-    blocks: Callable[[], Blocks]
-    shape: tuple[int, ...] = ()
-    transposed: bool = False
-
-
-@dataclass(frozen=True)
-class Fidelity:
-    """Largest distance of a graph's matrix from the model's, in steps of the codes, and the row of that distance."""
-
-    name: str
-    modules: tuple[str, ...]
-    steps: float
-    row: int
 
 
 def unpacked(

@@ -146,6 +146,7 @@ def checks_table(result: dict[str, Any]) -> Shown:
     return (
         ladder_table(result["checks"], "Verification"),
         *result["proof"],
+        *result["warnings"],
         quality.losses(result["quality_loss"], title),
     )
 
@@ -157,8 +158,8 @@ def ladder_table(checks: Iterable[Mapping[str, Any]], title: str) -> Table:
 
 
 def _check(check: Mapping[str, Any]) -> tuple[str, ...]:
-    differs = isinstance(check["tolerance"], float) and "difference" in check["metric"]
-    is_number = differs or "margin" in check["metric"]
+    measured = any(word in check["metric"] for word in ("difference", "margin"))
+    is_number = measured and isinstance(check["tolerance"], float)
     seen = "not finite" if check["value"] is None else f"{check['value']:.3g}" if is_number else check["detail"]
     allowed = f"{check['tolerance']:.3g}" if is_number else ""
     return check["check"], check["subject"], check["metric"], seen, allowed, "ok" if check["passed"] else "FAILED"

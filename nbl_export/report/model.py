@@ -8,7 +8,7 @@ from typing import Any
 from nbl_export.records.paired import spoken_ratio
 from nbl_export.records.plan import spoken_layers
 from nbl_export.records.quality import spoken_loss
-from nbl_export.records.results import COMPARED, FAILED, VERIFIED, YES_NO, spoken_background
+from nbl_export.records.results import FAILED, VERIFIED, YES_NO, spoken_background
 from nbl_export.report import words
 from nbl_export.report.document import (
     Alarm,
@@ -83,8 +83,6 @@ def _badge(report: Mapping[str, Any]) -> Badge:
         detail = f"largest logit difference {seen} ({worst['subject']}, {worst['metric']}), {allowed}"
     if report["status"] == VERIFIED:
         return Badge("Graph verified", detail, "ok")
-    if report["status"] == COMPARED:
-        return Badge("Compared, not proven", f"quantised, without a float32 twin; {detail}", "words")
     return Badge("Verification failed", detail, "bad")
 
 
@@ -240,7 +238,9 @@ def verification(report: Mapping[str, Any]) -> Section:
         "A mark stands for a check that has no figure."
     )
     table = Table.of(_CHECK, map(_check, report["checks"]))
-    return Section("Verification", (*proof, Paragraph(note), Details(f"All {len(table.rows)} checks", (table,))))
+    warnings = (Paragraph(f"Note: {said}.") for said in report.get("warnings", ()))
+    every = Details(f"All {len(table.rows)} checks", (table,))
+    return Section("Verification", (*proof, *warnings, Paragraph(note), every))
 
 
 def _check(check: Mapping[str, Any]) -> tuple[Cell | str, ...]:

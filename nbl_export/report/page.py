@@ -81,6 +81,7 @@ def summarize(
         "codes": codes_of(manifest),
         "checks": checks,
         "proof": verify.get("proof", []),
+        "warnings": verify.get("warnings", []),
         "largest_logit_difference": _largest_logit_difference(checks),
         "quality_loss": verify.get("quality_loss", []),
         "texts": verify.get("texts", []),
@@ -117,7 +118,7 @@ def _name(value: Any) -> Any:
 def _status(manifest: Mapping[str, Any], verify: Mapping[str, Any]) -> str:
     if not verify["passed"] or manifest["status"] == FAILED:
         return FAILED
-    return status_of(verify["precision"], verify["checks"])
+    return status_of(verify["checks"])
 
 
 def _largest_logit_difference(checks: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from nbl_export.options.options import CHECKPOINT_FIT, JobOptions
 from nbl_export.options.settle import over
 from nbl_export.records.paired import spoken_ratio
 from nbl_export.records.quality import spoken_loss
-from nbl_export.records.results import COMPARED, VERIFIED
+from nbl_export.records.results import VERIFIED
 from nbl_export.report import words
 from nbl_export.report.document import Block, Code, Figure, Figures, Heading, Pair, Paragraph, Section
 from nbl_export.report.length import length
@@ -22,12 +22,10 @@ from nbl_export.report.table import Column, Table
 __all__ = ["answers", "curve", "losses", "quality", "spoken_curve"]
 
 _VARIANTS = {"original": "Original", "nbl": "NBL"}
-_MEANS = {
-    VERIFIED: "“Graph verified” says that the graph computes what the linearized model computes. "
-    "It does not say that this quality loss is acceptable.",
-    COMPARED: "“Compared” says that logits and greedy text are near those of the linearized model. "
-    "It proves neither the wiring nor that this quality loss is acceptable.",
-}
+_MEANS = (
+    "“Graph verified” says that the graph computes what the original graph computes with these layers put in. "
+    "It does not say that this quality loss is acceptable."
+)
 
 
 def answers(report: Mapping[str, Any]) -> tuple[Section, ...]:
@@ -71,7 +69,7 @@ def _losses(report: Mapping[str, Any]) -> Iterator[Block]:
         "Measured on held-out text: no map was fitted on this text and no layer was chosen by it. "
         f"Brackets hold a 95% interval over windows of {first['tokens'] // first['windows']} tokens. "
         "Both decoders read the same windows. These figures are reported, not gated. "
-        f"{_MEANS.get(report['status'], '')}"
+        f"{_MEANS if report['status'] == VERIFIED else ''}"
     )
     if report["quality_warning"]:
         yield Paragraph(f"Note: {report['quality_warning']}.")

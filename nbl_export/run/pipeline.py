@@ -61,7 +61,7 @@ def run_job(
 
     Raises:
         NblError: an error that the user can correct; raised before any computation if possible.
-        ParityError: the graph does not compute what the torch model computes.
+        ParityError: the NBL graph does not compute what the original graph computes with these layers.
     """
     _work(asked, recorded, output, ui, force, "report")
     _tell(output, ui)
@@ -270,7 +270,7 @@ def _refuse_failed(place: Place) -> None:
     raise ParityError(
         f"verification failed in {place.run.path}: check {failed['check']} ({failed['subject']}, {failed['metric']}"
         f"{', ' + failed['detail'] if failed['detail'] else ''}): {seen}, {failed['tolerance']:.3g} allowed; "
-        f"{_EXPORTERS_FAULT if failed['check'] == 'original' else ''}"
+        f"{_EXPORTERS_FAULT if failed['check'] in ('exporter', 'original') else ''}"
         "the directory is kept for inspection (verify.json, report.html)"
     )
 

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from nbl_export.graph.names import ALL_LOGITS_FILE, GRAPH_FILE
-from nbl_export.mixers.base import Mixer
+from nbl_export.graph.names import ALL_LOGITS_FILE, GRAPH_FILE, all_logits_file
+from nbl_export.mixers.base import Mixer, Running
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import GraphContract
 from nbl_export.records.results import CheckResult
-from nbl_export.targets.checks import Coded, Wanted
-from nbl_export.targets.runners import GraphDecoder, SequenceLimits, TextRunner
+from nbl_export.targets.checks import HeldMaps, Wanted
+from nbl_export.targets.runners import GraphDecoder, MixedDecoder, SequenceLimits, TextRunner
 
 __all__ = ["Availability", "BuildSettings", "DecoderFacts", "ExportSettings", "Target", "default_threads"]
-
-
-Task = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -157,7 +153,7 @@ class Target:
     # -- checks of the target's own files --------------------------------------------------------------------------
 
     def check_files(self, directory: Path, contract: GraphContract, wanted: Wanted) -> list[CheckResult]:
-        """Check structure: valid files, inputs and outputs, caches, maps as fitted, and a pair of graphs as one graph.
+        """Check structure: valid files, inputs and outputs, caches.
 
         Args:
             contract: of the graph that ships, as `open_exact` opens it.
@@ -178,32 +174,14 @@ class Target:
 
         return check_pruned(subject, directory)
 
-    def coded(self, directory: Path, scratch: Path, head_dim: int, task: Task) -> Coded | None:
-        """The graph with quantised matrices, with its float32 twin; None if no matrix is quantised.
+    def held_maps(self, directory: Path) -> HeldMaps:
+        """What the graph of a directory holds of mixers."""
+        from nbl_export.targets.onnx_files import held_maps
 
-        Args:
-            scratch: for a twin; must not exist, and is kept as long as the twin is used.
-            task: a context in which a twin is made.
+        return held_maps(directory)
 
-        Raises:
-            RefusalError: no twin can be made.
-        """
-        from nbl_export.targets.onnx_files import coded
-
-        return coded(directory, scratch, head_dim, task)
-
-    # -- graphs that a CPU verifies in float32, for targets whose graphs have the static form ---------------------
-
-    def write_twin(self, checkpoint: Path, out: Path, cache_length: int) -> None:
-        """Write the float32 twin of the original to `out`, with all logits."""
-        raise NotImplementedError
-
-    def write_int4_twin(self, twin: Path) -> None:
-        """Write a twin with int4 matrices where `coded` finds it; everything else stays float32."""
-        raise NotImplementedError
-
-    def twin_difference(self, twin: Path, shipped: Path, precision: str) -> str:
-        """The first difference between a shipped graph and its twin cast to that precision; "" if there is none."""
+    def write_float32(self, directory: Path, out: Path) -> None:
+        """Write a float32 copy of a directory's graphs, which a CPU runs, for graphs of the static form."""
         raise NotImplementedError
 
     # -- the engine that runs, for targets that compile graphs of the static form ------------------------------------
@@ -235,7 +213,7 @@ class Target:
         return False
 
     def open_checked(self, directory: Path, threads: int | None = None) -> TextRunner:
-        """A runner on the deployed decoder or on its float32 twin, on a CPU, for verification."""
+        """A runner on the deployed decoder or on its float32 copy, on a CPU, for verification."""
         return self.open_runner(directory, threads)
 
     def open_graph(
@@ -245,8 +223,23 @@ class Target:
         raise NotImplementedError
 
     def open_exact(self, directory: Path, head_dim: int, file: str | None = None) -> GraphDecoder:
-        """Like `open_graph`, in the arithmetic that the graph's own types state."""
+        """Like `open_graph`, in the arithmetic that the graph's own types state: no activation is rounded."""
         return self.open_graph(directory, head_dim, file)
+
+    def open_mixed(self, directory: Path, head_dim: int, mixers: Running, tap: str, *, exact: bool) -> MixedDecoder:
+        """The graph with all logits, with mixers in place of attention, computed without the rewrite.
+
+        Args:
+            exact: as `open_exact`; otherwise as `open_graph`.
+
+        Raises:
+            RefusalError: a layer is not understood, or has no such tap.
+        """
+        from nbl_export.graph.decoder import OnnxDecoder
+        from nbl_export.graph.mixed import MixedSession
+
+        session = MixedSession(directory / all_logits_file(directory), mixers, tap, exact=exact)
+        return MixedDecoder(OnnxDecoder(directory, head_dim, session=session), mixers)
 
     def pruned_file(self, directory: Path) -> str | None:
         """The graph that ships, if the graph with all logits stays beside it."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -12,10 +11,9 @@ import numpy as np
 from nbl_export.graph.names import constant_name, product_name, state_names
 from nbl_export.mixers.base import Builder, Mixer, state_of
 from nbl_export.records.decoder import DecoderSpec
-from nbl_export.records.quantised import StoredMatrix
 from nbl_export.records.results import YES_NO, CheckResult
 
-__all__ = ["MAPS", "Coded", "HeldMaps", "Wanted", "checked", "held_names", "judge_maps"]
+__all__ = ["MAPS", "HeldMaps", "Wanted", "checked", "held_names", "judge_maps", "stored_maps"]
 
 MAPS = "maps in the graph"  # metric of `judge_maps`
 
@@ -46,30 +44,6 @@ def held_names(cache_ids: Iterable[int], mixers: Mapping[int, Mixer] | None = No
     return caches.union(*map(state_names, remember))
 
 
-@dataclass(frozen=True)
-class Coded:
-    """A graph with quantised matrices, and the float32 twin that proves its structure.
-
-    Attributes:
-        twin: the graph that `open` opens: a copy in float32, or the graph itself in float32 arithmetic.
-        open: opens a decoder of the twin, which gives the logits of all tokens.
-        stored: the quantised matrices.
-        graph: the quantised ONNX graph, each of whose products is checked; None if nothing runs them one by one.
-        ships: whether the compared decoder runs the quantised graph itself.
-    """
-
-    twin: Path
-    open: Callable[[], Any]
-    stored: Sequence[StoredMatrix]
-    graph: Path | None
-    ships: bool = True
-
-    @property
-    def source(self) -> Path:
-        """The graph that the stored matrices come from."""
-        return self.twin if self.graph is None else self.graph
-
-
 def checked(subject: str, metric: str, passed: bool, detail: str = "") -> CheckResult:
     """A result of check structure that passes or fails."""
     return CheckResult("structure", subject, metric, 0.0 if passed else 1.0, YES_NO, passed, detail)
@@ -97,7 +71,20 @@ def judge_maps(subject: str, held: HeldMaps, mixers: Mapping[int, Mixer]) -> Che
     surplus = sorted(set(held.products) - wanted)
     problems = (_problem(held, layer, ours) for layer, ours in emitted.items())
     worst = next(filter(None, problems), f"{surplus[0]} is not of the plan" if surplus else "")
-    return checked(subject, MAPS, not worst, worst or f"{len(mixers)} map{'' if len(mixers) == 1 else 's'} as fitted")
+    found = f"{len(mixers)} map{'' if len(mixers) == 1 else 's'} as fitted" if mixers else "none planned"
+    return checked(subject, MAPS, not worst, worst or found)
+
+
+def stored_maps(held: HeldMaps, mixers: Mapping[int, Mixer]) -> dict[int, dict[str, np.ndarray]]:
+    """The matrices and vectors that a graph holds of each mixer, by the names that `emit` gives them."""
+    found = {}
+    for layer, mixer in mixers.items():
+        ours = _Emitted(mixer)
+        products = {part: (product_name(layer, part), constant_name(layer, part)) for part in ours.matrices}
+        vectors = {part: constant_name(layer, part) for part in ours.vectors}
+        found[layer] = {part: held.matrix(*names)[0] for part, names in products.items() if names[0] in held.products}
+        found[layer] |= {part: held.vectors[n].astype(np.float32) for part, n in vectors.items() if n in held.vectors}
+    return found
 
 
 def _problem(held: HeldMaps, layer: int, ours: _Emitted) -> str:

@@ -7,32 +7,22 @@ logits alone; this check finds both.
 
 from __future__ import annotations
 
-import functools
-import math
 import re
-import shutil
-from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 
-from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.files import check_structure, skeleton
-from nbl_export.graph.names import ALL_LOGITS_FILE, GRAPH_FILE, all_logits_file
-from nbl_export.mixers.base import Mixer
-from nbl_export.model.memory import WEIGHTS_SHARE, available_bytes
+from nbl_export.graph.names import graph_file
 from nbl_export.records.decoder import ITEMSIZE, DecoderSpec, GraphContract, is_state
 from nbl_export.records.quantised import unpacked
 from nbl_export.records.results import CheckResult
-from nbl_export.targets.checks import MAPS, Coded, HeldMaps, Wanted, checked, held_names, judge_maps
+from nbl_export.targets.checks import HeldMaps, Wanted, checked, held_names
 
-__all__ = ["check_file", "check_files", "check_maps", "check_pruned", "check_untouched", "coded"]
-
-Task = Callable[[], AbstractContextManager[Any]]
-
+__all__ = ["check_file", "check_files", "check_pruned", "check_untouched", "held_maps"]
 
 _OURS = re.compile(r"nbl\.layers\.\d+\.")
 # begin the names of shapes, indices and tables (`rewrite`)
@@ -52,11 +42,7 @@ def check_files(directory: Path, contract: GraphContract, wanted: Wanted, *, den
     cache = next(a for a in contract.inputs if a.name.startswith("past_key_values."))
     ids = range(len(wanted.cache_layers)) if dense else wanted.cache_layers
     held = held_names(ids, wanted.maps)
-    results = check_file(wanted.subject, directory, wanted.spec, held, contract, ITEMSIZE[cache.dtype], wanted.logits)
-    results += check_maps(wanted.subject, directory, wanted.maps)
-    if (directory / ALL_LOGITS_FILE).is_file():
-        results.append(check_pruned(wanted.subject, directory))
-    return results
+    return check_file(wanted.subject, directory, wanted.spec, held, contract, ITEMSIZE[cache.dtype], wanted.logits)
 
 
 def check_pruned(subject: str, directory: Path) -> CheckResult:
@@ -66,23 +52,6 @@ def check_pruned(subject: str, directory: Path) -> CheckResult:
     problem = difference(directory)
     metric = "what ships is the graph with all logits, pruned"
     return checked(subject, metric, not problem, problem or "every node and weight")
-
-
-def coded(directory: Path, scratch: Path, head_dim: int, task: Task) -> Coded | None:
-    """See `Target.coded`; writes a float32 copy of the graph to `scratch`, or a lean one if memory or disk is short."""
-    from nbl_export.graph.quantised import stored_matrices
-    from nbl_export.rewrite.widen import save_twin
-
-    graph = directory / all_logits_file(directory)
-    stored = stored_matrices(graph)
-    if not stored:
-        return None
-    wide = sum(4 * math.prod(matrix.shape) for matrix in stored)
-    lean = wide > WEIGHTS_SHARE * available_bytes() or 2 * wide > shutil.disk_usage(directory).free
-    with task():
-        save_twin(graph, scratch, lean=lean)
-    opened = functools.partial(OnnxDecoder, scratch, head_dim, file=graph.name)
-    return Coded(scratch / graph.name, opened, stored, graph)
 
 
 def check_file(
@@ -99,7 +68,7 @@ def check_file(
     Args:
         held: names of the inputs of caches and states (`held_names`).
     """
-    proto = onnx.load(str(directory / GRAPH_FILE), load_external_data=False)
+    proto = onnx.load(str(directory / graph_file(directory)), load_external_data=False)
     bare = skeleton(proto)
     problem = check_structure(bare)
     if not problem:
@@ -123,17 +92,10 @@ def check_file(
     return results
 
 
-def check_maps(subject: str, directory: Path, maps: Mapping[int, Mixer]) -> list[CheckResult]:
-    """Check that the graph's maps are the fitted maps: exact if floating point, within a step if quantised."""
-    graph = onnx.load(str(directory / GRAPH_FILE), load_external_data=False).graph
+def held_maps(directory: Path) -> HeldMaps:
+    """What a directory's graph holds of mixers."""
+    graph = onnx.load(str(directory / graph_file(directory)), load_external_data=False).graph
     tensors = {t.name: t for t in graph.initializer if _OURS.match(t.name)}
-    if not maps:
-        return [checked(subject, MAPS, not tensors, "none planned")]
-    return [judge_maps(subject, _held(graph, tensors, directory), maps)]
-
-
-def _held(graph: Any, tensors: Mapping[str, Any], directory: Path) -> HeldMaps:
-    """What a graph holds of mixers."""
     found = (n for n in graph.node if n.op_type in ("MatMul", "MatMulNBits") and _OUR_PRODUCT.match(n.name))
     products = {n.name.partition("_Q")[0]: n for n in found}
     wide = {n.name: n for n in graph.node if n.op_type == "DequantizeLinear"}
@@ -173,7 +135,7 @@ def _blocks_of(node: Any, tensors: Mapping[str, Any], directory: Path) -> tuple[
 
 def check_untouched(directory: Path, original: Path) -> list[CheckResult]:
     """Check that every weight of the NBL graph except the maps equals an original weight byte for byte."""
-    ours, theirs = (onnx.load(str(d / GRAPH_FILE), load_external_data=False).graph for d in (directory, original))
+    ours, theirs = (onnx.load(str(d / graph_file(d)), load_external_data=False).graph for d in (directory, original))
     known = {t.name: t for t in theirs.initializer}
     carried = [t for t in ours.initializer if not (_OURS.match(t.name) or t.name.startswith(_SHAPES))]
     changed = [t.name for t in carried if t.name not in known or not _same(t, directory, known[t.name], original)]

@@ -8,9 +8,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from nbl_export.mixers.base import Running
 from nbl_export.records.decoder import GraphContract
 
-__all__ = ["GraphDecoder", "RewindingDecoder", "SequenceLimits", "TextRunner"]
+__all__ = ["GraphDecoder", "MixedDecoder", "RewindingDecoder", "SequenceLimits", "TextRunner"]
 
 
 @dataclass(frozen=True)
@@ -99,3 +100,24 @@ class RewindingDecoder(GraphDecoder, Protocol):
 
     def rewind(self, mark: Any) -> None:
         """Go back to the state `mark` of the same batch."""
+
+
+class MixedDecoder:
+    """A decoder with mixers in place of attention, whose states are empty when a batch begins.
+
+    Args:
+        decoder: asks the mixers for the output of their layers.
+    """
+
+    def __init__(self, decoder: Any, mixers: Running) -> None:
+        self._decoder, self._mixers = decoder, mixers
+
+    def begin(self, batch: int) -> None:
+        """Start a batch with empty caches and states."""
+        self._mixers.begin()
+        self._decoder.begin(batch)
+
+    def step(self, ids_BT: np.ndarray, valid_BT: np.ndarray | None = None) -> np.ndarray:
+        """See `GraphDecoder.step`."""
+        found: np.ndarray = self._decoder.step(ids_BT, valid_BT)
+        return found

@@ -6,7 +6,6 @@
 
 Both graphs run the same chunks. The figure of a step is that of the worst row. The shipped logits [B, 1, V] are
 compared with the other graph's logits of the row's last valid token.
-
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from nbl_export.records.results import YES_NO, CheckResult
-from nbl_export.verify.ladder import LONG_CHUNK, TOLERANCES, apart
+from nbl_export.verify.ladder import LONG_CHUNK, apart
 
-__all__ = ["BATCH_LENGTHS", "apart", "check_last"]
+__all__ = ["BATCH_LENGTHS", "check_last"]
 
 BATCH_LENGTHS = (1, 5, 12)
 _CACHED, _CHUNK, _STEPS = 13, 7, 3
@@ -29,19 +28,20 @@ Chunk = tuple[np.ndarray, np.ndarray]  # token ids [B, T], and 1 at each valid t
 
 
 def check_last(
-    subject: str, every: Any, last: Any, row: Sequence[int], precision: str, long: Sequence[int] = ()
+    subject: str, every: Any, last: Any, row: Sequence[int], limit: float, long: Sequence[int] = ()
 ) -> list[CheckResult]:
     """Compare the graph `last` with the graph `every` (both an `OnnxDecoder` or `StaticDecoder` of engines).
 
-    With the relative rms metric, half the distance to the nearest other position of the chunk is a second limit. This
-    limit proves that the logits are those of the right token, even with quantisation noise.
+    Half the distance to the nearest other position of the chunk is a second limit. It proves that the logits are those
+    of the right token.
 
     Args:
         row: at least 32 token ids of real text.
+        limit: of the rms of the logit difference over the rms of the logits.
         long: further ids, in chunks so long that windows at the top leave rows out.
     """
     cases = [*_cases(row), *_long_case(long)]
-    return [_judge(subject, name, every, last, chunks, precision) for name, chunks in cases]
+    return [_judge(subject, name, every, last, chunks, limit) for name, chunks in cases]
 
 
 def _long_case(long: Sequence[int]) -> Iterator[tuple[str, list[Chunk]]]:
@@ -73,8 +73,7 @@ def _cases(row: Sequence[int]) -> Iterator[tuple[str, list[Chunk]]]:
     ]  # fmt: skip
 
 
-def _judge(subject: str, name: str, every: Any, last: Any, chunks: list[Chunk], precision: str) -> CheckResult:
-    tolerance = TOLERANCES[precision]
+def _judge(subject: str, name: str, every: Any, last: Any, chunks: list[Chunk], limit: float) -> CheckResult:
     figures = []
     for decoder in (every, last):
         decoder.begin(len(chunks[0][0]))
@@ -87,9 +86,9 @@ def _judge(subject: str, name: str, every: Any, last: Any, chunks: list[Chunk], 
         if last_BTV.shape[1] != 1:
             return _broken(subject, f"{name}: gives logits {list(last_BTV.shape)}")
         for all_TV, found_V, valid_T in zip(all_BTV, last_BTV[:, 0], valid_BT, strict=True):
-            figures.append(_figure(all_TV[: valid_T.sum()], found_V, tolerance.metric, tolerance.limit))
+            figures.append(_figure(all_TV[: valid_T.sum()], found_V, limit))
     value, limit = max(figures, key=lambda f: f[0] / f[1] if np.isfinite(f[0]) else np.inf)
-    metric = f"{tolerance.metric.replace('_', ' ')} logit difference, last token"
+    metric = "relative rms logit difference, last token"
     return CheckResult("last_token", subject, metric, value, limit, bool(np.isfinite(value) and value <= limit), name)
 
 
@@ -97,10 +96,7 @@ def _broken(subject: str, detail: str) -> CheckResult:
     return CheckResult("last_token", subject, "logits of the last token alone", 1.0, YES_NO, False, detail)
 
 
-def _figure(all_TV: np.ndarray, found_V: np.ndarray, metric: str, limit: float) -> tuple[float, float]:
+def _figure(all_TV: np.ndarray, found_V: np.ndarray, limit: float) -> tuple[float, float]:
     """Difference of `found_V` from the last row, and its limit."""
     right_V = all_TV[-1]
-    value = apart(right_V, found_V, metric)
-    if metric == "max_abs":
-        return value, limit
-    return value, min([limit, *(apart(right_V, other_V, metric) / 2 for other_V in all_TV[:-1])])
+    return apart(right_V, found_V), min([limit, *(apart(right_V, other_V) / 2 for other_V in all_TV[:-1])])

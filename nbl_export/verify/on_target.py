@@ -7,7 +7,7 @@ acceptance.safetensors holds what the ladder's references say, for a machine wit
     {subject}.logits.{k} [P, C]       their logits, float32
     prompts.{k} [T]                   token ids of the prompts of greedy text
     {subject}.greedy, {subject}.margins [prompts, tokens]      see `Reference`
-    metadata "acceptance", JSON: schema, precision, exact
+    metadata "acceptance", JSON: schema, precision
 
 The checks of the ladder, and what only a GPU can show:
 
@@ -36,7 +36,7 @@ from nbl_export.errors import CorruptError, NblError
 from nbl_export.files import replacing
 from nbl_export.records.results import CheckResult
 from nbl_export.verify import ladder
-from nbl_export.verify.ladder import DECODE_STEPS, LONG_CHUNK, ON_GPU, WITHOUT_TWIN, Probe, Reference, Tolerance, apart
+from nbl_export.verify.ladder import DECODE_STEPS, LONG_CHUNK, ON_GPU, Probe, Reference, Tolerance, apart
 
 __all__ = ["POSITIONS", "SUBJECTS", "Expected", "checks", "expect", "load", "save"]
 
@@ -60,12 +60,10 @@ class Expected:
     """What an engine is compared with.
 
     Attributes:
-        exact: whether the reference has the matrices of the graph; if not, the limits are those without a twin.
         arrays: of all subjects by name, see the module.
     """
 
     precision: str
-    exact: bool
     rows: Rows
     prompts: Rows
     arrays: Arrays
@@ -73,7 +71,7 @@ class Expected:
     @property
     def tolerance(self) -> Tolerance:
         """The limits for an engine of this precision."""
-        return (ON_GPU if self.exact else WITHOUT_TWIN)[self.precision]
+        return ON_GPU[self.precision]
 
     def logits(self, subject: str, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids of tokens and their logits, [POSITIONS, C] each."""
@@ -84,7 +82,7 @@ class Expected:
         return self.arrays[f"{subject}.greedy"].tolist(), self.arrays[f"{subject}.margins"].tolist()
 
 
-def expect(precision: str, probe: Probe, references: Mapping[str, Reference], *, exact: bool) -> Expected:
+def expect(precision: str, probe: Probe, references: Mapping[str, Reference]) -> Expected:
     """Take what an engine is compared with out of the references.
 
     Args:
@@ -103,7 +101,7 @@ def expect(precision: str, probe: Probe, references: Mapping[str, Reference], *,
         if prompts:
             arrays[f"{subject}.greedy"] = np.array(reference.greedy, np.int32)
             arrays[f"{subject}.margins"] = np.array(reference.margins, np.float32)
-    return Expected(precision, exact, (*probe.rows, *([probe.long] if long else [])), prompts, arrays)
+    return Expected(precision, (*probe.rows, *([probe.long] if long else [])), prompts, arrays)
 
 
 def _chosen(logits_V: np.ndarray) -> np.ndarray:
@@ -119,7 +117,7 @@ def save(expected: Expected, path: Path) -> None:
 
     ids = {f"rows.{k}": np.array(row, np.int32) for k, row in enumerate(expected.rows)}
     ids |= {f"prompts.{k}": np.array(row, np.int32) for k, row in enumerate(expected.prompts)}
-    stated = {"schema": _SCHEMA, "precision": expected.precision, "exact": expected.exact}
+    stated = {"schema": _SCHEMA, "precision": expected.precision}
     with replacing(path) as stream:
         stream.write(serialised({**ids, **expected.arrays}, metadata={_METADATA: json.dumps(stated)}))
 
@@ -144,7 +142,7 @@ def load(path: Path) -> Expected:
         if stated["schema"] != _SCHEMA:
             raise ValueError(f"schema {stated['schema']}, this version reads {_SCHEMA}")
         rows, prompts = _taken(arrays, "rows"), _taken(arrays, "prompts")
-        found = Expected(str(stated["precision"]), bool(stated["exact"]), rows, prompts, arrays)
+        found = Expected(str(stated["precision"]), rows, prompts, arrays)
         _check(found)
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
         raise CorruptError(f"{path} cannot be read ({error}); copy it again, or verify again where it was made") from (
@@ -185,15 +183,16 @@ def checks(
         runner: a `TextRunner` with `last_logits`, and with `fill` if values can be put into its caches.
         yardstick: the largest figure of the original's engine, if the subject is another; see `Tolerance.ratio`.
     """
-    check = subject
+    check, limit = subject, expected.tolerance.limit
+    if yardstick is not None and expected.tolerance.ratio is not None:
+        limit = min(limit, max(yardstick * expected.tolerance.ratio, 1e-4))
     sure: list[np.ndarray] = []
     for k, row in enumerate(expected.rows):
         name = f"one sequence of {len(row)} tokens"
         doing(check, f"running {name}")
         columns, logits = expected.logits(subject, k)
         got = np.take_along_axis(_appended(runner, _parts(row)), columns, 1)
-        judged = [(got, logits, np.zeros(len(got)))]
-        yield from ladder.judge(check, subject, name, judged, expected.tolerance, yardstick)
+        yield from ladder.judge(check, subject, name, [(got, logits)], limit)
         sure.append(_keeps_best(got, logits, expected.tolerance.greedy_margin))
     yield _best_tokens(check, subject, np.concatenate(sure))
     yield _chunk_behind_cache(runner, subject, expected, doing)
@@ -252,7 +251,7 @@ def _chunk_behind_cache(runner: Any, subject: str, expected: Expected, doing: Do
     parts = [row[start:end] for start, end in itertools.pairwise(cuts)]
     columns, logits = (array[[0, -1]] for array in expected.logits(subject, 0))
     got = np.take_along_axis(_appended(runner, parts)[-2:], columns, 1)
-    value, limit = apart(logits, got, "relative_rms"), expected.tolerance.limit
+    value, limit = apart(logits, got), expected.tolerance.limit
     passed = bool(np.isfinite(value) and value <= limit)
     detail = f"chunks of {', '.join(str(len(part)) for part in parts)} tokens"
     metric = "relative rms logit difference, chunk behind a cache"

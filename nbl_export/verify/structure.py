@@ -1,8 +1,7 @@
-"""Structure of a graph's files, which its target checks, and the check of a pair of graphs on the same caches."""
+"""How both graphs of a run were made, and the check of their files, of their caches and of their pruned tails."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -11,19 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from nbl_export.errors import RefusalError
 from nbl_export.mixers import cache_layers
 from nbl_export.mixers.base import state_of
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.plan import Plan
 from nbl_export.records.results import YES_NO, CheckResult
 from nbl_export.targets.base import Target
-from nbl_export.targets.checks import Coded, Wanted
-from nbl_export.verify.codes import TWIN
-from nbl_export.verify.ladder import Probe
+from nbl_export.targets.checks import Wanted, judge_maps
+from nbl_export.verify.ladder import TOLERANCES, Probe, Tolerance
 from nbl_export.verify.last_token import check_last
 
-__all__ = ["Setting", "check_directory", "coded_graphs"]
+__all__ = ["Setting", "check_directory"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,6 @@ class Setting:
     Attributes:
         precision, logits: of the shipped graphs; logits are "last" or "all".
         cache_length: most tokens of a sequence.
-        nearness: most steps between codes and their matrices; None for another tool's codes.
         task: takes a title and returns a context; its value reports progress.
     """
 
@@ -43,7 +39,6 @@ class Setting:
     precision: str
     logits: str
     cache_length: int
-    nearness: float | None
     task: Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 
     @property
@@ -52,36 +47,54 @@ class Setting:
         return self.engine.capabilities.static
 
     @property
-    def narrow(self) -> bool:
-        """Whether the engine computes in fewer bits than the graph's types state."""
-        return self.engine.capabilities.narrow and self.precision != "fp32"
+    def arithmetic(self) -> str:
+        """What the decoder of check text computes in, a key of `TOLERANCES`."""
+        able = self.engine.capabilities
+        if able.static:
+            return "fp32"
+        return "narrow" if able.narrow and self.precision != "fp32" else self.precision
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the arithmetic that ships is coarser than the types of the graph."""
+        return self.arithmetic in ("int8", "int4", "narrow")
+
+    @property
+    def tolerance(self) -> Tolerance:
+        """The limits of the arithmetic that ships."""
+        return TOLERANCES[self.arithmetic]
 
     def wanted(self, subject: str, maps: Mapping[int, Any]) -> Wanted:
         """What a subject's graph has to be."""
-        if subject == "original":
-            maps = {}
+        maps = {} if subject == "original" else maps
         kept = cache_layers(self.plan) if subject == "nbl" else tuple(range(self.plan.num_layers))
         return Wanted(subject, self.spec, self.precision, self.logits, kept, maps)
 
 
+def exact_limit(decoder: Any) -> float:
+    """The limit of logits for a decoder that does not round activations: that of its caches' type."""
+    caches = {a.dtype for a in decoder.contract.inputs if a.name.startswith("past_key_values.")}
+    return TOLERANCES["fp16" if "float16" in caches else "fp32"].limit
+
+
 def check_directory(
-    setting: Setting, directory: Path, decoder: Any, wanted: Wanted, probe: Probe, precision: str
+    setting: Setting, shipped: Path, run: Path, decoder: Any, wanted: Wanted, probe: Probe
 ) -> list[CheckResult]:
     """Checks structure and last_token.
 
     Args:
-        decoder: of the graph with the most logits. precision: of this graph.
+        shipped: the directory that is deployed. run: the directory that a CPU runs, see `Target.write_float32`.
+        decoder: of `run`, of the graph with the most logits.
     """
-    engine, head_dim = setting.engine, setting.spec.head_dim
-    if engine.capabilities.narrow:
-        decoder, precision = engine.open_exact(directory, head_dim), "fp32"
-    pruned = engine.pruned_file(directory)
-    shipped = decoder if pruned is None else engine.open_exact(directory, head_dim, pruned)
-    results = engine.check_files(directory, shipped.contract, wanted)
-    if pruned is not None:
+    engine, head_dim, file = setting.engine, setting.spec.head_dim, setting.engine.pruned_file(run)
+    last = decoder if file is None else engine.open_exact(run, head_dim, file)
+    results = engine.check_files(shipped, last.contract, wanted)
+    results.append(judge_maps(wanted.subject, engine.held_maps(shipped), wanted.maps))
+    if file is not None:
+        results.append(engine.check_pruned(wanted.subject, shipped))
         remembers = any(state_of(mixer) is not None for mixer in wanted.maps.values())
         long = probe.long if remembers else ()
-        results += check_last(wanted.subject, decoder, shipped, probe.rows[0], precision, long)
+        results += check_last(wanted.subject, decoder, last, probe.rows[0], exact_limit(decoder), long)
     return [*results, _measured_cache(wanted.subject, decoder, head_dim)]
 
 
@@ -94,28 +107,3 @@ def _measured_cache(subject: str, decoder: Any, head_dim: int) -> CheckResult:
     detail = f"{held} bytes a token held after a step, {stated} by contract"
     metric = "cache bytes in the running session"
     return CheckResult("structure", subject, metric, float(held != stated), YES_NO, held == stated, detail)
-
-
-def coded_graphs(
-    setting: Setting, directories: Mapping[str, Path], results: list[CheckResult], scratch: Path
-) -> dict[str, Coded]:
-    """The graphs with quantised matrices by subject, with their float32 twins.
-
-    The result is empty if no matrix is quantised. It is also empty if no twin can be made; `results` then says why.
-
-    Args:
-        scratch: directory of the twins; it must exist as long as the returned objects are used.
-    """
-    found: dict[str, Coded] = {}
-    try:
-        for subject, directory in directories.items():
-            task = functools.partial(setting.task, f"float32 twin of {subject}")
-            coded = setting.engine.coded(directory, scratch / subject, setting.spec.head_dim, task)
-            if coded is None:
-                return {}
-            found[subject] = coded
-    except RefusalError as error:
-        detail = f"none can be made: {error.reason}; the quantised graph itself is compared with the model"
-        results.append(CheckResult("structure", "nbl", TWIN, None, None, True, detail))
-        return {}
-    return found

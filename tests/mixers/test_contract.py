@@ -170,16 +170,13 @@ class Named:
 
 @pytest.mark.parametrize("name", EVERY)
 def test_what_is_emitted_is_what_is_told(name: str) -> None:
-    """Codes are put back into a mixer by these names, and nodes have names of their own."""
+    """Codes are read back by these names, and nodes have names of their own."""
     mixer, build = EVERY[name], Named()
     given = mixer.emit(cast(Any, build), {OWN: "x"})
-    assert list(build.matrices) == list(mixer.matrices())
     assert len(set(build.names)) == len(build.names)
     assert bool(given) == bool(build.names)
-    doubled = mixer.with_matrices({n: 2 * m for n, m in mixer.matrices().items()})
-    assert all(np.array_equal(2 * m, doubled.matrices()[n]) for n, m in mixer.matrices().items())
     (work,) = mixer.work()
-    assert work.elements == sum(m.size for m in mixer.matrices().values()) and work.multiply_adds >= work.elements >= 0
+    assert work.elements == sum(m.size for m in build.matrices.values()) and work.multiply_adds >= work.elements >= 0
     assert (work.elements > 0) == bool(build.names)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,17 +22,17 @@ from nbl_export import mixers
 from nbl_export.calibrate import collect
 from nbl_export.errors import NblError, RefusalError
 from nbl_export.graph.decoder import OnnxDecoder
-from nbl_export.mixers.base import OWN, Mixer, Port, StateSpec
+from nbl_export.mixers.base import OWN, Mixer, Port, Running, StateSpec
 from nbl_export.mixers.none import Nothing
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
 from nbl_export.rewrite import contract_of, rewrite, rewrite_model
+from nbl_export.rewrite.builder import GraphBuilder
 from nbl_export.rewrite.describe import graph_facts
 from nbl_export.targets import exporter_of
 from nbl_export.targets.onnx.facts import read_facts
 from nbl_export.targets.openvino.session import IrDecoder
-from nbl_export.verify.torch_reference import row_logits
-from nbl_export.verify.verifier import MappedOriginal
+from nbl_export.verify.exporter import row_logits
 from tests.genai import said_in_a_batch
 from tests.tiny import HEAD_DIM, HIDDEN, LAYERS, VOCAB, random_map
 from tests.verifying import verify_tiny
@@ -137,10 +138,18 @@ def test_padding_on_the_left_is_no_row_before(exported: Any, tmp_path: Path) -> 
     ir.save(model, tmp_path / "nbl" / "shown.onnx")
     decoder = OnnxDecoder(tmp_path / "nbl", HEAD_DIM, file="shown.onnx")
     mask = np.array([[0, 0, 0, 1, 1, 1]])
-    decoder.begin(1)
-    (found,) = decoder.look([str(shown.name)], ids()[:1, :6], mask)
-    (alone,) = decoder.look([str(shown.name)], ids()[:1, 3:6], mask[:, 3:])
-    assert np.abs(found[0, 3:] - alone[0]).max() < 1e-6
+    run, seen = decoder.session.run, list[np.ndarray]()
+
+    def noted(outputs: list[str], feeds: Any) -> Any:
+        found = run(outputs, feeds)
+        seen.append(found[outputs.index(str(shown.name))])
+        return found
+
+    decoder.session = SimpleNamespace(run=noted)
+    for first in (0, 3):
+        decoder.begin(1)
+        decoder.step(ids()[:1, first:6], mask[:, first:])
+    assert np.abs(seen[0][0, 3:] - seen[1][0]).max() < 1e-6
 
 
 @pytest.mark.parametrize("source", ["genai", "openvino"])
@@ -185,8 +194,11 @@ def test_verification_of_a_map_below_a_memory(checkpoint: Any, tmp_path: Path, s
 
 def test_verification_sees_a_wrong_memory(checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted: the graph reads the row of the token itself, as if it were the row before."""
+    right = Memory.emit
 
     def wrong(self: Memory, build: Any, streams: Any) -> Any:
+        if not isinstance(build, GraphBuilder):
+            return right(self, build, streams)
         x = streams[OWN]
         rows = build.concat([build.state(self.holds, "state"), x], "rows")
         build.keep(self.holds, rows, "state")
@@ -247,14 +259,9 @@ def test_genai_runs_prompts_of_two_lengths(exported: Any, tmp_path: Path) -> Non
     assert said_in_a_batch(tmp_path / "nbl", prompts, STEPS, PAD) == [list(tokens) for tokens in right]
 
 
-def test_numpy_reference_of_a_graph(checkpoint: Any, exported: Any) -> None:
-    """The reference of a model that is only a graph remembers each row's valid tokens."""
-    from nbl_export.model.checkpoint.load import read_spec
-    from nbl_export.model.checkpoint.source import resolve
-
+def test_mixers_in_numpy_between_parts_of_the_original(checkpoint: Any, exported: Any) -> None:
     chosen: dict[int, Mixer] = {0: memory(0), 2: memory(2)}
-    spec = read_spec(resolve(str(checkpoint("llama"))))
-    mapped = MappedOriginal(exported("llama") / "model.onnx", spec, chosen, "residual")
+    mapped = exporter_of("genai").open_mixed(exported("llama"), HEAD_DIM, Running(chosen), "residual", exact=True)
     assert worst_of_batch(mapped, torch_logits(checkpoint("llama"), chosen)) < CLOSE
 
 

@@ -10,7 +10,6 @@ moments of (stream s, keys and values) ─ fit ─ maps file ─┬─ torch mod
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,12 +64,6 @@ class Upstream:
     def tensors(self) -> dict[str, np.ndarray]:
         return {"products": self.products, "bias": self.bias, "stream": np.array([self.stream], np.float32)}
 
-    def matrices(self) -> dict[str, np.ndarray]:
-        return dict(zip(("keys", "values"), np.split(self.products, 2), strict=True))
-
-    def with_matrices(self, matrices: Mapping[str, np.ndarray]) -> Upstream:
-        return dataclasses.replace(self, products=np.concatenate([matrices["keys"], matrices["values"]]))
-
     def product(self) -> None:
         return None
 
@@ -82,7 +75,7 @@ class Upstream:
         biases = np.split(self.bias, 2)
         made = (
             build.add(build.matmul(x, matrix, name), bias, f"{name}_bias")
-            for (name, matrix), bias in zip(self.matrices().items(), biases, strict=True)
+            for name, matrix, bias in zip(("keys", "values"), np.split(self.products, 2), biases, strict=True)
         )
         return dict(zip(self.gives, made, strict=True))
 

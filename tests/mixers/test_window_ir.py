@@ -12,17 +12,16 @@ import pytest
 
 from nbl_export.errors import NblError
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE
-from nbl_export.mixers.base import Mixer
+from nbl_export.mixers.base import Mixer, Running
 from nbl_export.mixers.window import Window
-from nbl_export.model.checkpoint.load import load_model
-from nbl_export.model.linearize import linearize
-from nbl_export.targets.openvino.check import check_ir_maps, check_ir_pruned
+from nbl_export.targets.checks import judge_maps, stored_maps
+from nbl_export.targets.openvino.check import check_ir_pruned, held_ir_maps
 from nbl_export.targets.openvino.engine import OPENVINO
 from nbl_export.targets.openvino.ir.files import read_ir, stored_matrices
 from nbl_export.targets.openvino.rewrite import window
 from nbl_export.targets.openvino.session import IrDecoder, OpenVinoRunner
 from nbl_export.verify.ladder import greedy
-from nbl_export.verify.torch_reference import give, nearest_maps, row_logits
+from tests.tiny import HEAD_DIM
 from tests.verifying import verify_tiny
 
 from .test_toy_kind import CLOSE, LENGTHS, STEPS, ids, torch_logits, worst_of_batch
@@ -51,7 +50,7 @@ def test_the_ir_computes_what_torch_computes(checkpoint: Any, made: Any, name: s
     assert worst_of_batch(decoder, right) < CLOSE
     assert decoder.contract.state_layers == tuple(i for i, kind in enumerate(mix) if kind == "w")
     assert worst_of_last(IrDecoder(out, IR_FILE, exact=True), right) < CLOSE
-    assert check_ir_pruned("nbl", out).passed and check_ir_maps("nbl", out, chosen).passed
+    assert check_ir_pruned("nbl", out).passed and judge_maps("nbl", held_ir_maps(out), chosen).passed
 
 
 @pytest.mark.parametrize("tokens", [1, 16])
@@ -93,7 +92,7 @@ def test_states_follow_the_beams(made: Any) -> None:
     session.begin(2)
     session.run(text[:, :-1], np.ones_like(text[:, :-1]))
     both = feeds_of(text[[1, 1], -1:], text.shape[1], beams=[1, 1])
-    found = session._request.infer(both)["logits"].copy()
+    found = session._requests[0].infer(both)["logits"].copy()
     session.begin(2)
     right = session.run(text, np.ones_like(text))
     assert np.abs(found[:, 0] - right[1, -1]).max() < CLOSE < np.abs(right[0, -1] - right[1, -1]).max()
@@ -105,17 +104,20 @@ def test_states_follow_the_beams(made: Any) -> None:
 def test_matrices_get_the_codes_of_their_neighbours(
     checkpoint: Any, exported: Any, tmp_path: Path, name: str, precision: str, mix: str, tap: str
 ) -> None:
-    """In float32 arithmetic, against torch with the same matrices; rotary tables are float32."""
+    """In float32 arithmetic, against the original with the same matrices; rotary tables are float32."""
     chosen, original = chosen_of(checkpoint(name), tuple(mix), tap), exported(name, "openvino", precision)
     OPENVINO.linearize(original, tmp_path / "nbl", chosen, tap)
-    model, ir = load_model(checkpoint(name)), read_ir(tmp_path / "nbl")
-    give(model, stored_matrices(read_ir(original)))
-    coded = [m for m in stored_matrices(ir) if m.name.startswith("/nbl/")]
-    assert len(coded) == sum(len(mixer.matrices()) for mixer in chosen.values())
-    linearized = linearize(model, nearest_maps(chosen, coded), tap)
-    right = [row_logits(linearized, row[: n + STEPS].tolist()) for row, n in zip(ids(), LENGTHS, strict=True)]
-    assert worst_of_batch(IrDecoder(tmp_path / "nbl", exact=True), right) < CLOSE
-    assert check_ir_maps("nbl", tmp_path / "nbl", chosen).passed
+    ir, held = read_ir(tmp_path / "nbl"), held_ir_maps(tmp_path / "nbl")
+    assert judge_maps("nbl", held, chosen).passed
+    coded = {name for name in stored_matrices(ir) if name.startswith("/nbl/")}
+    assert coded == set(held.products)
+    mixers = Running(chosen, stored_maps(held, chosen))
+    right = OPENVINO.open_mixed(original, HEAD_DIM, mixers, tap, exact=True)
+    whole = []
+    for row, n in zip(ids(), LENGTHS, strict=True):
+        right.begin(1)
+        whole.append(right.step(row[None, : n + STEPS])[0])
+    assert worst_of_batch(IrDecoder(tmp_path / "nbl", exact=True), whole) < CLOSE
     tables = [n for n in ir.get_ops() if n.get_friendly_name().startswith(window.TABLES)]
     assert tables and {n.get_element_type().to_string() for n in tables} == {"f32", "boolean"}
 
@@ -127,7 +129,7 @@ def test_verification_passes(checkpoint: Any, exported: Any, tmp_path: Path) -> 
         checkpoint("llama"), "openvino", "int4", tmp_path, (1, 2), "residual", chosen.__getitem__, original
     )
     assert [r for r in results if not r.passed] == []
-    assert {"structure", "original", "nbl", "text", "quantised", "last_token"} <= {r.check for r in results}
+    assert {"structure", "original", "nbl", "text", "shipped", "last_token"} <= {r.check for r in results}
 
 
 @pytest.mark.parametrize("part", ["norm", "bias", "output"])
@@ -136,7 +138,7 @@ def test_other_numbers_are_found(made: Any, part: str) -> None:
     one = chosen[1]
     assert isinstance(one, Window)
     wrong = {**chosen, 1: dataclasses.replace(one, **{part: getattr(one, part) * np.float32(1.01)})}
-    assert f"layer 1's {part} is not the fitted one" in check_ir_maps("nbl", out, wrong).detail
+    assert f"layer 1's {part} is not the fitted one" in judge_maps("nbl", held_ir_maps(out), wrong).detail
 
 
 @pytest.mark.parametrize("mix", ["aww", "law"])
@@ -185,7 +187,7 @@ def test_the_runner_goes_back_to_where_it_was_told_to(made: Any) -> None:
     """As a benchmark goes back to the end of a filled cache, again and again."""
     out, _ = made("llama", "aww")
     text = ids()[0].tolist()
-    with OpenVinoRunner(out, threads=1, exact=True) as runner:
+    with OpenVinoRunner(out, threads=1) as runner:
         runner.begin(64)
         runner.append(text)
         right = runner.last_logits()

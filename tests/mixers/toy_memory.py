@@ -7,7 +7,6 @@ x -----+-------------------------------- A' -----+
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -44,13 +43,7 @@ class Memory:
         return len(self.bias)
 
     def tensors(self) -> dict[str, np.ndarray]:
-        return {**self.matrices(), "bias": self.bias}
-
-    def matrices(self) -> dict[str, np.ndarray]:
-        return {"now": self.now, "before": self.before}
-
-    def with_matrices(self, matrices: Mapping[str, np.ndarray]) -> Memory:
-        return dataclasses.replace(self, **matrices)
+        return {"now": self.now, "before": self.before, "bias": self.bias}
 
     def product(self) -> None:
         return None

@@ -15,7 +15,6 @@ from nbl_export.calibrate import collect
 from nbl_export.calibrate.sums import Accumulator, sums_bytes
 from nbl_export.distill.training import DistillSettings, TrainingText, distill
 from nbl_export.errors import NblError
-from nbl_export.graph.quantised import int4_blocks
 from nbl_export.mixers.base import Mixer
 from nbl_export.model import device
 from nbl_export.model.checkpoint.load import load_model
@@ -26,14 +25,13 @@ from nbl_export.model.one_layer import WeightReader, float32_bytes, layer_bytes,
 from nbl_export.model.switched import SwitchedModel
 from nbl_export.model.windows import window_layers
 from nbl_export.plan.greedy import GreedyOrder, Judge, Search
-from nbl_export.records.quantised import Blocks, StoredMatrix
 from nbl_export.report import page
 from nbl_export.run import pipeline
 from nbl_export.run.deployed import open_finished
 from nbl_export.run.progress import Ui
 from nbl_export.targets.onnx.engine import OrtEngine
 from nbl_export.text.sampling import sample_windows
-from nbl_export.verify import torch_reference
+from nbl_export.verify import exporter
 from nbl_export.verify.ladder import Probe
 
 from ..command import TINY, assert_refused, nbl
@@ -102,25 +100,8 @@ def distilled(model: Any, _directory: Path, _scratch: Path) -> Any:
 
 
 def referred(model: Any, _directory: Path, _scratch: Path) -> Any:
-    """References of both models and their noise; the margins are those of the greedy text."""
-    maps = maps_of(model)
-    both = torch_reference.references(model, maps, "residual", PROBE)
-    noisy = torch_reference.noise_with_maps(model, maps, "residual", PROBE, "nbl", both["nbl"])
-    assert max(np.max(noise) for noise in noisy.noise) < 1e-3
-    return [(r.logits, r.long, r.greedy, r.margins) for r in both.values()], torch_reference.row_logits(model, ROW)
-
-
-def coded(model: Any, _directory: Path, _scratch: Path) -> Any:
-    """The reference of a model with matrices in codes."""
-
-    def stored(name: str, weight: np.ndarray[Any, Any], lookup: bool = False) -> StoredMatrix:
-        codes, scales = int4_blocks(np.ascontiguousarray(weight.T), 32, np.dtype(np.float32))
-        return StoredMatrix(name, lookup, lambda: Blocks(codes.T, scales.T, 32))
-
-    weights = {n: p.detach().cpu().numpy() for n, p in model.named_parameters() if "mlp" in n}
-    codes = torch_reference.Codes({"original": [stored(*pair) for pair in weights.items()], "nbl": []})
-    both, fidelity = torch_reference.references_with_codes(model, {0: random_map(0)}, "residual", PROBE, codes)
-    return [(r.logits, r.long) for r in both.values()], [f.steps for f in fidelity]
+    """Logits that verification compares the original graph with."""
+    return exporter.row_logits(model, ROW), exporter.row_logits(model, ROW, np.array([0, 2]))
 
 
 def sampled(model: Any, _directory: Path, _scratch: Path) -> Any:
@@ -132,7 +113,7 @@ def scored(model: Any, _directory: Path, _scratch: Path) -> Any:
         return token_scores(model, ROW, 20)
 
 
-WORK = (collected, streamed, losses, ordered, distilled, referred, coded, sampled, scored)
+WORK = (collected, streamed, losses, ordered, distilled, referred, sampled, scored)
 
 
 def numbers(value: Any) -> list[Any]:

@@ -23,7 +23,8 @@ from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
 from nbl_export.plan.maps_file import load_maps
 from nbl_export.rewrite import rewrite
-from nbl_export.targets.onnx_files import check_maps
+from nbl_export.targets.checks import judge_maps
+from nbl_export.targets.onnx_files import held_maps
 from nbl_export.verify.ladder import run_rows
 
 from ..command import nbl
@@ -65,15 +66,15 @@ def test_graph_has_a_product_and_no_addition(
     graph = ir.load(tmp_path / "nbl" / "model.onnx").graph
     assert [n.name for n in graph if (n.name or "").startswith("/nbl/")] == [f"/nbl/layers.{i}/MatMul" for i in (0, 2)]
     assert not [name for name in graph.initializers if name.startswith("nbl.") and name.endswith(".bias")]
-    (result,) = check_maps("nbl", tmp_path / "nbl", maps)
+    result = judge_maps("nbl", held_maps(tmp_path / "nbl"), maps)
     assert result.passed, result.detail
-    (result,) = check_maps("nbl", tmp_path / "nbl", {**maps, 2: random_map(2)})
+    result = judge_maps("nbl", held_maps(tmp_path / "nbl"), {**maps, 2: random_map(2)})
     assert not result.passed and "layer 2 has no bias" in result.detail
 
 
 def test_a_bias_in_the_graph_of_a_map_without_one_is_found(exported: Exported, tmp_path: Path) -> None:
     rewrite(exported("llama"), tmp_path / "nbl", {1: random_map(1)}, "normed")
-    (result,) = check_maps("nbl", tmp_path / "nbl", linear(1))
+    result = judge_maps("nbl", held_maps(tmp_path / "nbl"), linear(1))
     assert not result.passed and "layer 1 has a bias" in result.detail
 
 

@@ -1,4 +1,4 @@
-"""How far a verification goes: the same words and colour never stand for a proof and for a comparison."""
+"""The status of a verification, its sentences and its warnings: on the page, in the console and on a card."""
 
 from __future__ import annotations
 
@@ -22,79 +22,57 @@ from nbl_export.verify import ladder
 
 from .test_report import BENCH, MANIFEST, VERIFY, Written
 
-EXACT = CheckResult("nbl", "nbl", "max abs logit difference, prefill", 7e-5, 1e-3, True, "one sequence")
-COARSE = CheckResult("nbl", "nbl", "relative rms logit difference, prefill", 0.31, 0.75, True, "one sequence")
-ROUNDED = CheckResult("quantised", "nbl", "relative rms logit difference, prefill", 0.05, 0.1, True, "one sequence")
-TEXT = CheckResult("text", "nbl", "torch's margin where greedy text first differs", 3.5, 4.0, True)
+WIRING = CheckResult("nbl", "nbl", "relative rms logit difference, prefill", 7e-6, 1e-4, True, "one sequence")
+SHIPPED = CheckResult("shipped", "nbl", "relative rms logit difference, prefill", 0.05, 0.1, True, "one sequence")
+ROUNDED = CheckResult("exporter", "original", ladder.PERPLEXITY, 0.15, 1.0, True, "11.50 against 10.00")
+TORCH = CheckResult("exporter", "original", "relative rms logit difference from torch", 2e-6, 1e-4, True, "one pass")
+TEXT = CheckResult("text", "nbl", "the reference's margin where greedy text first differs", 3.5, 1.0, False)
+WARNING = "int4 alone raises the original's perplexity by 15%"
 PLAN = Plan.of(6, dict.fromkeys((0, 2, 3), "linear"))
 
 
-def verified(precision: str, *checks: CheckResult) -> dict[str, Any]:
+def verified(precision: str, *checks: CheckResult, warnings: tuple[str, ...] = ()) -> dict[str, Any]:
     """verify.json, as the verify stage makes it."""
     found = ladder.summary(checks, precision, VERIFY["quality_loss"], PLAN)
-    proof = ladder.proof(checks, "the torch model", found["status"])
-    return {**VERIFY, **found, "proof": proof}
+    return {**VERIFY, **found, "proof": ladder.proof(checks, found["status"]), "warnings": list(warnings)}
 
 
-@pytest.mark.parametrize(
-    ("precision", "checks", "status"),
-    [
-        ("fp32", (EXACT,), "verified"),
-        ("fp16", (COARSE, TEXT), "verified"),  # not quantised: the limit is 2%
-        ("int4", (EXACT, ROUNDED, TEXT), "verified"),
-        ("int8", (EXACT, ROUNDED), "verified"),
-        ("int4", (COARSE, TEXT), "compared"),
-        ("int8", (COARSE, TEXT), "compared"),
-        ("int4", (ROUNDED, TEXT), "compared"),
-        ("int4", (CheckResult("original", "original", EXACT.metric, 1e-5, 1e-3, True), COARSE), "compared"),
-        ("int4", (EXACT, CheckResult("text", "nbl", TEXT.metric, 5.0, 4.0, False)), "failed"),
-    ],
-)
-def test_a_quantised_graph_is_verified_by_a_twin_alone(
-    precision: str, checks: tuple[CheckResult, ...], status: str
-) -> None:
-    assert status_of(precision, [asdict(check) for check in checks]) == status
-    assert verified(precision, *checks)["status"] == status
+def test_a_failed_check_fails_the_run() -> None:
+    assert status_of([asdict(WIRING), asdict(SHIPPED)]) == "verified"
+    assert status_of([asdict(WIRING), asdict(TEXT)]) == "failed"
+    opened: Any = SimpleNamespace(read_json=lambda _name: verified("int4", WIRING, TEXT))
+    assert Place(opened, Ui(quiet=True)).verdict == "failed"
 
 
-def test_the_page_tells_a_comparison_from_a_proof() -> None:
-    """Badge in both files: another word and another colour."""
-    proven = Written(verify=verified("int4", EXACT, ROUNDED, TEXT))
-    near = Written(verify=verified("int4", COARSE, TEXT))
-    assert (proven.json["status"], near.json["status"]) == ("verified", "compared")
-    badges = [re.findall(r'<p class="badge (\w*)"><strong>([^<]*)', page.html) for page in (proven, near)]
-    assert badges == [[("ok", "Graph verified")], [("words", "Compared, not proven")]]
-    assert "**Graph verified**" in proven.markdown and "**Compared, not proven**" in near.markdown
-    for text in (near.html, near.markdown):
-        body = text.replace("status: verified", "")
-        assert not re.search(r"\bverified\b", body, re.IGNORECASE)
-        assert "no float32 twin was checked" in body and "Do not deploy" not in body
-    assert "no float32 twin was checked" not in proven.html
+def test_what_is_proven_is_said() -> None:
+    said = verified("int4", WIRING, SHIPPED, ROUNDED)["proof"]
+    assert "7.0e-06 of the size of the logits" in said[0] and "+15.0% of the torch model's" in said[1]
+    assert "5.0%" in said[2]
+    assert "the torch model differ by 2.0e-06" in verified("fp32", WIRING, TORCH)["proof"][1]
+    (alone,) = verified("int4", WIRING, TEXT)["proof"]
+    assert alone.startswith("Nothing is proven")
 
 
-def test_the_console_tells_it_too(capsys: Any) -> None:
-    Console(width=200).print(*checks_table(verified("int4", COARSE, TEXT)))
-    said = " ".join(capsys.readouterr().out.split())
-    assert "compared, but its wiring is not proven" in said and "verified" not in said.lower()
-    Console(width=200).print(*checks_table(verified("int4", EXACT, ROUNDED)))
-    assert "not proven" not in capsys.readouterr().out
+def test_the_page_and_the_console_show_warnings(capsys: Any) -> None:
+    found = verified("int4", WIRING, ROUNDED, warnings=(WARNING,))
+    page = Written(verify=found)
+    assert page.json["status"] == "verified" and re.search(r'<p class="badge ok"><strong>Graph verified', page.html)
+    assert f"Note: {WARNING}." in page.markdown
+    Console(width=200).print(*checks_table(found))
+    assert WARNING in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_failed_run_is_neither() -> None:
-    found = verified("int4", COARSE, TEXT)
+    found = verified("int4", WIRING)
     written = Written(manifest={**MANIFEST, "status": "failed"}, verify=found, bench=BENCH)
     assert written.json["status"] == "failed" and "Verification failed" in written.html
 
 
-def test_a_run_that_was_compared_has_this_status_and_can_be_published() -> None:
-    """`inspect` prints the status; the card has the badge of the page."""
-    opened: Any = SimpleNamespace(read_json=lambda _name: verified("int4", COARSE, TEXT))
-    assert Place(opened, Ui(quiet=True)).verdict == "compared"
+def test_a_run_that_failed_is_not_published() -> None:
     stages: dict[str, Any] = {name: {} for name in ("rewrite", "verify", "report")}
     facts = {"options": {"engine": "ort"}, "command": "", "stages": stages}
-    for status in ("verified", "compared"):
-        run: Any = SimpleNamespace(path=Path("r"), manifest={**facts, "status": status}, stages=stages, check=str)
-        check_publishable(run, force=False)
+    run: Any = SimpleNamespace(path=Path("r"), manifest={**facts, "status": "verified"}, stages=stages, check=str)
+    check_publishable(run, force=False)
     run.manifest = {**facts, "status": "failed"}
     with pytest.raises(NblError, match="failed verification"):
         check_publishable(run, force=False)

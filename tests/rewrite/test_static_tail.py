@@ -14,6 +14,7 @@ from nbl_export.rewrite import rewrite
 from nbl_export.rewrite.tail import difference, keep_last_token
 from nbl_export.targets.tensorrt import export as static
 from nbl_export.targets.tensorrt.static.on_ort import open_decoder
+from nbl_export.verify.ladder import TOLERANCES
 from nbl_export.verify.last_token import check_last
 
 from ..static_tiny import TOLERANCE, VOCAB, maps_of, rows, single_row_error, torch_logits, worst  # fmt: skip
@@ -67,11 +68,11 @@ def attention_alone(graph: dict[str, ir.Node]) -> None:
 def test_a_wrong_token_shows(fault: Callable[[dict[str, ir.Node]], None], form: Form, tmp_path: Path) -> None:
     directory = pruned(form("mistral"), (2,), tmp_path)
     path, every = directory / "decoder.onnx", open_decoder(directory / ALL_LOGITS_FILE, 8)
-    passed = [r.passed for r in check_last("nbl", every, open_decoder(path, 8), rows()[0], "fp32")]
+    passed = [r.passed for r in check_last("nbl", every, open_decoder(path, 8), rows()[0], TOLERANCES["fp32"].limit)]
     assert passed == [True] * 3
     model = ir.load(path)
     fault({str(node.name): node for node in model.graph})
     ir.save(model, path)
-    passed = [r.passed for r in check_last("nbl", every, open_decoder(path, 8), rows()[0], "fp32")]
+    passed = [r.passed for r in check_last("nbl", every, open_decoder(path, 8), rows()[0], TOLERANCES["fp32"].limit)]
     assert passed == [False] * 3
     assert difference(directory)

@@ -15,11 +15,8 @@ from nbl_export.plan import order
 from nbl_export.plan.greedy import GreedyOrder, Point
 from nbl_export.plan.order import Selection
 from nbl_export.records.inputs import Lazy
-from nbl_export.run.stages import calibrate, plan, verify
-from nbl_export.run.stages.common import Place
+from nbl_export.run.stages import calibrate, plan
 from nbl_export.run.stages.plan import order_of
-from nbl_export.verify.kept import KeptReferences
-from nbl_export.verify.ladder import Probe
 
 from ..jobs import TEXT, resolver_of
 
@@ -157,33 +154,3 @@ def test_a_distillation_of_other_settings_starts_anew(name: str, tmp_path: Path)
 )
 def test_a_distillation_of_other_inputs_starts_anew(change: Changes, tmp_path: Path) -> None:
     assert distilled(tmp_path, **change) != distilled(tmp_path)
-
-
-# -- the references of the original ----------------------------------------------------------------------------
-
-REFERENCES: dict[str, tuple[Changes, Changes]] = {  # options and facts
-    "model": ({}, {"model": {"fingerprint": "other"}}),
-    "engine": ({"engine": "openvino"}, {}),
-    "provider": ({"provider": "cuda"}, {}),
-    "precision": ({"precision": "int4"}, {}),
-    "source": ({"decoder_source": "mobius"}, {}),
-    "positions": ({}, {"decoder": {**resolver_of(Path(), {}).run.manifest["decoder"], "max_positions": 256}}),
-    "codes": ({"quantized_model": "q"}, {}),
-}
-
-
-def references_of(directory: Path, *given: Changes) -> KeptReferences:
-    resolver = resolver_of(directory, *(given or ({},)))
-    return verify.kept_references(verify.declare(resolver), Place(resolver.run, resolver.ui))
-
-
-@pytest.mark.parametrize("change", [*REFERENCES, "versions"])
-def test_references_of_another_original_are_computed_anew(
-    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    probe = Probe(((1, 2, 3),), (), 3, ())
-    before = references_of(tmp_path)._key(probe, None)
-    if change == "versions":
-        monkeypatch.setattr("nbl_export.run.stages.verify.versions", lambda _packages: {"torch": "another"})
-    after = references_of(tmp_path, *REFERENCES.get(change, ({}, {})))._key(probe, None)
-    assert after != before

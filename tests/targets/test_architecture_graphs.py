@@ -26,8 +26,8 @@ from nbl_export.rewrite.tail import keep_last_token
 from nbl_export.targets.checks import held_names
 from nbl_export.targets.onnx_files import check_file
 from nbl_export.targets.tensorrt.static.on_ort import open_decoder
-from nbl_export.verify.ladder import DECODE_STEPS, TOLERANCES, Probe, check_logits, run_rows
-from nbl_export.verify.torch_reference import make_reference
+from nbl_export.verify import exporter
+from nbl_export.verify.ladder import DECODE_STEPS, Probe, Reference, run_rows
 from tests.exports import build_decoder
 
 from ..command import TINY, assert_refused, nbl
@@ -131,7 +131,7 @@ def test_the_static_form(architecture: str, checkpoint: Checkpoint, random_maps:
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "gemma3", "phi3-window", "qwen2-window"])
-def test_a_lost_window_fails_the_originals_own_rung(
+def test_a_lost_window_fails_check_exporter(
     architecture: str, checkpoint: Checkpoint, exported: Exported, tmp_path: Path
 ) -> None:
     model = ir.load(exported(architecture) / "model.onnx")
@@ -140,11 +140,11 @@ def test_a_lost_window_fails_the_originals_own_rung(
     for node in attention:
         node.attributes["local_window_size"] = ir.AttrInt64("local_window_size", -1)
     ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
-    truth = make_reference(load_model(checkpoint(architecture)), Probe(tuple(map(tuple, rows())), (), 0))
+    model, probe = load_model(checkpoint(architecture)), Probe(tuple(map(tuple, rows())), (), 0)
     for directory, right in ((exported(architecture), True), (tmp_path, False)):
         decoder = open_graph(directory, checkpoint(architecture))
-        checks = check_logits("original", "original", decoder, rows(), truth, TOLERANCES["fp32"])
-        assert all(r.passed for r in checks) == right
+        original = Reference(tuple(run_rows(decoder, [row])[0] for row in rows()), None)
+        assert all(r.passed for r in exporter.check_logits(model, "fp32", probe, original)) == right
 
 
 def test_no_ring_caches_are_promised_to_the_runtime(exported: Exported) -> None:

@@ -1,4 +1,4 @@
-"""The main job for a compiling engine, without a GPU: proof through the twin, engines, resume, a bare build machine."""
+"""The main job for a compiling engine, without a GPU: float32 copies, engines, resume, a bare build machine."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import json
 import shutil
 from collections.abc import Callable, Generator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnx_ir as ir
@@ -19,11 +19,11 @@ from nbl_export.targets import exporter_of
 from nbl_export.targets.tensorrt import static_form
 from nbl_export.targets.tensorrt.engine import TRT_RTX
 from nbl_export.targets.tensorrt.record import read_record
-from nbl_export.verify.float32_twins import check_shipped
 
 from ..command import assert_refused, in_new_process, nbl, stage_lines
 from ..fake_engine import StandIn
-from ..static_tiny import LAYERS, SPEC, save_checkpoint
+from ..static_tiny import LAYERS, SPEC, maps_of, save_checkpoint
+from ..verifying import verify_tiny
 
 _PROBE = TRT_RTX.probe()
 needs_rtx = pytest.mark.skipif(not _PROBE.available, reason=_PROBE.reason)
@@ -100,14 +100,14 @@ def test_predicted_cache_bytes_are_the_engines_and_the_reports(compiled: Path) -
 
 
 @needs_rtx
-def test_the_ladder_stands_on_the_fp32_twin(compiled: Path) -> None:
+def test_the_ladder_stands_on_float32_copies(compiled: Path) -> None:
     result = json.loads((compiled / "verify.json").read_text(encoding="utf-8"))
     assert result["passed"] and result["precision"] == "fp16"
     checks = [(r["check"], r["subject"]) for r in result["checks"]]
-    assert {("original", "original"), ("nbl", "nbl"), ("text", "original"), ("text", "nbl")} <= set(checks)
-    assert all(r["value"] < 1e-4 for r in result["checks"] if "logit difference" in r["metric"])
-    assert sum("is its fp32 twin" in r["metric"] for r in result["checks"]) == 2
-    assert sum("with all logits, pruned" in r["metric"] for r in result["checks"]) == 4  # what ships, and the twins
+    assert {("exporter", "original"), ("original", "original"), ("nbl", "nbl"), ("text", "nbl")} <= set(checks)
+    wiring = [r for r in result["checks"] if r["check"] in ("original", "nbl", "last_token")]
+    assert wiring and all(r["value"] < 1e-5 for r in wiring)
+    assert sum("with all logits, pruned" in r["metric"] for r in result["checks"]) == 2
     assert [r["subject"] for r in result["checks"] if r["check"] == "last_token"] == ["original"] * 3 + ["nbl"] * 3
     assert result["quality_loss"]
 
@@ -168,40 +168,21 @@ def test_what_cannot_run_here_says_so(run: Path) -> None:
         assert "no NVIDIA driver" in done.err.splitlines()[-1], done.err
 
 
-def test_a_shipped_graph_that_is_not_the_twin_is_caught(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from nbl_export.rewrite.tail import keep_last_token
-    from nbl_export.targets.tensorrt import export as static
+@pytest.mark.parametrize(
+    ("file", "failed"), [("decoder.onnx", {"structure"}), ("all_logits.onnx", {"structure", "nbl", "text"})]
+)
+def test_a_fault_in_what_ships_is_caught(file: str, failed: set[str], model: Path, tmp_path: Path) -> None:
+    """Keys and values of a layer go out exchanged, in one of both graphs."""
+    real = exporter_of("static").write_float32
 
-    twin, run = tmp_path / "twin", tmp_path / "run"
-    static.save_graph(static.build_form(model, SLOTS), twin, "model.onnx")
-    for name in ("original", "model"):
-        static.build(model, run / name, "fp16", max_seq_len=SLOTS)
+    def broken(directory: Path, out: Path) -> None:
+        if directory.name == "model":
+            exchange_keys_and_values(directory / file)
+        real(directory, out)
 
-    def seen(logits: str = "last") -> dict[str, list[str]]:
-        """What is wrong with each, "every node and weight" where nothing is."""
-        setting: Any = SimpleNamespace(precision="fp16", logits=logits, engine=exporter_of("static"))
-        shipped = {"original": run / "original", "nbl": run / "model"}
-        found: dict[str, list[str]] = {"original": [], "nbl": []}
-        for result in check_shipped(setting, shipped, {"original": twin, "nbl": twin}):
-            assert result.passed == (result.detail == good)
-            found[result.subject].append(result.detail)
-        return found
-
-    good = "every node and weight"
-    assert seen("all") == {"original": [good], "nbl": [good]}
-    for directory in (twin, run / "original"):
-        keep_last_token(directory)
-    lacking = "there is no all_logits.onnx"
-    assert seen() == {"original": [good, good], "nbl": [lacking, lacking]}
-    keep_last_token(run / "model")
-    assert seen() == {"original": [good, good], "nbl": [good, good]}
-    exchange_keys_and_values(run / "model" / "decoder.onnx")
-    assert seen() == {"original": [good, good], "nbl": [good, "output present.0.value differs"]}
-    exchange_keys_and_values(run / "model" / "all_logits.onnx")
-    (cast, pruned) = seen()["nbl"]
-    assert "present.0.value" in cast and pruned == good
+    with mock.patch.object(type(exporter_of("static")), "write_float32", side_effect=broken):
+        found = verify_tiny(model, "static", "fp16", tmp_path, (0, 2), mixer_of=lambda i: maps_of([i])[i])
+    assert {r.check for r in found if not r.passed} == failed
 
 
 def exchange_keys_and_values(path: Path) -> None:

@@ -122,7 +122,7 @@ def test_codes_are_the_values_that_a_product_multiplies_by(
     from openvino import opset13 as ops
 
     model = read_ir(exported(architecture, "openvino", precision))
-    values = {m.name: m.blocks().values for m in stored_matrices(model)}
+    values = {name: blocks().values for name, blocks in stored_matrices(model).items()}
     node = next(n for n in model.get_ordered_ops() if f"layers.1.{product}" in n.get_friendly_name()
                 and n.get_type_name() == "MatMul")  # fmt: skip
     x = ops.parameter([1, 1], np.float32)

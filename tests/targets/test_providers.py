@@ -67,9 +67,10 @@ def test_a_wrong_map_in_int4_blocks_is_seen(same: Same, tmp_path: Path) -> None:
 
     from nbl_export.plan.maps_file import load_maps
     from nbl_export.targets import onnx_files as files
+    from nbl_export.targets.checks import judge_maps
 
     maps = load_maps(run / "maps.safetensors", (0, 2))
-    (found,) = files.check_maps("nbl", run / "model", maps)
+    found = judge_maps("nbl", files.held_maps(run / "model"), maps)
     assert not found.passed
     assert found.detail == "layer 2's weight is not the fitted one"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -33,7 +34,7 @@ def test_a_job_of_a_new_target(
     assert done.status == 0, done.err
     found = json.loads((run / "verify.json").read_text(encoding="utf-8"))
     assert (found["passed"], found["status"]) == (True, "verified")
-    assert {c["check"] for c in found["checks"]} == {"structure", "original", "nbl", "text"}
+    assert {c["check"] for c in found["checks"]} == {"structure", "exporter", "original", "nbl", "text"}
     bench = json.loads((run / "bench.json").read_text(encoding="utf-8"))
     assert {row["variant"] for row in bench["timings"]} == {"original", "nbl"}
     assert "toy" in (run / "report.md").read_text(encoding="utf-8")
@@ -41,7 +42,7 @@ def test_a_job_of_a_new_target(
     assert said.status == 0 and said.out.strip()
 
     def transposed(model: Any, checkpoint: Path, maps: Mapping[int, Any], tap: str, out: Path) -> None:
-        wrong = {i: m.with_matrices({name: w.T for name, w in m.matrices().items()}) for i, m in maps.items()}
+        wrong = {i: dataclasses.replace(m, weight=m.weight.T) for i, m in maps.items()}
         save(model, checkpoint, wrong, tap, out)
 
     save = toy.save_linearized

@@ -76,8 +76,7 @@ class Place:
     @property
     def verdict(self) -> str:
         """The status of the run: that of its verification (`records.results.status_of`)."""
-        found = self.run.read_json(VERIFY_FILE)
-        return status_of(found["precision"], found["checks"])
+        return status_of(self.run.read_json(VERIFY_FILE)["checks"])
 
     @property
     def passed(self) -> bool:

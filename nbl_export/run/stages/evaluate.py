@@ -1,7 +1,7 @@
 """The eval stage: every prepared benchmark and text on every variant.
 
 original, nbl                the exported graphs, on the CPU
-torch-original, torch-nbl    the torch models that verification compares the graphs with
+torch-original, torch-nbl    the torch model, and the same with the fitted mixers
 """
 
 from __future__ import annotations

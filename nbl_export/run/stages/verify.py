@@ -8,30 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nbl_export.files import versions, write_json
+from nbl_export.files import write_json
 from nbl_export.mixers import cache_layers
-from nbl_export.mixers.base import Mixer
 from nbl_export.options.options import CHECKPOINT_FIT
 from nbl_export.plan.inputs import Texts
 from nbl_export.records.decoder import DecoderSpec
-from nbl_export.records.inputs import Lazy, identity_of
+from nbl_export.records.inputs import Lazy
 from nbl_export.records.quality import spoken_loss, warn_of_text
-from nbl_export.records.results import CheckResult
 from nbl_export.run.facts import require_engine
 from nbl_export.run.resolve import Resolver
 from nbl_export.run.stages.common import Place
-from nbl_export.run_directory import ACCEPTANCE_FILE, DECODERS, PACKAGES, REFERENCES_FILE, VERIFY_FILE
+from nbl_export.run_directory import ACCEPTANCE_FILE, DECODERS, VERIFY_FILE
 from nbl_export.targets.base import Target
 from nbl_export.targets.tokenizer import TOKENIZER, Text
-from nbl_export.verify.codes import NEAREST, SEARCHED
-from nbl_export.verify.kept import KeptReferences
-from nbl_export.verify.ladder import WITHOUT_TWIN
 from nbl_export.verify.on_target import expect, save
 from nbl_export.verify.perplexity import quality_loss
-from nbl_export.verify.structure import Setting, coded_graphs
+from nbl_export.verify.structure import Setting
 from nbl_export.verify.verifier import Verifier
 
-__all__ = ["VerifyInputs", "check", "declare", "kept_references", "loss_texts", "run", "uses_of"]
+__all__ = ["VerifyInputs", "check", "declare", "loss_texts", "run", "uses_of"]
 
 _PREFILL_TOKENS = (64, 37)
 _PROMPT_TOKENS = 24
@@ -47,8 +42,6 @@ class VerifyInputs:
 
     Attributes:
         engine: available here, or ONNX Runtime for a compiled engine.
-        nearness: see `verify.structure.Setting`. codes: a checkpoint whose matrices the graphs have, or None.
-        exporter: engine, provider and decoder source, for the kept references.
         lacks_attention: the original of an NBL checkpoint lacks the removed attention.
         windows: for calibration. held_back: all that nobody calibrates on, in the order of the text.
         names: of the calibration text and of the second text.
@@ -64,9 +57,6 @@ class VerifyInputs:
     precision: str
     kept_logits: str
     cache_length: int
-    nearness: float | None
-    codes: Lazy[Any]
-    exporter: tuple[str | None, ...]
     lacks_attention: bool
     context: int
     names: Lazy[tuple[str, str]]
@@ -84,12 +74,9 @@ def declare(r: Resolver) -> VerifyInputs:
     """The inputs of the stage. Compiled engines are proven by ONNX Runtime, whichever they are."""
     options, text = r.options, r.text
     proven_by = "static form" if r.engine.capabilities.static else [options.engine, options.provider]
-    exporter = (None if r.engine.capabilities.static else options.engine, options.provider, options.decoder_source)
     return r.fill(
         VerifyInputs,
         engine=Lazy(proven_by, lambda: _engine(r)),
-        nearness=_nearness(r),
-        exporter=exporter,
         lacks_attention=options.fit == CHECKPOINT_FIT,
         names=Lazy(None, lambda: text.names),
         windows=text.windows,
@@ -107,13 +94,6 @@ def _engine(r: Resolver) -> Target:
     return r.engine
 
 
-def _nearness(r: Resolver) -> float | None:
-    if r.options.quantized_model is not None:
-        return None
-    searched = any(option.startswith("algo_config=k_quant") for option in r.options.builder_options)
-    return SEARCHED if searched else NEAREST
-
-
 def run(inputs: VerifyInputs, place: Place, out: Path) -> dict[str, Any]:
     """Write verify.json, and acceptance.safetensors for an engine of another machine."""
     result = check(inputs, place, out)
@@ -122,28 +102,45 @@ def run(inputs: VerifyInputs, place: Place, out: Path) -> dict[str, Any]:
 
 
 def check(inputs: VerifyInputs, place: Place, out: Path) -> dict[str, Any]:
-    """The content of verify.json. The reference is the torch model."""
-    setting, probe, maps, results = setting_of(inputs, place), make_probe(inputs), place.maps(), list[CheckResult]()
-    with _graphs(inputs, place, setting, maps, results) as directories, place.run.scratch() as scratch:
-        coded = coded_graphs(setting, directories, results, scratch)
-        kept = kept_references(inputs, place)
-        verifier = Verifier(setting, probe, maps, results, kept)
-        floats = () if inputs.codes.value is None else inputs.codes.value.weights
-        if inputs.shortage.value:
-            verifier.refer_to_layers(coded, directories, inputs.checkpoint.value, floats)
-        else:
-            verifier.refer_to_torch(coded, lambda: _lent(inputs), floats)
-        decoders = verifier.run(directories, coded)
-        kept.save()
-        passed = sum(result.passed for result in results)
-        place.ui.say(f"  graphs: {passed} of {len(results)} checks passed")  # the loss takes as long again
+    """The content of verify.json."""
+    setting = setting_of(inputs, place)
+    verifier = Verifier(setting, make_probe(inputs), place.maps())
+    shipped = {subject: place.run.path / name for subject, name in DECODERS.items()}
+    with _run_by_a_cpu(setting, shipped, place) as run:
+        verifier.run(shipped, run)
+        _check_exporter(verifier, inputs, run["original"])
+        results = verifier.results
+        place.ui.say(f"  graphs: {sum(r.passed for r in results)} of {len(results)} checks passed")
         quality_losses = []
-        if not inputs.lacks_attention:
+        if not inputs.lacks_attention:  # the loss takes as long again
+            both = {name: setting.engine.open_graph(run[name], inputs.spec.head_dim) for name in DECODERS}
             with place.ui.task("quality loss on held-back text") as progress:
-                quality_losses = quality_loss(decoders["original"], decoders["nbl"], loss_texts(inputs), progress)
-        _leave(verifier, out)
+                quality_losses = quality_loss(both["original"], both["nbl"], loss_texts(inputs), progress)
+            del both
+        if setting.engine.capabilities.cross:
+            save(expect(setting.precision, verifier.probe, verifier.references), out / ACCEPTANCE_FILE)
     answers = _answers(verifier, place.run.path / DECODERS["original"], inputs.checkpoint)
-    return {**conclude(inputs, place, results, quality_losses), "answers": answers}
+    return {**conclude(inputs, place, verifier, quality_losses), "answers": answers}
+
+
+def _check_exporter(verifier: Verifier, inputs: VerifyInputs, original: Path) -> None:
+    """Check exporter, if the torch model fits into memory; it is forgotten afterwards."""
+    from nbl_export.verify import exporter
+
+    setting = verifier.setting
+    if inputs.shortage.value:
+        verifier.results.append(exporter.not_compared(f"its weights are {inputs.shortage.value}"))
+        return
+    with setting.task("torch model") as progress:
+        if setting.precision in exporter.ROUNDED:
+            decoder, (_, windows) = setting.engine.open_graph(original, inputs.spec.head_dim), loss_texts(inputs)[0]
+            found = exporter.check_perplexity(inputs.model.value, decoder, setting.precision, windows, progress)
+            verifier.results.append(found[0])
+            verifier.warnings += filter(None, found[1:])
+        else:
+            reference = verifier.references["original"]
+            verifier.results += exporter.check_logits(inputs.model.value, setting.precision, verifier.probe, reference)
+    inputs.model.forget()
 
 
 def _answers(verifier: Verifier, original: Path, checkpoint: Lazy[Path]) -> list[dict[str, str]]:
@@ -161,29 +158,6 @@ def _answers(verifier: Verifier, original: Path, checkpoint: Lazy[Path]) -> list
     ]
 
 
-def _leave(verifier: Verifier, out: Path) -> None:
-    """Write acceptance.safetensors for an engine of another machine; nothing for others."""
-    setting = verifier.setting
-    if setting.engine.capabilities.cross:
-        exact = bool(verifier.truth_of_codes) or setting.precision not in WITHOUT_TWIN
-        save(expect(setting.precision, verifier.probe, verifier.references, exact=exact), out / ACCEPTANCE_FILE)
-
-
-@contextlib.contextmanager
-def _lent(inputs: VerifyInputs) -> Iterator[Any]:
-    """The torch model that graphs are made from; its memory is freed afterwards."""
-    try:
-        yield inputs.model.value
-    finally:
-        inputs.model.forget()
-
-
-def kept_references(inputs: VerifyInputs, place: Place) -> KeptReferences:
-    """The references of the original that an earlier verification of this run directory kept."""
-    made = [inputs.model, inputs.codes, inputs.exporter, inputs.precision, inputs.cache_length]
-    return KeptReferences(place.run.path / REFERENCES_FILE, [*map(identity_of, made), versions(PACKAGES)])
-
-
 def setting_of(inputs: VerifyInputs, place: Place) -> Setting:
     """The verification settings of the run."""
     return Setting(
@@ -193,15 +167,14 @@ def setting_of(inputs: VerifyInputs, place: Place) -> Setting:
         precision=inputs.precision,
         logits=inputs.kept_logits,
         cache_length=inputs.cache_length,
-        nearness=inputs.nearness,
         task=place.ui.task,
     )
 
 
 def conclude(
-    inputs: VerifyInputs, place: Place, results: list[CheckResult], quality_losses: list[dict[str, Any]]
+    inputs: VerifyInputs, place: Place, verifier: Verifier, quality_losses: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """The content of verify.json; prints the perplexity increases and a warning if they differ strongly."""
+    """The content of verify.json; prints the perplexity increases, and the warnings."""
     from nbl_export.verify import ladder
 
     plan, size = place.plan, inputs.engine.value.capabilities.cache_itemsize(inputs.precision)
@@ -211,29 +184,29 @@ def conclude(
     for row in quality_losses:
         said = spoken_loss(row)["increase"]
         place.ui.say(f"  perplexity {said}, {row['text']}, {row['tokens']:,} tokens")
-    if warning:
-        place.ui.say(f"  {warning}")
-    found = ladder.summary(results, inputs.precision, quality_losses, plan)
-    texts = uses_of(inputs, place) if quality_losses else []
-    proof = ladder.proof(results, "the linearized torch model", found["status"])
-    return {**found, "proof": proof, "quality_warning": warning, "texts": texts, "cache_bytes_per_token": per_token}
+    for sentence in (*verifier.warnings, *filter(None, [warning])):
+        place.ui.say(f"  {sentence}")
+    found = ladder.summary(verifier.results, inputs.precision, quality_losses, plan)
+    return {
+        **found,
+        "proof": ladder.proof(verifier.results, found["status"]),
+        "warnings": verifier.warnings,
+        "quality_warning": warning,
+        "texts": uses_of(inputs, place) if quality_losses else [],
+        "cache_bytes_per_token": per_token,
+    }
 
 
 @contextlib.contextmanager
-def _graphs(
-    inputs: VerifyInputs, place: Place, setting: Setting, maps: Mapping[int, Mixer], results: list[CheckResult]
-) -> Iterator[dict[str, Path]]:
-    """Directories of the graphs to compare: the shipped graphs, or their float32 twins after an equality check."""
-    shipped = {subject: place.run.path / name for subject, name in DECODERS.items()}
+def _run_by_a_cpu(setting: Setting, shipped: Mapping[str, Path], place: Place) -> Iterator[dict[str, Path]]:
+    """Directories of the graphs that a CPU runs: the deployed ones, or their float32 copies."""
     if not setting.static:
-        yield shipped
+        yield dict(shipped)
         return
-    from nbl_export.verify.float32_twins import build_twins, check_shipped
-
-    with place.run.scratch() as scratch, place.ui.task("fp32 twins"):
-        twins = build_twins(inputs.checkpoint.value, setting, maps, scratch)
-        results += check_shipped(setting, shipped, twins)
-        yield twins
+    with place.run.scratch() as scratch, place.ui.task("float32 copies"):
+        for subject, directory in shipped.items():
+            setting.engine.write_float32(directory, scratch / subject)
+        yield {subject: scratch / subject for subject in shipped}
 
 
 def make_probe(inputs: VerifyInputs) -> Any:

@@ -73,6 +73,10 @@ class OrtEngine(Target):
         """The directory's graph on plain ONNX Runtime's CPU provider."""
         return OnnxDecoder(directory, head_dim, threads, file=file or all_logits_file(directory))
 
+    def open_exact(self, directory: Path, head_dim: int, file: str | None = None) -> OnnxDecoder:
+        """The same graph, whose products do not round activations."""
+        return OnnxDecoder(directory, head_dim, file=file or all_logits_file(directory), exact=True)
+
 
 ORT = OrtEngine()
 

@@ -1,26 +1,18 @@
-"""What OpenVINO's target checks of its files. The IR in float32 arithmetic takes the place of a float32 twin.
-
-shipped IR ─┬─ float32 arithmetic, same constants: compared with the model that has its matrices
-            │                                                      structure, original, nbl, last_token
-            └─ the arithmetic that ships: compared with the same model                 text, quantised
-
-The check structure compares states, maps, and every other constant.
-"""
+"""What OpenVINO's target checks of its files: states, maps, and every other constant."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE
-from nbl_export.mixers.base import Mixer, state_of
+from nbl_export.mixers.base import state_of
 from nbl_export.records.decoder import DecoderSpec, GraphContract
 from nbl_export.records.results import CheckResult
-from nbl_export.targets.checks import MAPS, Coded, HeldMaps, Wanted, checked, judge_maps
+from nbl_export.targets.checks import HeldMaps, Wanted, checked
 from nbl_export.targets.openvino.ir.files import (
     constant_of,
     constants_of,
@@ -30,9 +22,8 @@ from nbl_export.targets.openvino.ir.files import (
     stored_matrices,
 )
 from nbl_export.targets.openvino.rewrite.tail import prune_tail
-from nbl_export.targets.openvino.session import IrDecoder
 
-__all__ = ["check_ir_files", "check_ir_maps", "check_ir_pruned", "check_ir_untouched", "coded_ir"]
+__all__ = ["check_ir_files", "check_ir_pruned", "check_ir_untouched", "held_ir_maps"]
 
 
 _OURS = ("nbl.", "/nbl/")
@@ -48,19 +39,7 @@ def check_ir_files(directory: Path, contract: GraphContract, wanted: Wanted, ite
     """
     states = tuple(sorted(i for i, mixer in wanted.maps.items() if state_of(mixer) is not None))
     held = (wanted.cache_layers, states)
-    results = check_ir_states(wanted.subject, wanted.spec, held, contract, itemsize, wanted.logits)
-    results.append(check_ir_maps(wanted.subject, directory, wanted.maps))
-    if (directory / ALL_LOGITS_IR).is_file():
-        results.append(check_ir_pruned(wanted.subject, directory))
-    return results
-
-
-def coded_ir(directory: Path, file: str) -> Coded | None:
-    """See `Target.coded`: the IR in float32 arithmetic is the twin; matrices of 16 bits count as codes."""
-    stored = stored_matrices(read_ir(directory))
-    if not stored:
-        return None
-    return Coded(directory / file, functools.partial(IrDecoder, directory, file, exact=True), stored, None)
+    return check_ir_states(wanted.subject, wanted.spec, held, contract, itemsize, wanted.logits)
 
 
 def check_ir_states(
@@ -88,18 +67,10 @@ def check_ir_states(
     ]
 
 
-def check_ir_maps(subject: str, directory: Path, maps: Mapping[int, Mixer]) -> CheckResult:
-    """Check that the IR's maps are the fitted maps: exact if floating point, within a step if in codes."""
+def held_ir_maps(directory: Path) -> HeldMaps:
+    """What a directory's IR holds of mixers."""
     model = read_ir(directory)
-    ours = [name for name, _ in constants_of(model) if name.startswith(_OURS)]
-    if not maps:
-        return checked(subject, MAPS, not ours, "none planned")
-    stored = {matrix.name: matrix for matrix in stored_matrices(model) if matrix.name.startswith("/nbl/")}
-    return judge_maps(subject, _held(model, stored), maps)
-
-
-def _held(model: Any, stored: Mapping[str, Any]) -> HeldMaps:
-    """What a graph holds of mixers."""
+    stored = stored_matrices(model)
     nodes = [n for n in model.get_ops() if n.get_friendly_name().startswith(_OURS)]
     products = {n.get_friendly_name() for n in nodes if n.get_type_name() == "MatMul"}
     vectors = {n.get_friendly_name(): n for n in nodes if n.get_type_name() == "Constant" and _is_vector(n)}
@@ -121,7 +92,7 @@ def _matrix(model: Any, stored: Any | None, name: str) -> tuple[np.ndarray | Non
     """A matrix of the graph, and the allowed error of each element."""
     if stored is None:
         return constant_of(model, name), 0.0
-    blocks = stored.blocks()
+    blocks = stored()
     return blocks.values, np.abs(blocks.steps) * (_STEPS if blocks.size > 1 else 0.5) + 1e-30
 
 

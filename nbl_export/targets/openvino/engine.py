@@ -11,17 +11,18 @@ import numpy as np
 
 from nbl_export.errors import NblError
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE
+from nbl_export.mixers.base import Running
 from nbl_export.records.capabilities import LINEAR_KINDS, Capabilities
 from nbl_export.records.decoder import GraphContract
 from nbl_export.records.results import CheckResult
-from nbl_export.targets.base import Availability, DecoderFacts, ExportSettings, Target, Task, default_threads
-from nbl_export.targets.checks import Coded, Wanted
+from nbl_export.targets.base import Availability, DecoderFacts, ExportSettings, Target, default_threads
+from nbl_export.targets.checks import HeldMaps, Wanted
 from nbl_export.targets.export.finish import check_bounds
 from nbl_export.targets.openvino import check
 from nbl_export.targets.openvino.ir.anatomy import read_ir_facts
 from nbl_export.targets.openvino.session import IrDecoder, OpenVinoRunner, Session, load_openvino
 from nbl_export.targets.openvino.signals import kept_signal_stack
-from nbl_export.targets.runners import SequenceLimits
+from nbl_export.targets.runners import MixedDecoder, SequenceLimits
 
 __all__ = ["CAPABILITIES", "OPENVINO", "OpenVinoEngine"]
 
@@ -114,9 +115,9 @@ class OpenVinoEngine(Target):
         """The pair of IRs."""
         return check.check_ir_pruned(subject, directory)
 
-    def coded(self, directory: Path, scratch: Path, head_dim: int, task: Task) -> Coded | None:
-        """The IR itself; nothing is written to `scratch`."""
-        return check.coded_ir(directory, _most_logits(directory))
+    def held_maps(self, directory: Path) -> HeldMaps:
+        """Of the IR."""
+        return check.held_ir_maps(directory)
 
     def arithmetic(self, path: Path) -> str:
         """The types that the plugin chooses for a directory; loads the model."""
@@ -135,6 +136,11 @@ class OpenVinoEngine(Target):
         """The same graph in float32 arithmetic."""
         return IrDecoder(directory, file or _most_logits(directory), exact=True)
 
+    def open_mixed(self, directory: Path, head_dim: int, mixers: Running, tap: str, *, exact: bool) -> MixedDecoder:
+        """The IR in parts, with mixers in place of attention."""
+        decoder = IrDecoder(directory, _most_logits(directory), exact=exact, mixers=mixers, tap=tap)
+        return MixedDecoder(decoder, mixers)
+
     def pruned_file(self, directory: Path) -> str | None:
         """The IR that ships, if the IR with all logits stays beside it."""
         return IR_FILE if (directory / ALL_LOGITS_IR).is_file() else None
@@ -144,10 +150,6 @@ class OpenVinoEngine(Target):
     ) -> OpenVinoRunner:
         """A text runner on an IR directory; `limits` has no effect."""
         return OpenVinoRunner(path, threads or default_threads())
-
-    def open_checked(self, directory: Path, threads: int | None = None) -> OpenVinoRunner:
-        """The same runner in float32."""
-        return OpenVinoRunner(directory, threads or default_threads(), exact=True)
 
 
 OPENVINO = OpenVinoEngine()

@@ -33,9 +33,11 @@ import numpy as np
 
 from nbl_export.errors import CorruptError, MissingPackageError, NblError
 from nbl_export.graph.names import IR_FILE
+from nbl_export.mixers.base import Running
 from nbl_export.records.decoder import GraphContract, TensorInfo, is_state
 from nbl_export.targets.openvino.ir.anatomy import context_length, memories_of, states_of
 from nbl_export.targets.openvino.ir.files import precision_of, read_ir
+from nbl_export.targets.openvino.ir.parts import parts_of
 from nbl_export.targets.openvino.signals import kept_signal_stack
 from nbl_export.targets.tokenizer import Speaking
 
@@ -75,15 +77,20 @@ class Session:
     Args:
         exact: float32 arithmetic and caches, whatever the model and the plugin prefer.
         threads: None is the plugin's choice.
+        mixers: take the place of attention in their layers (`ir.parts`). tap: what they read.
 
     Raises:
         CorruptError: the files are damaged, or the IR is no decoder with states.
     """
 
-    def __init__(self, directory: Path, file: str = IR_FILE, *, exact: bool = False, threads: int | None = None):
-        self.directory = directory
+    def __init__(
+        self, directory: Path, file: str = IR_FILE, *, exact: bool = False, threads: int | None = None,
+        mixers: Running | None = None, tap: str = "",
+    ) -> None:  # fmt: skip
+        self.directory, self._mixers = directory, mixers
         core = load_openvino().Core()
         model = read_ir(directory, file)
+        parts = [model] if mixers is None else parts_of(model, mixers.layers, tap)
         self.contract = _contract(model, directory / file)
         settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
         if threads:
@@ -93,28 +100,31 @@ class Session:
             settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
         try:
             with kept_signal_stack():
-                self._compiled = core.compile_model(model, "CPU", settings)
-            self._request = self._compiled.create_infer_request()
+                self._compiled = [core.compile_model(part, "CPU", settings) for part in parts]
+            self._requests = [compiled.create_infer_request() for compiled in self._compiled]
             self.mask_BK = np.zeros((1, 0), np.int64)
             self._told: tuple[int, dict[str, np.ndarray]] | None = None  # length, and states of constant size there
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
             raise CorruptError(f"OpenVINO cannot compile {directory / file}: {reason}") from error
         self._vocab_size = model.output("logits").get_partial_shape()[-1].get_max_length()
-        self._names = [n for n in _INPUTS if any(n in port.get_names() for port in self._compiled.inputs)]
+        self._names = [{name for port in part.inputs for name in port.get_names()} for part in self._compiled]
 
     @property
     def arithmetic(self) -> Arithmetic:
         """Types that the plugin has chosen."""
-        kinds = {name: self._compiled.get_property(name) for name in ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION")}
+        kinds = {
+            name: self._compiled[0].get_property(name) for name in ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION")
+        }
         inference, cache = (str(kind.to_string()) for kind in kinds.values())
         return Arithmetic(inference, cache)
 
     def begin(self, batch: int) -> None:
         """Start a batch with empty states."""
         if batch != len(self.mask_BK):
-            self._request = self._compiled.create_infer_request()
-        self._request.reset_state()
+            self._requests = [compiled.create_infer_request() for compiled in self._compiled]
+        for request in self._requests:
+            request.reset_state()
         self.mask_BK, self._told = np.zeros((batch, 0), np.int64), None
 
     def run(self, ids_BT: np.ndarray, valid_BT: np.ndarray) -> np.ndarray:
@@ -132,12 +142,23 @@ class Session:
         positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -ids_BT.shape[1] :]
         feeds = dict(zip(_INPUTS, (ids_BT, mask, positions, np.arange(len(ids_BT), dtype=np.int32)), strict=True))
         try:
-            found = self._request.infer({name: feeds[name] for name in self._names}, share_inputs=False)
+            found = self._infer(feeds, valid_BT)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[-200:]
             raise NblError(f"{self.directory} failed on a chunk of {ids_BT.shape[1]} tokens: {reason}") from error
         self.mask_BK = mask
         return np.asarray(found["logits"], np.float32)
+
+    def _infer(self, known: dict[str, np.ndarray], valid_BT: np.ndarray) -> dict[str, np.ndarray]:
+        """Run the parts in order, and behind each part the mixer of the next part's layer."""
+        for place, (request, names) in enumerate(zip(self._requests, self._names, strict=True)):
+            if place:
+                assert self._mixers is not None
+                layer = self._mixers.layers[place - 1]
+                known[f"nbl.mixed.{layer}"] = self._mixers(layer, known[f"nbl.tap.{layer}"], valid_BT)
+            found = request.infer({name: known[name] for name in names & known.keys()}, share_inputs=False)
+            known |= {name: np.array(value) for port, value in found.items() for name in port.get_names()}
+        return known
 
     def cut(self, length: int) -> None:
         """Drop everything behind the first `length` tokens, padding included.
@@ -168,25 +189,26 @@ class Session:
         Args:
             constant: those of constant size alone, or the others; None for all.
         """
-        found = self._request.query_state()
+        found = [state for request in self._requests for state in request.query_state()]
         return {s.name: np.array(s.state.data) for s in found if constant in (None, is_state(s.name))}
 
     def put_states(self, states: Mapping[str, np.ndarray], mask_BK: np.ndarray) -> None:
         """Go back to states and mask of the same batch."""
         self._told = None
         tensor = load_openvino().Tensor
-        for state in self._request.query_state():
+        for state in (state for request in self._requests for state in request.query_state()):
             state.state = tensor(states[state.name])
         self.mask_BK = mask_BK
 
     @property
     def cache_bytes(self) -> int:
         """Bytes of keys and values as OpenVINO hands them out; codes of 8 bits are handed out as floats."""
-        return sum(int(s.state.get_byte_size()) for s in self._request.query_state() if not is_state(s.name))
+        states = [state for request in self._requests for state in request.query_state()]
+        return sum(int(s.state.get_byte_size()) for s in states if not is_state(s.name))
 
     def close(self) -> None:
         """Free the model and its states."""
-        del self._request, self._compiled
+        del self._requests, self._compiled
 
 
 def _spoken(kind: str) -> str:
@@ -225,13 +247,14 @@ class IrDecoder:
     last column of a pruned graph is each row's last token.
 
     Args:
-        exact: see `Session`.
+        exact, mixers, tap: see `Session`.
     """
 
     def __init__(
-        self, directory: Path, file: str = IR_FILE, *, exact: bool = False, threads: int | None = None
-    ) -> None:
-        self.session = Session(directory, file, exact=exact, threads=threads)
+        self, directory: Path, file: str = IR_FILE, *, exact: bool = False, threads: int | None = None,
+        mixers: Running | None = None, tap: str = "",
+    ) -> None:  # fmt: skip
+        self.session = Session(directory, file, exact=exact, threads=threads, mixers=mixers, tap=tap)
 
     @property
     def contract(self) -> GraphContract:
@@ -283,17 +306,14 @@ def _rolled(rows: np.ndarray, shifts: np.ndarray) -> np.ndarray:
 class OpenVinoRunner(Speaking):
     """A loaded IR directory. The directory is only read.
 
-    Args:
-        exact: see `Session`.
-
     Raises:
         NblError: the directory is not a model that loads; the message has the path.
     """
 
-    def __init__(self, directory: Path, threads: int | None = None, *, exact: bool = False) -> None:
+    def __init__(self, directory: Path, threads: int | None = None) -> None:
         self.directory = directory
         self.context_length = context_length(directory)
-        self.session = Session(directory, threads=threads, exact=exact)
+        self.session = Session(directory, threads=threads)
         self._logits = np.zeros((1, 1, 1), np.float32)
         self._capacity = 0
 

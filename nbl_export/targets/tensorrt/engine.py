@@ -22,11 +22,11 @@ from typing import Any
 
 from nbl_export.errors import NblError
 from nbl_export.graph.names import GRAPH_FILE, all_logits_file
-from nbl_export.targets.base import Availability, BuildSettings, DecoderFacts, ExportSettings, Target, Task
-from nbl_export.targets.checks import Coded
+from nbl_export.mixers.base import Running
+from nbl_export.targets.base import Availability, BuildSettings, DecoderFacts, ExportSettings, Target
 from nbl_export.targets.export.finish import check_bounds
 from nbl_export.targets.gpu import CUDA, Gpu, find_gpu, outdated, release_for, unpackaged
-from nbl_export.targets.runners import SequenceLimits
+from nbl_export.targets.runners import MixedDecoder, SequenceLimits
 from nbl_export.targets.tensorrt.kernels import trust_folder
 from nbl_export.targets.tensorrt.library import LIBRARIES, Library, load_library
 from nbl_export.targets.tensorrt.record import RECORD_FILE, read_record
@@ -34,7 +34,6 @@ from nbl_export.targets.tensorrt.static.host import StaticDecoder, StaticRunner
 
 __all__ = ["TRT", "TRT_RTX", "TensorRtEngine"]
 
-_INT4 = "int4"  # directory, in a twin's, of its form with int4 matrices around float32 arithmetic
 _CHECKED_CHUNK = 24  # tokens; small, so that verification crosses chunk borders
 
 
@@ -125,33 +124,11 @@ class TensorRtEngine(Target):
         trust_folder(directory)
         return True
 
-    def write_twin(self, checkpoint: Path, out: Path, cache_length: int) -> None:
-        """The static form in float32."""
+    def write_float32(self, directory: Path, out: Path) -> None:
+        """As `export.write_float32`."""
         from nbl_export.targets.tensorrt import export
 
-        export.save_graph(export.build_form(checkpoint, cache_length), out, GRAPH_FILE)
-
-    def write_int4_twin(self, twin: Path) -> None:
-        """As `export.save_int4_twin`."""
-        from nbl_export.targets.tensorrt import export
-
-        export.save_int4_twin(twin, twin / _INT4)
-
-    def coded(self, directory: Path, scratch: Path, head_dim: int, task: Task) -> Coded | None:
-        """The twin with int4 matrices, which computes in float32; nothing is written to `scratch`."""
-        from nbl_export.graph.quantised import stored_matrices
-
-        form = directory / _INT4
-        if not form.is_dir():
-            return None
-        graph, opened = form / GRAPH_FILE, functools.partial(self.open_graph, form, head_dim)
-        return Coded(graph, opened, stored_matrices(graph), None, ships=False)
-
-    def twin_difference(self, twin: Path, shipped: Path, precision: str) -> str:
-        """As `export.difference`."""
-        from nbl_export.targets.tensorrt import export
-
-        return export.difference(twin, shipped, precision)
+        export.write_float32(directory, out)
 
     def open_runner(self, path: Path, threads: int | None = None, limits: SequenceLimits | None = None) -> StaticRunner:
         """A text runner on a directory with a plan and engine.json; `threads` and `room` have no effect."""
@@ -162,13 +139,19 @@ class TensorRtEngine(Target):
     def open_graph(
         self, directory: Path, head_dim: int, file: str | None = None, threads: int | None = None
     ) -> StaticDecoder:
-        """The float32 twin on ONNX Runtime's CPU provider: the graph with all logits, unless `file` names another."""
+        """A float32 copy on ONNX Runtime's CPU provider: the graph with all logits, unless `file` names another."""
         from nbl_export.targets.tensorrt.static.on_ort import open_decoder
 
         return open_decoder(directory / (file or all_logits_file(directory)), _CHECKED_CHUNK)
 
+    def open_mixed(self, directory: Path, head_dim: int, mixers: Running, tap: str, *, exact: bool) -> MixedDecoder:
+        """The same copy, with mixers in place of attention."""
+        from nbl_export.targets.tensorrt.static.on_ort import open_mixed
+
+        return MixedDecoder(open_mixed(directory / all_logits_file(directory), mixers, tap, _CHECKED_CHUNK), mixers)
+
     def open_checked(self, directory: Path, threads: int | None = None) -> StaticRunner:
-        """A text runner on the same float32 twin, with the logits that the deployed graph gives."""
+        """A text runner on the same copy, with the logits that the deployed graph gives."""
         from nbl_export.targets.tensorrt.static.on_ort import open_runner
 
         return open_runner(directory / GRAPH_FILE, _CHECKED_CHUNK, threads)

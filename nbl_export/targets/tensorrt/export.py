@@ -18,16 +18,16 @@ import onnx_ir as ir
 from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.graph.emitter import run_passes
 from nbl_export.graph.files import read_graph
-from nbl_export.graph.names import GRAPH_FILE, STATIC_GRAPH_FILE, all_logits_file
+from nbl_export.graph.names import ALL_LOGITS_FILE, GRAPH_FILE, STATIC_GRAPH_FILE, all_logits_file
 from nbl_export.model.architectures import windows_of
 from nbl_export.model.checkpoint.pretrained import config_of
+from nbl_export.rewrite.tail import keep_last_token
 from nbl_export.targets.export.finish import add_text_files, captured
 from nbl_export.targets.export.mobius import corrected, refuse_lost_biases
 from nbl_export.targets.tensorrt.static_form import PRECISIONS, finish_passes, form_passes
-from nbl_export.targets.tensorrt.static_form.check import first_difference
-from nbl_export.targets.tensorrt.static_form.numbers import BlockInt4
+from nbl_export.targets.tensorrt.static_form.numbers import CastFloats
 
-__all__ = ["build", "build_form", "difference", "finish", "save_graph", "save_int4_twin"]
+__all__ = ["build", "build_form", "finish", "save_graph", "write_float32"]
 
 
 def build(checkpoint: Path, out: Path, precision: str, *, max_seq_len: int) -> None:
@@ -49,7 +49,7 @@ def build(checkpoint: Path, out: Path, precision: str, *, max_seq_len: int) -> N
 
 
 def build_form(checkpoint: Path, max_seq_len: int) -> ir.Model:
-    """Build the static form in float32 with all logits, in memory: the twin (float32 copy) that a CPU verifies.
+    """Build the static form in float32 with all logits, in memory.
 
     Raises:
         NblError: see `build`.
@@ -75,20 +75,13 @@ def save_graph(model: ir.Model, out: Path, name: str = STATIC_GRAPH_FILE) -> Non
     ir.save(model, out / name, external_data=f"{name}.data")
 
 
-def save_int4_twin(twin: Path, out: Path) -> None:
-    """Write the form of a directory to another directory with int4 matrices; everything else stays float32."""
-    model = read_graph(twin / all_logits_file(twin))
-    BlockInt4()(model)
+def write_float32(directory: Path, out: Path) -> None:
+    """Write a float32 copy of a directory's graphs: a CPU cannot run bf16, and runs fp16 inexactly."""
+    model = read_graph(directory / all_logits_file(directory))
+    CastFloats(ir.DataType.FLOAT)(model)
     save_graph(model, out, GRAPH_FILE)
-
-
-def difference(twin: Path, shipped: Path, precision: str) -> str:
-    """The first difference between a deployed graph and its float32 twin at that precision; "" if there is none."""
-    if not shipped.is_file():
-        return f"there is no {shipped.name}"
-    model = read_graph(twin)
-    finish(model, precision)
-    return first_difference(read_graph(shipped), model)
+    if (directory / ALL_LOGITS_FILE).is_file():
+        keep_last_token(out)
 
 
 def _read_config(checkpoint: Path) -> Any:

@@ -13,7 +13,7 @@ import functools
 import hashlib
 import mmap
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy as np
 
 from nbl_export.errors import CorruptError, MissingPackageError
 from nbl_export.graph.names import IR_FILE, IR_WEIGHTS
-from nbl_export.records.quantised import Blocks, StoredMatrix
+from nbl_export.records.quantised import Blocks
 
 __all__ = [
     "check_ir",
@@ -194,9 +194,9 @@ _MOVES = ("Convert", "Reshape")
 _BITS = {"u4": 4, "i4": 4, "u8": 8, "i8": 8}
 
 
-def stored_matrices(model: Any) -> list[StoredMatrix]:
-    """The matrices of products and look-ups that are not float32, in the order of the graph."""
-    found = []
+def stored_matrices(model: Any) -> dict[str, Callable[[], Blocks]]:
+    """The matrices of products and look-ups that are not float32: name of the node -> unpacks its matrix [N, K]."""
+    found: dict[str, Callable[[], Blocks]] = {}
     for node in model.get_ordered_ops():
         kind = node.get_type_name()
         if kind not in ("MatMul", "Gather"):
@@ -208,8 +208,7 @@ def stored_matrices(model: Any) -> list[StoredMatrix]:
                 continue
             transposed = kind == "Gather" or node.get_attributes()[f"transpose_{'ab'[place]}"] == (place == 1)
             outer = len(node.get_input_partial_shape(place)) - 2  # dimensions in front of a matrix, as of experts
-            blocks = functools.partial(_blocks, chain, outer, transposed)
-            found.append(StoredMatrix(node.get_friendly_name(), kind == "Gather", blocks))
+            found[node.get_friendly_name()] = functools.partial(_blocks, chain, outer, transposed)
             break
     return found
 

@@ -96,7 +96,7 @@ def _refuse_float_maps(model: Any, precision: str) -> None:
     """Refuse a model in codes whose maps are floats: they would read more memory than the attention they replace."""
     if precision == "fp32":
         return
-    coded = {matrix.name for matrix in stored_matrices(model)}
+    coded = set(stored_matrices(model))
     for node in model.get_ops():
         name = node.get_friendly_name()
         if node.get_type_name() == "MatMul" and name.startswith("/nbl/") and name not in coded:

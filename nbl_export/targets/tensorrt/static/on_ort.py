@@ -9,7 +9,7 @@ Measured with onnxruntime 1.32:
   the cache and logs this for each scatter and step.
 - The CPU provider has no MatMul for bf16.
 - By default a block DequantizeLinear + MatMul is fused to MatMulNBits with int8 activations (logits off by up to 1).
-  `session.qdq_matmulnbits_accuracy_level` 1 keeps float32 activations.
+  The argument `exact` of `open_session` keeps float32 activations.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 
 from nbl_export.errors import NblError, one_line
+from nbl_export.graph.mixed import MixedSession
 from nbl_export.graph.session import PAST, contract_of_session, import_onnxruntime, open_session
+from nbl_export.mixers.base import Running
 from nbl_export.targets.tensorrt.static.host import StaticDecoder, StaticRunner
 
-__all__ = ["OrtSession", "open_decoder", "open_runner"]
-
-_FLOAT32_ACTIVATIONS = {"session.qdq_matmulnbits_accuracy_level": "1"}
+__all__ = ["OrtSession", "open_decoder", "open_mixed", "open_runner"]
 
 
 class OrtSession:
@@ -36,6 +36,7 @@ class OrtSession:
         path: the graph, with its data beside it.
         chunk: most tokens of a step; None runs whole prompts.
         threads: intra-op threads; None is ONNX Runtime's choice.
+        mixed: runs in place of a session of the graph.
 
     Raises:
         CorruptError: ONNX Runtime cannot load the graph.
@@ -44,9 +45,11 @@ class OrtSession:
 
     widths: tuple[int, ...] = ()
 
-    def __init__(self, path: Path, chunk: int | None = None, threads: int | None = None) -> None:
-        self._ort = import_onnxruntime()
-        self._session = open_session(path, threads, entries=_FLOAT32_ACTIVATIONS)
+    def __init__(
+        self, path: Path, chunk: int | None = None, threads: int | None = None, mixed: MixedSession | None = None
+    ) -> None:
+        self._ort, self._mixed = import_onnxruntime(), mixed
+        self._session: Any = mixed or open_session(path, threads, exact=True)
         self.contract = contract_of_session(self._session)
         caches = [info for info in self.contract.inputs if PAST.match(info.name)]
         names = {info.name for info in self.contract.inputs}
@@ -72,12 +75,14 @@ class OrtSession:
 
     def run(self, ids_BT: np.ndarray, writes: Sequence[int], counts: Sequence[int]) -> np.ndarray:
         """Run one step; returns logits in the graph's type."""
-        binding = self._session.io_binding()
         controls = {"input_ids": ids_BT, "write_indices": np.array(writes, np.int64),
                     "num_tokens": np.array(counts, np.int64)}  # fmt: skip
+        controls = {name: array for name, array in controls.items() if name in self._names}
+        if self._mixed is not None:
+            return self._run_parts(self._mixed, controls)
+        binding = self._session.io_binding()
         for name, array in controls.items():
-            if name in self._names:
-                binding.bind_cpu_input(name, array)
+            binding.bind_cpu_input(name, array)
         for name, cache in self._caches.items():
             binding.bind_ortvalue_input(name, cache)
             binding.bind_ortvalue_output(name.replace("past_key_values", "present"), cache)
@@ -87,6 +92,14 @@ class OrtSession:
         except Exception as error:
             raise NblError(f"{self._path} failed on a step of {ids_BT.shape[1]} tokens: {one_line(error)}") from error
         logits: np.ndarray = binding.get_outputs()[-1].numpy()
+        return logits
+
+    def _run_parts(self, mixed: MixedSession, controls: dict[str, np.ndarray]) -> np.ndarray:
+        caches = {name: cache.numpy() for name, cache in self._caches.items()}
+        presents = [name.replace("past_key_values", "present") for name in caches]
+        logits, *found = mixed.run(["logits", *presents], {**controls, **caches})
+        for cache, array in zip(self._caches.values(), found, strict=True):
+            cache.update_inplace(array)
         return logits
 
     def device_seconds(self) -> float | None:
@@ -106,6 +119,11 @@ class OrtSession:
 def open_decoder(path: Path, chunk: int | None = None, threads: int | None = None) -> StaticDecoder:
     """Open a graph of the static form for verification."""
     return StaticDecoder(OrtSession(path, chunk, threads))
+
+
+def open_mixed(path: Path, mixers: Running, tap: str, chunk: int | None = None) -> StaticDecoder:
+    """Open a graph of the static form with mixers in place of attention."""
+    return StaticDecoder(OrtSession(path, chunk, mixed=MixedSession(path, mixers, tap, exact=True)))
 
 
 def open_runner(path: Path, chunk: int | None = None, threads: int | None = None) -> StaticRunner:

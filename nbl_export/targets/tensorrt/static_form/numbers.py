@@ -1,9 +1,9 @@
 """Casts all floats of a graph to another type.
 
-    before   every float tensor, value and cache float32      after   float16 or bfloat16, the same nodes
+    before   every float tensor, value and cache float32      after   float16 or bfloat16, the same nodes; or back
 
-TensorRT 11 and TensorRT-RTX are strongly typed: the graph decides the precision. The graph before this pass is the
-float32 twin (float32 copy) of the graph after it: same nodes, same names, weights rounded once.
+TensorRT 11 and TensorRT-RTX are strongly typed: the graph decides the precision. Weights are rounded once. A cast back
+to float32 gives the copy that a CPU verifies: same nodes, same names, same numbers.
 
 The library decides what a kernel accumulates in:
 
@@ -44,11 +44,11 @@ from nbl_export.graph.quantised import quantize_weight
 
 __all__ = ["INT4_BLOCK", "BlockInt4", "CastFloats", "ScaledQueries"]
 
-_WIDE = ir.DataType.FLOAT
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 class CastFloats(ir.passes.InPlacePass):
-    """Cast a float32 graph to another float type; refuses a graph that fixes a float type in an attribute."""
+    """Cast a graph to another float type; refuses a graph that fixes a float type in an attribute."""
 
     def __init__(self, dtype: ir.DataType) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class CastFloats(ir.passes.InPlacePass):
         for node in graph:
             if node.op_type in ("Cast", "CastLike", "Constant", "ConstantOfShape"):
                 raise RefusalError(None, f"{node.name} is a {node.op_type}, which may fix a float type")
-        values = [v for v in _values(graph) if v.dtype == _WIDE] if self._dtype != _WIDE else []
+        values = [v for v in _values(graph) if v.dtype in _FLOATS and v.dtype != self._dtype]
         for value in values:
             if value.const_value is not None:
                 value.const_value = self._cast(value.const_value)

@@ -1,0 +1,70 @@
+"""A graph with the same matrices in codes, whose products do not round activations to 8 bits.
+
+    MatMulNBits, accuracy_level 4 ─┬─ 4 bits ─► MatMulNBits, accuracy_level 1
+                                   └─ 8 bits ─► DequantizeLinear ─ Transpose ─ MatMul
+    DequantizeLinear ─ MatMul ─► the same, which ONNX Runtime may fuse with accuracy_level 1
+
+ONNX Runtime 1.32 has a float32 kernel for codes of 4 bits on CPUs. For codes of 8 bits it dequantises all matrices at
+each step, which takes ten times as long as the products. As a DequantizeLinear they are dequantised once, when the
+graph is loaded. The logits of SmolLM2 in int8 are equal bit for bit in both ways.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import psutil
+
+__all__ = ["exact_model"]
+
+_FLOAT32 = 1  # onnxruntime, docs/ContribOperators.md, MatMulNBits
+_FUSED = {"session.qdq_matmulnbits_accuracy_level": str(_FLOAT32)}  # of a DequantizeLinear and a MatMul
+_NOT_FUSED = {"session.disable_quant_qdq": "1"}  # otherwise the pair becomes a MatMulNBits again
+
+
+def exact_model(proto: Any) -> dict[str, str]:
+    """Change a graph in place, without its external data; returns entries of the session's configuration."""
+    stored = {tensor.name for tensor in proto.graph.initializer}
+    uses = Counter(name for node in proto.graph.node for name in node.input)
+    wide = {
+        node.name
+        for node in proto.graph.node
+        if node.op_type == "MatMulNBits" and _numbers(node).get("bits") == 8
+        if len(node.input) <= 4 and all(name in stored and uses[name] == 1 for name in node.input[1:3])
+    }
+    size = sum(4 * _numbers(node)["N"] * _numbers(node)["K"] for node in proto.graph.node if node.name in wide)
+    if size > psutil.virtual_memory().available / 2:
+        wide = set()
+    nodes = [new for node in proto.graph.node for new in (_dequantised(proto, node) if node.name in wide else [node])]
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    for attribute in (a for node in proto.graph.node if node.op_type == "MatMulNBits" for a in node.attribute):
+        attribute.i = _FLOAT32 if attribute.name == "accuracy_level" else attribute.i
+    return _FUSED | (_NOT_FUSED if wide else {})
+
+
+def _numbers(node: Any) -> dict[str, int]:
+    return {attribute.name: attribute.i for attribute in node.attribute}
+
+
+def _dequantised(proto: Any, node: Any) -> list[Any]:
+    from onnx import helper, numpy_helper
+
+    own, tensors = _numbers(node), {tensor.name: tensor for tensor in proto.graph.initializer}
+    shape, name = [own["N"], own["K"] // own["block_size"]], node.name
+    x, codes, scales, *rest = node.input
+    for tensor, dims in ((codes, [own["N"], own["K"]]), (scales, shape)):
+        del tensors[tensor].dims[:]
+        tensors[tensor].dims.extend(dims)
+    zeros = rest[0] if rest and rest[0] else f"{name}/zeros"
+    if zeros not in tensors:
+        proto.graph.initializer.append(numpy_helper.from_array(np.full(shape, 128, np.uint8), zeros))
+    blocks: dict[str, Any] = {"axis": 1, "block_size": own["block_size"]}
+    wide, turned = f"{name}/wide", f"{name}/turned"
+    return [
+        helper.make_node("DequantizeLinear", [codes, scales, zeros], [wide], f"{name}/DequantizeLinear", **blocks),
+        helper.make_node("Transpose", [wide], [turned], f"{name}/Transpose"),
+        helper.make_node("MatMul", [x, turned], list(node.output), f"{name}/MatMul"),
+    ]

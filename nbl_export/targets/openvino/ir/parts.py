@@ -1,0 +1,78 @@
+"""Parts of an IR between which mixers take the place of attention, as `graph.mixed` cuts an ONNX graph.
+
+    input_ids ─► part 0 ─► x, tap of layer i  ...  x, output of i's mixer ─► part 1 ─► ... ─► logits
+                 states of layers below i                                    states of layers from i to j
+
+Values between parts are called nbl.stream.i (x), nbl.tap.i and nbl.mixed.i (the output of the mixer).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from nbl_export.mixers.base import tapped
+from nbl_export.targets.openvino.ir.anatomy import Dataflow
+
+__all__ = ["parts_of"]
+
+
+def parts_of(model: Any, layers: Sequence[int], tap: str) -> list[Any]:
+    """The part before the join of the first layer, and the part behind each join; the model does not change.
+
+    Raises:
+        RefusalError: a layer is not understood, or has no such tap.
+    """
+    bounds = [None, *sorted(layers), None]
+    return [_part(model.clone(), low, high, tap) for low, high in itertools.pairwise(bounds)]
+
+
+def _part(model: Any, low: int | None, high: int | None, tap: str) -> Any:
+    """From the join of layer `low` to that of `high`; None is the beginning, or the end."""
+    import openvino
+    from openvino import opset13 as ops
+
+    flow = Dataflow(model)
+    results = list(model.get_results())
+    if high is not None:
+        block = flow.block(high)
+        results = [_result(block.residual, f"nbl.stream.{high}"), _result(tapped(block, tap), f"nbl.tap.{high}")]
+    given = []
+    if low is not None:
+        block = flow.block(low)
+        for place, kind in ((1 - block.branch, "stream"), (block.branch, "mixed")):
+            value = block.join.input_value(place)
+            parameter = ops.parameter([-1, -1, -1], value.get_element_type(), name=f"nbl.{kind}.{low}")
+            parameter.output(0).get_tensor().set_names({parameter.get_friendly_name()})
+            block.join.input(place).replace_source_output(parameter.output(0))
+            given.append(parameter)
+    within = [i for i in flow.states if (-math.inf if low is None else low) < i < (math.inf if high is None else high)]
+    sinks = [state.assign for layer in within for state in flow.states[layer]]
+    parameters = [node for node in _above([*results, *sinks]) if node.get_type_name() == "Parameter"]
+    part = openvino.Model(results, sinks, parameters, f"{model.get_name()}.{low}")
+    option = ["runtime_options", "KV_CACHE_PRECISION"]  # the type of the caches that ship
+    if model.has_rt_info(option):
+        part.set_rt_info(model.get_rt_info(option).value, option)
+    return part
+
+
+def _result(value: Any, name: str) -> Any:
+    from openvino import opset13 as ops
+
+    result = ops.result(value)
+    value.get_tensor().add_names({name})
+    return result
+
+
+def _above(nodes: Sequence[Any]) -> list[Any]:
+    """The nodes and all that they depend on."""
+    found: dict[str, Any] = {}
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node.get_name() not in found:
+            found[node.get_name()] = node
+            waiting.extend(value.get_node() for value in node.input_values())
+    return list(found.values())
