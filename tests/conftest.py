@@ -275,11 +275,11 @@ def light_jobs(request: pytest.FixtureRequest) -> Iterator[None]:
     if {"measure", "report"} & set(request.path.relative_to(_TESTS).parts):
         yield
         return
-    from nbl_export.measure import benchmark, instruments
+    from nbl_export.measure import benchmark, footprint
     from nbl_export.report import plots
 
-    def here(open_runner: Any, directory: Path, threads: int | None, *asked: Any) -> instruments.Footprint:
-        return instruments.footprint_here(functools.partial(open_runner, directory, threads), *asked)
+    def here(open_runner: Any, directory: Path, threads: int | None, *asked: Any) -> footprint.Footprint:
+        return footprint.footprint_here(functools.partial(open_runner, directory, threads), *asked)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark, "measure_footprint", here)

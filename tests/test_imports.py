@@ -28,10 +28,10 @@ TARGETS = ("onnx", "openvino", "tensorrt", "checkpoint")  # packages of `targets
 HEAVY = {
     "torch": ("model", "calibrate", "plan", "distill", "mixers",
               "text.parts", "text.sampling", "text.windows", "verify.exporter",
-              "targets.export", "targets.openvino.export", "targets.tensorrt.device", "targets.tensorrt.export",
+              "targets.export", "targets.openvino.export", "targets.openvino.trace", "targets.tensorrt.export",
               "targets.checkpoint"),
     "transformers": ("model", "text.sampling", "targets.export", "targets.onnx.export_genai",
-                     "targets.openvino.export", "targets.tensorrt.export", "targets.checkpoint"),
+                     "targets.openvino.trace", "targets.tensorrt.export", "targets.checkpoint"),
     "vllm": ("targets.checkpoint.vllm",),
     "tensorrt_edgellm": ("targets.checkpoint.edge_llm_code",),
     "olive": ("olive",),

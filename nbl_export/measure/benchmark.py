@@ -42,16 +42,9 @@ import psutil
 
 from nbl_export.errors import NblError
 from nbl_export.files import versions
-from nbl_export.measure.instruments import (
-    Footprint,
-    Instruments,
-    OpenRunner,
-    background_of,
-    disk_bytes,
-    find_meter,
-    measure_footprint,
-    read_clocks,
-)
+from nbl_export.measure.energy import find_meter, read_clocks
+from nbl_export.measure.footprint import Footprint, OpenRunner, disk_bytes, measure_footprint
+from nbl_export.measure.instruments import Instruments, background_of
 from nbl_export.measure.rounds import Bench, Progress, Rule, Steps, Variant, groups, time_rounds
 from nbl_export.model.memory import available_bytes
 from nbl_export.options.options import JobOptions

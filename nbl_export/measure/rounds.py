@@ -27,7 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from nbl_export.measure.instruments import Instruments, OpenRunner, used_between
+from nbl_export.measure.footprint import OpenRunner
+from nbl_export.measure.instruments import Instruments, used_between
 from nbl_export.records.paired import PairedRatio, paired_ratio
 from nbl_export.records.results import Scenario, Timing
 from nbl_export.targets.runners import TextRunner

@@ -34,7 +34,7 @@ from nbl_export.report.speed import speed
 from nbl_export.report.table import escaped
 from nbl_export.run_directory import REPORT_JSON, RunDirectory
 from nbl_export.targets import load_engine
-from nbl_export.targets.gpu import PROVIDERS
+from nbl_export.targets.providers import PROVIDERS
 
 __all__ = ["CARD", "BaseModel", "check_hub_id", "check_publishable", "find", "render", "write_card"]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nbl_export.errors import UsageError
 from nbl_export.targets.base import Target
-from nbl_export.targets.gpu import PROVIDERS
+from nbl_export.targets.providers import PROVIDERS
 
 __all__ = ["ENGINES", "all_targets", "exporter_of", "load_engine", "owner_of"]
 

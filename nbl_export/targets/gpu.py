@@ -12,8 +12,6 @@ CUDA 12.6 and TensorRT 10.3, and the cache operator of our graphs needs 10.15.
 A driver also runs packages of an older CUDA. Sources: TensorRT 11.4, "Prerequisites" (R580 for CUDA 13, R535 for the
 wheels of CUDA 12); cuda-bindings, "Installation" (13 needs driver 580.65.06, 12.9 needs 525.60.13) and the release
 notes of 13.0.3 (the bindings link the runtime of CUDA 13 statically, so they bring this requirement).
-
-GPU execution providers of ONNX Runtime GenAI, as data; `targets.onnx.gpu` has the observations behind them.
 """
 
 from __future__ import annotations
@@ -22,12 +20,12 @@ import contextlib
 import ctypes
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["CUDA", "PROVIDERS", "CudaRelease", "Gpu", "Provider", "describe", "find_gpu", "free_bytes", "outdated",
-           "release_for", "spoken", "unpackaged"]  # fmt: skip
+__all__ = ["CUDA", "CudaRelease", "Gpu", "describe", "find_gpu", "free_bytes", "has_kernels", "outdated", "release_for",
+           "spoken", "unpackaged"]  # fmt: skip
 
 _LIBRARIES = ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1", "libcuda.so")
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
@@ -211,64 +209,10 @@ def _call(driver: ctypes.CDLL, function: str, *arguments: object) -> None:
         raise OSError(f"{function} answers {status}")
 
 
-@dataclass(frozen=True)
-class Provider:
-    """An execution provider of ONNX Runtime GenAI.
-
-    Attributes:
-        genai: its name in genai_config.json.
-        computes: compute capabilities that have kernels; empty means `least_compute` and later. CUDA 13 has none below
-            7.5. The TensorRT for RTX provider needs 8.0 (TensorRT-RTX-EP-ABI, "Runtime prerequisites").
-        cuda: CUDA major version of the packages.
-        registered: name and package of a provider that is a separate library.
-        builder_options: options that the GenAI builder gets for the provider, by precision.
-    """
-
-    flag: str
-    genai: str
-    title: str
-    precisions: tuple[str, ...]
-    packages: tuple[str, ...]
-    least_compute: str = "7.5"
-    computes: tuple[str, ...] = ()
-    cuda: int = 13
-    registered: tuple[str, str] | None = None
-    dense_caches: bool = False
-    builder_options: tuple[tuple[str, tuple[str, ...]], ...] = ()
-
-    @property
-    def extra(self) -> str:
-        """The optional extra that installs the provider."""
-        return "gpu" if self.registered is None else self.flag
-
-    def options_for(self, precision: str) -> tuple[str, ...]:
-        """Extra options of the GenAI builder, as key=value."""
-        return dict(self.builder_options).get(precision, ())
-
-    def runs_on(self, compute: str) -> bool:
-        """Whether the provider has kernels for a compute capability."""
-        if self.computes:
-            return compute in self.computes
-        return _version(compute) >= _version(self.least_compute)
+def has_kernels(compute: str, computes: Sequence[str], least: str) -> bool:
+    """Whether a compute capability is one of `computes`, or at least `least` if `computes` is empty."""
+    return compute in computes if computes else _version(compute) >= _version(least)
 
 
 def _version(compute: str) -> tuple[int, ...]:
     return tuple(int(part) for part in compute.split("."))
-
-
-_PACKAGES = ("onnxruntime-gpu", "onnxruntime-genai-cuda")
-_RTX_PACKAGE = "onnxruntime-ep-nv-tensorrt-rtx"
-PROVIDERS = {
-    "cuda": Provider("cuda", "cuda", "CUDA", ("fp16", "int8", "int4"), _PACKAGES),
-    "nv-tensorrt-rtx": Provider(
-        "nv-tensorrt-rtx",
-        "NvTensorRtRtx",
-        "TensorRT for RTX",
-        ("fp16", "int4"),
-        (*_PACKAGES, _RTX_PACKAGE),
-        computes=("8.0", "8.6", "8.9", "12.0", "12.1"),
-        registered=("NvTensorRTRTXExecutionProvider", _RTX_PACKAGE),
-        dense_caches=True,
-        builder_options=(("int4", ("int4_op_types_to_quantize=MatMul", "shared_embeddings=0")),),
-    ),
-}

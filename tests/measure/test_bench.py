@@ -26,7 +26,9 @@ from nbl_export import child
 from nbl_export.errors import NblError
 from nbl_export.measure import benchmark, rounds
 from nbl_export.measure.benchmark import BenchSetting, decode_tokens, limits_for, plan_scenarios
-from nbl_export.measure.instruments import Footprint, Instruments, Meter, Reading, measure_footprint, read_usage
+from nbl_export.measure.energy import Meter
+from nbl_export.measure.footprint import Footprint, measure_footprint
+from nbl_export.measure.instruments import Instruments, Reading, read_usage
 from nbl_export.measure.rounds import Variant
 from nbl_export.options.options import JobOptions
 from nbl_export.records.paired import figures

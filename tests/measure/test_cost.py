@@ -23,7 +23,7 @@ from nbl_export.options.options import JobOptions
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.mlp import MlpSpec
 from nbl_export.run.facts import capabilities_of
-from nbl_export.targets.openvino.export import _trace_experts
+from nbl_export.targets.openvino.trace import _trace_experts
 
 from ..tiny import EVERY, HIDDEN, INNER, cases, mlp_module, record_of, save_gguf
 

@@ -17,7 +17,8 @@ import pytest
 
 from nbl_export.measure import benchmark
 from nbl_export.measure.benchmark import BenchSetting
-from nbl_export.measure.instruments import Footprint, Instruments
+from nbl_export.measure.footprint import Footprint
+from nbl_export.measure.instruments import Instruments
 from nbl_export.measure.rounds import Variant
 from nbl_export.records.results import Scenario
 from nbl_export.targets.onnx.genai import GenaiRunner

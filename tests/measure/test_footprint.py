@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nbl_export.measure.instruments import disk_bytes
+from nbl_export.measure.footprint import disk_bytes
 
 
 def test_every_file_has_one_kind_and_none_is_forgotten(tmp_path: Path) -> None:

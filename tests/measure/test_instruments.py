@@ -13,17 +13,9 @@ from typing import Any
 
 import pytest
 
-from nbl_export.measure import instruments
-from nbl_export.measure.instruments import (
-    Meter,
-    Reading,
-    background_of,
-    find_meter,
-    read_clocks,
-    read_usage,
-    used_between,
-    wait_until_idle,
-)
+from nbl_export.measure import energy
+from nbl_export.measure.energy import Meter, find_meter, read_clocks
+from nbl_export.measure.instruments import Reading, background_of, read_usage, used_between, wait_until_idle
 from nbl_export.records.results import spoken_background
 
 
@@ -195,15 +187,15 @@ class Nvml:
 def test_driver_clocks_and_power_limit_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     known = {"driver": "580.65.06", "sm_mhz": 1980, "memory_mhz": 2619}
     for library, more in ((Nvml(0), {"power_limit_watts": 700.0}), (Nvml(0, status=3), {})):
-        monkeypatch.setattr(instruments.ctypes, "CDLL", lambda _name, library=library: library)
+        monkeypatch.setattr(energy.ctypes, "CDLL", lambda _name, library=library: library)
         assert read_clocks() == {**known, **more}
-    monkeypatch.setattr(instruments.ctypes, "CDLL", lambda _name: Nvml(0, gpus=2))
+    monkeypatch.setattr(energy.ctypes, "CDLL", lambda _name: Nvml(0, gpus=2))
     assert read_clocks() is None
 
 
 def test_millijoules_of_a_gpu_are_read_as_microjoules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counter, library = zone(tmp_path, "intel-rapl:0", "package-0", 100), Nvml(70)
-    monkeypatch.setattr(instruments.ctypes, "CDLL", lambda _name: library)
+    monkeypatch.setattr(energy.ctypes, "CDLL", lambda _name: library)
     meter = find_meter(gpu=True, powercap=tmp_path)
     assert meter is not None and meter.sources == ("package 0", "GPU")
     library.millijoules = 75
@@ -218,5 +210,5 @@ def test_millijoules_of_a_gpu_are_read_as_microjoules(tmp_path: Path, monkeypatc
 def test_no_gpu_several_or_one_without_a_counter_is_no_meter(
     library: Nvml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(instruments.ctypes, "CDLL", lambda _name: library)
+    monkeypatch.setattr(energy.ctypes, "CDLL", lambda _name: library)
     assert find_meter(gpu=True, powercap=tmp_path) is None

@@ -15,11 +15,11 @@ import pytest
 
 from nbl_export.errors import NblError
 from nbl_export.targets import load_engine
-from nbl_export.targets.gpu import PROVIDERS, Gpu
+from nbl_export.targets.gpu import Gpu
+from nbl_export.targets.onnx import cuda, gpu
 from nbl_export.targets.onnx import engine as ort
-from nbl_export.targets.onnx import gpu
-from nbl_export.targets.onnx import gpu as cuda
-from nbl_export.targets.onnx.gpu import check_cuda, load_cuda
+from nbl_export.targets.onnx.cuda import check_cuda, load_cuda
+from nbl_export.targets.providers import PROVIDERS
 
 ADA = Gpu("NVIDIA RTX 4090", "8.9", (13, 0))
 OLD_DRIVER = Gpu("NVIDIA L4", "8.9", (12, 8))

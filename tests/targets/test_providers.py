@@ -13,11 +13,12 @@ import onnx
 import pytest
 
 from nbl_export.targets import load_engine
-from nbl_export.targets.gpu import PROVIDERS, Gpu
+from nbl_export.targets.gpu import Gpu
 from nbl_export.targets.onnx import engine as ort
 from nbl_export.targets.onnx import gpu
 from nbl_export.targets.onnx.facts import provider_of
 from nbl_export.targets.onnx.genai import CPU, GenaiRunner
+from nbl_export.targets.providers import PROVIDERS
 from nbl_export.targets.runners import SequenceLimits
 
 from ..command import assert_refused, nbl

@@ -20,8 +20,7 @@ from nbl_export.model.architectures import ARCHITECTURES
 from nbl_export.records.results import CheckResult
 from nbl_export.targets.export import mobius, restore_attention
 from nbl_export.targets.onnx import export_genai as genai_patches
-from nbl_export.targets.openvino import export as states
-from nbl_export.targets.openvino import export as trace
+from nbl_export.targets.openvino import states, trace
 from nbl_export.targets.tensorrt import export as static
 from nbl_export.targets.tensorrt import static_form
 from nbl_export.targets.tensorrt.static.on_ort import open_decoder

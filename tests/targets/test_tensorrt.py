@@ -23,10 +23,11 @@ from nbl_export.targets.base import BuildSettings
 from nbl_export.targets.tensorrt import build, kernels, network, runner
 from nbl_export.targets.tensorrt import engine as tensorrt
 from nbl_export.targets.tensorrt import export as static
-from nbl_export.targets.tensorrt import library as log
+from nbl_export.targets.tensorrt import messages as log
 from nbl_export.targets.tensorrt import record as engine_record
 from nbl_export.targets.tensorrt.build import build_engine
-from nbl_export.targets.tensorrt.library import Message, load_library, messages_of
+from nbl_export.targets.tensorrt.library import load_library
+from nbl_export.targets.tensorrt.messages import Message, messages_of
 from nbl_export.targets.tensorrt.network import ParsedNetwork, parse
 from nbl_export.targets.tensorrt.plan_file import Plan
 from nbl_export.targets.tensorrt.record import read_record

@@ -16,7 +16,8 @@ from nbl_export.targets.base import BuildSettings
 from nbl_export.targets.tensorrt import build, network
 from nbl_export.targets.tensorrt import export as static
 from nbl_export.targets.tensorrt.build import build_engine
-from nbl_export.targets.tensorrt.library import load_library, messages_of
+from nbl_export.targets.tensorrt.library import load_library
+from nbl_export.targets.tensorrt.messages import messages_of
 from nbl_export.targets.tensorrt.network import ParsedNetwork, lacks_kernel, parse
 from nbl_export.targets.tensorrt.record import read_record
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nbl_export.errors import NblError
-from nbl_export.targets.tensorrt.library import LAYERS_NOTE, Messages, require
+from nbl_export.targets.tensorrt.messages import LAYERS_NOTE, Messages, require
 
 from ..fake_tensorrt import FakeDevice, FakeTensorRT
 

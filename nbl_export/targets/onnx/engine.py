@@ -15,10 +15,10 @@ from nbl_export.records.capabilities import LINEAR_KINDS, Capabilities
 from nbl_export.targets.base import Availability, DecoderFacts, ExportSettings, Target
 from nbl_export.targets.export import mobius
 from nbl_export.targets.export.finish import check_bounds, finish_directory
-from nbl_export.targets.gpu import PROVIDERS
 from nbl_export.targets.onnx import export_genai
 from nbl_export.targets.onnx.facts import provider_of, read_facts
 from nbl_export.targets.onnx.genai import GenaiRunner, load_package
+from nbl_export.targets.providers import PROVIDERS
 from nbl_export.targets.runners import SequenceLimits
 
 __all__ = ["CAPABILITIES", "ORT", "OrtEngine", "is_installed", "probe"]

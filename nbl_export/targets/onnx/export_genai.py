@@ -31,7 +31,7 @@ from nbl_export.graph.names import GRAPH_FILE
 from nbl_export.model.architectures import ARCHITECTURES
 from nbl_export.targets.base import ExportSettings
 from nbl_export.targets.export.finish import captured
-from nbl_export.targets.gpu import PROVIDERS
+from nbl_export.targets.providers import PROVIDERS
 
 __all__ = ["PRECISIONS", "build"]
 

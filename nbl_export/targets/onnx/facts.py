@@ -15,7 +15,7 @@ from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE
 from nbl_export.graph.trust import read_proto
 from nbl_export.records.decoder import is_state
 from nbl_export.targets.base import DecoderFacts
-from nbl_export.targets.gpu import PROVIDERS
+from nbl_export.targets.providers import PROVIDERS
 from nbl_export.trust.contained import check_inside
 
 __all__ = ["GenaiSettings", "provider_of", "read_facts"]

@@ -39,14 +39,13 @@ from nbl_export.graph.trust import read_proto
 from nbl_export.records.decoder import ITEMSIZE, GraphContract
 from nbl_export.targets.base import BuildSettings
 from nbl_export.targets.gpu import Gpu, find_gpu
-from nbl_export.targets.tensorrt.library import (
+from nbl_export.targets.tensorrt.library import Library, load_library
+from nbl_export.targets.tensorrt.messages import (
     LAYERS_NOTE,
-    Library,
     Message,
     Messages,
     complaints,
     ignored_inputs,
-    load_library,
     messages_of,
     require,
 )

@@ -198,7 +198,7 @@ def _cuda_major(library: Library) -> int | None:
 @functools.cache
 def _build_known_answer(trt: Any) -> None:
     """Build y = x + x. Raises the library's own error, or NblError if the library gives no plan."""
-    from nbl_export.targets.tensorrt.library import messages_of
+    from nbl_export.targets.tensorrt.messages import messages_of
 
     log = messages_of(trt)
     with log.collected() as said:

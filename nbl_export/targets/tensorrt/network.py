@@ -34,7 +34,8 @@ import numpy as np
 
 from nbl_export.errors import NblError
 from nbl_export.records.decoder import GraphContract, TensorInfo
-from nbl_export.targets.tensorrt.library import Library, Messages, changes, require
+from nbl_export.targets.tensorrt.library import Library
+from nbl_export.targets.tensorrt.messages import Messages, changes, require
 
 __all__ = ["DECOMPOSABLE", "FUSED", "FUSED_BF16", "ParsedNetwork", "allow_decomposing", "attend_in_bf16",
            "bypass_unit_scale", "lacks_kernel", "parse"]  # fmt: skip

@@ -45,7 +45,8 @@ from nbl_export.records.decoder import ITEMSIZE, TensorInfo
 from nbl_export.targets.gpu import Gpu, find_gpu
 from nbl_export.targets.tensorrt.device import Device, attempt_all, open_device
 from nbl_export.targets.tensorrt.kernels import KERNELS_FILE, KernelCache, made_for
-from nbl_export.targets.tensorrt.library import Library, Messages, load_library, messages_of, require
+from nbl_export.targets.tensorrt.library import Library, load_library
+from nbl_export.targets.tensorrt.messages import Messages, messages_of, require
 from nbl_export.targets.tensorrt.record import ENGINE_FILE, EngineRecord, read_plan, read_record, refuse_foreign
 from nbl_export.targets.tensorrt.static.schedule import profile_for
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from nbl_export.files import replacing
 from nbl_export.targets.gpu import Gpu
-from nbl_export.targets.tensorrt.library import require
+from nbl_export.targets.tensorrt.messages import require
 from nbl_export.trust.user_lists import cache_file
 
 __all__ = ["begin_with", "keep", "timings_file"]

@@ -1,0 +1,168 @@
+"""Hears what TensorRT says: parser and builder share one logger, some warnings decide, and no message is dropped.
+
+    in a block that collects      kept for the block, which refuses, or warns when it has succeeded
+    elsewhere                     Python's logging: complaints as warnings and errors, the rest with -v
+
+TensorRT takes ONE logger per process: while any builder, runtime or refitter lives, a second logger is ignored with a
+warning. So each library has one logger here, whose sink is exchanged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nbl_export.errors import NblError
+
+__all__ = ["LAYERS_NOTE", "Message", "Messages", "changes", "complaints", "ignored_inputs", "messages_of", "require"]
+
+log = logging.getLogger(__name__)
+
+# Messages that appear for every graph and mean nothing (seen with TensorRT-RTX 1.7.1): a note on each int64 input, the
+# echo of every error without a GPU, and the second logger if other code has made the first.
+_NOISE = ("has Int64 binding", "catchCudaError", "The logger passed into")
+# Warnings of the parser after which an engine computes something else, since a part of the graph is dropped or changed
+# (LOG_WARNING in the sources of onnx-tensorrt, texts in the parser of TensorRT-RTX 1.7.1). Others are passed on.
+_CHANGES = ("clamp", "ignor", "not supported", "doesn't support", "supports only", "not guaranteed", "unused input")
+# How the builder reports an input that the parser dropped silently.
+_IGNORED = ("Unused Input", "is unused or used only at compile-time")
+_SERIOUS = {"WARNING": logging.WARNING, "ERROR": logging.ERROR, "INTERNAL_ERROR": logging.ERROR}
+# The only note of the level VERBOSE that is kept: the layers of a plan, one a line.
+LAYERS_NOTE = "Engine Layer Information"
+_LONGEST = 500  # characters of a message in an error
+
+
+@dataclass(frozen=True)
+class Message:
+    """A message of the library.
+
+    Attributes:
+        severity: the library's own name of the severity.
+    """
+
+    severity: str
+    text: str
+
+
+class Messages:
+    """The logger of a library, and the sink that it fills at present."""
+
+    def __init__(self, trt: Any) -> None:
+        self._sinks: list[list[Message]] = []
+        outer = self
+
+        class Logger(trt.ILogger):
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)  # pybind11 wants the base's own __init__
+
+            def log(self, severity: Any, msg: str) -> None:
+                # the other notes are thousands of lines for a small graph
+                if severity != trt.ILogger.VERBOSE or msg.startswith(LAYERS_NOTE):
+                    outer._hear(Message(severity.name, msg))
+
+        self.logger = Logger()
+
+    def _hear(self, message: Message) -> None:
+        if self._sinks:
+            self._sinks[-1].append(message)
+            log.debug("TensorRT: %s", _one_line(message.text))
+        else:
+            _pass_on(message)
+
+    @contextlib.contextmanager
+    def collected(self) -> Iterator[list[Message]]:
+        """Collect the messages of the block."""
+        sink: list[Message] = []
+        self._sinks.append(sink)
+        try:
+            yield sink
+        finally:
+            # by identity, because a list equals any other empty list
+            self._sinks = [other for other in self._sinks if other is not sink]
+
+    @contextlib.contextmanager
+    def explaining(self, failure: str, advice: str = "") -> Iterator[list[Message]]:
+        """Collect the messages of the block, and turn the library's refusal into an error that quotes them.
+
+        The library refuses with False or None (see `require`), with RuntimeError, or with TypeError if a constructor
+        gives no object. If the block succeeds, its complaints become warnings.
+
+        Args:
+            failure: begins the error; `require` may begin it more precisely.
+            advice: ends the error.
+
+        Raises:
+            NblError: the library has refused.
+        """
+        with self.collected() as said:
+            try:
+                yield said
+            except NblError:
+                raise
+            except Exception as error:
+                silent = isinstance(error, _Refused)
+                began = str(error) if silent and str(error) else failure
+                own = "it gives no reason" if silent else _one_line(f"{_kind(error)}{error}")
+                why = (complaints(said) or [own])[0][:_LONGEST]
+                raise NblError("; ".join([f"{began}: {why}", *([advice] if advice else [])])) from error
+        for message in said:
+            if complaints([message]):
+                _pass_on(message)
+
+
+class _Refused(Exception):
+    """The library answered False or None; the text begins the error, or is empty."""
+
+
+def require(answer: Any, what: str = "") -> Any:
+    """The answer of the library, inside a block of `Messages.explaining`; False and None end the block.
+
+    Args:
+        what: what was asked for, for the error.
+    """
+    if answer is None or answer is False:
+        raise _Refused(f"TensorRT refuses {what}" if what else "")
+    return answer
+
+
+def _pass_on(message: Message) -> None:
+    level = _SERIOUS[message.severity] if complaints([message]) else logging.DEBUG
+    log.log(level, "TensorRT: %s", _one_line(message.text))
+
+
+_LOGGERS: dict[int, Messages] = {}
+
+
+def messages_of(trt: Any) -> Messages:
+    """The only logger of a library."""
+    if id(trt) not in _LOGGERS:
+        _LOGGERS[id(trt)] = Messages(trt)
+    return _LOGGERS[id(trt)]
+
+
+def complaints(messages: Sequence[Message]) -> list[str]:
+    """Warnings and errors that matter, each as one line."""
+    serious = (_one_line(m.text) for m in messages if m.severity in _SERIOUS)
+    return [text for text in serious if not any(noise in text for noise in _NOISE)]
+
+
+def changes(messages: Sequence[Message]) -> list[str]:
+    """The parser's complaints about a graph that its network would not compute."""
+    return [text for text in complaints(messages) if any(sign in text.lower() for sign in _CHANGES)]
+
+
+def ignored_inputs(messages: Sequence[Message]) -> list[str]:
+    """The complaints about inputs that are not read."""
+    return [text for text in complaints(messages) if any(sign in text for sign in _IGNORED)]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _kind(error: Exception) -> str:
+    """Type of an exception in front of its text; RuntimeError says nothing that the text does not."""
+    return "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
