@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from nbl_export.evaluation.lm import find_graph
+from nbl_export.evaluation.lm import open_graph
 from nbl_export.evaluation.measure import NamedText, windows
 from nbl_export.evaluation.scorer import GraphScorer, Request
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.names import GRAPH_FILE
 from nbl_export.model.checkpoint.load import load_tokenizer
 from nbl_export.records.quality import increase_interval, perplexity
+from nbl_export.targets.onnx.facts import read_facts
 from nbl_export.text.corpus import read_text
 
 TEXTS = {"c4": "c4/c4_demo.json", "wikitext": "wikitext-2-raw/wiki.valid.raw"}
@@ -34,12 +35,11 @@ DECODED = 48
 
 def losses(directory: Path, data: Path, count: int) -> dict[str, list[float]]:
     """Mean loss of each window, in nats, by text."""
-    place, tokenizer = find_graph(directory), load_tokenizer(directory)
-    scorer, found = GraphScorer(place.open(), place.max_positions), {}
+    scorer, tokenizer, found = GraphScorer(*open_graph(directory)), load_tokenizer(directory), {}
     for name, file in TEXTS.items():
         cut = windows(NamedText(name, read_text(str(data / file))), tokenizer, CONTEXT, count)
         scores = scorer.score([Request(tuple(ids[:1]), tuple(ids[1:])) for ids in cut])
-        found[name] = [-score.loglikelihood / (CONTEXT - 1) for score in scores]
+        found[name] = [-score / (CONTEXT - 1) for score, _ in scores]
     return found
 
 
@@ -57,7 +57,7 @@ def seconds(graphs: dict[str, Path], rounds: int) -> dict[str, dict[str, list[fl
     names = list(graphs)
     for k in range(rounds + 1):
         for name in names[k % len(names) :] + names[: k % len(names)]:
-            decoder = OnnxDecoder(graphs[name], find_graph(graphs[name]).head_dim, 1, file=GRAPH_FILE)
+            decoder = OnnxDecoder(graphs[name], read_facts(graphs[name]).head_dim, 1, file=GRAPH_FILE)
             decoder.begin(1)
             decoder.step(ids[:, :32])
             decoder.begin(1)

@@ -86,7 +86,6 @@ class Everyone:
     def _scores(self, last_BTD: Any, batch: Sequence[Any]) -> list[Any]:
         import torch
 
-        from nbl_export.evaluation.scorer import Score
         from nbl_export.model.head import logits_of
 
         places = [(b, len(r.context) - 1 + k) for b, r in enumerate(batch) for k in range(len(r.continuation))]
@@ -98,7 +97,7 @@ class Everyone:
         scores, begin = [], 0
         for request in batch:
             end = begin + len(request.continuation)
-            scores.append(Score(said[begin:end].sum().item(), bool(greedy[begin:end].all())))
+            scores.append((said[begin:end].sum().item(), bool(greedy[begin:end].all())))
             begin = end
         return scores
 
@@ -117,10 +116,8 @@ def answering(tokenizer: Any, max_length: int) -> Any:
             self.scorer = self
 
         def score(self, requests: Sequence[Any], _progress: Any) -> list[Any]:
-            from nbl_export.evaluation.scorer import Score
-
             self.asked = list(requests)
-            return [Score(0.0, False) if self.scores is None else self.scores[r] for r in requests]
+            return [(0.0, False) if self.scores is None else self.scores[r] for r in requests]
 
     return Answers()
 
@@ -132,8 +129,8 @@ def measured(outcome: Any, original: Any, names: Sequence[str]) -> dict[str, Any
     found = {}
     for name in names:
         ours, theirs = outcome.metrics[name], original.metrics[name]
-        apart = difference(ours.aggregation, ours.items, theirs.items)
-        found[name] = {"value": ours.value, "stderr": ours.stderr, "change": apart.value, "change_stderr": apart.stderr}
+        change, error = difference(ours.aggregation, ours.items, theirs.items)
+        found[name] = {"value": ours.value, "stderr": ours.stderr, "change": change, "change_stderr": error}
     return found
 
 

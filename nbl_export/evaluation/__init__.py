@@ -6,5 +6,7 @@
     length.py      loss by position, retrieval and copying in long windows
     results.py     eval.json: the figures, and which of them are still valid
 
-`python -m nbl_export.evaluation` is lm-evaluation-harness' own command line with the model `nbl-onnx`.
+lm-evaluation-harness makes prompts and computes metrics. This package brings models, documents of local files, paired
+differences and quality at length. `python -m nbl_export.evaluation` is the harness' own command line with the model
+`nbl-onnx`.
 """

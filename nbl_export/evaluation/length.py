@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from nbl_export.errors import NblError
-from nbl_export.evaluation.measure import Metric, NamedText, Outcome, figure, windows
+from nbl_export.evaluation.measure import Metric, NamedText, Outcome, windows
 from nbl_export.evaluation.scorer import Request
 from nbl_export.records.quality import NEAR
 
@@ -83,20 +83,8 @@ def run_length(
             correct = greedy.all() if test == RETRIEVAL else greedy.mean()
             found.setdefault(f"correct {end}", []).append(float(correct))
         progress(len(said), len(items))
-    metrics = {name: _metric(name, values) for name, values in found.items()}
-    return Outcome(
-        len(next(iter(found.values()))),
-        metrics,
-        tuple(said),
-        tuple(item.counts for item in items),
-        len(items),
-        time.monotonic() - started,
-    )
-
-
-def _metric(name: str, values: list[float]) -> Metric:
-    mean = figure("mean", values)
-    return Metric(mean.value, mean.stderr, "mean", name.startswith("correct"), tuple(values))
+    metrics = {k: Metric.of("mean", v, higher_is_better=k.startswith("correct")) for k, v in found.items()}
+    return Outcome(len(next(iter(found.values()))), metrics, tuple(said), time.monotonic() - started)
 
 
 def _items(test: str, rows: list[list[int]], tokenizer: Any, window: int, count: int) -> Iterator[_Item]:

@@ -1,19 +1,17 @@
-"""An exported decoder graph as a model of lm-evaluation-harness: `--model nbl-onnx --model_args path=DIR`.
+"""An exported decoder graph as a model of lm-evaluation-harness: `--model nbl-onnx --model_args path=DIR/model`.
 
 `torch_lm` is the harness' own class over a loaded torch model.
 
 Tokenisation is that of the harness' own class for transformers (`lm_eval.models.huggingface.HFLM`), so scores are
 comparable. The tokenizer adds special tokens, unless the text already begins with one.
-
-Finds the decoder graph of a run directory or of a model directory, for scores.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
@@ -22,15 +20,11 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 
 from nbl_export.errors import NblError
 from nbl_export.evaluation.scorer import GraphScorer, Request, TokenScores
-from nbl_export.graph.names import MANIFEST
 from nbl_export.model.checkpoint.load import load_tokenizer
-from nbl_export.run_directory import DECODERS, MADE_BY, RunDirectory
-from nbl_export.targets import load_engine, owner_of
-from nbl_export.targets.base import Target
-from nbl_export.targets.runners import RewindingDecoder
+from nbl_export.targets import owner_of
 from nbl_export.trust.contained import check_folder
 
-__all__ = ["GraphPlace", "OnnxLM", "find_graph", "torch_lm"]
+__all__ = ["OnnxLM", "open_graph", "torch_lm"]
 
 _NEW_TOKENS = 256
 _ROWS = 16
@@ -42,8 +36,7 @@ class OnnxLM(TemplateLM):
     """Scores and greedy text of one graph on the CPU.
 
     Args:
-        path: a run directory of nbl-export, or a model directory (genai_config.json).
-        variant: of a run directory: "nbl" or "original".
+        path: a model directory, such as `model` or `original` of a run.
         batch_size: most sequences of a batch; "auto" is 16. A batch is also bounded by the size of its logits.
         max_length: most tokens read at once; None means the model's positions.
         threads: of ONNX Runtime; None lets ONNX Runtime choose.
@@ -56,7 +49,6 @@ class OnnxLM(TemplateLM):
     def __init__(
         self,
         path: str,
-        variant: str = "nbl",
         batch_size: int | str | None = "auto",
         max_length: int | None = None,
         threads: int | None = None,
@@ -64,14 +56,14 @@ class OnnxLM(TemplateLM):
         **_of_other_models: Any,  # the harness passes device and max_batch_size to every model
     ) -> None:
         super().__init__()
-        place = find_graph(Path(path), variant)
-        self.tokenizer = load_tokenizer(place.directory)
-        self.max_length = min(int(max_length or place.max_positions), place.max_positions)
+        decoder, positions = open_graph(Path(path), int(threads) if threads else None)
+        self.tokenizer = load_tokenizer(Path(path))
+        self.max_length = min(int(max_length or positions), positions)
         rows = _ROWS if str(batch_size).startswith("auto") or batch_size is None else int(batch_size)
-        self.scorer = GraphScorer(place.open(int(threads) if threads else None), self.max_length, rows)
+        self.scorer = GraphScorer(decoder, self.max_length, rows)
         self.batch_size = rows
         self.max_gen_toks = _NEW_TOKENS
-        self._place = place
+        self._path = Path(path).absolute()
         self.progress = progress
 
     # -- tokens ----------------------------------------------------------------------------------------
@@ -101,7 +93,7 @@ class OnnxLM(TemplateLM):
     @property
     def tokenizer_name(self) -> str:
         """The key of the harness' cache of chat prompts."""
-        return str(self._place.directory.absolute()).replace("/", "__")
+        return str(self._path).replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as one text, by the model's own template."""
@@ -126,8 +118,7 @@ class OnnxLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """(log-likelihood, greedy?) of each request; TemplateLM.loglikelihood calls this after tokenisation."""
         wanted = [Request(tuple(context), tuple(continuation)) for _, context, continuation in requests]
-        scores = self.scorer.score(wanted, self.progress or (lambda _done, _total: None))
-        found = [(score.loglikelihood, score.greedy) for score in scores]
+        found = self.scorer.score(wanted, self.progress or (lambda _done, _total: None))
         for (texts, _, _), answer in zip(requests, found, strict=True):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, answer)
@@ -202,22 +193,17 @@ def torch_lm(model: Any, tokenizer: Any, max_length: int) -> Any:
         progress: Any = None
         _asked = _read = 0
 
-        def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            return super().loglikelihood(requests, disable_tqdm=True)
-
-        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            return super().loglikelihood_rolling(requests, disable_tqdm=True)
-
-        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            return super().generate_until(requests, disable_tqdm=True)
+        loglikelihood = functools.partialmethod(HFLM.loglikelihood, disable_tqdm=True)
+        loglikelihood_rolling = functools.partialmethod(HFLM.loglikelihood_rolling, disable_tqdm=True)
+        generate_until = functools.partialmethod(HFLM.generate_until, disable_tqdm=True)
 
         def token_scores(self, request: Request) -> TokenScores:
             ids = (*request.context, *request.continuation)
             return TokenScores(*token_scores(model, ids, len(request.continuation)))
 
-        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, override_bs: Any = None) -> Any:
+        def _loglikelihood_tokens(self, requests: Any, **settings: Any) -> Any:
             self._asked, self._read = len(requests), 0
-            return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+            return super()._loglikelihood_tokens(requests, **{**settings, "disable_tqdm": True})
 
         def _model_call(self, inps: Any, **kwargs: Any) -> Any:
             logits = super()._model_call(inps, **kwargs)
@@ -236,53 +222,15 @@ def torch_lm(model: Any, tokenizer: Any, max_length: int) -> Any:
     )
 
 
-@dataclass(frozen=True)
-class GraphPlace:
-    """A directory with a decoder graph and a tokenizer, and facts that the graph does not state."""
-
-    directory: Path
-    target: Target
-    head_dim: int
-    max_positions: int
-
-    def open(self, threads: int | None = None) -> RewindingDecoder:
-        """Open the graph on its engine; if there are two graphs, the graph with the logits of all positions."""
-        return cast(RewindingDecoder, self.target.open_graph(self.directory, self.head_dim, threads=threads))
-
-
-def find_graph(path: Path, variant: str = "nbl") -> GraphPlace:
-    """The graph of a variant in a run directory, or the graph of a model directory.
+def open_graph(directory: Path, threads: int | None = None) -> tuple[Any, int]:
+    """The decoder of a model directory (if there are two graphs, that with the logits of all positions); its positions.
 
     Raises:
-        NblError: there is no graph, the graph is compiled, or its directory lacks facts.
-        CorruptError: a file is missing or has changed since it was written.
+        NblError: there is no graph, or its directory lacks facts. CorruptError: a file is damaged.
     """
-    if variant not in DECODERS:
-        raise NblError(f"variant is {' or '.join(DECODERS)}, not {variant!r}")
-    if (owner := owner_of(path)) is not None:
-        check_folder(path)
-        return _place(path, owner)
-    if not (path / MANIFEST).is_file():
-        raise NblError(f"{path} is neither a run directory nor a model directory; nbl-export --output makes one")
-    run = RunDirectory.peek(path)
-    engine = run.manifest["options"]["engine"]
-    target = load_engine(engine)
-    if target.capabilities.static:
-        raise NblError(
-            f"{path} is a run for engine {engine}, and ONNX Runtime cannot evaluate its graphs; evaluate a run with "
-            "--engine ort, or the torch models (--variants torch-original,torch-nbl)"
-        )
-    name = DECODERS[variant]
-    if (stage := MADE_BY[name]) not in run.stages:
-        raise NblError(f"{path} is not finished: run its command again ({run.manifest['command']})")
-    run.check(stage)
-    check_folder(path / name)
-    if target.owns(path / name):
-        return _place(path / name, target)
-    decoder = run.manifest["decoder"]  # a graph that is not the runtime's
-    return GraphPlace(path / name, target, int(decoder["head_dim"]), int(decoder["max_positions"]))
-
-
-def _place(directory: Path, target: Target) -> GraphPlace:
+    target = owner_of(directory)
+    if target is None:
+        raise NblError(f"{directory} is not a model directory; give the model or the original of a run")
+    check_folder(directory)
     facts = target.facts(directory)
-    return GraphPlace(directory, target, facts.head_dim, facts.context_length)
+    return target.open_graph(directory, facts.head_dim, threads=threads), facts.context_length

@@ -28,14 +28,14 @@ from typing import Any
 import numpy as np
 
 from nbl_export.errors import NblError, UsageError
+from nbl_export.evaluation.scorer import Request
 from nbl_export.evaluation.tasks import Benchmark
 from nbl_export.text.corpus import READ_BYTES, Text
 
-__all__ = ["AGGREGATIONS", "Figure", "Metric", "NamedText", "Outcome", "difference", "figure",
+__all__ = ["AGGREGATIONS", "Metric", "NamedText", "Outcome", "difference", "figure",
            "parse_named", "run_benchmark", "run_windows", "windows"]  # fmt: skip
 
-_WINDOWS_AT_ONCE = 16
-_SEED = 1234  # the harness' default for few-shot sampling; zero shots sample nothing
+_SEED = 1234  # the harness' default for few-shot sampling
 
 
 @dataclass(frozen=True)
@@ -48,99 +48,57 @@ class Metric:
     higher_is_better: bool
     items: tuple[Any, ...]
 
+    @classmethod
+    def of(cls, aggregation: str, items: Sequence[Any], *, higher_is_better: bool) -> Metric:
+        """The figure of an aggregation over items."""
+        return cls(*figure(aggregation, items), aggregation, higher_is_better, tuple(items))
+
 
 @dataclass(frozen=True)
 class Outcome:
     """The result of one model on one task.
 
-    loglikelihoods: of each item, one number for each request. scored_tokens: the number of tokens in each of these
-    sums. Both are empty if the task generates text.
+    loglikelihoods: of each item, one number for each request; empty if the task generates text.
     """
 
     items: int
     metrics: dict[str, Metric]
     loglikelihoods: tuple[tuple[float, ...], ...]
-    scored_tokens: tuple[tuple[int, ...], ...]
-    requests: int
     seconds: float
-
-    @property
-    def tokens(self) -> int:
-        """Scored tokens of all requests."""
-        return sum(map(sum, self.scored_tokens))
 
 
 def run_benchmark(benchmark: Benchmark, lm: Any, limit: int | None) -> Outcome:
     """Run all requests of the first `limit` documents of each task on a model (None: all documents).
 
-    A figure of a group is the mean over all documents of its tasks, as the harness weighs them.
+    A figure of a group is the mean over all documents of its tasks, as the harness weighs them. `evaluate` is what
+    `simple_evaluate` calls after it has described the machine, which takes seconds.
     """
-    progress, count, found = getattr(lm, "progress", None), len(benchmark.tasks), list[Outcome]()
-    for k, task in enumerate(benchmark.tasks):
-        if progress is not None:
-            lm.progress = lambda done, total, k=k: progress(k * total + done, count * total)
-        found.append(_run_task(task, lm, limit))
-    return found[0] if count == 1 else _joined(found)
-
-
-def _joined(parts: Sequence[Outcome]) -> Outcome:
-    metrics = {}
-    for name, first in parts[0].metrics.items():
-        of_all = [part.metrics.get(name) for part in parts]
-        if all(metric is not None and metric.aggregation == "mean" for metric in of_all):
-            items = tuple(item for metric in of_all if metric for item in metric.items)
-            pooled = figure("mean", items)
-            metrics[name] = Metric(pooled.value, pooled.stderr, "mean", first.higher_is_better, items)
-    return Outcome(
-        sum(part.items for part in parts),
-        metrics,
-        tuple(row for part in parts for row in part.loglikelihoods),
-        tuple(row for part in parts for row in part.scored_tokens),
-        sum(part.requests for part in parts),
-        sum(part.seconds for part in parts),
-    )
-
-
-def _run_task(task: Any, lm: Any, limit: int | None) -> Outcome:
     from lm_eval.evaluator import evaluate
 
-    name = str(task.task_name)
-    task.set_fewshot_seed(seed=_SEED)  # anew for each model: all get the same examples
+    tasks = {str(task.task_name): task for task in benchmark.tasks}
+    for task in tasks.values():
+        task.set_fewshot_seed(seed=_SEED)  # anew for each model: all get the same examples
     started = time.monotonic()
-    found = evaluate(
-        lm=lm,
-        task_dict={"tasks": {name: task}, "groups": {}, "group_map": {}},
-        limit=limit,
-        bootstrap_iters=0,  # `figure` computes errors
-        log_samples=True,
-    )
+    found = evaluate(lm=lm, task_dict={"tasks": tasks}, limit=limit, bootstrap_iters=0)  # `figure` computes errors
     seconds = time.monotonic() - started
-    samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
-    first = samples[0]["filter"]
-    samples = [sample for sample in samples if sample["filter"] == first]
-    metrics = {
-        metric: _metric(task, metric, value, [sample[metric] for sample in samples])
-        for metric in samples[0]["metrics"]
-        if isinstance(value := found["results"][name].get(f"{metric},{first}"), (int, float))
-    }
-    said = [_loglikelihoods(sample["filtered_resps"]) for sample in samples]
-    tokens = [tuple(_scored(lm, arguments) for arguments in sample["arguments"]) for sample in samples]
-    return Outcome(
-        len(samples),
-        metrics,
-        tuple(said) if all(said) else (),
-        tuple(tokens) if all(said) else (),
-        sum(len(sample["arguments"]) for sample in samples),
-        seconds,
-    )
+    samples = [sample for name in tasks for sample in _of_first_filter(found["samples"][name])]
+    metrics = {}
+    for name in samples[0]["metrics"]:
+        kinds = {getattr(task.aggregation().get(name), "__name__", "") for task in tasks.values()}
+        kind, higher = kinds.pop(), bool(benchmark.tasks[0].higher_is_better()[name])
+        if not kinds and (kind == "mean" or (kind in AGGREGATIONS and len(tasks) == 1)):
+            metrics[name] = Metric.of(kind, [sample[name] for sample in samples], higher_is_better=higher)
+        elif len(tasks) == 1:
+            value = found["results"][next(iter(tasks))].get(f"{name},{samples[0]['filter']}")
+            if isinstance(value, (int, float)):
+                metrics[name] = Metric(float(value), None, kind, higher, ())
+    said = tuple(_loglikelihoods(sample["filtered_resps"]) for sample in samples)
+    return Outcome(len(samples), metrics, said if all(said) else (), seconds)
 
 
-def _metric(task: Any, name: str, value: float, items: list[Any]) -> Metric:
-    aggregation = getattr(task.aggregation()[name], "__name__", "")
-    higher = bool(task.higher_is_better()[name])
-    if aggregation not in AGGREGATIONS:
-        return Metric(float(value), None, aggregation, higher, ())
-    return Metric(float(value), figure(aggregation, items).stderr, aggregation, higher, tuple(items))
+def _of_first_filter(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    samples = sorted(samples, key=lambda sample: int(sample["doc_id"]))
+    return [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
 
 
 def _loglikelihoods(responses: Sequence[Any]) -> tuple[float, ...]:
@@ -149,98 +107,59 @@ def _loglikelihoods(responses: Sequence[Any]) -> tuple[float, ...]:
     return tuple(float(n) for n in numbers) if not any(isinstance(n, str) for n in numbers) else ()
 
 
-def _scored(lm: Any, arguments: Sequence[Any]) -> int:
-    """Tokens that a request scores."""
-    if len(arguments) == 1:
-        return len(lm.tok_encode(arguments[0]))
-    context, continuation = arguments
-    if not isinstance(continuation, str):
-        return 0
-    if not context:
-        return len(lm.tok_encode(continuation, add_special_tokens=False))
-    return len(lm._encode_pair(context, continuation)[1])
-
-
 def run_windows(windows: Sequence[list[int]], lm: Any, progress: Callable[[int, int], None]) -> Outcome:
     """Perplexity over windows of token ids: exp of the mean loss of all tokens except the first of each window."""
     started = time.monotonic()
-    scores: list[float] = []
-    for begin in range(0, len(windows), _WINDOWS_AT_ONCE):
-        asked = [(None, ids[:1], ids[1:]) for ids in windows[begin : begin + _WINDOWS_AT_ONCE]]
-        scores += [loglikelihood for loglikelihood, _ in lm._loglikelihood_tokens(asked, disable_tqdm=True)]
-        progress(len(scores), len(windows))
-    counts = [len(ids) - 1 for ids in windows]
-    items = tuple(zip(scores, counts, strict=True))
-    found = figure("weighted_perplexity", items)
-    metric = Metric(found.value, found.stderr, "weighted_perplexity", False, items)
-    said = tuple((score,) for score in scores)
-    seconds = time.monotonic() - started
-    tokens = tuple((n,) for n in counts)
-    return Outcome(len(windows), {"token_perplexity": metric}, said, tokens, len(windows), seconds)
+    items: list[tuple[float, int]] = []
+    for ids in windows:
+        scores = lm.token_scores(Request(tuple(ids[:1]), tuple(ids[1:])))
+        items.append((float(scores.loglikelihoods.sum()), len(ids) - 1))
+        progress(len(items), len(windows))
+    metrics = {"token_perplexity": Metric.of("weighted_perplexity", items, higher_is_better=False)}
+    return Outcome(len(items), metrics, tuple((score,) for score, _ in items), time.monotonic() - started)
 
 
 # -- standard errors ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A value, or a difference of values, and its standard error; None for a single item."""
-
-    value: float
-    stderr: float | None
+def _perplexity(loglikelihood: float) -> tuple[float, float]:
+    return math.exp(-loglikelihood), -math.exp(-loglikelihood)
 
 
-def _mean(items: np.ndarray) -> tuple[float, np.ndarray]:
-    return float(items.mean()), items
-
-
-def _perplexity(items: np.ndarray) -> tuple[float, np.ndarray]:
-    """exp(-mean log-likelihood)."""
-    value = math.exp(-float(items.mean()))
-    return value, -value * items
-
-
-def _loss_a_unit(items: np.ndarray) -> tuple[float, np.ndarray]:
-    """-sum(log-likelihood) / sum(weight), for rows (log-likelihood, weight)."""
-    value = -float(items[:, 0].sum() / items[:, 1].sum())
-    return value, (-items[:, 0] - value * items[:, 1]) / items[:, 1].mean()
-
-
-def _weighted_perplexity(items: np.ndarray) -> tuple[float, np.ndarray]:
-    loss, influence = _loss_a_unit(items)
-    return math.exp(loss), math.exp(loss) * influence
-
-
-def _bits(items: np.ndarray) -> tuple[float, np.ndarray]:
-    loss, influence = _loss_a_unit(items)
-    return loss / math.log(2), influence / math.log(2)
-
-
-# Aggregations by the harness' names. Items [n], or [n, 2] with a weight (words, bytes or tokens).
-AGGREGATIONS: dict[str, Callable[[np.ndarray], tuple[float, np.ndarray]]] = {
-    "mean": _mean,
+# Aggregations by the harness' names: value and slope at the mean of items [n], or at the ratio of the sums of items
+# [n, 2], whose second column is a weight (words, bytes or tokens).
+AGGREGATIONS: dict[str, Callable[[float], tuple[float, float]]] = {
+    "mean": lambda mean: (mean, 1.0),
     "perplexity": _perplexity,
-    "weighted_perplexity": _weighted_perplexity,
-    "bits_per_byte": _bits,
+    "weighted_perplexity": _perplexity,
+    "bits_per_byte": lambda ratio: (-ratio / math.log(2), -1 / math.log(2)),
 }
 
 
-def figure(aggregation: str, items: Any) -> Figure:
-    """The value of an aggregation over items, with its standard error."""
-    value, influence = AGGREGATIONS[aggregation](np.asarray(items, np.float64))
-    return Figure(value, _error(influence))
+def figure(aggregation: str, items: Any) -> tuple[float, float | None]:
+    """The value of an aggregation over items, and its standard error; None for a single item."""
+    value, influence = _influence(aggregation, items)
+    return value, _error(influence)
 
 
-def difference(aggregation: str, new: Any, old: Any) -> Figure:
-    """New minus old over the same items in the same order.
+def difference(aggregation: str, new: Any, old: Any) -> tuple[float, float | None]:
+    """New minus old over the same items in the same order, and its standard error.
 
     Raises:
         ValueError: the numbers of items differ.
     """
     if len(new) != len(old):
         raise ValueError(f"{len(new)} items are not paired with {len(old)}")
-    (a, u), (b, v) = (AGGREGATIONS[aggregation](np.asarray(items, np.float64)) for items in (new, old))
-    return Figure(a - b, _error(u - v))
+    (a, u), (b, v) = (_influence(aggregation, items) for items in (new, old))
+    return a - b, _error(u - v)
+
+
+def _influence(aggregation: str, items: Any) -> tuple[float, np.ndarray]:
+    rows = np.asarray(items, np.float64)
+    sums, weights = (rows[:, 0], rows[:, 1]) if rows.ndim == 2 else (rows, np.ones(len(rows)))
+    ratio = float(sums.sum() / weights.sum())
+    value, slope = AGGREGATIONS[aggregation](ratio)
+    return value, slope * (sums - ratio * weights) / weights.mean()
 
 
 def _error(influence: np.ndarray) -> float | None:

@@ -3,7 +3,7 @@
     results      one entry for each (task, limit, variant), with a key of all its inputs
     table        one row for each task and metric: every variant's figure, and NBL minus original on the same items
     length       one row for each test of `length` and position or length, with paired 95% intervals; see `_length`
-    agreement    graph against torch: largest difference of a request's log-likelihood, and the same per scored token
+    agreement    graph against torch: largest difference of a request's log-likelihood, and answers that are the same
 
 The scores of all items are one string for each metric, so that the file stays readable.
 """
@@ -11,7 +11,7 @@ The scores of all items are one string for each metric, so that the file stays r
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +26,15 @@ __all__ = ["SCHEMA", "entry", "read_entries", "summarize"]
 
 SCHEMA = 1
 Entry = dict[str, Any]
+Group = dict[str, Entry]  # variant -> entry
 _PAIRS = (("nbl", "original"), ("torch-nbl", "torch-original"))
 _TWINS = (("original", "torch-original"), ("nbl", "torch-nbl"))
 
 
 def entry(key: str, task: str, limit: int | None, variant: str, outcome: Outcome, **facts: Any) -> Entry:
     """The entry of one outcome in eval.json."""
-    metrics = {
-        name: {
-            "value": metric.value,
-            "stderr": metric.stderr,
-            "aggregation": metric.aggregation,
-            "higher_is_better": metric.higher_is_better,
-        }
-        for name, metric in outcome.metrics.items()
-    }
+    shown = ("value", "stderr", "aggregation", "higher_is_better")
+    metrics = {name: {key: getattr(metric, key) for key in shown} for name, metric in outcome.metrics.items()}
     scores = {name: _pack(metric.items) for name, metric in outcome.metrics.items() if metric.items}
     return {
         "key": key,
@@ -48,12 +42,10 @@ def entry(key: str, task: str, limit: int | None, variant: str, outcome: Outcome
         "limit": limit,
         "variant": variant,
         "items": outcome.items,
-        "requests": outcome.requests,
-        "scored_tokens": outcome.tokens,
         "seconds": round(outcome.seconds, 3),
         "metrics": metrics,
         **facts,
-        "scores": {**scores, "loglikelihoods": _pack(outcome.loglikelihoods), "tokens": _pack(outcome.scored_tokens)},
+        "scores": {**scores, "loglikelihoods": _pack(outcome.loglikelihoods)},
     }
 
 
@@ -90,52 +82,40 @@ def read_entries(path: Path) -> dict[str, Entry]:
 def summarize(entries: Mapping[str, Entry], **facts: Any) -> dict[str, Any]:
     """The content of eval.json."""
     results = list(entries.values())
+    groups: dict[str, Group] = {}
+    for found in results:  # entries of a group differ in the variant alone, so they are compared item by item
+        place = [found["task"], found["limit"], found["data"].get("sha256"), found["items"], found["config"]]
+        groups.setdefault(json.dumps(place, sort_keys=True), {})[found["variant"]] = found
+    long = {place: next(iter(group.values()))["config"].get("output_type") in TESTS for place, group in groups.items()}
     return {
         "schema": SCHEMA,
         **facts,
         "results": results,
-        "table": _table([e for e in results if e["config"].get("output_type") not in TESTS]),
-        "length": _length([e for e in results if e["config"].get("output_type") in TESTS]),
-        "agreement": [_agreement(graph, torch) for graph, torch in _pairs(results, _TWINS)],
+        "table": [row for place, group in groups.items() if not long[place] for row in _rows(group)],
+        "length": [_length(group) for place, group in groups.items() if long[place]],
+        "agreement": [_agreement(*pair) for group in groups.values() for pair in _pairs(group, _TWINS)],
     }
 
 
-def _place(found: Entry) -> tuple[Any, ...]:
-    """A key that entries share if they can be compared item by item."""
-    config = json.dumps(found["config"], sort_keys=True)
-    return found["task"], found["limit"], found["data"].get("sha256"), found["items"], config
+def _pairs(group: Group, wanted: tuple[tuple[str, str], ...]) -> list[tuple[Entry, Entry]]:
+    """The pairs of `wanted` variants that were both measured."""
+    return [(group[a], group[b]) for a, b in wanted if a in group and b in group]
 
 
-def _pairs(results: list[Entry], wanted: tuple[tuple[str, str], ...]) -> list[tuple[Entry, Entry]]:
-    """Pairs of entries that differ only in the variant, for each pair of variants in `wanted`."""
-    found = {(_place(e), e["variant"]): e for e in results}
-    places = dict.fromkeys(place for place, _ in found)
-    return [(found[p, a], found[p, b]) for p in places for a, b in wanted if {(p, a), (p, b)} <= found.keys()]
+def _facts(group: Group) -> dict[str, Any]:
+    return {key: next(iter(group.values()))[key] for key in ("task", "limit", "items")}
 
 
-def _groups(results: list[Entry]) -> Iterable[list[Entry]]:
-    """Entries that can be compared item by item."""
-    groups: dict[tuple[Any, ...], list[Entry]] = {}
-    for found in results:
-        groups.setdefault(_place(found), []).append(found)
-    return groups.values()
-
-
-def _table(results: list[Entry]) -> list[dict[str, Any]]:
-    rows = []
-    for group in _groups(results):
-        for name, metric in group[0]["metrics"].items():
-            figures = {e["variant"]: {k: e["metrics"][name][k] for k in ("value", "stderr")} for e in group}
-            rows.append(
-                {
-                    **{k: group[0][k] for k in ("task", "limit", "items")},
-                    "metric": name,
-                    "higher_is_better": metric["higher_is_better"],
-                    "figures": figures,
-                    "differences": [d for new, old in _pairs(group, _PAIRS) for d in _difference(new, old, name)],
-                }
-            )
-    return rows
+def _rows(group: Group) -> Iterator[dict[str, Any]]:
+    """One row for each metric."""
+    for name, metric in next(iter(group.values()))["metrics"].items():
+        yield {
+            **_facts(group),
+            "metric": name,
+            "higher_is_better": metric["higher_is_better"],
+            "figures": {v: {k: e["metrics"][name][k] for k in ("value", "stderr")} for v, e in group.items()},
+            "differences": [d for new, old in _pairs(group, _PAIRS) for d in _difference(new, old, name)],
+        }
 
 
 def _difference(new: Entry, old: Entry, name: str) -> list[dict[str, Any]]:
@@ -143,34 +123,28 @@ def _difference(new: Entry, old: Entry, name: str) -> list[dict[str, Any]]:
     if name not in new["scores"] or name not in old["scores"]:
         return []
     items = (_unpack(e["scores"][name]) for e in (new, old))
-    found = difference(new["metrics"][name]["aggregation"], *items)
-    return [{"new": new["variant"], "old": old["variant"], "value": found.value, "stderr": found.stderr}]
+    value, stderr = difference(new["metrics"][name]["aggregation"], *items)
+    return [{"new": new["variant"], "old": old["variant"], "value": value, "stderr": stderr}]
 
 
-def _length(results: list[Entry]) -> list[dict[str, Any]]:
-    """One value for each test and text.
+def _length(group: Group) -> dict[str, Any]:
+    """The value of a test and a text.
 
     rows: `tokens`, the end of the positions or the length of the items, with the figures of each variant (loss in nats,
     share of correct tokens or keys), and the paired differences of the loss. warnings: one sentence each.
     """
-    found = []
-    for group in _groups(results):
-        first, pairs = group[0], _pairs(group, _PAIRS)
-        ends = [int(name.split()[1]) for name in first["metrics"] if name.startswith("loss ")]
-        warnings = [_warning(new, old, ends) for new, old in pairs]
-        found.append(
-            {
-                **{k: first[k] for k in ("task", "limit", "items")},
-                "test": first["config"]["output_type"],
-                "rows": [_length_row(group, pairs, end) for end in ends],
-                "warnings": [warning for warning in warnings if warning],
-            }
-        )
-    return found
+    first, pairs = next(iter(group.values())), _pairs(group, _PAIRS)
+    ends = [int(name.split()[1]) for name in first["metrics"] if name.startswith("loss ")]
+    return {
+        **_facts(group),
+        "test": first["config"]["output_type"],
+        "rows": [_length_row(group, pairs, end) for end in ends],
+        "warnings": [warning for new, old in pairs if (warning := _warning(new, old, ends))],
+    }
 
 
-def _length_row(group: list[Entry], pairs: list[tuple[Entry, Entry]], end: int) -> dict[str, Any]:
-    figures = {e["variant"]: {k: e["metrics"][f"{k} {end}"]["value"] for k in ("loss", "correct")} for e in group}
+def _length_row(group: Group, pairs: list[tuple[Entry, Entry]], end: int) -> dict[str, Any]:
+    figures = {v: {k: e["metrics"][f"{k} {end}"]["value"] for k in ("loss", "correct")} for v, e in group.items()}
     differences = []
     for new, old in pairs:
         rise = _rise(new, old, end)
@@ -225,20 +199,12 @@ def _warning(new: Entry, old: Entry, ends: list[int]) -> str | None:
 
 def _agreement(graph: Entry, torch: Entry) -> dict[str, Any]:
     """Distance between two computations of one model; None for generated text."""
-    seen = None
-    if graph["scores"]["tokens"] and graph["scores"]["loglikelihoods"]:
-        ours, theirs, tokens = (_flat(e["scores"][n]) for e, n in ((graph, _SAID), (torch, _SAID), (graph, "tokens")))
-        apart = np.abs(ours - theirs)
-        seen = {"largest": float(apart.max()), "largest_a_token": float((apart / np.maximum(tokens, 1)).max())}
-    same = None
-    if "acc" in graph["scores"] and "acc" in torch["scores"]:
-        same = sum(a == b for a, b in zip(*(e["scores"]["acc"].split() for e in (graph, torch)), strict=True))
+    ours, theirs = graph["scores"], torch["scores"]
+    seen = same = None
+    if ours["loglikelihoods"]:
+        a, b = (np.array(s["loglikelihoods"].replace(",", " ").split(), np.float64) for s in (ours, theirs))
+        seen = {"largest": float(np.abs(a - b).max())}
+    if "acc" in ours and "acc" in theirs:
+        same = sum(a == b for a, b in zip(ours["acc"].split(), theirs["acc"].split(), strict=True))
     return {"task": graph["task"], "limit": graph["limit"], "graph": graph["variant"], "torch": torch["variant"],
             "loglikelihood": seen, "same_answers": same, "items": graph["items"]}  # fmt: skip
-
-
-_SAID = "loglikelihoods"
-
-
-def _flat(text: str) -> np.ndarray:
-    return np.array([float(n) for row in text.split() for n in row.split(",")])

@@ -19,7 +19,7 @@ import numpy as np
 
 from nbl_export.errors import NblError
 
-__all__ = ["GraphScorer", "Request", "Score", "TokenScores"]
+__all__ = ["GraphScorer", "Request", "TokenScores"]
 
 _LOGIT_BYTES = 1 << 28  # logits of one step, by far the largest array
 _FEWEST_TOKENS = 64
@@ -45,14 +45,6 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Score:
-    """loglikelihood: of the continuation's tokens, in nats. greedy: whether greedy decoding gives these tokens."""
-
-    loglikelihood: float
-    greedy: bool
-
-
-@dataclass(frozen=True)
 class TokenScores:
     """Of each token of a continuation: its log-likelihood in nats, and whether greedy decoding gives this token."""
 
@@ -60,8 +52,9 @@ class TokenScores:
     greedy: np.ndarray
 
     @property
-    def total(self) -> Score:
-        return Score(float(self.loglikelihoods.sum()), bool(self.greedy.all()))
+    def total(self) -> tuple[float, bool]:
+        """(log-likelihood, greedy?) of the continuation, as the harness wants a score."""
+        return float(self.loglikelihoods.sum()), bool(self.greedy.all())
 
     @classmethod
     def joined(cls, parts: Sequence[TokenScores]) -> TokenScores:
@@ -100,8 +93,8 @@ class GraphScorer:
 
     def score(
         self, requests: Sequence[Request], progress: Callable[[int, int], None] = lambda _done, _total: None
-    ) -> list[Score]:
-        """One score for each request, in order; equal requests are computed once.
+    ) -> list[tuple[float, bool]]:
+        """(log-likelihood, greedy?) of each request, in order; equal requests are computed once.
 
         Raises:
             NblError: a continuation is longer than `max_length`.
@@ -110,7 +103,7 @@ class GraphScorer:
         by_context: dict[tuple[int, ...], list[Request]] = {}
         for request in dict.fromkeys(wanted):
             by_context.setdefault(request.context, []).append(request)
-        found: dict[Request, Score] = {}
+        found: dict[Request, tuple[float, bool]] = {}
         shared = [group for group in by_context.values() if len(group) > 1]
         single = [group[0] for group in by_context.values() if len(group) == 1]
         for scores in itertools.chain(map(self._shared, shared), map(self._batch, self._batches(single))):
@@ -142,7 +135,7 @@ class GraphScorer:
         limits = self.max_length + 1 - len(request.continuation)
         return Request(request.context[-limits:], request.continuation)
 
-    def _shared(self, group: Sequence[Request]) -> dict[Request, Score]:
+    def _shared(self, group: Sequence[Request]) -> dict[Request, tuple[float, bool]]:
         decoder = self._decoder
         decoder.begin(1)
         last_V = self._read(group[0].context)[-1]
@@ -166,7 +159,7 @@ class GraphScorer:
         if batch:
             yield batch
 
-    def _batch(self, batch: Sequence[Request]) -> dict[Request, Score]:
+    def _batch(self, batch: Sequence[Request]) -> dict[Request, tuple[float, bool]]:
         if len(batch) == 1:
             return {batch[0]: self.token_scores(batch[0]).total}
         self._decoder.begin(len(batch))

@@ -3,15 +3,15 @@
     arc_easy ─► the harness' own configuration (prompts, choices, metrics) ─┬─ data set from the hub
     mmlu ─► its 57 tasks ─► the same of each                                └─ DIR/arc_easy/test.jsonl
 
-Only the source of the documents differs; the task's configuration is the harness' own. A local file holds rows of the
-task's data set, unchanged: DIR/TASK/test.jsonl, or DIR/TASK/validation.jsonl if the task has no test split. Examples of
-few-shot prompts are rows of the split that the task names for them, such as DIR/TASK/dev.jsonl.
+A local file holds rows of the task's data set, unchanged: DIR/TASK/test.jsonl, or DIR/TASK/validation.jsonl if there is
+no test split. Examples of few-shot prompts are rows of the split that the task names for them: DIR/TASK/dev.jsonl.
+They replace the data set in the task's configuration (`custom_dataset`). The harness' loader of JSON files would make
+null of a missing field, and keep a copy of the file by its time.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import difflib
 import functools
 import hashlib
@@ -47,20 +47,6 @@ class Benchmark:
     def most(self) -> int:
         """Documents of the longest task."""
         return max(len(task.eval_docs) for task in self.tasks)
-
-
-@dataclass(frozen=True)
-class _Local:
-    """Documents of a local file, the split that they replace, and the name and hash of the file.
-
-    examples: of few-shot prompts, of another file of the task; None without one.
-    """
-
-    name: str
-    split: str
-    sha256: str
-    documents: tuple[dict[str, Any], ...]
-    examples: _Local | None = None
 
 
 @functools.cache
@@ -110,24 +96,21 @@ def load_benchmark(name: str, data: Path | None = None, shots: int | None = None
         UsageError: the harness has no such task.
         NblError: documents cannot be fetched, there are none, or a document lacks fields of the prompts.
     """
+    if data is not None and not data.is_dir():
+        raise NblError(f"--data {data} is not a directory")
     entry = _catalogue().task_index.get(name)
     if entry is None:
         near = difflib.get_close_matches(name, _catalogue().all_tasks, 3)
         hint = f"; did you mean {' or '.join(near)}?" if near else "; lm_eval ls tasks lists them"
         raise UsageError(f"--tasks: lm-evaluation-harness {harness_version()} has no task {name!r}{hint}")
-    if entry.kind.name in ("TASK", "PY_TASK"):
-        return _single(name, entry, data, shots)
-    own = entry.cfg.get("aggregate_metric_list") if entry.kind.name == "GROUP" else None
+    if (leaves := _leaves(name)) == [name]:
+        return _single(name, data, shots)
+    own = (entry.cfg or {}).get("aggregate_metric_list")
     if not own or not all(metric.get("weight_by_size") for metric in own):
         raise UsageError(f"--tasks: {name} is a group without a figure of its own; name the tasks in it one by one")
-    index = _catalogue().task_index
-    parts = [_single(leaf, index[leaf], data, shots) for leaf in _leaves(name)]
-    return Benchmark(
-        name,
-        tuple(task for part in parts for task in part.tasks),
-        {part.name: part.data for part in parts},
-        {part.name: part.config for part in parts},
-    )
+    parts = [_single(leaf, data, shots) for leaf in leaves]
+    tasks = tuple(task for part in parts for task in part.tasks)
+    return Benchmark(name, tasks, {part.name: part.data for part in parts}, {part.name: part.config for part in parts})
 
 
 def _leaves(name: str) -> list[str]:
@@ -138,127 +121,87 @@ def _leaves(name: str) -> list[str]:
     return [leaf for part in (sorted(entry.tags) if entry.cfg is None else entry.cfg["task"]) for leaf in _leaves(part)]
 
 
-def _single(name: str, entry: Any, data: Path | None, shots: int | None) -> Benchmark:
-    stock = _stock(entry)
-    local = _find_local(name, data, stock) if data else None
+def _single(name: str, data: Path | None, shots: int | None) -> Benchmark:
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    path = _catalogue().task_index[name].yaml_path
+    stock = load_yaml(path, resolve_func=True) if path else {}
     shots = (stock.get("num_fewshot") or 0) if shots is None else shots
-    if shots and local and not local.examples:
-        split = next((split for kind in _EXAMPLES if (split := stock.get(kind))), None)
-        there = f"give them in {Path(local.name).parent / f'{split}.jsonl'}" if split else "it names no rows for them"
-        raise NblError(f"task {name} is to have {shots} examples in a prompt: {there}, or use --num-fewshot 0")
-    task = _local_task(name, stock, local) if local else _hub_task(name, data)
+    files = _files(data / name, stock, shots) if data else []
+    where = str(files[0]) if files else f"task {name}"
+    read = {file.stem: _read(file) for file in files}
+    task = _load(name, stock, {split: rows for split, (rows, _) in read.items()}, where)
     task.set_config(key="num_fewshot", value=shots)
-    _check_prompts(name, task, local)
+    _check_prompts(task, where)
     split = task.config.test_split or task.config.validation_split
     found = {"name": str(task.config.dataset_path), "split": split, "documents": len(task.eval_docs)}
-    if local:
-        found |= {"name": local.name, "sha256": local.sha256}
-        found |= {"examples": local.examples.sha256} if local.examples else {}
+    if files:
+        found |= {"name": where} | dict(
+            zip(("sha256", "examples"), (digest for _, digest in read.values()), strict=False)
+        )
     shown = {key: value for key in _SHOWN if isinstance(value := getattr(task.config, key), (str, int))}
     return Benchmark(name, (task,), found, {**shown, "version": task.VERSION})
 
 
-def _stock(entry: Any) -> dict[str, Any]:
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    return dict(load_yaml(entry.yaml_path, resolve_func=True)) if entry.yaml_path else {}
-
-
-def _find_local(task: str, directory: Path, stock: dict[str, Any]) -> _Local | None:
-    """Documents of a task below `directory`: the test split, else the validation split; None without a file.
-
-    Raises:
-        NblError: `directory` is not a directory, or a file is empty or damaged or lacks a field.
-    """
-    if not directory.is_dir():
-        raise NblError(f"--data {directory} is not a directory")
-    documents, examples = (_first_file(directory / task, stock, kinds) for kinds in (_SPLITS, _EXAMPLES))
-    return documents and dataclasses.replace(documents, examples=examples)
-
-
-def _first_file(directory: Path, stock: dict[str, Any], kinds: tuple[str, ...]) -> _Local | None:
-    for split in map(stock.get, kinds):
-        path = directory / f"{split}.jsonl"
-        if isinstance(split, str) and path.is_file():
-            return _read_rows(path, split)
-    return None
-
-
-def _read_rows(path: Path, split: str) -> _Local:
-    raw = _read(path)
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(raw.decode("utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise NblError(f"{path}, line {number} is not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise NblError(f"{path}, line {number} is not an object with fields")
-        rows.append(row)
-        missing = [name for name in rows[0] if name not in row]
-        if missing:  # the library would take null for the field
-            raise NblError(f"{path}, document {len(rows)} has no field {missing[0]!r}")
-    return _Local(str(path), split, hashlib.sha256(raw).hexdigest(), tuple(rows))
-
-
-def _read(path: Path) -> bytes:
-    try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise NblError(f"{path} is larger than {_MOST_BYTES >> 20} MiB; give its first documents only")
-        with path.open("rb") as stream:
-            raw = stream.read(_MOST_BYTES)
-        raw.decode("utf-8")
-    except OSError as error:
-        raise NblError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise NblError(f"{path} is not UTF-8 (byte {error.start}); convert it with iconv") from error
-    if not raw.strip():
-        raise NblError(f"{path} is empty")
-    return raw
-
-
-def _local_task(name: str, stock: dict[str, Any], local: _Local) -> Any:
-    """The stock task with local documents."""
-    import datasets
-    from lm_eval.api.task import ConfigurableTask
-
-    datasets.disable_progress_bars()
-    config = {key: value for key, value in stock.items() if key not in ("tag", "group", "task_list")}
-    splits: dict[str, str | None] = dict.fromkeys((*_SPLITS, *_EXAMPLES))
-    documents = {}
-    for kinds, found in ((_SPLITS, local), (_EXAMPLES, local.examples)):
-        if found:
-            splits |= {kind: found.split for kind in kinds if stock.get(kind) == found.split}
-            documents[found.split] = datasets.Dataset.from_list(list(found.documents))
-    config |= {"task": name, **splits}
-    try:
-        return ConfigurableTask(config={**config, "custom_dataset": lambda **_: documents})
-    except Exception as error:  # the prompt template or the task's code can fail on a document
-        raise NblError(f"{local.name} does not fit task {name}: {_line(error)}") from error
-
-
-def _hub_task(name: str, data: Path | None) -> Any:
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        return _catalogue().load([name])["tasks"][name]
-    except Exception as error:  # the library raises many types
-        where = f"{data} has no file for it, and " if data else ""
+def _files(directory: Path, stock: dict[str, Any], shots: int) -> list[Path]:
+    """The local file of a task's documents, and that of its examples if there is one; empty without documents."""
+    named = [
+        [directory / f"{stock[kind]}.jsonl" for kind in kinds if stock.get(kind)] for kinds in (_SPLITS, _EXAMPLES)
+    ]
+    documents, examples = ([file for file in files if file.is_file()][:1] for files in named)
+    if documents and shots and not examples:
+        there = f"give them in {named[1][0]}" if named[1] else "it names no rows for them"
         raise NblError(
-            f"task {name}: {where}its data set cannot be fetched ({_line(error)}); "
-            f"give --data DIR with {name}/SPLIT.jsonl in it, or check the network"
+            f"task {directory.name} is to have {shots} examples in a prompt: {there}, or use --num-fewshot 0"
+        )
+    return documents and documents + examples
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], str]:
+    """Rows of a file, and its SHA-256."""
+    if path.stat().st_size > _MOST_BYTES:
+        raise NblError(f"{path} is larger than {_MOST_BYTES >> 20} MiB; give its first documents only")
+    raw, rows = path.read_bytes(), list[dict[str, Any]]()
+    for number, line in enumerate(raw.split(b"\n"), 1):
+        try:
+            if line.strip():
+                rows.append(json.loads(line))
+                missing = [name for name in rows[0] if name not in dict(rows[-1])]
+                if missing:
+                    raise ValueError(f"it has no field {missing[0]!r}")
+        except (ValueError, TypeError, RecursionError) as error:
+            raise NblError(f"{path}, line {number} is no row of JSON like the first: {error}") from error
+    if not rows:
+        raise NblError(f"{path} is empty")
+    return rows, hashlib.sha256(raw).hexdigest()
+
+
+def _load(name: str, stock: dict[str, Any], local: dict[str, list[dict[str, Any]]], where: str) -> Any:
+    """The task, with its data set or with the rows of local splits."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        if not local:
+            return _catalogue().load([name])["tasks"][name]
+        documents = {split: datasets.Dataset.from_list(rows) for split, rows in local.items()}
+        splits = {kind: split if (split := stock.get(kind)) in local else None for kind in (*_SPLITS, *_EXAMPLES)}
+        task = {**stock, "task": name, **splits, "custom_dataset": lambda **_: documents}
+        return _catalogue().load([task])["tasks"][name]
+    except Exception as error:  # the library raises many types; a prompt's template or the task's code can fail too
+        if local:
+            raise NblError(f"{where} does not fit task {name}: {_line(error)}") from error
+        raise NblError(
+            f"{where}: its data set cannot be fetched ({_line(error)}); give --data DIR with {name}/SPLIT.jsonl in it, "
+            "or check the network"
         ) from error
 
 
-def _check_prompts(name: str, task: Any, local: _Local | None) -> None:
+def _check_prompts(task: Any, where: str) -> None:
     """Render every document once, so that a missing field is an error now and not after an hour."""
-    where = local.name if local else f"task {name}"
     if not len(task.eval_docs):
         raise NblError(f"{where} has no documents")
-    shots = task.config.num_fewshot
+    name, shots = task.config.task, task.config.num_fewshot
     try:
         task.fewshot_context(task.eval_docs[0], num_fewshot=shots)
     except Exception as error:
@@ -267,7 +210,7 @@ def _check_prompts(name: str, task: Any, local: _Local | None) -> None:
         try:
             prompt, target = task.doc_to_text(document), task.doc_to_target(document)
             choices = task.doc_to_choice(document) if task.config.doc_to_choice is not None else ["-"]
-            if prompt is None or target in (None, "") or not choices or any(c in (None, "") for c in choices):
+            if prompt is None or not choices or any(said in (None, "") for said in (target, *choices)):
                 raise ValueError("prompt, answer or a choice is empty")
         except Exception as error:
             raise NblError(f"{where}, document {number} does not fit task {name}: {_line(error)}") from error

@@ -76,17 +76,12 @@ def test_generated_text(graph: Any, torch_model: Any) -> None:
         graph.generate_until([request("A", {"do_sample": True, "temperature": 1.0, "until": []})])
 
 
-def test_a_run_directory_has_two_variants(finished: Path, tmp_path: Path) -> None:
+def test_other_directories_are_refused(finished: Path, tmp_path: Path) -> None:
     from nbl_export.evaluation.lm import OnnxLM
 
-    (pair,) = [request(*PAIRS[1])]
-    nbl, original = (OnnxLM(path=str(finished), variant=v).loglikelihood([pair])[0][0] for v in ("nbl", "original"))
-    by_itself = OnnxLM(path=str(finished / "model")).loglikelihood([pair])[0][0]
-    assert nbl == pytest.approx(by_itself, abs=1e-5) != pytest.approx(original, abs=1e-2)
-    with pytest.raises(NblError, match="variant is original or nbl, not 'other'"):
-        OnnxLM(path=str(finished), variant="other")
-    with pytest.raises(NblError, match="neither a run directory nor a model directory"):
-        OnnxLM(path=str(tmp_path))
+    for path in (finished, tmp_path):
+        with pytest.raises(NblError, match="is not a model directory; give the model or the original of a run"):
+            OnnxLM(path=str(path))
 
 
 def test_the_harness_own_command_line(genai_dirs: dict[str, Path], tmp_path: Path) -> None:

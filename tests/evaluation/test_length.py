@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nbl_export.errors import NblError
-from nbl_export.evaluation.measure import NamedText, Outcome
+from nbl_export.evaluation.measure import Metric, NamedText, Outcome
 from nbl_export.evaluation.results import entry, summarize
 from nbl_export.evaluation.scorer import Request, TokenScores
 from nbl_export.records.quality import grows_with_length
@@ -23,7 +23,6 @@ from ..command import nbl
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'nbl-export[eval]'")
 
 from nbl_export.evaluation import length
-from nbl_export.evaluation.length import _metric as mean
 from nbl_export.evaluation.length import run_length
 
 LIMIT = 2 * TOLERANCES["fp32"].limit
@@ -70,13 +69,13 @@ def test_each_part_has_the_loss_of_its_positions() -> None:
     parts = {128: (1, 127), 256: (128, 255), 512: (256, 511), 1024: (512, 1023)}
     assert means == {f"loss {end}": (first + last) / 2 for end, (first, last) in parts.items()}
     assert found.metrics["correct 512"].value == 0.75
-    assert found.scored_tokens == ((127, 128, 256, 512),) * 4
+    assert {len(scores) for scores in found.loglikelihoods} == {4}
     assert {len(r.context) + len(r.continuation) for r in spy.requests} == {WINDOW}
 
 
 def test_a_window_of_another_length_ends_with_a_shorter_part() -> None:
     found, _ = measured("position", limit=1, window=300)
-    assert found.scored_tokens == ((127, 128, 44),)
+    assert found.metrics["loss 300"].value == (256 + 299) / 2
 
 
 def test_a_key_is_in_the_first_half_and_only_its_digits_are_scored() -> None:
@@ -134,11 +133,12 @@ def entries(test: str, near: float, far: float) -> dict[str, Any]:
     for variant, scale in (("original", 0.0), ("nbl", 1.0)):
         metrics = {}
         for end, rise in ((512, near), (4096, far)):
-            metrics[f"loss {end}"] = mean(f"loss {end}", [2.0 + scale * (rise + n) for n in NOISE])
-            metrics[f"correct {end}"] = mean(f"correct {end}", [1.0 - scale * rise] * len(NOISE))
+            losses, shares = [2.0 + scale * (rise + n) for n in NOISE], [1.0 - scale * rise] * len(NOISE)
+            metrics[f"loss {end}"] = Metric.of("mean", losses, higher_is_better=False)
+            metrics[f"correct {end}"] = Metric.of("mean", shares, higher_is_better=True)
         task = test if test == "copying" else f"{test}:wiki"
         about = {"config": {"output_type": test}, "data": {}}
-        found[variant] = entry(variant, task, None, variant, Outcome(len(NOISE), metrics, (), (), 1, 0.0), **about)
+        found[variant] = entry(variant, task, None, variant, Outcome(len(NOISE), metrics, (), 0.0), **about)
     return found
 
 
@@ -191,7 +191,7 @@ def test_eval_json_has_each_test_with_paired_differences(evaluated: Path) -> Non
 def test_graph_and_torch_agree(evaluated: Path) -> None:
     agreement = read(evaluated)["agreement"]
     assert len(agreement) == 6
-    assert all(a["loglikelihood"]["largest_a_token"] <= LIMIT for a in agreement), agreement
+    assert all(a["loglikelihood"]["largest"] <= 512 * LIMIT for a in agreement), agreement
 
 
 def test_the_loss_is_that_of_a_direct_computation(evaluated: Path, text: Path) -> None:

@@ -212,10 +212,10 @@ def test_runtimes_do_not_look_at_the_second_graph(exported: Exported, random_map
 def test_scores_take_the_graph_with_all_logits(exported: Exported, random_maps: Maps, tmp_path: Path) -> None:
     lm = pytest.importorskip("nbl_export.evaluation.lm", reason="lm-evaluation-harness is not installed")
     directory = ship(exported("llama"), tmp_path, random_maps(2))["nbl"]
-    GraphScorer(lm.find_graph(directory).open(), 64)
+    GraphScorer(lm.open_graph(directory)[0], 64)
     (directory / ALL_LOGITS_FILE).unlink()
     with pytest.raises(NblError, match=r"keep all_logits\.onnx beside the graph, export with --logits all"):
-        GraphScorer(lm.find_graph(directory).open(), 64)
+        GraphScorer(lm.open_graph(directory)[0], 64)
 
 
 def test_a_tail_that_cannot_be_pruned_changes_nothing(exported: Exported, tmp_path: Path) -> None:

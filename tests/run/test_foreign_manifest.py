@@ -41,7 +41,6 @@ SPEAKERS: dict[str, Callable[[Path], Any]] = {
     "generate": locate,
     "convert": finished,
     "card": lambda path: check_publishable(RunDirectory.peek(path), force=False),
-    "eval": lambda path: pytest.importorskip("nbl_export.evaluation.lm").find_graph(path),
 }
 
 

@@ -118,11 +118,10 @@ def test_scores_are_those_of_the_graph(runs: dict[str, Path]) -> None:
     """The graph of an IR directory, as `eval` opens it: contexts are shared, and going back changes little."""
     import numpy as np
 
-    from nbl_export.evaluation.lm import find_graph
+    from nbl_export.evaluation.lm import open_graph
 
-    place = find_graph(runs["int8"], "nbl")
-    assert place.max_positions == 512
-    decoder = place.open(1)
+    decoder, positions = open_graph(runs["int8"] / "model", 1)
+    assert positions == 512
     decoder.begin(1)
     decoder.step(np.arange(2, 22)[None])
     mark = decoder.mark()

@@ -17,7 +17,7 @@ from nbl_export.records.inputs import Lazy
 from nbl_export.records.requests import VARIANTS, Prepared, Subject
 from nbl_export.run.resolve import Resolver
 from nbl_export.run.stages.common import LeftOut, Place, readers
-from nbl_export.run_directory import EVAL_FILE, MAPS_FILE
+from nbl_export.run_directory import DECODERS, EVAL_FILE, MADE_BY, MAPS_FILE
 
 __all__ = ["EvalInputs", "declare", "run"]
 
@@ -102,7 +102,9 @@ def _open(inputs: EvalInputs, place: Place, variant: str) -> Any:
         if not variant.startswith("torch-"):
             from nbl_export.evaluation.lm import OnnxLM
 
-            return OnnxLM(path=str(place.run.path), variant=variant)
+            name = DECODERS[variant]
+            place.run.check(MADE_BY[name])
+            return OnnxLM(path=str(place.run.path / name))
         from nbl_export.evaluation.lm import torch_lm
         from nbl_export.model.checkpoint.load import load_tokenizer
         from nbl_export.model.linearize import linearize
@@ -121,7 +123,6 @@ def _measure(subject: Subject, lm: Any, progress: Callable[[int, int], None]) ->
     if test in length.TESTS:
         return length.run_length(test, subject.value, lm, context, subject.limit, progress)
     if isinstance(subject.value, measure.NamedText):
-        lm.progress = lambda _done, _total: None  # windows are counted here
         windows = measure.windows(subject.value, lm.tokenizer, context, subject.limit)
         return measure.run_windows(windows, lm, progress)
     lm.progress = progress
