@@ -162,8 +162,9 @@ def test_matrices_are_rounded_one_by_one(
 ) -> None:
     """The builder holds one matrix in float32 at a time, and writes what it writes with all of them.
 
-    k_quant sorts the nodes of the graph that it is given.
+    k_quant searches in parts of a matrix. It sorts the nodes of the graph that it is given.
     """
+    monkeypatch.setattr(genai_patches, "_VALUES", 1000)
     seen: list[int] = []
     patch = genai_patches._one_by_one
 
@@ -176,6 +177,8 @@ def test_matrices_are_rounded_one_by_one(
 
     for name, made in (("one by one", counted), ("all at once", as_it_was)):
         monkeypatch.setattr(genai_patches, "_one_by_one", made)
+        if made is as_it_was:
+            monkeypatch.setattr(genai_patches, "_in_parts", as_it_was)
         build_decoder("genai", checkpoint("llama"), tmp_path / name, precision)
     assert set(seen) == {1}
     assert len(seen) > LAYERS
