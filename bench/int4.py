@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from nbl_export.evaluation.lm import open_graph
-from nbl_export.evaluation.measure import NamedText, windows
+from nbl_export.evaluation.measure import windows
 from nbl_export.evaluation.scorer import GraphScorer, Request
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.names import GRAPH_FILE
@@ -37,7 +37,7 @@ def losses(directory: Path, data: Path, count: int) -> dict[str, list[float]]:
     """Mean loss of each window, in nats, by text."""
     scorer, tokenizer, found = GraphScorer(*open_graph(directory)), load_tokenizer(directory), {}
     for name, file in TEXTS.items():
-        cut = windows(NamedText(name, read_text(str(data / file))), tokenizer, CONTEXT, count)
+        cut = windows(read_text(str(data / file)), tokenizer, CONTEXT, count)
         scores = scorer.score([Request(tuple(ids[:1]), tuple(ids[1:])) for ids in cut])
         found[name] = [-score / (CONTEXT - 1) for score, _ in scores]
     return found

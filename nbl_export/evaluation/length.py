@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 
 from nbl_export.errors import NblError
-from nbl_export.evaluation.measure import Metric, NamedText, Outcome, windows
+from nbl_export.evaluation.measure import Metric, Outcome, windows
 from nbl_export.evaluation.scorer import Request
 from nbl_export.records.quality import NEAR
+from nbl_export.text.corpus import Text
 
 __all__ = ["COPYING", "OF_TEXT", "TESTS", "run_length"]
 
@@ -55,12 +56,12 @@ class _Item:
 
 
 def run_length(
-    test: str, named: NamedText | None, lm: Any, window: int, limit: int | None, progress: Callable[[int, int], None]
+    test: str, text: Text | None, lm: Any, window: int, limit: int | None, progress: Callable[[int, int], None]
 ) -> Outcome:
     """One of `TESTS` on a model: mean loss in nats and share of correct tokens or keys, for each position or length.
 
     Args:
-        named: the text; None for copying.
+        text: None for copying.
         lm: has a tokenizer, and `token_scores` of a request.
         window: tokens of a window of the text, and of the longest item.
         limit: most windows, or keys or sequences of each length.
@@ -70,7 +71,7 @@ def run_length(
     """
     started = time.monotonic()
     few = limit if test == POSITION else min(limit or _ITEMS, _ITEMS)
-    rows = windows(named, lm.tokenizer, window, few) if named else []
+    rows = windows(text, lm.tokenizer, window, few) if text else []
     items = list(_items(test, rows, lm.tokenizer, window, few or 0))
     found: dict[str, list[float]] = {}
     said: list[tuple[float, ...]] = []

@@ -32,7 +32,7 @@ from nbl_export.evaluation.scorer import Request
 from nbl_export.evaluation.tasks import Benchmark
 from nbl_export.text.corpus import READ_BYTES, Text
 
-__all__ = ["AGGREGATIONS", "Metric", "NamedText", "Outcome", "difference", "figure",
+__all__ = ["AGGREGATIONS", "Metric", "Outcome", "difference", "figure",
            "parse_named", "run_benchmark", "run_windows", "windows"]  # fmt: skip
 
 _SEED = 1234  # the harness' default for few-shot sampling
@@ -170,14 +170,6 @@ def _error(influence: np.ndarray) -> float | None:
 # -- texts -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class NamedText:
-    """A text for perplexity, and the user's name for the text."""
-
-    name: str
-    text: Text
-
-
 def parse_named(option: str, words: str | None) -> tuple[tuple[str, str], ...]:
     """The pairs (name, file) of NAME=FILE,NAME=FILE, which an option got; none without words.
 
@@ -196,7 +188,7 @@ def parse_named(option: str, words: str | None) -> tuple[tuple[str, str], ...]:
     return tuple(pairs)
 
 
-def windows(named: NamedText, tokenizer: Any, context: int, limit: int | None) -> list[list[int]]:
+def windows(text: Text, tokenizer: Any, context: int, limit: int | None) -> list[list[int]]:
     """Token ids of each window; at most `limit` windows.
 
     Raises:
@@ -204,16 +196,16 @@ def windows(named: NamedText, tokenizer: Any, context: int, limit: int | None) -
     """
     ids: list[int] = []
     enough = None if limit is None else context * limit
-    for document in named.text.documents:
+    for document in text.documents:
         ids.extend(tokenizer(document, verbose=False)["input_ids"])
         if enough is not None and len(ids) >= enough:
             break
-    if named.text.cut and (enough is None or len(ids) < enough):
-        raise NblError(f"of the text {named.name} only the first {READ_BYTES >> 20} MiB are read; give --limit")
+    if text.cut and (enough is None or len(ids) < enough):
+        raise NblError(f"of the text {text.name} only the first {READ_BYTES >> 20} MiB are read; give --limit")
     starts = range(0, len(ids) - context + 1, context)[:limit]
     if not starts:
         raise NblError(
-            f"the text {named.name} has {len(ids)} tokens, fewer than one window of {context}; "
+            f"the text {text.name} has {len(ids)} tokens, fewer than one window of {context}; "
             "give more text or a smaller --ppl-context"
         )
     return [ids[start : start + context] for start in starts]

@@ -8,8 +8,9 @@ from typing import Any
 
 from nbl_export.errors import UsageError
 
-__all__ = ["VARIANTS", "EvalRequest", "Prepared", "Subject"]
+__all__ = ["PERPLEXITY", "VARIANTS", "EvalRequest", "Prepared", "Subject"]
 
+PERPLEXITY = "perplexity"  # what is measured on a text, beside the tests of `evaluation.length`
 VARIANTS = ("original", "nbl", "torch-original", "torch-nbl")  # in running order
 _TOKENS = 512  # of a window for perplexity, as in `verify`
 _LONG_TOKENS = 4096

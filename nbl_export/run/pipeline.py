@@ -13,7 +13,7 @@ from nbl_export.model.device import guarded
 from nbl_export.options.options import CHECKPOINT_FIT, NO_ORIGINAL, JobOptions
 from nbl_export.options.public import located
 from nbl_export.options.settle import settle
-from nbl_export.records.requests import EvalRequest, Prepared, Subject
+from nbl_export.records.requests import PERPLEXITY, EvalRequest, Prepared, Subject
 from nbl_export.run.deployed import result
 from nbl_export.run.estimate import foreseen
 from nbl_export.run.facts import (
@@ -192,17 +192,17 @@ def _check_evaluation(run: RunDirectory, request: EvalRequest) -> None:
 
 
 def _prepare(request: EvalRequest, positions: int, ui: Ui) -> Prepared:
-    from nbl_export.evaluation import length, measure, tasks
+    from nbl_export.evaluation import length, tasks
     from nbl_export.text import corpus
 
     long, subjects = request.long_window(positions), []
-    tests = [("perplexity", request.window, pair) for pair in request.texts]
+    tests = [(PERPLEXITY, request.window, pair) for pair in request.texts]
     tests += [(test, long, pair) for pair in request.long_texts for test in length.OF_TEXT]
     for test, context, (name, file) in tests:
-        named = measure.NamedText(name, corpus.read_text(file))
-        data = {"name": named.text.name, "sha256": named.text.sha256}
+        text = corpus.read_text(file)
+        data = {"name": text.name, "sha256": text.sha256}
         config = {"context": context, "output_type": test}
-        subjects.append(Subject(f"{test}:{name}", named, request.limit, data, config))
+        subjects.append(Subject(f"{test}:{name}", text, request.limit, data, config))
     if request.long_texts:
         copying = {"context": long, "output_type": length.COPYING}
         subjects.append(Subject(length.COPYING, None, request.limit, {"name": "random tokens"}, copying))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nbl_export.errors import NblError
-from nbl_export.evaluation.measure import Metric, NamedText, Outcome
+from nbl_export.evaluation.measure import Metric, Outcome
 from nbl_export.evaluation.results import entry, summarize
 from nbl_export.evaluation.scorer import Request, TokenScores
 from nbl_export.records.quality import grows_with_length
@@ -58,8 +58,8 @@ class Spy:
 
 def measured(test: str, limit: int | None = None, window: int = WINDOW, letters: int = 4 * WINDOW) -> tuple[Any, Spy]:
     spy = Spy()
-    named = NamedText("a", Text("a", "0", ("abcdefgh" * (letters // 8),)))
-    return run_length(test, named, spy, window, limit, lambda _done, _total: None), spy
+    text = Text("a", "0", ("abcdefgh" * (letters // 8),))
+    return run_length(test, text, spy, window, limit, lambda _done, _total: None), spy
 
 
 def test_each_part_has_the_loss_of_its_positions() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from nbl_export.errors import NblError
 from nbl_export.evaluation import tasks
-from nbl_export.evaluation.measure import NamedText, windows
+from nbl_export.evaluation.measure import windows
 from nbl_export.model.checkpoint.load import load_tokenizer
 from nbl_export.text import corpus
 from nbl_export.text.corpus import Text, read_text
@@ -133,8 +133,8 @@ def test_a_cut_text_is_not_taken_for_a_short_one(
     pack(text, tokenizer, 10_000, 32)
     assert "only the first" in caplog.text
     with pytest.raises(NblError, match="give --limit"):
-        windows(NamedText("a", text), tokenizer, 32, None)
-    assert len(windows(NamedText("a", text), tokenizer, 32, 2)) == 2
+        windows(text, tokenizer, 32, None)
+    assert len(windows(text, tokenizer, 32, 2)) == 2
 
 
 def test_hub_rows_end_at_the_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

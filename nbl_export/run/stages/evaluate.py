@@ -14,7 +14,7 @@ from typing import Any
 from nbl_export.files import key_of, write_json
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy
-from nbl_export.records.requests import VARIANTS, Prepared, Subject
+from nbl_export.records.requests import PERPLEXITY, VARIANTS, Prepared, Subject
 from nbl_export.run.resolve import Resolver
 from nbl_export.run.stages.common import LeftOut, Place, readers
 from nbl_export.run_directory import DECODERS, EVAL_FILE, MADE_BY, MAPS_FILE
@@ -122,7 +122,7 @@ def _measure(subject: Subject, lm: Any, progress: Callable[[int, int], None]) ->
     test, context = subject.config.get("output_type"), subject.config.get("context", 0)
     if test in length.TESTS:
         return length.run_length(test, subject.value, lm, context, subject.limit, progress)
-    if isinstance(subject.value, measure.NamedText):
+    if test == PERPLEXITY:
         windows = measure.windows(subject.value, lm.tokenizer, context, subject.limit)
         return measure.run_windows(windows, lm, progress)
     lm.progress = progress
