@@ -28,14 +28,14 @@ def plain_seconds(directory: Path) -> tuple[int, float]:
 
     from nbl_export.calibrate import collect
     from nbl_export.options.options import JobOptions
-    from nbl_export.options.public import located
+    from nbl_export.run.job import Job
     from nbl_export.run.progress import Ui
-    from nbl_export.run.resolve import Resolver
+    from nbl_export.run.settled import of_run
     from nbl_export.run_directory import RunDirectory
 
-    run = RunDirectory.peek(directory)
-    resolver = Resolver(located(JobOptions.from_json(run.manifest["options"]), run.manifest), run, Ui(quiet=True))
-    windows, decoder = resolver.text.windows.value, resolver.model.value.get_decoder()
+    run, ui = RunDirectory.peek(directory), Ui(quiet=True)
+    job = Job(of_run(run, JobOptions.from_json(run.manifest["options"]), ui.say), run, ui)
+    windows, decoder = job.text.windows.value, job.torch.model.value.get_decoder()
     with torch.inference_mode():
         decoder(input_ids=collect.batches(windows)[0], use_cache=False)  # warm-up
         started = time.monotonic()

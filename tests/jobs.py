@@ -1,4 +1,4 @@
-"""A resolver whose run directory is a manifest alone, and jobs that end after a stage."""
+"""A job whose run directory is a manifest alone, and jobs that end after a stage."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 from unittest import mock
 
 from nbl_export.options.options import JobOptions
-from nbl_export.options.public import located
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy
 from nbl_export.run import pipeline
+from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
-from nbl_export.run.resolve import Resolver
+from nbl_export.run.settled import of_run
 from nbl_export.run_directory import RunDirectory
 
-__all__ = ["TEXT", "opened", "resolver_of", "until"]
+__all__ = ["TEXT", "job_of", "opened", "until"]
 
 _PARTS = ("windows", "held_back", "training", "deciding", "choosing", "final")
 TEXT: dict[str, Any] = {
@@ -41,31 +41,28 @@ def until(stage: str) -> Iterator[None]:
         yield
 
 
-def resolver_of(
-    directory: Path, options: dict[str, Any], manifest: dict[str, Any] | None = None, asked: Any = None
-) -> Resolver:
-    """The resolver of a torch model with three layers.
+def job_of(directory: Path, options: dict[str, Any], manifest: dict[str, Any] | None = None, asked: Any = None) -> Job:
+    """The job of a torch model with three layers.
 
     Args:
         manifest: values that replace those of its facts.
     """
-    run = RunDirectory(directory)
+    run, given = RunDirectory(directory), JobOptions("m", **options)
     run.manifest = {
         "model": {"fingerprint": "model"}, "calibration": {}, "sources": [], "quantized": {"fingerprint": "codes"},
         "decoder": dataclasses.asdict(_SPEC), "places": {}, "num_layers": 3, "replaced_layers": [1],
-        "kinds": ["linear"], "tap": "residual", "select": "cca", "scores": [],
+        "kinds": ["linear"], "tap": "residual", "select": "cca", "scores": [], "options": given.to_json(),
         "stages": {"calibrate": {"key": "moments"}}, "text": TEXT, **(manifest or {}),
     }  # fmt: skip
-    resolver = Resolver(JobOptions("m", **options), run, Ui(quiet=True), asked)
-    resolver.__dict__ |= {
-        "source": SimpleNamespace(gguf=None, fingerprint="model", directory=directory),
-        "shortage": Lazy(None, lambda: ""),
-    }  # fmt: skip
-    return resolver
+    settled = of_run(run, given, lambda _line: None)
+    source: Any = SimpleNamespace(gguf=None, fingerprint=settled.fingerprint, directory=directory)
+    job = Job(dataclasses.replace(settled, source=Lazy(None, lambda: source)), run, Ui(quiet=True), asked)
+    job.torch.__dict__["shortage"] = Lazy(None, lambda: "")
+    return job
 
 
-def opened(run: Path, **changes: Any) -> Resolver:
-    """The resolver of a finished run."""
+def opened(run: Path, **changes: Any) -> Job:
+    """The job of a finished run."""
     found = RunDirectory.peek(run)
-    options = located(JobOptions.from_json({**found.manifest["options"], **changes}), found.manifest)
-    return Resolver(options, found, Ui(quiet=True))
+    options = JobOptions.from_json({**found.manifest["options"], **changes})
+    return Job(of_run(found, options, lambda _line: None), found, Ui(quiet=True))

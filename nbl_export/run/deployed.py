@@ -14,13 +14,13 @@ from nbl_export.graph.names import MANIFEST
 from nbl_export.mixers.base import Mixer
 from nbl_export.options.command import describe_command
 from nbl_export.options.options import CHECKPOINT_FIT, JobOptions
-from nbl_export.options.public import located
 from nbl_export.plan.maps_file import load_maps
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.from_json import edited
 from nbl_export.records.inputs import Lazy
+from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
-from nbl_export.run.resolve import Resolver
+from nbl_export.run.settled import of_run
 from nbl_export.run_directory import (
     BENCH_FILE,
     CHECKPOINT,
@@ -205,14 +205,22 @@ def open_finished(output: Path, ui: Ui, *, force: bool = False) -> Iterator[Fini
         for stage in ("plan", "distill"):
             if stage in run.stages:
                 run.check(stage)
-        options = located(JobOptions.from_json(run.manifest["options"]), run.manifest)
-        resolver = Resolver(dataclasses.replace(options, device="cpu"), run, ui)  # forms are compared bit for bit
-        plan = resolver.plan
-        yield resolver.fill(
-            Finished, run=run, maps=load_maps(run.path / MAPS_FILE, plan.layers), tap=plan.tap,
-            remake=remake_command(options, plan.layers), source=Lazy(None, lambda: resolver.source),
-            windows=resolver.text.windows, final=resolver.text.own_final,
-        )  # fmt: skip
+        settled = of_run(run, JobOptions.from_json(run.manifest["options"]), ui.say)
+        options = dataclasses.replace(settled.options, device="cpu")  # forms are compared bit for bit
+        job = Job(dataclasses.replace(settled, options=options), run, ui)
+        plan = job.plan
+        yield Finished(
+            run=run,
+            maps=load_maps(run.path / MAPS_FILE, plan.layers),
+            tap=plan.tap,
+            fit=options.fit,
+            remake=remake_command(options, plan.layers),
+            source=settled.source,
+            checkpoint=job.torch.checkpoint,
+            model=job.torch.model,
+            windows=job.text.windows,
+            final=job.text.own_final,
+        )
 
 
 # -- as JSON values --------------------------------------------------------------------------------------------

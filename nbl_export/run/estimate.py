@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import NblError
-from nbl_export.measure.estimate import Job, Needs
+from nbl_export.measure.estimate import Job as EstimatedJob
+from nbl_export.measure.estimate import Needs
 from nbl_export.measure.machine_speed import product_flops_per_second
 from nbl_export.model.checkpoint.shape import Shape, read_shape
 from nbl_export.model.memory import available_bytes
@@ -26,8 +27,8 @@ from nbl_export.options.settle import settle
 from nbl_export.report.estimate import spoken_totals
 from nbl_export.report.words import size
 from nbl_export.run.facts import architecture_facts, capabilities_of
-from nbl_export.run.resolve import Resolver
-from nbl_export.run.stages.common import READS, LeftOut, Stage
+from nbl_export.run.job import Job
+from nbl_export.run.stages.common import LeftOut, Stage
 
 __all__ = ["estimate", "foreseen", "spoken_machine"]
 
@@ -63,32 +64,34 @@ def estimate(model: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def foreseen(resolver: Resolver, stages: Sequence[Stage], output: Path) -> str:
+def foreseen(job: Job, stages: Sequence[Stage[Any]], output: Path) -> str:
     """What the stages that are left will take, in words; "" if none is left, or if the model's sizes are not known.
 
     Raises:
         NblError: memory or disk cannot suffice.
     """
-    source = resolver.source
+    source = job.settled.source.value
     try:
         shape = read_shape(source.gguf or source.directory)
     except NblError:  # transformers knows sizes that the configuration does not state
         return ""
-    job = _job(dataclasses.replace(shape, decoder=resolver.read_spec), resolver.options)
-    left = _left(resolver, stages)
-    needs = [stage for stage in job.needs() if stage.stage in left]
+    estimated = _job(dataclasses.replace(shape, decoder=job.decoder), job.options)
+    left = _left(job, stages)
+    needs = [stage for stage in estimated.needs() if stage.stage in left]
     if not needs:
         return ""
     total, place = _totals(needs), _existing(output)
-    if refused := _shortage(needs, job.available_bytes, shutil.disk_usage(place).free, output):
+    if refused := _shortage(needs, estimated.available_bytes, shutil.disk_usage(place).free, output):
         raise NblError(refused)
     return f"estimate: {spoken_totals(total)}"
 
 
-def _job(shape: Shape, options: JobOptions) -> Job:
+def _job(shape: Shape, options: JobOptions) -> EstimatedJob:
     engine = capabilities_of(options.engine, options.provider)
     bfloat16 = options.compute_dtype != "float32" and _has_bfloat16()
-    return Job(shape, options, engine, product_flops_per_second(), bfloat16, available_bytes(), not engine.cross)
+    return EstimatedJob(
+        shape, options, engine, product_flops_per_second(), bfloat16, available_bytes(), not engine.cross
+    )
 
 
 def _totals(needs: Sequence[Needs]) -> dict[str, float]:
@@ -120,23 +123,19 @@ def _existing(path: Path) -> Path:
     return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
 
 
-def _left(resolver: Resolver, stages: Sequence[Stage]) -> set[str]:
+def _left(job: Job, stages: Sequence[Stage[Any]]) -> set[str]:
     """Names of the stages that will run."""
-    known = resolver.run.manifest.get("stages")
+    known = job.run.manifest.get("stages")
     if not known:
         return {stage.name for stage in stages}
     left: set[str] = set()
     for stage in stages:
-        if left & set(READS[stage.name]):
+        if left & set(stage.reads):
             left.add(stage.name)
             continue
-        inputs = stage.declare(resolver)
-        if isinstance(inputs, LeftOut):
-            continue
-        resolver.keys[stage.name] = stage.key(inputs, resolver.keys)
-        if resolver.keys[stage.name] != known.get(stage.name, {}).get("key"):
+        declared = stage.declared(job)
+        if not isinstance(declared, LeftOut) and declared[1] != known.get(stage.name, {}).get("key"):
             left.add(stage.name)
-    resolver.keys.clear()
     return left
 
 

@@ -11,43 +11,41 @@ from nbl_export.errors import NblError, ParityError
 from nbl_export.files import key_of
 from nbl_export.model.device import guarded
 from nbl_export.options.options import CHECKPOINT_FIT, NO_ORIGINAL, JobOptions
-from nbl_export.options.public import located
-from nbl_export.options.settle import settle
 from nbl_export.records.requests import PERPLEXITY, EvalRequest, Prepared, Subject
 from nbl_export.run.deployed import result
 from nbl_export.run.estimate import foreseen
-from nbl_export.run.facts import (
-    capabilities_of,
-    check_machine,
-    facts_of_model,
-    facts_of_run,
-    read_model,
-    require_engine,
-)
+from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
-from nbl_export.run.resolve import Resolver
+from nbl_export.run.settled import refuse_early, settle_job, settle_run
 from nbl_export.run.stages import bench, calibrate, evaluate, graphs, plan, text, verify
-from nbl_export.run.stages.common import LeftOut, Place, Stage, readers
+from nbl_export.run.stages.common import Inputs, LeftOut, Place, Stage
 from nbl_export.run_directory import REPORT_JSON, VERIFY_FILE, RunDirectory, refuse_foreign
-from nbl_export.targets import ENGINES, load_engine
+from nbl_export.targets import load_engine
 
 __all__ = ["STAGES", "run_calibration", "run_evaluation", "run_job", "run_stages"]
 
-STAGES = (
-    Stage("text", "text", text.declare, text.run),
-    Stage("calibrate", "calibrate", calibrate.declare, calibrate.run),
-    Stage("plan", "plan", plan.declare, plan.run),
-    Stage("distill", "distill", plan.declare_distill, plan.run_distill),
-    Stage("decoder", "decoder graph", graphs.declare_decoder, graphs.run_decoder),
-    Stage("rewrite", "rewrite", graphs.declare_rewrite, graphs.run_rewrite),
-    Stage("verify", "verify", verify.declare, verify.run),
-    Stage("eval", "evaluate", evaluate.declare, evaluate.run),
-    Stage("build", "build", graphs.declare_build, graphs.run_build),
-    Stage("bench", "bench", bench.declare, bench.run),
-    Stage("report", "report", lambda _: bench.ReportInputs(), bench.run_report),
+STAGES: tuple[Stage[Any], ...] = (
+    Stage("text", "text", (), text.declare, text.run, by_part=True),
+    Stage("calibrate", "calibrate", ("text",), calibrate.declare, calibrate.run),
+    Stage("plan", "plan", ("text", "calibrate"), plan.declare, plan.run),
+    Stage("distill", "distill", ("text", "plan"), plan.declare_distill, plan.run_distill),
+    Stage("decoder", "decoder graph", (), graphs.declare_decoder, graphs.run_decoder),
+    Stage("rewrite", "rewrite", ("plan", "distill", "decoder"), graphs.declare_rewrite, graphs.run_rewrite),
+    Stage("verify", "verify", ("text", "rewrite"), verify.declare, verify.run),
+    Stage("eval", "evaluate", ("rewrite",), evaluate.declare, evaluate.run),
+    Stage("build", "build", ("rewrite",), graphs.declare_build, graphs.run_build, by_engine=True),
+    Stage("bench", "bench", ("rewrite", "build"), bench.declare, bench.run, by_engine=True),
+    Stage("report", "report", ("plan", "verify", "eval", "build", "bench"), bench.declare_report, bench.run_report),
 )
 
-_BY_ENGINE = ("build", "bench")  # stages in which an engine works, and torch does not
+
+def readers(name: str) -> tuple[str, ...]:
+    """Names of the stages that another result of a stage makes stale, directly or indirectly."""
+    found = [stage.name for stage in STAGES if stage.name == name and not stage.by_part]
+    for stage in STAGES:  # in order, so one pass finds all
+        if set(stage.reads) & set(found):
+            found.append(stage.name)
+    return tuple(found[1:])
 
 
 def run_job(
@@ -88,36 +86,27 @@ def run_calibration(model: str, given: dict[str, Any], output: Path, ui: Ui, *, 
 
 def _work(asked: Mapping[str, Any], recorded: JobOptions | None, output: Path, ui: Ui, force: bool, until: str) -> None:
     """Settle the options, check all inputs, and run the stages up to a stage."""
-    first = settle(asked, capabilities_of, recorded=recorded)  # refuses what it can before the model's files are read
-    check_machine(first, runs_engine=until != "calibrate")
+    refuse_early(asked, recorded, runs_engine=until != "calibrate")
     refuse_foreign(output)
-    run = RunDirectory(output) if force else RunDirectory.peek(output)
-    source, decoder = read_model(first.model, run.manifest)
-    settled = settle(asked, capabilities_of, facts_of_model(source, decoder), recorded)
-
-    def resolver_of() -> Resolver:
-        made = Resolver(settled, run, ui)
-        made.source, made.read_spec = source, decoder
-        return made
-
-    estimated = foreseen(resolver_of(), STAGES[: _place(until)], output)
-    resolver = resolver_of()  # a new one: keys that were asked for before the inputs are noted would be old
-    resolver.quantized  # noqa: B018  inputs are read before anything is written or, with force, removed
-    if not _has_text(resolver):
-        resolver.documents.value  # noqa: B018
-    if until == "calibrate" and settled.fit == CHECKPOINT_FIT:
+    before = RunDirectory(output) if force else RunDirectory.peek(output)
+    settled = settle_job(asked, recorded, before.manifest, ui.say)
+    if until == "calibrate" and settled.options.fit == CHECKPOINT_FIT:
         raise NblError(f"nothing to calibrate here: {NO_ORIGINAL}; give the original model")
-    with RunDirectory.open_run(output, create=True, force=force) as resolver.run:
-        resolver.begin()
+    estimated = foreseen(Job(settled, before, ui), STAGES[: _place(until)], output)
+    if not _has_text(Job(settled, before, ui)):
+        settled.documents.value  # noqa: B018  read before anything is written or, with force, removed
+    with RunDirectory.open_run(output, create=True, force=force) as run:
+        job = Job(settled, run, ui)
+        job.begin()
         if estimated:
             ui.say(estimated)
-        _advance(resolver, until)
+        _advance(job, until)
 
 
-def _has_text(resolver: Resolver) -> bool:
+def _has_text(job: Job) -> bool:
     """Whether the run has the text that the options ask for."""
-    run = resolver.run
-    return "text" in run.stages and run.is_done("text", STAGES[0].key(text.declare(resolver), {}))
+    stage, declared = STAGES[0], STAGES[0].declared(job)
+    return not isinstance(declared, LeftOut) and job.run.is_done(stage.name, declared[1])
 
 
 def run_stages(
@@ -132,29 +121,9 @@ def run_stages(
         asked: the request of the stage `eval`, which is skipped without one.
     """
     with RunDirectory.open_run(output, create=False) as run:
-        recorded, changes = JobOptions.from_json(run.manifest["options"]), changes or {}
-        _refuse_other_graphs(run, recorded, changes.get("engine"))
-        options = settle(changes, capabilities_of, facts_of_run(run.manifest), recorded)
-        if "engine" in changes:
-            require_engine(options)
-        resolver = Resolver(located(options, run.manifest), run, ui, asked)
-        resolver.noted, resolver.recorded, resolver.sources = options, recorded, run.manifest["sources"]
-        _advance(resolver, until, ignore_failure=force, needs=needs)
+        job = Job(settle_run(run, changes or {}, ui.say), run, ui, asked)
+        _advance(job, until, ignore_failure=force, needs=needs)
         return run
-
-
-def _refuse_other_graphs(run: RunDirectory, recorded: JobOptions, engine: str | None) -> None:
-    """Refuse an engine that does not take the graphs of the run."""
-    if engine is None:
-        return
-    source = capabilities_of(engine).source
-    if source == capabilities_of(recorded.engine).source:
-        return
-    same = [name for name in ENGINES if capabilities_of(name).source == source]
-    raise NblError(
-        f"{run.path} is a run for --engine {recorded.engine}, whose graphs {engine} does not take; make another run "
-        f"with --engine {' or '.join(same)}"
-    )
 
 
 def run_evaluation(
@@ -222,37 +191,38 @@ def _place(until: str) -> int:
     return [stage.name for stage in STAGES].index(until) + 1
 
 
-def _advance(resolver: Resolver, until: str, *, ignore_failure: bool = False, needs: str = "") -> None:
-    place, keys = Place(resolver.run, resolver.ui), resolver.keys
+def _advance(job: Job, until: str, *, ignore_failure: bool = False, needs: str = "") -> None:
+    run, ui = job.run, job.ui
     for stage in STAGES[: _place(until)]:
-        inputs = stage.declare(resolver)
-        if isinstance(inputs, LeftOut):
+        declared, place = stage.declared(job), Place(run, ui, readers(stage.name))
+        if isinstance(declared, LeftOut):
             if stage.name == needs:
-                raise NblError(f"nothing to {stage.title} here: {inputs.reason or 'the engine compiles nothing'}")
-            if inputs.reason:
-                place.ui.say(f"{stage.title}: left out, {inputs.reason}")
+                raise NblError(f"nothing to {stage.title} here: {declared.reason or 'the engine compiles nothing'}")
+            if declared.reason:
+                ui.say(f"{stage.title}: left out, {declared.reason}")
             continue
-        keys[stage.name] = stage.key(inputs, keys)
-        is_done = place.run.is_done(stage.name, keys[stage.name])
+        inputs, key = declared
+        is_done = run.is_done(stage.name, key)
         if is_done and (stage.name != "verify" or ignore_failure or place.passed):  # a failed verification runs again
-            place.ui.say(f"{stage.title}: reused")
+            ui.say(f"{stage.title}: reused")
         else:
-            _run(place, stage, inputs, keys[stage.name])
-        place.run.partial(stage.name).unlink(missing_ok=True)
-        if stage.name == "text":
-            resolver.note()
+            if not stage.by_part:
+                job.note()  # of what the result is made
+            _run(place, stage, inputs, key)
+        run.partial(stage.name).unlink(missing_ok=True)
         if stage.name == "verify" and not ignore_failure:
             _refuse_failed(place)
-    place.run.save()
+    job.note()
+    run.save()
 
 
-def _run(place: Place, stage: Stage, inputs: Any, key: str) -> None:
+def _run(place: Place, stage: Stage[Inputs], inputs: Inputs, key: str) -> None:
     place.ui.say(f"{stage.title} ...")
     started = time.monotonic()
-    with place.run.scratch() as scratch, guarded(stage.title, by_engine=stage.name in _BY_ENGINE):
+    with place.run.scratch() as scratch, guarded(stage.title, by_engine=stage.by_engine):
         facts = stage.run(inputs, place, scratch)
         seconds = time.monotonic() - started
-        place.run.finish(stage.name, key, scratch, seconds, readers(stage.name), **facts)
+        place.run.finish(stage.name, key, scratch, seconds, place.readers, **facts)
     place.ui.say(f"{stage.title}: done in {seconds:.1f} s")
 
 

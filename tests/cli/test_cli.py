@@ -46,8 +46,8 @@ def answer(*arguments: object) -> Any:
 def test_leaves_the_files_of_the_run_directory_and_no_others(finished: Path) -> None:
     names = {p.name for p in finished.iterdir()}
     assert names - {".lock"} == {
-        "nbl.json", "moments.safetensors", "maps.safetensors", "original", "model", "verify.json", "bench.json",
-        "report.html", "report.md", "report.json",
+        "nbl.json", "text.safetensors", "moments.safetensors", "maps.safetensors", "original", "model", "verify.json",
+        "bench.json", "report.html", "report.md", "report.json",
     }  # fmt: skip
     assert {p.name for p in (finished / "original").iterdir()} == DEPLOYED
     assert {p.name for p in (finished / "model").iterdir()} == DEPLOYED | {"nbl.json"}
@@ -76,7 +76,7 @@ def test_manifest_says_what_was_done(finished: Path, same: Same, text: Path) -> 
 
 def test_manifest_has_the_hash_of_every_file_and_the_seconds_of_every_stage(finished: Path) -> None:
     stages = read(finished / "nbl.json")["stages"]
-    assert list(stages) == ["calibrate", "plan", "decoder", "rewrite", "verify", "bench", "report"]
+    assert list(stages) == ["text", "calibrate", "plan", "decoder", "rewrite", "verify", "bench", "report"]
     said = re.findall(r": done in ([\d.]+) s$", finished.with_name("stderr").read_text(encoding="utf-8"), re.MULTILINE)
     assert [stage["seconds"] for stage in stages.values()] == pytest.approx([float(s) for s in said], abs=0.051)
     assert sum(stage["seconds"] for stage in stages.values()) > 0.1
@@ -158,7 +158,7 @@ def test_stages_go_to_stderr_and_the_result_to_stdout(finished: Path) -> None:
     count = len(read(finished / "verify.json")["checks"])
     assert checked == f"  graphs: {count} of {count} checks passed"
     first = ["estimate", curve, checked]
-    assert len(stages.splitlines()) == 2 * len(STAGES) - 1 + len(quality_loss) + len(busy) + len(first), said
+    assert len(stages.splitlines()) == 2 * (1 + len(STAGES)) - 1 + len(quality_loss) + len(busy) + len(first), said
     assert [line.split()[0] for line in result.splitlines()[1:] if line[2] != " "] == RESULT, said
 
 

@@ -107,8 +107,8 @@ def test_main_job_on_a_gguf_directory(gguf: Path, text: Path, tmp_path: Path) ->
     with RunDirectory.open_run(run, create=False) as opened, opened.scratch() as scratch:
         opened.finish("report", "key", scratch, 0.0, ())
     assert not weights.parent.exists()
-    resolver = opened_run(run)
-    assert (resolver.cost.value.mlp.width, resolver.shortage.value) == (INNER, "")
+    job = opened_run(run)
+    assert (job.cost.value.mlp.width, job.torch.shortage.value) == (INNER, "")
     assert not weights.parent.exists()
     assert nbl("plan", run).status == 0
     assert nbl("rewrite", run).status == 0

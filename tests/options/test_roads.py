@@ -21,6 +21,7 @@ from nbl_export.options.command import describe_command
 from nbl_export.options.options import JobOptions, flag_of
 from nbl_export.options.settle import settle
 from nbl_export.run import pipeline
+from nbl_export.run import settled as run_settled
 from nbl_export.run.facts import capabilities_of
 from nbl_export.run.progress import Ui
 from nbl_export.run_directory import RunDirectory
@@ -51,7 +52,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*args: Any, **more: Any) -> JobOptions:
         raise _Reached(settle(*args, **more))
 
-    monkeypatch.setattr(pipeline, "settle", stop)
+    monkeypatch.setattr(run_settled, "settle", stop)
 
 
 def reached(call: Callable[[], object]) -> JobOptions:
@@ -83,7 +84,7 @@ MANIFEST: dict[str, Any] = {
     "model": {"name": "m", "title": "m", "revision": None, "architecture": "llama", "fingerprint": "f"},
     "decoder": {"architecture": "llama", "num_layers": 3, "hidden_size": 64, "num_heads": 4, "num_kv_heads": 2,
                 "head_dim": 16, "vocab_size": 512, "max_positions": 512},
-    "calibration": {"tokens": 1024, "context": 64, "name": "t", "sha256": "s", "parts": [], "hub": {}},
+    "sources": [],
     "places": {"model": "/nowhere/m", "calibration": []},
 }  # fmt: skip
 

@@ -28,7 +28,7 @@ from nbl_export.plan.planning import count_for_budget, count_for_speedup, count_
 from nbl_export.run.stages.plan import declare
 
 from ..command import assert_refused, nbl
-from ..jobs import resolver_of
+from ..jobs import job_of
 from ..tiny import HEAD_DIM, LAYERS
 
 LAYER_BYTES = 2 * 2 * HEAD_DIM * 4  # cache of one layer of the tiny Llama, one token, float32
@@ -316,7 +316,7 @@ def budgeted(directory: Path, text: str) -> tuple[int, Any]:
     """The layers of a budget for a decoder of three layers, from options on."""
     spec = {"decoder": {"architecture": "llama", "num_layers": LAYERS, "hidden_size": 64, "num_heads": 4,
                         "num_kv_heads": 2, "head_dim": HEAD_DIM, "vocab_size": 384, "max_positions": 512}}  # fmt: skip
-    stage = declare(resolver_of(directory, {"kv_budget": text}, spec))
+    stage = declare(job_of(directory, {"kv_budget": text}, spec))
     assert isinstance(stage, PlanInputs)
     found = count_for_budget(stage.goal)
     return found.count, found.facts

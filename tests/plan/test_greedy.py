@@ -320,7 +320,7 @@ def test_maps_that_are_not_finite_are_left_or_named(checkpoint: Checkpoint) -> N
 
 
 def test_layers_are_judged_on_another_text_too(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    resolver = opened(run, compute_dtype="auto", select="greedy")
+    job = opened(run, compute_dtype="auto", select="greedy")
     seen: list[Any] = []
     bfloat16: list[bool] = []
 
@@ -335,9 +335,9 @@ def test_layers_are_judged_on_another_text_too(run: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("nbl_export.plan.order.Judge", note)
     for native in (True, False):  # products of bfloat16, in which trials are computed where they are
         monkeypatch.setattr("nbl_export.model.bfloat16.fast", lambda _device, native=native: native)
-        resolver.narrow.forget()
+        job.torch.narrow.forget()
         with pytest.raises(SeenError):
-            Selection(order_of(resolver)).order(1)
+            Selection(order_of(job)).order(1)
     assert bfloat16 == [True, False]
     windows = seen[0]
     near, second = read(run / TEXT_FILE, "choosing"), read(run / TEXT_FILE, "second.choosing")

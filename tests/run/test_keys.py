@@ -18,7 +18,7 @@ from nbl_export.records.inputs import Lazy
 from nbl_export.run.stages import calibrate, plan
 from nbl_export.run.stages.plan import order_of
 
-from ..jobs import TEXT, resolver_of
+from ..jobs import TEXT, job_of
 
 Changes = dict[str, Any]
 
@@ -47,8 +47,8 @@ def resumed_batches(
     directory: Path, options: Changes, facts: Changes, windows: torch.Tensor, batches: int, products: str = "float32"
 ) -> int:
     """Batches that a calibration of these inputs takes from the partial file; it then leaves the file of its own."""
-    resolver = resolver_of(directory, options, facts)
-    declared = calibrate.declare(resolver)
+    job = job_of(directory, options, facts)
+    declared = calibrate.declare(job)
     assert isinstance(declared, calibrate.CalibrateInputs)
     inputs = dataclasses.replace(declared, windows=Lazy(None, lambda: windows))
     found = calibrate._facts(inputs, batches, products)
@@ -95,7 +95,7 @@ ORDERS: dict[str, tuple[Changes, Changes, Changes]] = {  # options before, optio
 
 
 def key_of_order(directory: Path, options: Changes) -> str:
-    return Selection(order_of(resolver_of(directory, options))).key
+    return Selection(order_of(job_of(directory, options))).key
 
 
 @pytest.mark.parametrize("change", ORDERS)
@@ -104,7 +104,7 @@ def test_another_order_of_layers_is_computed_anew(change: str, tmp_path: Path) -
     recorded = {"key": key_of_order(tmp_path, options), "texts": ["a text"], **dataclasses.asdict(ORDER)}
 
     def known(options: Changes, facts: Changes) -> GreedyOrder:
-        return Selection(order_of(resolver_of(tmp_path, options, facts)), recorded=recorded)._recorded()
+        return Selection(order_of(job_of(tmp_path, options, facts)), recorded=recorded)._recorded()
 
     assert known(options, {}) == ORDER
     assert known({**options, **changed}, facts) == GreedyOrder()
@@ -121,7 +121,7 @@ def test_another_way_to_judge_layers_computes_the_order_anew(
 
 def test_another_second_text_computes_the_order_anew(tmp_path: Path) -> None:
     other = {"text": {**TEXT, "parts": {**TEXT["parts"], "second.choosing": "a third"}}}
-    keys = [Selection(order_of(resolver_of(tmp_path, GREEDY, facts))).key for facts in ({}, other)]
+    keys = [Selection(order_of(job_of(tmp_path, GREEDY, facts))).key for facts in ({}, other)]
     assert keys[0] != keys[1]
 
 

@@ -1,6 +1,6 @@
 """Every option that a stage reads is in its key, or in the key of a stage that it reads.
 
-Only what takes a `Resolver` reads options: what declares the inputs of a stage. So the key has what the stage has, if
+Only what takes a `Job` reads options: what declares the inputs of a stage. So the key has what the stage has, if
 each `Lazy` input is identified by the options that its value follows from.
 """
 
@@ -18,12 +18,12 @@ import pytest
 from nbl_export.options.options import JobOptions
 from nbl_export.records.inputs import Lazy, identity_of
 from nbl_export.records.requests import EvalRequest, Prepared, Subject
-from nbl_export.run.pipeline import STAGES
-from nbl_export.run.resolve import Resolver
+from nbl_export.run.job import Job
+from nbl_export.run.pipeline import STAGES, readers
 from nbl_export.run.stages import common
 from nbl_export.run.stages.common import LeftOut
 
-from ..jobs import TEXT, resolver_of
+from ..jobs import TEXT, job_of
 
 EVAL = Prepared(EvalRequest(tasks=("a",)), (Subject("a", None, 10, {"sha256": "0"}, {"shots": 0}),), "harness 1")
 TRT = {"engine": "trt-rtx", "decoder_source": "static", "precision": "fp16"}
@@ -74,13 +74,10 @@ HERE: dict[tuple[str, str], Any] = {
 }  # fmt: skip
 
 
-def keys(resolver: Resolver) -> dict[str, str]:
+def keys(job: Job) -> dict[str, str]:
     """The keys of the stages that are not left out."""
-    for stage in STAGES:
-        inputs = stage.declare(resolver)
-        if not isinstance(inputs, LeftOut):
-            resolver.keys[stage.name] = stage.key(inputs, resolver.keys)
-    return resolver.keys
+    found = {stage.name: stage.declared(job) for stage in STAGES}
+    return {name: declared[1] for name, declared in found.items() if not isinstance(declared, LeftOut)}
 
 
 @pytest.fixture
@@ -89,7 +86,7 @@ def key_of_stage(tmp_path: Path) -> Any:
 
     def make(stage: str, manifest: dict[str, Any] | None = None, asked: Any = None, **changes: Any) -> str | None:
         options = {**USUAL, **BASES.get(stage, {}), **changes}
-        return keys(resolver_of(tmp_path, options, manifest, asked or ASKED.get(stage))).get(stage)
+        return keys(job_of(tmp_path, options, manifest, asked or ASKED.get(stage))).get(stage)
 
     return make
 
@@ -138,6 +135,53 @@ def test_what_changes_nothing_in_a_stage_is_not_in_its_key(
     assert key_of_stage(stage, **{**given, **same}) == key_of_stage(stage, **given)
 
 
+# The earlier stages that each stage reads, beside the text.
+EARLIER: dict[str, tuple[str, ...]] = {
+    "plan": ("calibrate",),
+    "distill": ("plan",),
+    "rewrite": ("plan", "distill", "decoder"),
+    "verify": ("rewrite",),
+    "eval": ("rewrite",),
+    "build": ("rewrite",),
+    "bench": ("rewrite", "build"),
+    "report": ("plan", "verify", "eval", "build", "bench"),
+}
+
+
+@pytest.mark.parametrize("name", [stage.name for stage in STAGES])
+def test_another_key_of_a_stage_that_is_read_is_another_key(name: str, tmp_path: Path) -> None:
+    """And of no other stage."""
+    stage = next(s for s in STAGES if s.name == name)
+
+    def key(**earlier: str) -> str:
+        job = job_of(tmp_path, {**USUAL, **BASES.get(name, {})}, asked=ASKED.get(name))
+        job.keys |= {**dict.fromkeys((s.name for s in STAGES), "key"), **earlier}
+        declared = stage.declared(job)
+        assert not isinstance(declared, LeftOut)
+        return declared[1]
+
+    before = STAGES[: STAGES.index(stage)]
+    read = {s.name for s in before if not s.by_part and key(**{s.name: "other"}) != key()}
+    assert read == set(EARLIER.get(name, ()))
+
+
+def test_another_result_makes_all_its_readers_stale() -> None:
+    graphs = ("verify", "eval", "build", "bench", "report")
+    assert {stage.name: readers(stage.name) for stage in STAGES} == {
+        "text": (),  # a part that stays the same makes nothing stale
+        "calibrate": ("plan", "distill", "rewrite", *graphs),
+        "plan": ("distill", "rewrite", *graphs),
+        "distill": ("rewrite", *graphs),
+        "decoder": ("rewrite", *graphs),
+        "rewrite": graphs,
+        "verify": ("report",),
+        "eval": ("report",),
+        "build": ("bench", "report"),
+        "bench": ("report",),
+        "report": (),
+    }
+
+
 # The parts of the text that each stage reads itself.
 ROWS: dict[str, tuple[str, ...]] = {
     "calibrate": ("windows",),
@@ -154,7 +198,7 @@ def test_other_rows_of_a_part_that_a_stage_reads_are_another_key(stage: str, tmp
     def identity(**parts: str) -> Any:
         text = {**TEXT, "parts": {**TEXT["parts"], **parts}}
         inputs = next(s for s in STAGES if s.name == stage).declare(
-            resolver_of(tmp_path, {**USUAL, **BASES.get(stage, {})}, {"text": text})
+            job_of(tmp_path, {**USUAL, **BASES.get(stage, {})}, {"text": text})
         )
         return identity_of(inputs)
 
@@ -236,8 +280,8 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
     model: Any = SimpleNamespace(device=torch.device("cpu"), to=lambda _device: model)
     stubs: dict[str, Any] = {
-        "nbl_export.run.resolve.require_engine": lambda *_args, **_given: None,
-        "nbl_export.run.resolve.cost_model": costs_of,
+        "nbl_export.run.job.require_engine": lambda *_args, **_given: None,
+        "nbl_export.run.job.cost_model": costs_of,
         "nbl_export.model.checkpoint.load.materialise": lambda *_: Path(),
         "nbl_export.model.checkpoint.load.load_model": lambda _directory: model,
         "nbl_export.model.checkpoint.load.load_tokenizer": lambda _directory: None,
@@ -265,12 +309,14 @@ def loaded(value: Any) -> None:
 def test_the_table_above_has_what_a_stage_reads(stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The inputs of a stage are declared and loaded, all of them, while each read option is noted."""
     options = {**USUAL, **BASES.get(stage, {})}
-    resolver = resolver_of(tmp_path, options, asked=ASKED.get(stage))
-    resolver.options = Watched(**{name: getattr(resolver.options, name) for name in JobOptions.__dataclass_fields__})
+    job = job_of(tmp_path, options, asked=ASKED.get(stage))
+    watched = Watched(**{name: getattr(job.options, name) for name in JobOptions.__dataclass_fields__})
+    job = Job(dataclasses.replace(job.settled, options=watched), job.run, job.ui, job.evaluation)
+    job.torch.__dict__["shortage"] = Lazy(None, lambda: "")
     monkeypatch.setattr(common.Place, "maps", lambda _self: {})
     found = next(s for s in STAGES if s.name == stage)
     Watched.seen.clear()
-    inputs = found.declare(resolver)
+    inputs = found.declare(job)
     assert not isinstance(inputs, LeftOut)
     loaded(inputs)
     assert Watched.seen or stage == "rewrite"
@@ -282,13 +328,13 @@ def test_the_table_above_has_what_a_stage_reads(stage: str, tmp_path: Path, monk
 GATES = {"fit"}
 
 
-def test_only_what_takes_a_resolver_reads_options() -> None:
+def test_only_what_takes_a_job_reads_options() -> None:
     """A stage sees its inputs and its place."""
     modules = sorted(Path(common.__file__).parent.glob("*.py"))
     assert len(modules) > 5
     for module in modules:
         for node in _functions(ast.parse(module.read_text(encoding="utf-8"))):
-            if any("Resolver" in ast.unparse(a.annotation) for a in node.args.args if a.annotation is not None):
+            if any(ast.unparse(a.annotation) == "Job" for a in node.args.args if a.annotation is not None):
                 continue
             read = [n for n in ast.walk(node) if isinstance(n, ast.Attribute) and n.attr == "options"]
             assert read == [], f"{module.name}: {node.name} reads options"

@@ -83,7 +83,7 @@ def test_a_text_that_is_too_short_for_every_use_is_refused() -> None:
 
 
 def test_stages_read_the_parts_that_are_theirs(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    resolver = opened(run, select="greedy")
+    job = opened(run, select="greedy")
     near, second = (
         Division(*(parts.read(run / TEXT_FILE, f"{text}{part}") for part in PARTS)) for text in ("", "second.")
     )
@@ -98,7 +98,7 @@ def test_stages_read_the_parts_that_are_theirs(run: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr("nbl_export.plan.order.Judge", judge)
     with pytest.raises(SeenError):
-        Selection(order_of(resolver)).order(1)
+        Selection(order_of(job)).order(1)
 
     def rows(windows: Any) -> set[tuple[int, ...]]:
         return {tuple(row) for row in windows.tolist()}
@@ -108,7 +108,7 @@ def test_stages_read_the_parts_that_are_theirs(run: Path, monkeypatch: pytest.Mo
     passages, again = torch.as_tensor(twice).view(2, -1, min(64, twice.numel() // 2))
     assert torch.equal(passages.flip(0), again)  # a layer that copies from far back is seen
     assert passages.flatten().tolist() == near.choosing.flatten()[: passages.numel()].tolist()
-    final = [windows for _, windows in verify.loss_texts(verify.declare(resolver))]
+    final = [windows for _, windows in verify.loss_texts(verify.declare(job))]
     assert rows(final[0]) == rows(near.final) and rows(final[1]) == rows(second.final)
     assert final[1].size == final[0].size == 2048  # SHORT_PARTS
 
@@ -126,15 +126,15 @@ def test_stages_read_the_parts_that_are_theirs(run: Path, monkeypatch: pytest.Mo
             return {name: [loss, loss] for name in mixes}
 
     recorder: Any = Recorder()
-    _steps(recorder.mixes, resolver.text.deciding.value, [recorder.order(1)], 0.1, quiet)
+    _steps(recorder.mixes, job.text.deciding.value, [recorder.order(1)], 0.1, quiet)
     assert [rows(w) for w in seen["deciding"]] == [rows(near.deciding), rows(second.deciding)]
 
 
 def test_distilled_maps_are_judged_by_the_choosing_part(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 
-    resolver = opened(run, fit="distilled")
-    inputs = plan_stage.declare_distill(resolver)
+    job = opened(run, fit="distilled")
+    inputs = plan_stage.declare_distill(job)
     assert isinstance(inputs, plan_stage.DistillInputs)
     shutil.copy(run / "maps.safetensors", run / "start.safetensors")
 
@@ -146,7 +146,7 @@ def test_distilled_maps_are_judged_by_the_choosing_part(run: Path, monkeypatch: 
 
     monkeypatch.setattr("nbl_export.distill.training.distill", distill)
     with pytest.raises(SeenError) as seen:
-        plan_stage.run_distill(inputs, Place(resolver.run, resolver.ui), run)
+        plan_stage.run_distill(inputs, Place(job.run, job.ui), run)
     windows, judging = seen.value.args
     assert judging.tolist() == parts.read(run / TEXT_FILE, "choosing").tolist()
     assert windows.tolist() == parts.read(run / TEXT_FILE, "training").tolist()
@@ -166,7 +166,7 @@ def test_a_run_says_what_it_read_for_what(run: Path) -> None:
 
 
 def test_a_tested_count_is_a_use_of_the_text_also_without_a_goal(run: Path) -> None:
-    resolver = opened(run)
-    resolver.run.manifest["goal"] = {"max_perplexity_increase": "10%", "default": True, "path": [{"layers": 1}]}
-    uses = verify.uses_of(verify.declare(resolver), Place(resolver.run, resolver.ui))
+    job = opened(run)
+    job.run.manifest["goal"] = {"max_perplexity_increase": "10%", "default": True, "path": [{"layers": 1}]}
+    uses = verify.uses_of(verify.declare(job), Place(job.run, job.ui))
     assert [u["tokens"] for u in uses if u["use"] == "number of layers"] == [4096, 4096]

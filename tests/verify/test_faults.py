@@ -19,8 +19,9 @@ import torch
 from nbl_export.model.checkpoint import load
 from nbl_export.options.options import JobOptions
 from nbl_export.records.quantised import unpacked
+from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
-from nbl_export.run.resolve import Resolver
+from nbl_export.run.settled import of_run
 from nbl_export.run.stages import verify
 from nbl_export.run.stages.common import Place
 from nbl_export.run_directory import RunDirectory
@@ -57,9 +58,9 @@ def runs(checkpoint: Callable[[str], Path], text: Path, tmp_path_factory: pytest
 def climbed(run: Path) -> list[dict[str, Any]]:
     """The checks of a run directory as it is now; the quality loss, which is not gated, is left out."""
     with RunDirectory.open_run(run, create=False) as opened, mock.patch.object(verify, "quality_loss", return_value=[]):
-        resolver = Resolver(JobOptions.from_json(opened.manifest["options"]), opened, Ui(quiet=True))
-        place = Place(opened, resolver.ui)
-        found: list[dict[str, Any]] = verify.check(verify.declare(resolver), place, run)["checks"]
+        options, ui = JobOptions.from_json(opened.manifest["options"]), Ui(quiet=True)
+        job = Job(of_run(opened, options, ui.say), opened, ui)
+        found: list[dict[str, Any]] = verify.check(verify.declare(job), Place(opened, ui), run)["checks"]
         return found
 
 

@@ -20,7 +20,7 @@ from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.from_json import edited
 from nbl_export.records.inputs import Lazy
 from nbl_export.records.results import Timing
-from nbl_export.run.resolve import Resolver
+from nbl_export.run.job import Job
 from nbl_export.run.stages.common import LeftOut, Place
 from nbl_export.run_directory import BENCH_FILE, DECODERS, EVAL_FILE, VERIFY_FILE
 from nbl_export.targets.base import Target
@@ -42,13 +42,26 @@ class BenchInputs:
     costs: Lazy[CostModel]
 
 
-def declare(r: Resolver) -> BenchInputs | LeftOut:
+def declare(job: Job) -> BenchInputs | LeftOut:
     """The inputs of the stage; left out if the graphs do not run on this machine or in the timed runtime."""
-    if r.engine.capabilities.cross:
-        found = r.engine.probe_run()
+    if job.engine.capabilities.cross:
+        found = job.engine.probe_run()
         if not found.available:
             return LeftOut(f"the graphs do not run on this machine: {found.reason}")
-    return r.fill(BenchInputs, tests=r.fill(BenchTests), costs=Lazy(None, lambda: r.cost.value))
+    options = job.options
+    return BenchInputs(
+        available=job.available,
+        engine_name=options.engine,
+        provider=options.provider,
+        precision=options.precision,
+        spec=job.decoder,
+        cache_length=job.cache_length,
+        tests=BenchTests(
+            options.prompt_tokens, options.generate_tokens, options.depths, options.batches, options.threads,
+            options.repetitions,
+        ),
+        costs=Lazy(None, lambda: job.cost.value),
+    )  # fmt: skip
 
 
 def run(inputs: BenchInputs, place: Place, out: Path) -> dict[str, Any]:
@@ -109,6 +122,11 @@ def _reads(inputs: BenchInputs, place: Place, bench: Mapping[str, Any]) -> dict[
 @dataclass(frozen=True)
 class ReportInputs:
     """Nothing beside what earlier stages left."""
+
+
+def declare_report(_job: Job) -> ReportInputs:
+    """The inputs of the stage."""
+    return ReportInputs()
 
 
 def run_report(_inputs: ReportInputs, place: Place, out: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from nbl_export.model.device import is_gpu, spoken
 from nbl_export.options.options import CHECKPOINT_FIT, NO_ORIGINAL
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy
-from nbl_export.run.resolve import Resolver
+from nbl_export.run.job import Job
 from nbl_export.run.stages.common import LeftOut, Place
 from nbl_export.run_directory import MOMENTS_FILE
 from nbl_export.text.parts import rows_sha256
@@ -61,13 +61,25 @@ class CalibrateInputs:
     choose: Lazy[Callable[[int], Any]]
 
 
-def declare(r: Resolver) -> CalibrateInputs | LeftOut:
+def declare(job: Job) -> CalibrateInputs | LeftOut:
     """The inputs of the stage; left out for an NBL checkpoint, which has its maps."""
-    options = r.options
+    options = job.options
     if options.fit == CHECKPOINT_FIT:
         return LeftOut(NO_ORIGINAL)
-    features = kind_of(options.kind).feature_count(r.spec.hidden_size)  # kinds of equal features share moments
-    return r.fill(CalibrateInputs, windows=r.text.windows, mixer=Lazy(features, lambda: options.kind))
+    features = kind_of(options.kind).feature_count(job.decoder.hidden_size)  # kinds of equal features share moments
+    return CalibrateInputs(
+        fingerprint=job.fingerprint,
+        windows=job.text.windows,
+        tap=options.tap,
+        compute_dtype=options.compute_dtype,
+        spec=job.decoder,
+        model=job.torch.model,
+        checkpoint=job.torch.checkpoint,
+        shortage=job.torch.shortage,
+        mixer=Lazy(features, lambda: options.kind),
+        device=job.torch.device,
+        choose=job.torch.choose_device,
+    )
 
 
 def run(inputs: CalibrateInputs, place: Place, out: Path) -> dict[str, Any]:

@@ -5,47 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from nbl_export.files import key_of
 from nbl_export.mixers.base import Mixer
 from nbl_export.records.inputs import identity_of
 from nbl_export.records.plan import Plan
 from nbl_export.records.results import status_of
+from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
-from nbl_export.run.resolve import Resolver
 from nbl_export.run_directory import MAPS_FILE, VERIFY_FILE, RunDirectory
 
-__all__ = ["READS", "LeftOut", "Place", "Stage", "readers"]
+__all__ = ["Inputs", "LeftOut", "Place", "Stage"]
 
-# Stage -> the earlier stages whose files or facts it reads, in running order.
-READS: dict[str, tuple[str, ...]] = {
-    "text": (),
-    "calibrate": ("text",),
-    "plan": ("text", "calibrate"),
-    "distill": ("text", "plan"),
-    "decoder": (),
-    "rewrite": ("plan", "distill", "decoder"),
-    "verify": ("text", "rewrite"),
-    "eval": ("rewrite",),
-    "build": ("rewrite",),
-    "bench": ("rewrite", "build"),
-    "report": ("plan", "verify", "eval", "build", "bench"),
-}
-
-
-BY_PART = ("text",)  # whoever reads its file has the hash of a part among its inputs, so another file may be the same
-
-
-def readers(name: str) -> list[str]:
-    """Names of the stages that another result of a stage makes stale, directly or indirectly."""
-    if name in BY_PART:
-        return []
-    found = [name]
-    for stage, earlier in READS.items():  # in order, so one pass finds all
-        if set(earlier) & set(found):
-            found.append(stage)
-    return found[1:]
+Inputs = TypeVar("Inputs")
 
 
 @dataclass(frozen=True)
@@ -57,10 +30,14 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a stage works: the run directory with what earlier stages left, and the user who watches."""
+    """Where a stage works: the run directory with what earlier stages left, and the user who watches.
+
+    readers: names of the stages that read this one, directly or indirectly.
+    """
 
     run: RunDirectory
     ui: Ui
+    readers: tuple[str, ...] = ()
 
     @property
     def plan(self) -> Plan:
@@ -84,19 +61,32 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Stage:
+class Stage(Generic[Inputs]):
     """A stage runs if its key changes. The key covers its inputs and the keys of the earlier stages that it reads.
 
-    declare: makes the inputs, a frozen dataclass, from the options. The stage itself sees no option.
-    run: writes files to a directory and returns facts for the manifest.
+    Attributes:
+        reads: earlier stages whose files or facts it reads.
+        declare: makes the inputs, a frozen dataclass, from the job. The stage itself sees no option.
+        run: writes files to a directory and returns facts for the manifest.
+        by_engine: an engine works in it, and torch does not.
+        by_part: whoever reads its file has the hash of a part of it among its inputs. So no key has the key of this
+            stage, and another file makes nothing stale by itself.
     """
 
     name: str
     title: str
-    declare: Callable[[Resolver], Any]
-    run: Callable[[Any, Place, Path], dict[str, Any]]
+    reads: tuple[str, ...]
+    declare: Callable[[Job], Inputs | LeftOut]
+    run: Callable[[Inputs, Place, Path], dict[str, Any]]
+    by_engine: bool = False
+    by_part: bool = False
 
-    def key(self, inputs: Any, keys: dict[str, str]) -> str:
-        """Fingerprint of the inputs. keys: of the earlier stages that are not left out."""
-        earlier = [keys[name] for name in READS[self.name] if name in keys and name not in BY_PART]
-        return key_of(self.name, identity_of(inputs), earlier)
+    def declared(self, job: Job) -> tuple[Inputs, str] | LeftOut:
+        """Its inputs, and its key, which the keys of its readers will have."""
+        inputs = self.declare(job)
+        if isinstance(inputs, LeftOut):
+            return inputs
+        key = key_of(self.name, identity_of(inputs), [job.keys[name] for name in self.reads if name in job.keys])
+        if not self.by_part:
+            job.keys[self.name] = key
+        return inputs, key

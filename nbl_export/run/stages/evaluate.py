@@ -15,8 +15,8 @@ from nbl_export.files import key_of, write_json
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy
 from nbl_export.records.requests import PERPLEXITY, VARIANTS, Prepared, Subject
-from nbl_export.run.resolve import Resolver
-from nbl_export.run.stages.common import LeftOut, Place, readers
+from nbl_export.run.job import Job
+from nbl_export.run.stages.common import LeftOut, Place
 from nbl_export.run_directory import DECODERS, EVAL_FILE, MADE_BY, MAPS_FILE
 
 __all__ = ["EvalInputs", "declare", "run"]
@@ -33,12 +33,18 @@ class EvalInputs:
     checkpoint: Lazy[Path]
 
 
-def declare(r: Resolver) -> EvalInputs | LeftOut:
+def declare(job: Job) -> EvalInputs | LeftOut:
     """The inputs of the stage; left out unless it is asked for, because it can take hours on a small machine."""
-    asked = r.evaluation
+    asked = job.evaluation
     if asked is None:
         return LeftOut()
-    return r.fill(EvalInputs, asked=Lazy(asked.identity, lambda: asked))
+    return EvalInputs(
+        asked=Lazy(asked.identity, lambda: asked),
+        fingerprint=job.fingerprint,
+        spec=job.decoder,
+        model=job.torch.model,
+        checkpoint=job.torch.checkpoint,
+    )
 
 
 def run(inputs: EvalInputs, place: Place, out: Path) -> dict[str, Any]:
@@ -47,7 +53,7 @@ def run(inputs: EvalInputs, place: Place, out: Path) -> dict[str, Any]:
     def keep(value: dict[str, Any]) -> None:
         with place.run.scratch() as scratch:
             write_json(scratch / EVAL_FILE, value)
-            place.run.finish("eval", key_of("unfinished"), scratch, 0.0, readers("eval"), status=place.verdict)
+            place.run.finish("eval", key_of("unfinished"), scratch, 0.0, place.readers, status=place.verdict)
 
     write_json(out / EVAL_FILE, _evaluate(inputs, place, keep))
     return {"status": place.verdict}

@@ -14,7 +14,7 @@ from nbl_export.graph.names import MANIFEST
 from nbl_export.mixers import cache_layers
 from nbl_export.options.public import public_facts
 from nbl_export.records.inputs import Lazy
-from nbl_export.run.resolve import Resolver
+from nbl_export.run.job import Job
 from nbl_export.run.stages.common import LeftOut, Place
 from nbl_export.run_directory import DECODERS, PACKAGES
 from nbl_export.targets.base import BuildSettings, ExportSettings, Target
@@ -52,12 +52,21 @@ class DecoderInputs:
     tap: str | None
 
 
-def declare_decoder(r: Resolver) -> DecoderInputs:
+def declare_decoder(job: Job) -> DecoderInputs:
     """The inputs of the stage."""
-    options = r.options
-    tap = options.tap if options.quantized_model else None
-    engine = Lazy([r.engine.capabilities.source, options.provider], lambda: r.engine)
-    return r.fill(DecoderInputs, engine=engine, tap=tap)
+    options = job.options
+    return DecoderInputs(
+        model=job.torch.model,
+        checkpoint=job.torch.checkpoint,
+        engine=Lazy([job.engine.capabilities.source, options.provider], lambda: job.engine),
+        decoder_source=options.decoder_source,
+        precision=options.precision,
+        builder_options=options.builder_options,
+        kept_logits=options.kept_logits,
+        cache_length=job.cache_length,
+        codes=job.settled.codes,
+        tap=options.tap if options.quantized_model else None,
+    )
 
 
 def _codes(inputs: DecoderInputs) -> Path | None:
@@ -96,14 +105,12 @@ class RewriteInputs:
     """
 
     model: Lazy[Any]
-    checkpoint: Lazy[Path]
     engine: Lazy[Target]
 
 
-def declare_rewrite(r: Resolver) -> RewriteInputs:
+def declare_rewrite(job: Job) -> RewriteInputs:
     """The inputs of the stage."""
-    engine = Lazy([r.engine.capabilities.dense_caches], lambda: r.engine)
-    return r.fill(RewriteInputs, engine=engine)
+    return RewriteInputs(job.torch.model, Lazy(job.engine.capabilities.dense_caches, lambda: job.engine))
 
 
 def run_rewrite(inputs: RewriteInputs, place: Place, out: Path) -> dict[str, Any]:
@@ -135,12 +142,16 @@ class BuildInputs:
     prefill_chunk: int
 
 
-def declare_build(r: Resolver) -> BuildInputs | LeftOut:
+def declare_build(job: Job) -> BuildInputs | LeftOut:
     """The inputs of the stage; left out if the engine compiles nothing."""
-    if not r.engine.capabilities.static:
+    if not job.engine.capabilities.static:
         return LeftOut()
-    chunk, batch = r.options.chunk(r.spec), r.options.max_batch or 1
-    return r.fill(BuildInputs, library=r.engine.library_version(), max_batch=batch, prefill_chunk=chunk)
+    return BuildInputs(
+        available=job.available,
+        library=job.engine.library_version(),
+        max_batch=job.options.max_batch or 1,
+        prefill_chunk=job.options.chunk(job.decoder),
+    )
 
 
 def run_build(inputs: BuildInputs, place: Place, out: Path) -> dict[str, Any]:

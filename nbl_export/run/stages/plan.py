@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from nbl_export.options.options import AUTO_WINDOWS, CHECKPOINT_FIT, NO_WINDOWS,
 from nbl_export.plan.inputs import AskedGoal, MapKind, Maps, OrderInputs, PlanInputs, Texts, TopInputs
 from nbl_export.records.inputs import Lazy
 from nbl_export.report.quality import spoken_curve
-from nbl_export.run.resolve import Resolver
+from nbl_export.run.job import Job
 from nbl_export.run.stages.common import LeftOut, Place
 from nbl_export.run_directory import DISTILL_FILE, MAPS_FILE, MOMENTS_FILE, START_FILE
 
@@ -36,99 +35,98 @@ __all__ = ["declare", "order_of", "run"]
 _STATE = 5  # kind of the saved state of a distillation; another kind begins anew
 
 
-def declare(r: Resolver) -> PlanInputs | Lazy[Any]:
+def declare(job: Job) -> PlanInputs | Lazy[Any]:
     """The inputs of the stage plan, or the plan and maps of an NBL checkpoint."""
     from nbl_export.model.checkpoint import load
 
-    options = r.options
+    options = job.options
     if options.fit == CHECKPOINT_FIT:
-        return Lazy([CHECKPOINT_FIT, r.fingerprint], lambda: load.load_maps(r.source, r.spec.num_layers))
-    goal = _goal(r)
-    return r.fill(
-        PlanInputs,
-        order=order_of(r),
-        request=None if options.layers is None else asked_layers(options, r.spec),
+        return Lazy(
+            [CHECKPOINT_FIT, job.fingerprint], lambda: load.load_maps(job.settled.source.value, job.decoder.num_layers)
+        )
+    goal = _goal(job)
+    setting = {"engine": options.engine, "precision": options.precision, "tokens": options.prompt_length}
+    return PlanInputs(
+        fit=options.fit,
+        order=order_of(job),
+        request=None if options.layers is None else asked_layers(options, job.decoder),
         goal=goal,
-        deciding=r.text.deciding,
-        trains=Lazy(None, lambda: r.trains),
+        deciding=job.text.deciding,
+        trains=Lazy(None, lambda: job.trains),
         # The curve states what its speed-ups are modelled for, so that only a goal needs them in the key.
-        speedup=Lazy(r.cost.identity if isinstance(goal.goal, TargetSpeedup) else None, lambda: r.cost.value.speedup),
+        speedup=Lazy(
+            job.cost.identity if isinstance(goal.goal, TargetSpeedup) else None, lambda: job.cost.value.speedup
+        ),
+        setting=Lazy(None, lambda: setting),
     )
 
 
-def order_of(r: Resolver) -> OrderInputs:
+def order_of(job: Job) -> OrderInputs:
     """What the order of replacement follows from."""
-    options, spec = r.options, r.spec
+    options, decoder = job.options, job.decoder
     usual = options.select or DEFAULT_SELECT
     return OrderInputs(
-        MapKind(options.kind, options.tap, options.has_bias),
-        spec.num_layers,
-        spec.hidden_size,
-        usual,
-        Lazy(r.key("calibrate"), lambda: _moments(r)),
-        r.mixes,
-        r.text.choosing(spec.max_positions, alone=options.says_itself),
-        Lazy(r.saving if usual == "efficient" else None, lambda: _saved(r)),
-        _given(r),
-        _top(r),
+        kind=MapKind(options.kind, options.tap, options.has_bias),
+        num_layers=decoder.num_layers,
+        hidden_size=decoder.hidden_size,
+        select=usual,
+        moments=Lazy(job.key("calibrate"), lambda: _moments(job)),
+        mixes=job.torch.mixes,
+        texts=job.choosing,
+        saved=Lazy(options.kept_logits if usual == "efficient" else None, lambda: _saved(job)),
+        given=_given(job),
+        top=_top(job),
     )
 
 
-def _given(r: Resolver) -> Lazy[Maps]:
+def _given(job: Job) -> Lazy[Maps]:
     """The windows of named layers."""
-    options = r.options
+    options = job.options
     if options.window_layers in (NO_WINDOWS, AUTO_WINDOWS):
         return Lazy(None, dict)
-    layers = asked_layers(options, r.spec, "window_layers")
+    layers = asked_layers(options, job.decoder, "window_layers")
     assert isinstance(layers, tuple)  # a count is refused when options are settled
-    return Lazy([layers, options.width], lambda: _windows_of(r, layers, options.width))
+    return Lazy([layers, options.width], lambda: job.torch.windows(layers, options.width))
 
 
-def _windows_of(r: Resolver, layers: Iterable[int], tokens: int) -> dict[int, Any]:
-    from nbl_export.model.windows import window_layers
-
-    model = r.checkpoint.value if r.shortage.value else r.model.value
-    return window_layers(model, layers, tokens, r.options.tap)
-
-
-def _top(r: Resolver) -> TopInputs | None:
+def _top(job: Job) -> TopInputs | None:
     """How a top is chosen, if windows are chosen by quality."""
-    options = r.options
+    options = job.options
     if options.window_layers != AUTO_WINDOWS:
         return None
-    goal = _goal(r).goal
+    goal = _goal(job).goal
     return TopInputs(
         widths=(options.window,) if options.window else WIDTHS,
         share=goal.share if isinstance(goal, PerplexityIncrease) else DEFAULT_INCREASE,
-        positions=r.spec.max_positions,
-        windows=Lazy(None, lambda: functools.partial(_windows_of, r)),
-        texts=r.text.consecutive,
-        saved=Lazy(r.saving, lambda: _saved(r)),
+        positions=job.decoder.max_positions,
+        windows=Lazy(None, lambda: job.torch.windows),
+        texts=job.text.consecutive,
+        saved=Lazy(options.kept_logits, lambda: _saved(job)),
     )
 
 
-def _moments(r: Resolver) -> Callable[[int, str], Any]:
+def _moments(job: Job) -> Callable[[int, str], Any]:
     from nbl_export.calibrate.moments_file import whole_moments
 
     def moments_of(layer: int, tap: str) -> Any:
-        with whole_moments(r.run.path / MOMENTS_FILE) as file:
+        with whole_moments(job.run.path / MOMENTS_FILE) as file:
             return file.sums(layer, tap).moments()
 
     return moments_of
 
 
-def _saved(r: Resolver) -> Callable[[Maps, int], float]:
-    costs = r.cost.value
+def _saved(job: Job) -> Callable[[Maps, int], float]:
+    costs = job.cost.value
     return lambda maps, tokens: dataclasses.replace(costs, tokens=tokens).prefill_saved(map_sizes(maps))
 
 
-def _goal(r: Resolver) -> AskedGoal:
+def _goal(job: Job) -> AskedGoal:
     """The goal of the options: a limit on quality if there is none."""
-    options = r.options
+    options = job.options
     goal = goal_of(options) or PerplexityIncrease(DEFAULT_INCREASE)
     if isinstance(goal, CacheBudget):
-        itemsize = r.engine.capabilities.cache_itemsize(options.precision)
-        return AskedGoal(goal, options.kv_budget, layers_for_budget(options, goal, r.spec, itemsize))
+        itemsize = job.engine.capabilities.cache_itemsize(options.precision)
+        return AskedGoal(goal, options.kv_budget, layers_for_budget(options, goal, job.decoder, itemsize))
     return AskedGoal(goal, options.max_perplexity_increase or options.target_speedup)
 
 
@@ -187,23 +185,28 @@ class DistillInputs:
     deciding: Lazy[Texts] | None
     model: Lazy[Any]
     narrow: Lazy[bool]
-    checkpoint: Lazy[Path]
 
 
-def declare_distill(r: Resolver) -> DistillInputs | LeftOut:
+def declare_distill(job: Job) -> DistillInputs | LeftOut:
     """The inputs of the stage; left out unless maps are distilled."""
-    if r.options.fit != "distilled" or not r.plan.layers:
+    if job.options.fit != "distilled" or not job.plan.layers:
         return LeftOut()
-    if not r.trains:
+    if not job.trains:
         return LeftOut("the model does not fit into memory, which training needs")
-    narrows = "order" in (r.run.manifest.get("goal") or {})
-    choosing = r.text.choosing(r.spec.max_positions, alone=r.options.says_itself)
-    return r.fill(
-        DistillInputs,
-        training=r.text.training,
-        judging=r.text.judging,
-        choosing=choosing if narrows else None,
-        deciding=r.text.deciding if narrows else None,
+    options, narrows = job.options, "order" in (job.run.manifest.get("goal") or {})
+    return DistillInputs(
+        fingerprint=job.fingerprint,
+        distill_steps=options.distill_steps,
+        distill_minutes=options.distill_minutes,
+        seed=options.seed,
+        lora_rank=options.lora_rank,
+        label_weight=options.label_weight,
+        training=job.text.training,
+        judging=job.text.judging,
+        choosing=job.choosing if narrows else None,
+        deciding=job.text.deciding if narrows else None,
+        model=job.torch.model,
+        narrow=job.torch.narrow,
     )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.records.inputs import Lazy
-from nbl_export.run.resolve import Resolver
+from nbl_export.run.job import Job
 from nbl_export.run.stages.common import Place
 from nbl_export.run_directory import TEXT_FILE
 from nbl_export.text.corpus import Text, stdlib_text
@@ -52,22 +52,22 @@ class TextInputs:
     model: Lazy[Any]
 
 
-def declare(r: Resolver) -> TextInputs:
+def declare(job: Job) -> TextInputs:
     """The inputs of the stage."""
-    options = r.options
+    options = job.options
     return TextInputs(
-        fingerprint=r.fingerprint,
-        sources=r.sources,
+        fingerprint=job.fingerprint,
+        sources=job.settled.sources,
         seed=options.seed if options.says_itself else None,
         calibration_tokens=options.calibration_tokens,
         context=options.context,
         distill_tokens=options.distill_tokens,
         division=DIVISION,
-        vocab_size=r.spec.vocab_size,
-        documents=r.documents,
+        vocab_size=job.decoder.vocab_size,
+        documents=job.settled.documents,
         second=Lazy(None, stdlib_text),
-        tokenizer=r.tokenizer,
-        model=r.model,
+        tokenizer=job.torch.tokenizer,
+        model=job.torch.model,
     )
 
 

@@ -16,7 +16,7 @@ from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy
 from nbl_export.records.quality import spoken_loss, warn_of_text
 from nbl_export.run.facts import require_engine
-from nbl_export.run.resolve import Resolver
+from nbl_export.run.job import Job
 from nbl_export.run.stages.common import Place
 from nbl_export.run_directory import ACCEPTANCE_FILE, DECODERS, VERIFY_FILE
 from nbl_export.targets.base import Target
@@ -70,28 +70,35 @@ class VerifyInputs:
     shortage: Lazy[str]
 
 
-def declare(r: Resolver) -> VerifyInputs:
+def declare(job: Job) -> VerifyInputs:
     """The inputs of the stage. Compiled engines are proven by ONNX Runtime, whichever they are."""
-    options, text = r.options, r.text
-    proven_by = "static form" if r.engine.capabilities.static else [options.engine, options.provider]
-    return r.fill(
-        VerifyInputs,
-        engine=Lazy(proven_by, lambda: _engine(r)),
+    options, text = job.options, job.text
+    proven_by = "static form" if job.engine.capabilities.static else [options.engine, options.provider]
+    return VerifyInputs(
+        model=job.torch.model,
+        checkpoint=job.torch.checkpoint,
+        engine=Lazy(proven_by, lambda: _engine(job)),
+        spec=job.decoder,
+        precision=options.precision,
+        kept_logits=options.kept_logits,
+        cache_length=job.cache_length,
         lacks_attention=options.fit == CHECKPOINT_FIT,
+        context=options.context,
         names=Lazy(None, lambda: text.names),
         windows=text.windows,
         held_back=text.held_back,
         training=text.training if options.fit == "distilled" else None,
         judging=text.judging,
-        choosing=text.choosing(r.spec.max_positions, alone=options.says_itself),
+        choosing=job.choosing,
         deciding=text.deciding,
         final=text.final,
+        shortage=job.torch.shortage,
     )
 
 
-def _engine(r: Resolver) -> Target:
-    require_engine(r.options, to_prove=True)
-    return r.engine
+def _engine(job: Job) -> Target:
+    require_engine(job.options, to_prove=True)
+    return job.engine
 
 
 def run(inputs: VerifyInputs, place: Place, out: Path) -> dict[str, Any]:

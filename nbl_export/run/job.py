@@ -1,0 +1,151 @@
+"""A settled job in its run directory, of which stages declare their inputs. Only declarations of stages read options.
+
+    Settled + RunDirectory ─► Job ─► stage.declare(job) ─► inputs of a stage: a frozen dataclass
+
+A value is in the inputs itself, or as a `Lazy` value with what identifies it. Only stages that need the torch model,
+the text or the checkpoint's files load them. So `bench` and `report` work on a machine with neither torch nor the
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from nbl_export.errors import NblError
+from nbl_export.measure.cost import CostModel, cost_model
+from nbl_export.options.command import describe_command
+from nbl_export.options.options import JobOptions
+from nbl_export.records.decoder import DecoderSpec
+from nbl_export.records.inputs import Lazy
+from nbl_export.records.plan import Plan
+from nbl_export.records.requests import Prepared
+from nbl_export.run.facts import require_engine
+from nbl_export.run.progress import Ui
+from nbl_export.run.settled import Settled
+from nbl_export.run.torch_model import TorchModel
+from nbl_export.run_directory import TEXT_FILE, RunDirectory
+from nbl_export.targets import load_engine
+from nbl_export.targets.base import Target
+from nbl_export.text.parts import JobText, Texts
+
+__all__ = ["Job"]
+
+
+class Job:
+    """A job whose stages run in a directory.
+
+    Args:
+        asked: the request of the stage `eval`.
+
+    Attributes:
+        torch: values that are made of the model's files.
+        keys: of the stages that are not left out, in order.
+    """
+
+    def __init__(self, settled: Settled, run: RunDirectory, ui: Ui, asked: Prepared | None = None) -> None:
+        self.settled, self.run, self.ui = settled, run, ui
+        self.evaluation = asked
+        self.torch = TorchModel(settled, run, ui)
+        self.keys: dict[str, str] = {}
+
+    # -- the manifest ------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Give a new directory its manifest.
+
+        Raises:
+            NblError: the directory holds a run of another model.
+        """
+        known, settled = self.run.manifest.get("model"), self.settled
+        same = known and known["fingerprint"] == settled.fingerprint
+        if known and not same and self.run.stages:
+            raise NblError(
+                f"{self.run.path} holds a run of {known['name']}, not of this {settled.source.value.name}; "
+                "use another --output, or start over with --force"
+            )
+        if not same:
+            self.note()
+            self.run.save()
+
+    def note(self) -> None:
+        """Note model, options and text for the manifest; the next finished stage writes them."""
+        self.run.note(**self.settled.facts, command=describe_command(self.settled.noted, self.run.path))
+        if text := self.run.manifest.get("text"):
+            about = {"name": text["name"], "sha256": text["sha256"], "parts": text["mix"]}
+            size = {"tokens": text["tokens"], "context": text["context"]}
+            self.run.note(calibration={**self.run.manifest.get("calibration", {}), **about, **size})
+
+    def key(self, stage: str) -> str | None:
+        """The key of an earlier stage; None if it is left out."""
+        return self.keys.get(stage) or self.run.stages.get(stage, {}).get("key")
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that the manifest records."""
+        return Plan.from_facts(self.run.manifest)
+
+    # -- options and model -------------------------------------------------------------------------------------
+
+    @property
+    def options(self) -> JobOptions:
+        return self.settled.options
+
+    @property
+    def decoder(self) -> DecoderSpec:
+        return self.settled.decoder
+
+    @property
+    def fingerprint(self) -> str:
+        """What identifies the model."""
+        return self.settled.fingerprint
+
+    @property
+    def trains(self) -> bool:
+        """Whether maps are trained: asked for, and the model fits into memory."""
+        return self.options.fit == "distilled" and not self.torch.shortage.value
+
+    # -- engine ------------------------------------------------------------------------------------------------
+
+    @property
+    def engine(self) -> Target:
+        return load_engine(self.options.engine, self.options.provider)
+
+    @property
+    def available(self) -> Lazy[Target]:
+        """The engine. Raises NblError if it is not available here."""
+
+        def found() -> Target:
+            require_engine(self.options)
+            return self.engine
+
+        return Lazy([self.options.engine, self.options.provider], found)
+
+    @property
+    def cache_length(self) -> int:
+        """Most tokens of a sequence: the model's positions, or the length of fixed caches."""
+        return self.options.cache_length(self.decoder, compiled=self.engine.capabilities.static)
+
+    @functools.cached_property
+    def cost(self) -> Lazy[CostModel]:
+        """The cost model of the shipped graphs."""
+        options = self.options
+        identity = [options.engine, options.provider, options.precision, options.prompt_length, options.kept_logits]
+        return Lazy(identity, self._cost)
+
+    def _cost(self) -> CostModel:
+        return cost_model(self.options, self.engine.capabilities, self.decoder, self.torch.origin())
+
+    # -- text --------------------------------------------------------------------------------------------------
+
+    @property
+    def text(self) -> JobText:
+        """The rows that the stage `text` left."""
+        if "text" not in self.run.manifest:
+            raise NblError(f"{self.run.path} has no text yet: run its command again ({self.run.manifest['command']})")
+        noted = self.run.manifest["text"]
+        return JobText.of_file(self.run.path / TEXT_FILE, (noted["name"], noted["second"]), noted["parts"])
+
+    @property
+    def choosing(self) -> Lazy[Texts]:
+        """Texts that layers are chosen by."""
+        return self.text.choosing(self.decoder.max_positions, alone=self.options.says_itself)
