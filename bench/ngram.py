@@ -91,7 +91,7 @@ def main() -> None:
     answers: dict[str, list[dict[str, dict[str, Any]]]] = {kind: [{} for _ in range(asked.rounds)] for kind in KINDS}
     for turn in range(asked.rounds):
         for way in WAYS[:: 1 if turn % 2 else -1]:
-            model = open_model(load_package("onnxruntime_genai"), directories[way], 1, None, None)
+            model = open_model(load_package("onnxruntime_genai"), directories[way], 1, on_cpu=False)
             answer(model, prompts["a question"][turn][:8])  # the first answer of a load is slower
             for kind, texts in prompts.items():
                 answers[kind][turn][way] = answer(model, texts[turn])

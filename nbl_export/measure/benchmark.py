@@ -29,11 +29,10 @@ loads neither an engine nor torch.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import platform
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +50,8 @@ from nbl_export.options.options import JobOptions
 from nbl_export.records.results import Scenario, spoken_background
 from nbl_export.run_directory import PACKAGES
 from nbl_export.targets.gpu import describe, free_bytes
-from nbl_export.targets.runners import SequenceLimits
 
-__all__ = ["BenchSetting", "decode_tokens", "limits_for", "machine", "plan_scenarios", "run", "side_by_side",
+__all__ = ["BenchSetting", "decode_tokens", "machine", "plan_scenarios", "run", "side_by_side",
            "where_measured"]  # fmt: skip
 
 Measure = Callable[[OpenRunner, Path, int | None, Sequence[int], int, bool], Footprint]
@@ -96,7 +94,7 @@ def side_by_side(
     """Plan the tests that are asked for, and measure them on every variant.
 
     Args:
-        variants: by name; `open` also takes the largest sequence as `limits`.
+        variants: by name.
         say: told that the machine was busy, if it was.
 
     Returns:
@@ -110,10 +108,8 @@ def side_by_side(
         tests.prompt_tokens, decode_tokens(tests.generate_tokens, directories, gpu=setting.gpu), tests.depths,
         tests.batches, tests.threads or (setting.threads,),
     )  # fmt: skip
-    limits = limits_for(scenarios, setting.context_length)
-    opened = {name: replace(v, open=functools.partial(v.open, limits=limits)) for name, v in variants.items()}
     instruments = Instruments(meter=find_meter(gpu=setting.gpu))
-    result = run(opened, scenarios, tests.repetitions, progress, setting=setting, instruments=instruments)
+    result = run(variants, scenarios, tests.repetitions, progress, setting=setting, instruments=instruments)
     if result["background"]["busy"]:
         say(f"  {spoken_background(result['background'])}")
     return result
@@ -150,13 +146,6 @@ def decode_tokens(asked: int | None, directories: Iterable[Path], *, gpu: bool) 
 
 
 _DECODE_BYTES = 80 << 30  # eight seconds at 10 GB/s
-
-
-def limits_for(scenarios: Sequence[Scenario], context_length: int) -> SequenceLimits:
-    """What the scenarios that fit the context ask of a runner; a batch also holds the token that it picks last."""
-    fitting = [s for s in scenarios if not _reason(s, context_length)]
-    tokens = max((s.depth + s.tokens + (s.batch > 1) for s in fitting), default=1)
-    return SequenceLimits(tokens, max((s.batch for s in fitting), default=1))
 
 
 _ORDER = (

@@ -224,7 +224,7 @@ class JobOptions:
         metavar="PRECISION", usual=lambda _, engine, __: engine and engine.precisions[0],
     )  # fmt: skip
     provider: str = option(
-        "cpu", "ort: for cpu (default), cuda or nv-tensorrt-rtx.", _ENGINE, first=True, metavar="PROVIDER",
+        "cpu", "ort: for cpu (default) or cuda.", _ENGINE, first=True, metavar="PROVIDER",
         applies=_ORT,
     )  # fmt: skip
     max_seq_len: int | None = option(

@@ -150,7 +150,6 @@ def _body(manifest: Mapping[str, Any], report: Mapping[str, Any], base: BaseMode
         quality=quality(report),
         genai_packages=" ".join(packages),
         onnxruntime_package=packages[0],
-        library=bool(provider and provider.registered),
         memory="–" if memory is None else f"{memory / 2**30:.1f} GiB",
         command=describe_command(options, Path("DIR")),
         places_left_out=options.to_json() != manifest["options"],

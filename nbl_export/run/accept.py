@@ -30,7 +30,6 @@ from nbl_export.run.progress import Ui
 from nbl_export.run_directory import ACCEPTANCE_FILE, ACCEPTANCE_JSON, ACCEPTANCE_MD, PACKAGES, RunDirectory
 from nbl_export.targets import load_engine
 from nbl_export.targets.base import Target
-from nbl_export.targets.runners import SequenceLimits
 from nbl_export.verify.on_target import Doing, Expected, checks, load
 from nbl_export.version import __version__
 
@@ -39,8 +38,7 @@ __all__ = ["CANNOT_RUN", "FINISHED", "MESSAGE", "RESULT", "Event", "Find", "acce
 
 _SUBJECTS = (("original", "original"), ("nbl", "model"))  # subject, and its directory
 _PACKAGES = ("nbl-export", *PACKAGES, "cuda-python", "cuda-bindings", "tensorrt-cu13", "tensorrt-cu12",
-             "tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "onnxruntime-genai-cuda",
-             "onnxruntime-ep-nv-tensorrt-rtx")  # fmt: skip
+             "tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "onnxruntime-genai-cuda")  # fmt: skip
 
 LIMIT_SECONDS = 1800.0  # from one answer of the process to the next; a GPU that hangs never answers
 RESULT, CANNOT_RUN, MESSAGE, DOING, FINISHED = "result", "cannot run", "message", "doing", "finished"
@@ -72,7 +70,7 @@ def accept(
     if not load_engine(engine, provider).capabilities.cross:
         raise NblError(
             f"{directory} is for an engine of a CPU, which verification has run; accept is for engines of a GPU: trt, "
-            "trt-rtx, and --provider cuda or nv-tensorrt-rtx"
+            "trt-rtx, and --provider cuda"
         )
     places = {subject: locate(directory, name, force=force).path for subject, name in _SUBJECTS}
     values = directory / ACCEPTANCE_FILE
@@ -212,9 +210,8 @@ def _examine(
     if not found.available:
         return write([CANNOT_RUN, found.reason])
     doing("structure", f"opening the decoder {subject}")
-    limits = SequenceLimits(max(map(len, expected.rows)))
     try:
-        runner: Any = engine.open_runner(directory, None, limits)
+        runner: Any = engine.open_runner(directory, None)
     except NblError as error:  # another version, another GPU, an engine of somebody else, too little memory
         return write([CANNOT_RUN, str(error)])
     with runner:

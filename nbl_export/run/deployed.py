@@ -33,7 +33,7 @@ from nbl_export.run_directory import (
 )
 from nbl_export.targets import all_targets, load_engine, owner_of
 from nbl_export.targets.base import Target
-from nbl_export.targets.runners import SequenceLimits, TextRunner
+from nbl_export.targets.runners import TextRunner
 from nbl_export.trust.contained import check_folder, refuse_special
 
 __all__ = ["Finished", "Located", "answers", "available_engine", "describe", "examine_engines", "is_model_directory",
@@ -53,9 +53,9 @@ class Located:
         """The target of that name. It is not a field, since a process that measures gets this value."""
         return load_engine(self.engine, self.provider)
 
-    def open(self, directory: Path, threads: int | None, limits: SequenceLimits | None = None) -> TextRunner:
+    def open(self, directory: Path, threads: int | None) -> TextRunner:
         """Load a directory on this engine, if the engine runs here. A process that measures calls this too."""
-        return available_engine(self).open_runner(directory, threads, limits)
+        return available_engine(self).open_runner(directory, threads)
 
 
 def is_model_directory(directory: Path) -> bool:

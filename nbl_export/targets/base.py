@@ -16,7 +16,7 @@ from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import GraphContract
 from nbl_export.records.results import CheckResult
 from nbl_export.targets.checks import HeldMaps, Wanted
-from nbl_export.targets.runners import GraphDecoder, MixedDecoder, SequenceLimits, TextRunner
+from nbl_export.targets.runners import GraphDecoder, MixedDecoder, TextRunner
 
 __all__ = ["Availability", "BuildSettings", "DecoderFacts", "ExportSettings", "Target", "default_threads"]
 
@@ -196,12 +196,8 @@ class Target:
 
     # -- running -----------------------------------------------------------------------------------------------
 
-    def open_runner(self, path: Path, threads: int | None = None, limits: SequenceLimits | None = None) -> TextRunner:
-        """A runner on the deployed decoder.
-
-        Args:
-            limits: what the runner will be asked for, if known; targets that are sized on opening read it.
-        """
+    def open_runner(self, path: Path, threads: int | None = None) -> TextRunner:
+        """A runner on the deployed decoder."""
         raise NotImplementedError
 
     def trust(self, directory: Path) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,27 +10,7 @@ import numpy as np
 from nbl_export.mixers.base import Running
 from nbl_export.records.decoder import GraphContract
 
-__all__ = ["GraphDecoder", "MixedDecoder", "RewindingDecoder", "SequenceLimits", "TextRunner"]
-
-
-@dataclass(frozen=True)
-class SequenceLimits:
-    """The largest sequence, in tokens, and the largest batch that a runner is asked for."""
-
-    tokens: int
-    batch: int = 1
-
-    def holds(self, other: SequenceLimits) -> bool:
-        """Whether the other fits."""
-        return other.tokens <= self.tokens and other.batch <= self.batch
-
-    def within(self, tokens: int) -> SequenceLimits:
-        """The same room with at most so many tokens."""
-        return SequenceLimits(min(self.tokens, tokens), self.batch)
-
-    def joined(self, other: SequenceLimits) -> SequenceLimits:
-        """The smallest room that holds both."""
-        return SequenceLimits(max(self.tokens, other.tokens), max(self.batch, other.batch))
+__all__ = ["GraphDecoder", "MixedDecoder", "RewindingDecoder", "TextRunner"]
 
 
 class TextRunner(Protocol):

@@ -25,7 +25,7 @@ import pytest
 from nbl_export import child
 from nbl_export.errors import NblError
 from nbl_export.measure import benchmark, rounds
-from nbl_export.measure.benchmark import BenchSetting, decode_tokens, limits_for, plan_scenarios
+from nbl_export.measure.benchmark import BenchSetting, decode_tokens, plan_scenarios
 from nbl_export.measure.energy import Meter
 from nbl_export.measure.footprint import Footprint, measure_footprint
 from nbl_export.measure.instruments import Instruments, Reading, read_usage
@@ -33,7 +33,6 @@ from nbl_export.measure.rounds import Variant
 from nbl_export.options.options import JobOptions
 from nbl_export.records.paired import figures
 from nbl_export.records.results import Scenario, Timing
-from nbl_export.targets.runners import SequenceLimits
 
 SETTING = BenchSetting(100, 4096, "ort")
 PICK_NS = 3  # what a fake takes to pick a token
@@ -185,13 +184,13 @@ def runs(tape: Tape) -> list[tuple[str, int, int]]:
 def test_decoders_are_measured_by_the_options(
     others: float, said: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A runner is told its longest sequence, with the token that a batch picks last; a busy machine is said."""
-    rooms: list[tuple[str, int | None, SequenceLimits]] = []
+    """A busy machine is said."""
+    opened: list[tuple[str, int | None]] = []
     lines: list[str] = []
     clock = itertools.count(1)
 
-    def open_fake(path: Path, threads: int | None, limits: SequenceLimits) -> FakeRunner:
-        rooms.append((path.name, threads, limits))
+    def open_fake(path: Path, threads: int | None) -> FakeRunner:
+        opened.append((path.name, threads))
         return FakeRunner(Tape(), path.name, 10)
 
     used = {"seconds": 1.0, "others": others, "stolen": 0.0}
@@ -204,7 +203,7 @@ def test_decoders_are_measured_by_the_options(
     variants = {name: Variant(tmp_path / name, open_fake, 1) for name in ("a", "b")}
     setting = BenchSetting(100, 64, "an engine", base="a", threads=3)
     found = benchmark.side_by_side(variants, options, setting, lambda done, total: None, lines.append)
-    assert rooms == [("a", 3, SequenceLimits(16 + 1, 2)), ("b", 3, SequenceLimits(16 + 1, 2))]
+    assert opened == [("a", 3), ("b", 3)]
     tests = [(t["test"], t["batch"], t["threads"], t["variant"]) for t in found["timings"]]
     assert tests == [(t, n, 3, v) for n in (1, 2) for t in ("pp8", "pp16", "tg2") for v in ("a", "b")]
     assert (found["engine"], found["base"], found["repetitions"]) == ("an engine", "a", 1)
@@ -411,13 +410,6 @@ def test_both_variants_see_the_same_ids_below_the_vocabulary(tmp_path: Path) -> 
 def test_the_plan_of_scenarios() -> None:
     tests = [(s.test, s.depth) for s in plan_scenarios((512,), 128, (2048, 0, 0))]
     assert tests == [("pp512", 0), ("tg128", 0), ("pp512", 2048), ("tg128", 2048)]
-
-
-def test_room_is_what_the_scenarios_that_fit_ask_for() -> None:
-    scenarios = plan_scenarios((8, 2048), 4, (0, 600), batches=(1, 3))
-    assert limits_for(scenarios, 4096) == SequenceLimits(2648, 3)
-    assert limits_for(scenarios, 1024) == SequenceLimits(608, 3)
-    assert limits_for([Scenario("tg", 4, 600, 3)], 4096) == SequenceLimits(605, 3)  # and the token that is picked last
 
 
 def test_a_scenario_beyond_the_context_is_named_and_left_out(tmp_path: Path) -> None:

@@ -121,20 +121,6 @@ def test_only_a_call_shows_that_the_gpu_does_not_answer(machine: Machine, monkey
     assert answer.reason.startswith("the GPU refuses cudaStreamCreate: cudaErrorInsufficientDriver")
 
 
-def test_one_gpu_is_passed_to_the_provider_for_rtx(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ort, "is_installed", lambda name: name in PROVIDERS["nv-tensorrt-rtx"].packages)
-    monkeypatch.setattr(gpu, "_register", lambda provider: None)
-    cases = ((1, "nv-tensorrt-rtx", True), (2, "nv-tensorrt-rtx", False), (2, "cuda", True))
-    for count, flag, available in cases:
-        visible = Gpu(ADA.name, ADA.compute, ADA.cuda, count)
-        monkeypatch.setattr(gpu, "find_gpu", lambda visible=visible: visible)
-        answer = load_engine("ort", flag).probe_run()
-        assert answer.available is available, answer
-        assert ("2 GPUs are visible" in answer.reason) is not available
-        assert ("CUDA_VISIBLE_DEVICES=0" in answer.reason) is not available
-
-
-@pytest.mark.parametrize(("flag", "compute"), [("nv-tensorrt-rtx", "7.5"), ("cuda", "7.0")])
-def test_gpus_that_have_no_kernels_any_more(machine: Machine, flag: str, compute: str) -> None:
-    """Turing for the provider with TensorRT-RTX, Volta for CUDA 13."""
-    assert f"its compute capability is {compute}" in gpu.GpuEngine(flag)._unfit(Gpu("old", compute, (13, 0)))
+def test_gpus_that_have_no_kernels_any_more(machine: Machine) -> None:
+    """Volta, for CUDA 13."""
+    assert "its compute capability is 7.0" in gpu.GpuEngine("cuda")._unfit(Gpu("old", "7.0", (13, 0)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import types
 from pathlib import Path
@@ -17,9 +16,7 @@ from nbl_export.targets.gpu import Gpu
 from nbl_export.targets.onnx import engine as ort
 from nbl_export.targets.onnx import gpu
 from nbl_export.targets.onnx.facts import provider_of
-from nbl_export.targets.onnx.genai import CPU, GenaiRunner
-from nbl_export.targets.providers import PROVIDERS
-from nbl_export.targets.runners import SequenceLimits
+from nbl_export.targets.onnx.genai import GenaiRunner
 
 from ..command import assert_refused, nbl
 
@@ -32,10 +29,10 @@ def export(same: Same, output: Path, flag: str, precision: str, *more: object) -
     return nbl(*same, "--provider", flag, "--precision", precision, "--layers", "0,2", *more, "--output", output)
 
 
-@pytest.mark.parametrize(("flag", "precision"), [("cuda", "int4"), ("nv-tensorrt-rtx", "fp16")])
-def test_directories_are_proven_without_a_gpu(same: Same, tmp_path: Path, flag: str, precision: str) -> None:
+@pytest.mark.parametrize("precision", ["int4", "fp16"])
+def test_directories_are_proven_without_a_gpu(same: Same, tmp_path: Path, precision: str) -> None:
     """Through the whole main job; the graph is the provider's own, and the maps are read back out of it."""
-    done = export(same, tmp_path / "run", flag, precision)
+    done = export(same, tmp_path / "run", "cuda", precision)
     assert done.status == 0, done.err
     assert "bench: left out, the graphs do not run on this machine: " in done.err
     verify = json.loads((tmp_path / "run" / "verify.json").read_text())
@@ -44,36 +41,15 @@ def test_directories_are_proven_without_a_gpu(same: Same, tmp_path: Path, flag: 
         "none planned",
         "2 maps as fitted",
     }
-    for variant, layers in (("original", 3), ("model", 1)):
+    for variant, kept in (("original", (0, 1, 2)), ("model", (1,))):
         directory = tmp_path / "run" / variant
-        assert provider_of(directory) == flag
+        assert provider_of(directory) == "cuda"
         settings = json.loads((directory / "genai_config.json").read_text())["model"]["decoder"]
-        dense = PROVIDERS[flag].dense_caches
-        assert settings["num_hidden_layers"] == (layers if dense else 3)
+        assert settings["num_hidden_layers"] == 3
         graph = onnx.load(directory / "model.onnx", load_external_data=False).graph
         keys = [i.name for i in graph.input if i.name.endswith(".key")]
-        kept = range(layers) if dense or layers == 3 else (1,)
         assert keys == [f"past_key_values.{i}.key" for i in kept]
         assert {i.type.tensor_type.elem_type for i in graph.input if "past" in i.name} == {onnx.TensorProto.FLOAT16}
-
-
-def test_a_wrong_map_in_int4_blocks_is_seen(same: Same, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    assert export(same, run, "nv-tensorrt-rtx", "int4").status == 0
-    path = run / "model" / "model.onnx"
-    graph = onnx.load(path)
-    scale = next(t for t in graph.graph.initializer if t.name == "nbl.layers.2.weight_scale")
-    scale.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(scale) * 2, scale.name))
-    onnx.save(graph, path, save_as_external_data=True, location="model.onnx.data")
-
-    from nbl_export.plan.maps_file import load_maps
-    from nbl_export.targets import onnx_files as files
-    from nbl_export.targets.checks import judge_maps
-
-    maps = load_maps(run / "maps.safetensors", (0, 2))
-    found = judge_maps("nbl", files.held_maps(run / "model"), maps)
-    assert not found.passed
-    assert found.detail == "layer 2's weight is not the fitted one"
 
 
 def test_the_proof_runs_on_the_cpu_provider(same: Same, tmp_path: Path) -> None:
@@ -90,8 +66,9 @@ def test_the_proof_runs_on_the_cpu_provider(same: Same, tmp_path: Path) -> None:
 def test_refusals(same: Same, tmp_path: Path) -> None:
     """Before anything is computed or written."""
     for provider, sentence in (
-        ("tensorrt", "use --provider nv-tensorrt-rtx, or --engine trt"),
-        ("rocm", "unknown provider 'rocm'; --provider is one of cpu, cuda, nv-tensorrt-rtx"),
+        ("tensorrt", "use --engine trt"),
+        ("nv-tensorrt-rtx", "is gone; use --engine trt-rtx"),
+        ("rocm", "unknown provider 'rocm'; --provider is one of cpu, cuda"),
     ):
         assert_refused(nbl(*same, "--provider", provider, "--output", tmp_path / "run"), 2, sentence)
         assert not (tmp_path / "run").exists()
@@ -113,7 +90,7 @@ def test_what_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ort, "is_installed", lambda name: name in installed)
     monkeypatch.setattr(gpu, "find_gpu", lambda: "no NVIDIA driver is installed")
     monkeypatch.setattr(gpu, "check_cuda", lambda card: None)
-    cuda, rtx = load_engine("ort", "cuda"), load_engine("ort", "nv-tensorrt-rtx")
+    cuda = load_engine("ort", "cuda")
 
     def reason(engine: Any) -> str:
         answer = engine.probe_run()
@@ -127,10 +104,7 @@ def test_what_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     installed.clear()
     installed |= {"onnxruntime-gpu", "onnxruntime-genai-cuda"}
     assert reason(cuda) == "no NVIDIA driver is installed"
-    assert "onnxruntime-ep-nv-tensorrt-rtx is not installed: pip install 'nbl-export[nv-tensorrt-rtx]'" in reason(rtx)
-    installed.add("onnxruntime-ep-nv-tensorrt-rtx")
     monkeypatch.setattr(gpu, "find_gpu", lambda: HOPPER)
-    assert re.search("H100: its compute capability is 9.0, .*; use --provider cuda", reason(rtx))
     assert cuda.probe_run().reason == "CUDA provider on the NVIDIA H100 (9.0)"
 
 
@@ -141,11 +115,6 @@ class Genai(types.ModuleType):
         super().__init__("onnxruntime_genai")
         self.calls: list[tuple[object, ...]] = []
 
-    def register_execution_provider_library(self, name: str, path: str) -> None:
-        self.calls.append(("register", name, path))
-        if path == "broken":
-            raise RuntimeError("libcuda.so.1: cannot open\nshared object file")
-
     def __getattr__(self, name: str) -> Any:
         def noted(*arguments: object, **_options: object) -> Genai:
             self.calls.append((name, *arguments))
@@ -154,102 +123,16 @@ class Genai(types.ModuleType):
         return noted
 
 
-@pytest.fixture
-def genai(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Genai:
-    """A stand-in for both libraries, and a cache directory of the test's own."""
-    module = Genai()
-    package = types.ModuleType("onnxruntime_ep_nv_tensorrt_rtx")
-    package.get_library_path = lambda: "library.so"  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, package.__name__, package)
-    monkeypatch.setitem(sys.modules, "onnxruntime_genai", module)
-    monkeypatch.setattr(gpu, "_registered", set())
-    monkeypatch.setattr(ort, "is_installed", lambda name: name in PROVIDERS["nv-tensorrt-rtx"].packages)
-    monkeypatch.setattr(gpu, "find_gpu", lambda: ADA)
-    monkeypatch.setattr(gpu, "check_cuda", lambda card: None)
-    monkeypatch.setattr(gpu, "load_cuda", lambda: 13)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "cache"))
-    return module
-
-
-def test_the_rtx_provider_is_registered_once_and_keeps_its_kernels(
-    genai: Genai, genai_dirs: dict[str, Path], tmp_path: Path
+def test_the_cuda_provider_is_left_as_the_directory_says(
+    genai_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rtx = load_engine("ort", "nv-tensorrt-rtx")
-    assert rtx.probe_run().reason == "TensorRT for RTX provider on the NVIDIA RTX 4090 (8.9)"
-    rtx.open_runner(genai_dirs["nbl"])
-    registered = [call for call in genai.calls if call[0] == "register"]
-    assert registered == [("register", "NvTensorRTRTXExecutionProvider", "library.so")]
-    kernels = tmp_path / "cache" / "nbl-export" / "nv-tensorrt-rtx"
-    assert ("set_provider_option", "NvTensorRtRtx", "nv_runtime_cache_path", str(kernels)) in genai.calls
-    assert kernels.is_dir()
-    assert not any(call[0] == "clear_providers" for call in genai.calls)
-
-
-def test_the_cuda_provider_is_left_as_the_directory_says(genai: Genai, genai_dirs: dict[str, Path]) -> None:
+    genai = Genai()
+    monkeypatch.setitem(sys.modules, "onnxruntime_genai", genai)
+    monkeypatch.setattr(gpu, "load_cuda", lambda: 13)
     load_engine("ort", "cuda").open_runner(genai_dirs["nbl"])
-    assert not any(call[0] in ("register", "clear_providers", "set_provider_option") for call in genai.calls)
-    GenaiRunner(genai_dirs["nbl"], provider=CPU)
+    assert not any(call[0] in ("clear_providers", "set_provider_option") for call in genai.calls)
+    GenaiRunner(genai_dirs["nbl"], on_cpu=True)
     assert ("clear_providers",) in genai.calls
-
-
-def sizes(genai: Genai) -> list[tuple[int, int]]:
-    """Context length and batch size that each model was opened with."""
-    found, asked = [], (0, 0)
-    for name, *arguments in genai.calls:
-        if name == "overlay":
-            settings = json.loads(str(arguments[0]))
-            asked = settings["model"].get("context_length", 0), settings.get("search", {}).get("batch_size", 0)
-        elif name == "Model":
-            found.append(asked)
-    return found
-
-
-def test_the_rtx_provider_is_sized_for_what_is_asked(genai: Genai, genai_dirs: dict[str, Path]) -> None:
-    """Before the model is opened, because GenAI makes the provider's only profile then."""
-    directory = genai_dirs["nbl"]
-    context = json.loads((directory / "genai_config.json").read_text())["model"]["context_length"]
-    rtx = load_engine("ort", "nv-tensorrt-rtx")
-    runner = rtx.open_runner(directory, limits=SequenceLimits(24, 2))
-    runner.begin(24)
-    runner.begin(23, 2)  # and a token that is picked last
-    assert sizes(genai) == [(24, 2)]
-    runner.begin(25)
-    runner.begin(24, 3)
-    assert sizes(genai) == [(24, 2), (25, 2), (25, 3)]
-    rtx.open_runner(directory)
-    rtx.open_runner(directory, limits=SequenceLimits(10 * context))
-    assert sizes(genai)[3:] == [(min(4096, context), 1), (context, 1)]
-    load_engine("ort", "cuda").open_runner(directory, limits=SequenceLimits(24, 2)).begin(25, 3)
-    assert sizes(genai)[5:] == [(0, 0)], "caches of the CUDA provider grow by themselves"
-
-
-def test_genai_takes_the_sizes(genai_dirs: dict[str, Path]) -> None:
-    """On the CPU: a larger sequence is refused by GenAI itself, and a runner opens the model again."""
-    import onnxruntime_genai as og
-
-    with (
-        GenaiRunner(genai_dirs["nbl"], 1, CPU, SequenceLimits(8)) as runner,
-        GenaiRunner(genai_dirs["nbl"], 1) as plain,
-    ):
-        small = runner._model
-        params = og.GeneratorParams(small)
-        params.set_search_options(max_length=9)
-        with pytest.raises(Exception, match=r"context_length \(8\)"):
-            og.Generator(small, params)
-        assert runner.greedy([5, 6, 7], 5) == plain.greedy([5, 6, 7], 5)
-        assert runner._model is small
-        assert runner.greedy([5, 6, 7], 9) == plain.greedy([5, 6, 7], 9)
-        assert runner._model is not small
-
-
-def test_a_provider_that_does_not_load_is_named(genai: Genai, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["onnxruntime_ep_nv_tensorrt_rtx"], "get_library_path", lambda: "broken")
-    answer = load_engine("ort", "nv-tensorrt-rtx").probe_run()
-    assert not answer.available
-    assert answer.reason == (
-        "the TensorRT for RTX provider does not load: libcuda.so.1: cannot open shared object file"
-    )
 
 
 def test_provider_of_a_damaged_directory_is_the_cpu(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from nbl_export.targets.onnx import export_genai
 from nbl_export.targets.onnx.facts import provider_of, read_facts
 from nbl_export.targets.onnx.genai import GenaiRunner, load_package
 from nbl_export.targets.providers import PROVIDERS
-from nbl_export.targets.runners import SequenceLimits
 
 __all__ = ["CAPABILITIES", "ORT", "OrtEngine", "is_installed", "probe"]
 
@@ -63,8 +62,8 @@ class OrtEngine(Target):
             export_genai.build(checkpoint, out, settings, self.capabilities.provider)
         finish_directory(checkpoint, out)
 
-    def open_runner(self, path: Path, threads: int | None = None, limits: SequenceLimits | None = None) -> GenaiRunner:
-        """A text runner on a deployable directory; `limits` has no effect."""
+    def open_runner(self, path: Path, threads: int | None = None) -> GenaiRunner:
+        """A text runner on a deployable directory."""
         return GenaiRunner(path, threads)
 
     def open_graph(

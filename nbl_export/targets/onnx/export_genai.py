@@ -40,14 +40,12 @@ __all__ = ["PRECISIONS", "build"]
 
 PRECISIONS = ("fp32", "int8", "int4")  # on the CPU; a GPU provider has its own
 _NO_CODE = ("hf_remote=false",)  # the builder's default, made explicit: code in a checkpoint is not run
-_BUILDER_NAMES = {flag: provider.genai for flag, provider in PROVIDERS.items()}
 
 
 def build(checkpoint: Path, out: Path, settings: ExportSettings, provider: str = "cpu") -> None:
     """Write model.onnx, its data, genai_config.json and the tokenizer to `out`."""
     precision = settings.precision
-    gpu = None if provider == "cpu" else PROVIDERS[provider]
-    if precision not in (gpu.precisions if gpu else PRECISIONS):
+    if precision not in (PRECISIONS if provider == "cpu" else PROVIDERS[provider].precisions):
         raise NblError(
             f"the GenAI builder makes no {precision} graph for the CPU; use --precision {', '.join(PRECISIONS)}, "
             "or --decoder-source mobius for fp16"
@@ -57,15 +55,8 @@ def build(checkpoint: Path, out: Path, settings: ExportSettings, provider: str =
     except ImportError as error:
         raise MissingPackageError("onnxruntime_genai", "cpu", "building the decoder graph") from error
     with tempfile.TemporaryDirectory() as cache, captured("the GenAI builder", checkpoint), repaired():
-        where = (
-            "",
-            str(_named(settings.codes or checkpoint, Path(cache))),
-            str(out),
-            precision,
-            _BUILDER_NAMES.get(provider, provider),
-            cache,
-        )
-        chosen = [*_NO_CODE, *(gpu.options_for(precision) if gpu else ()), *settings.builder_options]
+        where = "", str(_named(settings.codes or checkpoint, Path(cache))), str(out), precision, provider, cache
+        chosen = [*_NO_CODE, *settings.builder_options]
         create_model(*where, **parse_extra_options(*where, chosen))
     _forget_commit(out / GRAPH_FILE)
     from nbl_export.targets.export.restore_attention import restore_attention

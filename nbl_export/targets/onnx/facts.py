@@ -63,7 +63,7 @@ def provider_of(directory: Path) -> str:
         asked = {name for entry in named for name in entry}
     except (OSError, ValueError, KeyError, TypeError):
         return "cpu"  # opening the directory reports the error
-    return next((flag for flag, provider in PROVIDERS.items() if provider.genai in asked), "cpu")
+    return next((name for name in PROVIDERS if name in asked), "cpu")
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,8 @@ The code relies on these observations of onnxruntime_genai 0.18 on the CPU provi
   other than to 0 is refused too. So a batch continues with `generate_next_token`, and is filled again to go back.
 - In a batch `pad_token_id` is masked wherever it stands. A row of padding alone fails in GroupQueryAttention.
 - `get_logits` before the first append, or after a rewind, returns stale memory instead of an error.
-- On a GPU `append_tokens` may return before the step is computed: for NvTensorRtRtx GenAI sets
-  `disable_synchronize_execution_providers` (src/models/model.cpp), and its casts to float32 run behind the step for
-  every provider. `get_logits` and `get_next_tokens` copy to the host on GenAI's stream and wait for the stream
+- On a GPU `append_tokens` may return before the step is computed: GenAI's casts to float32 run behind the step.
+  `get_logits` and `get_next_tokens` copy to the host on GenAI's stream and wait for the stream
   (src/cuda/interface.cpp, CopyDeviceToCpu). So an append on a device other than the CPU reads one of them.
 - A generator allocates and clears its whole cache on construction: max_length tokens are resident at once.
 - Unset, `intra_op_num_threads` is half of the logical CPUs, 16 at most (src/models/model.cpp). This leaves half of a
@@ -28,17 +27,10 @@ The code relies on these observations of onnxruntime_genai 0.18 on the CPU provi
   same 40 tokens differ by up to 0.6 between one prefill and 25 + 15 single steps (SmolLM2). Compare equal chunks only.
 - An fp32 embedding refuses token ids beyond the vocabulary; an int4 embedding accepts them silently.
 
-Opens a directory with ONNX Runtime GenAI: threads, provider and sizes over the directory's own settings.
-
-    genai_config.json ◄─ session options ◄─ sizes of a `SequenceLimits` ◄─ provider ─► og.Model
-
-- A directory's sizes are those of the model: `model.context_length` is often 131072, `search.batch_size` is 1.
-- GenAI gives NvTensorRtRtx one profile when the model is opened, of at most `search.batch_size` x
-  `model.context_length` (src/nvtensorrtrtx/session_options.cpp). A larger batch is outside of it, and memory is planned
-  for the whole context. So a `SequenceLimits` replaces both before `og.Model`.
 - A generator is refused if its `max_length` is beyond `model.context_length`. `begin` sets it for every sequence.
 
-Checks a folder before ONNX Runtime GenAI opens it; GenAI then opens nothing that was not checked.
+A folder is checked before GenAI opens it; GenAI then opens nothing that was not checked. Threads and provider replace
+those of genai_config.json.
 """
 
 from __future__ import annotations
@@ -60,12 +52,11 @@ from nbl_export.graph.names import GRAPH_FILE
 from nbl_export.graph.trust import read_proto
 from nbl_export.targets.base import default_threads
 from nbl_export.targets.onnx.facts import GenaiSettings
-from nbl_export.targets.runners import SequenceLimits
 from nbl_export.targets.tokenizer import Speaking, applied
 from nbl_export.trust.contained import check_folder
 from nbl_export.trust.model_settings import check_tokenizer_settings
 
-__all__ = ["CPU", "SILENT", "Choice", "GenaiRunner", "load_package", "open_model"]
+__all__ = ["SILENT", "GenaiRunner", "load_package", "open_model"]
 
 _CPU_DEVICE = "CPU"  # og.Model.device_type
 
@@ -76,29 +67,20 @@ class GenaiRunner(Speaking):
     Args:
         directory: model.onnx, its data, genai_config.json and, for text, the tokenizer.
         threads: intra-op threads; None uses `default_threads()`. `self.threads` is the number in use.
-        provider: GenAI's name of the execution provider, and its options; None uses the directory's provider.
-        limits: sequence and batch that the provider is sized for; `begin` opens the model again if they are exceeded.
-            None leaves the sizes of the directory.
+        on_cpu: use the CPU provider, and not the directory's provider.
 
     Raises:
         MissingPackageError: onnxruntime-genai is not installed.
         NblError: the directory is not a model that loads; the message has the path.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        threads: int | None = None,
-        provider: tuple[str, dict[str, str]] | None = None,
-        limits: SequenceLimits | None = None,
-    ) -> None:
+    def __init__(self, directory: Path, threads: int | None = None, *, on_cpu: bool = False) -> None:
         self.directory = directory
         self.threads = threads or default_threads()
         self.settings = GenaiSettings.read(directory)
         self.context_length = self.settings.context_length
         self._og = load_package("onnxruntime_genai")
-        self._provider, self._room = provider, limits and limits.within(self.context_length)
-        self._model = self._open()
+        self._model = open_model(self._og, directory, self.threads, on_cpu=on_cpu)
         self._waits = self._model.device_type != _CPU_DEVICE
         self._generator: Any = None
         self._capacity = self._length = 0
@@ -113,15 +95,6 @@ class GenaiRunner(Speaking):
         self.__dict__.pop("_tokenizer", None)
         self._generator = self._model = None
 
-    def _open(self) -> Any:
-        return open_model(self._og, self.directory, self.threads, self._provider, self._room)
-
-    def _make_room(self, asked: SequenceLimits) -> None:
-        if self._room is not None and not self._room.holds(asked):
-            self._room = self._room.joined(asked)
-            self._model = None  # free the old model before the new one is loaded
-            self._model = self._open()
-
     # -- tokens ----------------------------------------------------------------------------------------
 
     def begin(self, max_tokens: int, batch: int = 1) -> None:
@@ -134,7 +107,6 @@ class GenaiRunner(Speaking):
         self._length, self._capacity = 0, min(max_tokens, self.context_length)
         longest = self._capacity if batch == 1 else min(max_tokens + 1, self.context_length)
         shortest = 0 if batch == 1 else longest  # a batch continues behind an end of text
-        self._make_room(SequenceLimits(longest, batch))
         try:
             params = self._og.GeneratorParams(self._model)
             params.set_search_options(
@@ -269,20 +241,15 @@ def load_package(name: str) -> ModuleType:
         raise MissingPackageError(name.replace("_", "-"), "cpu", "running a decoder") from error
 
 
-Choice = tuple[str, dict[str, str]]  # GenAI's name of a provider, and its options
-CPU: Choice = ("cpu", {})
 SILENT = 4  # ORT severity "fatal": only the exception raised here reports an error
 
 
-def open_model(
-    og: ModuleType, directory: Path, threads: int, provider: Choice | None, limits: SequenceLimits | None
-) -> Any:
+def open_model(og: ModuleType, directory: Path, threads: int, *, on_cpu: bool) -> Any:
     """The og.Model of a directory.
 
     Args:
         og: the imported GenAI.
-        provider: None uses the directory's provider.
-        limits: None leaves the sizes of the directory.
+        on_cpu: use the CPU provider, and not the directory's provider.
 
     Raises:
         NblError: the directory is not a model that loads; the message has the path.
@@ -290,29 +257,13 @@ def open_model(
     check_genai_folder(directory)
     try:
         config = og.Config(str(directory))  # checked by `check_genai_folder`
-        config.overlay(json.dumps(_settings(threads, limits)))
-        if provider is not None:
-            _choose_provider(config, *provider)
+        session = {"intra_op_num_threads": threads, "log_severity_level": SILENT}
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+        if on_cpu:
+            config.clear_providers()  # the CPU provider is the fallback and must not be named
         return og.Model(config)
     except Exception as error:
         raise NblError(f"{directory} does not load in ONNX Runtime GenAI: {one_line(error)}") from error
-
-
-def _settings(threads: int, limits: SequenceLimits | None) -> dict[str, Any]:
-    """What replaces settings of genai_config.json."""
-    session = {"intra_op_num_threads": threads, "log_severity_level": SILENT}
-    model: dict[str, Any] = {"decoder": {"session_options": session}}
-    if limits is None:
-        return {"model": model}
-    return {"model": {**model, "context_length": limits.tokens}, "search": {"batch_size": limits.batch}}
-
-
-def _choose_provider(config: Any, name: str, options: dict[str, str]) -> None:
-    """Choose a provider; if it is the directory's own, the directory's options stay."""
-    if name == CPU[0]:
-        config.clear_providers()  # the CPU provider is the fallback and must not be named
-    for key, value in options.items():
-        config.set_provider_option(name, key, value)
 
 
 def check_genai_folder(directory: Path) -> None:

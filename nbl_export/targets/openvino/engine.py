@@ -22,7 +22,7 @@ from nbl_export.targets.openvino import check
 from nbl_export.targets.openvino.ir.anatomy import read_ir_facts
 from nbl_export.targets.openvino.session import IrDecoder, OpenVinoRunner, Session, load_openvino
 from nbl_export.targets.openvino.signals import kept_signal_stack
-from nbl_export.targets.runners import MixedDecoder, SequenceLimits
+from nbl_export.targets.runners import MixedDecoder
 
 __all__ = ["CAPABILITIES", "OPENVINO", "OpenVinoEngine"]
 
@@ -145,10 +145,8 @@ class OpenVinoEngine(Target):
         """The IR that ships, if the IR with all logits stays beside it."""
         return IR_FILE if (directory / ALL_LOGITS_IR).is_file() else None
 
-    def open_runner(
-        self, path: Path, threads: int | None = None, limits: SequenceLimits | None = None
-    ) -> OpenVinoRunner:
-        """A text runner on an IR directory; `limits` has no effect."""
+    def open_runner(self, path: Path, threads: int | None = None) -> OpenVinoRunner:
+        """A text runner on an IR directory."""
         return OpenVinoRunner(path, threads or default_threads())
 
 

@@ -26,7 +26,7 @@ from nbl_export.mixers.base import Running
 from nbl_export.targets.base import Availability, BuildSettings, DecoderFacts, ExportSettings, Target
 from nbl_export.targets.export.finish import check_bounds
 from nbl_export.targets.gpu import CUDA, Gpu, find_gpu, outdated, release_for, unpackaged
-from nbl_export.targets.runners import MixedDecoder, SequenceLimits
+from nbl_export.targets.runners import MixedDecoder
 from nbl_export.targets.tensorrt.kernels import trust_folder
 from nbl_export.targets.tensorrt.library import LIBRARIES, Library, load_library
 from nbl_export.targets.tensorrt.record import RECORD_FILE, read_record
@@ -130,8 +130,8 @@ class TensorRtEngine(Target):
 
         export.write_float32(directory, out)
 
-    def open_runner(self, path: Path, threads: int | None = None, limits: SequenceLimits | None = None) -> StaticRunner:
-        """A text runner on a directory with a plan and engine.json; `threads` and `room` have no effect."""
+    def open_runner(self, path: Path, threads: int | None = None) -> StaticRunner:
+        """A text runner on a directory with a plan and engine.json; `threads` has no effect."""
         from nbl_export.targets.tensorrt.runner import open_session
 
         return StaticRunner(open_session(self.library, path), path)

@@ -28,7 +28,7 @@ from nbl_export.records.results import CheckResult
 from nbl_export.targets.base import Availability, DecoderFacts, ExportSettings, Target
 from nbl_export.targets.checks import HeldMaps, Wanted, checked
 from nbl_export.targets.export.finish import add_text_files
-from nbl_export.targets.runners import MixedDecoder, SequenceLimits
+from nbl_export.targets.runners import MixedDecoder
 from nbl_export.targets.tokenizer import Speaking
 
 __all__ = ["MARKER", "TOY"]
@@ -120,7 +120,7 @@ class ToyEngine(Target):
         """The model, with the logits of all positions."""
         return ToyDecoder(directory)
 
-    def open_runner(self, path: Path, threads: int | None = None, limits: SequenceLimits | None = None) -> ToyRunner:
+    def open_runner(self, path: Path, threads: int | None = None) -> ToyRunner:
         """The model, one sequence."""
         return ToyRunner(path, self.facts(path).context_length)
 
