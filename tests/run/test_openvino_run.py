@@ -40,11 +40,9 @@ def checks(run: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_a_run_is_verified_to_float32_accuracy_and_at_its_own_error(runs: dict[str, Path], precision: str) -> None:
     found = checks(runs[precision])
-    exact = [r["value"] for r in found if r["check"] in ("original", "nbl") and r["metric"].startswith("max abs")]
-    shipped = [r for r in found if r["check"] == "quantised" and r["metric"].startswith("relative rms logit")]
-    own = {s: max(r["value"] for r in shipped if r["subject"] == s) for s in ("original", "nbl")}
-    assert exact and max(exact) < 1e-4
-    assert 0 < own["nbl"] <= 2 * own["original"]
+    exact = [r["value"] for r in found if r["check"] in ("original", "nbl")]
+    shipped = [r["value"] for r in found if r["check"] == "shipped"]
+    assert max(exact) < 1e-5 < max(shipped) < 0.1
     assert {r["metric"] for r in found if r["check"] == "structure"} >= {
         "contract", "cache bytes per token", "maps in the graph", "weights untouched",
         "what ships is the graph with all logits, pruned", "cache bytes in the running session",
