@@ -81,7 +81,6 @@ None took less memory than the estimate.
 These jobs ran on ONNX Runtime. Estimates for OpenVINO follow from the same work and were not compared.
 
 Engines for GPUs are built and timed in a time that is not estimated.
-Calibration on the model's own text (`self`) takes longer than estimated.
 
 ## Configuration file
 

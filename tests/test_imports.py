@@ -27,10 +27,10 @@ TARGETS = ("onnx", "openvino", "tensorrt", "checkpoint")  # packages of `targets
 # Library -> where it may be imported: a place, or a module of one.
 HEAVY = {
     "torch": ("model", "calibrate", "plan", "distill", "mixers",
-              "text.parts", "text.sampling", "text.windows", "verify.exporter",
+              "text.parts", "text.windows", "verify.exporter",
               "targets.export", "targets.openvino.export", "targets.openvino.trace", "targets.tensorrt.export",
               "targets.checkpoint"),
-    "transformers": ("model", "text.sampling", "targets.export", "targets.onnx.export_genai",
+    "transformers": ("model", "targets.export", "targets.onnx.export_genai",
                      "targets.openvino.trace", "targets.tensorrt.export", "targets.checkpoint"),
     "vllm": ("targets.checkpoint.vllm",),
     "tensorrt_edgellm": ("targets.checkpoint.edge_llm_code",),

@@ -30,7 +30,6 @@ SELECTS = ("cca", "error", "greedy", "efficient")
 DTYPES = ("auto", "float32", "bfloat16")  # of products while calibrating and choosing layers
 DEVICES = ("auto", "cpu", "cuda")  # of torch
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # ends a line, or moves a terminal's cursor
-SELF = "self"  # calibration text that the model generates
 AUTO_WINDOWS, NO_WINDOWS = "auto", "none"  # windows in as many top layers as quality allows, or in no layer
 WIDTHS = (64, 128)  # of windows, in tokens, if none is asked for: the first for named layers, the better one with auto
 CHECKPOINT_FIT = "given"  # fit of the maps that an NBL checkpoint has
@@ -107,9 +106,6 @@ _ORDERED = (
 )  # fmt: skip
 _FITTED = (*_ORIGINAL, Applies("fitted maps (--fit independent or distilled)", lambda c: c.options.fit != "drop"))
 _TRAINED = (Applies("--fit distilled", lambda c: c.options.fit == "distilled"),)
-_SEEDED = (
-    Applies("--fit distilled or --calibration self", lambda c: c.options.fit == "distilled" or c.options.says_itself),
-)
 _WITH_WINDOWS = (
     Applies(f"{WINDOWS_IN}, and the original model",
             lambda c: c.options.window_layers == NO_WINDOWS or (WINDOW in c.engine.kinds and not c.is_nbl)),
@@ -199,9 +195,8 @@ class JobOptions:
         metavar="SHARE", applies=_TRAINED,
     )  # fmt: skip
     calibration: tuple[str, ...] = option(
-        (), 'File or hub dataset (org/name@split); repeat to mix. "self": '
-        "the model's own text.", _CALIBRATE,
-        "main calibrate", first=True, metavar="TEXT[:WEIGHT]", python="path list",
+        (), "File or hub dataset (org/name@split); repeat to mix.", _CALIBRATE, "main calibrate", first=True,
+        metavar="TEXT[:WEIGHT]", python="path list",
     )  # fmt: skip
     calibration_tokens: int = option(65_536, "Tokens to calibrate on.", _CALIBRATE, "main calibrate", least=1)
     context: int = option(512, "Length of a window in tokens.", _CALIBRATE, "main calibrate", least=2)
@@ -216,7 +211,7 @@ class JobOptions:
         choices=DEVICES, metavar="DEVICE",
     )  # fmt: skip
     seed: int = option(
-        0, "Seed of distillation and of --calibration self.", _CALIBRATE, "main calibrate", least=0, applies=_SEEDED,
+        0, "Seed of distillation.", _DISTILL, least=0, applies=_TRAINED,
     )  # fmt: skip
     precision: str = option(
         "fp32", "ort: fp32 (default), fp16, int8, int4; openvino: fp16 (default), fp32, int8, int4; trt: bf16 "
@@ -292,8 +287,6 @@ class JobOptions:
         for name, value in dataclasses.asdict(self).items():
             texts = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, str)]
             require(not any(map(_CONTROL.search, texts)), f"{name} is not one line of text")
-        alone = SELF not in self.calibration or self.calibration == (SELF,)
-        require(alone, "--calibration self reads no text: give it alone (a file of that name is ./self)")
         require(self.distill_minutes is None or self.distill_minutes > 0, "--distill-minutes is more than 0")
 
     @property
@@ -317,11 +310,6 @@ class JobOptions:
     def kept_logits(self) -> str:
         """Positions whose logits the graphs give: each row's "last" valid one, which generation reads, or "all"."""
         return self.logits or "last"
-
-    @property
-    def says_itself(self) -> bool:
-        """Whether calibration uses text that the model generates."""
-        return self.calibration == (SELF,)
 
     @property
     def prompt_length(self) -> int:

@@ -142,10 +142,6 @@ REFUSED: tuple[Refusal, ...] = (
         and f"{c.options.model} has layers of kind {min(missing)}, which need {WINDOWS_IN}"
     )),
     (UsageError, lambda c: (
-        bool(c.model.maps_tap) and c.options.says_itself
-        and f"--calibration self needs the original model: {NO_ORIGINAL}; give that model, or leave it out"
-    )),
-    (UsageError, lambda c: (
         c.model.maps_tap not in ("", c.options.tap)
         and f"--tap {c.options.tap}: the maps of {c.options.model} have the tap {c.model.maps_tap}; leave --tap out"
     )),

@@ -148,4 +148,4 @@ class Job:
     @property
     def choosing(self) -> Lazy[Texts]:
         """Texts that layers are chosen by."""
-        return self.text.choosing(self.decoder.max_positions, alone=self.options.says_itself)
+        return self.text.choosing(self.decoder.max_positions)

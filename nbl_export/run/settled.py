@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from nbl_export.errors import NblError
-from nbl_export.files import key_of
 from nbl_export.model.checkpoint.source import Source, resolve
 from nbl_export.options.options import JobOptions
 from nbl_export.options.public import located
@@ -85,7 +84,7 @@ def settle_job(asked: Mapping[str, Any], recorded: JobOptions | None, manifest: 
     """
     source, decoder = read_model(str(asked.get("model") or (recorded.model if recorded else "")), manifest)
     options = settle(asked, capabilities_of, facts_of_model(source, decoder), recorded)
-    sources = _sources(options)
+    sources = identify(options.calibration)
     codes, noted = _codes(options, decoder)
     facts = {**identity_of(options, source, decoder), "sources": sources, "options": options.to_json(), **noted}
     return Settled(
@@ -96,7 +95,7 @@ def settle_job(asked: Mapping[str, Any], recorded: JobOptions | None, manifest: 
         source=Lazy(source.fingerprint, lambda: source),
         codes=codes,
         sources=sources,
-        documents=_documents(options, sources, source.fingerprint, say),
+        documents=_documents(options, sources, say),
         facts=facts,
     )
 
@@ -135,7 +134,7 @@ def of_run(run: RunDirectory, options: JobOptions, say: Say) -> Settled:
         source=Lazy(fingerprint, lambda: resolve(here.model)),
         codes=codes,
         sources=manifest["sources"],
-        documents=_documents(here, manifest["sources"], fingerprint, say),
+        documents=_documents(here, manifest["sources"], say),
         facts=facts,
     )
 
@@ -172,16 +171,9 @@ def _codes(options: JobOptions, decoder: DecoderSpec) -> tuple[Lazy[Source | Non
     return Lazy(about["fingerprint"], lambda: found), {"quantized": {"name": options.quantized_model, **about}}
 
 
-def _sources(options: JobOptions) -> list[Any]:
-    return ["self"] if options.says_itself else identify(options.calibration)
-
-
-def _documents(options: JobOptions, sources: list[Any], fingerprint: str, say: Say) -> Lazy[Text]:
+def _documents(options: JobOptions, sources: list[Any], say: Say) -> Lazy[Text]:
     def read() -> Text:
-        if options.says_itself:
-            name = f"sampled from the model itself (seed {options.seed}, temperature 1)"
-            return Text(name, key_of("sampled", fingerprint, options.seed), ())
-        if _sources(options) != sources:
+        if identify(options.calibration) != sources:
             raise NblError("the calibration text has changed since this run; restore it")
         return read_texts(options.calibration, say)
 

@@ -38,7 +38,7 @@ from nbl_export.text.windows import (
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["JobText", "cut", "cut_second", "read", "rows_sha256", "save", "with_uses"]
+__all__ = ["JobText", "cut", "cut_second", "read", "rows_sha256", "save"]
 
 Texts = Sequence[tuple[str, Any]]  # name and token ids [windows, context] of each text
 
@@ -62,12 +62,8 @@ def cut(
     most = max(-(-tokens // context), training // context, 1) * context
     ids = token_ids(text, tokenizer, most + held_back, vocab_size)
     windows, held = pack_ids(text, ids, tokens, context, held_back)
-    return with_uses({"windows": windows, "held_back": held, "training": extend(windows, ids, training, held_back)})
-
-
-def with_uses(rows: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Parts, and the held-back rows by use."""
-    return {**rows, **vars(divide(rows["held_back"], CALIBRATION_ROLES))}
+    rows = {"windows": windows, "held_back": held, "training": extend(windows, ids, training, held_back)}
+    return {**rows, **vars(divide(held, CALIBRATION_ROLES))}
 
 
 def cut_second(text: Text, tokenizer: Any, context: int, vocab_size: int) -> dict[str, torch.Tensor]:
@@ -175,21 +171,15 @@ class JobText:
         both = self._both("choosing")
         return Lazy(both.identity, lambda: [(name, rows[: len(both.value[0][1])]) for name, rows in both.value])
 
-    def choosing(self, positions: int, *, alone: bool = False) -> Lazy[Texts]:
-        """Texts that layers are chosen by.
-
-        Args:
-            positions: of the model.
-            alone: without the second text, which is not the model's own.
-        """
-        texts = self._both("choosing", alone=alone)
+    def choosing(self, positions: int) -> Lazy[Texts]:
+        """Texts that layers are chosen by, for a model of so many positions."""
+        texts = self._both("choosing")
         return Lazy(texts.identity, lambda: choosing_texts(texts.value, positions))
 
-    def _both(self, use: str, *, alone: bool = False) -> Lazy[Texts]:
+    def _both(self, use: str) -> Lazy[Texts]:
         """Name and rows of the calibration text, and of the second text if there is one."""
         own, second = self.names
         named = {f"held back from {own}": use, f"{second} (not calibrated on)": f"second.{use}"}
         rows = {name: self._rows[part] for name, part in named.items() if part in self._rows}
-        rows = dict(list(rows.items())[:1]) if alone else rows
         identity = [part.identity for part in rows.values()]
         return Lazy(identity, lambda: [(name, part.value) for name, part in rows.items()])

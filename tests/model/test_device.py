@@ -30,7 +30,6 @@ from nbl_export.run import pipeline
 from nbl_export.run.deployed import open_finished
 from nbl_export.run.progress import Ui
 from nbl_export.targets.onnx.engine import OrtEngine
-from nbl_export.text.sampling import sample_windows
 from nbl_export.verify import exporter
 from nbl_export.verify.ladder import Probe
 
@@ -104,16 +103,12 @@ def referred(model: Any, _directory: Path, _scratch: Path) -> Any:
     return exporter.row_logits(model, ROW), exporter.row_logits(model, ROW, np.array([0, 2]))
 
 
-def sampled(model: Any, _directory: Path, _scratch: Path) -> Any:
-    return sample_windows(model, 2, 8, 0, quiet).shape
-
-
 def scored(model: Any, _directory: Path, _scratch: Path) -> Any:
     with replaced(model, maps_of(model), "residual"):
         return token_scores(model, ROW, 20)
 
 
-WORK = (collected, streamed, losses, ordered, distilled, referred, sampled, scored)
+WORK = (collected, streamed, losses, ordered, distilled, referred, scored)
 
 
 def numbers(value: Any) -> list[Any]:

@@ -152,11 +152,7 @@ def test_roads_to_a_changed_run(recorded: Recorded, tmp_path: Path, stopped: Non
     new = tmp_path / "new"
     found = reached(line("--config", directory / "nbl.json", "--fit", "independent", "--output", new))
     assert_settled(found, {"model": "/nowhere/m", "tap": "residual", "distill_steps": None})
-    for words in (
-        ("plan", directory, "--layers", "0,2", "--select", "cca"),
-        ("build", directory, "--max-batch", "2"),
-        ("calibrate", "--model", "m", "--output", new, "--seed", "3"),
-    ):
+    for words in (("plan", directory, "--layers", "0,2", "--select", "cca"), ("build", directory, "--max-batch", "2")):
         with pytest.raises(UsageError, match=f"^{words[-2]} is for "):
             line(*words)()
     assert (directory / "nbl.json").read_bytes() == before and not new.exists()

@@ -156,7 +156,7 @@ IDLE: list[tuple[str, Asked, ModelFacts | None, str]] = [
     ("distill_tokens", {"distill_tokens": 2048, "fit": "independent"}, None, "--fit distilled"),
     ("lora_rank", {"lora_rank": 16, "fit": "drop"}, None, "--fit distilled"),  # the default, but asked for
     ("label_weight", {"label_weight": 0.5, "kv_budget": "1KiB"}, None, "--fit distilled"),
-    ("seed", {"seed": 3, "layers": "2"}, None, "--calibration self"),
+    ("seed", {"seed": 3, "layers": "2"}, None, "--fit distilled"),
     ("provider", {"provider": "cpu", "engine": "openvino"}, None, "--engine ort"),
     ("max_seq_len", {"max_seq_len": 64}, None, "engines that compile graphs"),
     ("max_batch", {"max_batch": 2, "engine": "openvino"}, None, "trt"),
@@ -216,7 +216,6 @@ def _refusal(asked: Asked, model: ModelFacts | None) -> Exception | None:
     "asked",
     [
         {"fit": "distilled", "distill_steps": 4, "lora_rank": 2, "seed": 1},
-        {"calibration": "self", "seed": 1},
         {"layers": 2, "select": "cca", "provider": "cpu"},
         {"layers": "0,", "window_layers": "1,", "window": 8},
         {"window_layers": "1-2"},
@@ -263,7 +262,6 @@ WRONG: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
     ({"fit": "given"}, PLAIN, ("--fit given is for a checkpoint with maps (nbl-export convert)",)),
     ({"fit": "distilled"}, NBL, ("--fit distilled needs the original model: the checkpoint no longer contains",)),
     ({"fit": "drop"}, NBL, ("--fit drop needs the original model: the checkpoint no longer contains",)),
-    ({"calibration": "self"}, NBL, ("--calibration self needs the original", "give that model, or leave it out")),
     ({"tap": "normed"}, NBL, ("--tap normed: the maps of m have the tap residual; leave --tap out",)),
     *(
         ({"layers": text}, None, ("--layers", part))
@@ -348,7 +346,6 @@ def test_a_source_that_exports_no_such_architecture() -> None:
         ({"repetitions": 0}, "repetitions must be at least 1"),
         ({"label_weight": 1.5, "fit": "distilled"}, "--label-weight is 1 at most"),
         ({"distill_minutes": 0.0, "fit": "distilled"}, "--distill-minutes is more than 0"),
-        ({"calibration": ("self", "a.txt")}, "--calibration self reads no text"),
     ],
 )
 def test_an_impossible_value_is_refused(asked: Asked, said: str) -> None:

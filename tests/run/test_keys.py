@@ -87,7 +87,6 @@ ORDERS: dict[str, tuple[Changes, Changes, Changes]] = {  # options before, optio
     "maps": ({**GREEDY, "tap": "normed"}, {"maps": "linear"}, {}),
     "dropped attention": (GREEDY, {"fit": "drop"}, {}),
     "products": (GREEDY, {"compute_dtype": "float32"}, {}),
-    "own words": (GREEDY, {"calibration": ("self",)}, {}),
     "weighed work": (GREEDY, EFFICIENT, {}),
     "logits of the weighed work": (EFFICIENT, {"logits": "all"}, {}),
     "moments": (GREEDY, {}, {"stages": {"calibrate": {"key": "others"}}}),

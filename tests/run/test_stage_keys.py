@@ -206,12 +206,6 @@ def test_other_rows_of_a_part_that_a_stage_reads_are_another_key(stage: str, tmp
     assert changed == set(ROWS[stage])
 
 
-def test_samples_of_another_seed_are_another_text(key_of_stage: Any) -> None:
-    sampled = {"calibration": ("self",)}
-    assert key_of_stage("text", **sampled, seed=7) != key_of_stage("text", **sampled)
-    assert key_of_stage("text", seed=7) == key_of_stage("text")
-
-
 def test_inputs_that_are_no_options_are_in_the_keys(key_of_stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Model, text, quantised checkpoint, request, and the compiler's version."""
     parts = dict.fromkeys(TEXT["parts"], "other")

@@ -1,8 +1,7 @@
 """The text stage: both texts of a job are read, tokenised and cut once; every later stage reads the rows.
 
-    --calibration ─► documents ─► token ids ─┐
-    --calibration self ─► samples of the model ─┼─► text.safetensors (`text.parts`), hashes in nbl.json
-    second text ─────────────────────────────┘
+    --calibration ─► documents ─┐
+    second text ────────────────┴─► token ids ─► text.safetensors (`text.parts`), hashes in nbl.json
 
 A job that goes on reads the file, and neither the sources nor the hub.
 """
@@ -19,7 +18,7 @@ from nbl_export.run.job import Job
 from nbl_export.run.stages.common import Place
 from nbl_export.run_directory import TEXT_FILE
 from nbl_export.text.corpus import Text, stdlib_text
-from nbl_export.text.windows import DIVISION, held_back_tokens
+from nbl_export.text.windows import DIVISION
 
 __all__ = ["TextInputs", "declare", "run"]
 
@@ -31,16 +30,14 @@ class TextInputs:
     Attributes:
         fingerprint: of the model, whose tokenizer reads the text.
         sources: see `text.mixture.identify`.
-        seed: of the samples; None if there is a text.
         distill_tokens: of the text that maps are trained on; cut in any case, so that another fit reads no text again.
         division: see `text.windows`.
-        documents: the calibration text; without documents if the model samples it.
+        documents: the calibration text.
         second: the text that nobody calibrates on.
     """
 
     fingerprint: str
     sources: list[Any]
-    seed: int | None
     calibration_tokens: int
     context: int
     distill_tokens: int
@@ -49,7 +46,6 @@ class TextInputs:
     documents: Lazy[Text]
     second: Lazy[Text]
     tokenizer: Lazy[Any]
-    model: Lazy[Any]
 
 
 def declare(job: Job) -> TextInputs:
@@ -58,7 +54,6 @@ def declare(job: Job) -> TextInputs:
     return TextInputs(
         fingerprint=job.fingerprint,
         sources=job.settled.sources,
-        seed=options.seed if options.says_itself else None,
         calibration_tokens=options.calibration_tokens,
         context=options.context,
         distill_tokens=options.distill_tokens,
@@ -67,7 +62,6 @@ def declare(job: Job) -> TextInputs:
         documents=job.settled.documents,
         second=Lazy(None, stdlib_text),
         tokenizer=job.torch.tokenizer,
-        model=job.torch.model,
     )
 
 
@@ -76,12 +70,9 @@ def run(inputs: TextInputs, place: Place, out: Path) -> dict[str, Any]:
     from nbl_export.text import parts
 
     text, second, context = inputs.documents.value, inputs.second.value, inputs.context
-    if inputs.seed is None:
-        rows = parts.cut(
-            text, inputs.tokenizer.value, inputs.calibration_tokens, context, inputs.distill_tokens, inputs.vocab_size
-        )
-    else:
-        rows = _sampled(inputs, place)
+    rows = parts.cut(
+        text, inputs.tokenizer.value, inputs.calibration_tokens, context, inputs.distill_tokens, inputs.vocab_size
+    )
     if second.sha256 != text.sha256:
         rows |= parts.cut_second(second, inputs.tokenizer.value, context, inputs.vocab_size)
     hashes = parts.save(rows, out / TEXT_FILE)
@@ -96,17 +87,3 @@ def run(inputs: TextInputs, place: Place, out: Path) -> dict[str, Any]:
         "parts": hashes,
     }
     return {"text": facts}
-
-
-def _sampled(inputs: TextInputs, place: Place) -> dict[str, Any]:
-    """Rows that the model samples, in place of those of a text; maps are trained on the calibration rows."""
-    from nbl_export.text.parts import with_uses
-    from nbl_export.text.sampling import sample_windows
-
-    assert inputs.seed is not None
-    context = inputs.context
-    wanted, held = max(1, -(-inputs.calibration_tokens // context)), held_back_tokens(context) // context
-    with place.ui.task("sampling") as progress:
-        rows_WT = sample_windows(inputs.model.value, wanted + held, context, inputs.seed, progress)
-    windows = rows_WT[:wanted]
-    return with_uses({"windows": windows, "held_back": rows_WT[wanted:], "training": windows})
