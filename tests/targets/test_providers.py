@@ -74,17 +74,6 @@ def test_refusals(same: Same, tmp_path: Path) -> None:
         assert not (tmp_path / "run").exists()
 
 
-def test_genai_does_not_know_tensorrt(genai_dirs: dict[str, Path]) -> None:
-    """The reason of the refusal above; when this fails, there is something new to offer."""
-    import onnxruntime_genai as og
-
-    for name in ("tensorrt", "TensorRT", "TensorrtExecutionProvider"):
-        config = og.Config(str(genai_dirs["nbl"]))
-        config.append_provider(name)
-        with pytest.raises(Exception, match="Unknown provider name"):
-            og.Model(config)
-
-
 def test_what_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     installed: set[str] = set()
     monkeypatch.setattr(ort, "is_installed", lambda name: name in installed)

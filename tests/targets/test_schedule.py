@@ -28,29 +28,14 @@ VOCAB = 50
 # -- steps -----------------------------------------------------------------------------------------------
 
 
-def test_a_prompt_runs_in_chunks() -> None:
-    assert plan_steps([3], [10], cache_length=32, chunk=4) == (
-        Step(0, 4, (3,), (4,)),
-        Step(4, 4, (7,), (4,)),
-        Step(8, 2, (11,), (2,)),
-    )
+def test_a_prompt_runs_in_few_chunks_beside_rows_that_rest() -> None:
+    def steps(lengths: list[int], counts: list[int], chunk: int) -> list[Step]:
+        return list(plan_steps(lengths, counts, cache_length=32, chunk=chunk))
 
-
-def test_a_shorter_row_rests_behind_its_length() -> None:
-    first, second = plan_steps([0, 5], [6, 2], cache_length=32, chunk=4)
-    assert (first.writes, first.counts) == ((0, 5), (4, 2))
-    assert (second.writes, second.counts) == ((4, 7), (2, 0))
-
-
-def test_a_resting_row_near_its_end_narrows_the_steps() -> None:
-    steps = plan_steps([29, 0], [0, 7], cache_length=32, chunk=8)
-    assert [step.width for step in steps] == [3, 3, 1]
-    assert all(step.writes[0] == 29 for step in steps)
-
-
-def test_the_padding_of_a_full_row_goes_over_its_own_end() -> None:
-    (step,) = plan_steps([32, 0], [0, 5], cache_length=32, chunk=8)
-    assert step == Step(0, 5, (27, 0), (0, 5))
+    assert steps([3], [10], 4) == [Step(0, 4, (3,), (4,)), Step(4, 4, (7,), (4,)), Step(8, 2, (11,), (2,))]
+    assert steps([0, 5], [6, 2], 4) == [Step(0, 4, (0, 5), (4, 2)), Step(4, 2, (4, 7), (2, 0))]
+    assert [step.width for step in steps([29, 0], [0, 7], 8)] == [3, 3, 1]  # a resting row near its end
+    assert steps([32, 0], [0, 5], 8) == [Step(0, 5, (27, 0), (0, 5))]  # padding over the end of a full row
 
 
 @pytest.mark.parametrize(("lengths", "counts", "row"), [([30], [3], 0), ([0, 32], [1, 1], 1)])
@@ -120,6 +105,7 @@ def test_profiles_decode_with_one_dynamic_dimension_at_least() -> None:
     assert prefill == Profile("prefill", (1, 1, 1), (1, 512, 512))
     assert decode == Profile("decode", (1, 1, 2), (1, 1, 1))
     assert engine_profiles(2, 512, 2048)[1].batch == (1, 2, 2)
+    assert [engine_profiles(1, 512, slots)[1].tokens for slots in (16_384, 32_768)] == [(1, 1, 1), (1, 1, 2)]
     assert [p.batch for p in engine_profiles(1, 512, 2048, two_rows=True)] == [(1, 1, 2), (1, 1, 2)]
 
 
@@ -131,11 +117,6 @@ def test_one_row_of_an_engine_for_many_has_kernels_of_its_own() -> None:
     ]  # fmt: skip
     assert [profile_for(profiles, rows, 1) for rows in (1, 2, 3, 8)] == [1, 1, 2, 2]
     assert {profile_for(profiles, rows, n) for rows in (1, 8) for n in (2, 512)} == {0}
-
-
-def test_long_caches_decode_with_a_range_of_tokens() -> None:
-    assert engine_profiles(1, 512, 16_384)[1].tokens == (1, 1, 1)
-    assert engine_profiles(1, 512, 32_768)[1].tokens == (1, 1, 2)
 
 
 @pytest.mark.parametrize(
@@ -256,15 +237,6 @@ def test_greedy_is_the_loop_by_hand(runner: StaticRunner) -> None:
     assert len(runner.greedy(ids, 500)) == 10  # to the last slot
 
 
-def test_rewinding_forgets(runner: StaticRunner) -> None:
-    runner.begin(16)
-    runner.append([5, 6, 7, 8])
-    runner.append([9])
-    runner.rewind(3)
-    runner.append([4, 4])
-    assert np.array_equal(runner.last_logits(), said_of([5, 6, 7, 4, 4]))
-
-
 def test_prefill_is_padded_to_few_widths_if_there_is_room(tmp_path: Path) -> None:
     """Then rewound and continued: what the padding wrote is never seen."""
     session = Ledger(20, 16, last_only=True, widths=(4, 8, 16))
@@ -307,13 +279,6 @@ def test_a_batch_is_its_rows_alone_and_can_be_rewound(runner: Any) -> None:
         assert runner.pick() == int(said_of(kept[0]).argmax())
         assert runner._session.cache[:, : len(kept[0])].tolist() == kept
         rows = np.array(kept)
-
-
-def test_leaving_the_runner_closes_the_session(tmp_path: Path) -> None:
-    session = Ledger(16, 4, last_only=True)
-    with StaticRunner(session, tmp_path):
-        assert not session.closed
-    assert session.closed
 
 
 def test_a_session_that_does_not_close_hides_no_error(

@@ -44,13 +44,6 @@ def without_kernel(tmp_path: Path) -> Path:
 
 
 @needs_rtx
-def test_few_heads_have_a_kernel_for_two_tokens(tmp_path: Path) -> None:
-    """Two query heads: no kernel for decode of exactly one token."""
-    record = build_engine(RTX, tiny_graph(tmp_path, num_attention_heads=2, num_key_value_heads=1), tmp_path / "e", ONE)
-    assert (record.attention, record.profiles[1].tokens) == ("fused", (1, 1, 2))
-
-
-@needs_rtx
 @pytest.mark.parametrize("library", [RTX, UNKNOWN], ids=["known", "the builder says so"])
 def test_attention_without_a_kernel_is_decomposed(
     library: Any, without_kernel: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -86,17 +79,6 @@ def test_what_builds_neither_way_says_both_reasons(
     with pytest.raises(NblError, match=r"does not build graph: TensorRT for RTX has no fused attention kernel for"):
         build_engine(RTX, without_kernel, tmp_path / "e", ONE)
     assert not (tmp_path / "e").exists()
-
-
-@needs_rtx
-def test_every_attention_layer_of_a_network_is_decomposed() -> None:
-    trt = load_library(RTX)
-    parsed = parse(trt, messages_of(trt), graph_of("llama") / "decoder.onnx")
-    assert network.allow_decomposing(parsed)
-    layers = [layer for layer in parsed.layers if layer.type == trt.LayerType.ATTENTION_INPUT]
-    for layer in layers:
-        layer.__class__ = trt.IAttentionInputLayer
-    assert [layer.attention.decomposable for layer in layers] == [True] * LAYERS
 
 
 @needs_rtx

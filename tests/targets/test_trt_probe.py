@@ -105,15 +105,10 @@ def test_gpu_and_driver_have_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "missing_package", lambda: "")
     monkeypatch.setattr(device, "Device", Backend)
     cases = (
-        (TRT_RTX, HOPPER, False, "compute capability is 9.0, .* 7.5, 8.0, 8.6, 8.9, 12.0, 12.1; use --engine trt$"),
+        (TRT_RTX, HOPPER, False, "compute capability is 9.0, .*use --engine trt$"),
         (TRT, HOPPER, True, r"runs on the NVIDIA H100 \(9.0\), memory by cuda-python"),
         (TRT, Gpu("old", "7.0", (13, 0)), False, "7.5 and later; use --engine trt-rtx"),
-        (
-            TRT_RTX,
-            Gpu("x", "8.6", (12, 4)),
-            False,
-            "CUDA 12.4, .* needs CUDA 13: .* R580 .* pip install tensorrt-rtx-cu12 'cuda-python<13'$",
-        ),
+        (TRT_RTX, Gpu("x", "8.6", (12, 4)), False, "needs CUDA 13: .*pip install tensorrt-rtx-cu12 'cuda-python<13'$"),
         (TRT, Gpu("x", "8.6", (11, 8)), False, "CUDA 11.8, .* needs CUDA 13: update the driver to R580 or later$"),
         (TRT_RTX, ADA, True, "runs on the NVIDIA RTX 4090"),
     )
@@ -160,8 +155,7 @@ def test_a_driver_too_old_for_the_bindings_is_found_and_named(monkeypatch: pytes
     answer = TRT.probe_run()
     assert not answer.available
     assert re.search(
-        "cuda-python makes no stream on the NVIDIA L4: .* cudaErrorInsufficientDriver .*supports CUDA 12.8, .* "
-        "cuda-python 13.5.0 needs CUDA 13: update the driver to R580 or later, or pip install 'cuda-python<13'",
+        "cudaErrorInsufficientDriver .*supports CUDA 12.8, .*cuda-python 13.5.0 needs CUDA 13: .*'cuda-python<13'",
         answer.reason,
     )
     bindings(monkeypatch, "12.9.9", Status.cudaErrorMemoryAllocation)
@@ -196,23 +190,22 @@ def test_a_jetson_gets_no_advice_for_packages_that_do_not_exist(
 ) -> None:
     """JetPack 6: aarch64 with a driver of CUDA 12.6, and a TensorRT of the system that an environment does not see."""
     real, orin = importlib.util.find_spec, Gpu("Orin", "8.7", (12, 6))
-    absent = lambda name, *a: None if name.startswith("tensorrt") else real(name, *a)  # noqa: E731
-    monkeypatch.setattr(importlib.util, "find_spec", absent)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name.startswith("tensorrt") else real(name, *a)
+    )
     monkeypatch.setattr(gpu.platform, "machine", lambda: "aarch64")
-    monkeypatch.setattr(tensorrt_library, "find_gpu", lambda: orin)
+    for module in (tensorrt_library, engine):
+        monkeypatch.setattr(module, "find_gpu", lambda: orin)
     monkeypatch.setattr(tensorrt_library, "_SYSTEM", tmp_path)
-    jetpack = "on a Jetson install JetPack 7.2, since TensorRT's wheels for aarch64 are for CUDA 13 alone"
-    assert TRT.probe_run().reason.endswith(f"is not installed: {jetpack}")
-    assert spoken(orin).endswith(jetpack) and "cu12" not in spoken(orin)
+    for said in (TRT.probe_run().reason, spoken(orin)):
+        assert "install JetPack 7.2" in said and "cu12" not in said
     (tmp_path / "python3.12" / "dist-packages" / "tensorrt").mkdir(parents=True)
-    assert f"--system-site-packages to see that in {tmp_path}/python3.12/dist-packages, or" in TRT.probe_run().reason
+    assert f"--system-site-packages to see that in {tmp_path}/python3.12/dist-packages" in TRT.probe_run().reason
     stub(monkeypatch)
     monkeypatch.setattr(importlib.util, "find_spec", real)
     monkeypatch.setattr(engine, "_cuda_major", lambda library: 13)
-    monkeypatch.setattr(engine, "find_gpu", lambda: orin)
-    assert TRT.probe_run().reason.endswith(f"update the driver to R580 or later, or {jetpack}")
-    thor = Gpu("Thor", "11.0", (13, 0))
-    assert "tensorrt, " in spoken(thor) and "Jetson" not in spoken(thor)
+    assert re.search("update the driver .*JetPack 7.2", TRT.probe_run().reason)
+    assert "Jetson" not in spoken(Gpu("Thor", "11.0", (13, 0)))
     assert PLAIN.runs_on("8.7") and PLAIN.runs_on("11.0") and not RTX.runs_on("8.7") and not RTX.runs_on("11.0")
 
 

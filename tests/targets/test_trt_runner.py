@@ -30,7 +30,6 @@ from nbl_export.targets.tensorrt.static.host import StaticDecoder, StaticRunner,
 from nbl_export.targets.tensorrt.static.on_ort import open_decoder
 from nbl_export.targets.tensorrt.static.schedule import Profile, engine_profiles
 from nbl_export.trust import user_lists
-from nbl_export.trust.user_lists import is_own
 
 from ..command import assert_refused, nbl
 from ..fake_engine import fake_record, fake_session
@@ -49,21 +48,16 @@ def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
     assert record.contract.cache_layers == (0, 1)
 
 
-def cut_plan(directory: Path) -> None:
+def plan_of(directory: Path, part: slice) -> None:
     path = directory / "decoder.engine"
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def swap_plan(directory: Path) -> None:
-    path = directory / "decoder.engine"
-    path.write_bytes(path.read_bytes()[::-1])
+    path.write_bytes(path.read_bytes()[part])
 
 
 @pytest.mark.parametrize(
     ("damage", "kind", "reason"),
     [
-        (cut_plan, CorruptError, "decoder.engine is cut short or replaced: .* nbl-export build DIR --engine trt"),
-        (swap_plan, CorruptError, "decoder.engine is damaged: .* nbl-export build DIR --engine trt"),
+        (lambda d: plan_of(d, slice(-1)), CorruptError, "is cut short or replaced: .* nbl-export build DIR"),
+        (lambda d: plan_of(d, slice(None, None, -1)), CorruptError, "engine is damaged: .* nbl-export build DIR"),
         (lambda d: (d / "decoder.engine").unlink(), CorruptError, "decoder.engine is missing"),
         (lambda d: (d / "engine.json").write_text("{"), CorruptError, "engine.json cannot be read"),
         (lambda d: (d / "engine.json").write_text('{"schema": 9}'), CorruptError, "another schema"),
@@ -159,11 +153,6 @@ def test_the_commands_that_run_engines_ask(tmp_path: Path) -> None:
         assert_refused(nbl(*command, "--trust-engine"), 2, "--trust-engine is for engine files", "leave it out")
 
 
-@needs_rtx
-def test_an_engine_that_was_built_here_is_known() -> None:
-    assert is_own(read_record(engine_of()).plan_sha256)
-
-
 # -- the runner on a stand-in that executes the same graph ---------------------------------------------------
 
 
@@ -212,17 +201,19 @@ def test_a_step_that_cannot_be_captured_runs_plainly(tmp_path: Path) -> None:
 
 
 def test_a_changed_batch_is_bound_and_captured_again(tmp_path: Path) -> None:
+    """Also behind a batch that ran no step: it moves the caches, and a graph before it would write to the old place."""
     session, trt = fake_session(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
     decoder = StaticDecoder(session)
     same = open_decoder(graph_of("llama", (1,), "fp32") / "decoder.onnx", 8)
-    for batch in (1, 2, 1):
+    for batch in (1, 2, 1, 1):
+        decoder.begin(2)
         for each in (decoder, same):
             each.begin(batch)
         for start, end in ((0, 3), (3, 4), (4, 5), (5, 6)):
             ids = np.array([row[start:end] for row in rows()[:batch]])
             assert np.array_equal(decoder.step(ids), same.step(ids)), (batch, start)
         assert session.cache_bytes == batch * SPEC.cache_bytes_per_token(2, 4) * SLOTS
-    assert trt.device.captured == 3
+    assert trt.device.captured == 4
     with pytest.raises(NblError, match=r"not built for 3 rows .* --max-batch"):
         decoder.begin(3)
 
@@ -268,49 +259,6 @@ def test_with_many_slots_two_tokens_run_in_prefill(library: tensorrt.Library, tm
     assert trt.device.captured == (0 if library.runtime_graphs else 1)
 
 
-def test_long_caches_are_computed_to_their_last_slots(tmp_path: Path) -> None:
-    """20480 slots, over the limit from which decode has a range of tokens; the first 20465 hold zeros."""
-    graph = graph_of("llama", (0, 1), "fp32", 20_480) / "decoder.onnx"
-    session, trt = fake_session(graph, tmp_path)
-    assert trt.profiles[1].tokens == (1, 1, 2)
-    decoder, same = StaticDecoder(session), open_decoder(graph, 8)
-    for each in (decoder, same):
-        each.begin(1)
-        each._rows.lengths = [20_465]
-    ids = np.array([rows()[0][:15]])
-    for step in (ids[:, :1], ids[:, 1:11], *(ids[:, n : n + 1] for n in range(11, 15))):
-        assert np.array_equal(decoder.step(step), same.step(step))
-    assert trt.contexts[0].runs == [(1, 8), (1, 2)]
-    assert trt.contexts[1].runs == [(1, 1)] * 5
-    with pytest.raises(NblError, match="do not fit"):
-        decoder.step(ids[:, :1])
-
-
-def test_a_batch_that_only_passes_by_invalidates_the_graph(tmp_path: Path) -> None:
-    """Batch 2 moves the caches; the graph of batch 1 before it would write to the old addresses."""
-    graph = graph_of("llama", (1,), "fp32") / "decoder.onnx"
-    session, trt = fake_session(graph, tmp_path)
-    decoder, same = StaticDecoder(session), open_decoder(graph, 8)
-    decoder.begin(1)
-    decoder.step(np.array([[5]]))
-    decoder.begin(2)
-    for each in (decoder, same):
-        each.begin(1)
-    for token in rows()[0][:4]:
-        ids = np.array([[token]])
-        assert np.array_equal(decoder.step(ids), same.step(ids))
-    assert trt.device.captured == 2
-
-
-def test_a_graph_does_not_outlive_its_shape() -> None:
-    card, ran = FakeDevice(), []
-    step = DecodeStep(card, by_library=False)
-    for shape in ((1, 1), (1, 1), (1, 2), (1, 2), (1, 1)):
-        step.run(shape, lambda shape=shape: card.submit(lambda: ran.append(shape)))  # type: ignore[misc]
-    assert ran == [(1, 1), (1, 1), (1, 2), (1, 2), (1, 1)]
-    assert (card.captured, card.replayed) == (3, 2)
-
-
 def test_the_library_has_its_graph_behind_the_first_step() -> None:
     """The step is repeated until the library replays; a benchmark's one token of warm-up is then enough."""
     card, ran = FakeDevice(), []
@@ -320,11 +268,15 @@ def test_the_library_has_its_graph_behind_the_first_step() -> None:
     assert (len(ran), card.captured) == (5, 0)
 
 
-def test_both_contexts_work_in_one_block(tmp_path: Path) -> None:
+def test_both_contexts_work_in_one_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session, trt = fake_session(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
     prefill, decode = trt.contexts
     assert prefill.memory == decode.memory == (prefill.memory[0], trt.device_memory_size_v2)
     assert [b.nbytes for b in trt.device.buffers.values()].count(trt.device_memory_size_v2) == 1
+    session.close()
+    monkeypatch.setattr(FakeTensorRT, "device_memory_size_v2", 0)  # the library refuses the address 0
+    session, trt = fake_session(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
+    assert [context.memory for context in trt.contexts] == [None, None]
     session.close()
 
 
@@ -355,14 +307,6 @@ def test_the_device_is_timed_around_the_launch_alone_once_asked(tmp_path: Path) 
     session.close()
 
 
-def test_an_engine_without_working_memory_gets_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library refuses the address 0."""
-    monkeypatch.setattr(FakeTensorRT, "device_memory_size_v2", 0)
-    session, trt = fake_session(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
-    assert [context.memory for context in trt.contexts] == [None, None]
-    session.close()
-
-
 def test_half_precision_logits_come_back_wide(tmp_path: Path) -> None:
     graph = graph_of("llama", (1,), "fp16") / "decoder.onnx"
     session, _ = fake_session(graph, tmp_path)
@@ -387,19 +331,22 @@ def raises(error: Exception) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     ("name", "said", "reason"),
     [
-        ("execute_async_v3", "", "TensorRT refuses a step: it gives no reason"),
         ("execute_async_v3", "CUDA error 700", "TensorRT refuses a step: CUDA error 700"),
-        ("set_input_shape", "", "TensorRT refuses the shape of input_ids: it gives no reason"),
+        ("set_tensor_address", "", "TensorRT refuses the address of .*: it gives no reason"),
+        ("set_input_shape", "", "TensorRT refuses the shape of .*: it gives no reason"),
     ],
 )
-def test_a_refused_step_is_an_error(
+def test_a_refusal_is_an_error_and_the_session_goes_on(
     name: str, said: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session, trt = fake_session(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
-    StaticDecoder(session).begin(1)
-    monkeypatch.setattr(trt.contexts[0], name, lambda *_: bool(said) and trt.say("ERROR", said))
-    with pytest.raises(NblError, match=reason):
-        session.run(np.ones((1, 4), np.int64), [0], [4])
+    ids = np.ones((1, 4), np.int64)
+    with monkeypatch.context() as patched, pytest.raises(NblError, match=reason):  # noqa: PT012
+        patched.setattr(Context, name, lambda *_: bool(said) and trt.say("ERROR", said))
+        session.begin(1)
+        session.run(ids, [0], [4])
+    session.begin(1)  # binds again what was not bound to the end
+    assert session.run(ids, [0], [4]).shape == (1, 1, VOCAB)
 
 
 def test_a_shape_that_was_refused_is_set_again(tmp_path: Path) -> None:
@@ -413,20 +360,6 @@ def test_a_shape_that_was_refused_is_set_again(tmp_path: Path) -> None:
         session.run(np.ones((1, 5), np.int64), [0], [5])
     assert np.array_equal(session.run(ids, [0], [4]), first)
     assert trt.contexts[0].runs == [(1, 4), (1, 4)]
-
-
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [("set_tensor_address", "TensorRT refuses the address of "), ("set_input_shape", "TensorRT refuses the shape of ")],
-)
-def test_refused_buffers_are_an_error(name: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    session, _ = fake_session(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
-    with monkeypatch.context() as patched:
-        patched.setattr(Context, name, lambda *_: False)
-        with pytest.raises(NblError, match=reason):
-            session.begin(1)
-    session.begin(1)  # binds again what was not bound to the end
-    assert session.run(np.ones((1, 4), np.int64), [0], [4]).shape == (1, 1, VOCAB)
 
 
 @pytest.mark.parametrize(
@@ -450,17 +383,6 @@ def test_a_session_that_does_not_open_is_an_error_and_leaves_no_memory(
     with pytest.raises(NblError, match=reason):
         TrtSession(PLAIN, tmp_path, record, trt, card)
     assert closed == [card]
-
-
-def test_a_profile_that_the_plan_lacks_is_an_error_with_the_librarys_own_words(tmp_path: Path) -> None:
-    """The bindings raise RuntimeError ("Error in set optimization profile async."), the log has the reason."""
-    record = fake_record(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
-    card = FakeDevice()
-    trt = FakeTensorRT(card, record.profiles[:1])
-    trt.num_optimization_profiles = 2
-    with pytest.raises(NblError, match="TensorRT refuses to prepare the engine: profile index 1 is out of range"):
-        TrtSession(PLAIN, tmp_path, record, trt, card)
-    assert card.closed
 
 
 class Broken(FakeDevice):
