@@ -22,7 +22,7 @@ import numpy as np
 from nbl_export.targets.tensorrt.device import Device
 from nbl_export.targets.tensorrt.static.schedule import Profile
 
-__all__ = ["Config", "Context", "FakeDevice", "FakeTensorRT", "FakeTensorRTX", "RtxConfig", "dtypes_of", "open_graph"]
+__all__ = ["Context", "FakeDevice", "FakeTensorRT", "FakeTensorRTX"]
 
 _STREAM = 7
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
@@ -95,20 +95,6 @@ class FakeDevice(Device):
         self.closed = True
 
 
-def open_graph(path: Path) -> Any:
-    """A session of ONNX Runtime."""
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.log_severity_level = 3  # it warns of each cache that is copied
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def dtypes_of(session: Any) -> dict[str, type]:
-    """Types of inputs and outputs by name."""
-    return {a.name: _DTYPES[a.type] for a in [*session.get_inputs(), *session.get_outputs()]}
-
-
 class Severity(enum.Enum):
     INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
 
@@ -159,7 +145,11 @@ class FakeTensorRT:
         graph = Path(plan.decode())
         if not graph.is_file():
             return None
-        self.graph = open_graph(graph)
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.log_severity_level = 3  # it warns of each cache that is copied
+        self.graph = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
         return self
 
     def create_runtime_config(self) -> Config:
@@ -262,7 +252,7 @@ class Context:
         graphs = getattr(config, "cuda_graph_strategy", None)
         self.graphs_by_itself = graphs is CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         self._session = trt.graph
-        self._dtypes = dtypes_of(trt.graph)
+        self._dtypes = {a.name: _DTYPES[a.type] for a in [*trt.graph.get_inputs(), *trt.graph.get_outputs()]}
         self._addresses: dict[str, int] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self.runs: list[tuple[int, ...]] = []

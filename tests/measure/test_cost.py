@@ -73,13 +73,6 @@ def test_a_decoder_small_enough_for_paper() -> None:
     assert model.speedup_of_sizes({1: work(16)}).decode == before / after
 
 
-def test_a_window_bounds_attention_and_cache() -> None:
-    windowed = dataclasses.replace(MODEL, spec=dataclasses.replace(SMOLLM2, sliding_window=64), tokens=4096)
-    full = dataclasses.replace(MODEL, tokens=4096)
-    assert windowed.speedup_of_sizes(EIGHT).prefill < full.speedup_of_sizes(EIGHT).prefill
-    assert windowed.speedup_of_sizes(EIGHT).decode < full.speedup_of_sizes(EIGHT).decode
-
-
 def test_windows_at_the_top_compute_few_tokens() -> None:
     """W - 1 tokens more for each window above, and the first one (`mixers.rows`)."""
     model = dataclasses.replace(PRUNED, tokens=2048)

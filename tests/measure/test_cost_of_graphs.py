@@ -51,9 +51,7 @@ class Count:
     def _flops(self, args: dict[str, Any], tokens: int, depth: int) -> float:
         shapes = [next(iter(entry.values())) for entry in args["input_type_shape"]]
         given = [next(iter(entry.values())) for entry in args["output_type_shape"]]
-        if args["op_name"] == "MatMul":
-            return 2.0 * math.prod(given[0]) * shapes[0][-1]
-        if args["op_name"] == "MatMulNBits":
+        if args["op_name"] in ("MatMul", "MatMulNBits"):
             return 2.0 * math.prod(given[0]) * shapes[0][-1]
         if args["op_name"] == "GroupQueryAttention":
             assert given[0] == [1, tokens, SPEC.num_heads * HEAD_DIM]

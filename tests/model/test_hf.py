@@ -5,50 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from nbl_export.errors import NblError
-from nbl_export.mixers.linear import Linear
-from nbl_export.model.checkpoint.load import load_model, load_tokenizer
+from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
 from nbl_export.plan.maps_file import load_maps
 
 from ..command import assert_refused, nbl
 
 IDS = torch.arange(2, 40)[None]
-
-
-@pytest.mark.parametrize("tap", ["residual", "normed"])
-@pytest.mark.parametrize("architecture", ["llama", "mistral-window"])
-def test_a_saved_checkpoint_is_the_linearized_model(
-    architecture: str,
-    tap: str,
-    checkpoint: Callable[[str], Path],
-    random_maps: Callable[..., dict[int, Linear]],
-    tmp_path: Path,
-) -> None:
-    from transformers import AutoModelForCausalLM
-
-    from nbl_export.model.checkpoint.hf_classes import save_linearized
-
-    directory, maps = checkpoint(architecture), random_maps(0, 2)
-    save_linearized(load_model(directory), directory, maps, tap, tmp_path / "saved")
-    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
-    assert not report["missing_keys"] and not report["unexpected_keys"]
-    expected = linearize(load_model(directory), maps, tap)
-    with torch.inference_mode():
-        assert torch.equal(loaded.eval()(IDS, use_cache=False).logits, expected(IDS, use_cache=False).logits)
-        told = [m.generate(IDS[:, :12], max_new_tokens=8, do_sample=False) for m in (loaded, expected)]
-    assert torch.equal(*told)  # cached steps: cache indices are dense
-    assert load_tokenizer(tmp_path / "saved").encode("The import") == load_tokenizer(directory).encode("The import")
-    config = json.loads((tmp_path / "saved" / "config.json").read_text())
-    kind = architecture.partition("-")[0]
-    assert (config["model_type"], config["nbl_replaced_layers"], config["nbl_tap"]) == (f"nbl-{kind}", [0, 2], tap)
-    assert config["architectures"] == [f"Nbl{kind.capitalize()}ForCausalLM"] and "auto_map" not in config
 
 
 SAVE = ("convert", "--to", "transformers", "--output")

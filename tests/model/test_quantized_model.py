@@ -108,11 +108,6 @@ def test_it_is_recorded_found_again_and_shown(model: Path, even: Same, tmp_path:
     assert nbl("bench", tmp_path / "run", "--force").status == 0
 
 
-def _another(model: Path, theirs: Path, name: str, factor: float) -> None:
-    tensors = load_file(theirs / "model.safetensors")
-    save_file({**tensors, name: tensors[name] * factor}, theirs / "model.safetensors", {"format": "pt"})
-
-
 @pytest.mark.parametrize(
     ("settings", "parts"),
     [
@@ -135,24 +130,20 @@ def test_other_codes_are_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_checkpoint_in_float_is_refused(model: Path, even: Same, tmp_path: Path) -> None:
-    refused = nbl(*even, *INT4, "--quantized-model", model, "--output", tmp_path / "run")
-    assert_refused(refused, 1, "no quantization_config", *METHODS)
-    assert not (tmp_path / "run").exists()
-
-
-def test_another_shape_is_refused(even: Same, tmp_path: Path) -> None:
-    other = save_checkpoint("llama", tmp_path / "other", num_hidden_layers=2)
-    theirs = quantise(other, tmp_path / "codes", "olive")
-    refused = nbl(*even, *INT4, "--quantized-model", theirs, "--output", tmp_path / "run")
-    assert_refused(refused, 1, "another model", "num_layers is 2, and 3")
-
-
-def test_another_model_of_this_shape_is_refused(model: Path, even: Same, tmp_path: Path) -> None:
-    theirs = quantise(model, tmp_path / "codes", "olive")
-    _another(model, theirs, "model.norm.weight", 1.1)
-    refused = nbl(*even, *INT4, "--quantized-model", theirs, "--output", tmp_path / "run")
-    assert_refused(refused, 1, "other numbers in model.norm.weight", "same")
+def test_codes_of_no_or_another_model_are_refused(model: Path, even: Same, tmp_path: Path) -> None:
+    smaller = save_checkpoint("llama", tmp_path / "smaller", num_hidden_layers=2)
+    other = quantise(model, tmp_path / "other", "olive")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] *= 1.1
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    for number, (theirs, parts) in enumerate((
+        (model, ("no quantization_config", *METHODS)),
+        (quantise(smaller, tmp_path / "codes", "olive"), ("another model", "num_layers is 2, and 3")),
+        (other, ("other numbers in model.norm.weight", "same")),
+    )):  # fmt: skip
+        refused = nbl(*even, *INT4, "--quantized-model", theirs, "--output", tmp_path / f"run{number}")
+        assert_refused(refused, 1, *parts)
+    assert not (tmp_path / "run0").exists()
 
 
 def _with_scales(model: Path, out: Path) -> Path:

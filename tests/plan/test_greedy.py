@@ -26,7 +26,6 @@ from nbl_export.run.stages.plan import order_of
 from nbl_export.run_directory import TEXT_FILE
 from nbl_export.text.parts import read
 
-from ..command import nbl
 from ..jobs import opened
 from ..tiny import LAYERS, VOCAB, random_map
 
@@ -149,14 +148,6 @@ def test_the_gram_of_small_changes_is_their_kl(architecture: str, checkpoint: Ch
     assert judge._effects(changes, pulled=False).square_NK.equal(found.square_NK)
     assert gram[2, 2].item() == pytest.approx(gram[:2, :2].sum().item(), rel=1e-3)
     assert found[2].gram(found)[0].tolist() == pytest.approx(gram[2].tolist(), rel=1e-5)
-
-
-def test_one_map_that_is_not_finite_leaves_the_others(checkpoint: Checkpoint) -> None:
-    bad = {**MAPS, 0: Linear(MAPS[0].weight * float("inf"), MAPS[0].bias)}
-    model = load_model(checkpoint("llama"))
-    found, expected = (judged(SwitchedModel(model, maps, "residual")).alone(quiet) for maps in (bad, MAPS))
-    assert not found.kl_NK[:, 0].isfinite().any()
-    torch.testing.assert_close(found.kl_NK[:, 1:], expected.kl_NK[:, 1:])
 
 
 def whole_loss(directory: Path, replaced_set: tuple[int, ...], tap: str) -> float:
@@ -346,9 +337,3 @@ def test_layers_are_judged_on_another_text_too(run: Path, monkeypatch: pytest.Mo
     others = [tuple(row) for row in windows[half:].tolist()]
     assert len(set(others)) == half
     assert set(others) <= {tuple(row) for row in second.tolist()}
-
-
-def test_unknown_selection_is_refused(run: Path) -> None:
-    done = nbl("plan", run, "--select", "luck")
-    assert done.status == 1
-    assert "--select is cca, error, greedy, efficient, not 'luck'" in done.err

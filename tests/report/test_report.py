@@ -199,29 +199,34 @@ def test_variants_machine_and_the_rest_are_in_the_json(written: Written) -> None
     assert value["replaced_layers"] == [0, 2, 3] and value["status"] == "verified"
 
 
-@pytest.mark.parametrize("rounds", [1, 2, 4])
-def test_too_few_loads_give_no_verdict(rounds: int) -> None:
-    timings = [timing("pp8", 0, "original", [2.0] * rounds), timing("pp8", 0, "nbl", [1.0] * rounds)]
+@pytest.mark.parametrize(
+    ("original", "nbl", "loads", "expected"),
+    [
+        ([2.0], [1.0], None, ("too few loads", "too few loads", 1)),
+        ([2.0] * 4, [1.0] * 4, None, ("too few loads", "too few loads", 4)),
+        ([2] * 8, [1] * 8, [0, 0, 1, 1, 2, 2, 3, 3], ("too few loads", "too few loads", 4)),  # of rounds of one load
+        ([2] * 5, [1, 1, 2, 1, 1], None, ("no clear difference", "no clear difference", 4)),  # exactly one is no win
+        ([1.004] * 5, [1] * 5, None, ("faster", "1.004×", 5)),  # and is not rounded to one
+    ],
+)
+def test_verdict_of_few_or_equal_loads(
+    original: list[float], nbl: list[float], loads: list[int] | None, expected: tuple[str, str, int]
+) -> None:
+    more = {"loads": loads} if loads else {}
+    timings = [timing("pp8", 0, "original", original, **more), timing("pp8", 0, "nbl", nbl, **more)]
     ratio = summarize(MANIFEST, VERIFY, changed(BENCH, timings=timings))["ratios"][0]
-    assert ratio["verdict"] == ratio["text"] == "too few loads"
+    assert (ratio["verdict"], ratio["text"], ratio["wins"]) == expected
 
 
-def test_a_load_of_exactly_one_is_no_win() -> None:
-    timings = [timing("pp8", 0, "original", [2] * 5), timing("pp8", 0, "nbl", [1, 1, 2, 1, 1])]
-    ratio = summarize(MANIFEST, VERIFY, changed(BENCH, timings=timings))["ratios"][0]
-    assert ratio["verdict"] == "no clear difference" and ratio["wins"] == 4
-
-
-def test_a_ratio_close_to_one_is_not_rounded_to_one() -> None:
-    timings = [timing("pp8", 0, "original", [1.004] * 5), timing("pp8", 0, "nbl", [1] * 5)]
-    ratio = summarize(MANIFEST, VERIFY, changed(BENCH, timings=timings))["ratios"][0]
-    assert (ratio["verdict"], ratio["text"]) == ("faster", "1.004×")
-
-
-def test_unequal_rounds_are_refused() -> None:
-    timings = [timing("pp8", 32, "original", [2, 2, 2]), timing("pp8", 32, "nbl", [1, 1])]
-    with pytest.raises(CorruptError, match=r"3 rounds.*2 of NBL for pp8 at depth 32.*bench stage"):
-        summarize(MANIFEST, VERIFY, changed(BENCH, timings=timings))
+def test_rounds_that_are_no_pairs_are_refused() -> None:
+    original = timing("pp8", 32, "original", [2, 2])
+    for nbl, said in (
+        (timing("pp8", 32, "nbl", [1, 1, 1]), r"2 rounds.*3 of NBL for pp8 at depth 32.*bench stage"),
+        (timing("pp8", 32, "nbl", [1, 1], loads=[0, 0]), "same loads"),
+        ({k: v for k, v in original.items() if k != "loads"}, "load of each round; delete it and run nbl-export bench"),
+    ):
+        with pytest.raises(CorruptError, match=said):
+            summarize(MANIFEST, VERIFY, changed(BENCH, timings=[original, nbl]))
 
 
 def test_latency_is_shown_where_it_was_measured(written: Written) -> None:
@@ -322,24 +327,6 @@ def test_threads_and_batches_are_told_apart_in_words(tmp_path: Path) -> None:
     assert drawn == ["original", "nbl"]  # the first threads and batch
 
 
-def test_rounds_of_one_load_are_no_verdict() -> None:
-    timings = [timing("pp8", 0, v, [s] * 8, loads=[i // 2 for i in range(8)]) for v, s in (("original", 2), ("nbl", 1))]
-    ratio = summarize(MANIFEST, VERIFY, changed(BENCH, timings=timings))["ratios"][0]
-    assert (ratio["loads"], ratio["verdict"]) == (4, "too few loads")
-
-
-def test_results_that_do_not_say_their_loads_are_refused() -> None:
-    timings = [{k: v for k, v in t.items() if k != "loads"} for t in BENCH["timings"]]
-    with pytest.raises(CorruptError, match=r"load of each round; delete it and run nbl-export bench"):
-        summarize(MANIFEST, VERIFY, changed(BENCH, timings=timings))
-
-
-def test_rounds_of_different_loads_are_no_pairs() -> None:
-    timings = [timing("pp8", 0, "original", [2, 2]), timing("pp8", 0, "nbl", [1, 1], loads=[0, 0])]
-    with pytest.raises(CorruptError, match="same loads"):
-        summarize(MANIFEST, VERIFY, changed(BENCH, timings=timings))
-
-
 def test_a_busy_machine_is_said_wherever_speed_is(written: Written, capsys: Any) -> None:
     """In the headline, in the section that a model card has too, and on a terminal. Nothing is called idle."""
     shared = {**BENCH["background"], "others": 0.83, "busy": True}
@@ -399,6 +386,8 @@ def test_headline(written: Written) -> None:
     assert "+25% (18 to 32) on held-back calibration: 20.0 → 25.0" in quality_loss
     assert "largest logit difference 7.50e-05 (nbl, max abs logit difference), tolerance 0.001" in written.markdown
     assert written.html.count('class="gone"') == 3
+    goal = {"max_perplexity_increase": "40%", "default": False}
+    assert '"card ok"' in card(Written({**MANIFEST, "goal": goal}).html, "Quality loss")
 
 
 def test_headline_price_is_that_of_the_worst_text() -> None:
@@ -411,13 +400,6 @@ def test_headline_price_is_that_of_the_worst_text() -> None:
         assert "cheap" in shown and "dear" in shown
 
 
-def test_price_table_has_tokens_windows_and_intervals(written: Written) -> None:
-    assert written.table("Quality loss")[2] == [
-        "held-back calibration", "8,192 (16)", "20.0", "25.0", "+25% (18 to 32)", "0.123 (0.111 to 0.137)",
-        "80.0% (78.2 to 81.8)",
-    ]  # fmt: skip
-
-
 def test_a_price_that_is_not_finite_is_the_worst_and_has_no_interval() -> None:
     broken = dict.fromkeys(("perplexity_nbl", "increase", "increase_interval", "kl_mean", "kl_interval"))
     rows = [VERIFY["quality_loss"][0], {**VERIFY["quality_loss"][0], "text": "broken", **broken}]
@@ -425,18 +407,6 @@ def test_a_price_that_is_not_finite_is_the_worst_and_has_no_interval() -> None:
         written = Written(MANIFEST, changed(VERIFY, quality_loss=order))
         assert "20.0 → not finite" in card(written.html, "Quality loss")
         assert "not finite on broken" in written.markdown
-
-
-def test_text_is_listed_by_use(written: Written) -> None:
-    assert "Text by use" not in written.markdown
-    texts = [{"use": "calibration: scores and maps", "text": "a text", "tokens": 65536}]
-    told = Written(MANIFEST, changed(VERIFY, texts=texts))
-    assert told.table("Text by use")[2] == ["calibration: scores and maps", "a text", "65,536"]
-    assert told.json["texts"] == texts
-
-
-def test_rung_without_tolerance_is_not_gated(written: Written) -> None:
-    assert [row[5] for row in written.table("All 3 checks")[2:]] == ["passed", "passed", "not gated"]
 
 
 def failed(value: float) -> dict[str, Any]:
@@ -558,15 +528,6 @@ def test_no_path_of_the_maker_is_told() -> None:
     assert written.json["command"] == "nbl-export --model a.gguf --calibration b.txt:2 --output run"
 
 
-def test_settings_that_are_unset_are_left_out(written: Written) -> None:
-    assert [row[0] for row in written.table("Settings")[2:]] == ["model", "engine", "depths"]
-
-
-def test_a_loss_within_the_goal_is_green() -> None:
-    goal = {"max_perplexity_increase": "40%", "default": False}
-    assert '"card ok"' in card(Written({**MANIFEST, "goal": goal}).html, "Quality loss")
-
-
 def test_the_command_is_exact() -> None:
     command = "nbl-export --model 'my model' --calibration a--b_c*d.txt  --output run"
     written = Written(changed(MANIFEST, command=command), bench=None)
@@ -593,6 +554,16 @@ def test_markdown_has_the_tables_of_the_page(written: Written) -> None:
         "−33.3%",
     ]
     assert ["On disk: weights", "4.00 MiB", "3.00 MiB", "−25.0%"] in written.table("Memory, size and load time")
+    assert written.table("Quality loss")[2] == [
+        "held-back calibration", "8,192 (16)", "20.0", "25.0", "+25% (18 to 32)", "0.123 (0.111 to 0.137)",
+        "80.0% (78.2 to 81.8)",
+    ]  # fmt: skip
+    assert [row[5] for row in written.table("All 3 checks")[2:]] == ["passed", "passed", "not gated"]
+    assert [row[0] for row in written.table("Settings")[2:]] == ["model", "engine", "depths"]  # what is unset is not
+    assert "Text by use" not in written.markdown
+    texts = [{"use": "calibration: scores and maps", "text": "a text", "tokens": 65536}]
+    told = Written(MANIFEST, changed(VERIFY, texts=texts))
+    assert told.table("Text by use")[2] == ["calibration: scores and maps", "a text", "65,536"]
     assert written.table("Stages")[2] == ["calibrate", "2 min 22 s"]
     assert written.table("Scores of all layers")[4] == ["2", "replaced", "12.0", "0.200", "0.0300"]
     assert ["sha256", "f00d" * 16] in written.table("Calibration text")

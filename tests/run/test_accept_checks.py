@@ -207,18 +207,11 @@ def test_other_text_fails_where_torch_is_sure(values: Path, tmp_path: Path) -> N
     assert "tokens the same up to the first difference" in failed["detail"]
 
 
-@pytest.mark.parametrize(
-    ("fault", "reason"),
-    [
-        ("no GPU", "no NVIDIA driver is installed"),
-        ("other version", r"was built by tensorrt 1.2.3, and 1.2.4 is installed, which does not take it"),
-        ("other GPU", r"was built for compute capability 8.9, and the NVIDIA H100 has 9.0"),
-    ],
-)
-def test_an_engine_that_does_not_fit_cannot_run(fault: str, reason: str, values: Path) -> None:
-    (said,) = [event[1] for event in checked(values, fault) if event[0] == accepting.CANNOT_RUN]
-    assert reason in said
-    assert results(checked(values, fault)) == []
+def test_an_engine_that_does_not_fit_cannot_run(values: Path) -> None:
+    events = checked(values, "other version")
+    (said,) = [event[1] for event in events if event[0] == accepting.CANNOT_RUN]
+    assert "was built by tensorrt 1.2.3, and 1.2.4 is installed, which does not take it" in said
+    assert results(events) == []
 
 
 # -- the process of its own ----------------------------------------------------------------------------------------

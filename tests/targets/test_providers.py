@@ -21,7 +21,6 @@ from nbl_export.targets.onnx.genai import GenaiRunner
 from ..command import assert_refused, nbl
 
 Same = tuple[object, ...]
-ADA = Gpu("NVIDIA RTX 4090", "8.9", (13, 0))
 HOPPER = Gpu("NVIDIA H100", "9.0", (13, 0))
 
 
@@ -95,6 +94,8 @@ def test_what_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason(cuda) == "no NVIDIA driver is installed"
     monkeypatch.setattr(gpu, "find_gpu", lambda: HOPPER)
     assert cuda.probe_run().reason == "CUDA provider on the NVIDIA H100 (9.0)"
+    monkeypatch.setattr(gpu, "find_gpu", lambda: Gpu("old", "7.0", (13, 0)))  # Volta, for which there are no kernels
+    assert "its compute capability is 7.0" in reason(cuda)
 
 
 class Genai(types.ModuleType):

@@ -201,6 +201,8 @@ def test_a_ragged_batch_sees_what_each_row_alone_would(chunk: int, last_only: bo
         for b, n in enumerate(taken):
             valid[b, :n] = 1
             rows[b] += ids[b, :n].tolist()
+        with pytest.raises(NblError, match="do not fit"):  # before anything runs
+            decoder.step(np.ones((3, 25), int))
         logits = decoder.step(ids, valid)
         assert logits.shape == (3, 1 if last_only else max(taken), VOCAB)
         for b, n in enumerate(taken):

@@ -36,7 +36,6 @@ from ..static_tiny import (
     TOLERANCE,
     VOCAB,
     WINDOW,
-    appended,
     maps_of,
     rows,
     single_row_error,
@@ -113,18 +112,6 @@ def test_two_rows_of_different_length_to_their_last_slots(
             expected = logits(architecture)[row][at[row] - len(seen) : at[row]]
             assert not n or worst(seen, expected) < TOLERANCE["fp32"], (taken, row)
     assert decoder.lengths == (SLOTS, SLOTS)
-
-
-def test_overflow_is_refused_before_anything_runs(graph: Callable[..., Path], logits: Logits) -> None:
-    decoder = open_decoder(graph("llama"), chunk=16)
-    row = rows()[0]
-    list(appended(decoder, [row[: SLOTS - 1]]))
-    with pytest.raises(NblError, match=rf"{SLOTS - 1} tokens are cached and 2 more do not fit into {SLOTS} slots"):
-        decoder.step(np.array([row[:2]]))
-    last = decoder.step(np.array([row[-1:]]))[0]
-    assert worst(last, logits("llama")[0][-1:]) < TOLERANCE["fp32"]
-    with pytest.raises(NblError, match="do not fit"):
-        decoder.step(np.array([row[:1]]))
 
 
 def test_half_precision_is_near(graph: Callable[..., Path], logits: Logits) -> None:
