@@ -52,7 +52,7 @@ def job_of(directory: Path, options: dict[str, Any], manifest: dict[str, Any] | 
         "model": {"fingerprint": "model"}, "calibration": {}, "sources": [], "quantized": {"fingerprint": "codes"},
         "decoder": dataclasses.asdict(_SPEC), "places": {}, "num_layers": 3, "replaced_layers": [1],
         "kinds": ["linear"], "tap": "residual", "select": "cca", "scores": [], "options": given.to_json(),
-        "stages": {"calibrate": {"key": "moments"}}, "text": TEXT, **(manifest or {}),
+        "stages": {"calibrate": {"key": "", "files": "moments"}}, "text": TEXT, **(manifest or {}),
     }  # fmt: skip
     settled = of_run(run, given, lambda _line: None)
     source: Any = SimpleNamespace(gguf=None, fingerprint=settled.fingerprint, directory=directory)

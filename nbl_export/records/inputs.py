@@ -9,10 +9,11 @@ class SomeInputs:             identity_of ─► JSON values, of which the stage
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
-__all__ = ["Lazy", "identity_of"]
+__all__ = ["Lazy", "identity_of", "lazy"]
 
 T = TypeVar("T")
 
@@ -42,6 +43,19 @@ class Lazy(Generic[T]):
     def forget(self) -> None:
         """Free the value; the next use loads it again."""
         self._loaded.clear()
+
+
+def lazy(identity: Callable[[Any], object]) -> Callable[[Callable[[Any], T]], functools.cached_property[Lazy[T]]]:
+    """Make a property of a method that loads a value: its `Lazy` value, the same one at each use.
+
+    Args:
+        identity: the object -> the identity of its value.
+    """
+
+    def decorate(load: Callable[[Any], T]) -> functools.cached_property[Lazy[T]]:
+        return functools.cached_property(lambda self: Lazy(identity(self), lambda: load(self)))
+
+    return decorate
 
 
 def identity_of(value: Any) -> Any:

@@ -9,14 +9,14 @@ checkpoint.
 
 from __future__ import annotations
 
-import functools
+from typing import Any
 
 from nbl_export.errors import NblError
 from nbl_export.measure.cost import CostModel, cost_model
 from nbl_export.options.command import describe_command
 from nbl_export.options.options import JobOptions
 from nbl_export.records.decoder import DecoderSpec
-from nbl_export.records.inputs import Lazy
+from nbl_export.records.inputs import Lazy, lazy
 from nbl_export.records.plan import Plan
 from nbl_export.records.requests import Prepared
 from nbl_export.run.facts import require_engine
@@ -29,6 +29,8 @@ from nbl_export.targets.base import Target
 from nbl_export.text.parts import JobText, Texts
 
 __all__ = ["Job"]
+
+_COST_OPTIONS = ("engine", "provider", "precision", "prompt_length", "kept_logits")
 
 
 class Job:
@@ -75,9 +77,9 @@ class Job:
             size = {"tokens": text["tokens"], "context": text["context"]}
             self.run.note(calibration={**self.run.manifest.get("calibration", {}), **about, **size})
 
-    def key(self, stage: str) -> str | None:
-        """The key of an earlier stage; None if it is left out."""
-        return self.keys.get(stage) or self.run.stages.get(stage, {}).get("key")
+    def files_of(self, stage: str) -> Any:
+        """What identifies the files of a finished stage: their hashes."""
+        return self.run.stages[stage]["files"]
 
     @property
     def plan(self) -> Plan:
@@ -110,29 +112,20 @@ class Job:
     def engine(self) -> Target:
         return load_engine(self.options.engine, self.options.provider)
 
-    @property
-    def available(self) -> Lazy[Target]:
+    @lazy(lambda job: [job.options.engine, job.options.provider])
+    def available(self) -> Target:
         """The engine. Raises NblError if it is not available here."""
-
-        def found() -> Target:
-            require_engine(self.options)
-            return self.engine
-
-        return Lazy([self.options.engine, self.options.provider], found)
+        require_engine(self.options)
+        return self.engine
 
     @property
     def cache_length(self) -> int:
         """Most tokens of a sequence: the model's positions, or the length of fixed caches."""
         return self.options.cache_length(self.decoder, compiled=self.engine.capabilities.static)
 
-    @functools.cached_property
-    def cost(self) -> Lazy[CostModel]:
+    @lazy(lambda job: [getattr(job.options, name) for name in _COST_OPTIONS])
+    def cost(self) -> CostModel:
         """The cost model of the shipped graphs."""
-        options = self.options
-        identity = [options.engine, options.provider, options.precision, options.prompt_length, options.kept_logits]
-        return Lazy(identity, self._cost)
-
-    def _cost(self) -> CostModel:
         return cost_model(self.options, self.engine.capabilities, self.decoder, self.torch.origin())
 
     # -- text --------------------------------------------------------------------------------------------------

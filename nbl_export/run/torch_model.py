@@ -1,7 +1,4 @@
-"""The torch model of a job: its files, its device, and the forms in which stages read it, each loaded at first use.
-
-The fingerprint of the model's files identifies them all.
-"""
+"""The torch model of a job: its files, its device, and the forms in which stages read it, each loaded at first use."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from typing import Any
 
 from nbl_export.errors import NblError
 from nbl_export.plan.inputs import Maps
-from nbl_export.records.inputs import Lazy
+from nbl_export.records.inputs import lazy
 from nbl_export.run.progress import Ui
 from nbl_export.run.settled import Settled
 from nbl_export.run_directory import CHECKPOINT, RunDirectory
@@ -20,12 +17,22 @@ from nbl_export.run_directory import CHECKPOINT, RunDirectory
 __all__ = ["TorchModel"]
 
 
+def _shown(_model: TorchModel) -> None:
+    """The identity of a value that changes no result."""
+
+
+def _files(model: TorchModel) -> str:
+    """The identity of a value that is made of the model's files."""
+    return model.fingerprint
+
+
 class TorchModel:
     """Values that are made of the model's files. Building it loads nothing."""
 
     def __init__(self, settled: Settled, run: RunDirectory, ui: Ui) -> None:
-        self._settled, self._run, self._ui = settled, run, ui
-        self._options = settled.options
+        self._source, self._options = settled.source, settled.options
+        self._run, self._ui = run, ui
+        self.fingerprint = settled.fingerprint
 
     def origin(self) -> Path:
         """The model itself: a GGUF file, or a directory with config.json.
@@ -33,50 +40,38 @@ class TorchModel:
         Raises:
             NblError: the run was made from other files.
         """
-        source = self._settled.source.value
-        if source.fingerprint != self._settled.fingerprint:
+        source = self._source.value
+        if source.fingerprint != self.fingerprint:
             raise NblError(f"{self._options.model} is not the model that {self._run.path} was made from; restore it")
         return source.gguf or source.directory
 
-    @functools.cached_property
-    def checkpoint(self) -> Lazy[Path]:
+    @lazy(_files)
+    def checkpoint(self) -> Path:
         """A directory with safetensors and tokenizer."""
-        return Lazy(self._settled.fingerprint, self._checkpoint)
-
-    def _checkpoint(self) -> Path:
         from nbl_export.model.checkpoint import load
 
         self.origin()
-        return load.materialise(self._settled.source.value, self._run.path / CHECKPOINT)
+        return load.materialise(self._source.value, self._run.path / CHECKPOINT)
 
-    @functools.cached_property
-    def tokenizer(self) -> Lazy[Any]:
+    @lazy(_files)
+    def tokenizer(self) -> Any:
         """The model's tokenizer."""
-        return Lazy(self._settled.fingerprint, self._tokenizer)
-
-    def _tokenizer(self) -> Any:
         from nbl_export.model.checkpoint import load
 
         return load.load_tokenizer(self.checkpoint.value)
 
-    @functools.cached_property
-    def model(self) -> Lazy[Any]:
+    @lazy(_files)
+    def model(self) -> Any:
         """The whole model in memory."""
-        return Lazy(self._settled.fingerprint, self._model)
-
-    def _model(self) -> Any:
         from nbl_export.model import memory
         from nbl_export.model.checkpoint import load
 
         memory.keep_freed_memory()
         return load.load_model(self.checkpoint.value).to(self.device.value)
 
-    @functools.cached_property
-    def device(self) -> Lazy[Any]:
+    @lazy(_shown)
+    def device(self) -> Any:
         """Where the model is. Tells the user, if torch sees a GPU."""
-        return Lazy(None, self._device)
-
-    def _device(self) -> Any:
         from nbl_export.model import device
         from nbl_export.model.one_layer import float32_bytes
 
@@ -84,45 +79,33 @@ class TorchModel:
         self._run.note(torch_device=device.spoken(found))
         return found
 
-    @functools.cached_property
-    def choose_device(self) -> Lazy[Callable[[int], Any]]:
+    @lazy(_shown)
+    def choose_device(self) -> Callable[[int], Any]:
         """The function that gives the device for work of a size in bytes."""
-        return Lazy(None, self._choose_device)
-
-    def _choose_device(self) -> Callable[[int], Any]:
         from nbl_export.model import device
 
         return functools.partial(device.chosen, self._options.device)
 
-    @functools.cached_property
-    def shortage(self) -> Lazy[str]:
+    @lazy(_shown)
+    def shortage(self) -> str:
         """Why the model does not fit into this machine's memory, in words; "" if it fits."""
-        return Lazy(None, self._shortage)
-
-    def _shortage(self) -> str:
         if self.model.is_loaded:
             return ""
         from nbl_export.model.one_layer import shortage_of
 
         return shortage_of(self.origin())
 
-    @functools.cached_property
-    def narrow(self) -> Lazy[bool]:
+    @lazy(lambda model: model._options.compute_dtype)
+    def narrow(self) -> bool:
         """Whether the model's products are in bfloat16 (`--compute-dtype`)."""
-        return Lazy(self._options.compute_dtype, self._narrow)
-
-    def _narrow(self) -> bool:
         from nbl_export.model import bfloat16, device
 
         place = device.chosen("cpu", 0) if self.shortage.value else self.model.value.device
         return bfloat16.chosen(self._options.compute_dtype, place)
 
-    @functools.cached_property
-    def mixes(self) -> Lazy[Callable[[Maps, str], Any]]:
+    @lazy(lambda model: [model.fingerprint, model._options.compute_dtype])
+    def mixes(self) -> Callable[[Maps, str], Any]:
         """Maps and their tap -> the model, in which these maps can replace attention (`model.mixes.Mixes`)."""
-        return Lazy([self._settled.fingerprint, self._options.compute_dtype], self._mixes)
-
-    def _mixes(self) -> Callable[[Maps, str], Any]:
         from nbl_export.model.streamed import StreamedModel
         from nbl_export.model.switched import SwitchedModel
 

@@ -30,6 +30,7 @@ from nbl_export.text.windows import (
     divide,
     extend,
     held_back_tokens,
+    pack,
     pack_ids,
     second_tokens,
     token_ids,
@@ -68,8 +69,7 @@ def cut(
 
 def cut_second(text: Text, tokenizer: Any, context: int, vocab_size: int) -> dict[str, torch.Tensor]:
     """The parts of the second text; nothing if it has too few windows."""
-    needed = second_tokens(context)
-    rows, _ = pack_ids(text, token_ids(text, tokenizer, needed, vocab_size), needed, context, 0)
+    rows, _ = pack(text, tokenizer, second_tokens(context), context, vocab_size=vocab_size)
     if len(rows) < len(SECOND_ROLES):
         return {}
     return {f"second.{use}": found for use, found in vars(divide(rows, SECOND_ROLES)).items()}

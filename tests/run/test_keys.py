@@ -89,7 +89,7 @@ ORDERS: dict[str, tuple[Changes, Changes, Changes]] = {  # options before, optio
     "products": (GREEDY, {"compute_dtype": "float32"}, {}),
     "weighed work": (GREEDY, EFFICIENT, {}),
     "logits of the weighed work": (EFFICIENT, {"logits": "all"}, {}),
-    "moments": (GREEDY, {}, {"stages": {"calibrate": {"key": "others"}}}),
+    "moments": (GREEDY, {}, {"stages": {"calibrate": {"key": "", "files": "others"}}}),
 }
 
 

@@ -70,7 +70,7 @@ def order_of(job: Job) -> OrderInputs:
         num_layers=decoder.num_layers,
         hidden_size=decoder.hidden_size,
         select=usual,
-        moments=Lazy(job.key("calibrate"), lambda: _moments(job)),
+        moments=Lazy(job.files_of("calibrate"), lambda: _moments(job)),
         mixes=job.torch.mixes,
         texts=job.choosing,
         saved=Lazy(options.kept_logits if usual == "efficient" else None, lambda: _saved(job)),
