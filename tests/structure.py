@@ -30,6 +30,7 @@ PATTERNS = {
     r"|\b(nbl|maps|emit|trained|check|replaced|options|rewrite|mixers) window",
     "target ort": r"\bort\b|targets onnx\b",
     "target trt": r"\b(trt|tensorrt)\b",
+    "stage text": r"\bstages text\b",  # the string is a key of much else
     "form transformers": r"^'transformers'$|\bhf\b",
 }
 _CAPITAL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
