@@ -40,15 +40,10 @@ from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.mlp import MlpSpec
 
-__all__ = ["CostModel", "LayerSizes", "Speedup", "Work", "cost_model", "map_sizes", "read_mlp", "weight_bytes"]
+__all__ = ["WEIGHT_BYTES", "CostModel", "LayerSizes", "Speedup", "Work", "cost_model", "map_sizes", "read_mlp"]
 
 # Bytes of a matrix element; quantised elements include a float32 scale for each block of 32.
 WEIGHT_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.125, "int4": 0.625}
-
-
-def weight_bytes(precision: str) -> float:
-    """Bytes of an element of a decoder matrix."""
-    return WEIGHT_BYTES[precision]
 
 
 @dataclass(frozen=True)
@@ -212,7 +207,7 @@ def cost_model(options: JobOptions, engine: Capabilities, decoder: DecoderSpec, 
     Args:
         model: sizes of the MLP, or a GGUF file or a directory whose config.json states them.
     """
-    size = weight_bytes(options.precision)
+    size = WEIGHT_BYTES[options.precision]
     return CostModel(
         decoder,
         read_mlp(model) if isinstance(model, Path) else model,

@@ -14,7 +14,7 @@ import functools
 import math
 from dataclasses import dataclass
 
-from nbl_export.measure.cost import CostModel, LayerSizes, cost_model, weight_bytes
+from nbl_export.measure.cost import WEIGHT_BYTES, CostModel, LayerSizes, cost_model
 from nbl_export.measure.rounds import LOOKS, Rule
 from nbl_export.mixers.base import TokenWork
 from nbl_export.mixers.rows import Read
@@ -98,7 +98,7 @@ class Job:
     @property
     def graph(self) -> float:
         """Bytes of a graph. Its embedding stays in float32, or float16, unless it is the head."""
-        s, size = self.shape, weight_bytes(self.options.precision)
+        s, size = self.shape, WEIGHT_BYTES[self.options.precision]
         table = 0 if s.tied else s.head_parameters * (2 if self.options.precision in ("fp16", "bf16") else 4)
         return (s.parameters_of_layers + s.head_parameters) * size + table
 
@@ -170,7 +170,7 @@ class Job:
         options, work = self.options, 0.0
         for depth in options.depths:
             work += self._prefill(depth) + 2 * sum(self._prefill(n, depth) for n in options.prompt_tokens)
-            work += (options.generate_tokens or 64) * _DECODED * weight_bytes(options.precision) * self.token
+            work += (options.generate_tokens or 64) * _DECODED * WEIGHT_BYTES[options.precision] * self.token
         load = 2 * (self.graph / _WRITTEN + work / self.product_flops_per_second)  # of both graphs
         usual = min(max(LOOKS[0] * load, Rule().seconds), LOOKS[-1] * load)
         return options.repetitions * load if options.repetitions else usual

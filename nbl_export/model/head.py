@@ -14,7 +14,7 @@ import torch
 from nbl_export.model import bfloat16
 from nbl_export.model.linearize import architecture_of
 
-__all__ = ["Head", "divergence", "logits_of", "token_scores"]
+__all__ = ["Head", "divergence", "log_probabilities", "logits_of", "token_scores"]
 
 _LOGIT_ROWS = 256  # positions whose logits are held at once
 
@@ -43,6 +43,14 @@ def token_scores(model: Any, ids: Sequence[int], count: int) -> tuple[np.ndarray
         found.append(torch.stack((-loss_N.double(), (logits_NV.argmax(1) == target_N).double())))
     likely, greedy = torch.cat(found, 1).cpu().numpy()
     return likely, greedy > 0
+
+
+@torch.inference_mode()
+def log_probabilities(model: Any, ids: Sequence[int]) -> np.ndarray:
+    """Natural logarithms [T - 1] of the probabilities of ids[1:], each given the ids before it, by a whole forward."""
+    row_1T = torch.tensor([list(ids)])
+    logs_TV = model(row_1T, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+    return np.asarray(logs_TV[torch.arange(len(ids) - 1), row_1T[0, 1:]].double().numpy())
 
 
 class Head:

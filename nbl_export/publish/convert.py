@@ -89,7 +89,7 @@ def _save_nemotron_nas(found: Finished, target: Path, form: str, ui: Ui) -> list
         NblError: the form does not hold the model.
         ParityError: the model that was read back computes something else.
     """
-    from nbl_export.model.likelihood import log_probabilities
+    from nbl_export.model.head import log_probabilities
     from nbl_export.model.linearize import replaced
     from nbl_export.targets.checkpoint import nemotron_nas
 
@@ -117,7 +117,7 @@ def _save_edge_llm(found: Finished, target: Path, ui: Ui) -> list[CheckResult]:
         NblError: the form does not hold the model.
         ParityError: the model that was read back computes something else.
     """
-    from nbl_export.model.likelihood import log_probabilities
+    from nbl_export.model.head import log_probabilities
     from nbl_export.targets.checkpoint import edge_llm
 
     edge_llm.check(found.model.value.config, found.maps)
@@ -156,7 +156,7 @@ def _compared(found: Finished, written: Any, expected: Any, ids: Sequence[int]) 
     Raises:
         ParityError: they differ.
     """
-    from nbl_export.model.likelihood import log_probabilities
+    from nbl_export.model.head import log_probabilities
 
     away = float(abs(log_probabilities(written, ids) - expected).max())
     metric = "largest difference of a log-probability"

@@ -14,19 +14,18 @@ from pathlib import Path
 import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
-from nbl_export.graph.anatomy import cache_layers, graph_caches
+from nbl_export.graph.anatomy import graph_caches
 from nbl_export.graph.emitter import run_passes
 from nbl_export.graph.files import read_graph
 from nbl_export.graph.names import ALL_LOGITS_FILE, GENAI_CONFIG, STATIC_GRAPH_FILE, all_logits_file, graph_file
 from nbl_export.mixers.base import Mixer, cacheless, state_of
-from nbl_export.records.decoder import GraphContract, TensorInfo
 from nbl_export.records.plan import spoken_layers
 from nbl_export.rewrite.blocks import RewriteBlocks, SkipNormToAdd, Sweep
 from nbl_export.rewrite.caches import DropCaches, DropUnreadCaches, make_dense
 from nbl_export.rewrite.quantize import QuantizeMapBlocks, QuantizeMaps
 from nbl_export.rewrite.tail import keep_last_token
 
-__all__ = ["contract_of", "passes_for", "rewrite", "rewrite_model"]
+__all__ = ["passes_for", "rewrite", "rewrite_model"]
 
 
 def passes_for(maps: Mapping[int, Mixer], tap: str = "residual") -> Sequence[ir.passes.PassBase]:
@@ -108,18 +107,3 @@ def _count_caches(path: Path, caches: int) -> None:
         settings = json.loads(path.read_text(encoding="utf-8"))
         settings["model"]["decoder"]["num_hidden_layers"] = caches
         path.write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
-
-
-def contract_of(model: ir.Model) -> GraphContract:
-    """Names, element types and dimensions of a decoder graph, and the layers that keep a cache."""
-    return GraphContract(
-        tuple(_info(v) for v in model.graph.inputs),
-        tuple(_info(v) for v in model.graph.outputs),
-        cache_layers(model.graph),
-    )
-
-
-def _info(value: ir.Value) -> TensorInfo:
-    dtype = value.dtype.numpy().name if value.dtype is not None else "?"
-    dims = () if value.shape is None else tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
-    return TensorInfo(str(value.name), dtype, dims)

@@ -28,25 +28,9 @@ from nbl_export.text.corpus import Text
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "CALIBRATION_ROLES",
-    "DIVISION",
-    "FEWEST_WINDOWS",
-    "SECOND_ROLES",
-    "Division",
-    "choosing_texts",
-    "deciding_tokens",
-    "divide",
-    "extend",
-    "final_tokens",
-    "held_back_tokens",
-    "judging_tokens",
-    "pack",
-    "pack_ids",
-    "repeated",
-    "second_tokens",
-    "token_ids",
-]
+__all__ = ["CALIBRATION_ROLES", "DIVISION", "FEWEST_WINDOWS", "SECOND_ROLES", "Division", "choosing_texts",
+           "deciding_tokens", "divide", "extend", "final_tokens", "held_back_tokens", "judging_tokens", "pack",
+           "pack_ids", "repeated", "second_tokens", "token_ids"]  # fmt: skip
 
 log = logging.getLogger(__name__)
 

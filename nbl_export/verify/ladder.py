@@ -28,27 +28,9 @@ import numpy as np
 from nbl_export.records.plan import Plan
 from nbl_export.records.results import FAILED, CheckResult, status_of
 
-__all__ = [
-    "DECODE_STEPS",
-    "LONG_CHUNK",
-    "ON_GPU",
-    "PERPLEXITY",
-    "TOLERANCES",
-    "Probe",
-    "Reference",
-    "Tolerance",
-    "apart",
-    "check_greedy",
-    "check_logits",
-    "check_long",
-    "greedy",
-    "judge",
-    "largest_margin",
-    "proof",
-    "run_chunks",
-    "run_rows",
-    "shown_positions",
-]
+__all__ = ["DECODE_STEPS", "LONG_CHUNK", "ON_GPU", "PERPLEXITY", "TOLERANCES", "Probe", "Reference", "Tolerance",
+           "apart", "check_greedy", "check_logits", "check_long", "greedy", "judge", "largest_margin", "proof",
+           "run_chunks", "run_rows", "shown_positions"]  # fmt: skip
 
 
 DECODE_STEPS = 16

@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nbl_export.errors import CorruptError
-from nbl_export.measure.cost import CostModel, LayerSizes, cost_model, read_mlp, weight_bytes
+from nbl_export.measure.cost import WEIGHT_BYTES, CostModel, LayerSizes, cost_model, read_mlp
 from nbl_export.mixers.base import TokenWork
 from nbl_export.mixers.rows import Read, Rows
 from nbl_export.model.checkpoint.load import load_model, read_spec
@@ -139,7 +139,7 @@ def test_laws() -> None:
     assert (nothing.prefill, nothing.decode) == (1.0, 1.0)
     full, thin = (MODEL.speedup_of_sizes(dict.fromkeys(EIGHT, work(n))) for n in (576 * 576, 2 * 576 * 64))
     assert thin.prefill > full.prefill and thin.decode > full.decode
-    small = dataclasses.replace(MODEL, weight_bytes=weight_bytes("int4"), head_bytes=weight_bytes("int4"))
+    small = dataclasses.replace(MODEL, weight_bytes=WEIGHT_BYTES["int4"], head_bytes=WEIGHT_BYTES["int4"])
     assert small.speedup_of_sizes(EIGHT).decode > MODEL.speedup_of_sizes(EIGHT).decode  # the cache weighs more
     low, high = (PRUNED.speedup_of_sizes(dict.fromkeys(s, work(576 * 576))) for s in (range(8), range(22, 30)))
     assert high.prefill > 1.15 * low.prefill

@@ -15,7 +15,7 @@ import pytest
 
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.names import all_logits_file
-from nbl_export.measure.cost import CostModel, LayerSizes, Work, read_mlp, weight_bytes
+from nbl_export.measure.cost import WEIGHT_BYTES, CostModel, LayerSizes, Work, read_mlp
 from nbl_export.mixers.base import TokenWork
 from nbl_export.mixers.rows import Read
 from nbl_export.records.decoder import DecoderSpec
@@ -74,7 +74,7 @@ class Count:
 
 
 def costs_of(checkpoint: Path, precision: str, *, pruned: bool) -> CostModel:
-    size = weight_bytes(precision)
+    size = WEIGHT_BYTES[precision]
     return CostModel(
         SPEC, read_mlp(checkpoint), size, size, 4, all_logits=not pruned, tail_pruned=pruned
     )  # fmt: skip

@@ -26,7 +26,7 @@ from nbl_export.mixers.base import OWN, Mixer, Port, Running, StateSpec
 from nbl_export.mixers.none import Nothing
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
-from nbl_export.rewrite import contract_of, rewrite, rewrite_model
+from nbl_export.rewrite import rewrite, rewrite_model
 from nbl_export.rewrite.builder import GraphBuilder
 from nbl_export.rewrite.describe import graph_facts
 from nbl_export.targets import exporter_of
@@ -37,6 +37,7 @@ from tests.genai import said_in_a_batch
 from tests.tiny import HEAD_DIM, HIDDEN, LAYERS, VOCAB, random_map
 from tests.verifying import verify_tiny
 
+from ..contracts import contract_of
 from .toy_memory import MEMORY, Memory
 
 SUBSETS = [s for n in (1, 2) for s in itertools.combinations(range(LAYERS), n)]

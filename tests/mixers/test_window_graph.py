@@ -20,7 +20,7 @@ from nbl_export.mixers.window import Window
 from nbl_export.mixers.windowed import WindowShape, attend
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.windows import window_layers
-from nbl_export.rewrite import contract_of, rewrite
+from nbl_export.rewrite import rewrite
 from nbl_export.rewrite.builder import GraphBuilder, ValidTokens
 from nbl_export.rewrite.window import state_dims
 from nbl_export.targets import exporter_of
@@ -29,6 +29,7 @@ from tests.genai import said_in_a_batch
 from tests.tiny import HEAD_DIM, KV_HEADS, random_map
 from tests.verifying import verify_tiny
 
+from ..contracts import contract_of
 from .test_toy_kind import CLOSE, LENGTHS, PAD, STEPS, ids, padded, torch_logits, worst_of_batch
 
 W = 2  # so that of 12 tokens, not all enter three windows

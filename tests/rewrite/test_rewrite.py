@@ -20,9 +20,10 @@ from nbl_export.mixers.linear import Linear
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
 from nbl_export.records.plan import TAPS
-from nbl_export.rewrite import contract_of, rewrite, rewrite_model
+from nbl_export.rewrite import rewrite, rewrite_model
 from nbl_export.verify.ladder import DECODE_STEPS, run_rows
 
+from ..contracts import contract_of
 from ..tiny import ARCHITECTURES, HEAD_DIM, HIDDEN, LAYERS, VOCAB
 
 # Largest logit difference allowed by (precision, what is compared). No other tolerance in this file.

@@ -18,7 +18,7 @@ from nbl_export.graph.quantised import int4_blocks
 from nbl_export.mixers.linear import Linear
 from nbl_export.model.architectures import windows_of
 from nbl_export.records.decoder import ITEMSIZE
-from nbl_export.rewrite import contract_of, rewrite_model
+from nbl_export.rewrite import rewrite_model
 from nbl_export.rewrite.caches import LAYERS_KEY, RenumberCaches
 from nbl_export.rewrite.tail import difference, keep_last_token
 from nbl_export.targets.tensorrt import export as static
@@ -26,6 +26,7 @@ from nbl_export.targets.tensorrt.static.on_ort import open_decoder
 from nbl_export.targets.tensorrt.static_form.check import CheckForm
 from nbl_export.targets.tensorrt.static_form.numbers import INT4_BLOCK, BlockInt4
 
+from ..contracts import contract_of
 from ..static_tiny import (
     ARCHITECTURES,
     HEAD,

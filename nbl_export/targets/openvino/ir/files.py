@@ -23,21 +23,8 @@ from nbl_export.errors import CorruptError, MissingPackageError
 from nbl_export.graph.names import IR_FILE, IR_WEIGHTS
 from nbl_export.records.quantised import Blocks
 
-__all__ = [
-    "check_ir",
-    "constant_of",
-    "constants_of",
-    "difference",
-    "float_constant",
-    "group_of",
-    "ordered",
-    "precision_of",
-    "raw_bytes",
-    "read_ir",
-    "save_ir",
-    "share_constants",
-    "stored_matrices",
-]
+__all__ = ["check_ir", "constant_of", "constants_of", "difference", "float_constant", "group_of", "ordered",
+           "precision_of", "raw_bytes", "read_ir", "save_ir", "share_constants", "stored_matrices"]  # fmt: skip
 
 _CONSTANT = re.compile(r'offset="(\d+)"([^<>]*?)size="(\d+)"')
 _INFO = "nbl_export"  # section of the graph's runtime information
