@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from nbl_export.errors import NblError
+from nbl_export.files import file_sha256
 from nbl_export.targets.base import Availability
 from nbl_export.targets.tensorrt.kernels import KernelCache
 from nbl_export.targets.tensorrt.library import Library
-from nbl_export.targets.tensorrt.record import EngineRecord, digest_of
+from nbl_export.targets.tensorrt.record import EngineRecord
 from nbl_export.targets.tensorrt.runner import TrtSession, refuse_misfit
 from nbl_export.targets.tensorrt.static.host import StaticRunner
 from nbl_export.targets.tensorrt.static.on_ort import open_decoder
@@ -43,7 +44,7 @@ def fake_record(graph_: Path, directory: Path, **changes: Any) -> EngineRecord:
         "profiles": engine_profiles(2, 8, decoder.cache_length),
         "inputs": decoder.contract.inputs, "outputs": decoder.contract.outputs, "cache_layers": len(layers),
         "cache_bytes_per_token": 0, "cache_bytes": 0, "parse_seconds": 0.0, "build_seconds": 0.0,
-        "plan_bytes": plan.stat().st_size, "plan_sha256": digest_of(plan), "graph_sha256": {},
+        "plan_bytes": plan.stat().st_size, "plan_sha256": file_sha256(plan), "graph_sha256": {},
     }  # fmt: skip
     record = EngineRecord(**{**values, **changes})
     (directory / "engine.json").write_text(json.dumps(record.to_json()), encoding="utf-8")

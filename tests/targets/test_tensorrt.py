@@ -20,11 +20,11 @@ import onnx_ir as ir
 import pytest
 
 from nbl_export.errors import CorruptError, NblError
+from nbl_export.files import file_sha256
 from nbl_export.targets.base import BuildSettings
 from nbl_export.targets.tensorrt import build, kernels, network, runner
 from nbl_export.targets.tensorrt import export as static
 from nbl_export.targets.tensorrt import messages as log
-from nbl_export.targets.tensorrt import record as engine_record
 from nbl_export.targets.tensorrt.build import build_engine
 from nbl_export.targets.tensorrt.library import load_library
 from nbl_export.targets.tensorrt.messages import Message, messages_of
@@ -104,9 +104,7 @@ def test_a_plan_is_built_with_its_record() -> None:
     assert record.profiles == engine_profiles(2, 16, SLOTS)
     assert 0 < record.build_seconds < 60
     source = graph_of("llama", (1,))
-    assert record.graph_sha256 == {
-        name: engine_record.digest_of(source / name) for name in ("decoder.onnx", "decoder.onnx.data")
-    }
+    assert record.graph_sha256 == {name: file_sha256(source / name) for name in ("decoder.onnx", "decoder.onnx.data")}
     assert {p.name for p in engine.iterdir()} == {
         "config.json", "generation_config.json", "decoder.engine", "engine.json"
     }  # fmt: skip

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import NblError
-from nbl_export.files import friendly_os_errors, scratch_in, write_json
+from nbl_export.files import file_sha256, friendly_os_errors, scratch_in, write_json
 from nbl_export.graph.names import ALL_LOGITS_FILE, STATIC_GRAPH_FILE
 from nbl_export.graph.trust import read_proto
 from nbl_export.records.decoder import ITEMSIZE, GraphContract
@@ -61,7 +61,7 @@ from nbl_export.targets.tensorrt.network import (
     parse,
 )
 from nbl_export.targets.tensorrt.plan_file import Plan, finished, plan_writer
-from nbl_export.targets.tensorrt.record import ENGINE_FILE, RECORD_FILE, EngineRecord, digest_of
+from nbl_export.targets.tensorrt.record import ENGINE_FILE, RECORD_FILE, EngineRecord
 from nbl_export.targets.tensorrt.static.schedule import Profile, engine_profiles
 from nbl_export.targets.tensorrt.timings import begin_with, keep, timings_file
 from nbl_export.trust.contained import check_inside
@@ -250,7 +250,7 @@ def _config(
     trt, builder = parsed.trt, parsed.builder
     config = require(builder.create_builder_config())
     if library.jit:  # its layers are listed in another form with DETAILED, which does not tell whether they wait
-        _ask_for_proof(trt, config)
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # refuses what cannot be captured
     else:
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # names kernels to `runner.TrtSession.inspected`
     if targets and library.default_targets:  # TensorRT builds for the GPU at hand and has no such names
@@ -379,7 +379,7 @@ def _record(
         build_seconds=round(built.seconds, 3),
         plan_bytes=built.plan.size,
         plan_sha256=built.plan.sha256,
-        graph_sha256={f.name: digest_of(f) for f in _files(parsed.graph)},
+        graph_sha256={f.name: file_sha256(f) for f in _files(parsed.graph)},
     )
 
 
@@ -416,16 +416,11 @@ def _copy_text_files(source: Path, out: Path) -> None:
 # -- capture -------------------------------------------------------------------------------------------
 
 
-def _ask_for_proof(trt: Any, builder_config: Any) -> None:
-    """Make the builder of TensorRT-RTX refuse what cannot be captured. Contexts then need memory of the user."""
-    builder_config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
-
-
 def capturable(said: Sequence[Message], built: bool, name: str) -> bool | None:
     """Whether the steps of a plan can be captured; None if the builder lists no layers.
 
     Args:
-        said: what the builder said, after `_ask_for_proof`.
+        said: what the builder said, with the flag `_FLAG`.
         built: whether the builder gave a plan.
         name: of the network, for the error.
 

@@ -18,13 +18,12 @@ from nbl_export.targets.tensorrt.static.schedule import Profile
 from nbl_export.trust.contained import check_folder, check_inside
 from nbl_export.trust.user_lists import is_own
 
-__all__ = ["ENGINE_FILE", "RECORD_FILE", "EngineRecord", "digest_of", "read_plan", "read_record",
+__all__ = ["ENGINE_FILE", "RECORD_FILE", "EngineRecord", "read_plan", "read_record",
            "refuse_foreign"]  # fmt: skip
 
 ENGINE_FILE = "decoder.engine"
 RECORD_FILE = "engine.json"
 _SCHEMA = 3
-_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -140,12 +139,3 @@ def read_plan(directory: Path, record: EngineRecord) -> bytes:
 def _again(record: EngineRecord | None) -> str:
     engine = f" --engine {record.engine}" if record else ""
     return f"build it again: nbl-export build DIR{engine}"
-
-
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file, read in blocks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
