@@ -31,6 +31,7 @@ _OUR_PRODUCT = re.compile(r"/nbl/layers\.\d+/MatMul")
 _SPOKEN = {"last": "of the last token", "all": "of all tokens"}
 # ONNX Runtime's symmetric quantiser spans [-8, 8) steps: the mirror image of a block's largest value is one step off.
 _STEPS = 1.01
+_BITS = {"float16": 11, "bfloat16": 8}  # of a number's digits
 
 
 def check_files(directory: Path, contract: GraphContract, wanted: Wanted, *, dense: bool) -> list[CheckResult]:
@@ -116,9 +117,10 @@ def _weight_of(node: Any, tensors: Mapping[str, Any], directory: Path) -> tuple[
     arrays = [_array(tensors[name], directory) for name in node.input[1:] if name]
     if node.op_type == "MatMul":
         weight = arrays[0].astype(np.float32).T
-        # half a unit of the last of 11 bits; numbers below 2^-14 have fewer bits
-        rounding = np.maximum(np.abs(weight) * 2.0**-11, 2.0**-25)
-        return weight, rounding if arrays[0].dtype == np.float16 else np.zeros_like(weight)
+        bits = _BITS.get(arrays[0].dtype.name)
+        # half a unit of the last bit; float16 below 2^-14 has fewer bits
+        rounding = np.zeros_like(weight) if bits is None else np.maximum(np.abs(weight) * 2.0**-bits, 2.0**-25)
+        return weight, rounding
     own = {a.name: a.i for a in node.attribute}
     zeros = arrays[2] if len(arrays) > 2 else None
     blocks = unpacked(arrays[0], arrays[1], zeros, own["bits"], own["block_size"], (own["N"], own["K"]))
