@@ -59,7 +59,7 @@ class MixedSession:
         self._between = [(i, str(x.name), str(y.name)) for i, x, y in zip(mixers.layers, taps, given, strict=True)]
         self._parts = [
             open_session(part, folder=file.parent, entries=_STOP_SPINNING, mapped=True, exact=exact)
-            for part in _parts(model, list(zip(streams, given, strict=True)), list(dict.fromkeys(wanted)))
+            for part in _parts(model, list(zip(streams, given, strict=True)), taps, list(dict.fromkeys(wanted)))
         ]
         inner = {str(value.name) for value in (*streams, *taps, *given)}
         self._inputs, self._outputs = (
@@ -90,18 +90,23 @@ class MixedSession:
         return [known[name] for name in outputs]
 
 
-def _parts(model: ir.Model, cuts: Sequence[Collection[ir.Value]], wanted: Sequence[ir.Value]) -> Iterator[bytes]:
+def _parts(
+    model: ir.Model, cuts: Sequence[Collection[ir.Value]], taps: Sequence[ir.Value], wanted: Sequence[ir.Value]
+) -> Iterator[bytes]:
     """The part before the first cut, and the parts behind each cut, which read the values of the cut.
 
     Args:
+        taps: of each cut, computed before it; the first norm of a graph reads the stream of its cut.
         wanted: each of these values is an output of the first part that can compute it from the cuts.
     """
     place = {value: number for number, cut in enumerate(cuts, start=1) for value in cut}
     inputs: list[dict[ir.Value, None]] = [{} for _ in range(len(cuts) + 1)]
     outputs: list[dict[ir.Value, None]] = [{} for _ in inputs]
+    before = {tap: number for number, tap in enumerate(taps, start=1)}
     for value in wanted:
-        read = _read(value, place)
-        own = max((place[v] for v in read if v in place), default=0)
+        stops = {v: number for v, number in place.items() if number < before.get(value, len(cuts) + 1)}
+        read = _read(value, stops)
+        own = max((stops[v] for v in read if v in stops), default=0)
         inputs[own].update(dict.fromkeys(read))
         outputs[own][value] = None
     for given, made in zip(inputs, outputs, strict=True):
