@@ -43,7 +43,7 @@ def find_graph(path: Path) -> Path:
     named = _named_by_genai(path / GENAI_CONFIG)
     if named is not None and (path / named).is_file():
         return check_inside(path / named, path)
-    found = _graphs_in(path)
+    found = [file for place in (path, path / "onnx") for file in sorted(place.glob("*.onnx"))]
     first = [file for file in found if file.name == GRAPH_FILE]
     if len(first) == 1 or len(found) == 1:
         return check_inside((first or found)[0], path)
@@ -51,10 +51,6 @@ def find_graph(path: Path) -> Path:
         raise NblError(f"{path} holds no *.onnx; name an ONNX file or a directory that holds one")
     names = ", ".join(str(file.relative_to(path)) for file in found[:6])
     raise NblError(f"{path} holds several graphs ({names}); name the one that is meant")
-
-
-def _graphs_in(directory: Path) -> list[Path]:
-    return [file for place in (directory, directory / "onnx") for file in sorted(place.glob("*.onnx"))]
 
 
 def _named_by_genai(path: Path) -> str | None:

@@ -163,7 +163,10 @@ class CostModel:
     def _bytes(self, sizes: Mapping[int, LayerSizes], tokens: int, depth: int) -> float:
         rows = [need.count(tokens) for need in self._needs(sizes)]
         layers = range(self.spec.num_layers)
-        elements = sum(self._elements(sizes.get(i)) + self._mlp_read(rows[i + 1]) for i in layers)
+        elements = sum(
+            self._elements(sizes.get(i)) + self.mlp.read(self.spec.hidden_size, rows[i + 1], every=self.every_expert)
+            for i in layers
+        )
         caches = (i for i in layers if i not in sizes or sizes[i].attends)
         positions = sum(min(depth + tokens, (self.spec.window_of(i) or depth + tokens) + tokens - 1) for i in caches)
         cache = self.spec.cache_bytes_per_token(1, self.cache_itemsize) * positions
@@ -192,9 +195,6 @@ class CostModel:
     @property
     def _o_proj(self) -> int:
         return self.spec.hidden_size * self.spec.num_heads * self.spec.head_dim
-
-    def _mlp_read(self, tokens: int) -> float:
-        return self.mlp.read(self.spec.hidden_size, tokens, every=self.every_expert)
 
     @property
     def _head(self) -> int:

@@ -132,7 +132,7 @@ def spoken_interval(
         return f"{scale * v:.{places}f}"
 
     text = f"{scale * value:{mark}.{places}f}{unit}"
-    return _minus(f"{text} ({shown(ends[0])} to {shown(ends[1])})" if ends else text)
+    return (f"{text} ({shown(ends[0])} to {shown(ends[1])})" if ends else text).replace("-", "−")
 
 
 def _places(half: float) -> int:
@@ -141,10 +141,6 @@ def _places(half: float) -> int:
         return 0
     power = math.floor(math.log10(half))
     return min(9, max(0, (1 if half < 2 * 10**power else 0) - power))
-
-
-def _minus(text: str) -> str:
-    return text.replace("-", "−")
 
 
 def _raised(loss: float | None) -> float | None:
