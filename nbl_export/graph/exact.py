@@ -32,6 +32,7 @@ def exact_model(proto: Any) -> dict[str, str]:
         node.name
         for node in proto.graph.node
         if node.op_type == "MatMulNBits" and _numbers(node).get("bits") == 8
+        if _numbers(node)["K"] % _numbers(node)["block_size"] == 0  # the last block of a row is not padded
         if len(node.input) <= 4 and all(name in stored and uses[name] == 1 for name in node.input[1:3])
     }
     size = sum(4 * _numbers(node)["N"] * _numbers(node)["K"] for node in proto.graph.node if node.name in wide)

@@ -151,15 +151,17 @@ def test_quantised_maps_like_their_neighbours(exported: Exported, random_maps: M
 
 
 def test_int4_maps_are_as_good_as_four_bits_allow(exported: Exported, random_maps: Maps, tmp_path: Path) -> None:
-    """The packed weight, unpacked, is the map within half a quantisation step a block."""
+    """The packed weight, unpacked, is the map within half a step of a block, and half a step more of its zero point."""
     rewrite(exported("llama", "genai", "int4"), tmp_path / "nbl", random_maps(1))
     graph = ir.load(tmp_path / "nbl" / "model.onnx").graph
     (node,) = [n for n in graph if (n.name or "").startswith("/nbl/layers.1/MatMul")]
-    packed, scales = (v.const_value.numpy() for v in node.inputs[1:3] if v is not None and v.const_value is not None)
-    codes = np.stack([packed & 15, packed >> 4], -1).reshape(HIDDEN, HIDDEN).astype(np.float32) - 8
-    steps = np.repeat(np.abs(scales.reshape(HIDDEN, -1)), 32, 1)
-    restored = codes * np.repeat(scales.reshape(HIDDEN, -1), 32, 1)
-    assert (np.abs(restored - random_maps(1)[1].weight) <= steps * 1.01).all()
+    packed, scales, points = (
+        v.const_value.numpy() for v in node.inputs[1:] if v is not None and v.const_value is not None
+    )
+    halves = [np.stack([a & 15, a >> 4], -1).reshape(HIDDEN, -1).astype(np.float32) for a in (packed, points)]
+    steps, middle = (np.repeat(a.reshape(HIDDEN, -1)[:, : HIDDEN // 32], 32, 1) for a in (scales, halves[1]))
+    restored = (halves[0] - middle) * steps
+    assert (np.abs(restored - random_maps(1)[1].weight) <= np.abs(steps) * 1.01).all()
 
 
 # -- refusals ----------------------------------------------------------------------------------------------
