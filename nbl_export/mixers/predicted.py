@@ -1,0 +1,135 @@
+"""Keys and values of a prompt's far tokens, predicted from a lower stream, so that these tokens stop at a cut.
+
+    stream c, all tokens of a step --- norm --- [x_t, x_(t-1)] B' + b --- keys, values of far tokens -----+
+    layer's own input, last W tokens and the first one --- norm --- queries, own keys, own values --------+- attention
+
+Layers from the cut c up keep their weights, their attention and their cache. Of a step of T tokens, the first one and
+the last W climb above the cut: their keys and values are the layer's own. The keys and values of all others are a
+linear map of the stream that enters layer c, before rotary embedding, fitted as every map is (`lmmse`). The map reads
+the token's own row and, with `before`, the row of the token before it: a head that copies needs the token before.
+
+A step of at most W + 1 tokens is the original's. So is every decode step: it reads a cache that holds predicted keys.
+The norm is the RMS norm without a weight, which the map includes. Layer c reads its own stream, so its map is exact.
+
+Published relatives: POP (arXiv 2602.03295) applies the layer's own products to the stream at the cut; SwiftKV (arXiv
+2410.03960) trains new ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nbl_export.errors import NblError
+from nbl_export.mixers.base import CACHE, Builder, Kind, Mixer, Port, Streams, TokenWork, Value
+from nbl_export.mixers.rows import Read, Reads, Rows
+from nbl_export.records.from_json import require
+
+if TYPE_CHECKING:
+    from nbl_export.mixers.lmmse import Moments
+
+__all__ = ["PREDICTED", "Predicted"]
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """The map of one layer's keys and values, float32.
+
+    Attributes:
+        weight: [2 K, F], keys before values; F is D, or 2 D with the token before, whose columns come last.
+        bias: [2 K].
+        inputs: D, the width of the stream.
+        cut: the stream that it reads; layers from this one up have a map each.
+        near: W, the tokens at the end of a step that climb.
+        epsilon: of the norm.
+    """
+
+    weight: np.ndarray
+    bias: np.ndarray
+    inputs: int
+    cut: int
+    near: int
+    epsilon: float
+    kind = "predicted"
+    gives = (Port.KEYS, Port.VALUES)
+    holds = CACHE
+
+    def __post_init__(self) -> None:
+        require(self.weight.ndim == 2 and self.bias.shape == (len(self.weight),), "weight is a matrix, bias its rows")
+        require(len(self.weight) % 2 == 0, "keys and values have one width")
+        require(self.weight.shape[1] in (self.inputs, 2 * self.inputs), "the map reads one row or two")
+        require(self.cut >= 0 and self.near >= 1, "there is no such cut, or no token is near")
+
+    @property
+    def reads(self) -> Reads:
+        return (Read(rows=Rows.LAST, tokens=self.near), Read(self.cut, Rows.ALL))
+
+    @property
+    def size(self) -> int:
+        return self.inputs
+
+    @property
+    def before(self) -> bool:
+        """Whether the map reads the token before, too."""
+        return self.weight.shape[1] > self.inputs
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """The map, and its numbers."""
+        numbers = np.array([self.inputs, self.cut, self.near, self.epsilon], np.float32)
+        return {"weight": self.weight, "bias": self.bias, "numbers": numbers}
+
+    def product(self) -> None:
+        return None
+
+    def as_product(self, moments: Moments, layer: int) -> None:
+        return None
+
+    def emit(self, build: Builder, streams: Streams) -> dict[Port, Value]:
+        """Keys and values of all tokens of a step; those of tokens that climb are not used.
+
+        The first token of a step stands before itself. It climbs, so its map is not used either.
+        """
+        x = build.norm(streams[self.cut], np.ones(self.inputs, np.float32), self.epsilon, "norm")
+        given = {}
+        for port, name, half in zip(self.gives, ("keys", "values"), np.split(self.weight, 2), strict=True):
+            made = build.matmul(x, half[:, : self.inputs], name)
+            if self.before:
+                earlier = build.matmul(x, half[:, self.inputs :], f"{name}_before")
+                parts = [build.slice(earlier, 0, 1, f"{name}_first"), build.slice(earlier, 0, -1, f"{name}_others")]
+                made = build.add(made, build.concat(parts, f"{name}_shifted"), f"{name}_both")
+            given[port] = build.add(made, np.split(self.bias, 2)[port is Port.VALUES], f"{name}_bias")
+        return given
+
+    def module(self, multiplier: float = 1.0) -> Any:
+        from nbl_export.mixers.predicted_module import PredictedModule
+
+        return PredictedModule(self)
+
+    def work(self) -> tuple[TokenWork, ...]:
+        return TokenWork(0, 0), TokenWork(self.weight.size, self.weight.size)
+
+
+class _Predicted(Kind):
+    """Maps of one cut are fitted together (`calibrate.cuts`), since they share the moments of their inputs."""
+
+    name = "predicted"
+    fitted = False
+    target = (Port.KEYS, Port.VALUES)
+
+    def fit(self, moments: Moments, layer: int, *, bias: bool = True) -> Mixer:
+        raise NblError(f"layer {layer}: predicted keys are fitted by cut, not by layer")
+
+    def blank(self, size: int, multiplier: float = 1.0, like: Mixer | None = None) -> Any:
+        from nbl_export.mixers.predicted_module import PredictedModule
+
+        return PredictedModule(like)
+
+    def from_tensors(self, tensors: Mapping[str, np.ndarray]) -> Predicted:
+        inputs, cut, near, epsilon = tensors["numbers"].tolist()
+        return Predicted(tensors["weight"], tensors["bias"], int(inputs), int(cut), int(near), epsilon)
+
+
+PREDICTED = _Predicted()

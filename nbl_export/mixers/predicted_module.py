@@ -1,0 +1,45 @@
+"""The torch module of predicted keys and values (`mixers.predicted`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from nbl_export.mixers.base import Port
+from nbl_export.mixers.modules import MixerModule
+
+__all__ = ["PredictedModule", "features"]
+
+
+class PredictedModule(MixerModule):
+    """Keys and values of all tokens of a step, from the stream at the cut; see `model.cut` for their use."""
+
+    gives = (Port.KEYS, Port.VALUES)
+
+    def __init__(self, mixer: Any) -> None:
+        super().__init__()
+        self.cut, self.near, self.before, self.epsilon = mixer.cut, mixer.near, mixer.before, mixer.epsilon
+        self.reads = (mixer.cut,)
+        self.linear = nn.Linear(mixer.weight.shape[1], len(mixer.weight))
+        self.linear.load_state_dict({"weight": torch.from_numpy(mixer.weight), "bias": torch.from_numpy(mixer.bias)})
+
+    def features(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """What the map reads, [B, T, F]: normed rows and, with `before`, the normed row of the token before."""
+        return features(x_BTD, self.epsilon, before=self.before)
+
+    def predict(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [B, T, K] each, before rotary embedding, from the stream at the cut."""
+        keys, values = self.linear(self.features(x_BTD)).chunk(2, -1)
+        return keys, values
+
+
+def features(x_BTD: torch.Tensor, epsilon: float, *, before: bool) -> torch.Tensor:
+    """Rows under the RMS norm without a weight, and beside each, with `before`, the row of the token before.
+
+    The first token stands before itself.
+    """
+    x = x_BTD.float()
+    x = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)).to(x_BTD.dtype)
+    return torch.cat([x, torch.cat([x[:, :1], x[:, :-1]], 1)], 2) if before else x

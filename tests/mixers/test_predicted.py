@@ -1,0 +1,53 @@
+"""Predicted keys and values: NumPy against torch, the file, and the rows that a prompt needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nbl_export.mixers.base import OWN, Port, apply
+from nbl_export.mixers.predicted import Predicted
+from nbl_export.mixers.rows import Need, rows_needed
+from nbl_export.plan.maps_file import load_maps, save_maps
+
+SIZE, KEYS = 12, 4
+
+
+def predicted(cut: int = 1, near: int = 3, *, before: bool = True) -> Predicted:
+    rng = np.random.default_rng(5)
+    weight = rng.normal(size=(2 * KEYS, SIZE * (1 + before))).astype(np.float32)
+    return Predicted(weight, rng.normal(size=2 * KEYS).astype(np.float32), SIZE, cut, near, 1e-3)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_numpy_and_torch_agree_and_a_file_keeps_the_numbers(tmp_path: Path, before: bool) -> None:
+    mixer = predicted(before=before)
+    save_maps({2: mixer}, tmp_path / "maps.safetensors")
+    again = load_maps(tmp_path / "maps.safetensors", (2,))[2]
+    assert (again.cut, again.near, again.before, again.inputs) == (1, 3, before, SIZE)  # type: ignore[attr-defined]
+    assert again.epsilon == np.float32(1e-3)  # type: ignore[attr-defined]
+    x_BTD = np.random.default_rng(1).normal(size=(2, 5, SIZE)).astype(np.float32)
+    given, state = apply(mixer, {OWN: 0 * x_BTD, 1: x_BTD})
+    found = again.module().predict(torch.from_numpy(x_BTD))
+    assert state is None
+    for port, value in zip((Port.KEYS, Port.VALUES), found, strict=True):
+        np.testing.assert_allclose(given[port], value.detach().numpy(), atol=1e-5)
+
+
+def test_the_token_before_is_read_one_row_up() -> None:
+    x_BTD = np.random.default_rng(1).normal(size=(1, 6, SIZE)).astype(np.float32)
+    changed = x_BTD.copy()
+    changed[0, 2] = 1
+    keys, others = (apply(predicted(), {OWN: x_BTD, 1: x})[0][Port.KEYS] for x in (changed, x_BTD))
+    far = np.abs(keys - others)
+    assert (far[0].max(1) > 1e-3).tolist() == [False, False, True, True, False, False]
+
+
+def test_a_prompt_climbs_with_its_last_rows_and_the_first() -> None:
+    reads = {i: predicted(2, 3).reads for i in (2, 3, 4)}
+    needs = rows_needed(reads, 5)
+    assert needs == (Need(None), Need(None), Need(None), Need(3, first=True), Need(3, first=True), Need(1))
+    assert [need.count(100) for need in needs] == [100, 100, 100, 4, 4, 1]
