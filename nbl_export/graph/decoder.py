@@ -63,10 +63,17 @@ class OnnxDecoder:
     def step(self, ids_BT: np.ndarray, valid_BT: np.ndarray | None = None) -> np.ndarray:
         """Append tokens; returns float32 logits [B, T, V], or [B, 1, V] from a pruned graph.
 
+        Logits of rows that a graph with a cut (`mixers.predicted`) does not compute are NaN.
+
         Args:
             ids_BT: token ids.
             valid_BT: 1 for tokens, 0 for padding on the right; only a first chunk may be padded.
         """
+        logits = self.run(ids_BT, valid_BT)["logits"].astype(np.float32, copy=False)
+        return _in_place(logits, np.ones_like(ids_BT) if valid_BT is None else valid_BT)
+
+    def run(self, ids_BT: np.ndarray, valid_BT: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """All outputs of a step by name; arguments as in `step`."""
         valid = np.ones_like(ids_BT) if valid_BT is None else valid_BT
         positions = self._mask_BT.sum(1)[:, None] + np.arange(ids_BT.shape[1])[None, :]
         mask = np.concatenate([self._mask_BT, valid.astype(np.int64)], 1)
@@ -77,7 +84,13 @@ class OnnxDecoder:
         found = dict(zip(outputs, self.session.run(outputs, {**ours, **self._past}), strict=True))
         self._mask_BT = mask
         self._past = {name: found[output] for name, output in {**self._caches, **self._states}.items()}
-        return np.asarray(found["logits"].astype(np.float32, copy=False))
+        return found
+
+    def overwrite(self, cache: str, last_BHTD: np.ndarray) -> None:
+        """Replace the last rows of a cache, by the name of its input."""
+        held = self._past[cache]
+        kept = held[:, :, : held.shape[2] - last_BHTD.shape[2]]
+        self._past[cache] = np.concatenate([kept, last_BHTD.astype(held.dtype)], 2)
 
     def mark(self) -> Any:
         """The state of the running batch, for `rewind`. Costs nothing: a step makes new caches and changes none."""
@@ -97,3 +110,15 @@ class OnnxDecoder:
     def cache_bytes(self) -> int:
         """Bytes that the caches of the running batch hold now, without states of constant size."""
         return sum(self._past[name].nbytes for name in self._caches)
+
+
+def _in_place(logits_BMV: np.ndarray, valid_BT: np.ndarray) -> np.ndarray:
+    """Logits [B, T, V] of a graph that gives those of each row's first token and of its last tokens alone."""
+    (batch, given, vocab), tokens = logits_BMV.shape, valid_BT.shape[1]
+    if given in (1, tokens):
+        return logits_BMV
+    found = np.full((batch, tokens, vocab), np.nan, np.float32)
+    found[:, 0] = logits_BMV[:, 0]
+    for row, length in enumerate(valid_BT.sum(1)):
+        found[row, length - given + 1 : length] = logits_BMV[row, 1:]
+    return found

@@ -35,23 +35,31 @@ class MixedSession:
         file: the graph, with the logits of all tokens.
         tap: the input of the mixers.
         exact: see `open_session`.
+        shown: layers whose input stream is one more output.
+
+    Attributes:
+        streams: the names of these outputs, by layer.
 
     Raises:
         RefusalError: a layer is not understood, or has no such tap.
         CorruptError: ONNX Runtime cannot load a part.
     """
 
-    def __init__(self, file: Path, mixers: Running, tap: str, *, exact: bool = False) -> None:
+    def __init__(
+        self, file: Path, mixers: Running, tap: str, *, exact: bool = False, shown: Sequence[int] = ()
+    ) -> None:
         model = load_graph(file)
         graph, self._mixers = model.graph, mixers
         blocks = [find_block(graph, layer) for layer in mixers.layers]
         streams, taps = [block.residual for block in blocks], [tapped(block, tap) for block in blocks]
         dropped = {value for block in blocks for value in block.presents}
-        wanted = [*streams, *taps, *(value for value in graph.outputs if value not in dropped)]
+        outputs = {layer: find_block(graph, layer).residual for layer in shown}
+        self.streams = {layer: str(value.name) for layer, value in outputs.items()}
+        wanted = [*streams, *taps, *outputs.values(), *(value for value in graph.outputs if value not in dropped)]
+        for value in (*streams, *taps, *outputs.values()):
+            value.type = value.type or ir.TensorType(element_type(graph, value))
         given = []
         for block in blocks:
-            for value in (block.residual, tapped(block, tap)):
-                value.type = value.type or ir.TensorType(element_type(graph, value))
             own = ir.Value(name=f"nbl.mixed.{block.layer}", type=block.residual.type, shape=ir.Shape(["B", "T", "D"]))
             graph.inputs.append(own)
             block.join.replace_input_with(block.branch_index, own)
@@ -61,10 +69,13 @@ class MixedSession:
             open_session(part, folder=file.parent, entries=_STOP_SPINNING, mapped=True, exact=exact)
             for part in _parts(model, list(zip(streams, given, strict=True)), taps, list(dict.fromkeys(wanted)))
         ]
-        inner = {str(value.name) for value in (*streams, *taps, *given)}
+        inner = {str(value.name) for value in (*streams, *taps, *given, *outputs.values())}
         self._inputs, self._outputs = (
-            list({value.name: value for values in every for value in values if value.name not in inner}.values())
-            for every in ([part.get_inputs() for part in self._parts], [part.get_outputs() for part in self._parts])
+            list({value.name: value for values in every for value in values if value.name not in hidden}.values())
+            for every, hidden in (
+                ([part.get_inputs() for part in self._parts], inner),
+                ([part.get_outputs() for part in self._parts], inner - set(self.streams.values())),
+            )
         )
 
     def get_inputs(self) -> list[Any]:
@@ -72,7 +83,7 @@ class MixedSession:
         return self._inputs
 
     def get_outputs(self) -> list[Any]:
-        """Logits, and caches of the layers that are not replaced."""
+        """Logits, caches of the layers that are not replaced, and streams."""
         return self._outputs
 
     def run(self, outputs: Sequence[str], feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:

@@ -313,7 +313,7 @@ class Running:
     """
 
     def __init__(self, mixers: Mapping[int, Mixer], stored: Mapping[int, Stored] | None = None) -> None:
-        self.mixers, self._stored = mixers, stored or {}
+        self.mixers, self.stored = mixers, stored or {}
         self.layers = tuple(sorted(mixers))
         self._states: dict[tuple[int, int], np.ndarray | None] = {}
 
@@ -321,9 +321,17 @@ class Running:
         """Start a batch with empty states."""
         self._states = {}
 
+    def mark(self) -> Any:
+        """The states, for `rewind`."""
+        return dict(self._states)
+
+    def rewind(self, mark: Any) -> None:
+        """Go back to the states `mark`."""
+        self._states = dict(mark)
+
     def __call__(self, layer: int, x_BTD: np.ndarray, valid_BT: np.ndarray) -> np.ndarray:
         """The output of a layer's mixer in float32; a state remembers each row's valid tokens alone."""
-        mixer, stored = self.mixers[layer], self._stored.get(layer)
+        mixer, stored = self.mixers[layer], self.stored.get(layer)
         if state_of(mixer) is None:
             return apply(mixer, {OWN: x_BTD}, None, stored)[0][Port.OUTPUT]
         found = np.zeros(x_BTD.shape, np.float32)

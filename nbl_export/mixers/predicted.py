@@ -31,7 +31,7 @@ from nbl_export.records.from_json import require
 if TYPE_CHECKING:
     from nbl_export.mixers.lmmse import Moments
 
-__all__ = ["PREDICTED", "Predicted"]
+__all__ = ["PREDICTED", "Cut", "Predicted", "cut_of"]
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,34 @@ class Predicted:
 
     def work(self) -> tuple[TokenWork, ...]:
         return TokenWork(0, 0), TokenWork(self.weight.size, self.weight.size)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a prompt stops.
+
+    Attributes:
+        layer: its input is the stream that the maps read.
+        near: W, the tokens at the end of a step that climb, beside the first one.
+        maps: by layer, of the layers whose far keys are predicted.
+    """
+
+    layer: int
+    near: int
+    maps: Mapping[int, Predicted]
+
+
+def cut_of(mixers: Mapping[int, Mixer]) -> Cut | None:
+    """The cut of a model's mixers; None if none of them predicts keys.
+
+    Raises:
+        NblError: they have several cuts.
+    """
+    maps = {layer: mixer for layer, mixer in sorted(mixers.items()) if isinstance(mixer, Predicted)}
+    found = {(mixer.cut, mixer.near) for mixer in maps.values()}
+    if len(found) > 1:
+        raise NblError(f"the maps have several cuts or numbers of near tokens: {sorted(found)}")
+    return Cut(*found.pop(), maps) if found else None
 
 
 class _Predicted(Kind):

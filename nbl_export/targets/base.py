@@ -231,9 +231,13 @@ class Target:
         Raises:
             RefusalError: a layer is not understood, or has no such tap.
         """
+        from nbl_export.graph.cut_reference import CutDecoder
         from nbl_export.graph.decoder import OnnxDecoder
         from nbl_export.graph.mixed import MixedSession
+        from nbl_export.mixers.predicted import cut_of
 
+        if cut_of(mixers.mixers) is not None:
+            return MixedDecoder(CutDecoder(directory, head_dim, mixers, tap, exact=exact), mixers)
         session = MixedSession(directory / all_logits_file(directory), mixers, tap, exact=exact)
         return MixedDecoder(OnnxDecoder(directory, head_dim, session=session), mixers)
 

@@ -1,0 +1,180 @@
+"""A decoder whose prompts stop at a cut (`mixers.predicted`): the original graph, and edits of its caches.
+
+    first token --- graph --- stream at the cut --+                          its caches stay
+    far tokens ---- graph --- stream at the cut --+- maps -- rotary ---+---- caches of the layers with maps
+    last W tokens - graph --- logits                                   +---- they attend to all of these
+
+A step of at most W + 1 tokens is one run of the graph. Sequences of a batch run one by one, so none is padded. No pass
+of the rewrite is used, and rotary embedding is NumPy's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from nbl_export.errors import RefusalError
+from nbl_export.graph.anatomy import find_attention, find_block
+from nbl_export.graph.decoder import OnnxDecoder
+from nbl_export.graph.files import load_graph
+from nbl_export.graph.mixed import MixedSession
+from nbl_export.graph.names import all_logits_file
+from nbl_export.mixers.base import OWN, Port, Running, apply
+from nbl_export.mixers.predicted import cut_of
+
+__all__ = ["CutDecoder", "Rotary"]
+
+_TABLES = (7, 8)  # inputs of GroupQueryAttention: cosines and sines
+
+
+class CutDecoder:
+    """The original graph with mixers, some of which predict keys; steps as an `OnnxDecoder`'s.
+
+    Args:
+        directory: holds the graph with the logits of all tokens.
+        mixers: of which at least one predicts keys and values.
+        tap: the input of the other mixers.
+        exact: see `graph.session.open_session`.
+
+    Raises:
+        RefusalError: a layer is not understood, or its keys are not rotated by GroupQueryAttention.
+    """
+
+    def __init__(self, directory: Path, head_dim: int, mixers: Running, tap: str, *, exact: bool = False) -> None:
+        cut = cut_of(mixers.mixers)
+        assert cut is not None
+        self._cut, self._stored, file = cut, mixers.stored, directory / all_logits_file(directory)
+        graph = load_graph(file).graph
+        self._layers = {layer: _Layer.of(graph, layer) for layer in cut.maps}
+        others = {layer: mixer for layer, mixer in mixers.mixers.items() if layer not in cut.maps}
+        self._mixers = Running(others, mixers.stored)
+        session = MixedSession(file, self._mixers, tap, exact=exact, shown=(cut.layer,))
+        self._stream = session.streams[cut.layer]
+        self._decoder = OnnxDecoder(directory, head_dim, session=session)
+        self._sequences: list[Any] = []
+
+    def begin(self, batch: int) -> None:
+        """Start a batch with empty caches and states."""
+        self._decoder.begin(1)
+        self._mixers.begin()
+        self._sequences = [self._mark_one()] * batch
+
+    def step(self, ids_BT: np.ndarray, valid_BT: np.ndarray | None = None) -> np.ndarray:
+        """Append tokens; returns float32 logits [B, T, V], NaN for tokens that do not climb and for padding.
+
+        Args:
+            valid_BT: 1 for tokens, 0 for padding on the right.
+        """
+        valid_BT = np.ones_like(ids_BT) if valid_BT is None else valid_BT
+        stops = int(valid_BT.sum(1).min()) > self._cut.near + 1
+        found = np.full((0,), np.nan, np.float32)
+        for row, length in enumerate(valid_BT.sum(1)):
+            decoded, states = self._sequences[row]
+            self._decoder.rewind(decoded)
+            self._mixers.rewind(states)
+            ids_1T = ids_BT[row : row + 1, :length]
+            logits_TV = self._stopping(ids_1T) if stops else self._decoder.step(ids_1T)[0]
+            if not row:
+                found = np.full((*ids_BT.shape, logits_TV.shape[1]), np.nan, np.float32)
+            found[row, :length] = logits_TV
+            self._sequences[row] = self._mark_one()
+        return found
+
+    def mark(self) -> Any:
+        """The state of the running batch, for `rewind`."""
+        return tuple(self._sequences)
+
+    def rewind(self, mark: Any) -> None:
+        """Go back to the state `mark` of the same batch."""
+        self._sequences = list(mark)
+
+    def _mark_one(self) -> Any:
+        return self._decoder.mark(), self._mixers.mark()
+
+    def _stopping(self, ids_1T: np.ndarray) -> np.ndarray:
+        """Logits [T, V] of a step of more than W + 1 tokens."""
+        near, place = self._cut.near, self._decoder.cache_length
+        first, far = (self._decoder.run(part) for part in (ids_1T[:, :1], ids_1T[:, 1:-near]))
+        self._predict(np.concatenate([first[self._stream], far[self._stream]], 1), place)
+        last = self._decoder.step(ids_1T[:, -near:])[0]
+        logits_TV = np.full((ids_1T.shape[1], last.shape[1]), np.nan, np.float32)
+        logits_TV[0], logits_TV[-near:] = first["logits"][0, 0], last
+        return logits_TV
+
+    def _predict(self, x_1TD: np.ndarray, place: int) -> None:
+        """Put predicted keys and values of all tokens but the first into the caches.
+
+        Args:
+            x_1TD: the stream of the first token and of the far ones.
+            place: position of the first.
+        """
+        for layer, mixer in self._cut.maps.items():
+            streams = {OWN: x_1TD, self._cut.layer: x_1TD}
+            given = apply(mixer, streams, None, self._stored.get(layer))[0]
+            self._layers[layer].fill(self._decoder, given, place)
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary embedding of a GroupQueryAttention.
+
+    Attributes:
+        cosines, sines: [positions, R / 2], of the first R numbers of a head; the others are not rotated.
+        interleaved: whether pairs are neighbours, or half of R apart.
+    """
+
+    cosines: np.ndarray
+    sines: np.ndarray
+    interleaved: bool = False
+
+    def __call__(self, x_BHTD: np.ndarray, place: int) -> np.ndarray:
+        """Rotate tokens of which the first is at position `place`."""
+        here = slice(place, place + x_BHTD.shape[2])
+        cos_TR, sin_TR = self.cosines[here].astype(np.float32), self.sines[here].astype(np.float32)
+        half = cos_TR.shape[1]
+        firsts, seconds = (
+            (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
+            if self.interleaved
+            else (slice(0, half), slice(half, 2 * half))
+        )
+        found, a, b = x_BHTD.copy(), x_BHTD[..., firsts], x_BHTD[..., seconds]
+        found[..., firsts] = a * cos_TR - b * sin_TR
+        found[..., seconds] = b * cos_TR + a * sin_TR
+        return found
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Names of a layer's caches of keys and of values, its key heads, and its rotary embedding."""
+
+    caches: tuple[str, str]
+    heads: int
+    rotary: Rotary
+
+    @classmethod
+    def of(cls, graph: ir.Graph, layer: int) -> _Layer:
+        """Raises RefusalError: its keys are not rotated by GroupQueryAttention from constant tables."""
+        block = find_block(graph, layer)
+        attention = find_attention(block)
+        tables = [attention.inputs[place] for place in _TABLES]
+        values = [None if table is None else table.const_value for table in tables]
+        if any(value is None for value in values):
+            raise RefusalError(layer, "the tables of its rotary embedding are no constants")
+        cosines, sines = (value.numpy() for value in values if value is not None)
+        interleaved = bool(attention.attributes.get_int("rotary_interleaved", 0))
+        keys, held = (str(past.name) for past in block.pasts)
+        return cls((keys, held), attention.attributes["kv_num_heads"].as_int(), Rotary(cosines, sines, interleaved))
+
+    def fill(self, decoder: OnnxDecoder, given: Mapping[Port, np.ndarray], place: int) -> None:
+        """Put keys and values [1, T, K] of all tokens but the first at `place` into the end of the caches."""
+        keys, values = (self._heads(given[port][:, 1:]) for port in (Port.KEYS, Port.VALUES))
+        for cache, rows in zip(self.caches, (self.rotary(keys, place + 1), values), strict=True):
+            decoder.overwrite(cache, rows)
+
+    def _heads(self, x_1TK: np.ndarray) -> np.ndarray:
+        return x_1TK.reshape(*x_1TK.shape[:2], self.heads, -1).swapaxes(1, 2)
