@@ -30,7 +30,7 @@ from torch import nn
 
 from nbl_export.mixers.base import OWN, Port, StateSpec
 
-__all__ = ["MixerModule", "NothingModule", "PortModule", "TrainedLinear", "Wrapped"]
+__all__ = ["MixerModule", "NothingModule", "PortModule", "TrainedLinear", "Wrapped", "valid_rows"]
 
 
 _OVERSAMPLED = 16  # extra singular vectors, so that the wanted singular vectors are exact
@@ -46,6 +46,7 @@ class MixerModule(nn.Module):
         state: what the mixer remembers.
         gives: as in `base.Mixer`.
         reads: streams of other layers that the mixer reads.
+        near: for predicted keys, the tokens at the end of a step that climb above the cut (`model.cut`).
         streams: their values [B, T, D] in this step.
         layer_idx: index of the layer in the cache; None to use no cache.
     """
@@ -53,6 +54,7 @@ class MixerModule(nn.Module):
     state: StateSpec | None = None
     gives: tuple[Port, ...] = (Port.OUTPUT,)
     reads: tuple[int, ...] = ()
+    near: int | None = None
 
     def __init__(self, multiplier: float = 1.0) -> None:
         super().__init__()
@@ -104,11 +106,13 @@ class PortModule(nn.Module):
 
 def _without_padding(x_BTD: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """x with rows of zeros for tokens of padding: those that a mask [B, 1, T, S] keeps from reading themselves."""
-    if mask is None:
-        return x_BTD
-    own_BT = mask[:, 0].diagonal(mask.shape[-1] - x_BTD.shape[1], 1, 2)
-    valid_BT = own_BT if own_BT.dtype == torch.bool else own_BT == 0
-    return x_BTD * valid_BT[..., None]
+    return x_BTD if mask is None else x_BTD * valid_rows(mask, x_BTD.shape[1])[..., None]
+
+
+def valid_rows(mask: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Which tokens of a step are no padding [B, T], by a mask [B, 1, T, S], boolean or added to scores."""
+    own_BT = mask[:, 0].diagonal(mask.shape[-1] - tokens, 1, 2)
+    return own_BT if own_BT.dtype == torch.bool else own_BT == 0
 
 
 class Wrapped(MixerModule):

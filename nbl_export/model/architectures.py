@@ -14,8 +14,8 @@ from nbl_export.model.architecture_record import Architecture
 from nbl_export.model.experts import GRANITE, MIXTRAL, QWEN, Experts
 from nbl_export.records.mlp import MlpSpec
 
-__all__ = ["ARCHITECTURES", "LINEARIZED", "REFUSED", "check_config", "check_window", "is_hybrid", "mlp_of",
-           "windows_of"]  # fmt: skip
+__all__ = ["ARCHITECTURES", "LINEARIZED", "REFUSED", "architecture_of", "check_config", "check_window", "is_hybrid",
+           "mlp_of", "unlike_llama", "windows_of"]  # fmt: skip
 
 
 _CAUSAL = {"use_bidirectional_attention": (None, False)}
@@ -248,6 +248,33 @@ def is_hybrid(config: Mapping[str, Any]) -> bool:
         or (isinstance(kinds, Sequence) and any(kind in _NO_ATTENTION for kind in kinds if isinstance(kind, str)))
         or (isinstance(inner, Mapping) and is_hybrid(inner))
     )
+
+
+def architecture_of(config: Any) -> Architecture:
+    """The record of a transformers configuration, also of a linearized model's."""
+    return ARCHITECTURES[config.model_type.removeprefix(LINEARIZED)]
+
+
+_LIKE_LLAMA = ("llama", "mistral", "qwen2", "granite")
+
+
+def unlike_llama(attention: Any, config: Any, index: int) -> str | None:
+    """What a layer's attention has that llama's has not; None for nothing.
+
+    Args:
+        attention: the module of transformers.
+        index: of the layer.
+    """
+    record = architecture_of(config)
+    checks = (
+        (record.norm_after is not None, "it has a norm behind it"),
+        (getattr(attention, "q_norm", None) is not None, "it norms queries and keys"),
+        (record.fused_qkv is not None, "its queries, keys and values are one product"),
+        (bool(getattr(config, "no_rope_layers", None)), "some of its layers have no rotary embedding"),
+        (windows_of(config)[index] is not None, "it has a window of its own, without the first token"),
+        (record.name not in _LIKE_LLAMA, f"its attention is not that of {', '.join(_LIKE_LLAMA)}"),
+    )
+    return next((reason for found, reason in checks if found), None)
 
 
 def windows_of(config: Any) -> tuple[int | None, ...]:

@@ -3,8 +3,9 @@
     before   x --- norm --- self_attn --- (norm) ---(+ x)---      after   x --- Identity --- mixer ---(+ x)---
 
 No modelling file is forked: the layer's own forward still adds the residual. The norm before attention becomes the
-identity, since the mixer acts on the residual stream (tap "residual"). A norm after attention does too. The attention
-block is as its architecture's record describes it (`architectures`):
+identity, since the mixer acts on the residual stream (tap "residual"). A norm after attention does too. With predicted
+keys, a layer's forward runs on few rows (`cut`), or its attention mixes own and predicted keys (`all_positions`). The
+attention block is as its architecture's record describes it (`architectures`):
 
     x ---+--- norm before --- self_attn --- norm after --- * multiplier ---+--- x + y
          `-----------------------------------------------------------------'
@@ -24,8 +25,9 @@ from torch import nn
 from nbl_export.errors import NblError
 from nbl_export.mixers.base import Mixer, Port
 from nbl_export.mixers.modules import MixerModule, PortModule
-from nbl_export.model.architecture_record import Architecture
-from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED
+from nbl_export.model.all_positions import Everywhere
+from nbl_export.model.architectures import architecture_of
+from nbl_export.model.cut import Climb, check_cut, check_served
 
 __all__ = ["PassThrough", "architecture_of", "block_modules", "linearize", "multiplier_of", "port_output",
            "port_width", "projection", "replace_attention", "replaced", "run_from", "switched"]  # fmt: skip
@@ -47,6 +49,7 @@ def linearize(model: Any, maps: Mapping[int, Mixer], tap: str = "residual") -> A
 def replace_attention(model: Any, modules: Mapping[int, MixerModule], tap: str) -> None:
     """Put modules into layers for good. They take on attention's dtype, device and cache index."""
     decoder = model.get_decoder()
+    places = list(_places(decoder, modules, tap, served=True))
     for index, module in modules.items():
         reference = next(decoder.layers[index].self_attn.parameters())
         module.layer_idx = index
@@ -54,25 +57,37 @@ def replace_attention(model: Any, modules: Mapping[int, MixerModule], tap: str) 
         if Port.OUTPUT not in module.gives:
             decoder.layers[index].self_attn.mixer = module  # so that the model's weights include it
     _watch(decoder, modules)
-    for owner, name, new in _places(decoder, modules, tap):
+    for owner, name, new in places:
         setattr(owner, name, new)
 
 
-def _places(decoder: Any, modules: Mapping[int, MixerModule], tap: str) -> Iterator[tuple[Any, str, nn.Module]]:
-    """Owner, attribute and new module of what the modules of layers change.
+Place = tuple[Any, str, Any]  # owner, attribute and new value of what the modules of layers change
+
+
+def _places(decoder: Any, modules: Mapping[int, MixerModule], tap: str, *, served: bool) -> Iterator[Place]:
+    """Where the modules of layers enter them.
 
     Raises:
-        NblError: a module gives keys, and the layer's attention makes keys in another way.
+        NblError: a module gives keys, and the layer's attention makes keys in another way, or a layer above a cut needs
+            rows that do not climb.
     """
     for index, module in modules.items():
         layer = decoder.layers[index]
         if Port.OUTPUT in module.gives:
             yield layer, "self_attn", module
             yield from ((layer, name, nn.Identity()) for name in block_modules(decoder.config, tap))
+        elif module.near is not None:
+            check_cut(layer, decoder.config, index)
+            if not served:
+                yield layer.self_attn, "forward", Everywhere(layer.self_attn, module)
         else:
             for port in module.gives:
                 projection(layer, port)
                 yield layer.self_attn, _PROJECTIONS[port], PortModule(module, port)
+    if served and (found := check_served(modules, len(decoder.layers))) is not None:
+        cut, near = found
+        for index, layer in list(enumerate(decoder.layers))[cut:]:
+            yield layer, "forward", Climb(layer, modules[index], near)
 
 
 def _watch(decoder: Any, modules: Mapping[int, MixerModule]) -> list[Any]:
@@ -94,19 +109,24 @@ def replaced(model: Any, maps: Mapping[int, Mixer], tap: str) -> Iterator[None]:
     modules = {i: mixer.module(multiplier_of(model.config)).to(model.device) for i, mixer in maps.items()}
     for index, module in modules.items():
         module.layer_idx = index
-    with switched(model.get_decoder(), modules, tap):
+    with switched(model.get_decoder(), modules, tap, served=True):
         yield
 
 
 @contextlib.contextmanager
-def switched(decoder: Any, modules: Mapping[int, MixerModule], tap: str, first: int = 0) -> Iterator[None]:
+def switched(
+    decoder: Any, modules: Mapping[int, MixerModule], tap: str, first: int = 0, *, served: bool = False
+) -> Iterator[None]:
     """Within: layers of a decoder have these modules; layers below `first`, of which none is read, pass their input on.
 
     Layers below `first` stay in the list, since decoders look up a layer's mask and rotary embedding by its index.
+
+    Args:
+        served: layers above a cut compute what is served (`model.cut`), not all positions (`model.all_positions`).
     """
     layers = decoder.layers
-    places = list(_places(decoder, modules, tap))
-    before = [getattr(owner, name) for owner, name, _ in places]
+    places = list(_places(decoder, modules, tap, served=served))
+    before = [vars(owner).get(name, owner._modules.get(name)) for owner, name, _ in places]
     handles = _watch(decoder, modules)
     try:
         for owner, name, new in places:
@@ -116,7 +136,10 @@ def switched(decoder: Any, modules: Mapping[int, MixerModule], tap: str, first: 
     finally:
         decoder.layers = layers
         for (owner, name, _), was in zip(places, before, strict=True):
-            setattr(owner, name, was)
+            if was is None:  # the forward of its class
+                delattr(owner, name)
+            else:
+                setattr(owner, name, was)
         for handle in handles:
             handle.remove()
 
@@ -126,11 +149,6 @@ class PassThrough(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
         return hidden_states
-
-
-def architecture_of(config: Any) -> Architecture:
-    """The record of a transformers configuration, also of a linearized model's."""
-    return ARCHITECTURES[config.model_type.removeprefix(LINEARIZED)]
 
 
 def multiplier_of(config: Any) -> float:

@@ -12,14 +12,13 @@ import torch
 from nbl_export.errors import NblError
 from nbl_export.mixers.window import Window
 from nbl_export.mixers.windowed import WindowShape
-from nbl_export.model.architectures import windows_of
+from nbl_export.model.architectures import architecture_of, unlike_llama
 from nbl_export.model.checkpoint.pretrained import config_of
-from nbl_export.model.linearize import architecture_of, multiplier_of
+from nbl_export.model.linearize import multiplier_of
 from nbl_export.model.one_layer import WeightReader, one_layer
 
 __all__ = ["blank_windows", "window_layers"]
 
-_LIKE_LLAMA = ("llama", "mistral", "qwen2", "granite")  # architectures with the attention that a window computes
 Take = Callable[..., np.ndarray]  # tensors -> one array of their rows
 
 
@@ -93,17 +92,10 @@ def _rotary(decoder: Any, layer: int) -> tuple[np.ndarray, float]:
 
 def _unsupported(attention: Any, config: Any, index: int) -> str | None:
     """What its attention has that a window does not have."""
-    record = architecture_of(config)
     rope = getattr(config, "rope_parameters", None) or {}
     flat = rope.get("rope_type", "default") in ("default", "linear", "llama3")
     checks = (
-        (record.norm_after is not None, "it has a norm behind it"),
-        (getattr(attention, "q_norm", None) is not None, "it norms queries and keys"),
-        (record.fused_qkv is not None, "its queries, keys and values are one product"),
         (not flat, f"its rotary embedding is of type {rope.get('rope_type')!r}"),
-        (bool(getattr(config, "no_rope_layers", None)), "some of its layers have no rotary embedding"),
-        (windows_of(config)[index] is not None, "it has a window of its own, without the first token"),
         (getattr(getattr(attention, "o_proj", None), "bias", None) is not None, "its output has a bias"),
-        (record.name not in _LIKE_LLAMA, f"its attention is not that of {', '.join(_LIKE_LLAMA)}"),
     )
-    return next((reason for found, reason in checks if found), None)
+    return unlike_llama(attention, config, index) or next((reason for found, reason in checks if found), None)

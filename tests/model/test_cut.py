@@ -1,0 +1,245 @@
+"""A decoder above a cut, as served: against the original called three times, with its cache edited in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import DynamicCache
+
+from nbl_export.errors import NblError
+from nbl_export.mixers.base import Mixer
+from nbl_export.mixers.predicted import Predicted
+from nbl_export.model.checkpoint.load import load_model
+from nbl_export.model.cut import own_map
+from nbl_export.model.linearize import linearize, replaced, switched
+
+from ..tiny import EPSILON, HIDDEN, LAYERS, VOCAB
+
+SUPPORTED = ("llama", "llama3", "llama-linear", "llama-yarn", "llama-bias", "mistral", "qwen2", "granite")
+REFUSED = {
+    "qwen3": "it norms queries and keys",
+    "mistral-window": "it has a window of its own",
+    "phi3": "are one product",
+    "gemma2": "it has a norm behind it",
+    "smollm3": "no rotary embedding",
+    "stablelm": "its attention is not that of",
+}
+W = 5
+
+
+def ids(count: int, rows: int = 1, seed: int = 5) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).integers(2, VOCAB, (rows, count)))
+
+
+def maps_from(model: Any, cut: int, *, before: bool = True, near: int = W) -> dict[int, Predicted]:
+    """The exact map of the cut's layer, and random maps above it."""
+    made = {cut: own_map(model, cut, near, before=before)}
+    for layer in range(cut + 1, LAYERS):
+        rng = np.random.default_rng(layer)
+        weight = rng.normal(size=made[cut].weight.shape).astype(np.float32) / 8
+        bias = rng.normal(size=len(weight)).astype(np.float32)
+        made[layer] = Predicted(weight, bias, HIDDEN, cut, near, EPSILON)
+    return made
+
+
+def by_hand(
+    model: Any, maps: Mapping[int, Predicted], cache: DynamicCache, text: torch.Tensor
+) -> tuple[torch.Tensor, DynamicCache]:
+    """Logits of the near rows (of all rows of a short step) and the cache, by the original model alone."""
+    cut, tokens, past = min(maps), text.shape[1], cache.get_seq_length()
+    if tokens <= W + 1:
+        return model(text, cache=cache).logits, cache
+    whole = model(text, cache=copied(cache), output_hidden_states=True)
+    first = copied(cache)
+    model(text[:, :1], cache=first)
+    kept = DynamicCache()
+    cos, sin = model.model.rotary_emb(text.float(), torch.arange(past + 1, past + tokens - W)[None])
+    for layer in range(LAYERS):
+        if layer < cut:
+            keys, values = (
+                part[:, :, :-W] for part in (whole.cache.layers[layer].keys, whole.cache.layers[layer].values)
+            )
+        else:
+            keys, values = first.layers[layer].keys, first.layers[layer].values
+            if layer not in maps:  # a linear map tells the cache of each token by a number
+                kept.update(keys.expand(-1, -1, tokens - W, -1), values.expand(-1, -1, tokens - W, -1), layer)
+                continue
+            far = predicted(maps[layer], whole.hidden_states[cut])[:, 1:-W].unflatten(2, (-1, keys.shape[-1]))
+            far_keys, far_values = far.transpose(1, 2).chunk(2, 1)
+            half = keys.shape[-1] // 2
+            turned = torch.cat([-far_keys[..., half:], far_keys[..., :half]], -1)
+            keys = torch.cat([keys, far_keys * cos[:, None] + turned * sin[:, None]], 2)
+            values = torch.cat([values, far_values], 2)
+        kept.update(keys, values, layer)
+    return model(text[:, -W:], cache=kept).logits, kept
+
+
+def predicted(mixer: Predicted, x: torch.Tensor) -> torch.Tensor:
+    """Keys and values [B, T, 2 K] by the map's numbers."""
+    x = x / (x.square().mean(2, keepdim=True) + mixer.epsilon).sqrt()
+    if mixer.before:
+        x = torch.cat([x, x.roll(1, 1)], 2)
+    return x @ torch.from_numpy(mixer.weight).T + torch.from_numpy(mixer.bias)
+
+
+def copied(cache: DynamicCache) -> DynamicCache:
+    made = DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        made.update(layer.keys, layer.values, index)
+    return made
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+@torch.inference_mode()
+def test_steps_of_any_size_are_the_originals_with_an_edited_cache(name: str, checkpoint: Callable[[str], Path]) -> None:
+    model = load_model(checkpoint(name))
+    for cut, before in ((0, True), (1, False), (1, True), (2, True)):
+        maps = maps_from(model, cut, before=before)
+        climbing = linearize(load_model(checkpoint(name)), maps)
+        cache, ours = DynamicCache(), DynamicCache()
+        for tokens in (W + 2, 1, 19, W + 1, 7, 3 * W):
+            text = ids(tokens, 2, tokens)
+            right, cache = by_hand(model, maps, cache, text)
+            found = climbing(text, cache=ours, use_cache=True).logits
+            torch.testing.assert_close(found[:, -right.shape[1] :], right, rtol=1e-4, atol=1e-4)
+            for mine, held in zip(ours.layers, cache.layers, strict=True):
+                torch.testing.assert_close(mine.keys, held.keys, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(mine.values, held.values, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_a_short_prompt_is_the_originals_bit_for_bit(checkpoint: Callable[[str], Path]) -> None:
+    model = load_model(checkpoint("qwen2"))
+    maps = maps_from(model, 1)
+    for tokens in (1, W, W + 1, W + 2):
+        right = model(ids(tokens), use_cache=False).logits
+        with replaced(model, maps, "residual"):
+            found = model(ids(tokens), use_cache=False).logits
+        assert torch.equal(found, right) == (tokens <= W + 1)
+
+
+@torch.inference_mode()
+def test_rows_that_do_not_climb_are_nan_and_the_model_is_itself_again(checkpoint: Callable[[str], Path]) -> None:
+    model, text = load_model(checkpoint("llama")), ids(20)
+    right = model(text, use_cache=False).logits
+    with replaced(model, maps_from(model, 1), "residual"):
+        found = model(text, use_cache=False).logits[0]
+    climbed = [0, *range(20 - W, 20)]
+    assert (~found.isnan().any(1)).nonzero()[:, 0].tolist() == climbed
+    assert torch.equal(model(text, use_cache=False).logits, right)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.inference_mode()
+def test_a_sequence_of_a_padded_batch_is_as_alone(attention: str, checkpoint: Callable[[str], Path]) -> None:
+    model = load_model(checkpoint("llama"))
+    model.set_attn_implementation(attention)
+    linearize(model, maps_from(model, 1))
+    texts = [ids(16, seed=1), ids(9, seed=2), ids(12, seed=3)]
+    block, valid = torch.zeros(3, 16, dtype=torch.long), torch.zeros(3, 16, dtype=torch.long)
+    for row, text in enumerate(texts):
+        block[row, -text.shape[1] :], valid[row, -text.shape[1] :] = text[0], 1
+    cache, later = DynamicCache(), ids(2 * W, 3)
+    positions = (valid.cumsum(1) - 1).clamp(min=0)
+    found = model(block, attention_mask=valid, position_ids=positions, cache=cache, use_cache=True).logits[:, -W:]
+    valid = torch.cat([valid, torch.ones_like(later)], 1)
+    positions = positions[:, -1:] + torch.arange(1, 1 + 2 * W)
+    then = model(later, attention_mask=valid, position_ids=positions, cache=cache).logits
+    for row, text in enumerate(texts):
+        alone = DynamicCache()
+        right = model(text, cache=alone, use_cache=True).logits[0, -W:]
+        torch.testing.assert_close(found[row], right, rtol=1e-4, atol=1e-4)
+        right = model(later[row][None], cache=alone).logits[0]
+        torch.testing.assert_close(then[row], right, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@torch.inference_mode()
+def test_the_shortest_sequence_says_whether_a_batch_climbs(checkpoint: Callable[[str], Path]) -> None:
+    model = load_model(checkpoint("llama"))
+    text, valid = ids(16, 2), torch.ones(2, 16, dtype=torch.long)
+    valid[1, : 16 - W - 1] = 0
+    right = model(text, attention_mask=valid, use_cache=False).logits
+    with replaced(model, maps_from(model, 1), "residual"):
+        assert torch.equal(model(text, attention_mask=valid, use_cache=False).logits, right)
+        with pytest.raises(NblError, match="padded on the left"):
+            model(text, attention_mask=valid.flip(1), use_cache=False)
+
+
+@torch.inference_mode()
+def test_generate_continues_from_the_cache(checkpoint: Callable[[str], Path]) -> None:
+    model = load_model(checkpoint("llama"))
+    maps, text, cache = maps_from(model, 1), ids(30), DynamicCache()
+    logits, cache = by_hand(model, maps, cache, text)
+    right: list[int] = []
+    for _ in range(6):
+        right.append(int(logits[0, -1].argmax()))
+        logits = model(torch.tensor([right[-1:]]), cache=cache).logits
+    linearize(model, maps)
+    model.generation_config.eos_token_id = None
+    found = model.generate(text, max_new_tokens=6, do_sample=False)
+    assert found[0, 30:].tolist() == right
+
+
+@torch.inference_mode()
+def test_linear_layers_stand_above_a_cut(checkpoint: Callable[[str], Path], random_maps: Any) -> None:
+    """A map above the cut computes the rows that climb; below the top, its layer only passes them on."""
+    model, text = load_model(checkpoint("llama")), ids(20)
+    maps: dict[int, Mixer] = {**maps_from(model, 1), 2: random_maps(2)[2]}
+    alone = {2: maps[2]}
+    with replaced(model, alone, "residual"):
+        right, cache = by_hand(model, {1: maps[1]}, DynamicCache(), text)  # type: ignore[dict-item]
+    ours = DynamicCache()
+    with replaced(model, maps, "residual"):
+        found = model(text, cache=ours, use_cache=True).logits[:, -W:]
+    torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
+    assert [layer.get_seq_length() for layer in ours.layers] == [20, 20, 20]
+    torch.testing.assert_close(ours.layers[1].keys, cache.layers[1].keys)
+
+
+def test_the_map_of_the_cuts_own_layer_is_exact(checkpoint: Callable[[str], Path]) -> None:
+    for name in ("llama-bias", "qwen2", "granite"):
+        model = load_model(checkpoint(name))
+        layer = model.get_decoder().layers[1]
+        with torch.inference_mode():
+            x = model(ids(20), use_cache=False, output_hidden_states=True).hidden_states[1]
+            for before in (False, True):
+                mixer = own_map(model, 1, W, before=before)
+                assert (mixer.cut, mixer.near, mixer.before, mixer.inputs) == (1, W, before, HIDDEN)
+                found = predicted(mixer, x)
+                normed = layer.input_layernorm(x)
+                right = torch.cat([layer.self_attn.k_proj(normed), layer.self_attn.v_proj(normed)], 2)
+                torch.testing.assert_close(found, right, rtol=1e-5, atol=2e-6 * float(right.abs().max()))
+
+
+def test_weights_of_maps_are_the_models(checkpoint: Callable[[str], Path]) -> None:
+    model = load_model(checkpoint("llama"))
+    names = set(model.state_dict())
+    linearize(model, maps_from(model, 1))
+    added = {f"model.layers.{i}.self_attn.mixer.linear.{part}" for i in (1, 2) for part in ("weight", "bias")}
+    assert set(model.state_dict()) - names == added
+
+
+def test_what_cannot_stand_above_a_cut_is_refused(checkpoint: Callable[[str], Path]) -> None:
+    model = load_model(checkpoint("llama"))
+    maps = maps_from(model, 1)
+    with pytest.raises(NblError, match="layer 2: above the cut at layer 1"):
+        linearize(model, {1: maps[1]})
+    with pytest.raises(NblError, match="one cut"):
+        linearize(model, {**maps, 2: own_map(model, 2, W, before=True)})
+    assert not any("mixer" in name for name in model.state_dict())
+    for name, reason in REFUSED.items():
+        other = load_model(checkpoint(name))
+        with pytest.raises(NblError, match=reason):
+            linearize(other, maps)
+        with pytest.raises(NblError, match=reason), switched(other.get_decoder(), modules(maps), "residual"):
+            pass
+
+
+def modules(maps: Mapping[int, Mixer]) -> dict[int, Any]:
+    return {layer: mixer.module() for layer, mixer in maps.items()}
