@@ -22,6 +22,7 @@ import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.caches import graph_caches, graph_states
+from nbl_export.graph.emitter import values_read
 from nbl_export.graph.names import node_name
 
 __all__ = ["PRODUCTS", "AttentionBlock", "Join", "cache_layers", "find_attention", "find_block", "find_reader",
@@ -195,7 +196,7 @@ def _ancestors(value: ir.Value, stop: set[ir.Value]) -> set[ir.Value]:
         found.add(here)
         producer = here.producer()
         if here not in stop and producer is not None and producer.op_type not in _READS_ONLY_SHAPE:
-            waiting.extend(v for v in producer.inputs if v is not None)
+            waiting.extend(values_read(producer))
     return found
 
 
@@ -205,7 +206,7 @@ def _descendants(graph: ir.Graph, sources: Iterable[ir.Value], stop: ir.Node | N
     for node in graph:
         if node is stop:
             break
-        if node.op_type not in _READS_ONLY_SHAPE and any(v in reached for v in node.inputs):
+        if node.op_type not in _READS_ONLY_SHAPE and any(v in reached for v in values_read(node)):
             reached.update(node.outputs)
     return reached
 
@@ -215,10 +216,10 @@ def _find_join(graph: ir.Graph, layer: int, pasts: tuple[ir.Value, ...], present
     reached = set(pasts)
     last = None
     for node in graph:
-        if node.op_type in _READS_ONLY_SHAPE or not any(v in reached for v in node.inputs):
+        if node.op_type in _READS_ONLY_SHAPE or not any(v in reached for v in values_read(node)):
             continue
         if _is_residual_add(node, reached):
-            if _is_only_door(node, reached, presents):
+            if _is_only_door(graph, node, reached, presents):
                 return node
             last = node
         reached.update(node.outputs)
@@ -241,15 +242,14 @@ def _is_residual_add(node: ir.Node, reached: set[ir.Value]) -> bool:
     return len(inside) == 1 and len(outside) == 1 and not is_constant(outside[0])
 
 
-def _is_only_door(door: ir.Node, reached: set[ir.Value], presents: tuple[ir.Value, ...]) -> bool:
+def _is_only_door(graph: ir.Graph, door: ir.Node, reached: set[ir.Value], presents: tuple[ir.Value, ...]) -> bool:
     """Whether reached values leave through `door` alone; present caches may also leave as graph outputs."""
-    for value in reached:
-        for user in value.consumers():
-            if user is door or user.op_type in _READS_ONLY_SHAPE:
-                continue
-            if any(_is_open(output, presents) for output in user.outputs if output not in reached):
-                return False
-        if value.is_graph_output() and value not in presents:
+    if any(value.is_graph_output() and value not in presents for value in reached):
+        return False
+    for user in graph:
+        if user is door or user.op_type in _READS_ONLY_SHAPE or not any(v in reached for v in values_read(user)):
+            continue
+        if any(_is_open(output, presents) for output in user.outputs if output not in reached):
             return False
     return True
 

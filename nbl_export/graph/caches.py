@@ -101,7 +101,7 @@ def graph_states(graph: ir.Graph) -> dict[int, LayerCaches]:
 def _refuse_control_flow(graph: ir.Graph) -> None:
     """Refuse branches that read values of the outer graph and so hide the dataflow; tables by length are accepted.
 
-    The rewrite's own branches are accepted too: they are in layers that have no cache.
+    The rewrite's own branches are accepted too: `_trace` looks into them.
     """
     for node in graph:
         given = {value for value in node.inputs if value is not None}
@@ -136,6 +136,9 @@ def _trace(
     node = value.producer()
     if node is None:
         return
+    if node.op_type == "If":
+        yield from _trace_branch(node, value, present)
+        return
     if node.op_type in _ATTENTION:
         slot = _ATTENTION[node.op_type].get(value.index() or 0)
         sources, merge = ([] if slot is None else list(node.inputs[slot : slot + 1])), (node, slot or 0)
@@ -148,6 +151,13 @@ def _trace(
     for source in sources:
         if source is not None:
             yield from _trace(source, present, merge, seen)
+
+
+def _trace_branch(choice: ir.Node, value: ir.Value, present: ir.Value) -> Iterator[_Pair]:
+    """Trace an output of the rewrite's own choice in its second branch, the original's; the choice is the merge."""
+    inner = choice.attributes["else_branch"].as_graph().outputs[value.index() or 0]
+    for pair in _trace(inner, present, None, set()):
+        yield _Pair(pair.past, present, choice, pair.slot)
 
 
 def _can_hold_a_cache(value: ir.Value) -> bool:

@@ -71,7 +71,7 @@ class Maker:
         self._prefix, self._dtype = prefix, dtype
 
     def __call__(
-        self, op_type: str, name: str, *inputs: ir.Value, kind: ir.DataType | None = None, outputs: int = 1,
+        self, op_type: str, name: str, *inputs: ir.Value | None, kind: ir.DataType | None = None, outputs: int = 1,
         domain: str = "", **attributes: Any,
     ) -> Any:  # fmt: skip
         """The output of a new node; several if `outputs` is not 1."""

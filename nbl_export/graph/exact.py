@@ -12,12 +12,13 @@ graph is loaded. The logits of SmolLM2 in int8 are equal bit for bit in both way
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import psutil
 
-__all__ = ["exact_model"]
+__all__ = ["exact_model", "graphs_of"]
 
 _FLOAT32 = 1  # onnxruntime, docs/ContribOperators.md, MatMulNBits
 _FUSED = {"session.qdq_matmulnbits_accuracy_level": str(_FLOAT32)}  # of a DequantizeLinear and a MatMul
@@ -26,24 +27,34 @@ _NOT_FUSED = {"session.disable_quant_qdq": "1"}  # otherwise the pair becomes a 
 
 def exact_model(proto: Any) -> dict[str, str]:
     """Change a graph in place, without its external data; returns entries of the session's configuration."""
+    graphs = list(graphs_of(proto.graph))
     stored = {tensor.name for tensor in proto.graph.initializer}
-    uses = Counter(name for node in proto.graph.node for name in node.input)
-    wide = {
-        node.name
-        for node in proto.graph.node
-        if node.op_type == "MatMulNBits" and _numbers(node).get("bits") == 8
+    uses = Counter(name for graph in graphs for node in graph.node for name in node.input)
+    products = [node for graph in graphs for node in graph.node if node.op_type == "MatMulNBits"]
+    wide = [
+        node
+        for node in products
+        if _numbers(node).get("bits") == 8
         if _numbers(node)["K"] % _numbers(node)["block_size"] == 0  # the last block of a row is not padded
         if len(node.input) <= 4 and all(name in stored and uses[name] == 1 for name in node.input[1:3])
-    }
-    size = sum(4 * _numbers(node)["N"] * _numbers(node)["K"] for node in proto.graph.node if node.name in wide)
+    ]
+    size = sum(4 * _numbers(node)["N"] * _numbers(node)["K"] for node in wide)
     if size > psutil.virtual_memory().available / 2:
-        wide = set()
-    nodes = [new for node in proto.graph.node for new in (_dequantised(proto, node) if node.name in wide else [node])]
-    del proto.graph.node[:]
-    proto.graph.node.extend(nodes)
-    for attribute in (a for node in proto.graph.node if node.op_type == "MatMulNBits" for a in node.attribute):
+        wide = []
+    made = [new for node in wide for new in _dequantised(proto, node)]
+    for attribute in (a for node in products for a in node.attribute):
         attribute.i = _FLOAT32 if attribute.name == "accuracy_level" else attribute.i
+    nodes = list(proto.graph.node)
+    del proto.graph.node[:]
+    proto.graph.node.extend([*made, *nodes])
     return _FUSED | (_NOT_FUSED if wide else {})
+
+
+def graphs_of(graph: Any) -> Iterator[Any]:
+    """A graph, and the graphs inside its nodes."""
+    yield graph
+    for attribute in (a for node in graph.node for a in node.attribute if a.HasField("g")):
+        yield from graphs_of(attribute.g)
 
 
 def _numbers(node: Any) -> dict[str, int]:
@@ -51,6 +62,7 @@ def _numbers(node: Any) -> dict[str, int]:
 
 
 def _dequantised(proto: Any, node: Any) -> list[Any]:
+    """Make a MatMul of a MatMulNBits; returns the nodes that make its matrix, outside of all branches."""
     from onnx import helper, numpy_helper
 
     own, tensors = _numbers(node), {tensor.name: tensor for tensor in proto.graph.initializer}
@@ -64,8 +76,9 @@ def _dequantised(proto: Any, node: Any) -> list[Any]:
         proto.graph.initializer.append(numpy_helper.from_array(np.full(shape, 128, np.uint8), zeros))
     blocks: dict[str, Any] = {"axis": 1, "block_size": own["block_size"]}
     wide, turned = f"{name}/wide", f"{name}/turned"
-    return [
+    made = [
         helper.make_node("DequantizeLinear", [codes, scales, zeros], [wide], f"{name}/DequantizeLinear", **blocks),
         helper.make_node("Transpose", [wide], [turned], f"{name}/Transpose"),
-        helper.make_node("MatMul", [x, turned], list(node.output), f"{name}/MatMul"),
     ]
+    node.CopyFrom(helper.make_node("MatMul", [x, turned], list(node.output), f"{name}/MatMul"))
+    return made

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from nbl_export.records.decoder import STATE_SUFFIXES
 
-__all__ = ["ALL_LOGITS_FILE", "ALL_LOGITS_IR", "DETOKENIZER_IR", "GENAI_CONFIG", "GRAPH_FILE", "IR_FILE",
+__all__ = ["ALL_LOGITS_FILE", "ALL_LOGITS_IR", "CUT_ROWS", "DETOKENIZER_IR", "GENAI_CONFIG", "GRAPH_FILE", "IR_FILE",
            "IR_WEIGHTS", "MANIFEST", "OWN_NODES", "STATIC_GRAPH_FILE", "TOKENIZER_IR", "all_logits_file",
            "constant_name", "graph_file", "node_name", "product_name", "state_names"]  # fmt: skip
 
@@ -21,6 +21,7 @@ TOKENIZER_IR = "openvino_tokenizer.xml"
 DETOKENIZER_IR = "openvino_detokenizer.xml"
 MANIFEST = "nbl.json"  # in a run directory and in a deployable directory
 OWN_NODES = "/nbl/"  # begins the names of nodes that the rewrite adds
+CUT_ROWS = "/nbl/cut/Rows"  # the node that takes the rows that climb above a cut; the last token's row comes first
 
 
 def graph_file(directory: Path) -> str:

@@ -40,7 +40,9 @@ def quantize_weight(graph: ir.Graph, node: ir.Node, block: int) -> bool:
     )
     wide.outputs[0].name = f"{weight.name}_wide"
     wide.outputs[0].shape, wide.outputs[0].type = ir.Shape(dims), ir.TensorType(dtype)
-    graph.insert_before(node, [wide])
+    home = node.graph
+    assert home is not None
+    home.insert_before(node, [wide])  # the node may be in a branch
     node.replace_input_with(1, wide.outputs[0])
     del graph.initializers[str(weight.name)]
     return True

@@ -22,6 +22,7 @@ from nbl_export.mixers.base import Mixer, cacheless, state_of
 from nbl_export.records.plan import spoken_layers
 from nbl_export.rewrite.blocks import RewriteBlocks, SkipNormToAdd, Sweep
 from nbl_export.rewrite.caches import DropCaches, DropUnreadCaches, make_dense
+from nbl_export.rewrite.cut import CutPrompt, cut_layers
 from nbl_export.rewrite.quantize import QuantizeMapBlocks, QuantizeMaps
 from nbl_export.rewrite.tail import keep_last_token
 
@@ -30,8 +31,10 @@ __all__ = ["passes_for", "rewrite", "rewrite_model"]
 
 def passes_for(maps: Mapping[int, Mixer], tap: str = "residual") -> Sequence[ir.passes.PassBase]:
     """The passes of the rewrite, in order."""
+    cut = cut_layers(maps)
     return (
-        RewriteBlocks(maps, tap),
+        CutPrompt(maps),
+        RewriteBlocks({layer: mixer for layer, mixer in maps.items() if layer not in cut}, tap),
         DropCaches(cacheless(maps)),
         Sweep(),
         DropUnreadCaches(),

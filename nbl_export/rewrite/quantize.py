@@ -40,7 +40,7 @@ class QuantizeMaps(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         scheme = _scheme_of(model.graph)
-        ours = (n for n in model.graph if n.op_type == "MatMul" and (n.name or "").startswith(_PREFIX))
+        ours = (n for n in model.graph.all_nodes() if n.op_type == "MatMul" and (n.name or "").startswith(_PREFIX))
         maps = [n for n in ours if n.inputs[1] is not None and n.inputs[1].const_value is not None]
         if scheme is None or not maps:
             return ir.passes.PassResult(model, modified=False)
@@ -78,9 +78,11 @@ def _quantize(graph: ir.Graph, node: ir.Node, scheme: _Scheme) -> None:
     )
     output, old = replacement.outputs[0], node.outputs[0]
     output.shape, output.type = old.shape, old.type
-    graph.insert_before(node, [replacement])
-    old.replace_all_uses_with(output)
-    graph.remove(node, safe=True)
+    home = node.graph
+    assert home is not None
+    home.insert_before(node, [replacement])  # the node may be in a branch
+    old.replace_all_uses_with(output, replace_graph_outputs=True)
+    home.remove(node, safe=True)
     output.name = old.name
     del graph.initializers[str(weight.name)]
 
@@ -121,7 +123,7 @@ class QuantizeMapBlocks(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         block = _block_of(model.graph)
-        ours = (n for n in model.graph if n.op_type == "MatMul" and (n.name or "").startswith(_PREFIX))
+        ours = (n for n in model.graph.all_nodes() if n.op_type == "MatMul" and (n.name or "").startswith(_PREFIX))
         maps = [n for n in ours if n.inputs[1] is not None and n.inputs[1].const_value is not None]
         done = [] if block is None else [node for node in maps if quantize_weight(model.graph, node, block)]
         return ir.passes.PassResult(model, modified=bool(done))

@@ -40,7 +40,7 @@ from nbl_export.graph.anatomy import find_reader, is_constant, reading_layers
 from nbl_export.graph.caches import graph_states
 from nbl_export.graph.emitter import new_node, values_read
 from nbl_export.graph.files import read_graph
-from nbl_export.graph.names import ALL_LOGITS_FILE, graph_file, node_name
+from nbl_export.graph.names import ALL_LOGITS_FILE, CUT_ROWS, graph_file, node_name
 from nbl_export.rewrite.integers import Integers
 from nbl_export.rewrite.window import SHARED
 from nbl_export.rewrite.window_tail import Stage, stages_of, top_windows
@@ -68,7 +68,7 @@ class PruneTail(ir.passes.InPlacePass):
         block = find_reader(graph, reading_layers(graph)[-1])
         tail = _tail_of(graph, block.join)
         _check_tail(block.layer, block.join, tail)
-        last = LastValid(graph)
+        last = _LastClimbing(graph) if _LastClimbing.is_in(graph) else LastValid(graph)
         way = _way_of_single_tokens(block.join, block.branch_index)
         user, i = way[0]
         attention = user.inputs[i]
@@ -103,7 +103,24 @@ class PruneTail(ir.passes.InPlacePass):
         logits.shape = ir.Shape([_batch(graph), 1, _width(graph, logits)])
 
 
-def _take_last(last: LastValid | Stage, user: ir.Node, i: int, name: str) -> ir.Node:
+class _LastClimbing:
+    """The last row of a graph with a cut (`rewrite.cut`), as `LastValid`: its index among the rows that climb."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.index: list[ir.Node] = []
+        self.at = next(node for node in graph if node.name == CUT_ROWS).outputs[0]
+
+    @staticmethod
+    def is_in(graph: ir.Graph) -> bool:
+        """Whether a graph has a cut."""
+        return any(node.name == CUT_ROWS for node in graph)
+
+    def take(self, value: ir.Value, name: str) -> ir.Node:
+        """As `LastValid.take`."""
+        return new_node("GatherND", [value, self.at], f"{_PREFIX}/{name}", value.dtype, None, {"batch_dims": 1})
+
+
+def _take_last(last: LastValid | _LastClimbing | Stage, user: ir.Node, i: int, name: str) -> ir.Node:
     """Make the node that `user` now reads at its input i; the node is not in the graph yet."""
     value = user.inputs[i]
     assert value is not None

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from nbl_export.graph.exact import graphs_of
 from nbl_export.graph.files import check_structure, skeleton
 from nbl_export.graph.names import graph_file
 from nbl_export.records.decoder import ITEMSIZE, DecoderSpec, GraphContract, is_state
@@ -26,7 +27,7 @@ __all__ = ["check_file", "check_files", "check_pruned", "check_untouched", "held
 
 _OURS = re.compile(r"nbl\.layers\.\d+\.")
 # begin the names of shapes, indices and tables (`rewrite`)
-_SHAPES = ("nbl.states.", "nbl.window.", "nbl.tail.windows.")
+_SHAPES = ("nbl.states.", "nbl.window.", "nbl.tail.windows.", "nbl.cut.")
 _OUR_PRODUCT = re.compile(r"/nbl/layers\.\d+/MatMul")
 _SPOKEN = {"last": "of the last token", "all": "of all tokens"}
 # ONNX Runtime's symmetric quantiser spans [-8, 8) steps: the mirror image of a block's largest value is one step off.
@@ -97,10 +98,11 @@ def held_maps(directory: Path) -> HeldMaps:
     """What a directory's graph holds of mixers."""
     graph = onnx.load(str(directory / graph_file(directory)), load_external_data=False).graph
     tensors = {t.name: t for t in graph.initializer if _OURS.match(t.name)}
-    found = (n for n in graph.node if n.op_type in ("MatMul", "MatMulNBits") and _OUR_PRODUCT.match(n.name))
+    nodes = [node for part in graphs_of(graph) for node in part.node]
+    found = (n for n in nodes if n.op_type in ("MatMul", "MatMulNBits") and _OUR_PRODUCT.match(n.name))
     products = {n.name.partition("_Q")[0]: n for n in found}
-    wide = {n.name: n for n in graph.node if n.op_type == "DequantizeLinear"}
-    vectors = [n for n in graph.node if n.op_type in ("Add", "SimplifiedLayerNormalization")]
+    wide = {n.name: n for n in nodes if n.op_type == "DequantizeLinear"}
+    vectors = [n for n in nodes if n.op_type in ("Add", "SimplifiedLayerNormalization")]
     added = {c for n in vectors for c in n.input if c in tensors}
 
     def matrix(product: str, _constant: str) -> tuple[np.ndarray, np.ndarray]:

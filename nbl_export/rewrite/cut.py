@@ -1,0 +1,238 @@
+"""Of a long step, only the first row and the last W rows climb above a cut (`mixers.predicted`).
+
+    before   x [B, T, D] ------------------------ layer c -- ... -- logits [B, T, V]
+    after    x -- If(skip) -- rows [B, M, D] ---- layer c -- ... -- logits [B, M, V]
+                   `--------- features, positions ---^ of each layer (`cut_attention`)
+
+`skip`: each sequence of the step has more than W + 1 valid new tokens. M is W + 1 then, else T, and all is as before.
+So a decode step runs a few small nodes more, and an `If` around each attention above the cut. Matrices are outside of
+these choices, so each is stored once. If a skip norm makes x, its two inputs are taken instead of x, and it stays.
+
+The features of all T rows are the normed rows, and beside each, with `before`, the normed row of the token before it.
+Refuses attention above the cut without a map, and states there: their rows would be others than those that climb.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from nbl_export.errors import RefusalError
+from nbl_export.graph.anatomy import find_attention, find_block, graph_caches
+from nbl_export.graph.caches import graph_states
+from nbl_export.graph.emitter import Maker, choose, element_type, graph_input, new_node, register, values_read
+from nbl_export.graph.names import CUT_ROWS
+from nbl_export.mixers.base import Mixer
+from nbl_export.mixers.predicted import Predicted
+from nbl_export.rewrite.cut_attention import Climb, cut_attention
+from nbl_export.rewrite.integers import Integers
+from nbl_export.rewrite.tail import LastValid
+
+__all__ = ["CutPrompt", "cut_layers"]
+
+_PREFIX, _CONSTANTS = "/nbl/cut", "nbl.cut"
+_INT, _BOOL = ir.DataType.INT64, ir.DataType.BOOL
+_NORMS = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
+_SUM = 3  # output of a skip norm: the residual stream
+
+
+def cut_layers(mixers: Mapping[int, Mixer]) -> dict[int, Predicted]:
+    """The layers whose keys and values are predicted, ascending."""
+    return {layer: mixer for layer, mixer in sorted(mixers.items()) if isinstance(mixer, Predicted)}
+
+
+class CutPrompt(ir.passes.InPlacePass):
+    """Cut the graph below the lowest layer of a plan's predicted keys; run before the other mixers are put in.
+
+    Args:
+        mixers: of all layers.
+    """
+
+    def __init__(self, mixers: Mapping[int, Mixer]) -> None:
+        super().__init__()
+        self.mixers = mixers
+
+    def requires(self, model: ir.Model) -> None:
+        """One cut, and above it maps for all attention, and no states."""
+        maps = cut_layers(self.mixers)
+        if not maps:
+            return
+        first = next(iter(maps.values()))
+        for layer, mixer in maps.items():
+            if _numbers(mixer) != _numbers(first):
+                raise RefusalError(layer, "its predicted keys have another cut, number of tokens, norm or input")
+            if layer < first.cut:
+                raise RefusalError(layer, f"it predicts keys below the cut at layer {first.cut}")
+        caches = graph_caches(model.graph)
+        _refuse_others(first.cut, [i for i in caches if i not in self.mixers], "attention without predicted keys")
+        states = [i for i, mixer in self.mixers.items() if i not in maps and mixer.holds is not None]
+        _refuse_others(first.cut, [*graph_states(model.graph), *states], "a state")
+        if first.cut not in caches:
+            raise RefusalError(first.cut, "it has no attention, so a prompt cannot be cut below it")
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        maps = cut_layers(self.mixers)
+        if not maps:
+            return ir.passes.PassResult(model, modified=False)
+        graph = model.graph
+        blocks = {layer: find_block(graph, layer) for layer in maps}
+        attentions = {layer: find_attention(block) for layer, block in blocks.items()}
+        mixer = next(iter(maps.values()))
+        climb = _cut(graph, find_block(graph, mixer.cut).residual, mixer)
+        for layer, its in maps.items():
+            cut_attention(graph, layer, attentions[layer], blocks[layer], its, climb)
+        return ir.passes.PassResult(model, modified=True)
+
+
+def _numbers(mixer: Predicted) -> tuple[int, int, int, bool, float]:
+    return mixer.cut, mixer.near, mixer.inputs, mixer.before, mixer.epsilon
+
+
+def _refuse_others(cut: int, layers: Sequence[int], what: str) -> None:
+    above = [layer for layer in layers if layer >= cut]
+    if above:
+        raise RefusalError(min(above), f"it has {what}, and stands above the cut of the prompt at layer {cut}")
+
+
+def _cut(graph: ir.Graph, x: ir.Value, mixer: Predicted) -> Climb:
+    """Take the rows that climb of x, the stream at the cut."""
+    ints = Integers(graph, _PREFIX, _CONSTANTS)
+    last = LastValid(graph, f"{_PREFIX}/chunk", f"{_CONSTANTS}.chunk")
+    if last.chunk is None:
+        raise RefusalError(None, "it has no attention_mask, from which the rows that climb are known")
+    count = ints("ReduceSum", "count", last.chunk, ints.constant("row", [1]), keepdims=0)
+    least = ints("ReduceMin", "least", count, keepdims=0)
+    skip = new_node("Greater", [least, ints.constant("most", mixer.near + 1)], f"{_PREFIX}/skip", _BOOL)
+    graph.insert_before(graph[0], [*last.index, *ints.nodes, skip])
+    maker = x.producer()
+    joined = maker is not None and maker.op_type in _NORMS and x.index() == _SUM
+    terms = list(maker.inputs[:2]) if maker is not None and joined else [x]
+    bias = _bias_of(maker) if maker is not None and joined else None
+    taken = [value for value in terms if value is not None]
+    step = _Step(graph, ints, last.chunk, last.at, element_type(graph, x))
+    choice = choose(skip.outputs[0], *step.branches(taken, bias, mixer), CUT_ROWS)
+    users = [(node, i) for value in taken for node, i in value.uses() if node is maker or not joined]
+    users = [(node, i) for node, i in users if node.graph is graph]
+    rows = dict(zip(taken, choice.outputs[1:], strict=False))
+    for node, i in users:
+        value = node.inputs[i]
+        assert value is not None
+        node.replace_input_with(i, rows[value])
+    _insert_behind(graph, taken, choice)
+    shared = choice.outputs[1 + len(taken) :]
+    _rename_rows(graph, list(rows.values()))
+    return Climb(skip.outputs[0], element_type(graph, x), *shared)
+
+
+def _insert_behind(graph: ir.Graph, values: Sequence[ir.Value], node: ir.Node) -> None:
+    """Insert a node behind all makers of its values."""
+    makers = {value.producer() for value in values}
+    last = next(other for other in reversed(graph) if other in makers or str(other.name) == f"{_PREFIX}/skip")
+    graph.insert_after(last, [node])
+
+
+def _rename_rows(graph: ir.Graph, rows: Sequence[ir.Value]) -> None:
+    """Give values above the cut another symbol for their number of rows."""
+    shape = graph_input(graph, "input_ids").shape
+    tokens = None if shape is None else shape[1]
+    reached = set(rows)
+    for node in graph:
+        if not any(value in reached for value in values_read(node)):
+            continue
+        for value in node.outputs:
+            reached.add(value)
+            if value.shape is not None and len(value.shape) == 3 and value.shape[1] == tokens:
+                value.shape = ir.Shape([value.shape[0], "climbing_length", value.shape[2]])
+
+
+def _bias_of(node: ir.Node) -> ir.Value | None:
+    index = 3 if node.op_type == "SkipSimplifiedLayerNormalization" else 4
+    return node.inputs[index] if len(node.inputs) > index else None
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Makes the two branches at the cut: what all layers above it share.
+
+    Attributes:
+        chunk: mask of this step [B, T].
+        at: index of the last valid token [B, 1, 1].
+        dtype: of the stream.
+    """
+
+    graph: ir.Graph
+    ints: Integers
+    chunk: ir.Value
+    at: ir.Value
+    dtype: ir.DataType
+
+    def branches(self, terms: Sequence[ir.Value], bias: ir.Value | None, mixer: Predicted) -> tuple[ir.Graph, ir.Graph]:
+        """Few rows, and all rows. Outputs: the last row's index, the terms' rows, and the fields of a `Climb`."""
+        few, every = Maker(f"{_PREFIX}/Few/", _INT), Maker(f"{_PREFIX}/All/", _INT)
+        outputs = self._few(few, terms, bias, mixer)
+        same = [every("Identity", "last", self.at)]
+        same += [every("Identity", f"rows_{n}", value, kind=self.dtype) for n, value in enumerate(terms)]
+        for n, value in enumerate(outputs[len(same) :]):
+            kind = value.dtype or _INT
+            same.append(every("Constant", f"none_{n}", kind=kind, value=ir.tensor(np.zeros(0, kind.numpy()))))
+        return ir.Graph((), outputs, nodes=few.nodes, name="Few"), ir.Graph((), same, nodes=every.nodes, name="All")
+
+    def _few(self, make: Maker, terms: Sequence[ir.Value], bias: ir.Value | None, mixer: Predicted) -> list[ir.Value]:
+        number, dtype, near = self.ints.constant, self.dtype, mixer.near
+        end = make("Squeeze", "end", self.at, number("last", [-1]))
+        zero = make("Sub", "zero", end, end)
+        near_rows = make("Add", "near_rows", end, number("near", np.arange(1 - near, 1)[None]))
+        rows = make("Concat", "rows", zero, near_rows, axis=1)
+        places = make("Unsqueeze", "places", rows, number("last", [-1]))
+        length = make("Shape", "length", self.chunk, start=1, end=2)
+        whole = make("Shape", "whole", graph_input(self.graph, "attention_mask"), start=1, end=2)
+        past = make("Sub", "past", whole, length)
+        tokens = make("Range", "tokens", number("first", 0), make("Squeeze", "count", length), number("step", 1))
+        positions = make("Add", "positions", make("Add", "tokens_BT", zero, tokens), past)
+        own = make("Add", "own_positions", rows, past)
+        sequences = make("Shape", "sequences", self.chunk, start=0, end=1)
+        batch = make("Range", "batch", number("first", 0), make("Squeeze", "size", sequences), number("step", 1))
+        batch = make("Unsqueeze", "batch_B11", batch, number("outer", [1, 2]))
+        batch = make("Add", "batch_BM1", batch, make("Sub", "nothing", places, places))
+        scatter = make("Concat", "scatter", batch, places, axis=2)
+        taken = [
+            make("GatherND", f"rows_{n}", value, places, kind=dtype, batch_dims=1) for n, value in enumerate(terms)
+        ]
+        last = make("Add", "last_row", make("Sub", "none", self.at, self.at), number("few", near))
+        features = self._features(make, [*terms, *([] if bias is None else [bias])], mixer)
+        return [last, *taken, features, positions, own, scatter, self._unseen(make, own, whole), past, whole]
+
+    def _unseen(self, make: Maker, own: ir.Value, whole: ir.Value) -> ir.Value:
+        """What scores get [B, 1, 1, M, P + T]: zero, or the lowest number for keys behind the query."""
+        number = self.ints.constant
+        keys = make("Range", "keys", number("first", 0), make("Squeeze", "all_keys", whole), number("step", 1))
+        seen = make("LessOrEqual", "seen", keys, make("Unsqueeze", "queries", own, number("last", [-1])), kind=_BOOL)
+        kind = self.dtype.numpy()
+        zero, lowest = (
+            register(self.graph, ir.tensor(np.array(value, kind), name=f"{_CONSTANTS}.{name}"))
+            for name, value in (("seen", 0), ("unseen", np.finfo(kind).min))
+        )
+        added = make("Where", "added", seen, zero, lowest, kind=self.dtype)
+        return make("Unsqueeze", "added_B11MS", added, number("outer", [1, 2]), kind=self.dtype)
+
+    def _features(self, make: Maker, terms: Sequence[ir.Value], mixer: Predicted) -> ir.Value:
+        number, dtype = self.ints.constant, self.dtype
+        x, *others = terms
+        for n, other in enumerate(others):
+            x = make("Add", f"sum_{n}", x, other, kind=dtype)
+        ones = register(
+            self.graph, ir.tensor(np.ones(mixer.inputs, dtype.numpy()), name=f"{_CONSTANTS}.norm", dtype=dtype)
+        )
+        kind = "SimplifiedLayerNormalization"
+        normed: ir.Value = make(kind, "norm", x, ones, kind=dtype, axis=-1, stash_type=1, epsilon=mixer.epsilon)
+        if not mixer.before:
+            return normed
+        axis = number("row", [1])
+        first = make("Slice", "first", normed, number("begin", [0]), number("row", [1]), axis, kind=dtype)
+        others = make("Slice", "others", normed, number("begin", [0]), number("last", [-1]), axis, kind=dtype)
+        before = make("Concat", "before", first, others, kind=dtype, axis=1)
+        features: ir.Value = make("Concat", "features", normed, before, kind=dtype, axis=2)
+        return features
