@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from nbl_export.mixers.base import Mixer
+from nbl_export.mixers.predicted import Cut, cut_of
 from nbl_export.model.checkpoint.load import load_model, read_spec
 from nbl_export.model.checkpoint.source import resolve
 from nbl_export.records.plan import Plan
@@ -67,7 +68,7 @@ def verify_tiny(
         run = {subject: work / f"{subject}-float32" for subject in directories}
         for subject, directory in directories.items():
             engine.write_float32(directory, run[subject])
-    made = Verifier(setting, _probe(prompts), maps)
+    made = Verifier(setting, _probe(prompts, cut_of(maps)), maps)
     made.run(directories, run)
     model = load_model(checkpoint)
     if precision in exporter.ROUNDED:
@@ -83,7 +84,8 @@ def _quiet(_title: str) -> Iterator[Any]:
     yield lambda *_: None
 
 
-def _probe(prompts: bool) -> Probe:
+def _probe(prompts: bool, cut: Cut | None) -> Probe:
     ids = np.random.default_rng(0).integers(2, VOCAB, _LONG + DECODE_STEPS).tolist()
     rows = [tuple(ids[: n + DECODE_STEPS]) for n in _PREFILL]
-    return Probe(tuple(rows), (tuple(ids[20:44]), tuple(ids[90:114])) if prompts else (), 24, tuple(ids))
+    climbing = () if cut is None else (rows[0], rows[1][: cut.near + 1 + DECODE_STEPS])
+    return Probe(tuple(rows), (tuple(ids[20:44]), tuple(ids[90:114])) if prompts else (), 24, tuple(ids), climbing)

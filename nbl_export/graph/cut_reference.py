@@ -10,6 +10,7 @@ of the rewrite is used, and rotary embedding is NumPy's.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,8 @@ from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.files import load_graph
 from nbl_export.graph.mixed import MixedSession
 from nbl_export.graph.names import all_logits_file
-from nbl_export.mixers.base import OWN, Port, Running, apply
-from nbl_export.mixers.predicted import cut_of
+from nbl_export.mixers.base import OWN, Port, Running, Stored, apply
+from nbl_export.mixers.predicted import Predicted, cut_of
 
 __all__ = ["CutDecoder", "Rotary"]
 
@@ -37,7 +38,7 @@ class CutDecoder:
 
     Args:
         directory: holds the graph with the logits of all tokens.
-        mixers: of which at least one predicts keys and values.
+        mixers: of which at least one predicts keys and values; what is stored of such a map is its weight and its bias.
         tap: the input of the other mixers.
         exact: see `graph.session.open_session`.
 
@@ -48,7 +49,8 @@ class CutDecoder:
     def __init__(self, directory: Path, head_dim: int, mixers: Running, tap: str, *, exact: bool = False) -> None:
         cut = cut_of(mixers.mixers)
         assert cut is not None
-        self._cut, self._stored, file = cut, mixers.stored, directory / all_logits_file(directory)
+        self._cut, file = cut, directory / all_logits_file(directory)
+        self._maps = {layer: _stored(mixer, mixers.stored.get(layer, {})) for layer, mixer in cut.maps.items()}
         graph = load_graph(file).graph
         self._layers = {layer: _Layer.of(graph, layer) for layer in cut.maps}
         others = {layer: mixer for layer, mixer in mixers.mixers.items() if layer not in cut.maps}
@@ -113,10 +115,16 @@ class CutDecoder:
             x_1TD: the stream of the first token and of the far ones.
             place: position of the first.
         """
-        for layer, mixer in self._cut.maps.items():
-            streams = {OWN: x_1TD, self._cut.layer: x_1TD}
-            given = apply(mixer, streams, None, self._stored.get(layer))[0]
+        streams = {OWN: x_1TD, self._cut.layer: x_1TD}
+        for layer, mixer in self._maps.items():
+            given, _ = apply(mixer, streams)
             self._layers[layer].fill(self._decoder, given, place)
+
+
+def _stored(mixer: Predicted, stored: Stored) -> Predicted:
+    """The map with what a graph stores of it."""
+    weight, bias = stored.get("weight", mixer.weight), stored.get("bias", mixer.bias)
+    return dataclasses.replace(mixer, weight=weight, bias=bias)
 
 
 @dataclass(frozen=True)

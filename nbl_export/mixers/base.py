@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
     from nbl_export.mixers.lmmse import Moments
 
-__all__ = ["CACHE", "OWN", "Builder", "Cache", "Kind", "Mixer", "Port", "Running", "StateSpec", "Streams", "TokenWork",
-           "TrainedMixer", "WindowShape", "apply", "cacheless", "state_of", "tapped"]  # fmt: skip
+__all__ = ["CACHE", "OWN", "Builder", "Cache", "Kind", "Mixer", "Port", "Running", "StateSpec", "Stored", "Streams",
+           "TokenWork", "TrainedMixer", "WindowShape", "apply", "cacheless", "state_of", "tapped"]  # fmt: skip
 
 Value = Any  # a value of the graph that a builder makes
 OWN = None  # the layer's own input at its tap, among streams

@@ -10,6 +10,7 @@ import numpy as np
 
 from nbl_export.graph.names import constant_name, product_name, state_names
 from nbl_export.mixers.base import Builder, Mixer, state_of
+from nbl_export.mixers.predicted import cut_of
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.results import YES_NO, CheckResult
 
@@ -116,6 +117,9 @@ class _Emitted:
     def __init__(self, mixer: Mixer) -> None:
         self.matrices: dict[str, np.ndarray] = {}
         self.vectors: dict[str, np.ndarray] = {}
+        if (cut := cut_of({0: mixer})) is not None:  # one product, put in by `rewrite.cut`
+            self.matrices, self.vectors = {"weight": cut.maps[0].weight}, {"bias": cut.maps[0].bias}
+            return
         mixer.emit(cast(Builder, self), dict.fromkeys(read.stream for read in mixer.reads))
 
     def matmul(self, x: Any, matrix: np.ndarray, name: str) -> None:

@@ -14,6 +14,9 @@ The reference is the original graph in which the mixers that the NBL graph store
 the same matrices, so checks original, nbl and last_token compare them in arithmetic that does not round activations.
 They and quality need the logits of all positions; text and last_token run what ships.
 
+If a prompt stops at a cut (`mixers.predicted`), logits of tokens that do not climb are NaN. Both sides must have NaN at
+the same positions, and the others are compared. What climbs depends on the borders of steps, so both have the same.
+
 One table of tolerances decides every check, by the arithmetic of what is compared.
 """
 
@@ -30,7 +33,7 @@ from nbl_export.records.results import FAILED, CheckResult, status_of
 
 __all__ = ["DECODE_STEPS", "LONG_CHUNK", "ON_GPU", "PERPLEXITY", "TOLERANCES", "Probe", "Reference", "Tolerance",
            "apart", "check_greedy", "check_logits", "check_long", "greedy", "judge", "largest_margin", "proof",
-           "run_chunks", "run_rows", "shown_positions"]  # fmt: skip
+           "run_chunks", "run_long", "run_rows", "shown_positions"]  # fmt: skip
 
 
 DECODE_STEPS = 16
@@ -84,12 +87,14 @@ class Probe:
     """Held-back token ids for the comparison: two rows of different length, each followed by forced decode steps.
 
     prompts, new_tokens: of greedy text. long: one row, prefilled in chunks and followed by decode steps.
+    climbing: a batch of two rows for a model with a cut, of which one is so short that all tokens climb.
     """
 
     rows: tuple[tuple[int, ...], ...]
     prompts: tuple[tuple[int, ...], ...]
     new_tokens: int
     long: tuple[int, ...] = ()
+    climbing: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ class Reference:
     """What a graph is compared with.
 
     Attributes:
-        logits: of each row, [length, V] float32.
+        logits: of each row, [length, V] float32. climbing: of the rows of this batch; empty without a cut.
         long: of the long row at `shown_positions`, [positions, V]; None without one.
         greedy: greedy continuations of the prompts.
         margins: gaps between the best and the second-best logit at each greedy step. If a gap is below the noise of the
@@ -108,6 +113,7 @@ class Reference:
     long: np.ndarray | None
     greedy: tuple[tuple[int, ...], ...] = ()
     margins: tuple[tuple[float, ...], ...] = ()
+    climbing: tuple[np.ndarray, ...] = ()
 
 
 def shown_positions(length: int) -> np.ndarray:
@@ -151,16 +157,21 @@ def run_chunks(decoder: Any, row: Sequence[int], starts: Sequence[int]) -> np.nd
 
 
 def check_logits(
-    check: str, subject: str, decoder: Any, rows: Sequence[Sequence[int]], truth: Reference, limit: float
+    check: str, subject: str, decoder: Any, probe: Probe, truth: Reference, limit: float
 ) -> list[CheckResult]:
     """Compare logits of prefill and of cached steps with a reference, each row alone and as a batch."""
-    results: list[CheckResult] = []
-    for name, got in (
-        ("one sequence", [run_rows(decoder, [row])[0] for row in rows]),
-        ("batch of 2, different lengths", run_rows(decoder, rows)),
-    ):
-        results += judge(check, subject, name, list(zip(got, truth.logits, strict=True)), limit)
-    return results
+    alone = [run_rows(decoder, [row])[0] for row in probe.rows]
+    cases = [
+        ("one sequence", alone, truth.logits),
+        ("batch of 2, different lengths", run_rows(decoder, probe.rows), truth.logits),
+    ]
+    if truth.climbing:
+        cases.append(("batch of 2, all tokens climb", run_rows(decoder, probe.climbing), truth.climbing))
+    return [
+        result
+        for name, got, right in cases
+        for result in judge(check, subject, name, list(zip(got, right, strict=True)), limit)
+    ]
 
 
 def check_long(
@@ -195,7 +206,14 @@ def judge(
 
 
 def apart(right: np.ndarray, found: np.ndarray) -> float:
-    """The rms of the difference of logits over the rms of the right ones."""
+    """The rms of the difference of logits over the rms of the right ones, [V] or [positions, V].
+
+    Positions that neither has computed are left out; NaN if one alone has computed a position.
+    """
+    computed = ~np.isnan(right).all(-1)
+    if (np.isnan(found).all(-1) == computed).any():
+        return float("nan")
+    right, found = right[computed], found[computed]
     away = found.astype(np.float64) - right
     return float(np.sqrt(np.square(away).mean() / np.square(right, dtype=np.float64).mean()))
 

@@ -3,6 +3,7 @@
     prefill of one sequence                 batch of lengths 1, 5 and 12, padded on the right, then two decode steps
     chunk of 7 after a cache of 13          single decode steps after it
     two long chunks and decode steps        if layers have a state
+    all but the last again, W longer        if a prompt stops at a cut, and prefills of W + 1 and of W + 2 tokens
 
 Both graphs run the same chunks. The figure of a step is that of the worst row. The shipped logits [B, 1, V] are
 compared with the other graph's logits of the row's last valid token.
@@ -28,7 +29,13 @@ Chunk = tuple[np.ndarray, np.ndarray]  # token ids [B, T], and 1 at each valid t
 
 
 def check_last(
-    subject: str, every: Any, last: Any, row: Sequence[int], limit: float, long: Sequence[int] = ()
+    subject: str,
+    every: Any,
+    last: Any,
+    row: Sequence[int],
+    limit: float,
+    long: Sequence[int] = (),
+    near: int | None = None,
 ) -> list[CheckResult]:
     """Compare the graph `last` with the graph `every` (both an `OnnxDecoder` or `StaticDecoder` of engines).
 
@@ -36,11 +43,12 @@ def check_last(
     of the right token.
 
     Args:
-        row: at least 32 token ids of real text.
+        row: at least 32 token ids of real text, and `near` more.
         limit: of the rms of the logit difference over the rms of the logits.
         long: further ids, in chunks so long that windows at the top leave rows out.
+        near: W, if longer steps stop at a cut.
     """
-    cases = [*_cases(row), *_long_case(long)]
+    cases = [*_cases(row), *_long_case(long), *([] if near is None else _cut_cases(row, near))]
     return [_judge(subject, name, every, last, chunks, limit) for name, chunks in cases]
 
 
@@ -53,24 +61,41 @@ def _long_case(long: Sequence[int]) -> Iterator[tuple[str, list[Chunk]]]:
     yield f"{end} tokens in chunks of {LONG_CHUNK}, then decode", [(chunk, np.ones_like(chunk)) for chunk in chunks]
 
 
+def _cut_cases(row: Sequence[int], near: int) -> Iterator[tuple[str, list[Chunk]]]:
+    for length in (near + 1, near + 2):
+        yield f"prefill of {length} tokens", [_chunk(row[:length])]
+    yield _behind_cache(row, near + _CHUNK)
+    yield _batch(row, tuple(near + length for length in BATCH_LENGTHS[1:]))
+    yield _batch(row, (near + 1, near + BATCH_LENGTHS[2]))
+
+
 def _cases(row: Sequence[int]) -> Iterator[tuple[str, list[Chunk]]]:
-    ids = np.asarray(row, np.int64)[None]
-    whole = np.ones_like(ids)
-    yield "prefill", [(ids, whole)]
-    ends = (_CACHED, _CACHED + _CHUNK, *(_CACHED + _CHUNK + 1 + k for k in range(_STEPS)))
-    yield (
-        "chunk of 7 after a cache of 13, then decode",
-        [(ids[:, start:end], whole[:, start:end]) for start, end in zip((0, *ends), ends, strict=False)],
-    )
-    lengths = np.array(BATCH_LENGTHS)
+    yield "prefill", [_chunk(row)]
+    yield _behind_cache(row, _CHUNK)
+    yield _batch(row, BATCH_LENGTHS)
+
+
+def _chunk(ids: Sequence[int]) -> Chunk:
+    found = np.asarray(ids, np.int64)[None]
+    return found, np.ones_like(found)
+
+
+def _behind_cache(row: Sequence[int], length: int) -> tuple[str, list[Chunk]]:
+    ends = (_CACHED, _CACHED + length, *(_CACHED + length + 1 + k for k in range(_STEPS)))
+    chunks = [_chunk(row[start:end]) for start, end in itertools.pairwise((0, *ends))]
+    return f"chunk of {length} after a cache of {_CACHED}, then decode", chunks
+
+
+def _batch(row: Sequence[int], given: tuple[int, ...]) -> tuple[str, list[Chunk]]:
+    ids, lengths = np.asarray(row, np.int64), np.array(given)
     places = np.arange(lengths.max())
     starts = np.arange(len(lengths))[:, None]  # rows of a batch begin at different tokens
     valid = (places < lengths[:, None]).astype(np.int64)
-    batch = ids[0][starts + places] * valid
+    batch = ids[starts + places] * valid
     single = np.ones((len(lengths), 1), np.int64)
-    yield "batch of lengths 1, 5 and 12, then decode", [
-        (batch, valid), *((ids[0][starts + lengths[:, None] + k], single) for k in range(2))
-    ]  # fmt: skip
+    steps = [(ids[starts + lengths[:, None] + k], single) for k in range(2)]
+    spoken = f"{', '.join(map(str, given[:-1]))} and {given[-1]}"
+    return f"batch of lengths {spoken}, then decode", [(batch, valid), *steps]
 
 
 def _judge(subject: str, name: str, every: Any, last: Any, chunks: list[Chunk], limit: float) -> CheckResult:
@@ -98,5 +123,6 @@ def _broken(subject: str, detail: str) -> CheckResult:
 
 def _figure(all_TV: np.ndarray, found_V: np.ndarray, limit: float) -> tuple[float, float]:
     """Difference of `found_V` from the last row, and its limit."""
-    right_V = all_TV[-1]
-    return apart(right_V, found_V), min([limit, *(apart(right_V, other_V) / 2 for other_V in all_TV[:-1])])
+    right_V, others_TV = all_TV[-1], all_TV[:-1]
+    computed_TV = others_TV[~np.isnan(others_TV).any(1)]
+    return apart(right_V, found_V), min([limit, *(apart(right_V, other_V) / 2 for other_V in computed_TV)])

@@ -2,6 +2,10 @@
 
     windows ─► logits of both graphs ─► loss, KL and agreement of each window ─► figure and 95% interval
 
+If a prompt stops at a cut, the first half of a window is the prompt, which stops as it does in use. The second half is
+scored. It is appended in steps that climb as a whole, so each of its positions has logits. The original is scored on
+the same positions.
+
 Reported, not gated. A pass over the vocabulary computes in float32, a few rows at a time; sums are float64.
 """
 
@@ -29,31 +33,38 @@ Spread = Callable[..., Iterable[np.ndarray]]  # `map`, or a pool's
 
 
 def quality_loss(
-    original: Any, nbl: Any, texts: Sequence[tuple[str, np.ndarray]], progress: Callable[[int, int], None]
+    original: Any,
+    nbl: Any,
+    texts: Sequence[tuple[str, np.ndarray]],
+    progress: Callable[[int, int], None],
+    near: int | None = None,
 ) -> list[dict[str, Any]]:
     """Perplexity of both graphs, its increase, KL(original || NBL) in nats and top-1 agreement on each text.
 
     Args:
         texts: name and token ids [windows, context].
+        near: W, if the prompts of `nbl` stop at a cut.
 
     Returns:
-        one row a text; intervals are [low, high], computed from "per_window", and None for a single window.
+        one row a text; intervals are [low, high], computed from "per_window", and None for a single window. With `near`
+        also "prompt", the tokens of a window that are not scored.
     """
     total, done = sum(len(windows) for _, windows in texts), 0
     rows = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for name, windows in texts:
             found: list[np.ndarray] = []
-            batch = 1
+            batch, prompt = 1, 0 if near is None else windows.shape[1] // 2
             while len(found) < len(windows):
                 ids_BT = windows[len(found) : len(found) + batch]
-                base_BTV, ours_BTV = _logits(original, ids_BT), _logits(nbl, ids_BT)
-                both = zip(base_BTV, ours_BTV, ids_BT, strict=True)
-                found += [_compare(base_TV, ours_TV, ids_T[1:], pool.map) for base_TV, ours_TV, ids_T in both]
+                base_BTV = _logits(original, ids_BT)
+                ours_BTV = _logits(nbl, ids_BT) if near is None else _behind_prompt(nbl, ids_BT, prompt, near + 1)
+                both = zip(base_BTV[:, -ours_BTV.shape[1] :], ours_BTV, ids_BT[:, max(1, prompt) :], strict=True)
+                found += [_compare(base_TV, ours_TV, target_T, pool.map) for base_TV, ours_TV, target_T in both]
                 progress(done + len(found), total)
                 batch = max(1, min(_STEP_TOKENS // windows.shape[1], _STEP_BYTES // base_BTV[0].nbytes))
             done += len(windows)
-            rows.append(_row(name, windows, np.array(found)))
+            rows.append(_row(name, windows, np.array(found)) | ({} if near is None else {"prompt": prompt}))
     return rows
 
 
@@ -67,6 +78,14 @@ def _logits(decoder: Any, ids_BT: np.ndarray) -> np.ndarray:
             "positions: keep all_logits.onnx beside the graph, or export with --logits all"
         )
     return logits_BTV
+
+
+def _behind_prompt(decoder: Any, ids_BT: np.ndarray, prompt: int, most: int) -> np.ndarray:
+    """Logits of the next token from the last one of a prompt on, in steps of at most so many tokens."""
+    decoder.begin(len(ids_BT))
+    starts = range(prompt, ids_BT.shape[1] - 1, most)
+    steps = (ids_BT[:, start : min(start + most, ids_BT.shape[1] - 1)] for start in starts)
+    return np.concatenate([decoder.step(ids_BT[:, :prompt])[:, -1:], *map(decoder.step, steps)], 1)
 
 
 def _compare(base_TV: np.ndarray, ours_TV: np.ndarray, target_T: np.ndarray, spread: Spread) -> np.ndarray:

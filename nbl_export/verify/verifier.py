@@ -4,7 +4,8 @@
                     ├─ the same, mixers in place of attention ─────────► reference of nbl         nbl
                     └─ in the arithmetic that ships, with the mixers ──► its greedy text          shipped, text
 
-The mixers have the matrices that the NBL graph stores, so both sides have the same numbers at any precision.
+The mixers have the matrices that the NBL graph stores, so both sides have the same numbers at any precision. A
+reference with a cut (`graph.cut_reference`) has the steps of the graph that is compared.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from typing import Any
 import numpy as np
 
 from nbl_export.mixers.base import Mixer, Running
+from nbl_export.mixers.predicted import cut_of
 from nbl_export.records.results import CheckResult
 from nbl_export.targets.checks import stored_maps
 from nbl_export.verify import ladder
-from nbl_export.verify.ladder import LONG_CHUNK, Probe, Reference, greedy, run_chunks, run_rows
+from nbl_export.verify.ladder import LONG_CHUNK, Probe, Reference, greedy, run_chunks, run_long, run_rows
 from nbl_export.verify.structure import Setting, check_directory, exact_limit
 
 __all__ = ["Verifier"]
@@ -66,15 +68,14 @@ class Verifier:
         setting, probe = self.setting, self.probe
         opened = functools.partial(setting.engine.open_mixed, original, setting.spec.head_dim, mixers, setting.plan.tap)
         decoder = opened(exact=True)
-        logits = tuple(_one_pass(decoder, row) for row in probe.rows)
-        starts = range(0, len(probe.long), _REFERENCE_CHUNK)
-        long = run_chunks(decoder, probe.long, starts) if probe.long else None
+        exact = _exact_reference(decoder, probe, stops=cut_of(mixers.mixers) is not None)
         if setting.rounds:
             del decoder
             decoder = opened(exact=False)
             self._shipped = [run_rows(decoder, [row])[0] for row in probe.rows]
         texts = [greedy(decoder, prompt, probe.new_tokens) for prompt in probe.prompts]
-        return Reference(logits, long, tuple(ids for ids, _ in texts), tuple(gaps for _, gaps in texts))
+        said, gaps = tuple(ids for ids, _ in texts), tuple(margins for _, margins in texts)
+        return dataclasses.replace(exact, greedy=said, margins=gaps)
 
     def _compare(self, subject: str, shipped: Path, run: Path) -> None:
         setting, probe, truth = self.setting, self.probe, self.references[subject]
@@ -82,7 +83,7 @@ class Verifier:
         wanted = setting.wanted(subject, self.maps)
         self.results += check_directory(setting, shipped, run, decoder, wanted, probe)
         limit = exact_limit(decoder)
-        self.results += ladder.check_logits(subject, subject, decoder, probe.rows, truth, limit)
+        self.results += ladder.check_logits(subject, subject, decoder, probe, truth, limit)
         if probe.long:
             self.results += ladder.check_long(subject, subject, decoder, probe.long, truth, limit)
         if setting.rounds and subject == "nbl":
@@ -108,6 +109,17 @@ class Verifier:
                 )
             result = dataclasses.replace(result, tolerance=None, passed=True)
         self.results.append(result)
+
+
+def _exact_reference(decoder: Any, probe: Probe, *, stops: bool) -> Reference:
+    """Logits of a decoder on a probe; it may have other steps than what is compared, unless prompts stop at a cut."""
+    if stops:
+        long = run_long(decoder, probe.long) if probe.long else None
+        rows = tuple(run_rows(decoder, [row])[0] for row in probe.rows)
+        return Reference(rows, long, climbing=tuple(run_rows(decoder, probe.climbing)) if probe.climbing else ())
+    starts = range(0, len(probe.long), _REFERENCE_CHUNK)
+    long = run_chunks(decoder, probe.long, starts) if probe.long else None
+    return Reference(tuple(_one_pass(decoder, row) for row in probe.rows), long)
 
 
 def _one_pass(decoder: Any, row: Any) -> np.ndarray:

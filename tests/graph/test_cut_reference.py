@@ -78,10 +78,9 @@ def test_a_batch_is_its_sequences_alone(below: dict[int, Mixer], exported: Calla
 def test_the_maps_are_those_that_the_graph_stores(exported: Callable[..., Path]) -> None:
     """An engine opens the reference of a plan with a cut."""
     maps, other, (ids,) = predicted_maps(1, NEAR, KEYS), predicted_maps(1, NEAR, KEYS), chunks_of((12,))
-    keys, keys_before = np.split(maps[1].weight[:KEYS] / 2, 2, axis=1)
     other[1].weight[:KEYS] /= 2
     found = []
-    for running in (Running(maps, {1: {"keys": keys, "keys_before": keys_before}}), Running(other), Running(maps)):
+    for running in (Running(maps, {1: {"weight": other[1].weight}}), Running(other), Running(maps)):
         decoder = exporter_of("genai").open_mixed(exported("llama"), HEAD_DIM, running, "residual", exact=True)
         decoder.begin(1)
         found.append(decoder.step(ids)[0])
@@ -96,6 +95,18 @@ def test_one_short_row_lets_a_whole_batch_climb(exported: Callable[..., Path]) -
             one.begin(2)
         found, right = decoder.step(ids, valid), original.step(ids, valid)
         assert apart(found[0, :shorter], right[0, :shorter]) < CLOSE
+
+
+def test_logits_of_a_graph_with_a_cut_stand_at_their_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = object.__new__(OnnxDecoder)
+    given = np.arange(1, 7, dtype=np.float32).reshape(2, 3, 1)
+    monkeypatch.setattr(decoder, "run", lambda *_: {"logits": given})
+    ids, valid = padded(chunks_of((6, 4)))
+    nan = np.nan
+    np.testing.assert_array_equal(
+        decoder.step(ids, valid)[..., 0], [[1, nan, nan, nan, 2, 3], [4, nan, 5, 6, nan, nan]]
+    )
+    np.testing.assert_array_equal(decoder.step(ids[:, :3]), given)
 
 
 def test_it_goes_back_to_a_mark(exported: Callable[..., Path]) -> None:

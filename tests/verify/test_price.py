@@ -141,6 +141,42 @@ def test_figures_and_intervals_are_those_of_float64_window_by_window() -> None:
     assert row["per_window"]["loss_nbl"] == pytest.approx(after.tolist(), rel=1e-5)
 
 
+class Stopping(Windowed):
+    """Logits of steps of more than W + 1 tokens are NaN but for the first and the last W."""
+
+    def __init__(self, seed: int, near: int) -> None:
+        super().__init__(seed, 50)
+        self.near, self.steps = near, []  # type: int, list[int]
+
+    def begin(self, batch: int) -> None:
+        super().begin(batch)
+        self.place = 0
+
+    def step(self, ids_BT: np.ndarray) -> np.ndarray:
+        tokens = ids_BT.shape[1]
+        self.steps.append(tokens)
+        logits = self.table[(ids_BT + self.place + np.arange(tokens)) % 7]
+        self.place += tokens
+        if tokens > self.near + 1:
+            logits[:, 1 : -self.near] = np.nan
+        return logits
+
+
+@pytest.mark.parametrize("length", [60, 61, 57, 2])
+def test_with_a_cut_the_second_half_of_a_window_is_scored(length: int) -> None:
+    windows = np.random.default_rng(2).integers(0, 50, (3, length))
+    original, nbl = Windowed(0, 50), Stopping(1, 8)
+    (row,) = quality_loss(original, nbl, [("t", windows)], lambda _d, _t: None, 8)
+    prompt = length // 2
+    assert row["prompt"] == prompt and all(tokens in (prompt, *range(1, 10)) for tokens in nbl.steps)
+    for decoder, key in ((original, "loss_original"), (Windowed(1, 50), "loss_nbl")):
+        decoder.begin(3)
+        logits = decoder.step(windows)[:, prompt - 1 : -1].astype(np.float64)
+        logits -= np.log(np.exp(logits).sum(2, keepdims=True))
+        losses = -np.take_along_axis(logits, windows[:, prompt:, None], 2).mean((1, 2))
+        np.testing.assert_allclose(row["per_window"][key], losses, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("logits", "batches"), [(2, [1, 2, 2, 2]), (9, [1, 5, 1]), (0.5, [1] * 7)])
 def test_windows_are_read_together_if_their_logits_fit(
     logits: float, batches: list[int], monkeypatch: pytest.MonkeyPatch

@@ -68,11 +68,15 @@ def table(seed: int = 0) -> tuple[list[np.ndarray], list[list[int]]]:
     return [rng.standard_normal((n, 30)).astype(np.float32) for n in lengths], rows
 
 
+def probe(rows: list[list[int]]) -> Probe:
+    return Probe(tuple(map(tuple, rows)), (), 0)
+
+
 def judge(change: Callable[[list[np.ndarray]], object], limit: float = TOLERANCES["fp32"].limit) -> list[bool]:
     expected, rows = table()
     shown = [e.copy() for e in expected]
     change(shown)
-    results = check_logits("nbl", "nbl", FakeDecoder(shown), rows, Reference(tuple(expected), None), limit)
+    results = check_logits("nbl", "nbl", FakeDecoder(shown), probe(rows), Reference(tuple(expected), None), limit)
     return [r.passed for r in results]
 
 
@@ -101,8 +105,40 @@ def test_nan_fails_and_is_recorded_as_none() -> None:
     shown = [e.copy() for e in expected]
     shown[0][4, 4] = np.nan
     limit = TOLERANCES["fp32"].limit
-    results = check_logits("nbl", "nbl", FakeDecoder(shown), rows, Reference(tuple(expected), None), limit)
+    results = check_logits("nbl", "nbl", FakeDecoder(shown), probe(rows), Reference(tuple(expected), None), limit)
     assert [(r.passed, r.value is None) for r in results] == [(False, True), (True, False)] * 2
+
+
+def test_positions_that_neither_side_computes_are_left_out() -> None:
+    expected, rows = table()
+    expected[0][1:15] = np.nan
+    shown = [e.copy() for e in expected]
+
+    def passed() -> list[bool]:
+        truth = Reference(tuple(expected), None)
+        results = check_logits("nbl", "nbl", FakeDecoder(shown), probe(rows), truth, TOLERANCES["fp32"].limit)
+        return [r.passed for r in results]
+
+    assert passed() == [True] * 4
+    shown[0][15] += 0.1
+    assert passed() == [False, True] * 2
+    shown[0][14:16] = expected[0][15]  # one position more than the reference has
+    assert passed() == [False, True] * 2
+    shown[0][14:16] = np.nan  # one position less
+    assert passed() == [False, True] * 2
+
+
+def test_a_batch_in_which_all_tokens_climb_is_compared_with_its_own_logits() -> None:
+    expected, rows = table()
+    others, both = table(1)
+    both = [[2, *both[0][1:]], [3, *both[1][1:]]]
+    given = dataclasses.replace(probe(rows), climbing=tuple(map(tuple, both)))
+    truth = Reference(tuple(expected), None, climbing=tuple(others))
+    for wrong in (False, True):
+        shown = [*expected, others[0], others[1] + wrong]
+        results = check_logits("nbl", "nbl", FakeDecoder(shown), given, truth, TOLERANCES["fp32"].limit)
+        assert [r.passed for r in results] == [True] * 4 + [not wrong] * 2
+        assert results[4].detail == "batch of 2, all tokens climb"
 
 
 @pytest.mark.parametrize("length", [40, 100, 1040])

@@ -10,6 +10,7 @@ from typing import Any
 
 from nbl_export.files import write_json
 from nbl_export.mixers import cache_layers
+from nbl_export.mixers.predicted import cut_of
 from nbl_export.options.options import CHECKPOINT_FIT
 from nbl_export.plan.inputs import Texts
 from nbl_export.records.decoder import DecoderSpec
@@ -110,8 +111,10 @@ def run(inputs: VerifyInputs, place: Place, out: Path) -> dict[str, Any]:
 
 def check(inputs: VerifyInputs, place: Place, out: Path) -> dict[str, Any]:
     """The content of verify.json."""
-    setting = setting_of(inputs, place)
-    verifier = Verifier(setting, make_probe(inputs), place.maps())
+    setting, maps = setting_of(inputs, place), place.maps()
+    cut = cut_of(maps)
+    near = None if cut is None else cut.near
+    verifier = Verifier(setting, make_probe(inputs, near), maps)
     shipped = {subject: place.run.path / name for subject, name in DECODERS.items()}
     with _run_by_a_cpu(setting, shipped, place) as run:
         verifier.run(shipped, run)
@@ -122,7 +125,7 @@ def check(inputs: VerifyInputs, place: Place, out: Path) -> dict[str, Any]:
         if not inputs.lacks_attention:  # the loss takes as long again
             both = {name: setting.engine.open_graph(run[name], inputs.spec.head_dim) for name in DECODERS}
             with place.ui.task("quality loss on held-back text") as progress:
-                quality_losses = quality_loss(both["original"], both["nbl"], loss_texts(inputs), progress)
+                quality_losses = quality_loss(both["original"], both["nbl"], loss_texts(inputs), progress, near)
             del both
         if setting.engine.capabilities.cross:
             save(expect(setting.precision, verifier.probe, verifier.references), out / ACCEPTANCE_FILE)
@@ -216,26 +219,41 @@ def _run_by_a_cpu(setting: Setting, shipped: Mapping[str, Path], place: Place) -
         yield {subject: scratch / subject for subject in shipped}
 
 
-def make_probe(inputs: VerifyInputs) -> Any:
+def make_probe(inputs: VerifyInputs, near: int | None = None) -> Any:
     """Rows and prompts from held-back text, and one long row, which may continue with calibration text.
 
-    The first short row exceeds a small sliding window, the long row exceeds every sliding window.
+    The first short row exceeds a small sliding window, the long row exceeds every sliding window. With a cut, rows and
+    prompts are so long that tokens stop there, in the second row one alone. Calibration text then continues short text.
+
+    Args:
+        near: W, if prompts stop at a cut.
     """
     from nbl_export.verify import ladder
 
     windows, cache_length = inputs.windows.value, inputs.cache_length
     ids = inputs.held_back.value.flatten().tolist()
     window = inputs.spec.sliding_window or 0
-    first, second = _PREFILL_TOKENS
+    (first, second), prompt = _PREFILL_TOKENS, _PROMPT_TOKENS
     if 0 < window <= _LONGEST_PROBED_WINDOW:
         first = window + 24
+    every = [*ids, *windows.flatten().tolist()]
+    if near is not None:
+        first, second, prompt = max(first, near + 25), near + 2, near + prompt
+        ids = ids if len(ids) >= 2 * first else every
     first, second = (min(n, cache_length - ladder.DECODE_STEPS, len(ids) // 2) for n in (first, second))
     rows = (ids[: first + ladder.DECODE_STEPS], ids[-(second + ladder.DECODE_STEPS) :])
+    climbing = () if near is None else (rows[0], rows[1][: near + 1 + ladder.DECODE_STEPS])
     starts = [k * len(ids) // 4 for k in (0, 1, 2)]
-    new_tokens = min(_NEW_TOKENS, cache_length - _PROMPT_TOKENS)
-    prompts = tuple(tuple(ids[s : s + _PROMPT_TOKENS]) for s in starts)
-    long = [*ids, *windows.flatten().tolist()][: min(_long_tokens(window), cache_length)]
-    return ladder.Probe(tuple(map(tuple, rows)), prompts, new_tokens, tuple(long) if len(long) > len(rows[0]) else ())
+    new_tokens = min(_NEW_TOKENS, cache_length - prompt)
+    prompts = tuple(tuple(ids[s : s + prompt]) for s in starts)
+    long = every[: min(_long_tokens(window), cache_length)]
+    return ladder.Probe(
+        tuple(map(tuple, rows)),
+        prompts,
+        new_tokens,
+        tuple(long) if len(long) > len(rows[0]) else (),
+        tuple(map(tuple, climbing)),
+    )
 
 
 def _long_tokens(window: int) -> int:

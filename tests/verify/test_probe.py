@@ -1,0 +1,40 @@
+"""What a job's verification runs: rows and prompts of which tokens stop at a cut."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from nbl_export.records.inputs import Lazy
+from nbl_export.run.stages.verify import make_probe
+from nbl_export.verify.ladder import DECODE_STEPS, Probe
+from nbl_export.verify.last_token import BATCH_LENGTHS
+
+
+def made(near: int | None, held_back: int = 1000, cache_length: int = 4096) -> Probe:
+    inputs: Any = SimpleNamespace(
+        windows=Lazy("", lambda: torch.arange(5000, 6000).view(2, 500)),
+        held_back=Lazy("", lambda: torch.arange(held_back).view(1, -1)),
+        cache_length=cache_length,
+        spec=SimpleNamespace(sliding_window=None),
+    )
+    probe: Probe = make_probe(inputs, near)
+    return probe
+
+
+@pytest.mark.parametrize(("near", "held_back"), [(1, 1000), (64, 1000), (128, 300), (256, 300)])
+def test_rows_and_prompts_exceed_the_near_tokens(near: int, held_back: int) -> None:
+    probe = made(near, held_back)
+    first, second = (len(row) - DECODE_STEPS for row in probe.rows)
+    assert first > second == near + 2 and all(len(prompt) > near + 1 for prompt in probe.prompts)
+    assert [len(row) - DECODE_STEPS for row in probe.climbing] == [first, near + 1]
+    assert len(probe.rows[0]) >= near + max(BATCH_LENGTHS) + len(BATCH_LENGTHS) + 2  # what `check_last` reads
+
+
+def test_a_plan_without_a_cut_has_short_rows() -> None:
+    probe = made(None)
+    assert [len(row) for row in probe.rows] == [64 + DECODE_STEPS, 37 + DECODE_STEPS] and not probe.climbing
+    assert {len(prompt) for prompt in probe.prompts} == {24}
