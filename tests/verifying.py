@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ def verify_tiny(
     mixer_of: Callable[[int], Mixer] = random_map,
     exported: Path | None = None,
     prompts: bool = True,
+    written: Mapping[int, Mixer] | None = None,
+    damage: Callable[[Path], None] | None = None,
 ) -> list[CheckResult]:
     """Export, prune, rewrite and verify in the folder `work`.
 
@@ -49,6 +51,8 @@ def verify_tiny(
         mixer_of: layer -> its mixer.
         exported: the original graph, which is copied instead of made.
         prompts: without them, no text is compared.
+        written: mixers that the graph gets in place of those that are verified.
+        damage: changes the directory of the NBL graph.
     """
     engine, spec = load_engine(ENGINES[source]), read_spec(resolve(str(checkpoint)))
     static = engine.capabilities.static
@@ -62,7 +66,9 @@ def verify_tiny(
     else:
         shutil.copytree(exported, directories["original"])
     engine.keep_last_token(directories["original"])
-    engine.linearize(directories["original"], directories["nbl"], maps, plan.tap)
+    engine.linearize(directories["original"], directories["nbl"], maps if written is None else written, plan.tap)
+    if damage is not None:
+        damage(directories["nbl"])
     run = directories
     if static:
         run = {subject: work / f"{subject}-float32" for subject in directories}

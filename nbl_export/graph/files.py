@@ -19,6 +19,7 @@ import onnx
 import onnx_ir as ir
 
 from nbl_export.errors import CorruptError, NblError, RefusalError
+from nbl_export.graph.exact import graphs_of
 from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE
 from nbl_export.graph.trust import check_graph
 from nbl_export.trust.contained import check_inside
@@ -198,7 +199,7 @@ def skeleton(proto: Any) -> Any:
             inside.append(tensor)
     del bare.graph.initializer[:]
     bare.graph.initializer.extend(inside)
-    for node in bare.graph.node:
+    for node in (node for graph in graphs_of(bare.graph) for node in graph.node):
         if node.op_type == "SimplifiedLayerNormalization" and not node.domain:
             node.domain = "com.microsoft"
     return bare

@@ -121,13 +121,18 @@ def _fed(outputs: Mapping[str, np.ndarray], past: Mapping[str, np.ndarray]) -> d
     return {name: outputs[name.replace("past_key_values", "present")] for name in past}
 
 
+def climbed(logits_TV: np.ndarray) -> np.ndarray:
+    """The rows that a decoder has computed."""
+    return logits_TV[~np.isnan(logits_TV).any(1)]
+
+
 def compare(decoder: OnnxDecoder, reference: Reference, sizes: Sequence[int]) -> float:
     """The largest difference of logits in steps of these sizes."""
     decoder.begin(1)
     worst, start = 0.0, 0
     for size in sizes:
         ids = TOKENS[:1, start : start + size]
-        ours, theirs = decoder.step(ids)[0], reference.step(ids[0].tolist())
+        ours, theirs = climbed(decoder.step(ids)[0]), reference.step(ids[0].tolist())
         assert len(theirs) == min(size, reference.mixer.near + 1)
         kept = theirs[-len(ours) :] if decoder.contract.logits == "last" else theirs
         worst, start = max(worst, float(np.abs(ours - kept).max())), start + size
@@ -246,7 +251,7 @@ def test_a_padded_batch(lengths: tuple[int, int], exported: Exported, tmp_path: 
             reference.begin()
             for step, ids in enumerate([TOKENS[row, :length], TOKENS[row, 50:51], TOKENS[row, 51:52]]):
                 wanted = reference.step(ids.tolist())
-                assert np.abs(found[step][row, -1] - wanted[-1]).max() < TOLERANCE["fp32"]
+                assert np.abs(climbed(found[step][row])[-1] - wanted[-1]).max() < TOLERANCE["fp32"]
 
 
 def test_going_back(exported: Exported, tmp_path: Path) -> None:
@@ -257,7 +262,9 @@ def test_going_back(exported: Exported, tmp_path: Path) -> None:
     mark = decoder.mark()
     once = [decoder.step(TOKENS[:1, 14:n]) for n in (24, 25)]
     decoder.rewind(mark)
-    assert all(np.array_equal(a, decoder.step(TOKENS[:1, 14:n])) for a, n in zip(once, (24, 25), strict=True))
+    assert all(
+        np.array_equal(a, decoder.step(TOKENS[:1, 14:n]), equal_nan=True) for a, n in zip(once, (24, 25), strict=True)
+    )
 
 
 def test_genai_says_what_the_onnx_decoder_says(exported: Exported, tmp_path: Path) -> None:
