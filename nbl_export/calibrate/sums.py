@@ -21,7 +21,7 @@ import torch
 
 from nbl_export.mixers.lmmse import Moments
 
-__all__ = ["REFERENCE_ROWS", "Accumulator", "Sums", "mirrored", "sums_bytes"]
+__all__ = ["REFERENCE_ROWS", "Accumulator", "Sums", "gram", "mirrored", "sums_bytes", "total"]
 
 REFERENCE_ROWS = 128
 _BLOCK = 4096
@@ -104,11 +104,11 @@ class Accumulator:
             self._add(x, y)
 
     def _add(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        self._x_sum += (_total(x) * _FINE).round_() / _FINE
-        self._y_sum += (_total(y) * _FINE).round_() / _FINE
-        self._xx += _gram(x).round_()
+        self._x_sum += (total(x) * _FINE).round_() / _FINE
+        self._y_sum += (total(y) * _FINE).round_() / _FINE
+        self._xx += gram(x).round_()
         self._yx += (y.T @ x).round_()
-        self._yy += _gram(y).round_()
+        self._yy += gram(y).round_()
 
     def _refer(self, x_NF: torch.Tensor, y_ND: torch.Tensor, massive: torch.Tensor) -> None:
         x_ref, y_ref = x_NF[~massive].mean(0), y_ND[~massive].mean(0)
@@ -158,19 +158,19 @@ def mirrored(square_DD: torch.Tensor) -> torch.Tensor:
     return square_DD.triu_().add_(square_DD.triu(1).T)
 
 
-def _gram(rows_ND: torch.Tensor) -> torch.Tensor:
+def gram(rows_ND: torch.Tensor) -> torch.Tensor:
     """X'X [D, D]. A third of X'X is copied from its mirror image instead of multiplied."""
-    gram = rows_ND.new_empty(rows_ND.shape[1], rows_ND.shape[1])
+    made = rows_ND.new_empty(rows_ND.shape[1], rows_ND.shape[1])
     begin = 0
     for part in rows_ND.tensor_split(_PARTS, dim=1):
         end = begin + part.shape[1]
-        gram[begin:end, begin:] = part.T @ rows_ND[:, begin:]
-        gram[end:, begin:end] = gram[begin:end, end:].T
+        made[begin:end, begin:] = part.T @ rows_ND[:, begin:]
+        made[end:, begin:end] = made[begin:end, end:].T
         begin = end
-    return gram
+    return made
 
 
-def _total(rows_ND: torch.Tensor) -> torch.Tensor:
+def total(rows_ND: torch.Tensor) -> torch.Tensor:
     """Sum over rows [D] in float64. Groups of `_FEW` rows are first summed in their own type."""
     whole = len(rows_ND) // _FEW * _FEW
     few = rows_ND[:whole].unflatten(0, (-1, _FEW)).sum(1) if whole else rows_ND[:0]

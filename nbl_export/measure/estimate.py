@@ -45,7 +45,7 @@ _WRITTEN = 4e8  # bytes a second that an export reads or writes: smollm2 and qwe
 _DECODED = 4.0  # prompt tokens that take as long as a decoded token, for each byte of a weight's element: smollm2
 _BATCH = 4096  # tokens that run at once, with three float32 activations of the MLP: `calibrate` of the 3B shape
 
-_SUMS = 14 / 3  # x D^2 additions and multiplications of a token's moments: Y'X, and 2/3 of X'X and Y'Y (`sums._gram`)
+_SUMS = 14 / 3  # x D^2 additions and multiplications of a token's moments: Y'X, and 2/3 of X'X and Y'Y (`sums.gram`)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import torch
 from nbl_export.errors import NblError
 from nbl_export.records.plan import LayerScore
 
-__all__ = ["RIDGE", "Fitted", "Moments", "fit", "fold_bias", "score"]
+__all__ = ["RIDGE", "Fitted", "Moments", "cholesky", "fit", "fold_bias", "score"]
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def fold_bias(
     That weight is W + b E[x]' (Rxx + lambda I)^-1. For the closed-form map, this is the closed-form map without a bias.
     """
     mean_x, rxx = moments.x_sum / moments.count, moments.xx / moments.count
-    share = torch.cholesky_solve(mean_x[:, None], _cholesky(rxx, layer, ridge))[:, 0]
+    share = torch.cholesky_solve(mean_x[:, None], cholesky(rxx, layer, ridge))[:, 0]
     weight = torch.from_numpy(weight_DD).double() + torch.outer(torch.from_numpy(bias_D).double(), share)
     folded: np.ndarray = weight.float().numpy()
     return folded
@@ -103,8 +103,8 @@ def score(moments: Moments, layer: int, ridge: float = RIDGE, *, bias: bool = Tr
     error = _error((moments if bias else moments.about_zero()).centred()[2:], layer, ridge)
     size = len(cyy)
     c_plus = cxx[:size, :size] + cyx[:, :size] + cyx[:, :size].T + cyy
-    lower_x = _cholesky(cxx, layer, ridge)
-    lower_plus = _cholesky(c_plus, layer, ridge)
+    lower_x = cholesky(cxx, layer, ridge)
+    lower_plus = cholesky(c_plus, layer, ridge)
     half = torch.linalg.solve_triangular(lower_plus, cyx + cxx[:size], upper=False)
     coherence = torch.linalg.solve_triangular(lower_x, half.T, upper=False)
     bound = max(0.0, size - coherence.square().sum().item())
@@ -124,10 +124,10 @@ def _ratio(part: torch.Tensor, whole: torch.Tensor) -> float:
 
 
 def _solve(cxx: torch.Tensor, cyx: torch.Tensor, layer: int, ridge: float) -> torch.Tensor:
-    return torch.cholesky_solve(cyx.T, _cholesky(cxx, layer, ridge)).T
+    return torch.cholesky_solve(cyx.T, cholesky(cxx, layer, ridge)).T
 
 
-def _cholesky(matrix: torch.Tensor, layer: int, ridge: float) -> torch.Tensor:
+def cholesky(matrix: torch.Tensor, layer: int, ridge: float) -> torch.Tensor:
     """The lower factor of a second moment [D, D] with a ridge, which is raised tenfold while there is none.
 
     Sums of float32 products make a moment of fewer than D directions indefinite. At D = 4096 the smallest eigenvalue of

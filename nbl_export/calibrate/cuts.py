@@ -1,0 +1,268 @@
+"""Moments of several candidate cuts in one pass, and the maps of predicted keys that are fitted to them.
+
+    stream c --- norm --- X [t], X [t - 1]  --+-- X'X      once for each cut c
+                                              |
+    k_proj, v_proj of layer l > c --- Y [t] --+-- Y'X      for each cut and each layer above it
+
+A sum holds rows 1 .. T - 1 of each window: row 0 has no token before it. The map without the token before takes the
+first D columns. Products are float32 over the rows of a batch, about a reference row, and add up in float64. Equal
+batches in equal order give equal bytes, so a pass that stops and goes on gives those of one that does not stop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nbl_export.calibrate.sums import REFERENCE_ROWS, gram, total
+from nbl_export.errors import CorruptError, NblError
+from nbl_export.files import arrays_sha256, replaced
+from nbl_export.mixers.lmmse import RIDGE, cholesky
+from nbl_export.mixers.predicted import Predicted
+from nbl_export.mixers.predicted_module import features
+from nbl_export.model import bfloat16
+from nbl_export.model.architectures import architecture_of
+from nbl_export.model.cut import check_cut, own_map
+
+__all__ = ["CutFit", "CutShape", "CutSums", "cuts_bytes", "fit", "load", "maps_of"]
+
+_BLOCK = 4096  # rows of a float32 product
+
+
+@dataclass(frozen=True)
+class CutShape:
+    """What sums are of.
+
+    Attributes:
+        cuts: candidates, ascending.
+        layers: of the decoder.
+        inputs: D.
+        width: K, of keys and of values.
+        epsilon: of the norm.
+    """
+
+    cuts: tuple[int, ...]
+    layers: int
+    inputs: int
+    width: int
+    epsilon: float
+
+    def __post_init__(self) -> None:
+        numbers = (self.layers, self.inputs, self.width, *self.cuts)
+        whole = all(type(number) is int for number in numbers) and type(self.epsilon) is float
+        if not whole or min(numbers[:3]) < 1 or not self.cuts:
+            raise ValueError("no cut, or sizes that are no whole numbers above 0")
+        if list(self.cuts) != sorted({cut for cut in self.cuts if 0 <= cut < self.layers}):
+            raise NblError(f"cuts {', '.join(map(str, self.cuts))} are not those of {self.layers} layers, ascending")
+
+    def above(self, cut: int) -> range:
+        """Layers whose keys and values are predicted from a cut by a fitted map."""
+        return range(cut + 1, self.layers)
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the sums by name."""
+        outputs, inputs = 2 * self.width, 2 * self.inputs
+        found: dict[str, tuple[int, ...]] = {}
+        for cut in self.cuts:
+            above = len(self.above(cut))
+            shapes = {"ref": (inputs,), "sum": (inputs,), "xx": (inputs, inputs), "yx": (above, outputs, inputs)}
+            found.update({f"cuts.{cut}.{name}": shape for name, shape in shapes.items()})
+        for layer in self.above(self.cuts[0]):
+            found.update({f"layers.{layer}.{name}": (outputs,) for name in ("ref", "sum", "square")})
+        return found
+
+
+def cuts_bytes(shape: CutShape) -> int:
+    """Bytes of the sums."""
+    return sum(8 * int(np.prod(size)) for size in shape.tensors().values())
+
+
+class CutSums:
+    """Sums of some cuts in float64.
+
+    Attributes:
+        count: rows so far.
+        sums: by name (`CutShape.tensors`), about the reference rows; a reference row is NaN before the first rows.
+    """
+
+    def __init__(self, shape: CutShape, sums: dict[str, torch.Tensor], count: int = 0) -> None:
+        self.shape, self.sums, self.count = shape, sums, count
+        self._features: dict[int, torch.Tensor] = {}
+
+    @staticmethod
+    def of(model: Any, cuts: Sequence[int]) -> CutSums:
+        """Empty sums for a causal LM of transformers.
+
+        Raises:
+            NblError: there are no such cuts, or attention above them is not like llama's.
+        """
+        config, layers = model.config, model.get_decoder().layers
+        for index, layer in enumerate(layers):
+            check_cut(layer, config, index)
+        norm = getattr(layers[0], architecture_of(config).norm_before or "")
+        width = int(layers[0].self_attn.k_proj.out_features)
+        shape = CutShape(tuple(cuts), len(layers), int(config.hidden_size), width, float(norm.variance_epsilon))
+        device = next(model.parameters()).device
+        sums = {
+            name: torch.full(size, torch.nan if name.endswith(".ref") else 0.0, dtype=torch.float64, device=device)
+            for name, size in shape.tensors().items()
+        }
+        return CutSums(shape, sums)
+
+    @contextlib.contextmanager
+    def attached(self, model: Any) -> Iterator[CutSums]:
+        """Within: each run of the model adds its rows, whoever runs it (`collect.Collection.add`)."""
+        layers = model.get_decoder().layers
+        handles = [
+            layers[cut].register_forward_pre_hook(self._on_stream(cut), with_kwargs=True) for cut in self.shape.cuts
+        ]
+        for layer in self.shape.above(self.shape.cuts[0]):
+            attention = layers[layer].self_attn
+            for half, product in enumerate((attention.k_proj, attention.v_proj)):
+                handles.append(product.register_forward_hook(self._on_product(layer, half)))
+        try:
+            yield self
+        finally:
+            self._features = {}
+            for handle in handles:
+                handle.remove()
+
+    def clear(self) -> None:
+        """Forget the rows, and keep the reference rows."""
+        self.count = 0
+        for name, value in self.sums.items():
+            if not name.endswith(".ref"):
+                value.zero_()
+
+    def _on_stream(self, cut: int) -> Any:
+        def take(_layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x_BTD = (args[0] if args else kwargs["hidden_states"]).float()
+            self._add_features(cut, features(x_BTD, self.shape.epsilon, before=True)[:, 1:].flatten(0, 1))
+
+        return take
+
+    def _add_features(self, cut: int, x_NF: torch.Tensor) -> None:
+        x_NF = self._about(f"cuts.{cut}", slice(None), x_NF)
+        self._features[cut] = x_NF
+        self.count += len(x_NF) * (cut == self.shape.cuts[0])
+        self.sums[f"cuts.{cut}.sum"] += total(x_NF)
+        with bfloat16.products(x_NF.device, False):
+            for rows in x_NF.split(_BLOCK):
+                self.sums[f"cuts.{cut}.xx"] += gram(rows)
+
+    def _on_product(self, layer: int, half: int) -> Any:
+        places = slice(half * self.shape.width, (half + 1) * self.shape.width)
+
+        def take(_product: Any, _args: Any, output: torch.Tensor) -> None:
+            y_NK = self._about(f"layers.{layer}", places, output[:, 1:].float().flatten(0, 1))
+            self.sums[f"layers.{layer}.sum"][places] += total(y_NK)
+            self.sums[f"layers.{layer}.square"][places] += total(y_NK.square())
+            with bfloat16.products(y_NK.device, False):
+                for cut in (cut for cut in self.shape.cuts if cut < layer):
+                    yx_KF = self.sums[f"cuts.{cut}.yx"][layer - cut - 1, places]
+                    for y, x in zip(y_NK.split(_BLOCK), self._features[cut].split(_BLOCK), strict=True):
+                        yx_KF += y.T @ x
+
+        return take
+
+    def _about(self, name: str, places: slice, rows: torch.Tensor) -> torch.Tensor:
+        """Rows about their reference row, which is the mean of the first rows ever."""
+        reference = self.sums[f"{name}.ref"][places]
+        if reference[0].isnan():
+            reference.copy_(rows[:REFERENCE_ROWS].mean(0))
+        return rows - reference.float()
+
+    def save(self, path: Path, facts: Mapping[str, Any]) -> None:
+        """Write the sums and some facts of them, such as their identity and the batches done, to a safetensors file."""
+        from safetensors.torch import save_file
+
+        held = {name: value.cpu().contiguous() for name, value in self.sums.items()}
+        stated = {**asdict(self.shape), "count": self.count, "facts": dict(facts), "sha256": _sha256(held)}
+        with replaced(path) as made:
+            save_file(held, made, {"cuts": json.dumps(stated)})
+
+
+def load(path: Path, device: Any = "cpu") -> tuple[CutSums, dict[str, Any]]:
+    """The sums and the facts that `CutSums.save` wrote.
+
+    Raises:
+        CorruptError: the file is missing, damaged, or no such file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            stated = json.loads(file.metadata()["cuts"])
+            if stated["layers"] > stated["cuts"][0] + 1 + len(file.keys()):
+                raise ValueError("it lacks layers")
+            shape = CutShape(**{**{name: stated[name] for name in _SHAPE}, "cuts": tuple(stated["cuts"])})
+            sizes = shape.tensors()
+            if {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()} != sizes:  # noqa: SIM118
+                raise ValueError("its tensors have other names or shapes")
+            held = {name: file.get_tensor(name).to(device, torch.float64) for name in sizes}
+        if _sha256({name: value.cpu() for name, value in held.items()}) != stated["sha256"]:
+            raise ValueError("its content is not what was written")
+        made, facts = CutSums(shape, held, int(stated["count"])), dict(stated["facts"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, NblError) as error:
+        raise CorruptError(f"{path} holds no sums of cuts ({error}); run calibrate again") from error
+    return made, facts
+
+
+_SHAPE = ("cuts", "layers", "inputs", "width", "epsilon")
+
+
+def _sha256(held: Mapping[str, torch.Tensor]) -> str:
+    return arrays_sha256({name: value.numpy() for name, value in held.items()})
+
+
+@dataclass(frozen=True)
+class CutFit:
+    """The map of a layer, and its calibration errors relative to the variance of keys and of values."""
+
+    map: Predicted
+    keys_error: float
+    values_error: float
+
+
+def fit(sums: CutSums, cut: int, near: int, *, before: bool) -> dict[int, CutFit]:
+    """The LMMSE maps of all layers above a cut; X'X is factored once.
+
+    Raises:
+        NblError: the sums hold NaN or infinity, or the stream at the cut does not vary.
+    """
+    shape, held = sums.shape, {name: value.cpu() for name, value in sums.sums.items()}
+    inputs, above = shape.inputs * (1 + before), shape.above(cut)
+    mean_x = held[f"cuts.{cut}.sum"][:inputs] / sums.count
+    cxx = held[f"cuts.{cut}.xx"][:inputs, :inputs] / sums.count - torch.outer(mean_x, mean_x)
+    lower = cholesky(cxx, cut, RIDGE)
+    found = {}
+    for layer in above:
+        mean_y = held[f"layers.{layer}.sum"] / sums.count
+        cyx = held[f"cuts.{cut}.yx"][layer - cut - 1, :, :inputs] / sums.count - torch.outer(mean_y, mean_x)
+        if not torch.isfinite(cyx).all():
+            raise NblError(f"layer {layer}: its activations hold NaN or infinity; check the checkpoint's weights")
+        weight = torch.cholesky_solve(cyx.T, lower).T
+        variance = held[f"layers.{layer}.square"] / sums.count - mean_y.square()
+        errors = variance - 2 * (weight * cyx).sum(1) + ((weight @ cxx) * weight).sum(1)
+        bias = mean_y + held[f"layers.{layer}.ref"] - weight @ (mean_x + held[f"cuts.{cut}.ref"][:inputs])
+        made = Predicted(weight.float().numpy(), bias.float().numpy(), shape.inputs, cut, near, shape.epsilon)
+        found[layer] = CutFit(made, *(_ratio(e, v) for e, v in zip(errors.chunk(2), variance.chunk(2), strict=True)))
+    return found
+
+
+def _ratio(error: torch.Tensor, variance: torch.Tensor) -> float:
+    whole = variance.sum().item()
+    return max(0.0, error.sum().item()) / whole if whole > 0 else 0.0
+
+
+def maps_of(model: Any, sums: CutSums, cut: int, near: int, *, before: bool) -> dict[int, Predicted]:
+    """The maps of a cut for the model that the sums are of: the exact one of layer `cut`, and the fitted ones."""
+    fitted = fit(sums, cut, near, before=before)
+    return {cut: own_map(model, cut, near, before=before), **{layer: each.map for layer, each in fitted.items()}}

@@ -1,0 +1,214 @@
+"""Moments of candidate cuts: direct arithmetic, one pass with others, resume, and what is fitted to them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from nbl_export.calibrate import cuts
+from nbl_export.calibrate.collect import Collection
+from nbl_export.calibrate.cuts import CutShape, CutSums, cuts_bytes, fit, load, maps_of
+from nbl_export.errors import CorruptError, NblError
+from nbl_export.mixers.predicted_module import features
+from nbl_export.model.checkpoint.load import load_model
+from nbl_export.model.cut import own_map
+
+from ..tiny import EPSILON, HEAD_DIM, HIDDEN, KV_HEADS, LAYERS, VOCAB
+
+WIDTH = KV_HEADS * HEAD_DIM
+
+
+def windows(count: int, tokens: int = 48) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(2).integers(2, VOCAB, (count, tokens)))
+
+
+@contextmanager
+def watched(model: Any) -> Iterator[dict[str, list[torch.Tensor]]]:
+    """Within: streams "x0" and outputs of products "k1", "v1", in float64, without the first row of each window."""
+    seen: dict[str, list[torch.Tensor]] = {}
+
+    def stream(index: int) -> Any:
+        def take(_layer: Any, args: Any) -> None:
+            both = features(args[0].double(), EPSILON, before=True)[:, 1:]
+            seen.setdefault(f"x{index}", []).append(both.flatten(0, 1))
+
+        return take
+
+    def product(name: str) -> Any:
+        return lambda _m, _a, out: seen.setdefault(name, []).append(out[:, 1:].double().flatten(0, 1))
+
+    handles = []
+    for index, layer in enumerate(model.get_decoder().layers):
+        handles.append(layer.register_forward_pre_hook(stream(index)))
+        handles.append(layer.self_attn.k_proj.register_forward_hook(product(f"k{index}")))
+        handles.append(layer.self_attn.v_proj.register_forward_hook(product(f"v{index}")))
+    yield seen
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_sums_beside_a_calibration_are_those_of_float64(
+    name: str, narrow: bool, checkpoint: Callable[[str], Path]
+) -> None:
+    model, text = load_model(checkpoint(name)), windows(6)
+    sums = CutSums.of(model, (0, 1))
+    with Collection(model, ("residual",), narrow=narrow) as collection, sums.attached(model):
+        collection.refer(text)
+        assert sums.count == 47
+        sums.clear()
+        assert all(value.any() == name.endswith(".ref") for name, value in sums.sums.items())
+        with watched(model) as seen:
+            for part in text.split(2):
+                collection.add(part)
+    rows = {name: torch.cat(parts) for name, parts in seen.items()}
+    assert sums.count == 6 * 47 == len(rows["x0"])
+    assert collection.count == 6 * 48
+    for cut in (0, 1):
+        centred = {name: values - values.mean(0) for name, values in rows.items()}
+        x, held = centred[f"x{cut}"], {key: value / sums.count for key, value in sums.sums.items()}
+        mean = held[f"cuts.{cut}.sum"]
+        close(mean + sums.sums[f"cuts.{cut}.ref"], rows[f"x{cut}"].mean(0))
+        close(held[f"cuts.{cut}.xx"] - torch.outer(mean, mean), x.T @ x / len(x))
+        for layer in range(cut + 1, LAYERS):
+            y = torch.cat([centred[f"k{layer}"], centred[f"v{layer}"]], 1)
+            mean_y = held[f"layers.{layer}.sum"]
+            close(held[f"cuts.{cut}.yx"][layer - cut - 1] - torch.outer(mean_y, mean), y.T @ x / len(x))
+            close(held[f"layers.{layer}.square"] - mean_y.square(), y.square().mean(0))
+
+
+def close(found: torch.Tensor, right: torch.Tensor) -> None:
+    torch.testing.assert_close(found, right, rtol=1e-5, atol=2e-6 * float(right.abs().max()))
+
+
+def test_a_pass_that_stops_and_goes_on_gives_the_same_bytes(
+    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuts, "_BLOCK", 60)
+    model, parts = load_model(checkpoint("llama")), windows(6).split(2)
+    whole = CutSums.of(model, (0, 2))
+    with whole.attached(model):
+        for part in parts:
+            run(model, part)
+    whole.save(tmp_path / "whole", {"done": 3})
+    begun = CutSums.of(model, (0, 2))
+    for done, part in enumerate(parts, start=1):
+        with begun.attached(model):
+            run(model, part)
+        begun.save(tmp_path / "part", {"done": done})
+        begun, facts = load(tmp_path / "part")
+        assert facts == {"done": done}
+    assert (tmp_path / "part").read_bytes() == (tmp_path / "whole").read_bytes()
+    run(model, parts[0])
+    assert begun.count == whole.count == 6 * 47
+
+
+def run(model: Any, text: torch.Tensor) -> None:
+    with torch.inference_mode():
+        model.get_decoder()(input_ids=text, use_cache=False)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_planted_relation_is_found(before: bool, checkpoint: Callable[[str], Path]) -> None:
+    model = load_model(checkpoint("llama"))
+    rng, seen = np.random.default_rng(0), dict[str, torch.Tensor]()
+    planted = torch.from_numpy(rng.normal(size=(2 * WIDTH, HIDDEN * (1 + before)))).float()
+    bias = torch.from_numpy(rng.normal(size=2 * WIDTH)).float()
+    layers = model.get_decoder().layers
+    layers[1].register_forward_pre_hook(lambda _l, args: seen.update(x=args[0]))
+    for half, product in enumerate((layers[2].self_attn.k_proj, layers[2].self_attn.v_proj)):
+        product.register_forward_hook(
+            lambda _m, _a, _out, half=half: (features(seen["x"], EPSILON, before=before) @ planted.T + bias).chunk(
+                2, -1
+            )[half]
+        )
+    sums = CutSums.of(model, (1,))
+    with sums.attached(model):
+        run(model, windows(16))
+    found = fit(sums, 1, 7, before=before)
+    assert list(found) == [2]
+    assert (found[2].map.cut, found[2].map.near, found[2].map.before, found[2].map.epsilon) == (1, 7, before, EPSILON)
+    np.testing.assert_allclose(found[2].map.weight, planted, atol=1e-3)
+    np.testing.assert_allclose(found[2].map.bias, bias, atol=1e-3)
+    assert found[2].keys_error < 1e-6 and found[2].values_error < 1e-6
+    maps = maps_of(model, sums, 1, 7, before=before)
+    np.testing.assert_array_equal(maps[1].weight, own_map(model, 1, 7, before=before).weight)
+    np.testing.assert_array_equal(maps[2].weight, found[2].map.weight)
+
+
+def test_errors_are_those_of_the_maps(checkpoint: Callable[[str], Path]) -> None:
+    model, text = load_model(checkpoint("qwen2")), windows(8)
+    sums = CutSums.of(model, (0,))
+    with sums.attached(model), watched(model) as seen:
+        run(model, text)
+    rows = {name: torch.cat(parts) for name, parts in seen.items()}
+    for before in (False, True):
+        for layer, found in fit(sums, 0, 4, before=before).items():
+            x = rows["x0"][:, : HIDDEN * (1 + before)]
+            made = x @ torch.from_numpy(found.map.weight).double().T + torch.from_numpy(found.map.bias)
+            for name, values, error in zip("kv", made.chunk(2, 1), (found.keys_error, found.values_error), strict=True):
+                right = rows[f"{name}{layer}"]
+                share = (right - values).square().sum() / (right - right.mean(0)).square().sum()
+                assert error == pytest.approx(share.item(), rel=1e-3)
+
+
+def test_a_file_that_is_damaged_or_of_something_else_is_refused(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    sums = CutSums.of(load_model(checkpoint("llama")), (1,))
+    sums.save(tmp_path / "sums", {})
+    raw = (tmp_path / "sums").read_bytes()
+    for damaged in (raw[:-8], raw[:-1] + b"\1", raw.replace(b'"layers\\": 3', b'"layers\\": 4'), b"", b"x" * 100):
+        assert damaged != raw
+        (tmp_path / "sums").write_bytes(damaged)
+        with pytest.raises(CorruptError, match="run calibrate again"):
+            load(tmp_path / "sums")
+    with pytest.raises(CorruptError):
+        load(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"), [({"layers": 10**9}, "lacks layers"), ({"width": 16}, "shapes"), ({"epsilon": None}, "sizes")]
+)
+def test_a_file_that_says_other_sizes_is_refused(
+    change: dict[str, Any], reason: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "sums"
+    CutSums.of(load_model(checkpoint("llama")), (1,)).save(path, {})
+    with safe_open(path, "pt") as file:
+        stated = {**json.loads(file.metadata()["cuts"]), **change}
+    save_file(load_file(path), path, {"cuts": json.dumps(stated)})
+    with pytest.raises(CorruptError, match=reason):
+        load(path)
+
+
+def test_bytes_are_said_and_impossible_cuts_are_refused(checkpoint: Callable[[str], Path]) -> None:
+    model = load_model(checkpoint("llama"))
+    sums = CutSums.of(model, (0, 2))
+    assert cuts_bytes(sums.shape) == sum(value.nbytes for value in sums.sums.values())
+    assert cuts_bytes(CutShape((12, 14, 16, 18, 20, 22), 28, 1536, 256, 1e-6)) < 1.3e9
+    for wrong in ((2, 1), (1, 1), (LAYERS,), (-1,)):
+        with pytest.raises(NblError, match="are not those of 3 layers"):
+            CutSums.of(model, wrong)
+    with pytest.raises(NblError, match="it norms queries and keys"):
+        CutSums.of(load_model(checkpoint("qwen3")), (1,))
+
+
+def test_sums_that_are_not_finite_are_refused(checkpoint: Callable[[str], Path]) -> None:
+    model = load_model(checkpoint("llama"))
+    sums = CutSums.of(model, (1,))
+    with sums.attached(model):
+        run(model, windows(6))
+    sums.sums["cuts.1.yx"][0, 3, 5] = torch.nan
+    with pytest.raises(NblError, match="layer 2: its activations hold NaN"):
+        fit(sums, 1, 4, before=False)
