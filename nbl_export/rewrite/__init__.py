@@ -19,10 +19,11 @@ from nbl_export.graph.emitter import run_passes
 from nbl_export.graph.files import read_graph
 from nbl_export.graph.names import ALL_LOGITS_FILE, GENAI_CONFIG, STATIC_GRAPH_FILE, all_logits_file, graph_file
 from nbl_export.mixers.base import Mixer, cacheless, state_of
+from nbl_export.mixers.predicted import cut_of
 from nbl_export.records.plan import spoken_layers
 from nbl_export.rewrite.blocks import RewriteBlocks, SkipNormToAdd, Sweep
 from nbl_export.rewrite.caches import DropCaches, DropUnreadCaches, make_dense
-from nbl_export.rewrite.cut import CutPrompt, cut_layers
+from nbl_export.rewrite.cut import CutPrompt
 from nbl_export.rewrite.quantize import QuantizeMapBlocks, QuantizeMaps
 from nbl_export.rewrite.tail import keep_last_token
 
@@ -31,10 +32,11 @@ __all__ = ["passes_for", "rewrite", "rewrite_model"]
 
 def passes_for(maps: Mapping[int, Mixer], tap: str = "residual") -> Sequence[ir.passes.PassBase]:
     """The passes of the rewrite, in order."""
-    cut = cut_layers(maps)
+    cut = cut_of(maps)
+    others = {layer: mixer for layer, mixer in maps.items() if cut is None or layer not in cut.maps}
     return (
         CutPrompt(maps),
-        RewriteBlocks({layer: mixer for layer, mixer in maps.items() if layer not in cut}, tap),
+        RewriteBlocks(others, tap),
         DropCaches(cacheless(maps)),
         Sweep(),
         DropUnreadCaches(),

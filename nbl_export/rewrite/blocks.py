@@ -25,11 +25,11 @@ from nbl_export.graph.names import constant_name, node_name
 from nbl_export.mixers.base import OWN, Mixer, Port, state_of, tapped
 from nbl_export.rewrite.builder import GraphBuilder, ValidTokens
 
-__all__ = ["RewriteBlocks", "SkipNormToAdd", "Sweep"]
+__all__ = ["SKIP_NORMS", "SUM", "RewriteBlocks", "SkipNormToAdd", "Sweep", "bias_of"]
 
-_NORMS = {"SkipSimplifiedLayerNormalization": "SimplifiedLayerNormalization",
+SKIP_NORMS = {"SkipSimplifiedLayerNormalization": "SimplifiedLayerNormalization",
           "SkipLayerNormalization": "LayerNormalization"}  # fmt: skip
-_SUM = 3  # output of a skip norm: the residual stream
+SUM = 3  # output of a skip norm: the residual stream
 
 
 class RewriteBlocks(ir.passes.InPlacePass):
@@ -118,26 +118,26 @@ def _pass_on(graph: ir.Graph, block: AttentionBlock) -> None:
     before   y -- SkipSimplifiedLayerNormalization(x, y) -> normed, sum      after   SimplifiedLayerNormalization(x)
     """
     join, x = block.join, block.residual
-    if (bias := _bias_of(join)) is not None:
+    if (bias := bias_of(join)) is not None:
         add = new_node("Add", [x, bias], node_name(block.layer, "Add"), x.dtype, x.shape)
         graph.insert_before(join, [add])
         x = add.outputs[0]
     if join.op_type != "Add":
         _norm_alone(graph, join, x, node_name(block.layer, "norm"))
-    for total in join.outputs[:1] if join.op_type == "Add" else join.outputs[_SUM:]:
+    for total in join.outputs[:1] if join.op_type == "Add" else join.outputs[SUM:]:
         total.replace_all_uses_with(x)
     graph.remove(join, safe=True)
 
 
 def _norm_alone(graph: ir.Graph, skip: ir.Node, value: ir.Value, name: str) -> None:
     """Give the readers of a skip norm's normed output a norm of `value`, made in the place of the skip norm."""
-    if skip.op_type not in _NORMS or not skip.outputs[0].consumers():
+    if skip.op_type not in SKIP_NORMS or not skip.outputs[0].consumers():
         return
     weights = skip.inputs[2 : 3 if skip.op_type == "SkipSimplifiedLayerNormalization" else 4]
     epsilon, old = skip.attributes["epsilon"].as_float(), skip.outputs[0]
     dtype = value.dtype or element_type(graph, value)
     attributes = {"axis": -1, "stash_type": 1, "epsilon": epsilon}
-    norm = new_node(_NORMS[skip.op_type], [value, *weights], name, dtype, old.shape, attributes)
+    norm = new_node(SKIP_NORMS[skip.op_type], [value, *weights], name, dtype, old.shape, attributes)
     graph.insert_before(skip, [norm])
     old.replace_all_uses_with(norm.outputs[0])
 
@@ -157,8 +157,8 @@ class SkipNormToAdd(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         found = [node for node in model.graph if _only_sum_is_read(node)]
         for node in found:
-            left, right, bias = node.inputs[0], node.inputs[1], _bias_of(node)
-            total = node.outputs[_SUM]
+            left, right, bias = node.inputs[0], node.inputs[1], bias_of(node)
+            total = node.outputs[SUM]
             terms = [(left, right)] if bias is None else [(left, right), (None, bias)]
             adds: list[ir.Node] = []
             for a, b in terms:
@@ -174,16 +174,16 @@ class SkipNormToAdd(ir.passes.InPlacePass):
 
 
 def _only_sum_is_read(node: ir.Node) -> bool:
-    if node.op_type not in _NORMS or len(node.outputs) <= _SUM:
+    if node.op_type not in SKIP_NORMS or len(node.outputs) <= SUM:
         return False
-    *others, total = node.outputs[: _SUM + 1]
+    *others, total = node.outputs[: SUM + 1]
     read = [v for v in others if v.consumers() or v.is_graph_output()]
     return not read and bool(total.consumers()) and not total.is_graph_output()
 
 
-def _bias_of(node: ir.Node) -> ir.Value | None:
+def bias_of(node: ir.Node) -> ir.Value | None:
     """The bias that a skip norm adds to its sum."""
-    if node.op_type not in _NORMS:
+    if node.op_type not in SKIP_NORMS:
         return None
     index = 3 if node.op_type == "SkipSimplifiedLayerNormalization" else 4
     return node.inputs[index] if len(node.inputs) > index else None

@@ -8,7 +8,7 @@
 So a decode step runs a few small nodes more, and an `If` around each attention above the cut. Matrices are outside of
 these choices, so each is stored once. If a skip norm makes x, its two inputs are taken instead of x, and it stays.
 
-The features of all T rows are the normed rows, and beside each, with `before`, the normed row of the token before it.
+The features are the normed rows 1 .. T - W - 1, and beside each, with `before`, the normed row of the token before it.
 Refuses attention above the cut without a map, and states there: their rows would be others than those that climb.
 """
 
@@ -26,22 +26,16 @@ from nbl_export.graph.caches import graph_states
 from nbl_export.graph.emitter import Maker, choose, element_type, graph_input, new_node, register, values_read
 from nbl_export.graph.names import CUT_ROWS
 from nbl_export.mixers.base import Mixer
-from nbl_export.mixers.predicted import Predicted
+from nbl_export.mixers.predicted import Predicted, cut_of
+from nbl_export.rewrite.blocks import SKIP_NORMS, SUM, bias_of
 from nbl_export.rewrite.cut_attention import Climb, cut_attention
 from nbl_export.rewrite.integers import Integers
 from nbl_export.rewrite.tail import LastValid
 
-__all__ = ["CutPrompt", "cut_layers"]
+__all__ = ["CutPrompt"]
 
 _PREFIX, _CONSTANTS = "/nbl/cut", "nbl.cut"
 _INT, _BOOL = ir.DataType.INT64, ir.DataType.BOOL
-_NORMS = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
-_SUM = 3  # output of a skip norm: the residual stream
-
-
-def cut_layers(mixers: Mapping[int, Mixer]) -> dict[int, Predicted]:
-    """The layers whose keys and values are predicted, ascending."""
-    return {layer: mixer for layer, mixer in sorted(mixers.items()) if isinstance(mixer, Predicted)}
 
 
 class CutPrompt(ir.passes.InPlacePass):
@@ -57,38 +51,36 @@ class CutPrompt(ir.passes.InPlacePass):
 
     def requires(self, model: ir.Model) -> None:
         """One cut, and above it maps for all attention, and no states."""
-        maps = cut_layers(self.mixers)
-        if not maps:
+        cut = cut_of(self.mixers)
+        if cut is None:
             return
-        first = next(iter(maps.values()))
-        for layer, mixer in maps.items():
+        first = next(iter(cut.maps.values()))
+        for layer, mixer in cut.maps.items():
             if _numbers(mixer) != _numbers(first):
-                raise RefusalError(layer, "its predicted keys have another cut, number of tokens, norm or input")
-            if layer < first.cut:
-                raise RefusalError(layer, f"it predicts keys below the cut at layer {first.cut}")
+                raise RefusalError(layer, "its predicted keys have another norm or another input")
+            if layer < cut.layer:
+                raise RefusalError(layer, f"it predicts keys below the cut at layer {cut.layer}")
         caches = graph_caches(model.graph)
-        _refuse_others(first.cut, [i for i in caches if i not in self.mixers], "attention without predicted keys")
-        states = [i for i, mixer in self.mixers.items() if i not in maps and mixer.holds is not None]
-        _refuse_others(first.cut, [*graph_states(model.graph), *states], "a state")
-        if first.cut not in caches:
-            raise RefusalError(first.cut, "it has no attention, so a prompt cannot be cut below it")
+        _refuse_others(cut.layer, [i for i in caches if i not in self.mixers], "attention without predicted keys")
+        states = [i for i, mixer in self.mixers.items() if i not in cut.maps and mixer.holds is not None]
+        _refuse_others(cut.layer, [*graph_states(model.graph), *states], "a state")
+        if cut.layer not in caches:
+            raise RefusalError(cut.layer, "it has no attention, so a prompt cannot be cut below it")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        maps = cut_layers(self.mixers)
-        if not maps:
+        graph, cut = model.graph, cut_of(self.mixers)
+        if cut is None:
             return ir.passes.PassResult(model, modified=False)
-        graph = model.graph
-        blocks = {layer: find_block(graph, layer) for layer in maps}
+        blocks = {layer: find_block(graph, layer) for layer in cut.maps}
         attentions = {layer: find_attention(block) for layer, block in blocks.items()}
-        mixer = next(iter(maps.values()))
-        climb = _cut(graph, find_block(graph, mixer.cut).residual, mixer)
-        for layer, its in maps.items():
-            cut_attention(graph, layer, attentions[layer], blocks[layer], its, climb)
+        climb = _cut(graph, find_block(graph, cut.layer).residual, next(iter(cut.maps.values())))
+        for layer, mixer in cut.maps.items():
+            cut_attention(graph, layer, attentions[layer], blocks[layer], mixer, climb)
         return ir.passes.PassResult(model, modified=True)
 
 
-def _numbers(mixer: Predicted) -> tuple[int, int, int, bool, float]:
-    return mixer.cut, mixer.near, mixer.inputs, mixer.before, mixer.epsilon
+def _numbers(mixer: Predicted) -> tuple[int, bool, float]:
+    return mixer.inputs, mixer.before, mixer.epsilon
 
 
 def _refuse_others(cut: int, layers: Sequence[int], what: str) -> None:
@@ -107,24 +99,21 @@ def _cut(graph: ir.Graph, x: ir.Value, mixer: Predicted) -> Climb:
     least = ints("ReduceMin", "least", count, keepdims=0)
     skip = new_node("Greater", [least, ints.constant("most", mixer.near + 1)], f"{_PREFIX}/skip", _BOOL)
     graph.insert_before(graph[0], [*last.index, *ints.nodes, skip])
-    maker = x.producer()
-    joined = maker is not None and maker.op_type in _NORMS and x.index() == _SUM
-    terms = list(maker.inputs[:2]) if maker is not None and joined else [x]
-    bias = _bias_of(maker) if maker is not None and joined else None
-    taken = [value for value in terms if value is not None]
-    step = _Step(graph, ints, last.chunk, last.at, element_type(graph, x))
-    choice = choose(skip.outputs[0], *step.branches(taken, bias, mixer), CUT_ROWS)
-    users = [(node, i) for value in taken for node, i in value.uses() if node is maker or not joined]
-    users = [(node, i) for node, i in users if node.graph is graph]
-    rows = dict(zip(taken, choice.outputs[1:], strict=False))
-    for node, i in users:
+    maker, dtype = x.producer(), element_type(graph, x)
+    joined = maker is not None and maker.op_type in SKIP_NORMS and x.index() == SUM
+    terms = [value for value in (maker.inputs[:2] if maker is not None and joined else [x]) if value is not None]
+    bias = bias_of(maker) if maker is not None and joined else None
+    uses = [(node, i) for value in terms for node, i in value.uses() if node is maker or not joined]
+    step = _Step(graph, ints, last.chunk, last.at, dtype)
+    choice = choose(skip.outputs[0], *step.branches(terms, bias, mixer), CUT_ROWS)
+    rows = dict(zip(terms, choice.outputs[1:], strict=False))
+    for node, i in uses:
         value = node.inputs[i]
         assert value is not None
         node.replace_input_with(i, rows[value])
-    _insert_behind(graph, taken, choice)
-    shared = choice.outputs[1 + len(taken) :]
+    _insert_behind(graph, terms, choice)
     _rename_rows(graph, list(rows.values()))
-    return Climb(skip.outputs[0], element_type(graph, x), *shared)
+    return Climb(skip.outputs[0], dtype, *choice.outputs[1 + len(terms) :])
 
 
 def _insert_behind(graph: ir.Graph, values: Sequence[ir.Value], node: ir.Node) -> None:
@@ -146,11 +135,6 @@ def _rename_rows(graph: ir.Graph, rows: Sequence[ir.Value]) -> None:
             reached.add(value)
             if value.shape is not None and len(value.shape) == 3 and value.shape[1] == tokens:
                 value.shape = ir.Shape([value.shape[0], "climbing_length", value.shape[2]])
-
-
-def _bias_of(node: ir.Node) -> ir.Value | None:
-    index = 3 if node.op_type == "SkipSimplifiedLayerNormalization" else 4
-    return node.inputs[index] if len(node.inputs) > index else None
 
 
 @dataclass(frozen=True)
@@ -228,11 +212,11 @@ class _Step:
         )
         kind = "SimplifiedLayerNormalization"
         normed: ir.Value = make(kind, "norm", x, ones, kind=dtype, axis=-1, stash_type=1, epsilon=mixer.epsilon)
+        axis, behind = number("row", [1]), number("near_begins", [-mixer.near])
+        far: ir.Value = make("Slice", "far", normed, axis, behind, axis, kind=dtype)
         if not mixer.before:
-            return normed
-        axis = number("row", [1])
-        first = make("Slice", "first", normed, number("begin", [0]), number("row", [1]), axis, kind=dtype)
-        others = make("Slice", "others", normed, number("begin", [0]), number("last", [-1]), axis, kind=dtype)
-        before = make("Concat", "before", first, others, kind=dtype, axis=1)
-        features: ir.Value = make("Concat", "features", normed, before, kind=dtype, axis=2)
+            return far
+        until = number("before_ends", [-mixer.near - 1])
+        before = make("Slice", "before", normed, number("begin", [0]), until, axis, kind=dtype)
+        features: ir.Value = make("Concat", "features", far, before, kind=dtype, axis=2)
         return features

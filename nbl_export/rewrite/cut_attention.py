@@ -1,13 +1,15 @@
 """The attention of a layer above a cut (`cut`): the original's in a short step, else that of the rows that climb.
 
     qkv [B, M, ·] -- GroupQueryAttention -- output, present                    a short step: M is T
-    features [B, T, F] -- MatMul -- Add -- ScatterND -- rotary -- keys, values [B, heads, T, ·]
-    qkv of M rows --- own keys, values ----^                        |
-                 `--- queries -- rotary -- scores -- Softmax -------+--- output       past in front: present
+    features [B, T - M, F] - MatMul - Add - Concat - ScatterND - rotary - keys, values [B, heads, T, ·]
+    qkv of M rows ---- own keys, values -----^-----------^                 |
+                 `---- queries -- rotary -- scores -- Softmax -------------+--- output       past in front: present
 
-A row's own keys and values replace the predicted ones, so they are at its place of the step also in a padded batch. The
-queries of the rows that climb read the past and this step. GroupQueryAttention takes no few queries of a padded batch,
-and no first row together with the last ones; so products and a Softmax stand for it. Its attributes are kept.
+Predicted keys are between the own ones of the first row and of the last rows. In a padded batch a shorter sequence has
+its last rows before the end of the step, so they also replace what is predicted there.
+
+The queries of the rows that climb read the past and this step. GroupQueryAttention takes no batch behind a cache, which
+the last rows of a padded batch need, and no first row beside the last ones. So products and a Softmax stand for it.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ class Climb:
     Attributes:
         skip: whether only few rows climb.
         dtype: of the stream.
-        features: what maps read, of all rows of the step, [B, T, F].
+        features: what maps read, of the rows that do not climb, [B, T - M, F].
         positions: of all rows, [B, T]; own: of the rows that climb, [B, M].
         places: sequence and row of those that climb, [B, M, 2].
         unseen: what is added to scores, [B, 1, 1, M, P + T].
@@ -127,6 +129,8 @@ class _Few:
         queries, own = self._projected()
         made = make("MatMul", self._title("MatMul"), climb.features, self._map("weight", self._mixer.weight.T))
         made = make("Add", "Add", made, self._map("bias", self._mixer.bias))
+        first, near = make("Split", "FirstNear", own, self._integers("rows", [1, self._mixer.near]), outputs=2, axis=1)
+        made = make("Concat", "Rows", first, made, near, axis=1)
         made = make("ScatterND", "Own", made, climb.places, own)
         made = make("Reshape", "Heads", made, self._integers("heads", [0, 0, 2 * self._heads, self._size]))
         made = make("Transpose", "HeadMajor", made, perm=[0, 2, 1, 3])

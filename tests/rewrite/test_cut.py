@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import onnx_ir as ir
 import pytest
 
 from nbl_export.errors import RefusalError
-from nbl_export.graph.anatomy import cache_layers, find_attention, find_block
+from nbl_export.graph.anatomy import cache_layers, find_block
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.files import read_graph
 from nbl_export.graph.names import product_name
@@ -205,18 +206,36 @@ def test_half_precision(given_graph: Callable[[str], Path], tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("architecture", "source"), [("llama", "mobius"), ("llama-bias", "genai"), ("qwen2", "genai"), ("qwen3", "genai")]
-)
-def test_other_graphs(architecture: str, source: str, exported: Exported, tmp_path: Path) -> None:
-    """An exporter with another form of graph; biases; queries, keys and values that are three inputs."""
-    graph = read_graph(exported(architecture, source) / "model.onnx").graph
-    past = find_attention(find_block(graph, 0)).attributes
-    heads, size = past["kv_num_heads"].as_int(), HEAD_DIM
+    ("architecture", "source", "heads", "size", "rotary"),
+    [("llama", "mobius", KV_HEADS, HEAD_DIM, HEAD_DIM), ("llama-bias", "genai", KV_HEADS, HEAD_DIM, HEAD_DIM),
+     ("qwen2", "genai", KV_HEADS, HEAD_DIM, HEAD_DIM), ("qwen3", "genai", KV_HEADS, HEAD_DIM, HEAD_DIM),
+     ("phi4-mini", "genai", 1, 32, 16)],
+)  # fmt: skip
+def test_other_graphs(
+    architecture: str, source: str, heads: int, size: int, rotary: int, exported: Exported, tmp_path: Path
+) -> None:
+    """Another exporter; biases; queries, keys and values that are three inputs; rotary embedding of half a head."""
     maps = cut_at(1, 3, keys=heads * size)
     rewrite(exported(architecture, source), tmp_path / "nbl", maps)
-    reference = Reference(exported(architecture, source), maps)
+    reference = Reference(exported(architecture, source), maps, rotary=rotary)
     reference.begin(heads=heads, size=size)
     assert compare(OnnxDecoder(tmp_path / "nbl", size), reference, [12, 1, 9, 1]) < TOLERANCE["fp32"]
+
+
+def test_attributes_of_attention(exported: Exported, tmp_path: Path) -> None:
+    """A soft cap of scores, a scale of its own, and the scale that is not stated."""
+    for number, (scale, cap) in enumerate([(0.4, 0.0), (0.4, 1.5), (0.0, 0.0)]):
+        source, maps = shutil.copytree(exported("llama"), tmp_path / str(number)), cut_at(1, 3)
+        model = ir.load(source / "model.onnx")
+        for node in model.graph:
+            if node.op_type == "GroupQueryAttention":
+                node.attributes["scale"] = ir.AttrFloat32("scale", scale)
+                node.attributes["softcap"] = ir.AttrFloat32("softcap", cap)
+        ir.save(model, source / "model.onnx")
+        rewrite(source, tmp_path / f"nbl{number}", maps)
+        reference = Reference(source, maps)
+        reference.begin()
+        assert compare(OnnxDecoder(tmp_path / f"nbl{number}", HEAD_DIM), reference, [12, 9]) < TOLERANCE["fp32"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
@@ -297,7 +316,7 @@ def test_refused(exported: Exported, given_graph: Callable[[str], Path], tmp_pat
     llama, whole = exported("llama"), cut_at(1, 3)
     cases = [
         (llama, {1: whole[1]}, "2: it has attention without predicted keys"),
-        (llama, {1: whole[1], 2: predicted(1, 4, 2)}, "2: its predicted keys have another cut"),
+        (llama, {1: whole[1], 2: predicted(1, 3, 2, before=False)}, "2: its predicted keys have another norm"),
         (llama, cut_at(1, 3) | {0: predicted(1, 3, 0)}, "0: it predicts keys below the cut"),
         (exported("mistral-window"), whole, "1: its attention has a sliding window"),
         (given_graph("mobius-fp16"), whole, "1: its attention is no GroupQueryAttention"),

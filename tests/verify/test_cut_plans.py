@@ -119,14 +119,10 @@ def one_position_off(nodes: Mapping[str, ir.Node], _model: ir.Model) -> None:
 
 
 def from_the_other_side(nodes: Mapping[str, ir.Node], _model: ir.Model) -> None:
-    """The map reads the token behind; the last one stands behind itself."""
-    first, others, joined = (nodes[f"/nbl/cut/Few/{name}"] for name in ("first", "others", "before"))
-    end = constant(first, np.array([np.iinfo(np.int64).max]))
-    for node, start in ((first, -1), (others, 1)):
-        node.replace_input_with(1, constant(node, np.array([start])))
-        node.replace_input_with(2, end)
-    joined.replace_input_with(0, others.outputs[0])
-    joined.replace_input_with(1, first.outputs[0])
+    """The map reads the token behind."""
+    before = nodes["/nbl/cut/Few/before"]
+    for index, row in ((1, 2), (2, 1 - NEAR)):
+        before.replace_input_with(index, constant(before, np.array([row])))
 
 
 def keys_for_values(nodes: Mapping[str, ir.Node], _model: ir.Model) -> None:
