@@ -48,12 +48,18 @@ class StreamedModel(Mixes):
         tap: what the maps act on (`records.plan.TAPS`).
         scratch: a directory for hidden states; nothing stays there.
         narrow: products in bfloat16; logits of the original stay float32.
+
+    Raises:
+        NblError: a map reads the stream of another layer.
     """
 
     def __init__(
         self, checkpoint: Path, maps: Mapping[int, Mixer], tap: str, scratch: Path, *, narrow: bool = False
     ) -> None:
         self._config, self._weights = config_of(checkpoint), WeightReader(checkpoint)
+        for layer, mixer in maps.items():
+            if any(read.stream not in (None, layer) for read in mixer.reads):
+                raise NblError(f"layer {layer} reads an earlier layer, so the whole model has to fit into memory")
         self._maps, self._tap, self._scratch, self._narrow = maps, tap, scratch, narrow
         self.num_layers = int(self._config.num_hidden_layers)
         self._head: Head | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import weakref
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from nbl_export.errors import NblError
 from nbl_export.mixers.linear import Linear
 from nbl_export.model import one_layer, streamed
 from nbl_export.model.checkpoint.load import load_model
+from nbl_export.model.cut import own_map
 from nbl_export.model.mixes import Mixes
 from nbl_export.model.streamed import StreamedModel
 from nbl_export.model.switched import SwitchedModel
@@ -200,3 +202,10 @@ def test_a_missing_head_is_named(checkpoint: Checkpoint, tmp_path: Path) -> None
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     with pytest.raises(NblError, match=r"lacks the weight .*lm_head\.weight"):
         StreamedModel(directory, MAPS, "residual", tmp_path).head  # noqa: B018
+
+
+def test_a_map_that_reads_another_layer_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    directory = checkpoint("llama")
+    far = replace(own_map(load_model(directory), 2, 8, before=False), cut=1)
+    with pytest.raises(NblError, match="layer 2 reads an earlier layer"):
+        StreamedModel(directory, {2: far}, "residual", tmp_path)
