@@ -238,6 +238,23 @@ def test_attributes_of_attention(exported: Exported, tmp_path: Path) -> None:
         assert compare(OnnxDecoder(tmp_path / f"nbl{number}", HEAD_DIM), reference, [12, 9]) < TOLERANCE["fp32"]
 
 
+def test_a_bias_in_a_skip_norm(exported: Exported, tmp_path: Path) -> None:
+    """As optimisers fuse it: the stream at the cut is a sum of three."""
+    source, maps = shutil.copytree(exported("llama-bias"), tmp_path / "source"), cut_at(1, 3)
+    model = ir.load(source / "model.onnx")
+    for node in [node for node in model.graph if node.op_type == "SkipSimplifiedLayerNormalization"]:
+        add = node.inputs[1].producer()  # type: ignore[union-attr]
+        if add is not None and add.op_type == "Add" and add.inputs[1] in model.graph.initializers.values():
+            node.resize_inputs(4)
+            node.replace_input_with(1, add.inputs[0])
+            node.replace_input_with(3, add.inputs[1])
+    ir.save(model, source / "model.onnx")
+    rewrite(source, tmp_path / "nbl", maps)
+    reference = Reference(source, maps)
+    reference.begin()
+    assert compare(OnnxDecoder(tmp_path / "nbl", HEAD_DIM), reference, [12, 9]) < TOLERANCE["fp32"]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
 def test_a_short_step_is_the_original(precision: str, exported: Exported, tmp_path: Path) -> None:
     """Bit for bit, also in a padded batch whose shortest sequence is short."""
