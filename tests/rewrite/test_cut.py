@@ -343,10 +343,11 @@ def test_refused(exported: Exported, given_graph: Callable[[str], Path], tmp_pat
 
 
 def test_the_graph_is_understood(exported: Exported, tmp_path: Path) -> None:
-    """Layers, joins and caches of a cut graph are found, and a matrix is stored once."""
+    """Layers, joins and caches of a cut graph are found; a step runs few nodes more, and a matrix is stored once."""
     rewrite(exported("llama"), tmp_path / "nbl", cut_at(1, 3))
     graph = read_graph(tmp_path / "nbl" / "model.onnx").graph
     assert cache_layers(graph) == (0, 1, 2)
+    assert len(graph) == len(read_graph(exported("llama") / "model.onnx").graph) + 12
     assert [find_block(graph, layer).branch.producer().op_type for layer in range(LAYERS)] == ["MatMul"] * LAYERS  # type: ignore[union-attr]
     assert all(len(value.uses()) == 1 for name, value in graph.initializers.items() if name.endswith("MatMul.weight")
                and "lm_head" not in name)  # fmt: skip
