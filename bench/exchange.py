@@ -1,7 +1,7 @@
 """What setups of the job reach within a limit on quality: layers, loss, and modelled and measured speed.
 
-    nbl-export --model MODEL --output DIR                            the default: windows, trained maps
-    nbl-export plan DIR --fit independent --window-layers none       closed form, linear layers alone
+    nbl-export --model MODEL --output DIR               the default: trained maps
+    nbl-export plan DIR --fit independent               closed form
     python bench/exchange.py "SmolLM2-135M: closed form, linear=DIR" ... > RESULT.json
 
 Each argument is TITLE=DIR, of runs that have at least a plan. A run with a benchmark has measured ratios too. Losses

@@ -131,19 +131,14 @@ def exchange(read: Read) -> Rows:
     return rows
 
 
-_LARGE = {"4 linear layers, ONNX Runtime in int4": ("count-qwen15", "original", "nbl"),
-          "1 linear layer, 3 windows, OpenVINO in int8": ("openvino-qwen15", "DIR/original", "DIR/model")}  # fmt: skip
-
-
 def large(read: Read) -> Rows:
-    """Speeds of two decoders of the model of 1.5 billion parameters."""
-    rows: Rows = [("", "test", "original", "NBL", "NBL over original"), "llrrl"]
-    for title, (name, original, nbl) in _LARGE.items():
-        run = read(name)
-        for row in run["ratios"]:
-            test, depth = row["test"], row["depth"]
-            speeds = [_of(run["rows"], v, test, depth)["tokens_per_second_median"] for v in (original, nbl)]
-            rows.append((title, test, *(f"{_speed(s)} tok/s" for s in speeds), cell(row)))
+    """Speeds of a decoder of the model of 1.5 billion parameters."""
+    run = read("count-qwen15")
+    rows: Rows = [("4 linear layers, ONNX Runtime in int4", "original", "NBL", "NBL over original"), "lrrl"]
+    for row in run["ratios"]:
+        test, depth = row["test"], row["depth"]
+        speeds = [_of(run["rows"], v, test, depth)["tokens_per_second_median"] for v in ("original", "nbl")]
+        rows.append((test, *(f"{_speed(s)} tok/s" for s in speeds), cell(row)))
     return rows
 
 

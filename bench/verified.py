@@ -1,6 +1,6 @@
 """What verification measures: the largest figure of each check, of jobs up to verification.
 
-    python bench/verified.py MODEL NAME [--layers 6,15,21,25-29] [--windows 25-29]      MODEL: a GGUF or directory
+    python bench/verified.py MODEL NAME [--layers 6,15,21,25-29]      MODEL: a GGUF or directory
     python bench/verified.py                        tiny random Llama, Mistral (window), Qwen2, Gemma 3
 
 New rows replace the model's rows of the same layers in bench/results/verified.json.
@@ -61,11 +61,9 @@ def main() -> None:
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("name", nargs="?", default="")
     parser.add_argument("--layers", default="1,2")
-    parser.add_argument("--windows", default="")
     parser.add_argument("--precisions", nargs="+", default=PRECISIONS)
     parser.add_argument("--calibration-tokens", type=int, default=4096)
     options = parser.parse_args()
-    spoken = f"layers {options.layers}" + (f", windows {options.windows}" if options.windows else "")
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch) / "text.txt"
@@ -79,11 +77,10 @@ def main() -> None:
             for precision in options.precisions:
                 run = Path(scratch) / f"{name}-{precision}".replace("/", "-")
                 command("calibrate", "--model", model, "--output", run, *given)
-                windows = ("--window-layers", options.windows) if options.windows else ()
-                command("plan", run, "--layers", options.layers, *windows)
+                command("plan", run, "--layers", options.layers)
                 command("rewrite", run, "--precision", precision)
                 command("verify", run)
-                rows.append(row_of(name, spoken, run))
+                rows.append(row_of(name, f"layers {options.layers}", run))
                 print(json.dumps(rows[-1]), flush=True)
     keep(rows)
 
@@ -95,10 +92,9 @@ def keep(rows: list[dict[str, Any]]) -> None:
     every = [*(row for row in before if (row["model"], row["precision"], row["layers"]) not in again), *rows]
     commands = [
         "python bench/verified.py", "python bench/verified.py MODEL SmolLM2-135M-Instruct --layers 6,15,21,25-29",
-        "python bench/verified.py MODEL SmolLM2-135M-Instruct --layers 0 --windows 25-29 --precisions int4",
     ]  # fmt: skip
     value = {
-        "made": made(commands, ["1,2", "6,15,21,25-29", "25-29"], chosen=False), "machine": machine(),
+        "made": made(commands, ["1,2", "6,15,21,25-29"], chosen=False), "machine": machine(),
         "versions": versions(PACKAGES), "rows": every,
     }  # fmt: skip
     OUTPUT.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

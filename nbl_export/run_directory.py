@@ -3,6 +3,7 @@
     DIR/nbl.json               the manifest (this module's `RunDirectory` reads and writes it)
     DIR/text.safetensors       text: token ids of the calibration text and of the second text, by use
     DIR/moments.safetensors    calibrate; calibrate.partial.safetensors while it works
+    DIR/cuts.safetensors       calibrate, in its place, if keys of upper layers are predicted
     DIR/maps.safetensors       plan; distill, if requested (then plan writes start.safetensors)
     DIR/distill.json           distill; distill.partial.safetensors while it works
     DIR/original/              decoder: the exported graph; all_logits.onnx is the graph as exported, if model.onnx
@@ -53,7 +54,7 @@ from nbl_export.records.plan import LayerScore, Plan
 from nbl_export.trust.contained import check_folder
 from nbl_export.trust.lock import locked
 
-__all__ = ["ACCEPTANCE_FILE", "ACCEPTANCE_JSON", "ACCEPTANCE_MD", "BENCH_FILE", "CHECKPOINT", "DECODERS",
+__all__ = ["ACCEPTANCE_FILE", "ACCEPTANCE_JSON", "ACCEPTANCE_MD", "BENCH_FILE", "CHECKPOINT", "CUTS_FILE", "DECODERS",
            "DISTILL_FILE", "EVAL_FILE", "MADE_BY", "MAPS_FILE", "MOMENTS_FILE", "PACKAGES", "REPORT_HTML",
            "REPORT_JSON", "REPORT_MD", "SCHEMA", "START_FILE", "TEXT_FILE", "VERIFY_FILE",
            "RunDirectory", "refuse_foreign"]  # fmt: skip
@@ -68,6 +69,7 @@ DISTILL_FILE = "distill.json"
 REPORT_JSON, REPORT_HTML, REPORT_MD = "report.json", "report.html", "report.md"
 TEXT_FILE = "text.safetensors"
 CHECKPOINT = "checkpoint"
+CUTS_FILE = "cuts.safetensors"
 MOMENTS_FILE = "moments.safetensors"
 START_FILE = "start.safetensors"  # maps before distillation
 MAPS_FILE = "maps.safetensors"

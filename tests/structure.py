@@ -26,8 +26,6 @@ LONGEST = 6
 PATTERNS = {
     "kind linear": r"^'?linear'?$|\b(mixers|trained) linear\b|\blinear (maps|bias|change)\b",
     "kind none": r"^'?none'?$|mixers none\b",
-    "kind window": r"^'window'$|\bwindow (layers|shape|tokens|module|step|losses|to)\b|^windowed$"
-    r"|\b(nbl|maps|emit|trained|check|replaced|options|rewrite|mixers) window",
     "target ort": r"\bort\b|targets onnx\b",
     "target trt": r"\b(trt|tensorrt)\b",
     "stage text": r"\bstages text\b",  # the string is a key of much else

@@ -25,12 +25,12 @@ class Options(TypedDict, total=False):
     max_perplexity_increase: str | None
     target_speedup: str | float | None
     kv_budget: str | None
+    cut: str | int
+    near: int | None
     fit: str
     select: str | None
     tap: str
     maps: str
-    window_layers: str | Sequence[int]
-    window: int | None
     distill_minutes: float | None
     distill_steps: int | None
     distill_tokens: int

@@ -115,7 +115,7 @@ def plan(
     Args:
         layers: how many (8), or which ([7, 9] or "0,7,24-29"); None leaves the number to the limit on quality.
         select: order of the layers: efficient (default), greedy, cca or error.
-        max_perplexity_increase: most increase of perplexity on held-back text; "10%" without `layers`.
+        max_perplexity_increase: most increase of perplexity on held-back text; "5%" without `layers`.
         maps: affine, or linear for maps without a bias.
 
     Raises:

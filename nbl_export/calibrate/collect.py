@@ -31,7 +31,7 @@ from nbl_export.model.checkpoint.pretrained import config_of
 from nbl_export.model.linearize import port_output, port_width, run_from
 from nbl_export.model.one_layer import WeightReader, one_layer
 
-__all__ = ["Collection", "Wanted", "attach", "batches", "collect", "collect_layers", "refuse_not_finite"]
+__all__ = ["Collection", "Wanted", "attach", "batches", "collect", "collect_layers", "refuse_not_finite", "run_batch"]
 
 _BATCH_TOKENS = 4096
 
@@ -39,6 +39,12 @@ _BATCH_TOKENS = 4096
 def batches(ids_WT: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Split windows [windows, context] into the batches that run at once."""
     return ids_WT.split(max(1, _BATCH_TOKENS // ids_WT.shape[1]))
+
+
+def run_batch(model: Any, batch_BT: torch.Tensor, *, narrow: bool) -> None:
+    """Run a decoder without its head on windows [B, T]; `narrow`: products in bfloat16."""
+    with torch.inference_mode(), bfloat16.products(model.device, narrow):
+        model.get_decoder()(input_ids=batch_BT.to(model.device), use_cache=False)
 
 
 class Collection:
@@ -52,7 +58,7 @@ class Collection:
     """
 
     def __init__(self, model: Any, taps: Sequence[str], kind: Kind = DEFAULT, *, narrow: bool = False) -> None:
-        self._decoder, self._narrow = model.get_decoder(), narrow
+        self._model, self._decoder, self._narrow = model, model.get_decoder(), narrow
         self._device, size = next(model.parameters()).device, int(model.config.hidden_size)
         self.taps, self.num_layers, self.kind = tuple(taps), int(model.config.num_hidden_layers), kind
         self.sizes = (kind.feature_count(size), port_width(self._decoder, kind.target))
@@ -71,8 +77,7 @@ class Collection:
 
     def add(self, batch_BT: torch.Tensor) -> None:
         """Run one batch and add its rows."""
-        with torch.inference_mode(), bfloat16.products(torch.device(self._device), self._narrow):
-            self._decoder(input_ids=batch_BT.to(self._device), use_cache=False)
+        run_batch(self._model, batch_BT, narrow=self._narrow)
 
     def refer(self, ids_WT: torch.Tensor) -> None:
         """Take reference rows and units from the beginning of the whole text."""

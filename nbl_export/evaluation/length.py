@@ -56,8 +56,9 @@ class _Item:
 
 
 def run_length(
-    test: str, text: Text | None, lm: Any, window: int, limit: int | None, progress: Callable[[int, int], None]
-) -> Outcome:
+    test: str, text: Text | None, lm: Any, window: int, limit: int | None, progress: Callable[[int, int], None],
+    *, behind_prompt: bool = False,
+) -> Outcome:  # fmt: skip
     """One of `TESTS` on a model: mean loss in nats and share of correct tokens or keys, for each position or length.
 
     Args:
@@ -65,6 +66,7 @@ def run_length(
         lm: has a tokenizer, and `token_scores` of a request.
         window: tokens of a window of the text, and of the longest item.
         limit: most windows, or keys or sequences of each length.
+        behind_prompt: of a window, the first half is a prompt, and only the last position range is scored.
 
     Raises:
         NblError: the text is shorter than one window, or a window has no room for a key.
@@ -73,6 +75,8 @@ def run_length(
     few = limit if test == POSITION else min(limit or _ITEMS, _ITEMS)
     rows = windows(text, lm.tokenizer, window, few) if text else []
     items = list(_items(test, rows, lm.tokenizer, window, few or 0))
+    if behind_prompt and test == POSITION:
+        items = [_Item(item.ids, item.ends[-1:], item.counts[-1:]) for item in items]
     found: dict[str, list[float]] = {}
     said: list[tuple[float, ...]] = []
     for item in items:

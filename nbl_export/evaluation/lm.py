@@ -9,6 +9,7 @@ comparable. The tokenizer adds special tokens, unless the text already begins wi
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 
 from nbl_export.errors import NblError
 from nbl_export.evaluation.scorer import GraphScorer, Request, TokenScores
+from nbl_export.graph.names import MANIFEST
 from nbl_export.model.checkpoint.load import load_tokenizer
 from nbl_export.targets import owner_of
 from nbl_export.trust.contained import check_folder
@@ -60,7 +62,7 @@ class OnnxLM(TemplateLM):
         self.tokenizer = load_tokenizer(Path(path))
         self.max_length = min(int(max_length or positions), positions)
         rows = _ROWS if str(batch_size).startswith("auto") or batch_size is None else int(batch_size)
-        self.scorer = GraphScorer(decoder, self.max_length, rows)
+        self.scorer = GraphScorer(decoder, self.max_length, rows, near_of(Path(path)))
         self.batch_size = rows
         self.max_gen_toks = _NEW_TOKENS
         self._path = Path(path).absolute()
@@ -220,6 +222,14 @@ def torch_lm(model: Any, tokenizer: Any, max_length: int) -> Any:
         max_length=max_length,
         device=str(model.device),
     )
+
+
+def near_of(directory: Path) -> int | None:
+    """W of a model directory whose prompts stop at a cut (`mixers.predicted`); None for others."""
+    path = directory / MANIFEST
+    facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    cut = facts.get("cut")
+    return int(cut["near"]) if cut else None
 
 
 def open_graph(directory: Path, threads: int | None = None) -> tuple[Any, int]:

@@ -107,13 +107,19 @@ def _loglikelihoods(responses: Sequence[Any]) -> tuple[float, ...]:
     return tuple(float(n) for n in numbers) if not any(isinstance(n, str) for n in numbers) else ()
 
 
-def run_windows(windows: Sequence[list[int]], lm: Any, progress: Callable[[int, int], None]) -> Outcome:
-    """Perplexity over windows of token ids: exp of the mean loss of all tokens except the first of each window."""
+def run_windows(
+    windows: Sequence[list[int]], lm: Any, progress: Callable[[int, int], None], prompt: int = 1
+) -> Outcome:  # fmt: skip
+    """Perplexity over windows of token ids: exp of the mean loss of all tokens behind the first ones of each window.
+
+    Args:
+        prompt: tokens of a window that are read and not scored.
+    """
     started = time.monotonic()
     items: list[tuple[float, int]] = []
     for ids in windows:
-        scores = lm.token_scores(Request(tuple(ids[:1]), tuple(ids[1:])))
-        items.append((float(scores.loglikelihoods.sum()), len(ids) - 1))
+        scores = lm.token_scores(Request(tuple(ids[:prompt]), tuple(ids[prompt:])))
+        items.append((float(scores.loglikelihoods.sum()), len(ids) - prompt))
         progress(len(items), len(windows))
     metrics = {"token_perplexity": Metric.of("weighted_perplexity", items, higher_is_better=False)}
     return Outcome(len(items), metrics, tuple((score,) for score, _ in items), time.monotonic() - started)

@@ -3,9 +3,11 @@
     one continuation of a context        rows of similar length, right-padded, one step for each batch
     several of the same context          context once -> mark -> continuation -> rewind -> continuation ...
     a row too long for a batch           alone, in chunks
+    a row of a graph with a cut          alone: the context as one prompt, then steps of at most W + 1 tokens
 
 The second case computes one context and k continuations instead of k contexts. Continuations run one at a time,
-because GroupQueryAttention accepts chunks after a cache for a single sequence only (ONNX Runtime 1.32).
+because GroupQueryAttention accepts chunks after a cache for a single sequence only (ONNX Runtime 1.32). A graph with a
+cut (`mixers.predicted`) gives the logits of a prompt's last tokens alone. So it is scored as it is served.
 """
 
 from __future__ import annotations
@@ -69,15 +71,18 @@ class GraphScorer:
         decoder: must give logits of all positions.
         max_length: most tokens that the graph reads; longer requests lose their beginning.
         rows: most sequences of a batch.
+        near: W of a graph with a cut; None without one.
 
     Raises:
         NblError: the graph gives logits of the last position only.
     """
 
-    def __init__(self, decoder: Any, max_length: int, rows: int = _MOST_ROWS) -> None:
+    def __init__(
+        self, decoder: Any, max_length: int, rows: int = _MOST_ROWS, near: int | None = None
+    ) -> None:  # fmt: skip
         self._decoder = decoder
         self.max_length = max_length
-        self._rows = rows
+        self.near, self._rows = near, rows if near is None else 1
         decoder.begin(1)
         logits_BTV = decoder.step(np.zeros((1, 2), np.int64))
         if logits_BTV.shape[1] != 2:
@@ -87,7 +92,8 @@ class GraphScorer:
                 "torch-original,torch-nbl)"
             )
         width = int(logits_BTV.shape[2])
-        self._tokens = min(_MOST_TOKENS, max(_FEWEST_TOKENS, _LOGIT_BYTES // (4 * width)))
+        most = _MOST_TOKENS if near is None else near + 1
+        self._tokens = min(most, max(_FEWEST_TOKENS, _LOGIT_BYTES // (4 * width)))
 
     # -- scores ----------------------------------------------------------------------------------------
 
@@ -114,7 +120,14 @@ class GraphScorer:
     def token_scores(self, request: Request) -> TokenScores:
         """Scores of the continuation's tokens; neither part of the request is shortened."""
         self._decoder.begin(1)
-        return TokenScores.joined(self._append(request.inputs, request.continuation))
+        if self.near is None:
+            return TokenScores.joined(self._append(request.inputs, request.continuation))
+        return self._behind(self._read(request.context)[-1], request.continuation)
+
+    def _behind(self, last_V: np.ndarray, continuation: Sequence[int]) -> TokenScores:
+        """Scores of a continuation of what the decoder has read, whose last logits are given."""
+        parts = self._append(continuation[:-1], continuation[1:])
+        return TokenScores.joined([_score(last_V[None], continuation[:1]), *parts])
 
     def _append(self, ids: Sequence[int], targets: Sequence[int]) -> list[TokenScores]:
         """Append a sequence whose last positions predict the targets; only the logits of one chunk are in memory."""
@@ -143,8 +156,7 @@ class GraphScorer:
         found = {}
         for request in group:
             decoder.rewind(mark)
-            parts = self._append(request.continuation[:-1], request.continuation[1:])
-            found[request] = TokenScores.joined([_score(last_V[None], request.continuation[:1]), *parts]).total
+            found[request] = self._behind(last_V, request.continuation).total
         return found
 
     def _batches(self, requests: Sequence[Request]) -> Iterator[list[Request]]:
@@ -171,7 +183,9 @@ class GraphScorer:
         }
 
     def _read(self, ids: Sequence[int]) -> np.ndarray:
-        """Append one sequence in chunks; return logits [n, V] of the last chunk."""
+        """Append one sequence, in chunks or as one prompt; return logits [n, V] of its last tokens."""
+        if self.near is not None:
+            return np.asarray(self._decoder.run(np.array([ids]))["logits"][0].astype(np.float32, copy=False))
         for begin in range(0, len(ids), self._tokens):
             logits_TV = self._decoder.step(np.array([ids[begin : begin + self._tokens]]))[0]
         return np.asarray(logits_TV)

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from nbl_export.measure.cost import WEIGHT_BYTES, CostModel, LayerSizes, cost_model
 from nbl_export.measure.rounds import LOOKS, Rule
 from nbl_export.mixers.base import TokenWork
-from nbl_export.mixers.rows import Read
+from nbl_export.mixers.predicted import candidate_cuts
+from nbl_export.mixers.rows import Read, Rows
 from nbl_export.model.checkpoint.shape import Shape
 from nbl_export.model.memory import WEIGHTS_SHARE
 from nbl_export.options.goals import (
@@ -29,7 +30,7 @@ from nbl_export.options.goals import (
     layers_for_budget,
     names_layers,
 )
-from nbl_export.options.options import AUTO_WINDOWS, CHECKPOINT_FIT, WIDTHS, JobOptions
+from nbl_export.options.options import AUTO_CUT, CHECKPOINT_FIT, JobOptions
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.text.windows import deciding_tokens, final_tokens, judging_tokens
 
@@ -45,6 +46,7 @@ _WRITTEN = 4e8  # bytes a second that an export reads or writes: smollm2 and qwe
 _DECODED = 4.0  # prompt tokens that take as long as a decoded token, for each byte of a weight's element: smollm2
 _BATCH = 4096  # tokens that run at once, with three float32 activations of the MLP: `calibrate` of the 3B shape
 
+_CUTS_TRIED = 8  # cuts that are foreseen before one is decided: smollm2
 _SUMS = 14 / 3  # x D^2 additions and multiplications of a token's moments: Y'X, and 2/3 of X'X and Y'Y (`sums.gram`)
 
 
@@ -108,10 +110,31 @@ class Job:
         taps = len({"residual", self.options.tap})
         return 16.0 * self.shape.decoder.hidden_size**2 * self.shape.decoder.num_layers * taps
 
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        """Cuts that are calibrated."""
+        asked, layers = self.options.cut, self.shape.decoder.num_layers
+        return () if not self.options.predicts else candidate_cuts(layers) if asked == AUTO_CUT else (int(asked),)
+
+    @property
+    def _map_elements(self) -> int:
+        """Of a map that predicts keys and values of a layer."""
+        d = self.shape.decoder
+        return 2 * d.num_kv_heads * d.head_dim * 2 * d.hidden_size
+
+    @property
+    def _cut_sums(self) -> float:
+        """Numbers in the sums of all candidate cuts: X'X, and Y'X of each layer above."""
+        d = self.shape.decoder
+        return sum((2.0 * d.hidden_size) ** 2 + (d.num_layers - c) * self._map_elements for c in self.cuts)
+
     @functools.cached_property
     def count(self) -> int:
-        """Layers that are replaced: as asked, or a quarter of them if a goal decides."""
+        """Layers that are replaced: as asked, or a quarter of them if a goal decides; a third have predicted keys."""
         decoder, goal = self.shape.decoder, goal_of(self.options)
+        if self.options.predicts:
+            cut = self.options.cut
+            return round(decoder.num_layers / 3) if cut == AUTO_CUT else decoder.num_layers - int(cut)
         if self.options.layers is not None:
             layers = asked_layers(self.options, decoder)
             return layers if isinstance(layers, int) else len(layers)
@@ -147,11 +170,11 @@ class Job:
     def _planned(self) -> float:
         """Tokens that choose layers."""
         options, layers, judged = self.options, self.shape.decoder.num_layers, judging_tokens(self.options.context)
+        if options.predicts:  # layers from the cut up run twice as long as in the original
+            return self._tested / _TESTS + judged * _CUTS_TRIED if options.cut == AUTO_CUT else 0.0
         tokens = 0.0 if self.trains else self._tested
         if options.select not in ("cca", "error") and not names_layers(options.layers):
             tokens += judged * (layers / 2 + 0.75 * self.count)  # each layer alone; one or two candidates of each step
-        if options.window_layers == AUTO_WINDOWS:  # layers of the top three eighths with each kind, from their input on
-            tokens += judged * (1 + (1 + (1 if options.window else len(WIDTHS))) * layers * 4.5 / 64)
         return tokens
 
     def _in_torch(self, tokens: float) -> float:
@@ -201,18 +224,37 @@ class Job:
                   graph if is_rounded else 0.0, 0.0),
             Needs("bench", self._timed(), graph, 0.0),
         )  # fmt: skip
+        if self.cuts:
+            summed = self._in_torch(read_tokens) + 2 * read_tokens * self._cut_sums / rate
+            kept, maps = 8.0 * self._cut_sums, 4.0 * self.count * self._map_elements
+            chosen = self._in_torch(self._planned()) + _CUTS_TRIED * 2 * (2.0 * d.hidden_size) ** 3 / rate
+            stages = (
+                Needs("calibrate", summed, self.weights + kept, kept + converted),
+                Needs("plan", chosen, self.weights, maps),
+                *stages[2:],
+            )  # fmt: skip
         left_out = {"calibrate", "plan"} if has_maps else set()
         left_out |= set() if self.trains else {"distill"}
         left_out |= set() if self.runs_here else {"bench"}
         return tuple(needs for needs in stages if needs.stage not in left_out)
 
     def prefill_gain(self) -> float:
-        """Modelled speedup of a prompt if the named layers, or `count` layers in the middle, are replaced."""
+        """Modelled speedup of a prompt if the named layers, or `count` layers in the middle, are replaced.
+
+        With a cut: if the upper `count` layers have predicted keys.
+        """
         decoder, options = self.shape.decoder, self.options
+        costs = cost_model(options, self.engine, decoder, self.shape.mlp)
+        if self.cuts:
+            cut, work = decoder.num_layers - self.count, TokenWork(self._map_elements, self._map_elements)
+            reads = Read(rows=Rows.LAST, tokens=options.nears[0]), Read(cut, Rows.ALL)
+            above = dict.fromkeys(
+                range(cut, decoder.num_layers), LayerSizes(reads, (TokenWork(0, 0), work), attends=True)
+            )
+            return costs.speedup_of_sizes(above).prefill
         first = (decoder.num_layers - self.count) // 2
         named = asked_layers(options, decoder) if options.layers else self.count
         layers = range(first, first + self.count) if isinstance(named, int) else named
         elements = 0 if options.fit == "drop" else decoder.hidden_size**2
         one = LayerSizes((Read(),), (TokenWork(elements, elements),))
-        costs = cost_model(options, self.engine, decoder, self.shape.mlp)
         return costs.speedup_of_sizes(dict.fromkeys(layers, one)).prefill

@@ -6,13 +6,12 @@ from nbl_export.mixers.base import Kind
 from nbl_export.mixers.linear import LINEAR
 from nbl_export.mixers.none import NONE
 from nbl_export.mixers.predicted import PREDICTED
-from nbl_export.mixers.window import WINDOW
 from nbl_export.records.plan import ATTENTION, Plan
 
 __all__ = ["DEFAULT", "cache_layers", "kind_of", "kinds", "register"]
 
 DEFAULT: Kind = LINEAR
-_KINDS: dict[str, Kind] = {kind.name: kind for kind in (LINEAR, NONE, WINDOW, PREDICTED)}
+_KINDS: dict[str, Kind] = {kind.name: kind for kind in (LINEAR, NONE, PREDICTED)}
 
 
 def register(kind: Kind) -> None:

@@ -25,7 +25,6 @@ import numpy as np
 
 from nbl_export.errors import RefusalError
 from nbl_export.mixers.rows import Reads
-from nbl_export.mixers.windowed import WindowShape, attend
 from nbl_export.records.plan import LayerScore
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from nbl_export.mixers.lmmse import Moments
 
 __all__ = ["CACHE", "OWN", "Builder", "Cache", "Kind", "Mixer", "Port", "Running", "StateSpec", "Stored", "Streams",
-           "TokenWork", "TrainedMixer", "WindowShape", "apply", "cacheless", "state_of", "tapped"]  # fmt: skip
+           "TokenWork", "TrainedMixer", "apply", "cacheless", "state_of", "tapped"]  # fmt: skip
 
 Value = Any  # a value of the graph that a builder makes
 OWN = None  # the layer's own input at its tap, among streams
@@ -65,13 +64,12 @@ CACHE = Cache()
 class StateSpec:
     """The last `tokens` rows of its input that a layer remembers between steps, each `width` wide.
 
-    Before the first token these rows are zeros. So are the rows of padding, if the state is `masked`: whoever hands x
-    to the layer sets its rows of padding to zero. So a padded row of a batch gives the result of the row alone.
+    Before the first token these rows are zeros. So are the rows of padding: whoever hands x to the layer sets its rows
+    of padding to zero. So a padded row of a batch gives the result of the row alone.
     """
 
     tokens: int
     width: int
-    masked: bool = True
 
 
 @dataclass(frozen=True)
@@ -104,15 +102,6 @@ class Builder(Protocol):
 
     def norm(self, x: Value, weight: np.ndarray, epsilon: float, name: str) -> Value:
         """The RMS norm of each token, times a weight [width]."""
-
-    def window(self, qkv: Value, shape: WindowShape, frequencies: np.ndarray, spec: StateSpec, name: str) -> Value:
-        """Heads [B, T, Q] of attention over the last W tokens and the first (`mixers.windowed`), and its state.
-
-        Args:
-            qkv: queries, keys and values of the tokens of this step, not rotated, [B, T, Q + 2 K].
-            frequencies: rotary frequencies.
-            spec: of the layer's state, which this reads and writes.
-        """
 
     def state(self, spec: StateSpec, name: str) -> Value:
         """The rows that the layer remembers from the step before, [B, tokens, width]; zeros before the first token."""
@@ -202,7 +191,7 @@ class Kind(Protocol):
 
     @property
     def fitted(self) -> bool:
-        """Whether moments fit it; if not, it takes the weights of the layer's own attention."""
+        """Whether the moments of one layer fit it; if not, `fit` refuses."""
         return True
 
     @property
@@ -259,7 +248,7 @@ class Kind(Protocol):
         """The torch module of a mixer, whose numbers are loaded later.
 
         Args:
-            like: for a kind that is not fitted, what the layer's own attention makes; its numbers are not read.
+            like: for a kind whose module follows from more than the size, a mixer of its shapes; no number is read.
         """
 
     def from_module(self, state: Mapping[str, np.ndarray], size: int, like: Mixer | None = None) -> Mixer:
@@ -365,12 +354,6 @@ class _Arrays:
     def norm(self, x: np.ndarray, weight: np.ndarray, epsilon: float, name: str) -> np.ndarray:
         found: np.ndarray = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + np.float32(epsilon))
         found *= self._stored.get(name, weight)
-        return found
-
-    def window(
-        self, qkv: np.ndarray, shape: WindowShape, frequencies: np.ndarray, spec: StateSpec, name: str
-    ) -> np.ndarray:
-        found, self.kept = attend(qkv, self.state(spec, name), shape, frequencies)
         return found
 
     def state(self, spec: StateSpec, name: str) -> np.ndarray:

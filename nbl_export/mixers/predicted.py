@@ -17,6 +17,7 @@ Published relatives: POP (arXiv 2602.03295) applies the layer's own products to 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,9 @@ from nbl_export.records.from_json import require
 if TYPE_CHECKING:
     from nbl_export.mixers.lmmse import Moments
 
-__all__ = ["PREDICTED", "Cut", "Predicted", "cut_of"]
+__all__ = ["PREDICTED", "Cut", "Predicted", "candidate_cuts", "cut_of"]
+
+_MOST = 16  # candidate cuts: the lowest is at half of the layers, the highest leaves an eighth above it
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,13 @@ def cut_of(mixers: Mapping[int, Mixer]) -> Cut | None:
     if len(found) > 1:
         raise NblError(f"the maps have several cuts or numbers of near tokens: {sorted(found)}")
     return Cut(*found.pop(), maps) if found else None
+
+
+def candidate_cuts(num_layers: int) -> tuple[int, ...]:
+    """The cuts that are calibrated and judged, ascending."""
+    low, high = max(1, num_layers // 2), max(1, num_layers - max(1, num_layers // 8))
+    step = max(1, math.ceil((high - low + 1) / _MOST))
+    return tuple(range(low, high + 1, step)) if num_layers > 1 else ()
 
 
 class _Predicted(Kind):

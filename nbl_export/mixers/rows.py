@@ -4,7 +4,6 @@
     row         of a token of this step: a prompt, a part of one, or one token
 
     a linear map          (Read(),)                                            its own row
-    a window of W         (Read(rows=Rows.WINDOW, tokens=W),)                  W rows up to its own, and the first
     attention             (Read(rows=Rows.ALL),)                               all rows
     keys from stream c    (Read(rows=Rows.LAST, tokens=W), Read(c, Rows.ALL))  W rows at the end, and all of stream c
 
@@ -17,22 +16,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["ATTENTION_READS", "Need", "Read", "Reads", "Rows", "lowest_stream", "rows_needed",
-           "rows_of_top"]  # fmt: skip
+__all__ = ["ATTENTION_READS", "Need", "Read", "Reads", "Rows", "lowest_stream", "rows_needed"]
 
 
 class Rows(Enum):
     """Which rows of a stream a layer reads.
 
     LAST: for each row that leaves, its own row; in all at least the last `tokens` rows of the step.
-    WINDOW: for each row that leaves, the last `tokens` rows up to its own.
     ALL: every row.
 
-    More than one row includes the first row of the text, which attention needs (`mixers.window`).
+    More than one row includes the first row of the step, which attention needs (`mixers.predicted`).
     """
 
     LAST = "last"
-    WINDOW = "window"
     ALL = "all"
 
 
@@ -42,7 +38,7 @@ class Read:
 
     Attributes:
         stream: the stream that enters this layer; None for the layer's own input.
-        tokens: number of rows, for LAST and WINDOW.
+        tokens: number of rows, for LAST.
     """
 
     stream: int | None = None
@@ -56,7 +52,7 @@ ATTENTION_READS: Reads = (Read(rows=Rows.ALL),)
 
 @dataclass(frozen=True)
 class Need:
-    """Rows of a stream in one step: the last ones, and the first row of the text if `first`.
+    """Rows of a stream in one step: the last ones, and the first one if `first`.
 
     Attributes:
         last: number of rows at the end; None for all rows.
@@ -78,8 +74,7 @@ class Need:
         """Rows that a layer reads if these rows leave it."""
         if self.last is None or read.rows is Rows.ALL:
             return Need(None)
-        last = max(self.last, read.tokens) if read.rows is Rows.LAST else self.last + read.tokens - 1
-        return Need(last, self.first or read.rows is Rows.WINDOW or read.tokens > 1)
+        return Need(max(self.last, read.tokens), self.first or read.tokens > 1)
 
 
 def rows_needed(reads: Mapping[int, Reads], layers: int) -> tuple[Need, ...]:
@@ -96,15 +91,6 @@ def rows_needed(reads: Mapping[int, Reads], layers: int) -> tuple[Need, ...]:
             stream = layer if read.stream is None else read.stream
             needs[stream] |= leaving.read_by(read)
     return tuple(needs)
-
-
-def rows_of_top(reads: Mapping[int, Reads]) -> dict[int, Need]:
-    """Rows that enter these layers at the top of a decoder; each layer between and above them reads its own row."""
-    if not reads:
-        return {}
-    top = max(reads) + 1
-    needs = rows_needed({**dict.fromkeys(range(min(reads), top), (Read(),)), **reads}, top)
-    return {layer: needs[layer] for layer in reads}
 
 
 def lowest_stream(reads: Mapping[int, Reads]) -> int:

@@ -14,8 +14,8 @@ from nbl_export.model.architecture_record import Architecture
 from nbl_export.model.experts import GRANITE, MIXTRAL, QWEN, Experts
 from nbl_export.records.mlp import MlpSpec
 
-__all__ = ["ARCHITECTURES", "LINEARIZED", "REFUSED", "architecture_of", "check_config", "check_window", "is_hybrid",
-           "mlp_of", "unlike_llama", "windows_of"]  # fmt: skip
+__all__ = ["ARCHITECTURES", "LINEARIZED", "REFUSED", "architecture_of", "check_config", "is_hybrid", "mlp_of",
+           "unlike_llama", "windows_of"]  # fmt: skip
 
 
 _CAUSAL = {"use_bidirectional_attention": (None, False)}
@@ -284,19 +284,6 @@ def windows_of(config: Any) -> tuple[int | None, ...]:
         return (None,) * config.num_hidden_layers
     kinds: Sequence[str] = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-
-
-def check_window(tokens: Any, positions: Any, where: object) -> None:
-    """Refuse the size that a configuration gives its layers of kind window.
-
-    Raises:
-        NblError: it is no number of tokens, or is beyond the model's positions.
-    """
-    if type(tokens) is not int or type(positions) is not int or not 1 <= tokens <= positions:
-        raise NblError(
-            f"{where} has layers of kind window with nbl_window {tokens!r}, which is not 1 to {positions} tokens; "
-            "save the checkpoint again"
-        )
 
 
 def check_config(config: Mapping[str, Any], where: object) -> None:

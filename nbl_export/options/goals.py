@@ -20,7 +20,7 @@ __all__ = ["DEFAULT_INCREASE", "DEFAULT_SELECT", "DEFAULT_STEPS", "GOALS", "Cach
            "TargetSpeedup", "asked_layers", "check_request", "check_size", "default_minutes", "goal_of",
            "layers_for_budget", "names_layers", "parse_layers"]  # fmt: skip
 
-DEFAULT_INCREASE = 0.10  # of perplexity, if neither a count nor a goal is given
+DEFAULT_INCREASE = 0.05  # of perplexity, if neither a count nor a goal is given
 DEFAULT_SELECT = "efficient"  # the order of layers, if the model's output can judge
 DEFAULT_STEPS = 320  # of a training, if neither steps nor minutes are given and no limit on quality
 GOALS = ("max_perplexity_increase", "target_speedup", "kv_budget")
@@ -89,7 +89,7 @@ def check_request(options: JobOptions) -> None:
         raise UsageError(f"--maps {options.maps} acts on the normed input; add --tap normed")
 
 
-def _read_layers(text: str, flag: str = "--layers") -> int | tuple[tuple[int, int], ...]:
+def _read_layers(text: str) -> int | tuple[tuple[int, int], ...]:
     """Read a count ("8"), or the first and last layer of each range of named layers ("0,7,24-29", or "8,").
 
     Raises:
@@ -103,43 +103,46 @@ def _read_layers(text: str, flag: str = "--layers") -> int | tuple[tuple[int, in
         first, dash, last = part.partition("-")
         if not _is_number(first) or (dash and not _is_number(last)):
             raise UsageError(
-                f"{flag} {text!r}: {part!r} is not a layer or a range; write a count (8) or layers from 0 (0,7,24-29)"
+                f"--layers {text!r}: {part!r} is not a layer or a range; write a count (8) or layers from 0 (0,7,24-29)"
             )
         low, high = int(first), int(last) if dash else int(first)
         if high < low:
-            raise UsageError(f"{flag} {text!r}: the range {part} runs backwards; write {high}-{low}")
+            raise UsageError(f"--layers {text!r}: the range {part} runs backwards; write {high}-{low}")
         ranges.append((low, high))
     return tuple(ranges)
 
 
-def parse_layers(text: str, num_layers: int, flag: str = "--layers") -> int | tuple[int, ...]:
-    """Read `--layers`, or another flag: "8" is a count, "0,7,24-29" (or "8,") names layers from 0.
+def parse_layers(text: str, num_layers: int) -> int | tuple[int, ...]:
+    """Read `--layers`: "8" is a count, "0,7,24-29" (or "8,") names layers from 0.
 
     Raises:
         UsageError: a part is no number, or a range runs backwards.
         NblError: a layer is repeated or missing, or every layer is named.
     """
-    asked = _read_layers(text, flag)
+    asked = _read_layers(text)
     if isinstance(asked, int):
         if asked >= num_layers:
-            raise NblError(_all_refused(f"{flag} {asked}", num_layers))
+            raise NblError(_all_refused(f"--layers {asked}", num_layers))
         return asked
     chosen: list[int] = []
     for low, high in asked:
         if high >= num_layers:
-            raise NblError(f"{flag} {text!r}: layer {high} does not exist; this model has layers 0 to {num_layers - 1}")
+            raise NblError(
+                f"--layers {text!r}: layer {high} does not exist; this model has layers 0 to {num_layers - 1}"
+            )
         chosen.extend(range(low, high + 1))
     repeated = sorted({i for i in chosen if chosen.count(i) > 1})
     if repeated:
-        raise NblError(f"{flag} {text!r}: layer {repeated[0]} is named twice")
+        raise NblError(f"--layers {text!r}: layer {repeated[0]} is named twice")
     if len(chosen) >= num_layers:
-        raise NblError(_all_refused(f"{flag} {text!r}", num_layers))
+        raise NblError(_all_refused(f"--layers {text!r}", num_layers))
     return tuple(sorted(chosen))
 
 
-def asked_layers(options: JobOptions, spec: DecoderSpec, name: str = "layers") -> int | tuple[int, ...]:
-    """The number of layers, or the named layers, of an option that is given; raises as `parse_layers`."""
-    return parse_layers(getattr(options, name), spec.num_layers, flag_of(name))
+def asked_layers(options: JobOptions, spec: DecoderSpec) -> int | tuple[int, ...]:
+    """The number of layers, or the named layers, of `--layers`, which is given; raises as `parse_layers`."""
+    assert options.layers is not None
+    return parse_layers(options.layers, spec.num_layers)
 
 
 def _all_refused(what: str, count: int) -> str:

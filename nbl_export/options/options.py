@@ -19,8 +19,8 @@ from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.from_json import read_record, require
 from nbl_export.records.plan import MAPS, TAPS
 
-__all__ = ["AUTO_WINDOWS", "BUILDER_OPTIONS", "CHECKPOINT_FIT", "LEFT", "NO_ORIGINAL", "NO_WINDOWS", "OPTIONS",
-           "PANELS", "WIDTHS", "WINDOW", "WINDOWS_IN", "JobOptions", "flag_of"]  # fmt: skip
+__all__ = ["AUTO_CUT", "BUILDER_OPTIONS", "CHECKPOINT_FIT", "LEFT", "LIKE_LLAMA", "NO_CUT", "NO_ORIGINAL", "OPTIONS",
+           "PANELS", "PREDICTED", "JobOptions", "flag_of"]  # fmt: skip
 
 # Source of the maps: closed form for each layer; joint training from there; zero, which drops attention; or an NBL
 # checkpoint.
@@ -30,8 +30,8 @@ SELECTS = ("cca", "error", "greedy", "efficient")
 DTYPES = ("auto", "float32", "bfloat16")  # of products while calibrating and choosing layers
 DEVICES = ("auto", "cpu", "cuda")  # of torch
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # ends a line, or moves a terminal's cursor
-AUTO_WINDOWS, NO_WINDOWS = "auto", "none"  # windows in as many top layers as quality allows, or in no layer
-WIDTHS = (64, 128)  # of windows, in tokens, if none is asked for: the first for named layers, the better one with auto
+AUTO_CUT, NO_CUT = "auto", "none"  # the deepest cut that quality allows, or no cut
+NEARS = (64, 128, 256)  # tokens at the end of a prompt that climb above a cut, if none is asked for
 CHECKPOINT_FIT = "given"  # fit of the maps that an NBL checkpoint has
 NO_ORIGINAL = "the checkpoint no longer contains the attention weights of its replaced layers"
 # How the GenAI builder quantises, by its own names (`--extra_options` of onnxruntime_genai.models.builder). The values
@@ -49,6 +49,7 @@ BUILDER_OPTIONS: dict[str, tuple[str, ...]] = {
 
 # Options and commands that left -> what to use. The message is "--option is gone: " and the sentence.
 _NGRAM = "nbl-export convert DIR --to ngram writes the original with n-gram decoding (docs/drafts.md)"
+_WINDOWS = "predicted keys replace windows: leave it out, or --cut N sets the first layer of them"
 _GGUF = "llama.cpp's convert_hf_to_gguf.py makes a GGUF file of convert --to nemotron-nas (docs/serving.md)"
 LEFT: dict[str, str] = {
     "base": _GGUF,
@@ -65,6 +66,8 @@ LEFT: dict[str, str] = {
     "sweep": "leave it out; the report of each job has a curve of other numbers of layers",
     "token_table": "leave it out; linearized leading layers are computed like all others",
     "type": _GGUF,
+    "window": _WINDOWS,
+    "window_layers": _WINDOWS,
 }
 
 PANELS = ("What is replaced", "Distillation", "Calibration", "Torch", "Engine", "Benchmark")
@@ -72,25 +75,36 @@ _REPLACED, _DISTILL, _CALIBRATE, _TORCH, _ENGINE, _BENCH = PANELS
 
 # -- usual values, and when options have an effect ------------------------------------------------------------------
 
-WINDOW = "window"  # the kind of --window-layers
-WINDOWS_IN = "--engine openvino, or ort with --provider cpu"
+PREDICTED = "predicted"  # the kind of --cut
+LIKE_LLAMA = ("llama", "mistral", "qwen2")  # architectures whose keys can be predicted
 # The builder reads these for MatMulNBits alone (onnxruntime_genai 0.18, models/builder.py).
 _OF_ROUNDING = ("accuracy_level", "algo_config", "block_size")
 
 
-def _usual_fit(values: Mapping[str, Any], _engine: Capabilities | None, model: ModelFacts) -> str:
-    """Maps are trained for a limit on quality. A goal of another kind or an order by scores needs the closed form."""
+def _usual_fit(values: Mapping[str, Any], engine: Capabilities | None, model: ModelFacts) -> str:
+    """Maps are trained for a limit on quality, where keys are not predicted; other goals need the closed form."""
     closed = any(values[name] for name in ("layers", "target_speedup", "kv_budget"))
     if model.maps_tap:
         return CHECKPOINT_FIT
-    return "independent" if closed or values["select"] in ("cca", "error") else "distilled"
+    predicts = (engine is None or PREDICTED in engine.kinds) and _predicts(model)
+    return "independent" if closed or predicts or values["select"] in ("cca", "error") else "distilled"
 
 
-def _usual_windows(values: Mapping[str, Any], engine: Capabilities | None, model: ModelFacts) -> str:
-    """Windows for a limit on quality, of an engine that has them; the gain was measured in ONNX Runtime alone."""
-    others = values["engine"] != "ort" or any(values[name] for name in ("layers", "target_speedup", "kv_budget"))
-    lacks = engine is not None and WINDOW not in engine.kinds
-    return NO_WINDOWS if others or lacks or values["fit"] == "drop" or model.maps_tap else AUTO_WINDOWS
+def _usual_cut(values: Mapping[str, Any], engine: Capabilities | None, model: ModelFacts) -> str:
+    """The deepest cut for a limit on quality, unless another option asks for layers that are replaced."""
+    others = ("layers", "target_speedup", "kv_budget", "select", "distill_minutes", "distill_steps")
+    asks = any(values[name] for name in others) or values["fit"] != "independent" or values["maps"] != "affine"
+    asks |= values["logits"] == "all"
+    lacks = engine is not None and PREDICTED not in engine.kinds
+    lacks |= values["decoder_source"] != "genai" or not _predicts(model)
+    return NO_CUT if asks or lacks or model.maps_tap else AUTO_CUT
+
+
+def _predicts(model: ModelFacts) -> bool:
+    """Whether keys of the model can be predicted, as far as its facts are known."""
+    if not model.architecture:
+        return True
+    return model.architecture in LIKE_LLAMA and not (model.decoder and model.decoder.sliding_window)
 
 
 def _usual_tap(values: Mapping[str, Any], _engine: Capabilities | None, model: ModelFacts) -> str:
@@ -106,11 +120,11 @@ _ORDERED = (
 )  # fmt: skip
 _FITTED = (*_ORIGINAL, Applies("fitted maps (--fit independent or distilled)", lambda c: c.options.fit != "drop"))
 _TRAINED = (Applies("--fit distilled", lambda c: c.options.fit == "distilled"),)
-_WITH_WINDOWS = (
-    Applies(f"{WINDOWS_IN}, and the original model",
-            lambda c: c.options.window_layers == NO_WINDOWS or (WINDOW in c.engine.kinds and not c.is_nbl)),
+_PREDICTING = (
+    Applies("--engine ort with --provider cpu, and the original model",
+            lambda c: c.options.cut == NO_CUT or (PREDICTED in c.engine.kinds and not c.is_nbl)),
 )  # fmt: skip
-_OF_WINDOWS = (Applies("--window-layers", lambda c: c.options.window_layers != NO_WINDOWS),)
+_OF_CUT = (Applies("--cut", lambda c: c.options.cut != NO_CUT),)
 _ORT = (Applies("--engine ort", lambda c: bool(c.engine.providers)),)
 _COMPILED = (Applies("engines that compile graphs (trt, trt-rtx)", lambda c: c.engine.static),)
 _NOT_COMPILED = (Applies("engines that compile nothing (ort, openvino)", lambda c: not c.engine.static),)
@@ -136,7 +150,7 @@ class JobOptions:
         metavar="ENGINE",
     )  # fmt: skip
     layers: str | None = option(
-        None, 'How many layers ("8") or which ("0,7,24-29"); default: perplexity +10% at most.', _REPLACED,
+        None, 'How many layers ("8") or which ("0,7,24-29"); default: --cut.', _REPLACED,
         "main plan rewrite", first=True, metavar="LAYERS", python="int layers", applies=_ORIGINAL,
     )  # fmt: skip
     max_perplexity_increase: str | None = option(
@@ -151,9 +165,17 @@ class JobOptions:
         None, "Most KV cache: 64MiB@4096, or 15KiB a token.", _REPLACED, "main plan", first=True, metavar="SIZE",
         applies=_ORIGINAL,
     )  # fmt: skip
+    cut: str = option(
+        NO_CUT, "First layer that far tokens of a prompt skip (20); auto (default): by quality; or none.", _REPLACED,
+        "main plan", first=True, metavar="LAYER", python="int", usual=_usual_cut, applies=_PREDICTING,
+    )  # fmt: skip
+    near: int | None = option(
+        None, "Tokens at the end of a prompt that pass all layers; default: 64, or with --cut auto 64, 128 or 256.",
+        _REPLACED, "main plan", least=1, applies=_OF_CUT,
+    )  # fmt: skip
     fit: str = option(
-        "independent", "independent, distilled (trained; default with a limit), or drop.", _REPLACED, "main plan",
-        first=True, choices=FITS, metavar="FIT", usual=_usual_fit,
+        "independent", "independent, distilled (trained; default with a limit, where keys are not predicted), or drop.",
+        _REPLACED, "main plan", first=True, choices=FITS, metavar="FIT", usual=_usual_fit,
     )  # fmt: skip
     select: str | None = option(
         None, "Order: efficient (default), greedy, error, or the paper's cca.", _REPLACED, "main plan", first=True,
@@ -166,16 +188,6 @@ class JobOptions:
     maps: str = option(
         "affine", "affine (matrix and bias, default), or linear (matrix alone on the normed input, as "
         "Nemotron-NAS checkpoints need).", _REPLACED, "main plan", choices=MAPS, metavar="KIND", applies=_FITTED,
-    )  # fmt: skip
-    window_layers: str = option(
-        NO_WINDOWS, "Further layers whose attention reads the last --window tokens and the first one alone: 24-29; "
-        "auto: layers at the top that lose too much as linear ones; or none. Default: auto for a limit on quality, if "
-        "the engine has them.", _REPLACED, "main plan", metavar="LAYERS", python="layers", usual=_usual_windows,
-        applies=_WITH_WINDOWS,
-    )  # fmt: skip
-    window: int | None = option(
-        None, "Tokens that a layer of --window-layers reads; default: 64, or with auto 64 or 128.", _REPLACED,
-        "main plan", least=1, applies=_OF_WINDOWS,
     )  # fmt: skip
     distill_minutes: float | None = option(
         None, "Minutes of --fit distilled.", _DISTILL, first=True, metavar="MINUTES", applies=_TRAINED,
@@ -251,15 +263,16 @@ class JobOptions:
         "main rewrite", metavar="MODEL", python="path", applies=_INT4,
     )  # fmt: skip
     depths: tuple[int, ...] = option(
-        (0, 2048), "Tokens already in the cache; default 0,2048.", _BENCH, "bench", flag="depth", numbers="0,2048",
-        least=0,
+        (0, 2048), "Tokens already in the cache; default 0,2048, or 0 with --cut.", _BENCH, "bench", flag="depth",
+        numbers="0,2048", least=0, usual=lambda values, _, __: (0, 2048) if values["cut"] == NO_CUT else (0,),
     )  # fmt: skip
     repetitions: int | None = option(
         None, "Measured rounds, each on decoders loaded anew; default: 6, or up to 24 in 3 minutes while an interval "
         "is wider than 10%.", _BENCH, "bench", least=1,
     )  # fmt: skip
     prompt_tokens: tuple[int, ...] = option(
-        (512,), "Lengths of the prefill test; default 512.", _BENCH, "bench", numbers="128,512", least=1,
+        (512,), "Lengths of the prefill test; default 512, or 512,2048 with --cut.", _BENCH, "bench",
+        numbers="128,512", least=1, usual=lambda values, _, __: (512,) if values["cut"] == NO_CUT else (512, 2048),
     )  # fmt: skip
     generate_tokens: int | None = option(
         None, "Length of the decode test; default: 128, fewer for a large model on a CPU.", _BENCH, "bench", least=1,
@@ -317,9 +330,14 @@ class JobOptions:
         return self.prompt_tokens[0]
 
     @property
-    def width(self) -> int:
-        """Tokens that a window of a named layer reads."""
-        return self.window or WIDTHS[0]
+    def predicts(self) -> bool:
+        """Whether keys of upper layers are predicted."""
+        return self.cut != NO_CUT
+
+    @property
+    def nears(self) -> tuple[int, ...]:
+        """Possible numbers of tokens that climb above a cut."""
+        return (self.near,) if self.near else NEARS if self.cut == AUTO_CUT else NEARS[:1]
 
     def cache_length(self, decoder: DecoderSpec, *, compiled: bool) -> int:
         """Most tokens of a sequence: the model's positions, or the length of the caches of a compiled engine."""

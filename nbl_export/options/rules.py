@@ -13,17 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nbl_export.errors import NblError, UsageError
-from nbl_export.options.goals import asked_layers, names_layers
+from nbl_export.options.goals import names_layers
 from nbl_export.options.model_facts import ModelFacts
-from nbl_export.options.options import (
-    AUTO_WINDOWS,
-    BUILDER_OPTIONS,
-    CHECKPOINT_FIT,
-    NO_ORIGINAL,
-    NO_WINDOWS,
-    WINDOWS_IN,
-    JobOptions,
-)
+from nbl_export.options.options import AUTO_CUT, BUILDER_OPTIONS, CHECKPOINT_FIT, LIKE_LLAMA, NO_ORIGINAL, JobOptions
 from nbl_export.records.capabilities import Capabilities
 
 __all__ = ["FIRST", "OF_DECODER", "REFUSED", "Case", "Refusal"]
@@ -56,6 +48,12 @@ class Case:
     def builder_keys(self) -> tuple[str, ...]:
         """The keys of `--builder-option`."""
         return tuple(word.partition("=")[0] for word in self.options.builder_option)
+
+    @property
+    def spoken_engine(self) -> str:
+        """The engine, and its provider if that is no CPU."""
+        provider = self.options.provider
+        return self.options.engine + ("" if provider == "cpu" else f" with --provider {provider}")
 
     @property
     def cache_length(self) -> int:
@@ -94,13 +92,12 @@ FIRST: tuple[Refusal, ...] = (
 def _unknown_to_engine(case: Case) -> str | bool:
     """Precision and decoder source against the engine."""
     options = case.options
-    spoken = options.engine if options.provider == "cpu" else f"{options.engine} with --provider {options.provider}"
     for value, allowed, flag in (
         (options.precision, case.engine.precisions, "--precision"),
         (options.decoder_source, case.engine.sources, "--decoder-source"),
     ):
         if value not in allowed:
-            return f"{flag} {value} is not for engine {spoken}; it takes {', '.join(allowed)}"
+            return f"{flag} {value} is not for engine {case.spoken_engine}; it takes {', '.join(allowed)}"
     return False
 
 
@@ -116,20 +113,39 @@ def _not_made(case: Case) -> str | bool:
     )
 
 
-def _beside_windows(case: Case) -> str | bool:
-    """What --window-layers does not go with."""
+def _beside_cut(case: Case) -> str | bool:
+    """What --cut does not go with."""
     options = case.options
-    if options.window_layers == NO_WINDOWS:
+    if not options.predicts:
         return False
-    if options.window_layers == AUTO_WINDOWS and case.is_named:
-        return f"--window-layers {AUTO_WINDOWS} does not go with named --layers; name the layers of the windows too"
-    return options.kv_budget is not None and (
-        "--window-layers does not go with --kv-budget, which counts whole caches; give a number of --layers"
-    )
+    if options.cut != AUTO_CUT and not (options.cut.isascii() and options.cut.isdigit()):
+        return f"--cut {options.cut!r}: write a layer (20), auto or none"
+    for given, flag in (
+        (options.layers, "--layers"), (options.target_speedup, "--target-speedup"), (options.kv_budget, "--kv-budget"),
+        (options.logits == "all", "--logits all"),
+        (options.fit != "independent", f"--fit {options.fit}"), (options.select, "--select"),
+    ):  # fmt: skip
+        if given:
+            return f"--cut does not go with {flag}; give one of them"
+    if options.cut != AUTO_CUT and options.max_perplexity_increase:
+        return f"--cut {options.cut} names the cut, and --max-perplexity-increase chooses it; give one of them"
+    return options.decoder_source != "genai" and f"--cut needs --decoder-source genai, not {options.decoder_source}"
+
+
+def _keys_not_predicted(case: Case) -> str | bool:
+    """An architecture whose keys cannot be predicted."""
+    model = case.model
+    if not case.options.predicts or not model.architecture:
+        return False
+    if model.architecture not in LIKE_LLAMA:
+        return f"--cut is not possible for {model.architecture}: its attention is not that of {', '.join(LIKE_LLAMA)}"
+    has_window = model.decoder is not None and model.decoder.sliding_window
+    return bool(has_window) and "--cut is not possible here: attention of this model has a sliding window"
 
 
 REFUSED: tuple[Refusal, ...] = (
-    (UsageError, _beside_windows),
+    (NblError, _keys_not_predicted),
+    (UsageError, _beside_cut),
     (UsageError, _unknown_to_engine),
     (NblError, _not_made),
     # These rows need the model's files.
@@ -139,7 +155,7 @@ REFUSED: tuple[Refusal, ...] = (
     )),
     (UsageError, lambda c: (
         bool(missing := c.model.kinds - c.engine.kinds)
-        and f"{c.options.model} has layers of kind {min(missing)}, which need {WINDOWS_IN}"
+        and f"{c.options.model} has layers of kind {min(missing)}, which engine {c.spoken_engine} does not run"
     )),
     (UsageError, lambda c: (
         c.model.maps_tap not in ("", c.options.tap)
@@ -175,32 +191,19 @@ def _positions(case: Case) -> int:
     return case.model.decoder.max_positions
 
 
-def _wrong_windows(case: Case) -> str | bool:
+def _wrong_cut(case: Case) -> str | bool:
     options, decoder = case.options, case.model.decoder
-    if options.window_layers in (NO_WINDOWS, AUTO_WINDOWS) or decoder is None:
-        return _too_wide(case)
-    flag = f"--window-layers {options.window_layers}"
-    windows = asked_layers(options, decoder, "window_layers")
-    if isinstance(windows, int):
-        return f"{flag} is a count, but windows have no order; name the layers (24-29, or 8,)"
-    linear = () if options.layers is None else asked_layers(options, decoder)
-    if isinstance(linear, tuple) and (both := sorted(set(windows) & set(linear))):
-        return f"{flag}: layer {both[0]} is in --layers too; name it once"
-    count = decoder.num_layers
-    if len(windows) + (linear if isinstance(linear, int) else len(linear)) >= count:
-        return f"{flag} and --layers name all {count} layers; at least one keeps its whole attention"
-    return _too_wide(case)
-
-
-def _too_wide(case: Case) -> str | bool:
-    options, decoder = case.options, case.model.decoder
-    return bool(options.window_layers and decoder and options.width > decoder.max_positions) and (
-        f"--window {options.width} is beyond the model's {_positions(case)} positions"
-    )
+    if not options.predicts or decoder is None:
+        return False
+    if options.cut != AUTO_CUT and not 1 <= int(options.cut) < decoder.num_layers:
+        return f"--cut {options.cut}: this model has layers 0 to {decoder.num_layers - 1}; cut at 1 or above"
+    return options.near is not None and options.near >= _positions(case) and (
+        f"--near {options.near} is beyond the model's {_positions(case)} positions"
+    )  # fmt: skip
 
 
 OF_DECODER: tuple[Refusal, ...] = (
-    (NblError, _wrong_windows),
+    (NblError, _wrong_cut),
     (NblError, lambda c: (
         c.engine.static and c.cache_length > _positions(c)
         and f"--max-seq-len {c.cache_length} is beyond the model's {_positions(c)} positions"

@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from nbl_export.errors import UsageError
-from nbl_export.options.goals import GOALS, asked_layers, check_request, check_size, names_layers
+from nbl_export.options.goals import GOALS, asked_layers, check_request, check_size
 from nbl_export.options.model_facts import ModelFacts
 from nbl_export.options.option import Option
-from nbl_export.options.options import AUTO_WINDOWS, LEFT, OPTIONS, JobOptions, flag_of
+from nbl_export.options.options import AUTO_CUT, LEFT, NO_CUT, OPTIONS, JobOptions, flag_of
 from nbl_export.options.rules import FIRST, OF_DECODER, REFUSED, Case, Refusal
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.from_json import read_record
@@ -29,7 +29,7 @@ __all__ = ["judge", "numbers", "over", "read_asked", "settle"]
 
 EngineOf = Callable[[str, str], Capabilities]  # engine, provider -> its capabilities; refuses an unknown engine
 
-_COUNTS = ("layers", *GOALS)  # one of them sets how many layers are replaced
+_COUNTS = ("layers", "cut", *GOALS)  # one of them sets which layers are replaced
 _DEFAULT: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(JobOptions)}
 
 
@@ -54,14 +54,10 @@ def settle(
     model = model or ModelFacts()
     given = {name: value for name, value in read_asked(asked).items() if value is not None}
     known = {} if recorded is None else _asked_for(recorded, engine_of, model)
-    if recorded and not model.maps_tap:
-        # another goal for a run does not change how its maps are made
-        known["fit"] = recorded.fit
-        if recorded.window_layers != AUTO_WINDOWS or not _ends_windows(given):
-            known["window_layers"] = recorded.window_layers
     if model.maps_tap:
-        for name in ("fit", "window_layers"):
-            known.pop(name, None)
+        known.pop("fit", None)
+    elif recorded:  # another goal for a run does not change how its maps are made
+        known["fit"] = recorded.fit
     values = over(known, given)
     try:
         options = read_record(JobOptions, {**_defaults(values, engine_of, model), **values})
@@ -75,14 +71,9 @@ def settle(
     return case.options
 
 
-def _ends_windows(given: Mapping[str, Any]) -> bool:
-    """Whether what is asked of a run leaves no windows that are chosen by quality."""
-    return any(given.get(name) for name in ("kv_budget", "engine")) or names_layers(given.get("layers"))
-
-
 def over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Values with the given ones in their place; a given count or goal replaces every other count or goal."""
-    if any(name in given for name in _COUNTS):
+    if any(given.get(name) not in (None, AUTO_CUT, NO_CUT) for name in _COUNTS):
         values = {name: value for name, value in values.items() if name not in _COUNTS}
     return {**values, **given}
 

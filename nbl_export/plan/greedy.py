@@ -16,9 +16,6 @@ With `saving` (select "efficient"), the layer is taken that gives the set with t
 prefill work that the whole set saves. Each layer saves the same part of a decode step, so for equally large sets this
 is the loss over the geometric mean of what is saved in prefill and in decode.
 
-An order may begin with layers that were chosen as a whole (`plan.kinds`): one more of them in each step, in their own
-order, without trials.
-
 A shorter order is the front of a longer order. `extrapolate` goes on by the estimate alone, for a curve of quality
 against speed, with a true pass at the end of each stretch.
 
@@ -172,16 +169,15 @@ class Search:
         judge: measures effects.
         order: steps found before with the same judge are kept.
         given: layers that are replaced in any case; they are the first step.
-        begin: layers that come before every layer that is chosen.
         saving: share of a prefill's work that replacing these layers saves; None counts no work.
         progress: called with trials and passes done, and the total of the round of trials.
     """
 
     def __init__(
         self, judge: Judge, order: GreedyOrder, saving: Callable[[Sequence[int]], float] | None,
-        progress: Progress, given: Sequence[int] = (), begin: Sequence[int] = (),
+        progress: Progress, given: Sequence[int] = (),
     ) -> None:  # fmt: skip
-        self._judge, self._saving, self._begin = judge, saving, begin
+        self._judge, self._saving = judge, saving
         self._effects_alone = judge.alone(progress)
         self._alone = [_Solo(part) for part in self._effects_alone.split(judge.parts)]
         if not any(math.isfinite(_overall(loss_P)) for loss_P in torch.stack([solo.loss for solo in self._alone], 1)):
@@ -254,13 +250,7 @@ class Search:
         return point, effects
 
     def _ranked(self, front: _Front) -> list[int]:
-        """Layers by the value of the set with them, best first; the lower layer first on a tie.
-
-        Only the next one of the layers that the order begins with, as long as there is one.
-        """
-        for layer in self._begin:
-            if layer not in front.layers:
-                return [layer]
+        """Layers by the value of the set with them, best first; the lower layer first on a tie."""
         rest = [i for i in range(self._judge.num_layers) if i not in front.layers]
         return sorted(rest, key=lambda i: (self._value(self._estimate(front, i), (*front.layers, i)), i))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,50 +12,11 @@ from nbl_export.options.goals import CacheBudget, PerplexityIncrease, TargetSpee
 from nbl_export.records.inputs import Lazy
 from nbl_export.text.parts import Texts
 
-__all__ = ["AskedGoal", "MapKind", "OrderInputs", "PlanInputs", "Top",
-           "TopInputs"]  # fmt: skip
+__all__ = ["AskedGoal", "MapKind", "OrderInputs", "PlanInputs"]
 
 Maps = Mapping[int, Mixer]  # replaced layer -> its mixer
 Fit = Callable[[Collection[int]], Maps]  # layers -> their fitted maps
 Task = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]  # title -> progress (done, total)
-
-
-@dataclass(frozen=True)
-class Top:
-    """The unbroken top of a decoder that is replaced first.
-
-    Attributes:
-        layers: of it, top first. windows: those of its layers that have a window in place of a fitted map.
-    """
-
-    layers: tuple[int, ...] = ()
-    windows: Maps = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """Its layers, and the width in tokens of each window."""
-        return {"layers": list(self.layers), "windows": {str(i): m.reads[0].tokens for i, m in self.windows.items()}}
-
-
-@dataclass(frozen=True)
-class TopInputs:
-    """What the choice of a top follows from, beside the order that it begins (`kinds.choose_top`).
-
-    Attributes:
-        widths: tokens of a window; all windows of a model have one of these widths.
-        share: most increase of perplexity.
-        positions: of the model; no row is longer.
-        windows: layers and a number of tokens -> the windows of the layers' own attention. Raises NblError if a layer
-            can have none.
-        texts: consecutive windows of each text.
-        saved: share of the arithmetic of a prefill of some tokens that maps save.
-    """
-
-    widths: tuple[int, ...]
-    share: float
-    positions: int
-    windows: Lazy[Callable[[Iterable[int], int], Maps]]
-    texts: Lazy[Texts]
-    saved: Lazy[Callable[[Maps, int], float]]
 
 
 @dataclass(frozen=True)
@@ -81,7 +42,6 @@ class OrderInputs:
         texts: texts that layers are chosen by; no map is fitted on them.
         saved: share of the arithmetic of a prefill of some tokens that maps save, for "efficient".
         given: mixers of layers that are replaced in any case, before the order begins.
-        top: how the layers are chosen that the order begins with, and which of them have a window; None for no top.
     """
 
     kind: MapKind
@@ -93,7 +53,6 @@ class OrderInputs:
     texts: Lazy[Texts]
     saved: Lazy[Callable[[Maps, int], float]]
     given: Lazy[Maps] = field(default_factory=lambda: Lazy(None, dict))
-    top: TopInputs | None = None
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,7 @@ from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import Mixer
 from nbl_export.model.mixes import Mixes
 from nbl_export.plan.greedy import EVERY, RULE, GreedyOrder, Judge, Point, Search
-from nbl_export.plan.inputs import Maps, OrderInputs, Task, Top
-from nbl_export.plan.kinds import choose_top
+from nbl_export.plan.inputs import Maps, OrderInputs, Task
 from nbl_export.records.inputs import Lazy, identity_of
 from nbl_export.records.plan import LayerScore, Plan
 
@@ -41,14 +40,10 @@ class Selection:
 
     Args:
         recorded: `facts` of an earlier selection; used if it was made from the same inputs.
-        say: gets a line about the layers that are replaced first.
     """
 
-    def __init__(
-        self, inputs: OrderInputs, task: Task = quiet, recorded: Mapping[str, Any] | None = None,
-        say: Callable[[str], None] = lambda _line: None,
-    ) -> None:  # fmt: skip
-        self.inputs, self._task, self._found, self._say = inputs, task, recorded, say
+    def __init__(self, inputs: OrderInputs, task: Task = quiet, recorded: Mapping[str, Any] | None = None) -> None:
+        self.inputs, self._task, self._found = inputs, task, recorded
         self._order: GreedyOrder | None = None
         self._names: list[str] = []  # of the texts that gave the order
         self._maps: dict[int, Mixer] = {}
@@ -69,8 +64,6 @@ class Selection:
     def maps_of(self, layers: Collection[int]) -> dict[int, Mixer]:
         """The maps of some layers; the moments of one layer at a time are in memory."""
         self._maps |= self.inputs.given.value
-        if self.judges:
-            self._maps |= self._top.windows
         self._maps |= self._fit([i for i in layers if i not in self._maps])
         return {i: self._maps[i] for i in layers}
 
@@ -78,15 +71,6 @@ class Selection:
         asked, moments = self.inputs.kind, self.inputs.moments.value
         kind = kind_of(asked.kind)
         return {i: kind.fit(moments(i, asked.tap), i, bias=asked.bias) for i in layers}
-
-    @functools.cached_property
-    def _top(self) -> Top:
-        """The layers that the order begins with, as recorded if they are."""
-        if self.inputs.top is None:
-            return Top()
-        found = self._found
-        known = found.get("top") if found and found.get("key") == self.key else None
-        return choose_top(self.inputs, self.inputs.top, self._fit, known, self._task, self._say)
 
     @functools.cached_property
     def mixes(self) -> Mixes:
@@ -159,7 +143,7 @@ class Selection:
         tokens = sum(windows.numel() for windows in texts)
         order = self._order or GreedyOrder()
         with self._task(f"trying each layer on {tokens} tokens") as progress:
-            return Search(Judge(self.mixes, texts), order, self._saving, progress, self.given, self._top.layers)
+            return Search(Judge(self.mixes, texts), order, self._saving, progress, self.given)
 
     @functools.cached_property
     def _saving(self) -> Callable[[Sequence[int]], float] | None:
@@ -191,7 +175,7 @@ class Selection:
         """Fingerprint of what an order by the model's output follows from."""
         inputs = self.inputs
         saved = inputs.saved.identity if self.select == "efficient" else None
-        parts = (inputs.kind, inputs.moments, inputs.mixes, inputs.texts, inputs.given, inputs.top)
+        parts = (inputs.kind, inputs.moments, inputs.mixes, inputs.texts, inputs.given)
         return key_of(RULE, EVERY, _WEIGHED_TOKENS, [identity_of(part) for part in parts], saved)
 
     def facts(self, speedup: Lazy[Callable[[Maps], Any]], setting: Lazy[Mapping[str, Any]]) -> dict[str, Any]:
@@ -203,7 +187,6 @@ class Selection:
         if self._order is None:
             return {"curve": None}
         greedy = {"key": self.key, "texts": self._names, **dataclasses.asdict(self._order)}
-        greedy["top"] = self._top.to_json()
         points = [self._point(speedup.value, point) for point in (*self._order.steps, *self._order.beyond)]
         return {"greedy": greedy, "curve": {"texts": self._names, **setting.value, "points": points}}
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from nbl_export.errors import NblError, ParityError, UsageError
 from nbl_export.files import move_into_place, refuse_occupied
-from nbl_export.options.options import LEFT, NO_ORIGINAL
+from nbl_export.options.options import LEFT, NO_ORIGINAL, PREDICTED
 from nbl_export.publish.linear_maps import TAP, linear_maps, loss_of_change
 from nbl_export.records.results import CheckResult
 from nbl_export.run.deployed import Finished, open_finished
@@ -28,6 +28,7 @@ __all__ = ["FORMS", "convert"]
 FORMS = ("transformers", "nemotron-nas", "mlx", "edge-llm", "ngram")
 # engine -> the form that it reads
 _READ_BY = {"vllm": "transformers", "tensorrt-llm": "nemotron-nas", "mlx-lm": "mlx", "tensorrt-edge-llm": "edge-llm"}
+_INSTEAD = "convert a run of linear layers (--layers N), or deploy DIR/model with ONNX Runtime GenAI"
 _OF_LLAMA_CPP = ("gguf", "llama.cpp", "ollama")
 
 
@@ -46,6 +47,8 @@ def convert(output: Path, form: str, target: Path, ui: Ui, *, force: bool = Fals
     form = _form_of(form)
     refuse_occupied(target)
     with open_finished(output, ui, force=force) as found:
+        if form != "ngram" and any(mixer.kind == PREDICTED for mixer in found.maps.values()):
+            raise NblError(f"{output} has predicted keys, which --to {form} does not hold; {_INSTEAD}")
         if form == "transformers":
             return _save_checkpoint(found, target, ui)
         if form == "edge-llm":

@@ -82,6 +82,11 @@ class Plan:
         return cls.of(facts["num_layers"], kinds, facts["tap"], facts["select"], scores)
 
     @property
+    def predicts(self) -> bool:
+        """Whether prompts stop at a cut (`mixers.predicted`)."""
+        return "predicted" in self.kinds
+
+    @property
     def num_layers(self) -> int:
         return len(self.kinds)
 

@@ -18,7 +18,7 @@ from nbl_export.records.paired import spoken_ratio, spoken_test
 from nbl_export.records.plan import spoken_layers
 from nbl_export.records.results import spoken_background
 from nbl_export.report import length, quality, speed
-from nbl_export.report.outcome import outcome
+from nbl_export.report.outcome import outcome, spoken_cut
 from nbl_export.report.table import Column, Shown, Table, facts
 from nbl_export.report.words import size
 from nbl_export.trust.terminal import Console, visible
@@ -43,7 +43,7 @@ def describe_table(found: dict[str, Any]) -> Shown:
         ("decoder", _decoder(found["decoder"])),
         ("precision", ", ".join(filter(None, (found["precision"], found["codes"])))),
         ("logits", f"{_LOGITS[logits]}, in both decoders" if logits in ("last", "all") else "not built yet"),
-        ("replaced layers", _layers(found["replaced_layers"])),
+        ("replaced layers", spoken_cut(found) or _layers(found["replaced_layers"])),
         *(outcome(found["result"])[1:] if found["result"] else ()),
         ("status", found["status"] + ("" if "report" in found["stages"] else "; not finished: give the command again")),
         ("stages", ", ".join(f"{n} {s:.1f} s" for n, s in found["stages"].items()) or "none finished"),

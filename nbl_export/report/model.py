@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from nbl_export.records.paired import spoken_ratio
@@ -29,7 +29,7 @@ from nbl_export.report.document import (
     Strip,
 )
 from nbl_export.report.length import in_short
-from nbl_export.report.outcome import judged, limit_of
+from nbl_export.report.outcome import judged, limit_of, spoken_cut
 from nbl_export.report.speed import is_swept
 from nbl_export.report.table import Cell, Column, Table, Tone
 
@@ -106,17 +106,16 @@ def _lead(report: Mapping[str, Any]) -> str:
     replaced, total = report["replaced_layers"], report["num_layers"]
     if not replaced:
         return f"None of the {total} attention layers is replaced: both variants are the original."
+    if cut := spoken_cut(report):
+        return _of_cut(report, cut)
     one, is_drop = len(replaced) == 1, report["fit"] == "drop"
     done = "left out" if is_drop else "replaced by a linear layer"
     chosen = _CHOSEN_BY.get(report["select"], "as requested")
     chosen = "from the checkpoint" if report["without_original"] else chosen
-    windows = [i for i, kind in zip(replaced, report["kinds"] or (), strict=False) if kind == "window"]
     said = (
         f"{len(replaced)} of {total} attention layers {'is' if one else 'are'} {done}: "
         f"{words.plural('layer', len(replaced))} {spoken_layers(replaced)} ({chosen}). "
     )
-    if windows:
-        return said.replace(done, "replaced") + _with_windows(replaced, windows)
     text = f"{report['calibration']['tokens']:,} tokens of {report['calibration']['name']}"
     if report["without_original"]:
         said += "A linear layer needs no KV cache. Layers and maps came with the checkpoint."
@@ -128,14 +127,14 @@ def _lead(report: Mapping[str, Any]) -> str:
     return said
 
 
-def _with_windows(replaced: Sequence[int], windows: Sequence[int]) -> str:
-    linear = [i for i in replaced if i not in windows]
-    said = f"Attention of {words.plural('layer', len(windows))} {spoken_layers(windows)} reads "
-    said += "the last tokens and the first one alone, and its cache has a fixed size. "
-    if linear:
-        need = "needs" if len(linear) == 1 else "need"
-        said += f"{words.plural('Layer', len(linear))} {spoken_layers(linear)} became linear and {need} no KV cache."
-    return said.rstrip()
+def _of_cut(report: Mapping[str, Any], cut: str) -> str:
+    chosen = "chosen by quality" if (report["goal"] or {}).get("path") else "as requested"
+    return (
+        f"{cut[0].upper()}{cut[1:]} ({chosen}), by a linear map of the stream that enters layer "
+        f"{report['cut']['layer']}, fitted on {report['calibration']['tokens']:,} tokens of "
+        f"{report['calibration']['name']}. A prompt of at most {report['cut']['near'] + 1} tokens, and each generated "
+        "token, is computed as in the original."
+    )
 
 
 def _busy(report: Mapping[str, Any]) -> tuple[Block, ...]:

@@ -13,7 +13,7 @@ from nbl_export.records.plan import spoken_layers
 from nbl_export.records.quality import spoken_loss
 from nbl_export.report import words
 
-__all__ = ["judged", "limit_of", "next_steps", "outcome"]
+__all__ = ["judged", "limit_of", "next_steps", "outcome", "spoken_cut"]
 
 _SHOWN = 4  # ratios of a line; the report has all
 _PHASES = {"pp": "prefill", "tg": "decode"}
@@ -22,14 +22,25 @@ _PHASES = {"pp": "prefill", "tg": "decode"}
 def outcome(report: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     """Layers, speed, cache and loss, a line each, of the value of report.json."""
     replaced, total = report["replaced_layers"], report["num_layers"]
-    which = f": {spoken_layers(replaced)}" if replaced else ""
+    which = f"{len(replaced)} of {total} replaced" + (f": {spoken_layers(replaced)}" if replaced else "")
     cache = report["cache_bytes_per_token"]
     ends = f"{words.size(cache['original'])} to {words.size(cache['nbl'])} a token"
     return (
-        ("layers", f"{len(replaced)} of {total} replaced{which}"),
+        ("layers", spoken_cut(report) or which),
         *((name, _speed(report, kind)) for kind, name in _PHASES.items()),
         ("cache", f"{words.change(cache['original'], cache['nbl'])}, {ends}"),
         *(("" if k else "loss", said) for k, said in enumerate(tuple(_losses(report)) or ("not measured",))),
+    )
+
+
+def spoken_cut(report: Mapping[str, Any]) -> str:
+    """Which keys of a run are predicted, in words; "" if none are."""
+    cut = report.get("cut")
+    if not cut:
+        return ""
+    return (
+        f"of a prompt, the last {cut['near']} tokens and the first pass layers {cut['layer']} to "
+        f"{report['num_layers'] - 1}; keys of the others are predicted there"
     )
 
 
@@ -85,5 +96,6 @@ def next_steps(report: Mapping[str, Any], directory: Path) -> Iterator[tuple[str
     place = shlex.quote(str(directory))
     if judged(report) == "above":
         trained = ", or train the maps (--fit distilled)" if report["fit"] == "independent" else ""
-        yield "better", f"ask for fewer layers (--layers N){trained}"
+        higher = report.get("cut") and f"cut higher (--cut {report['cut']['layer'] + 1})"
+        yield "better", higher or f"ask for fewer layers (--layers N){trained}"
     yield "try", f'nbl-export generate {place} "Write two sentences about the sea." --both'

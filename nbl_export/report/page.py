@@ -24,8 +24,8 @@ from nbl_export.run_directory import REPORT_HTML, REPORT_JSON, REPORT_MD
 
 __all__ = ["codes_of", "document", "first_screen", "render", "summarize"]
 
-_COPIED = ("model", "options", "command", "versions", "calibration", "num_layers", "replaced_layers", "kinds", "tap",
-           "select", "logits", "goal", "curve", "torch_device")  # fmt: skip
+_COPIED = ("model", "options", "command", "versions", "calibration", "num_layers", "replaced_layers", "kinds", "cut",
+           "tap", "select", "logits", "goal", "curve", "torch_device")  # fmt: skip
 
 
 _PER_VARIANT = ("device_memory_bytes", "peak_memory_bytes", "steady_memory_bytes", "kv_cache_bytes",

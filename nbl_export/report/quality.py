@@ -159,6 +159,8 @@ def curve(report: Mapping[str, Any]) -> tuple[Section, ...]:
 def _no_curve(report: Mapping[str, Any]) -> str:
     if report["fit"] == CHECKPOINT_FIT:
         return "Layers and maps came with the checkpoint, so no other number of layers was measured."
+    if report.get("cut"):
+        return "The cut was named, so no other one was measured."
     return "Layers were named, or ordered by scores, so no other number of layers was measured."
 
 
@@ -179,10 +181,14 @@ def _rise(share: float) -> str:
 def _set(point: Mapping[str, Any]) -> tuple[str, ...]:
     speeds = (f"×{spoken_ratio(point[name])}" for name in ("prefill", "decode"))
     rises = (_rise(share) for share in point["increases"])
-    return str(point["layers"]), *rises, *speeds, words.listed(point["replaced_layers"])
+    which = f"cut at {min(point['replaced_layers'])}, {point['near']} near tokens" if "near" in point else None
+    return str(point["layers"]), *rises, *speeds, which or words.listed(point["replaced_layers"])
 
 
 def _curve_note(report: Mapping[str, Any], curve: Mapping[str, Any]) -> Iterator[str]:
+    if report.get("cut"):
+        yield from _of_cuts(report, curve)
+        return
     yield "The choice of layers measured each of these sets, before any training of the maps."
     yield "Increases of perplexity are of the text that chose the layers, so they are somewhat too low."
     yield "The commands run in the directory of this report."
@@ -197,8 +203,21 @@ def _curve_note(report: Mapping[str, Any], curve: Mapping[str, Any]) -> Iterator
         yield "Training the maps (--fit distilled) can lower the loss at no cost in speed. How much is unknown before."
 
 
+def _of_cuts(report: Mapping[str, Any], curve: Mapping[str, Any]) -> Iterator[str]:
+    yield "Each point is a cut that was tried, with all layers above it; the choice began with the fastest one."
+    yield "Increases of perplexity are of the text that chose the cut, at every position of its rows."
+    of = f" for {curve['engine']} in {curve['precision']}" if "engine" in curve else ""
+    yield f"Speed is modelled{of}: a prompt of {curve['tokens']} tokens. Decoding costs what it costs in the original."
+    yield f"The chosen cut keeps the increase within {report['goal']['max_perplexity_increase']} on every text."
+
+
 def _commands(report: Mapping[str, Any]) -> Iterator[str]:
     """Commands for the next counts of the curve, run in the run directory, and for distillation in a new one."""
+    if report.get("cut"):
+        lower = [p for p in report["curve"]["points"] if p["layers"] > len(report["replaced_layers"])][:2]
+        yield from (f"nbl-export plan . --cut {min(p['replaced_layers'])} --near {p['near']} && nbl-export report ."
+                    for p in lower)  # fmt: skip
+        return
     taken, curve = len(report["replaced_layers"]), report["curve"]
     options = JobOptions.from_json(over(report["options"], {"layers": str(taken)}))
     if options.select is None and report["select"] != DEFAULT_SELECT:

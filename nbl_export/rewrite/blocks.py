@@ -60,7 +60,7 @@ class RewriteBlocks(ir.passes.InPlacePass):
                 valid = ValidTokens(graph, dtype)
             x = tapped(block, self.tap)
             build = GraphBuilder(graph, layer, dtype, x.shape, None if state is None else valid)
-            streams[OWN] = build.masked(x) if state is not None and state.masked else x
+            streams[OWN] = x if state is None else build.masked(x)
             _give(graph, block, build, mixer, mixer.emit(build, streams))
         return ir.passes.PassResult(model, modified=bool(self.mixers))
 

@@ -7,8 +7,7 @@
     past_key_values.N.recurrent_state [B, 1, 1, 1]   ->  present.N.recurrent_state       nothing; GenAI expects a pair
 
 ONNX Runtime GenAI runs such states in any decoder, without a key in its settings. Rows of padding are set to zero, and
-the state is taken behind each row's last valid token. So a batch may be padded on either side. A window (`window`) has
-its keys and values in the second state, and nothing in the first. It leaves rows of padding out by itself.
+the state is taken behind each row's last valid token. So a batch may be padded on either side.
 """
 
 from __future__ import annotations
@@ -22,9 +21,8 @@ import onnx_ir as ir
 from nbl_export.errors import RefusalError
 from nbl_export.graph.emitter import add_initializer, new_node, register
 from nbl_export.graph.names import constant_name, node_name, product_name, state_names
-from nbl_export.mixers.base import StateSpec, WindowShape
+from nbl_export.mixers.base import StateSpec
 from nbl_export.rewrite.tail import LastValid
-from nbl_export.rewrite.window import WindowStep, emit_window, state_dims
 
 __all__ = ["GraphBuilder", "ValidTokens"]
 
@@ -42,7 +40,6 @@ class ValidTokens:
         if not any(v.name == "attention_mask" for v in graph.inputs):
             raise RefusalError(None, "it has no attention_mask, which a layer with a state needs")
         self._graph, self._rows = graph, {}  # type: ir.Graph, dict[int, ir.Value]
-        self._dtype, self._window = dtype, None  # type: ir.DataType, WindowStep | None
         self._last = LastValid(graph, _PREFIX, _CONSTANTS)
         cast = new_node("Cast", [self._last.chunk], f"{_PREFIX}/float", dtype, None, {"to": int(dtype)})
         axis = register(graph, ir.tensor(np.array([-1], np.int64), name=f"{_CONSTANTS}.rows"))
@@ -61,16 +58,6 @@ class ValidTokens:
             self._graph.insert_after(self._behind, [node])
             self._rows[tokens] = node.outputs[0]
         return self._rows[tokens]
-
-    def window_step(self, shape: WindowShape, frequencies: np.ndarray) -> WindowStep:
-        """What all windows of the graph share."""
-        if self._window is None:
-            assert self._last.chunk is not None
-            every = next(v for v in self._graph.inputs if v.name == "attention_mask")
-            given = (every, self._last.chunk, self._last.at)
-            self._window = WindowStep(self._graph, self._dtype, *given, shape, frequencies)
-            self._graph.insert_after(self._behind, self._window.nodes)
-        return self._window
 
 
 class GraphBuilder:
@@ -114,24 +101,13 @@ class GraphBuilder:
         inputs, attributes = [x, self._constant(name, weight)], {"axis": -1, "stash_type": 1, "epsilon": epsilon}
         return self._add_node("SimplifiedLayerNormalization", inputs, name.title(), x.shape, **attributes)
 
-    def window(
-        self, qkv: ir.Value, shape: WindowShape, frequencies: np.ndarray, spec: StateSpec, name: str
-    ) -> ir.Value:
-        assert self._valid is not None
-        (empty, past), (unchanged, present) = self._states(((1, 1), state_dims(shape)))
-        present.type, present.shape = past.type, past.shape
-        step, title = self._valid.window_step(shape, frequencies), node_name(self._layer, name.title())
-        self.nodes.append(emit_window(step, shape, frequencies, qkv, past, present, title))
-        self._fill("Identity", [empty], unchanged, empty, {})
-        return self.nodes[-2].outputs[0]
-
     def state(self, spec: StateSpec, name: str) -> ir.Value:
-        (past, _), _ = self._states(((spec.width, spec.tokens), (1, 1, 1)))
+        (past, _), _ = self._states(spec)
         return self._add_node("Transpose", [past], "Past", None, perm=[0, 2, 1])
 
     def keep(self, spec: StateSpec, value: ir.Value, name: str) -> None:
         assert self._valid is not None
-        (past, empty), (present, unchanged) = self._states(((spec.width, spec.tokens), (1, 1, 1)))
+        (past, empty), (present, unchanged) = self._states(spec)
         rows = self._add_node("GatherND", [value, self._valid.last_rows(spec.tokens)], "Kept", None, batch_dims=1)
         self._fill("Transpose", [rows], present, past, {"perm": [0, 2, 1]})
         self._fill("Identity", [empty], unchanged, empty, {})
@@ -144,14 +120,14 @@ class GraphBuilder:
         taken.type, taken.shape = given.type, given.shape
         self.nodes.append(node)
 
-    def _states(self, dims: tuple[tuple[int, ...], ...]) -> tuple[Sequence[ir.Value], Sequence[ir.Value]]:
+    def _states(self, spec: StateSpec) -> tuple[Sequence[ir.Value], Sequence[ir.Value]]:
         """Inputs and outputs of the layer's states; made at the first call."""
         names = state_names(self._layer)
         found = [v for v in self._graph.inputs if v.name in names]
         if not found:
             batch = self._graph.inputs[0].shape
             first = "batch_size" if batch is None else batch[0]
-            for past, own in zip(names, dims, strict=True):
+            for past, own in zip(names, ((spec.width, spec.tokens), (1, 1, 1)), strict=True):
                 kind = ir.TensorType(self._dtype)
                 self._graph.inputs.append(ir.Value(name=past, shape=ir.Shape([first, *own]), type=kind))
                 self._graph.outputs.append(ir.Value(name=names[past]))

@@ -13,8 +13,6 @@ Refuses a tail in which anything but the two inputs of the join depends on the t
 the join, the gather moves back past each node that computes every token by itself. So it stands in front of o_proj,
 unless a dynamic quantisation before o_proj shares one scale among all tokens.
 
-If the last layers in which a token reads another are windows, each takes the few rows that it needs (`window_tail`).
-
 A directory then has two graphs on the same data, because external data cannot lie outside a graph's directory:
 
     model.onnx       the deployed graph: one token behind the last kept attention
@@ -29,7 +27,6 @@ rewrite starts from the second graph, because the result has another last kept l
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -37,13 +34,10 @@ import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.anatomy import find_reader, is_constant, reading_layers
-from nbl_export.graph.caches import graph_states
 from nbl_export.graph.emitter import new_node, values_read
 from nbl_export.graph.files import read_graph
-from nbl_export.graph.names import ALL_LOGITS_FILE, CUT_ROWS, graph_file, node_name
+from nbl_export.graph.names import ALL_LOGITS_FILE, CUT_ROWS, graph_file
 from nbl_export.rewrite.integers import Integers
-from nbl_export.rewrite.window import SHARED
-from nbl_export.rewrite.window_tail import Stage, stages_of, top_windows
 
 __all__ = ["LastValid", "PruneTail", "difference", "keep_last_token"]
 
@@ -62,9 +56,6 @@ class PruneTail(ir.passes.InPlacePass):
             raise RefusalError(None, "it has no output named logits; only its last position could be pruned")
         if logits.shape is not None and len(logits.shape) == 3 and logits.shape[1] == 1:
             return ir.passes.PassResult(model, modified=False)
-        if windows := top_windows(graph):
-            self._prune_windows(graph, windows, logits)
-            return ir.passes.PassResult(model, modified=True)
         block = find_reader(graph, reading_layers(graph)[-1])
         tail = _tail_of(graph, block.join)
         _check_tail(block.layer, block.join, tail)
@@ -81,26 +72,6 @@ class PruneTail(ir.passes.InPlacePass):
             value.shape = None
         logits.shape = ir.Shape([_batch(graph), 1, _width(graph, logits)])
         return ir.passes.PassResult(model, modified=True)
-
-    def _prune_windows(self, graph: ir.Graph, windows: tuple[int, ...], logits: ir.Value) -> None:
-        """Take the rows that each window needs in front of the join below it, and the last one above all."""
-        readers = reading_layers(graph)
-        below = find_reader(graph, readers[readers.index(windows[0]) - 1])
-        tail = _tail_of(graph, below.join)
-        _check_tail(below.layer, below.join, tail, _Windows(graph, windows))
-        stages, choice, behind = stages_of(graph, windows)
-        ways = [_way_of_single_tokens(stage.join.join, stage.join.branch_index) for stage in stages]
-        for value in (v for node in (*tail, *(node for way in ways for node, _ in way)) for v in node.outputs):
-            value.shape = value.shape if value.is_graph_output() else None  # states keep theirs
-        for stage, way in zip(stages, ways, strict=True):
-            user, i = way[0]
-            graph.insert_before(user, _take_last(stage, user, i, "attention"))
-            graph.insert_before(
-                stage.join.join, _take_last(stage, stage.join.join, 1 - stage.join.branch_index, "residual")
-            )
-            stage.give(graph)
-        graph.insert_after(behind, [choice])
-        logits.shape = ir.Shape([_batch(graph), 1, _width(graph, logits)])
 
 
 class _LastClimbing:
@@ -120,7 +91,7 @@ class _LastClimbing:
         return new_node("GatherND", [value, self.at], f"{_PREFIX}/{name}", value.dtype, None, {"batch_dims": 1})
 
 
-def _take_last(last: LastValid | _LastClimbing | Stage, user: ir.Node, i: int, name: str) -> ir.Node:
+def _take_last(last: LastValid | _LastClimbing, user: ir.Node, i: int, name: str) -> ir.Node:
     """Make the node that `user` now reads at its input i; the node is not in the graph yet."""
     value = user.inputs[i]
     assert value is not None
@@ -166,29 +137,14 @@ def _tail_of(graph: ir.Graph, join: ir.Node) -> list[ir.Node]:
     return tail
 
 
-class _Windows:
-    """What belongs to the windows of a tail, and may depend on more than the input of the tail."""
-
-    def __init__(self, graph: ir.Graph, layers: Collection[int]) -> None:
-        held = graph_states(graph)
-        self._states = {value for layer in layers for side in held[layer] for value in side}
-        self._begin = (*(f"{prefix}/" for prefix in SHARED), *(node_name(layer, "") for layer in layers))
-
-    def own(self, value: ir.Value) -> bool:
-        """Whether a value is a state, made from one, or one that windows share and tail pruning exchanges."""
-        maker = value.producer()
-        return value in self._states or (maker is not None and str(maker.name).startswith(self._begin))
-
-
-def _check_tail(layer: int, join: ir.Node, tail: list[ir.Node], windows: _Windows | None = None) -> None:
-    """Refuse a tail in which anything but its first join and its windows depends on the tokens."""
+def _check_tail(layer: int, join: ir.Node, tail: list[ir.Node]) -> None:
+    """Refuse a tail in which anything but its first join depends on the tokens."""
     made = {v for node in tail for v in node.outputs}
     for value in made:
-        if value.is_graph_output() and value.name != "logits" and (windows is None or not windows.own(value)):
+        if value.is_graph_output() and value.name != "logits":
             raise RefusalError(layer, f"{value.name} is an output behind the last attention, for all positions")
     for node in tail:
         outside = [v for v in values_read(node) if v not in made and not is_constant(v)]
-        outside = [v for v in outside if windows is None or not windows.own(v)]
         if outside and node is not join:
             raise RefusalError(layer, f"{node.name or node.op_type} behind the last attention reads {outside[0].name}")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from nbl_export.errors import NblError, UsageError
 from nbl_export.graph.names import MANIFEST
+from nbl_export.mixers import cache_layers
 from nbl_export.mixers.base import Mixer
 from nbl_export.options.command import describe_command
 from nbl_export.options.options import CHECKPOINT_FIT, JobOptions
@@ -18,6 +19,7 @@ from nbl_export.plan.maps_file import load_maps
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.from_json import edited
 from nbl_export.records.inputs import Lazy
+from nbl_export.records.plan import Plan
 from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
 from nbl_export.run.settled import of_run
@@ -225,7 +227,7 @@ def open_finished(output: Path, ui: Ui, *, force: bool = False) -> Iterator[Fini
 
 # -- as JSON values --------------------------------------------------------------------------------------------
 
-_RESULT = ("num_layers", "replaced_layers", "fit", "goal", "ratios", "cache_bytes_per_token", "quality_loss")
+_RESULT = ("num_layers", "replaced_layers", "cut", "fit", "goal", "ratios", "cache_bytes_per_token", "quality_loss")
 
 
 def result(run: RunDirectory) -> dict[str, Any] | None:
@@ -259,7 +261,7 @@ def describe(directory: Path) -> dict[str, Any]:
     options = facts["options"]
     capabilities = load_engine(options["engine"], options.get("provider", "cpu")).capabilities
     itemsize = capabilities.cache_itemsize(options["precision"])
-    kept = spec.num_layers - len(facts.get("replaced_layers", ()))
+    kept = len(cache_layers(Plan.from_facts(facts))) if "replaced_layers" in facts else spec.num_layers
     return {
         "model": facts["model"],
         "decoder": facts["decoder"],
@@ -268,6 +270,8 @@ def describe(directory: Path) -> dict[str, Any]:
         "codes": codes_of(facts),
         "logits": facts.get("logits"),
         "replaced_layers": facts.get("replaced_layers"),
+        "cut": facts.get("cut"),
+        "num_layers": spec.num_layers,
         "tap": facts.get("tap"),
         "stages": {name: record["seconds"] for name, record in facts["stages"].items()},
         "variants": {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -114,14 +114,3 @@ class TorchModel:
             checkpoint, scratch = self.checkpoint.value, self._run.path
             return lambda maps, tap: StreamedModel(checkpoint, maps, tap, scratch, narrow=self.narrow.value)
         return lambda maps, tap: SwitchedModel(self.model.value, maps, tap, narrow=self.narrow.value)
-
-    def windows(self, layers: Iterable[int], tokens: int) -> Maps:
-        """The windows of layers' own attention.
-
-        Raises:
-            NblError: a layer can have none.
-        """
-        from nbl_export.model.windows import window_layers
-
-        model = self.checkpoint.value if self.shortage.value else self.model.value
-        return window_layers(model, layers, tokens, self._options.tap)

@@ -26,8 +26,7 @@ from nbl_export.targets.checks import HeldMaps, Wanted, checked, held_names
 __all__ = ["check_file", "check_files", "check_pruned", "check_untouched", "held_maps"]
 
 _OURS = re.compile(r"nbl\.layers\.\d+\.")
-# begin the names of shapes, indices and tables (`rewrite`)
-_SHAPES = ("nbl.states.", "nbl.window.", "nbl.tail.windows.", "nbl.cut.")
+_SHAPES = ("nbl.states.", "nbl.cut.")  # begin the names of shapes, indices and tables (`rewrite`)
 _OUR_PRODUCT = re.compile(r"/nbl/layers\.\d+/MatMul")
 _SPOKEN = {"last": "of the last token", "all": "of all tokens"}
 # ONNX Runtime's symmetric quantiser spans [-8, 8) steps: the mirror image of a block's largest value is one step off.

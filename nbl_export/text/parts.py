@@ -165,12 +165,6 @@ class JobText:
         """Texts of the final figures."""
         return self._both("final")
 
-    @property
-    def consecutive(self) -> Lazy[Texts]:
-        """Consecutive rows of both choosing parts, equally many of each."""
-        both = self._both("choosing")
-        return Lazy(both.identity, lambda: [(name, rows[: len(both.value[0][1])]) for name, rows in both.value])
-
     def choosing(self, positions: int) -> Lazy[Texts]:
         """Texts that layers are chosen by, for a model of so many positions."""
         texts = self._both("choosing")

@@ -95,7 +95,7 @@ def test_layers_are_chosen_as_with_the_whole_model(
     made = nbl("calibrate", "--model", sharded("llama", torch.bfloat16), *given, "--output", tmp_path / "whole")
     assert made.status == 0, made.err
     shutil.copytree(tmp_path / "whole", tmp_path / "layers")
-    limit = ("--max-perplexity-increase", "100000%")
+    limit = ("--cut", "none", "--max-perplexity-increase", "100000%")
     facts = []
     for name, fit in (("whole", "independent"), ("layers", "distilled")):
         if name == "layers":

@@ -21,7 +21,6 @@ from nbl_export.mixers.none import Nothing
 from nbl_export.model import bfloat16
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
-from nbl_export.model.windows import window_layers
 
 from ..tiny import HIDDEN
 
@@ -31,13 +30,11 @@ Make = Callable[..., TeacherStudent]
 
 @pytest.fixture
 def twin(checkpoint: Callable[[str], Path], random_maps: Callable[..., dict[int, Linear]]) -> Make:
-    """(rank, architecture, W) -> original and student with maps in layers 0 and 2, whose deltas are not nothing, and
-    whose units are not 1; layer 2 is a window of W tokens, unless W is 0."""
+    """(rank, architecture) -> original and student with maps in layers 0 and 2, whose deltas are not nothing, and
+    whose units are not 1."""
 
-    def make(rank: int = 2, architecture: str = "llama", window: int = 0) -> TeacherStudent:
+    def make(rank: int = 2, architecture: str = "llama") -> TeacherStudent:
         model, maps = load_model(checkpoint(architecture)), dict[int, Mixer](random_maps(0, 2))
-        if window:
-            maps |= window_layers(model, [2], window, "normed")
         made = TeacherStudent(model, maps, "normed", "fp32", rank, seed=0)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
@@ -68,11 +65,8 @@ def _by_itself(
 
 
 @pytest.mark.parametrize(("weight", "label_weight"), [(0.0, 0.0), (0.7, 0.0), (0.7, 0.2), (0.0, 1.0)])
-@pytest.mark.parametrize("window", [0, 6])
-def test_each_row_has_the_gradients_that_it_has_alone(
-    twin: Make, weight: float, label_weight: float, window: int
-) -> None:
-    made = twin(window=window)
+def test_each_row_has_the_gradients_that_it_has_alone(twin: Make, weight: float, label_weight: float) -> None:
+    made = twin()
     found, kl_B = made.gradients(made.teacher_states(IDS, training=True), weight, label_weight)
     assert found.keys() == made.trained.keys()
     for row, ids_T in enumerate(IDS):
@@ -96,9 +90,8 @@ def test_states_on_the_way_are_those_of_the_whole_models(twin: Make, architectur
     assert not made.teacher_states(IDS).middle
 
 
-@pytest.mark.parametrize("window", [0, 6])
-def test_held_back_kl_is_that_of_the_merged_maps(twin: Make, window: int) -> None:
-    made = twin(2, window=window)
+def test_held_back_kl_is_that_of_the_merged_maps(twin: Make) -> None:
+    made = twin()
     teacher, maps = made.teacher_states(IDS), made.maps()
     with torch.no_grad():
         target = made.model(IDS, use_cache=False).logits.log_softmax(-1)
@@ -201,34 +194,6 @@ def test_the_same_rate_changes_the_output_by_the_same_share_in_every_model() -> 
         shares.append(((made(larger * x) - before).norm() / before.norm()).item())
     assert shares[0] == pytest.approx(shares[1], rel=1e-4)
     assert 0.005 < shares[0] < 0.05
-
-
-def test_a_window_is_aimed_and_measured_by_what_its_products_read(twin: Make) -> None:
-    made = twin(2, window=6)
-    with torch.no_grad():
-        for name, parameter in made.trained.items():
-            if not name.endswith("down"):
-                parameter.zero_()
-    teacher, training = made.teacher_states(IDS, training=True), _Training(made, DistillSettings(), [])
-    whole = training._gradients(teacher, whole=True)[0]
-    training.aim([teacher])
-    window = made.affine["2"].linear
-    x: dict[str, torch.Tensor] = {}
-    hooks = [
-        part.register_forward_pre_hook(lambda _m, args, name=name: x.update({name: args[0]}))
-        for name, part in (("qkv", window.qkv), ("output", window.output))
-    ]
-    made.held_kl(teacher)
-    for hook in hooks:
-        hook.remove()
-    for name, part in (("qkv", window.qkv), ("output", window.output)):
-        largest = torch.linalg.svdvals(whole[f"2.linear.{name}.weight"])[:2]
-        with torch.no_grad():
-            torch.testing.assert_close(
-                (whole[f"2.linear.{name}.weight"] @ part.down.T).norm(), largest.norm(), rtol=1e-3, atol=0
-            )
-            unit = part(x[name]).square().mean().sqrt() / (x[name] @ part.down.T).square().mean().sqrt()
-        torch.testing.assert_close(part.units[0], unit)
 
 
 def test_units_are_measured_on_what_a_map_reads(twin: Make) -> None:

@@ -227,10 +227,10 @@ def test_an_interrupted_evaluation_goes_on_and_updates_the_report(
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     words = ("eval", run, "--long-context", f"held={text}", "--limit", 1, "--variants", "original")
 
-    def interrupted(test: str, *rest: Any) -> Any:
+    def interrupted(test: str, *rest: Any, **more: Any) -> Any:
         if test == "retrieval":
             raise KeyboardInterrupt
-        return run_length(test, *rest)
+        return run_length(test, *rest, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(length, "run_length", interrupted)

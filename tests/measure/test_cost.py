@@ -73,18 +73,6 @@ def test_a_decoder_small_enough_for_paper() -> None:
     assert model.speedup_of_sizes({1: work(16)}).decode == before / after
 
 
-def test_windows_at_the_top_compute_few_tokens() -> None:
-    """W - 1 tokens more for each window above, and the first one (`mixers.rows`)."""
-    model = dataclasses.replace(PRUNED, tokens=2048)
-    near = work(1000, Read(rows=Rows.WINDOW, tokens=64))
-    local = dict.fromkeys(range(24, 30), work(1000))
-    few, one = (model.prefill_flops(sizes) for sizes in (dict.fromkeys(local, near), local))
-    leaving, entering = 317 + 254 + 191 + 128 + 65 + 1 - 6, 380 + 317 + 254 + 191 + 128 + 65 - 6
-    mlp = model.mlp.multiply_adds(576)
-    below = 379 * (mlp + 576 * 576)  # o_proj and MLP of layer 23
-    assert few - one == pytest.approx(2 * (leaving * mlp + entering * 1000 + below), rel=1e-6)
-
-
 @pytest.mark.parametrize(
     ("tokens", "depth", "windowed"),
     [

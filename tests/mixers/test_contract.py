@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -22,8 +21,6 @@ from nbl_export.mixers.linear import Linear
 from nbl_export.mixers.modules import Wrapped
 from nbl_export.mixers.none import Nothing
 from nbl_export.mixers.rows import Read
-from nbl_export.mixers.window import Window
-from nbl_export.mixers.windowed import WindowShape
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
 from nbl_export.plan.maps_file import load_maps, maps_in, save_maps
@@ -41,7 +38,7 @@ def numbers(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def planted(size: int, seed: int = 0) -> dict[str, Mixer]:
-    """A mixer of each kind and form."""
+    """A mixer of each form of each kind that gives the block's output."""
     square = [numbers(size, size, seed=seed + k) for k in range(2)]
     bias = numbers(size, seed=seed + 3)
     return {
@@ -49,20 +46,10 @@ def planted(size: int, seed: int = 0) -> dict[str, Mixer]:
         "linear without a bias": Linear(square[0], np.zeros_like(bias)),
         "none": Nothing(size),
         "memory": Memory(square[0], square[1], bias),
-        "window": window(size, seed),
-        "window with a norm": dataclasses.replace(window(size, seed), norm=1 + bias, epsilon=0.01),
     }
 
 
-def window(size: int, seed: int) -> Window:
-    """Of 4 tokens, with 4 heads in two groups and one number of a head that is not rotated."""
-    shape = WindowShape(4, 4, 2, 5, 0.7)
-    qkv, output = numbers(4 * 5 + 2 * 2 * 5, size, seed=seed + 4), numbers(size, 4 * 5, seed=seed + 5)
-    return Window(shape, qkv, numbers(len(qkv), seed=seed + 6), output, np.array([1.0, 0.3], np.float32))
-
-
 EVERY = planted(D)
-FITTED = [name for name, mixer in EVERY.items() if mixer.kind != "window"]
 ROWS = numbers(2, 9, D, seed=9)
 
 
@@ -130,26 +117,17 @@ def test_tensors_make_the_same_mixer(name: str, tmp_path: Path) -> None:
     save_maps({3: mixer}, path)
     assert maps_in(path) == ((3,), "residual")
     state = {n: t.numpy() for n, t in mixer.module().state_dict().items()}
-    like = other_numbers(mixer)
     for found in (
         kind(mixer).from_tensors(mixer.tensors()),
         load_maps(path, (3,))[3],
-        kind(mixer).from_module(state, D, like),
+        kind(mixer).from_module(state, D),
     ):
         assert (found.kind, found.size, found.holds) == (mixer.kind, D, mixer.holds)
         np.testing.assert_allclose(output(found, ROWS)[0], output(mixer, ROWS)[0], atol=1e-6)
-    blank = kind(mixer).blank(D, like=like)
+    blank = kind(mixer).blank(D)
     blank.load_state_dict(mixer.module().state_dict())
     with torch.no_grad():
         np.testing.assert_allclose(blank(torch.from_numpy(ROWS))[0], output(mixer, ROWS)[0], atol=1e-6)
-
-
-def other_numbers(mixer: Mixer) -> Mixer | None:
-    """A window of the same shape; None for a kind that is fitted."""
-    if not isinstance(mixer, Window):
-        return None
-    norm = None if mixer.norm is None else 0 * mixer.norm
-    return dataclasses.replace(mixer, qkv=0 * mixer.qkv, bias=0 * mixer.bias, output=0 * mixer.output, norm=norm)
 
 
 class Named:
@@ -186,7 +164,7 @@ def test_what_is_emitted_is_what_is_told(name: str) -> None:
 def test_one_product_says_all_or_is_refused(name: str) -> None:
     mixer = EVERY[name]
     weight = mixer.product()
-    assert (weight is None) == (name in ("linear", "memory", "window", "window with a norm"))
+    assert (weight is None) == (name in ("linear", "memory"))
     if weight is not None:
         np.testing.assert_allclose(ROWS @ weight.T, output(mixer, ROWS)[0], atol=1e-6)
     flat = torch.from_numpy(ROWS).flatten(0, 1)
@@ -201,16 +179,6 @@ def rows_of(mixer: Mixer, size: int, seed: int = 1) -> tuple[torch.Tensor, torch
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_a_kind_that_is_not_fitted_says_so(name: str) -> None:
-    """Such a kind refuses moments."""
-    assert kind(EVERY[name]).fitted == (name in FITTED)
-    if name not in FITTED:
-        x = torch.from_numpy(ROWS).flatten(0, 1)
-        with pytest.raises(NblError, match="layer 7: a window is not fitted"):
-            kind(EVERY[name]).fit(moments(x, x), 7)
-
-
-@pytest.mark.parametrize("name", FITTED)
 def test_a_planted_mixer_is_fitted(name: str) -> None:
     mixer = EVERY[name]
     x, y = rows_of(mixer, D)
@@ -270,7 +238,7 @@ def test_features_go_through_sums_files_and_layers(checkpoint: Callable[[str], P
                 torch.testing.assert_close(getattr(stored.sums(i, "residual").moments(), name), value, **close)
 
 
-@pytest.mark.parametrize("name", FITTED)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_layer_of_a_model_is_calibrated_and_fitted(name: str, checkpoint: Callable[[str], Path]) -> None:
     """The law of planted attention: the torch model is calibrated, and the fit gives back the planted layer."""
     mixer = planted(HIDDEN)[name]

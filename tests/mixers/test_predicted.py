@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from nbl_export.errors import NblError
 from nbl_export.mixers.base import OWN, Port, apply
-from nbl_export.mixers.predicted import Predicted
+from nbl_export.mixers.predicted import PREDICTED, Predicted
 from nbl_export.mixers.rows import Need, rows_needed
 from nbl_export.plan.maps_file import load_maps, save_maps
+
+from .test_lmmse import moments
 
 SIZE, KEYS = 12, 4
 
@@ -51,3 +54,9 @@ def test_a_prompt_climbs_with_its_last_rows_and_the_first() -> None:
     needs = rows_needed(reads, 5)
     assert needs == (Need(None), Need(None), Need(None), Need(3, first=True), Need(3, first=True), Need(1))
     assert [need.count(100) for need in needs] == [100, 100, 100, 4, 4, 1]
+
+
+def test_moments_of_one_layer_do_not_fit_it() -> None:
+    assert not PREDICTED.fitted
+    with pytest.raises(NblError, match="layer 7: predicted keys are fitted by cut"):
+        PREDICTED.fit(moments(torch.ones(2, SIZE), torch.ones(2, KEYS)), 7)

@@ -14,10 +14,6 @@ def first_and(last: int) -> Need:
     return Need(last, first=True)
 
 
-def window(tokens: int) -> Reads:
-    return (Read(rows=Rows.WINDOW, tokens=tokens),)
-
-
 def keys_from(stream: int, tokens: int = 1) -> Reads:
     return (Read(rows=Rows.LAST, tokens=tokens), Read(stream, Rows.ALL))
 
@@ -26,9 +22,6 @@ CASES: dict[str, tuple[dict[int, Reads], tuple[Need, ...]]] = {
     "attention everywhere": ({}, (ALL, ALL, ALL, LAST)),
     "a linear layer at the top": ({2: LINEAR}, (ALL, ALL, LAST, LAST)),
     "a linear layer below attention": ({1: LINEAR}, (ALL, ALL, ALL, LAST)),
-    "two windows": ({1: window(4), 2: window(4)}, (ALL, first_and(7), first_and(4), LAST)),
-    "a linear layer above a window": ({1: window(4), 2: LINEAR}, (ALL, first_and(4), LAST, LAST)),
-    "a linear layer below a window": ({1: LINEAR, 2: window(4)}, (ALL, first_and(4), first_and(4), LAST)),
     "keys from the stream below": ({1: keys_from(0), 2: keys_from(0)}, (ALL, LAST, LAST, LAST)),
     "keys from an earlier stream, 8 rows exact": ({2: keys_from(1, 8)}, (ALL, ALL, first_and(8), LAST)),
     "keys at a cut of 1, then its own": ({1: keys_from(1, 8), 2: keys_from(1, 8)}, (ALL, ALL, first_and(8), LAST)),
@@ -51,8 +44,6 @@ def reached(reads: dict[int, Reads], layers: int, tokens: int) -> list[set[int]]
                 stream = layer if read.stream is None else read.stream
                 if read.rows is Rows.ALL:
                     found[stream] |= set(range(tokens))
-                elif read.rows is Rows.WINDOW:
-                    found[stream] |= {0, *range(max(0, row - read.tokens + 1), row + 1)}
                 elif read.tokens > 1:
                     found[stream] |= {0, *range(max(0, tokens - read.tokens), tokens)}
     return found
@@ -68,4 +59,4 @@ def test_rows_are_those_that_are_followed_row_by_row(case: str, tokens: int) -> 
 
 def test_the_lowest_stream_is_that_of_the_lowest_read() -> None:
     assert lowest_stream({2: keys_from(1)}) == 1
-    assert lowest_stream({2: LINEAR, 4: window(3)}) == 2
+    assert lowest_stream({2: LINEAR, 4: ATTENTION_READS}) == 2

@@ -23,7 +23,6 @@ from nbl_export.model.head import token_scores
 from nbl_export.model.linearize import replaced
 from nbl_export.model.one_layer import WeightReader, float32_bytes, layer_bytes, one_layer
 from nbl_export.model.switched import SwitchedModel
-from nbl_export.model.windows import window_layers
 from nbl_export.plan.greedy import GreedyOrder, Judge, Search
 from nbl_export.report import page
 from nbl_export.run import pipeline
@@ -41,15 +40,11 @@ from ..tiny import VOCAB, random_map
 Checkpoint = Callable[[str], Path]
 IDS = torch.randint(2, VOCAB, (4, 48), generator=torch.Generator().manual_seed(0))
 ROW = tuple(IDS[0].tolist())
+MAPS: dict[int, Mixer] = {i: random_map(i) for i in (1, 2)}
 PROBE = Probe((ROW[:20], ROW[5:14]), (ROW[:6], ROW[8:14], ROW[:9]), 3, ROW)
 
 
 def quiet(*_: object) -> None: ...
-
-
-def maps_of(model: Any) -> dict[int, Mixer]:
-    """A linear layer and a window."""
-    return {1: random_map(1), **window_layers(model, [2], 8, "residual")}
 
 
 # -- what each stage computes ----------------------------------------------------------------------------------
@@ -79,7 +74,7 @@ def streamed(model: Any, directory: Path, scratch: Path) -> Any:
 
 
 def losses(model: Any, _directory: Path, _scratch: Path) -> Any:
-    switched = SwitchedModel(model, maps_of(model), "residual")
+    switched = SwitchedModel(model, MAPS, "residual")
     return [vars(loss) for loss in switched.quality_losses(IDS, {"both": (1, 2), "one": (2,)}).values()]
 
 
@@ -93,8 +88,7 @@ def ordered(model: Any, _directory: Path, _scratch: Path) -> Any:
 
 def distilled(model: Any, _directory: Path, _scratch: Path) -> Any:
     settings = DistillSettings(steps=4, batch_tokens=48, check_every=2, window=16)
-    maps: dict[int, Mixer] = {1: random_map(1), **window_layers(model, [2], 8, "residual")}
-    found = distill(model, maps, "residual", TrainingText(IDS[:3], IDS[3:]), settings)
+    found = distill(model, MAPS, "residual", TrainingText(IDS[:3], IDS[3:]), settings)
     return found.train_kl, [kl for _, kl in found.held_kl], found.maps[1].tensors()["bias"]
 
 
@@ -104,7 +98,7 @@ def referred(model: Any, _directory: Path, _scratch: Path) -> Any:
 
 
 def scored(model: Any, _directory: Path, _scratch: Path) -> Any:
-    with replaced(model, maps_of(model), "residual"):
+    with replaced(model, MAPS, "residual"):
         return token_scores(model, ROW, 20)
 
 

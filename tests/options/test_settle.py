@@ -19,6 +19,7 @@ DECODER = DecoderSpec("llama", 3, 64, 4, 2, 16, 384, 512)
 PLAIN = dataclasses.replace(architecture_facts("llama"), decoder=DECODER)
 OLMO = dataclasses.replace(architecture_facts("olmo2"), decoder=DECODER)
 NBL = dataclasses.replace(PLAIN, maps_tap="residual")
+KEYS = dataclasses.replace(NBL, kinds=frozenset({"predicted"}))
 
 Asked = dict[str, Any]
 
@@ -34,18 +35,19 @@ def assert_settled(options: JobOptions, expected: Mapping[str, Any]) -> None:
 # -- defaults that depend on the engine, the model and other options ----------------------------------------------
 
 SETTLED: list[tuple[Asked, Asked]] = [
-    ({}, {"tap": "normed", "precision": "fp32", "decoder_source": "genai", "fit": "distilled"}),
-    ({"max_perplexity_increase": "5%", "select": "greedy"}, {"tap": "normed", "fit": "distilled"}),
-    ({"layers": "2"}, {"tap": "residual", "fit": "independent"}),
+    ({}, {"tap": "residual", "precision": "fp32", "decoder_source": "genai", "fit": "independent", "cut": "auto"}),
+    ({"max_perplexity_increase": "5%"}, {"cut": "auto", "near": None}),
+    ({"cut": "none"}, {"fit": "independent"}),
+    ({"fit": "distilled"}, {"tap": "normed", "cut": "none"}),
+    ({"select": "greedy"}, {"cut": "none"}),
+    ({"maps": "linear"}, {"cut": "none"}),
+    ({"logits": "all"}, {"cut": "none"}),
+    ({"decoder_source": "mobius"}, {"cut": "none"}),
+    ({"provider": "cuda"}, {"cut": "none", "fit": "distilled"}),
+    ({"engine": "openvino"}, {"tap": "normed", "fit": "distilled", "cut": "none"}),
+    ({"layers": "2"}, {"tap": "residual", "fit": "independent", "cut": "none"}),
     ({"kv_budget": "1KiB"}, {"fit": "independent"}),
     ({"select": "cca"}, {"fit": "independent"}),
-    ({}, {"window_layers": "auto"}),
-    ({"max_perplexity_increase": "5%", "fit": "independent"}, {"window_layers": "auto"}),
-    ({"fit": "drop"}, {"window_layers": "none"}),
-    ({"layers": "2"}, {"window_layers": "none"}),
-    ({"target_speedup": "1.2"}, {"window_layers": "none"}),
-    ({"window_layers": "none"}, {"window_layers": "none"}),
-    ({"engine": "openvino", "window_layers": "none"}, {"window_layers": "none"}),
     ({"fit": "distilled"}, {"tap": "normed"}),
     ({"maps": "linear"}, {"tap": "normed"}),
     ({"fit": "distilled", "tap": "residual"}, {"tap": "residual"}),
@@ -56,8 +58,10 @@ SETTLED: list[tuple[Asked, Asked]] = [
     ({"seed": None, "distill_steps": None}, {"seed": 0, "distill_steps": None}),
 ]
 OF_MODEL: list[tuple[ModelFacts, Asked, Asked]] = [
-    (dataclasses.replace(PLAIN, taps=("residual",)), {}, {"fit": "distilled", "tap": "residual"}),
-    (NBL, {}, {"fit": "given", "tap": "residual", "window_layers": "none"}),
+    (dataclasses.replace(PLAIN, taps=("residual",)), {"fit": "distilled"}, {"tap": "residual"}),
+    (PLAIN, {}, {"fit": "independent", "cut": "auto"}),
+    (dataclasses.replace(PLAIN, architecture="gemma3"), {"seed": None}, {"fit": "distilled", "cut": "none"}),
+    (NBL, {}, {"fit": "given", "tap": "residual"}),
     (NBL, {"fit": "given", "tap": "residual"}, {"fit": "given"}),
     (dataclasses.replace(NBL, maps_tap="normed"), {}, {"fit": "given", "tap": "normed"}),
 ]
@@ -83,17 +87,16 @@ CHANGED: list[tuple[Asked, Asked, Asked]] = [
     ({"fit": "distilled"}, {"fit": "independent"}, {"tap": "residual"}),
     ({"fit": "distilled", "tap": "residual"}, {"layers": "2"}, {"tap": "residual"}),
     ({"tap": "normed", "layers": "3"}, {"layers": "2"}, {"tap": "normed", "fit": "independent"}),
-    ({}, {"layers": "2"}, {"tap": "normed", "fit": "distilled"}),
+    ({}, {"layers": "2"}, {"tap": "residual", "fit": "independent", "cut": "none"}),
+    ({"cut": "20"}, {"layers": "2"}, {"layers": "2", "cut": "none"}),
+    ({"layers": "2"}, {"cut": "20"}, {"layers": None, "cut": "20"}),
+    ({"max_perplexity_increase": "5%"}, {"cut": "20"}, {"max_perplexity_increase": None, "cut": "20"}),
+    ({"max_perplexity_increase": "5%"}, {"cut": "none"}, {"max_perplexity_increase": "5%", "cut": "none"}),
+    ({"engine": "openvino"}, {"layers": "2"}, {"tap": "normed", "fit": "distilled"}),
     ({"layers": "2"}, {"max_perplexity_increase": "5%"}, {"tap": "residual", "fit": "independent"}),
     ({"layers": "2"}, {"kv_budget": "1KiB"}, {"layers": None, "kv_budget": "1KiB"}),
     ({"engine": "openvino", "precision": "int8"}, {"layers": "2"}, {"precision": "int8"}),
     ({}, {"engine": "openvino"}, {"precision": "fp16", "decoder_source": "openvino"}),
-    ({}, {"max_perplexity_increase": "5%"}, {"window_layers": "auto"}),
-    ({"layers": "2"}, {"max_perplexity_increase": "5%"}, {"window_layers": "none"}),
-    ({}, {"layers": "2"}, {"window_layers": "auto"}),
-    ({}, {"layers": "0,2"}, {"window_layers": "none"}),
-    ({}, {"kv_budget": "1KiB"}, {"window_layers": "none"}),
-    ({}, {"engine": "openvino"}, {"window_layers": "none"}),
     # What no longer applies returns to its default.
     ({"fit": "distilled", "distill_steps": 40, "seed": 3}, {"fit": "independent"}, {"distill_steps": None, "seed": 0}),
     ({"layers": "2", "select": "cca"}, {"layers": "0,2"}, {"select": None}),
@@ -167,10 +170,9 @@ IDLE: list[tuple[str, Asked, ModelFacts | None, str]] = [
     ("builder_option", {"builder_option": "accuracy_level=1"}, None, "--precision int8 or int4"),
     ("quantized_model", {"quantized_model": "x", "precision": "int8"}, None, "--precision int4"),
     ("threads", {"threads": (2,), "engine": "trt-rtx"}, None, "compile nothing"),
-    ("window", {"window": 8, "layers": "1,"}, None, "--window-layers"),
-    ("window_layers", {"window_layers": "1", "engine": "trt"}, None, "--engine openvino, or ort with --provider cpu"),
-    ("window_layers", {"window_layers": "1", "provider": "cuda"}, None, "--provider cpu"),
-    ("window_layers", {"window_layers": "1"}, NBL, "the original model"),
+    ("cut", {"cut": "1", "engine": "trt"}, None, "--engine ort with --provider cpu, and the original model"),
+    ("cut", {"cut": "1"}, NBL, "the original model"),
+    ("near", {"near": 8, "layers": "1,"}, None, "--cut"),
     *(
         (name, {name: value}, NBL, "no longer contains the removed attention")
         for name, value in {
@@ -217,11 +219,6 @@ def _refusal(asked: Asked, model: ModelFacts | None) -> Exception | None:
     [
         {"fit": "distilled", "distill_steps": 4, "lora_rank": 2, "seed": 1},
         {"layers": 2, "select": "cca", "provider": "cpu"},
-        {"layers": "0,", "window_layers": "1,", "window": 8},
-        {"window_layers": "1-2"},
-        {"window_layers": "auto", "layers": 1, "window": 8},
-        {"window_layers": "1,", "layers": 1},
-        {"window_layers": "1-2", "fit": "distilled", "max_perplexity_increase": "5%"},
         {"precision": "INT4", "builder_option": "block_size=32"},
         {"precision": "fp32", "builder_option": "fuse_mlp_gate_up=true"},
         {"precision": "int8", "builder_option": ("accuracy_level=1", "algo_config=rtn")},
@@ -252,8 +249,6 @@ WRONG: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
     ({"engine": "openvino", "decoder_source": "genai"}, None, ("--decoder-source genai is not for engine openvino",)),
     ({"layers": "1", "kv_budget": "1KiB"}, None, ("--layers and --kv-budget both set how many layers",)),
     ({"layers": "1", "target_speedup": "1.1"}, None, ("--layers and --target-speedup", "give one of them")),
-    ({"window_layers": "1,", "kv_budget": "1KiB"}, None, ("--window-layers does not go with --kv-budget",)),
-    ({"window_layers": "auto", "layers": "0,"}, None, ("auto does not go with named --layers",)),
     ({"maps": "linear", "tap": "residual"}, None, ("--maps linear acts on the normed input; add --tap normed",)),
     ({"builder_option": "block_size"}, None, ("--builder-option block_size: the values of block_size are 16",)),
     ({"builder_option": "speed=9"}, None, ("--builder-option speed=9: expected KEY=VALUE", "fuse_mlp_gate_up")),
@@ -262,6 +257,7 @@ WRONG: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
     ({"fit": "given"}, PLAIN, ("--fit given is for a checkpoint with maps (nbl-export convert)",)),
     ({"fit": "distilled"}, NBL, ("--fit distilled needs the original model: the checkpoint no longer contains",)),
     ({"fit": "drop"}, NBL, ("--fit drop needs the original model: the checkpoint no longer contains",)),
+    ({"engine": "trt"}, KEYS, ("m has layers of kind predicted, which engine trt does not run",)),
     ({"tap": "normed"}, NBL, ("--tap normed: the maps of m have the tap residual; leave --tap out",)),
     *(
         ({"layers": text}, None, ("--layers", part))
@@ -281,14 +277,6 @@ UNFIT: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
     ({"layers": "0-1,1"}, PLAIN, ("--layers", "layer 1 is named twice")),
     ({"layers": "0,3"}, PLAIN, ("layer 3 does not exist", "0 to 2")),
     ({"layers": "0-99999999999"}, PLAIN, ("layer 99999999999 does not exist",)),
-    ({"window_layers": "2"}, PLAIN, ("--window-layers 2 is a count", "name the layers")),
-    ({"window_layers": "1,1"}, PLAIN, ("--window-layers '1,1': layer 1 is named twice",)),
-    ({"window_layers": "3,"}, PLAIN, ("--window-layers '3,': layer 3 does not exist",)),
-    ({"window_layers": "1-2", "layers": "0,2"}, PLAIN, ("--window-layers 1-2: layer 2 is in --layers too",)),
-    ({"window_layers": "1-2", "layers": "0,"}, PLAIN, ("--window-layers 1-2 and --layers name all 3 layers",)),
-    ({"window_layers": "1-2", "layers": 1}, PLAIN, ("--window-layers 1-2 and --layers name all 3 layers",)),
-    ({"window_layers": "auto", "window": 513}, PLAIN, ("--window 513 is beyond the model's 512 positions",)),
-    ({"window_layers": "1,", "window": 513}, PLAIN, ("--window 513 is beyond the model's 512 positions",)),
     ({"kv_budget": "64MiB"}, PLAIN, ("--kv-budget 64MiB: the cache already fits", "nothing needs to be replaced")),
     ({"kv_budget": "1B"}, PLAIN, ("--kv-budget 1B cannot be met", "256 bytes")),
     ({"tap": "normed"}, OLMO, ("--tap normed is not possible for olmo2: no norm stands in front", "--tap residual")),

@@ -52,11 +52,11 @@ def test_a_limit_on_quality_is_kept_by_trained_maps(
     same: Same, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run without a number of layers: more layers begin than stay, and a changed training begins with all again."""
-    output = tmp_path / "run"
+    output, distilled = tmp_path / "run", ("--fit", "distilled", "--distill-steps")
 
     def made(steps: int) -> tuple[Any, str]:
         with until("rewrite"):
-            done = nbl(*same, "--max-perplexity-increase", "100000%", "--distill-steps", steps, "--output", output)
+            done = nbl(*same, "--max-perplexity-increase", "100000%", *distilled, steps, "--output", output)
         assert done.status == 0, done.err
         return read(output / "nbl.json"), done.err
 

@@ -171,10 +171,10 @@ def test_the_test_begins_where_the_choosing_windows_foresee_it(guess: int, expec
 
 
 def test_without_a_goal_the_default_increase_decides_and_says_what_one_layer_costs() -> None:
-    count, facts, said = reached(Priced(0.05, 0.099, 0.11, 0.2), None)
-    assert (count, facts["default"], facts["max_perplexity_increase"]) == (2, True, "10%")
-    assert "10% is allowed" in said[0]
-    limit = r"within the default limit of 10%: one layer alone \(10\) .*\+12\..*--layers N"
+    count, facts, said = reached(Priced(0.02, 0.049, 0.06, 0.2), None)
+    assert (count, facts["default"], facts["max_perplexity_increase"]) == (2, True, "5%")
+    assert "5% is allowed" in said[0]
+    limit = r"within the default limit of 5%: one layer alone \(10\) .*\+12\..*--layers N"
     with pytest.raises(NblError, match=limit):
         reached(Priced(0.12, 0.2, 0.2, 0.2), None)
 
@@ -209,19 +209,19 @@ def test_the_upper_end_of_the_interval_decides_and_what_is_undecided_says_how_ma
 
 
 def test_perplexity_increase_through_the_job(run: Path) -> None:
-    wide = planned(run, "--max-perplexity-increase", "100000%", "--fit", "independent")
+    wide = planned(run, "--max-perplexity-increase", "100000%", "--cut", "none")
     steps = wide["goal"]["path"]
     assert [s["layers"] for s in steps] == list(range(1, LAYERS))
     assert len(wide["replaced_layers"]) == LAYERS - 1
     assert {s["layer"] for s in steps} == set(wide["replaced_layers"])
     first = max(quality_loss["increase_interval"][1] for quality_loss in steps[0]["quality_losses"])
     assert first > 0, "otherwise choose another tiny model"
-    again = planned(run, "--max-perplexity-increase", f"{101 * first:.6f}%")
+    again = planned(run, "--max-perplexity-increase", f"{101 * first:.6f}%", "--cut", "none")
     found = again["goal"]["path"][0]["quality_losses"]
     assert [one["increase"] for one in found] == [one["increase"] for one in steps[0]["quality_losses"]]
     assert again["options"]["layers"] is None and "--max-perplexity-increase" in again["command"]
     before = (run / "nbl.json").read_bytes()
-    refused = nbl("plan", run, "--max-perplexity-increase", f"{99 * first:.6f}%")
+    refused = nbl("plan", run, "--max-perplexity-increase", f"{99 * first:.6f}%", "--cut", "none")
     assert_refused(refused, 1, "cannot be met", "one layer alone", "raises perplexity on held-back text by")
     assert (run / "nbl.json").read_bytes() == before
     assert planned(run, "--layers", "1")["goal"] is None

@@ -69,7 +69,7 @@ def test_contradictory_plans_cannot_be_made() -> None:
 
 
 def test_caches_are_those_that_layers_hold() -> None:
-    assert cache_layers(Plan.of(4, {0: "linear", 2: "window", 3: "none"})) == (1,)
+    assert cache_layers(Plan.of(4, {0: "linear", 2: "predicted", 3: "none"})) == (1, 2)
 
 
 def maps() -> dict[int, Linear]:

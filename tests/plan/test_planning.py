@@ -17,7 +17,7 @@ from nbl_export.mixers.none import Nothing
 from nbl_export.model.mixes import Loss
 from nbl_export.options.goals import PerplexityIncrease, TargetSpeedup
 from nbl_export.plan import order as order_of
-from nbl_export.plan.inputs import AskedGoal, MapKind, Maps, OrderInputs, PlanInputs, TopInputs
+from nbl_export.plan.inputs import AskedGoal, MapKind, Maps, OrderInputs, PlanInputs
 from nbl_export.plan.order import Selection
 from nbl_export.plan.planning import make_plan
 from nbl_export.records.inputs import Lazy
@@ -207,12 +207,11 @@ def test_layers_that_are_replaced_in_any_case_come_first_and_count_in_every_set(
 def test_another_input_is_another_key() -> None:
     """Every field of the order's inputs but the size of the model, which the model's fingerprint covers."""
     start = inputs("efficient")
-    lazy: Any = Lazy("o", dict)
     others: dict[str, Any] = {
         "kind": MapKind(bias=False), "select": Lazy("greedy", lambda: "greedy"),
         "moments": Lazy("o", lambda: moments_of), "mixes": Lazy("o", lambda: Switched), "texts": Lazy("o", list),
         "saved": Lazy("o", lambda: lambda maps, tokens: 0.0),
-        "given": Lazy("o", dict), "top": TopInputs((5,), 0.1, 8, lazy, lazy, lazy),
+        "given": Lazy("o", dict),
     }  # fmt: skip
     assert {f.name for f in dataclasses.fields(OrderInputs)} == others.keys() | {"num_layers", "hidden_size"}
     keys = [Selection(dataclasses.replace(start, **{name: other})).key for name, other in others.items()]

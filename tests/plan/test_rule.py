@@ -61,23 +61,6 @@ def test_the_order_is_that_of_the_rule() -> None:
     assert found == ORDERS[RULE]
 
 
-def test_an_order_begins_with_the_layers_that_it_is_given() -> None:
-    """In their order, one in a step, without trials; then the rule goes on."""
-    passes: list[tuple[int, ...]] = []
-
-    class Counted(Planted):
-        def together(self, replaced_set: Collection[int]) -> Effects:
-            passes.append(tuple(replaced_set))
-            return super().together(replaced_set)
-
-    search = Search(Counted(), GreedyOrder(), saving, lambda _d, _t: None, (), (13, 12, 2))
-    assert search.extend(2).layers == (13, 12) and passes == [(13, 12)]
-    assert [len(point.layers) for point in search.extrapolate([3, 4]).beyond] == [3, 4]
-    assert set(search.order.beyond[0].layers) == {13, 12, 2}
-    order = search.extend(4).layers
-    assert order[:3] == (13, 12, 2) and order in passes
-
-
 def test_layers_are_judged_by_what_the_rule_says() -> None:
     windows = torch.arange(8192).view(16, 512)
     tokens = [windows.numel() for _, windows in choosing_texts([("near", windows), ("second", windows)], 8192)]

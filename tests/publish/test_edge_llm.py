@@ -23,6 +23,7 @@ from nbl_export.errors import CorruptError, NblError
 from nbl_export.mixers.base import Mixer
 from nbl_export.mixers.linear import Linear
 from nbl_export.mixers.none import Nothing
+from nbl_export.mixers.predicted import Predicted
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
 from nbl_export.targets.checkpoint import edge_llm
@@ -32,6 +33,7 @@ from ..tiny import HIDDEN, LAYERS, random_map, save_checkpoint
 
 IDS = torch.arange(3, 40)[None]
 MAPS: dict[int, Mixer] = {1: random_map(1), 2: Nothing(HIDDEN)}
+PREDICTED = Predicted(np.zeros((4, HIDDEN), np.float32), np.zeros(4, np.float32), HIDDEN, 1, 8, 1e-5)
 
 
 def saved(architecture: str, maps: dict[int, Mixer], tap: str, home: Path, **changes: Any) -> Path:
@@ -71,6 +73,7 @@ def test_convert_writes_it_and_says_what_edge_llm_asks_for(run: Path) -> None:
     ("architecture", "changes", "maps", "part"),
     [("gemma3", {}, MAPS, "gemma3_text is another architecture"), ("mistral-window", {}, MAPS, "a sliding window"),
      ("llama-yarn", {}, MAPS, "rotary embeddings of type yarn"), ("llama", {"mlp_bias": True}, MAPS, "biases of this"),
+     ("llama", {}, {1: PREDICTED}, "no place for layers of kind predicted"),
      ("llama", {"hidden_act": "gelu"}, MAPS, "silu, and this model's have gelu"),
      ("llama", {}, {1: Linear(np.full((HIDDEN, HIDDEN), 7e4, np.float32), np.zeros(HIDDEN, np.float32))},
       "layers.1.self_attn.linear.weight has numbers above 65,504")],
@@ -81,15 +84,6 @@ def test_what_edge_llm_cannot_hold(
     with pytest.raises(NblError, match=part):
         saved(architecture, maps, "normed", tmp_path, **changes)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_window_is_refused(tmp_path: Path) -> None:
-    from nbl_export.model.windows import blank_windows
-
-    checkpoint = save_checkpoint("llama", tmp_path / "model")
-    model = load_model(checkpoint)
-    with pytest.raises(NblError, match="a layer with a window, whose state is no cache"):
-        edge_llm.save(model, checkpoint, blank_windows(model, [1], 8, "residual"), "residual", tmp_path / "out")
 
 
 def test_a_directory_without_a_matrix(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_nothing_is_said_of_maps_that_did_not_change_or_without_the_original() -
         assert loss_of_change(found, LinearMaps({}, change)) == ""
 
 
-def test_a_window_has_no_linear_map() -> None:
-    found: Any = SimpleNamespace(maps={2: SimpleNamespace(kind="window", product=lambda: None)}, tap="normed")
-    with pytest.raises(NblError, match="layer 2 is of the kind window, and this form holds one matrix a layer"):
+def test_predicted_keys_have_no_linear_map() -> None:
+    found: Any = SimpleNamespace(maps={2: SimpleNamespace(kind="predicted", product=lambda: None)}, tap="normed")
+    with pytest.raises(NblError, match="layer 2 is of the kind predicted, and this form holds one matrix a layer"):
         linear_maps(found, Ui(quiet=True))

@@ -25,7 +25,7 @@ def test_each_line_has_its_figures() -> None:
         ("decode", "no clear difference (0.80 to 1.25) of 128 tokens, 0.50× (0.25 to 0.50) of 128 tokens behind 64"),
         ("cache", "−50.0%, 4.00 KiB to 2.00 KiB a token"),
         ("loss", "perplexity +25% (18 to 32) on held-back calibration"),
-        ("", "above the limit of 10% (the default)"),
+        ("", "above the limit of 5% (the default)"),
     )
 
 
@@ -40,10 +40,10 @@ def test_nothing_is_said_of_what_was_not_measured() -> None:
         ({"max_perplexity_increase": "10%", "default": False}, ("above", "10%")),
         ({"max_perplexity_increase": "30%", "default": False}, ("near", "30%")),
         ({"max_perplexity_increase": "32.4%", "default": False}, ("within", "32.4%")),
-        ({"max_perplexity_increase": "40%", "default": True}, ("above", "10% (the default)")),
-        ({"max_perplexity_increase": "much", "default": False}, ("above", "10% (the default)")),
-        ({"kv_budget": "1KiB"}, ("above", "10% (the default)")),
-        (None, ("above", "10% (the default)")),
+        ({"max_perplexity_increase": "40%", "default": True}, ("above", "5% (the default)")),
+        ({"max_perplexity_increase": "much", "default": False}, ("above", "5% (the default)")),
+        ({"kv_budget": "1KiB"}, ("above", "5% (the default)")),
+        (None, ("above", "5% (the default)")),
     ],
 )
 def test_the_loss_is_judged_by_the_goal(goal: dict[str, Any] | None, expected: tuple[str, str]) -> None:
@@ -61,10 +61,10 @@ def test_a_loss_that_is_not_finite_is_above() -> None:
     ("rows", "expected"),
     [
         ([(0.02, [0.01, 0.03]), (0.2, [0.15, 0.25])], "above"),  # one text is enough
-        ([(0.02, [0.01, 0.03]), (0.1, [0.08, 0.12])], "near"),
-        ([(0.02, [0.01, 0.03]), (0.08, [0.06, 0.1])], "within"),
+        ([(0.02, [0.01, 0.03]), (0.05, [0.04, 0.06])], "near"),
+        ([(0.02, [0.01, 0.03]), (0.04, [0.03, 0.05])], "within"),
         ([(0.2, None)], "above"),  # one window gives no interval
-        ([(0.08, None)], "within"),
+        ([(0.04, None)], "within"),
     ],
 )
 def test_every_text_is_judged(rows: list[tuple[float, list[float] | None]], expected: str) -> None:

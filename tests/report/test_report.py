@@ -382,7 +382,7 @@ def test_headline(written: Written) -> None:
     assert "−50.0%" in card(written.html, "KV cache") and "4.00 KiB → 2.00 KiB" in card(written.html, "KV cache")
     quality_loss = card(written.html, "Quality loss")
     assert '"card bad"' in quality_loss and "<strong>+25%</strong>" in quality_loss
-    assert "above the limit of 10% (the default)" in quality_loss
+    assert "above the limit of 5% (the default)" in quality_loss
     assert "+25% (18 to 32) on held-back calibration: 20.0 → 25.0" in quality_loss
     assert "largest logit difference 7.50e-05 (nbl, max abs logit difference), tolerance 0.001" in written.markdown
     assert written.html.count('class="gone"') == 3

@@ -53,7 +53,7 @@ atexit.register(lambda: sys.stderr.write(",".join({"torch", "transformers", "onn
 
 
 def test_the_table_has_a_row_for_each_stage(checkpoint: Callable[[str], Path]) -> None:
-    shown = nbl("estimate", checkpoint("llama"))
+    shown = nbl("estimate", checkpoint("llama"), "--fit", "distilled")
     assert shown.status == 0, shown.err
     for word in ("calibrate", "plan", "distill", "decoder", "rewrite", "verify", "bench", "whole job"):
         assert word in shown.out
@@ -63,7 +63,8 @@ def test_the_table_has_a_row_for_each_stage(checkpoint: Callable[[str], Path]) -
 
 def test_options_are_settled_as_in_the_main_job(tmp_path: Path) -> None:
     model = written(tmp_path)
-    assert estimate(str(model), {})["options"]["fit"] == "distilled"
+    assert estimate(str(model), {})["options"]["fit"] == "independent"
+    assert estimate(str(model), {"engine": "openvino"})["options"]["fit"] == "distilled"
     assert estimate(str(model), {"layers": "8"})["options"]["fit"] == "independent"
     assert_refused(nbl("estimate", model, "--layers", "40"), 1, "all 32 attention layers")
     assert_refused(nbl("estimate", model, "--precision", "int3"), 2, "--precision int3 is not for engine ort")

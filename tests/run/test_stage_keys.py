@@ -38,7 +38,7 @@ BASES: dict[str, dict[str, Any]] = {
 ASKED = {"eval": EVAL}
 # Another value of each option.
 OTHER: dict[str, Any] = {
-    "layers": "2", "window_layers": "2,", "max_perplexity_increase": "5%", "target_speedup": "1.1",
+    "layers": "2", "cut": "1", "max_perplexity_increase": "5%", "target_speedup": "1.1",
     "kv_budget": "300B", "fit": "drop", "select": "error", "tap": "normed", "maps": "linear",
     "distill_minutes": 1.0,
     "distill_steps": 7, "distill_tokens": 7, "lora_rank": 7, "label_weight": 0.7, "calibration_tokens": 1024,
@@ -48,7 +48,7 @@ OTHER: dict[str, Any] = {
     "depths": (7,), "repetitions": 7, "prompt_tokens": (7,),
     "generate_tokens": 7, "threads": (1,), "batches": (2,), "engine": "openvino",
 }  # fmt: skip
-_PLAN = ("layers", "window_layers", "max_perplexity_increase", "target_speedup", "kv_budget", "fit", "select",
+_PLAN = ("layers", "cut", "max_perplexity_increase", "target_speedup", "kv_budget", "fit", "select",
          "tap", "maps", "compute_dtype", "logits")  # fmt: skip
 _DECODER = ("precision", "provider", "logits", "decoder_source", "builder_option", "quantized_model")
 _GRAPHS = tuple(dict.fromkeys((*_PLAN, *_DECODER)))
@@ -56,7 +56,7 @@ _BENCH = ("depths", "repetitions", "prompt_tokens", "generate_tokens", "threads"
 # What each stage reads.
 READS: dict[str, tuple[str, ...]] = {
     "text": ("calibration_tokens", "context", "distill_tokens"),
-    "calibrate": ("tap", "compute_dtype"),
+    "calibrate": ("cut", "tap", "compute_dtype"),
     "plan": _PLAN,
     "distill": (*_PLAN, "distill_minutes", "distill_steps", "lora_rank", "label_weight", "seed"),
     "decoder": _DECODER,
@@ -99,10 +99,11 @@ def test_an_option_that_a_stage_reads_is_in_its_key(stage: str, key_of_stage: An
     assert [option for option, value in changed.items() if key_of_stage(stage, **{option: value}) == before] == []
 
 
-def test_the_size_of_windows_is_in_the_key_of_the_plan(key_of_stage: Any) -> None:
-    named = {"layers": "1,", "window_layers": "2,"}
-    assert len({key_of_stage("plan", **named, window=count) for count in (64, 65)}) == 2
-    assert key_of_stage("plan", layers="1,", window=65) == key_of_stage("plan", layers="1,")
+def test_the_near_tokens_of_a_cut_are_in_the_key_of_the_plan_alone(key_of_stage: Any) -> None:
+    named = {"layers": None, "select": None, "cut": "1"}
+    assert len({key_of_stage("plan", **named, near=count) for count in (64, 65)}) == 2
+    assert len({key_of_stage("calibrate", **named, near=count) for count in (64, 65)}) == 1
+    assert key_of_stage("plan", near=65) == key_of_stage("plan")
 
 
 _COSTS = ("engine", "provider", "precision", "prompt_tokens", "logits")

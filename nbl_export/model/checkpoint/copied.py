@@ -34,7 +34,7 @@ def copy_linearized(checkpoint: Path, maps: Mapping[int, Mixer], tap: str, out: 
         whether it was written: a checkpoint can have other names than its model, and then has to be loaded.
 
     Raises:
-        NblError: the model's architecture has no class here, its windows have several sizes, or a file is damaged.
+        NblError: the model's architecture has no class here, or a file is damaged.
     """
     _check(checkpoint)
     config = config_of(checkpoint)

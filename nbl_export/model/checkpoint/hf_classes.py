@@ -4,9 +4,8 @@
     model = AutoModelForCausalLM.from_pretrained(DIRECTORY)
 
     config.json   model_type "nbl-llama", everything of a Llama's, "nbl_replaced_layers": [0, 7], "nbl_tap": "residual",
-                  "nbl_kinds": ["none", "linear"] unless all are linear, and "nbl_window": 64 with layers of kind window
+                  "nbl_kinds": ["none", "linear"] unless all are linear
     weights       model.layers.{i}.self_attn.linear.{weight,bias} of a linear layer; a residual tap has no input norm
-                  model.layers.{i}.self_attn.{qkv,bias,output,norm} of a window; its heads are those of the config
 
 Each architecture (`architectures`) has a pair of classes, e.g. NblLlamaConfig and NblLlamaForCausalLM. A model class is
 the stock class whose attention is replaced after construction (`linearize`), so no modelling code is copied. `import
@@ -30,12 +29,11 @@ from nbl_export.errors import NblError
 from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import Mixer
 from nbl_export.model.architecture_record import Architecture
-from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, check_window
+from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED
 from nbl_export.model.checkpoint.pretrained import model_with, quiet_transformers, tokenizer_of
 from nbl_export.model.linearize import architecture_of, linearize, multiplier_of, replace_attention
-from nbl_export.model.windows import blank_windows
 
-__all__ = ["CLASSES", "empty_linearized", "linearized", "outlines", "restored", "save_linearized", "stock_config"]
+__all__ = ["CLASSES", "empty_linearized", "linearized", "restored", "save_linearized", "stock_config"]
 
 
 def _exchange(model: Any) -> None:
@@ -43,45 +41,29 @@ def _exchange(model: Any) -> None:
 
     Raises:
         ValueError: the configuration names layers that do not exist, all layers, or an unknown tap.
-        NblError: it has windows of an impossible size, or of attention that a window cannot stand for.
     """
     config = model.config
     replaced, count = config.nbl_replaced_layers or [], config.num_hidden_layers
     if not set(replaced) < set(range(count)) or config.nbl_tap not in architecture_of(config).taps:
         raise ValueError(f"config.json replaces layers {replaced} of {count} at the tap {config.nbl_tap!r}")
     kinds = dict(zip(replaced, config.nbl_kinds or ["linear"] * len(replaced), strict=True))
-    likes = outlines(model, kinds, config.nbl_window, config.nbl_tap)
     size, multiplier = config.hidden_size, multiplier_of(config)
-    blanks = {i: kind_of(kind).blank(size, multiplier, likes.get(i)) for i, kind in kinds.items()}
+    blanks = {i: kind_of(kind).blank(size, multiplier) for i, kind in kinds.items()}
     replace_attention(model, blanks, config.nbl_tap)
 
 
-def outlines(model: Any, kinds: Mapping[int, str], tokens: int | None, tap: str) -> Mapping[int, Mixer]:
-    """What a stock model's attention makes in the layers whose kind is not fitted, without numbers."""
-    unfitted = [i for i, kind in kinds.items() if not kind_of(kind).fitted]
-    if unfitted:
-        check_window(tokens, model.config.max_position_embeddings, "config.json")
-    return blank_windows(model, unfitted, tokens or 0, tap)
-
-
 def _classes_of(record: Architecture) -> tuple[Any, Any]:
-    """Configuration and model class of an architecture: stock classes with four more values and replaced attention."""
+    """Configuration and model class of an architecture: stock classes with three more values and replaced attention."""
     model_base = getattr(transformers, f"{record.classes}ForCausalLM")
     config_base, name = model_base.config_class, f"Nbl{record.classes}"
     fields = {
-        "__annotations__": {
-            "nbl_replaced_layers": list[int] | None,
-            "nbl_kinds": list[str] | None,
-            "nbl_tap": str,
-            "nbl_window": int | None,
-        },
+        "__annotations__": {"nbl_replaced_layers": list[int] | None, "nbl_kinds": list[str] | None, "nbl_tap": str},
         "__module__": __name__,
         "__doc__": f"Configuration of a {record.classes} with mixers instead of attention in some layers.",
         "model_type": f"{LINEARIZED}{record.name}",
         "nbl_replaced_layers": None,
         "nbl_kinds": None,
         "nbl_tap": "residual",
-        "nbl_window": None,
     }
     config_class = strict(type(f"{name}Config", (config_base,), fields))
 
@@ -111,7 +93,7 @@ def save_linearized(model: Any, checkpoint: Path, maps: Mapping[int, Mixer], tap
     """Linearize `model` in place and save it with the tokenizer of `checkpoint`.
 
     Raises:
-        NblError: the model's architecture has no class here, or its windows have several sizes.
+        NblError: the model's architecture has no class here.
     """
     quiet_transformers()
     linearized(model, maps, tap).save_pretrained(out)
@@ -122,7 +104,7 @@ def linearized(model: Any, maps: Mapping[int, Mixer], tap: str) -> Any:
     """A model of the class here, with the weights of `model`, which is linearized in place.
 
     Raises:
-        NblError: the model's architecture has no class here, or its windows have several sizes.
+        NblError: the model's architecture has no class here.
     """
     made = empty_linearized(model.config, maps, tap)
     made.load_state_dict(linearize(model, maps, tap).state_dict(), assign=True)
@@ -137,7 +119,7 @@ def empty_linearized(config: Any, maps: Mapping[int, Mixer], tap: str) -> Any:
     """A model of the class here on torch's meta device, from the original's configuration.
 
     Raises:
-        NblError: the model's architecture has no class here, or its windows have several sizes.
+        NblError: the model's architecture has no class here.
     """
     if config.model_type not in CLASSES:
         raise NblError(f"no NBL checkpoint of architecture {config.model_type}; there are {', '.join(CLASSES)}")
@@ -145,11 +127,7 @@ def empty_linearized(config: Any, maps: Mapping[int, Mixer], tap: str) -> Any:
     values = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures")}
     kinds = [maps[i].kind for i in sorted(maps)]
     given = None if set(kinds) == {"linear"} else kinds  # stock configurations leave out what is None
-    sizes = sorted({mixer.reads[0].tokens for mixer in maps.values() if not kind_of(mixer.kind).fitted})
-    if len(sizes) > 1:
-        raise NblError(f"no NBL checkpoint of windows of {' and '.join(map(str, sizes))} tokens; choose one size")
-    more = {"nbl_kinds": given, "nbl_window": sizes[0] if sizes else None}
-    made_for = config_class(**values, nbl_replaced_layers=sorted(maps), nbl_tap=tap, **more)
+    made_for = config_class(**values, nbl_replaced_layers=sorted(maps), nbl_tap=tap, nbl_kinds=given)
     with torch.device("meta"):
         return model_class(made_for)
 

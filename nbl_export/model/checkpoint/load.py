@@ -18,7 +18,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -230,7 +229,6 @@ def load_maps(source: Any, num_layers: int) -> tuple[Plan, dict[int, Mixer]]:
 
     Raises:
         CorruptError: the weights hold maps of other layers than config.json names.
-        NblError: config.json names windows of attention that a window cannot stand for.
     """
     from safetensors import safe_open
 
@@ -243,9 +241,8 @@ def load_maps(source: Any, num_layers: int) -> tuple[Plan, dict[int, Mixer]]:
                 match = _TENSOR.search(name)
                 if match and (int(match[1]) in kinds or match[2].startswith("linear.")):
                     found.setdefault(int(match[1]), {})[match[2]] = tensors.get_tensor(name).float().numpy()
-    likes = _outlines(source.directory, replaced)
     try:
-        maps = {i: kind_of(k).from_module(found.get(i, {}), replaced.size, likes.get(i)) for i, k in kinds.items()}
+        maps = {i: kind_of(k).from_module(found.get(i, {}), replaced.size) for i, k in kinds.items()}
     except KeyError:
         maps = {}
     if not maps or not found.keys() <= kinds.keys():
@@ -256,16 +253,3 @@ def load_maps(source: Any, num_layers: int) -> tuple[Plan, dict[int, Mixer]]:
     kinds = dict(zip(replaced.layers, replaced.kinds, strict=True))
     plan = Plan.of(num_layers, kinds, replaced.tap, "given")
     return plan, maps
-
-
-def _outlines(directory: Path, replaced: Linearized) -> Mapping[int, Mixer]:
-    """What the attention that config.json describes makes in the layers whose kind is not fitted, without numbers."""
-    if replaced.window is None:
-        return {}
-    import torch
-
-    from nbl_export.model.checkpoint.hf_classes import outlines, stock_config
-
-    with torch.device("meta"):
-        stock = model_with(stock_config(config_of(directory)), lm_head=True)
-    return outlines(stock, dict(zip(replaced.layers, replaced.kinds, strict=True)), replaced.window, replaced.tap)

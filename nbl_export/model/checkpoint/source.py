@@ -19,8 +19,8 @@ from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.files import key_of
 from nbl_export.graph.given import refuse_graph
 from nbl_export.graph.names import MANIFEST
-from nbl_export.mixers import kind_of, kinds
-from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, REFUSED, check_config, check_window, is_hybrid
+from nbl_export.mixers import kinds
+from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, REFUSED, check_config, is_hybrid
 from nbl_export.model.checkpoint import pretrained
 from nbl_export.records.decoder import HYBRID
 from nbl_export.records.plan import TAPS
@@ -43,16 +43,12 @@ _WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class Linearized:
-    """The replaced layers, their kinds (`nbl_export.mixers`) and tap, and the hidden size, from config.json.
-
-    window: tokens that a layer of kind window reads; None without such layers.
-    """
+    """The replaced layers, their kinds (`nbl_export.mixers`) and tap, and the hidden size, from config.json."""
 
     layers: tuple[int, ...]
     kinds: tuple[str, ...]
     tap: str
     size: int
-    window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -175,13 +171,8 @@ def linearized_of(config: dict[str, Any], where: Path) -> Linearized | None:
         or any(k not in kinds() for k in kinds_given)
     ):
         raise NblError(f"{where} has layers of the kinds {kinds_given}; known are {', '.join(kinds())}")
-    window = config.get("nbl_window")
-    if all(kind_of(kind).fitted for kind in kinds_given):
-        window = None
-    else:
-        check_window(window, config.get("max_position_embeddings"), where)
     made = dict(sorted(zip(layers, kinds_given, strict=True)))
-    return Linearized(tuple(made), tuple(made.values()), str(tap), size if isinstance(size, int) else 0, window)
+    return Linearized(tuple(made), tuple(made.values()), str(tap), size if isinstance(size, int) else 0)
 
 
 def _is_part(layers: list[int], count: int) -> bool:

@@ -3,6 +3,8 @@
     windows ─► batches ─► sums of every layer ─► moments.safetensors
                            └─ every half minute ─► calibrate.partial.safetensors
 
+A job with a cut has sums of candidate cuts in their place (`run.stages.cut`).
+
 A model that does not fit into memory runs one layer at a time (`one_layer`), and starts again after a kill. Sums are
 exact (`sums`), so a resumed run and an uninterrupted run give the same bytes.
 """
@@ -22,6 +24,7 @@ from nbl_export.options.options import CHECKPOINT_FIT, NO_ORIGINAL
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy
 from nbl_export.run.job import Job
+from nbl_export.run.stages import cut
 from nbl_export.run.stages.common import LeftOut, Place
 from nbl_export.run_directory import MOMENTS_FILE
 from nbl_export.text.parts import rows_sha256
@@ -61,11 +64,13 @@ class CalibrateInputs:
     choose: Lazy[Callable[[int], Any]]
 
 
-def declare(job: Job) -> CalibrateInputs | LeftOut:
+def declare(job: Job) -> CalibrateInputs | cut.CutCalibration | LeftOut:
     """The inputs of the stage; left out for an NBL checkpoint, which has its maps."""
     options = job.options
     if options.fit == CHECKPOINT_FIT:
         return LeftOut(NO_ORIGINAL)
+    if options.predicts:
+        return cut.calibration(job)
     features = kind_of(options.kind).feature_count(job.decoder.hidden_size)  # kinds of equal features share moments
     return CalibrateInputs(
         fingerprint=job.fingerprint,
@@ -82,12 +87,14 @@ def declare(job: Job) -> CalibrateInputs | LeftOut:
     )
 
 
-def run(inputs: CalibrateInputs, place: Place, out: Path) -> dict[str, Any]:
-    """Write out/moments.safetensors; returns the facts for the manifest.
+def run(inputs: CalibrateInputs | cut.CutCalibration, place: Place, out: Path) -> dict[str, Any]:
+    """Write the moments, or the sums of candidate cuts; returns the facts for the manifest.
 
     Raises:
         NblError: activations are not finite.
     """
+    if isinstance(inputs, cut.CutCalibration):
+        return cut.collect(inputs, place, out)
     from nbl_export.calibrate import collect
 
     windows = inputs.windows.value

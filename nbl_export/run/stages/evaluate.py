@@ -74,7 +74,7 @@ def _evaluate(inputs: EvalInputs, place: Place, keep: Callable[[dict[str, Any]],
         lm = _open(inputs, place, variant) if missing else None
         for key, subject in missing.items():
             with place.ui.task(f"{variant}: {subject.name}") as progress:
-                outcome = _measure(subject, lm, progress)
+                outcome = _measure(subject, lm, progress, behind_prompt=place.plan.predicts)
             about = {"model": models[variant], "data": subject.data, "config": subject.config}
             kept[key] = results.entry(key, subject.name, subject.limit, variant, outcome, **about)
             place.ui.say(f"  {variant}: {subject.name}: {_said(outcome)}")
@@ -122,15 +122,16 @@ def _open(inputs: EvalInputs, place: Place, variant: str) -> Any:
         return torch_lm(model, load_tokenizer(inputs.checkpoint.value), inputs.spec.max_positions)
 
 
-def _measure(subject: Subject, lm: Any, progress: Callable[[int, int], None]) -> Any:
+def _measure(subject: Subject, lm: Any, progress: Callable[[int, int], None], *, behind_prompt: bool) -> Any:
+    """The outcome of a subject. Behind a prompt: the first half of each window is one, in both decoders."""
     from nbl_export.evaluation import length, measure, tasks
 
     test, context = subject.config.get("output_type"), subject.config.get("context", 0)
     if test in length.TESTS:
-        return length.run_length(test, subject.value, lm, context, subject.limit, progress)
+        return length.run_length(test, subject.value, lm, context, subject.limit, progress, behind_prompt=behind_prompt)
     if test == PERPLEXITY:
         windows = measure.windows(subject.value, lm.tokenizer, context, subject.limit)
-        return measure.run_windows(windows, lm, progress)
+        return measure.run_windows(windows, lm, progress, context // 2 if behind_prompt else 1)
     lm.progress = progress
     with tasks.quiet_harness():
         return measure.run_benchmark(subject.value, lm, subject.limit)

@@ -122,6 +122,7 @@ def run_rewrite(inputs: RewriteInputs, place: Place, out: Path) -> dict[str, Any
     engine.linearize(original, target, place.maps(), plan.tap, opened)
     inputs.model.forget()  # a target may have changed it
     facts = {k: place.run.manifest[k] for k in _DEPLOYED_FACTS}
+    facts["cut"] = place.run.manifest.get("cut")
     if engine.capabilities.dense_caches:
         facts["cache_layers"] = list(cache_layers(plan))  # layers of the cache ids 0..K-1
     facts = public_facts(facts, place.run.manifest)  # the folder may be published: no paths of this machine

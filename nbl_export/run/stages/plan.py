@@ -22,11 +22,13 @@ from nbl_export.options.goals import (
     goal_of,
     layers_for_budget,
 )
-from nbl_export.options.options import AUTO_WINDOWS, CHECKPOINT_FIT, NO_WINDOWS, WIDTHS
-from nbl_export.plan.inputs import AskedGoal, MapKind, Maps, OrderInputs, PlanInputs, Texts, TopInputs
+from nbl_export.options.options import CHECKPOINT_FIT
+from nbl_export.plan.cuts import CutInputs, choose_cut
+from nbl_export.plan.inputs import AskedGoal, MapKind, Maps, OrderInputs, PlanInputs, Texts
 from nbl_export.records.inputs import Lazy
 from nbl_export.report.quality import spoken_curve
 from nbl_export.run.job import Job
+from nbl_export.run.stages import cut
 from nbl_export.run.stages.common import LeftOut, Place
 from nbl_export.run_directory import DISTILL_FILE, MAPS_FILE, MOMENTS_FILE, START_FILE
 
@@ -35,8 +37,8 @@ __all__ = ["declare", "order_of", "run"]
 _STATE = 5  # kind of the saved state of a distillation; another kind begins anew
 
 
-def declare(job: Job) -> PlanInputs | Lazy[Any]:
-    """The inputs of the stage plan, or the plan and maps of an NBL checkpoint."""
+def declare(job: Job) -> PlanInputs | CutInputs | Lazy[Any]:
+    """The inputs of the stage plan, those of a choice of a cut, or the plan and maps of an NBL checkpoint."""
     from nbl_export.model.checkpoint import load
 
     options = job.options
@@ -44,6 +46,8 @@ def declare(job: Job) -> PlanInputs | Lazy[Any]:
         return Lazy(
             [CHECKPOINT_FIT, job.fingerprint], lambda: load.load_maps(job.settled.source.value, job.decoder.num_layers)
         )
+    if options.predicts:
+        return cut.choice(job)
     goal = _goal(job)
     setting = {"engine": options.engine, "precision": options.precision, "tokens": options.prompt_length}
     return PlanInputs(
@@ -74,34 +78,6 @@ def order_of(job: Job) -> OrderInputs:
         mixes=job.torch.mixes,
         texts=job.choosing,
         saved=Lazy(options.kept_logits if usual == "efficient" else None, lambda: _saved(job)),
-        given=_given(job),
-        top=_top(job),
-    )
-
-
-def _given(job: Job) -> Lazy[Maps]:
-    """The windows of named layers."""
-    options = job.options
-    if options.window_layers in (NO_WINDOWS, AUTO_WINDOWS):
-        return Lazy(None, dict)
-    layers = asked_layers(options, job.decoder, "window_layers")
-    assert isinstance(layers, tuple)  # a count is refused when options are settled
-    return Lazy([layers, options.width], lambda: job.torch.windows(layers, options.width))
-
-
-def _top(job: Job) -> TopInputs | None:
-    """How a top is chosen, if windows are chosen by quality."""
-    options = job.options
-    if options.window_layers != AUTO_WINDOWS:
-        return None
-    goal = _goal(job).goal
-    return TopInputs(
-        widths=(options.window,) if options.window else WIDTHS,
-        share=goal.share if isinstance(goal, PerplexityIncrease) else DEFAULT_INCREASE,
-        positions=job.decoder.max_positions,
-        windows=Lazy(None, lambda: job.torch.windows),
-        texts=job.text.consecutive,
-        saved=Lazy(options.kept_logits, lambda: _saved(job)),
     )
 
 
@@ -130,21 +106,25 @@ def _goal(job: Job) -> AskedGoal:
     return AskedGoal(goal, options.max_perplexity_increase or options.target_speedup)
 
 
-def run(inputs: PlanInputs | Lazy[Any], place: Place, out: Path) -> dict[str, Any]:
+def run(inputs: PlanInputs | CutInputs | Lazy[Any], place: Place, out: Path) -> dict[str, Any]:
     """Write the maps; returns plan, scores, order and curve for the manifest."""
     from nbl_export.plan.maps_file import save_maps
 
-    facts: dict[str, Any] = {"goal": None, "curve": None}
+    facts: dict[str, Any] = {"goal": None, "curve": None, "cut": None}
     trains = False
+    say: Callable[[str], None] = lambda line: place.ui.say(f"  {line}")  # noqa: E731
     if isinstance(inputs, Lazy):
         (plan, maps), fit = inputs.value, inputs.identity[0]
+    elif isinstance(inputs, CutInputs):
+        plan, maps, found = choose_cut(inputs, place.ui.task, say)
+        fit, facts = "independent", {**facts, **found}
     else:
         from nbl_export.plan.order import Selection
         from nbl_export.plan.planning import make_plan
 
-        say: Callable[[str], None] = lambda line: place.ui.say(f"  {line}")  # noqa: E731
-        fit, selection = inputs.fit, Selection(inputs.order, place.ui.task, place.run.manifest.get("greedy"), say)
-        plan, maps, facts = make_plan(inputs, selection, say, place.ui.task)
+        fit, selection = inputs.fit, Selection(inputs.order, place.ui.task, place.run.manifest.get("greedy"))
+        plan, maps, found = make_plan(inputs, selection, say, place.ui.task)
+        facts |= found
         trains = inputs.trains.value
         if facts["curve"]:
             place.ui.say(f"  {spoken_curve(facts['curve'])}")

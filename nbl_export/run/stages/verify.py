@@ -12,6 +12,7 @@ from nbl_export.files import write_json
 from nbl_export.mixers import cache_layers
 from nbl_export.mixers.predicted import cut_of
 from nbl_export.options.options import CHECKPOINT_FIT
+from nbl_export.plan.cuts import LENGTH
 from nbl_export.plan.inputs import Texts
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy
@@ -125,7 +126,7 @@ def check(inputs: VerifyInputs, place: Place, out: Path) -> dict[str, Any]:
         if not inputs.lacks_attention:  # the loss takes as long again
             both = {name: setting.engine.open_graph(run[name], inputs.spec.head_dim) for name in DECODERS}
             with place.ui.task("quality loss on held-back text") as progress:
-                quality_losses = quality_loss(both["original"], both["nbl"], loss_texts(inputs), progress, near)
+                quality_losses = quality_loss(both["original"], both["nbl"], loss_texts(inputs, near), progress, near)
             del both
         if setting.engine.capabilities.cross:
             save(expect(setting.precision, verifier.probe, verifier.references), out / ACCEPTANCE_FILE)
@@ -262,9 +263,12 @@ def _long_tokens(window: int) -> int:
     return max(_LONG_TOKENS, window + _BEYOND_WINDOW if window else 0) + ladder.DECODE_STEPS
 
 
-def loss_texts(inputs: VerifyInputs) -> list[tuple[str, Any]]:
-    """Final windows of both texts as arrays, cut to the sequence length. No choice in the run used these windows."""
-    context = min(inputs.context, inputs.cache_length)
+def loss_texts(inputs: VerifyInputs, near: int | None = None) -> list[tuple[str, Any]]:
+    """Final windows of both texts as arrays, cut to the sequence length. No choice in the run used these windows.
+
+    With a cut, rows are joined: the first half of each is a prompt that stops there (`verify.perplexity`).
+    """
+    context = min(inputs.context if near is None else max(inputs.context, LENGTH), inputs.cache_length)
     return [(name, _cut(windows.numpy(), context)) for name, windows in inputs.final.value]
 
 

@@ -31,7 +31,7 @@ CAPABILITIES = Capabilities(
     mapped={"genai": export_genai.PRECISIONS},
     rounded=("int8", "int4"),
     every_expert=("mobius",),
-    kinds=LINEAR_KINDS | {"window"},
+    kinds=LINEAR_KINDS | {"predicted"},
     providers=tuple(PROVIDERS),
 )
 

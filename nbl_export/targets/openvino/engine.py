@@ -12,7 +12,7 @@ import numpy as np
 from nbl_export.errors import NblError
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE
 from nbl_export.mixers.base import Running
-from nbl_export.records.capabilities import LINEAR_KINDS, Capabilities
+from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import GraphContract
 from nbl_export.records.results import CheckResult
 from nbl_export.targets.base import Availability, DecoderFacts, ExportSettings, Target, default_threads
@@ -36,7 +36,6 @@ CAPABILITIES = Capabilities(
     cache_bytes={"fp16": 2, "int8": 1, "int4": 1},
     narrow=True,
     every_expert=("openvino",),
-    kinds=LINEAR_KINDS | {"window"},
     mapped={"openvino": _ROUNDED},
     rounded=_ROUNDED,
 )

@@ -37,7 +37,6 @@ from nbl_export.targets.openvino.ir.files import (
 )
 from nbl_export.targets.openvino.rewrite.passes import bypass_attention, drop_states
 from nbl_export.targets.openvino.rewrite.tail import prune_tail
-from nbl_export.targets.openvino.rewrite.window import TABLES
 from nbl_export.targets.openvino.signals import kept_signal_stack
 
 __all__ = ["compress", "group_size", "keep_last_token_ir", "rewrite_ir", "rewrite_ir_model"]
@@ -178,13 +177,12 @@ def compress(model: Any, precision: str, *, group: int = 0, only_new: bool = Fal
 def _halve(model: Any) -> None:
     """Turn the matrices into 16-bit floats, in place.
 
-    OpenVINO's own pass also takes rotary frequencies, whose rounding shows at long sequences. They are put back, and so
-    are the tables of windows.
+    OpenVINO's own pass also takes rotary frequencies, whose rounding shows at long sequences. They are put back.
     """
     from openvino import opset13 as ops
     from openvino._offline_transformations import compress_model_transformation
 
-    kept = {n.get_friendly_name(): n for n in model.get_ops() if _is_float(n, "f32") and not _is_weight(n)}
+    kept = {n.get_friendly_name(): n for n in model.get_ops() if _is_float(n, "f32") and not _is_matrix(n)}
     values = {name: (node.get_data().copy(), list(node.get_output_shape(0))) for name, node in kept.items()}
     compress_model_transformation(model)
     for node in model.get_ops():
@@ -201,8 +199,8 @@ def _is_float(node: Any, kind: str) -> bool:
     return node.get_type_name() == "Constant" and node.get_output_element_type(0).to_string() == kind
 
 
-def _is_weight(node: Any) -> bool:
-    return sum(dim > 1 for dim in node.get_output_shape(0)) > 1 and not node.get_friendly_name().startswith(TABLES)
+def _is_matrix(node: Any) -> bool:
+    return sum(dim > 1 for dim in node.get_output_shape(0)) > 1
 
 
 @contextlib.contextmanager

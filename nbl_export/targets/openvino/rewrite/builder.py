@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 
 from nbl_export.graph.names import constant_name, node_name, product_name, state_names
-from nbl_export.mixers.base import StateSpec, WindowShape
+from nbl_export.mixers.base import StateSpec
 from nbl_export.targets.openvino.rewrite.nodes import TOKENS, cut, integers, length, model_input, valid_tokens
-from nbl_export.targets.openvino.rewrite.window import VALID, WINDOW, emit_window
 
 __all__ = ["IrBuilder"]
 
@@ -35,7 +34,6 @@ class IrBuilder:
 
         self._ops, self._model, self._layer = opset13, model, layer
         self._variable: Any = None  # of the state
-        self._valid_BT = valid_tokens(model, layer, self._name(VALID)) if remembers else None
         self.x = self._masked(x) if remembers else x
 
     def matmul(self, x: Any, matrix: np.ndarray, name: str) -> Any:
@@ -62,13 +60,6 @@ class IrBuilder:
         constant = self._constant(name, weight.astype(number).reshape(1, 1, -1))
         return ops.multiply(scaled, constant, name=self._name(name.title())).output(0)
 
-    def window(self, qkv: Any, shape: WindowShape, frequencies: np.ndarray, spec: StateSpec, name: str) -> Any:
-        past = self.state(spec, name)
-        found, kept = emit_window(self._valid_BT, qkv, past, shape, frequencies, self._layer)
-        found.set_friendly_name(self._name(WINDOW))
-        self._assign(kept)
-        return found.output(0)
-
     def state(self, spec: StateSpec, name: str) -> Any:
         from openvino import PartialShape, Type
         from openvino.op import read_value
@@ -89,16 +80,14 @@ class IrBuilder:
         return self._ops.gather(read, beams, integers(0), name=self._name("Beams")).output(0)
 
     def keep(self, spec: StateSpec, value: Any, name: str) -> None:
-        self._assign(self.slice(value, -spec.tokens, None, "kept").get_node())
-
-    def _assign(self, rows: Any) -> None:
         from openvino.op import assign
 
-        self._model.add_sinks([assign(rows, self._variable)])
+        self._model.add_sinks([assign(self.slice(value, -spec.tokens, None, "kept").get_node(), self._variable)])
 
     def _masked(self, x: Any) -> Any:
         """x with zeros in the rows of padding."""
-        rows = self._ops.unsqueeze(self._valid_BT, integers([-1]))
+        valid_BT = valid_tokens(self._model, self._layer, self._name("Valid"))
+        rows = self._ops.unsqueeze(valid_BT, integers([-1]))
         return self._ops.multiply(x, rows, name=self._name("Masked")).output(0)
 
     def _constant(self, name: str, array: np.ndarray) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 
 from nbl_export.errors import RefusalError
 
-__all__ = ["TOKENS", "cut", "integers", "length", "model_input", "places", "split", "valid_tokens"]
+__all__ = ["TOKENS", "cut", "integers", "length", "model_input", "valid_tokens"]
 
 TOKENS = 1  # axis of the tokens, in [batch, tokens, width]
 _END = np.iinfo(np.int64).max
@@ -40,21 +40,6 @@ def cut(value: Any, start: Any, end: Any = _END, axis: int = TOKENS) -> Any:
 
     bounds = [integers([at]) if isinstance(at, int) else at for at in (start, end)]
     return ops.slice(value, *bounds, integers([1]), integers([axis]))
-
-
-def split(value: Any, lengths: Sequence[Any], axis: int) -> list[Any]:
-    """Parts of a value along an axis; a length is a number or a value [1]."""
-    from openvino import opset13 as ops
-
-    parts = [integers([n]) if isinstance(n, int) else n for n in lengths]
-    return list(ops.variadic_split(value, integers(axis), ops.concat(parts, 0)).outputs())
-
-
-def places(start: Any, end: Any, step: Any) -> Any:
-    """Integers from `start` up to `end`; all are values [1]."""
-    from openvino import opset13 as ops
-
-    return ops.range(*(ops.squeeze(value, integers([0])) for value in (start, end, step)), "i64")
 
 
 def valid_tokens(model: Any, layer: int, name: str) -> Any:

@@ -1,0 +1,73 @@
+"""Scores on a graph with a cut: a context is one prompt that stops there, and its continuation is scored whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nbl_export.evaluation.lm import OnnxLM, near_of
+from nbl_export.evaluation.scorer import GraphScorer, Request
+from nbl_export.graph.decoder import OnnxDecoder
+from nbl_export.graph.names import ALL_LOGITS_FILE
+from nbl_export.mixers.predicted import Predicted
+from nbl_export.rewrite import rewrite
+from nbl_export.rewrite.tail import keep_last_token
+
+from ..tiny import HEAD_DIM, HIDDEN, KV_HEADS, VOCAB
+
+NEAR = 4
+IDS = tuple(np.random.default_rng(0).integers(2, VOCAB, 40).tolist())
+
+
+@pytest.fixture(scope="module")
+def cut(exported: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng, out = np.random.default_rng(1), tmp_path_factory.mktemp("cut") / "model"
+    wide = 2 * KV_HEADS * HEAD_DIM
+    maps = {
+        layer: Predicted(rng.normal(0, 0.2, (wide, 2 * HIDDEN)).astype("f"), np.zeros(wide, "f"), HIDDEN, 1, NEAR, 1e-2)
+        for layer in (1, 2)
+    }
+    rewrite(exported("llama"), out, maps)
+    keep_last_token(out)
+    (out / "nbl.json").write_text(json.dumps({"cut": {"layer": 1, "near": NEAR}}), encoding="utf-8")
+    return out
+
+
+def expected(directory: Path, context: int, count: int) -> list[float]:
+    """The prompt in one step, then one token at a time."""
+    decoder = OnnxDecoder(directory, HEAD_DIM, file=ALL_LOGITS_FILE)
+    decoder.begin(1)
+    logits, found = decoder.step(np.array([IDS[:context]]))[0, -1], []
+    for token in IDS[context : context + count]:
+        found.append(float(logits[token] - np.log(np.exp(logits.astype(np.float64)).sum())))
+        logits = decoder.step(np.array([[token]]))[0, -1]
+    return found
+
+
+@pytest.mark.parametrize("context", [3, 20])
+@pytest.mark.parametrize("count", [1, 12])
+def test_a_continuation_is_scored_as_it_is_served(cut: Path, context: int, count: int) -> None:
+    scorer = GraphScorer(OnnxDecoder(cut, HEAD_DIM, file=ALL_LOGITS_FILE), 512, near=NEAR)
+    request = Request(IDS[:context], IDS[context : context + count])
+    right = expected(cut, context, count)
+    np.testing.assert_allclose(scorer.token_scores(request).loglikelihoods, right, atol=1e-5)
+    other = Request(IDS[:context], (7,))  # a second one of the same context
+    (total, _), _, _ = scorer.score([request, other, Request(IDS[1:9], IDS[9:11])])
+    assert total == pytest.approx(sum(right), abs=1e-4)
+
+
+def test_text_continues_a_prompt_of_any_length(cut: Path) -> None:
+    scorer = GraphScorer(OnnxDecoder(cut, HEAD_DIM, file=ALL_LOGITS_FILE), 512, near=NEAR)
+    found = scorer.generate([IDS[:20], IDS[:9]], 3, lambda _ids: False)
+    assert [len(ids) for ids in found] == [3, 3]
+    alone = scorer.generate([IDS[:9]], 3, lambda _ids: False)
+    assert found[1] == alone[0]
+
+
+def test_the_width_is_that_of_the_directory(cut: Path, exported: Any) -> None:
+    assert near_of(cut) == NEAR and near_of(exported("llama")) is None
+    assert OnnxLM(path=str(cut)).scorer.near == NEAR

@@ -1,0 +1,154 @@
+"""The choice of a cut, with losses that are known beforehand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nbl_export.errors import NblError
+from nbl_export.mixers.predicted import Predicted, candidate_cuts
+from nbl_export.model.mixes import Loss
+from nbl_export.plan.cuts import CutInputs, choose_cut, joined
+from nbl_export.plan.order import quiet
+from nbl_export.records.inputs import Lazy
+
+LAYERS, LENGTH = 8, 8
+OWN, SECOND, TWICE = "own", "second", "twice"
+TEXT = {OWN: 1, SECOND: 2, TWICE: 3}  # the token of each text
+
+
+def mixer(cut: int, near: int) -> Predicted:
+    return Predicted(np.zeros((2, 4), np.float32), np.zeros(2, np.float32), 4, cut, near, 1e-6)
+
+
+def maps(cut: int, near: int) -> dict[int, Predicted]:
+    return {layer: mixer(cut, near) for layer in range(cut, LAYERS)}
+
+
+@dataclass
+class World:
+    """Increases of perplexity by (cut, near) and text, and how often each part was computed."""
+
+    rises: Mapping[tuple[int, int], Mapping[str, float]]
+    spread: float = 0.0
+    judged: list[tuple[int, int, str, int]] = field(default_factory=list)
+    originals: int = 0
+
+    def mixes(self, chosen: Mapping[int, Predicted], _tap: str) -> Any:
+        world, first = self, next(iter(chosen.values()), None)
+
+        def losses(ids_T: torch.Tensor, _base: Any, _last: Any) -> dict[int, Loss]:
+            assert first is not None
+            name = next(name for name, token in TEXT.items() if token == int(ids_T.max()))
+            world.judged.append((first.cut, first.near, name, len(ids_T)))
+            noise = world.spread * (-1) ** len(world.judged)
+            rise = math.log1p(world.rises[first.cut, first.near].get(name, 0.0)) + noise
+            count = len(ids_T) - 1
+            return {0: Loss(count, rise * count, 2.0 * count, (2.0 + rise) * count)}
+
+        return SimpleNamespace(losses=losses, runs=self.runs)
+
+    def runs(self, ids_WT: torch.Tensor, *, again: bool) -> Any:
+        self.originals += 1
+        rows_WTD = torch.zeros(*ids_WT.shape, 1)
+        run = SimpleNamespace(original=rows_WTD, last=lambda sets: iter([rows_WTD] * len(sets)))
+        run.of = lambda _mixes: run
+        return run
+
+
+def inputs(world: World, **changes: Any) -> CutInputs:
+    rows = {name: torch.full((8, LENGTH), token) for name, token in TEXT.items()}
+    given: dict[str, Any] = {
+        "num_layers": LAYERS, "cuts": (4, 5, 6), "nears": (1, 2), "named": False, "share": 0.05, "asked": None,
+        "length": LENGTH, "maps": Lazy(None, lambda: maps), "mixes": Lazy(None, lambda: world.mixes),
+        "choosing": Lazy(None, lambda: [(OWN, rows[OWN][:1]), (SECOND, rows[SECOND][:1]), (TWICE, rows[TWICE][:1])]),
+        "deciding": Lazy(None, lambda: [(OWN, rows[OWN]), (SECOND, rows[SECOND])]),
+        "saved": Lazy(None, lambda: lambda chosen, tokens: len(chosen) - next(iter(chosen.values())).near / tokens),
+        "speedup": Lazy(None, lambda: lambda chosen: SimpleNamespace(prefill=1 + len(chosen) / 10, decode=1.0)),
+        "setting": Lazy(None, dict),
+    }  # fmt: skip
+    return CutInputs(**{**given, **changes})
+
+
+def rises(**by_text: float) -> dict[tuple[int, int], dict[str, float]]:
+    """Too much at cut 4; at cut 5 with one near token as given; little elsewhere."""
+    little = dict.fromkeys(TEXT, 0.01)
+    much = dict.fromkeys(TEXT, 0.2)
+    return {(c, n): much if c == 4 else {**little, **by_text} if (c, n) == (5, 1) else little
+            for c in (4, 5, 6) for n in (1, 2)}  # fmt: skip
+
+
+def test_the_lowest_cut_within_the_limit_is_taken_with_the_fewest_near_tokens() -> None:
+    world, said = World(rises()), list[str]()
+    plan, found, facts = choose_cut(inputs(world), quiet, said.append)
+    assert plan.kinds == ("attention",) * 5 + ("predicted",) * 3 and plan.select == "cut"
+    assert facts["cut"] == {"layer": 5, "near": 1} and {m.near for m in found.values()} == {1}  # type: ignore[attr-defined]
+    assert [(p["replaced_layers"][0], p["near"]) for p in facts["curve"]["points"]] == [(5, 1), (4, 1)]
+    assert facts["goal"]["path"][-1]["within"] and facts["goal"]["default"]
+    assert said[0] == "keys of layers 5 to 7 are predicted, but those of a prompt's last 1 tokens"
+
+
+@pytest.mark.parametrize(("text", "least"), [(OWN, 0.05), (SECOND, 0.05), (TWICE, 0.1)])
+def test_each_text_can_refuse_a_cut_alone(text: str, least: float) -> None:
+    """Passages that occur twice may lose twice as much."""
+    for rise, near in ((least - 0.005, 1), (least + 0.005, 2)):
+        _, _, facts = choose_cut(inputs(World(rises(**{text: rise}))), quiet, lambda _line: None)
+        assert facts["cut"] == {"layer": 5, "near": near}
+
+
+def test_more_near_tokens_are_tried_unless_the_loss_is_hopeless() -> None:
+    """A cut of 14% is tried with two near tokens, one of 20% is not."""
+    world = World({**rises(), (4, 1): dict.fromkeys(TEXT, 0.14), (4, 2): dict.fromkeys(TEXT, 0.01)})
+    assert choose_cut(inputs(world), quiet, lambda _line: None)[2]["cut"] == {"layer": 4, "near": 2}
+
+
+def test_an_interval_beyond_the_limit_refuses_what_was_foreseen() -> None:
+    """The mean is within the limit, and the upper end is not."""
+    wide = World({key: dict.fromkeys(TEXT, 0.03) for key in rises()}, spread=0.04)
+    with pytest.raises(NblError, match="the default limit of 5% cannot be met"):
+        choose_cut(inputs(wide), quiet, lambda _line: None)
+
+
+def test_only_the_second_half_of_passages_that_occur_twice_is_judged() -> None:
+    world = World(rises())
+    choose_cut(inputs(world, cuts=(6,), nears=(1,)), quiet, lambda _line: None)
+    lengths = {(name, length) for _, _, name, length in world.judged}
+    assert (TWICE, LENGTH // 2) in lengths and (OWN, LENGTH) in lengths
+
+
+def test_the_original_runs_once_for_all_cuts() -> None:
+    world = World(rises())
+    choose_cut(inputs(world), quiet, lambda _line: None)
+    assert (
+        world.originals == 3 + 8 + 8 + 4
+    )  # choosing, both deciding texts, and four rows of passages of twice the length
+
+
+def test_a_named_cut_is_not_judged() -> None:
+    world = World({})
+    plan, _, facts = choose_cut(inputs(world, cuts=(6,), nears=(2,), named=True), quiet, lambda _line: None)
+    assert plan.layers == (6, 7) and facts == {"cut": {"layer": 6, "near": 2}} and not world.judged
+
+
+def test_a_limit_that_no_cut_keeps_names_the_best_one() -> None:
+    world = World({key: dict.fromkeys(TEXT, 0.08 * (9 - key[0])) for key in rises()})
+    with pytest.raises(NblError, match=r"--max-perplexity-increase 4% .* at layer 6 .* \+24.0%"):
+        choose_cut(inputs(world, share=0.04, asked="4%"), quiet, lambda _line: None)
+
+
+@pytest.mark.parametrize(("layers", "cuts"), [(1, ()), (2, (1,)), (24, range(12, 22)), (80, range(40, 71, 2))])
+def test_candidates_stand_between_a_half_and_seven_eighths(layers: int, cuts: Sequence[int]) -> None:
+    assert candidate_cuts(layers) == tuple(cuts)
+
+
+def test_rows_are_joined_in_order_and_long_ones_stay() -> None:
+    assert joined(torch.arange(14).view(7, 2), 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert joined(torch.arange(6).view(1, 6), 4).shape == (1, 6)
+    assert joined(torch.arange(2).view(1, 2), 4).shape == (1, 2)

@@ -1,0 +1,85 @@
+"""A whole job with a cut: chosen and named, stopped and continued, and what it refuses before work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ..command import BARE, assert_refused, nbl
+from ..jobs import until
+
+CUT = ("--near", "4", "--max-perplexity-increase", "10000%")
+
+
+@pytest.fixture(scope="module")
+def chosen(checkpoint: Any, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished job that chose its cut."""
+    run = tmp_path_factory.mktemp("cut") / "run"
+    done = nbl("--model", checkpoint("llama"), "--calibration", text, *BARE, *CUT, "--output", run)
+    assert done.status == 0, done.err
+    return run
+
+
+def test_the_default_job_chooses_a_cut(chosen: Path) -> None:
+    manifest = json.loads((chosen / "nbl.json").read_text(encoding="utf-8"))
+    assert manifest["options"]["cut"] == "auto" and manifest["fit"]["kind"] == "independent"
+    assert manifest["cut"] == {"layer": 1, "near": 4}
+    assert (manifest["replaced_layers"], manifest["kinds"]) == ([1, 2], ["predicted", "predicted"])
+    assert (chosen / "cuts.safetensors").is_file() and not (chosen / "moments.safetensors").exists()
+    report = json.loads((chosen / "report.json").read_text(encoding="utf-8"))
+    assert (
+        report["status"] == "verified"
+        and report["cache_bytes_per_token"]["nbl"] == report["cache_bytes_per_token"]["original"]
+    )
+    assert {row["prompt"] for row in report["quality_loss"]} != {0}
+    page = (chosen / "report.md").read_text(encoding="utf-8")
+    assert "the last 4 tokens and the first pass layers 1 to 2" in page and "NaN" not in page
+
+
+@pytest.mark.parametrize("form", ["nemotron-nas", "mlx", "edge-llm"])
+def test_forms_that_do_not_hold_predicted_keys_are_refused(form: str, chosen: Path, tmp_path: Path) -> None:
+    done = nbl("convert", chosen, "--to", form, "--output", tmp_path / "out")
+    assert_refused(done, 1, "has predicted keys, which --to", "--layers N")
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_cut_of_the_same_run_uses_its_sums(chosen: Path) -> None:
+    before = (chosen / "cuts.safetensors").read_bytes()
+    done = nbl("plan", chosen, "--cut", "2", "--near", "3")
+    assert done.status == 0, done.err
+    manifest = json.loads((chosen / "nbl.json").read_text(encoding="utf-8"))
+    assert manifest["cut"] == {"layer": 2, "near": 3} and (chosen / "cuts.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(("given", "status", "part"), [
+    (("--cut", "3"), 1, "--cut 3: this model has layers 0 to 2; cut at 1 or above"),
+    (("--cut", "0"), 1, "--cut 0: this model has layers 0 to 2; cut at 1 or above"),
+    (("--cut", "high"), 2, "--cut 'high': write a layer (20), auto or none"),
+    (("--cut", "1", "--near", "100000"), 1, "--near 100000 is beyond the model's"),
+    (("--cut", "1", "--layers", "1"), 2, "--cut does not go with --layers; give one of them"),
+    (("--cut", "1", "--fit", "distilled"), 2, "--cut does not go with --fit distilled"),
+    (("--cut", "1", "--logits", "all"), 2, "--cut does not go with --logits all"),
+    (("--cut", "1", "--max-perplexity-increase", "5%"), 2, "--cut 1 names the cut"),
+    (("--cut", "1", "--decoder-source", "mobius"), 2, "--cut needs --decoder-source genai, not mobius"),
+    (("--cut", "1", "--engine", "trt"), 2, "--cut is for --engine ort"),
+    (("--near", "8", "--layers", "1"), 2, "--near is for --cut"),
+])  # fmt: skip
+def test_what_does_not_fit_is_refused(
+    given: tuple[str, ...], status: int, part: str, checkpoint: Any, tmp_path: Path
+) -> None:
+    done = nbl("--model", checkpoint("llama"), *given, "--output", tmp_path / "run")
+    assert_refused(done, status, part)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("architecture", ["gemma3", "mistral-window"])
+def test_other_attention_is_refused_or_gets_linear_layers(architecture: str, checkpoint: Any, tmp_path: Path) -> None:
+    done = nbl("--model", checkpoint(architecture), "--cut", "1", "--output", tmp_path / "run")
+    assert_refused(done, 1, "--cut is not possible")
+    with until("calibrate"):
+        done = nbl("--model", checkpoint(architecture), *BARE, "--output", tmp_path / "run")
+    options = json.loads((tmp_path / "run" / "nbl.json").read_text(encoding="utf-8"))["options"]
+    assert options["cut"] == "none", done.err
