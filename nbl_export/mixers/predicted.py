@@ -107,9 +107,11 @@ class Predicted:
         return given
 
     def module(self, multiplier: float = 1.0) -> Any:
-        from nbl_export.mixers.predicted_module import PredictedModule
+        import torch
 
-        return PredictedModule(self)
+        made = PREDICTED.blank(self.size, multiplier, self)
+        made.linear.load_state_dict({n: torch.from_numpy(getattr(self, n)) for n in ("weight", "bias")})
+        return made
 
     def work(self) -> tuple[TokenWork, ...]:
         return TokenWork(0, 0), TokenWork(self.weight.size, self.weight.size)

@@ -14,16 +14,19 @@ __all__ = ["PredictedModule", "features"]
 
 
 class PredictedModule(MixerModule):
-    """Keys and values of all tokens of a step, from the stream at the cut; see `model.cut` for their use."""
+    """Keys and values of all tokens of a step, from the stream at the cut; see `model.cut` for their use.
+
+    Args:
+        like: a mixer of this shape and cut; its numbers are not read.
+    """
 
     gives = (Port.KEYS, Port.VALUES)
 
-    def __init__(self, mixer: Any) -> None:
+    def __init__(self, like: Any) -> None:
         super().__init__()
-        self.cut, self.near, self.before, self.epsilon = mixer.cut, mixer.near, mixer.before, mixer.epsilon
-        self.reads = (mixer.cut,)
-        self.linear = nn.Linear(mixer.weight.shape[1], len(mixer.weight))
-        self.linear.load_state_dict({"weight": torch.from_numpy(mixer.weight), "bias": torch.from_numpy(mixer.bias)})
+        self.cut, self.near, self.before, self.epsilon = like.cut, like.near, like.before, like.epsilon
+        self.reads = (like.cut,)
+        self.linear = nn.Linear(like.weight.shape[1], len(like.weight))
 
     def features(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """What the map reads, [B, T, F]: normed rows and, with `before`, the normed row of the token before."""

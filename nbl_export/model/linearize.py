@@ -29,10 +29,12 @@ from nbl_export.model.all_positions import Everywhere
 from nbl_export.model.architectures import architecture_of
 from nbl_export.model.cut import Climb, check_cut, check_served
 
-__all__ = ["PassThrough", "architecture_of", "block_modules", "linearize", "multiplier_of", "port_output",
-           "port_width", "projection", "replace_attention", "replaced", "run_from", "switched"]  # fmt: skip
+__all__ = ["BESIDE", "PassThrough", "architecture_of", "block_modules", "linearize", "multiplier_of",
+           "port_output", "port_width", "projection", "replace_attention", "replaced", "run_from", "stored_in",
+           "switched"]  # fmt: skip
 
 _PROJECTIONS = {Port.KEYS: "k_proj", Port.VALUES: "v_proj"}
+BESIDE = "mixer"  # name, in attention, of a module that does not replace attention
 
 
 def linearize(model: Any, maps: Mapping[int, Mixer], tap: str = "residual") -> Any:
@@ -55,10 +57,15 @@ def replace_attention(model: Any, modules: Mapping[int, MixerModule], tap: str) 
         module.layer_idx = index
         module.to(dtype=reference.dtype, device=reference.device)
         if Port.OUTPUT not in module.gives:
-            decoder.layers[index].self_attn.mixer = module  # so that the model's weights include it
+            setattr(decoder.layers[index].self_attn, BESIDE, module)  # so that the model's weights include it
     _watch(decoder, modules)
     for owner, name, new in places:
         setattr(owner, name, new)
+
+
+def stored_in(mixer: Mixer) -> str:
+    """The name, in a layer, of the module of a mixer that `linearize` put there."""
+    return "self_attn" if Port.OUTPUT in mixer.gives else f"self_attn.{BESIDE}"
 
 
 Place = tuple[Any, str, Any]  # owner, attribute and new value of what the modules of layers change

@@ -15,7 +15,15 @@ from dataclasses import dataclass
 from nbl_export.errors import NblError, UsageError
 from nbl_export.options.goals import names_layers
 from nbl_export.options.model_facts import ModelFacts
-from nbl_export.options.options import AUTO_CUT, BUILDER_OPTIONS, CHECKPOINT_FIT, LIKE_LLAMA, NO_ORIGINAL, JobOptions
+from nbl_export.options.options import (
+    AUTO_CUT,
+    BUILDER_OPTIONS,
+    CHECKPOINT_FIT,
+    LIKE_LLAMA,
+    NO_ORIGINAL,
+    PREDICTED,
+    JobOptions,
+)
 from nbl_export.records.capabilities import Capabilities
 
 __all__ = ["FIRST", "OF_DECODER", "REFUSED", "Case", "Refusal"]
@@ -156,6 +164,10 @@ REFUSED: tuple[Refusal, ...] = (
     (UsageError, lambda c: (
         bool(missing := c.model.kinds - c.engine.kinds)
         and f"{c.options.model} has layers of kind {min(missing)}, which engine {c.spoken_engine} does not run"
+    )),
+    (UsageError, lambda c: (
+        PREDICTED in c.model.kinds
+        and f"{c.options.model} has predicted keys, which a job makes from the original model alone; give that model"
     )),
     (UsageError, lambda c: (
         c.model.maps_tap not in ("", c.options.tap)

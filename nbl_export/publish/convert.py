@@ -28,7 +28,10 @@ __all__ = ["FORMS", "convert"]
 FORMS = ("transformers", "nemotron-nas", "mlx", "edge-llm", "ngram")
 # engine -> the form that it reads
 _READ_BY = {"vllm": "transformers", "tensorrt-llm": "nemotron-nas", "mlx-lm": "mlx", "tensorrt-edge-llm": "edge-llm"}
-_INSTEAD = "convert a run of linear layers (--layers N), or deploy DIR/model with ONNX Runtime GenAI"
+_PREDICTED = ("transformers", "ngram")  # forms that hold predicted keys; vLLM refuses them
+_INSTEAD = (
+    "use --to transformers, convert a run of linear layers (--layers N), or deploy DIR/model with ONNX Runtime GenAI"
+)
 _OF_LLAMA_CPP = ("gguf", "llama.cpp", "ollama")
 
 
@@ -44,11 +47,11 @@ def convert(output: Path, form: str, target: Path, ui: Ui, *, force: bool = Fals
         NblError: `target` is there already, the run is not finished or failed, or its model has no such form.
         ParityError: what was written is not the model.
     """
-    form = _form_of(form)
+    asked, form = form, _form_of(form)
     refuse_occupied(target)
     with open_finished(output, ui, force=force) as found:
-        if form != "ngram" and any(mixer.kind == PREDICTED for mixer in found.maps.values()):
-            raise NblError(f"{output} has predicted keys, which --to {form} does not hold; {_INSTEAD}")
+        if asked.lower() not in _PREDICTED and any(mixer.kind == PREDICTED for mixer in found.maps.values()):
+            raise NblError(f"{output} has predicted keys, which --to {asked} does not hold; {_INSTEAD}")
         if form == "transformers":
             return _save_checkpoint(found, target, ui)
         if form == "edge-llm":

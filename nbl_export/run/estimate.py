@@ -42,7 +42,7 @@ def estimate(model: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     shape = read_shape(model)
     known = dataclasses.replace(
         architecture_facts(shape.decoder.architecture), decoder=shape.decoder,
-        maps_tap=shape.maps_tap,
+        maps_tap=shape.maps_tap, kinds=frozenset(shape.kinds),
     )  # fmt: skip
     options = settle({**asked, "model": model}, capabilities_of, known)
     job, free = _job(shape, options), shutil.disk_usage(Path.cwd()).free

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from nbl_export.errors import NblError, UsageError
+from nbl_export.errors import NblError, RefusalError, UsageError
 from nbl_export.files import (
     file_sha256,
     friendly_os_errors,
@@ -22,7 +22,8 @@ from nbl_export.files import (
 )
 from nbl_export.graph.given import check_graph_place, companions, home_of, onnx_tools
 from nbl_export.graph.names import MANIFEST, STATIC_GRAPH_FILE
-from nbl_export.mixers.base import Mixer
+from nbl_export.mixers.base import Mixer, cacheless
+from nbl_export.mixers.predicted import cut_of
 from nbl_export.options.goals import parse_layers
 from nbl_export.plan.maps_file import load_maps, maps_in
 from nbl_export.records.decoder import MOST_LAYERS
@@ -122,16 +123,27 @@ def _check_width(width: int | None, maps: dict[int, Mixer], maps_file: Path) -> 
 
 
 def _write(model: Any, path: Path, file: Path, made: Path, plan: Plan, maps: dict[int, Mixer]) -> None:
-    """Write the new directory. A directory of nbl-export gets the full rewrite; another one gets a new graph file."""
+    """Write the new directory. A directory of nbl-export gets the full rewrite; another one gets a new graph file.
+
+    With a cut this file gives the logits of the last token.
+    """
     from nbl_export.graph import files as source
+    from nbl_export.graph.emitter import run_passes
+    from nbl_export.graph.facts import logits_of
     from nbl_export.graph.names import ALL_LOGITS_FILE
     from nbl_export.rewrite import rewrite, rewrite_model
+    from nbl_export.rewrite.tail import PruneTail
 
     if (file.parent / ALL_LOGITS_FILE).is_file() or file.name == STATIC_GRAPH_FILE:
         rewrite(file.parent, made, maps, plan.tap)
         return
     files = list(companions(path, {file, *source.data_files(file, model)}))
+    stops = cut_of(maps) is not None
+    if stops and logits_of(model.graph) != "all":
+        raise RefusalError(None, "predicted keys need the logits of all tokens, and it gives those of the last one")
     rewrite_model(model, maps, plan.tap)
+    if stops:  # behind a cut, runtimes find the last token alone
+        run_passes([PruneTail()], model)
     made.mkdir()
     for old, name in files:
         (made / name).parent.mkdir(parents=True, exist_ok=True)
@@ -146,6 +158,7 @@ def _facts(model: Any, file: Path, maps_file: Path, maps: dict[int, Mixer], plan
     from nbl_export.graph.caches import present_names
     from nbl_export.graph.facts import replaced_layers
 
+    cut = cut_of(maps)
     return {
         "schema": SCHEMA,
         "source": {"graph": file.name, "sha256": file_sha256(file), "producer": model.producer_name},
@@ -153,7 +166,8 @@ def _facts(model: Any, file: Path, maps_file: Path, maps: dict[int, Mixer], plan
         "num_layers": plan.num_layers,
         "replaced_layers": sorted({*plan.layers, *replaced_layers(model.graph)}),
         "tap": plan.tap,
-        "caches": present_names(model.graph, without=plan.layers),
+        "cut": None if cut is None else {"layer": cut.layer, "near": cut.near},
+        "caches": present_names(model.graph, without=cacheless(maps)),
         "versions": versions(_PACKAGES),
         "nbl_export": __version__,
     }

@@ -149,6 +149,7 @@ def test_a_checkpoint_without_a_map_is_refused(
         ({"nbl_replaced_layers": [1], "nbl_tap": "other"}, "nbl_tap 'other'"),
         ({"nbl_replaced_layers": [1], "nbl_kinds": ["memory"]}, "of the kinds ['memory']"),
         ({"nbl_replaced_layers": [1], "nbl_parallel": "row"}, "nbl_parallel 'row'"),
+        ({"nbl_replaced_layers": [1, 2], "nbl_kinds": ["predicted"] * 2}, "vLLM runs linear layers"),
         ({"nbl_replaced_layers": [2], "elsewhere": (0, 1)}, "the pipeline stage of layers 2 to 2 has no attention"),
     ],
 )

@@ -7,8 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-from ..command import BARE, assert_refused, nbl
+import nbl_export.hf  # noqa: F401  registers the classes
+from nbl_export.model.checkpoint.load import load_model
+from nbl_export.model.linearize import linearize
+from nbl_export.plan.maps_file import load_maps
+
+from ..command import BARE, assert_refused, nbl, snapshot
 from ..jobs import until
 
 CUT = ("--near", "4", "--max-perplexity-increase", "10000%")
@@ -39,11 +46,43 @@ def test_the_default_job_chooses_a_cut(chosen: Path) -> None:
     assert "the last 4 tokens and the first pass layers 1 to 2" in page and "NaN" not in page
 
 
-@pytest.mark.parametrize("form", ["nemotron-nas", "mlx", "edge-llm"])
+@pytest.mark.parametrize("form", ["vllm", "nemotron-nas", "mlx", "edge-llm"])
 def test_forms_that_do_not_hold_predicted_keys_are_refused(form: str, chosen: Path, tmp_path: Path) -> None:
     done = nbl("convert", chosen, "--to", form, "--output", tmp_path / "out")
     assert_refused(done, 1, "has predicted keys, which --to", "--layers N")
     assert not (tmp_path / "out").exists()
+
+
+def test_transformers_loads_what_a_run_with_a_cut_is_converted_to(
+    chosen: Path, checkpoint: Any, tmp_path: Path
+) -> None:
+    saved = tmp_path / "nbl"
+    done = nbl("convert", chosen, "--to", "transformers", "--output", saved)
+    assert done.status == 0, done.err
+    expected = linearize(load_model(checkpoint("llama")), load_maps(chosen / "maps.safetensors", (1, 2)))
+    text = torch.arange(2, 40)[None]
+    with torch.inference_mode():
+        found, right = (
+            model(text, use_cache=False).logits[:, -4:]
+            for model in (AutoModelForCausalLM.from_pretrained(saved).eval(), expected)
+        )
+        torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
+    for words in (("estimate", saved), ("--model", saved, "--output", tmp_path / "run")):
+        assert_refused(nbl(*words), 2, saved, "has predicted keys", "give that model")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_maps_of_a_run_make_its_graph_again(chosen: Path, tmp_path: Path) -> None:
+    done = nbl("rewrite-graph", chosen / "original", "--maps", chosen, "--output", tmp_path / "out")
+    assert done.status == 0, done.err
+    made, before = snapshot(tmp_path / "out"), snapshot(chosen / "model")
+    told = [
+        json.loads((place / "nbl.json").read_text(encoding="utf-8")) for place in (tmp_path / "out", chosen / "model")
+    ]
+    assert told[0]["cut"] == told[1]["cut"]
+    assert {name: made[name] for name in made if name != "nbl.json"} == {
+        name: before[name] for name in made if name != "nbl.json"
+    }
 
 
 def test_another_cut_of_the_same_run_uses_its_sums(chosen: Path) -> None:

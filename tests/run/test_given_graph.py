@@ -22,6 +22,8 @@ from nbl_export.plan.maps_file import save_maps
 from nbl_export.verify.ladder import DECODE_STEPS, run_rows
 
 from ..command import assert_refused, in_new_process, nbl, snapshot
+from ..cuts import chunks_of, predicted_maps
+from ..cuts import torch_logits as cut_logits
 from ..graph_sources import OPTIMUM_PYTHON
 from ..tiny import HEAD_DIM, HIDDEN, LAYERS, VOCAB
 
@@ -98,6 +100,27 @@ def test_rewritten_graph_agrees_with_torch(
         caches = [name for name in names if name.startswith("past")]
         assert len(caches) == 2 * (LAYERS - len(replaced))
         assert not any(f".{layer}." in name for layer in replaced for name in caches)
+
+
+@pytest.mark.parametrize("source", ["genai-fp32", "genai-fp16"])
+def test_a_prompt_of_a_given_graph_stops_at_a_cut(
+    source: str, checkpoint: Any, given_graph: Given, tmp_path: Path
+) -> None:
+    """Its logits are those of the last token, all caches stay, and nbl.json has the cut."""
+    maps, file, out = predicted_maps(1, 4, 2 * HEAD_DIM), tmp_path / "maps.safetensors", tmp_path / "out"
+    save_maps(maps, file)
+    done = nbl("rewrite-graph", given_graph(source), "--maps", file, "--output", out)
+    assert done.status == 0, done.err
+    facts = json.loads((out / "nbl.json").read_text(encoding="utf-8"))
+    assert (facts["cut"], len(facts["caches"])) == ({"layer": 1, "near": 4}, 2 * LAYERS)
+    decoder, chunks = OnnxDecoder(out, HEAD_DIM, caches=facts["caches"]), chunks_of((20, 1, 1, 9, 1))
+    decoder.begin(1)
+    for chunk, right in zip(chunks, cut_logits(load_model(checkpoint("llama")), maps, chunks), strict=True):
+        found = decoder.step(chunk)
+        assert found.shape == (1, 1, VOCAB)
+        assert worst([found[0, 0]], [right[-1]]) < TOLERANCE[precision(source)]
+    again = nbl("rewrite-graph", out, "--maps", file, "--output", tmp_path / "again")
+    assert_refused(again, 1, "predicted keys need the logits of all tokens")
 
 
 def test_what_is_replaced_shows(
@@ -187,6 +210,13 @@ def refused(tmp_path: Path, *arguments: object, status: int = 1, parts: tuple[ob
     before = snapshot(tmp_path)
     assert_refused(nbl("rewrite-graph", *arguments), status, *parts)
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("source", ["mobius-default", "transformers-23", "torchscript"])
+def test_attention_whose_keys_cannot_be_predicted(source: str, given_graph: Given, tmp_path: Path) -> None:
+    save_maps(predicted_maps(1, 4, 2 * HEAD_DIM), tmp_path / "maps.safetensors")
+    given = (given_graph(source), "--maps", tmp_path, "--output", tmp_path / "out")
+    refused(tmp_path, *given, parts=("layer 1", "no GroupQueryAttention that rotates keys"))
 
 
 def test_options_that_do_not_go_together(given_graph: Given, maps_file: Any, tmp_path: Path) -> None:

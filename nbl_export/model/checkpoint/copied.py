@@ -20,7 +20,7 @@ from nbl_export.files import safetensors_header, safetensors_tensors, write_json
 from nbl_export.mixers.base import Mixer
 from nbl_export.model.checkpoint.hf_classes import empty_linearized
 from nbl_export.model.checkpoint.pretrained import check_weights, config_of, reason_of, tokenizer_of
-from nbl_export.model.linearize import multiplier_of
+from nbl_export.model.linearize import multiplier_of, stored_in
 
 __all__ = ["copy_linearized"]
 
@@ -40,7 +40,7 @@ def copy_linearized(checkpoint: Path, maps: Mapping[int, Mixer], tap: str, out: 
     config = config_of(checkpoint)
     model = empty_linearized(config, maps, tap)
     ours = {
-        f"model.layers.{layer}.self_attn.{name}": value.numpy()
+        f"model.layers.{layer}.{stored_in(mixer)}.{name}": value.numpy()
         for layer, mixer in maps.items()
         for name, value in mixer.module(multiplier_of(config)).state_dict().items()
     }

@@ -4,12 +4,14 @@
     model = AutoModelForCausalLM.from_pretrained(DIRECTORY)
 
     config.json   model_type "nbl-llama", everything of a Llama's, "nbl_replaced_layers": [0, 7], "nbl_tap": "residual",
-                  "nbl_kinds": ["none", "linear"] unless all are linear
+                  "nbl_kinds": ["none", "linear"] unless all are linear, "nbl_cut" if keys are predicted (`stated_cut`)
     weights       model.layers.{i}.self_attn.linear.{weight,bias} of a linear layer; a residual tap has no input norm
+                  model.layers.{i}.self_attn.mixer.linear.{weight,bias} of predicted keys, beside the layer's attention
 
 Each architecture (`architectures`) has a pair of classes, e.g. NblLlamaConfig and NblLlamaForCausalLM. A model class is
-the stock class whose attention is replaced after construction (`linearize`), so no modelling code is copied. `import
-nbl_export` does not register the classes, since it must not load torch and transformers.
+the stock class whose attention is replaced after construction (`linearize`), so no modelling code is copied. With a
+cut the model computes what is served (`model.cut`). `import nbl_export` does not register the classes, since it must
+not load torch and transformers.
 
 `restored` makes a stock model of a linearized one.
 """
@@ -27,11 +29,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from nbl_export.errors import NblError
 from nbl_export.mixers import kind_of
-from nbl_export.mixers.base import Mixer
+from nbl_export.mixers.base import Mixer, Port
 from nbl_export.model.architecture_record import Architecture
 from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED
 from nbl_export.model.checkpoint.pretrained import model_with, quiet_transformers, tokenizer_of
-from nbl_export.model.linearize import architecture_of, linearize, multiplier_of, replace_attention
+from nbl_export.model.checkpoint.stated_cut import facts_of, stated_cut
+from nbl_export.model.linearize import BESIDE, architecture_of, linearize, multiplier_of, port_width, replace_attention
 
 __all__ = ["CLASSES", "empty_linearized", "linearized", "restored", "save_linearized", "stock_config"]
 
@@ -40,7 +43,8 @@ def _exchange(model: Any) -> None:
     """Replace attention by blank mixers, as the configuration says.
 
     Raises:
-        ValueError: the configuration names layers that do not exist, all layers, or an unknown tap.
+        ValueError: the configuration names layers that do not exist, all layers, an unknown tap, or an impossible cut.
+        NblError: keys of this architecture cannot be predicted.
     """
     config = model.config
     replaced, count = config.nbl_replaced_layers or [], config.num_hidden_layers
@@ -48,21 +52,29 @@ def _exchange(model: Any) -> None:
         raise ValueError(f"config.json replaces layers {replaced} of {count} at the tap {config.nbl_tap!r}")
     kinds = dict(zip(replaced, config.nbl_kinds or ["linear"] * len(replaced), strict=True))
     size, multiplier = config.hidden_size, multiplier_of(config)
-    blanks = {i: kind_of(kind).blank(size, multiplier) for i, kind in kinds.items()}
+    cut = stated_cut(config.nbl_cut, kinds, count, config.max_position_embeddings)
+    like = None if cut is None else cut.like(size, port_width(model.get_decoder(), (Port.KEYS,)))
+    blanks = {i: kind_of(kind).blank(size, multiplier, like) for i, kind in kinds.items()}
     replace_attention(model, blanks, config.nbl_tap)
 
 
 def _classes_of(record: Architecture) -> tuple[Any, Any]:
-    """Configuration and model class of an architecture: stock classes with three more values and replaced attention."""
+    """Configuration and model class of an architecture: stock classes with four more values and replaced attention."""
     model_base = getattr(transformers, f"{record.classes}ForCausalLM")
     config_base, name = model_base.config_class, f"Nbl{record.classes}"
     fields = {
-        "__annotations__": {"nbl_replaced_layers": list[int] | None, "nbl_kinds": list[str] | None, "nbl_tap": str},
+        "__annotations__": {
+            "nbl_replaced_layers": list[int] | None,
+            "nbl_kinds": list[str] | None,
+            "nbl_cut": dict[str, Any] | None,
+            "nbl_tap": str,
+        },
         "__module__": __name__,
         "__doc__": f"Configuration of a {record.classes} with mixers instead of attention in some layers.",
         "model_type": f"{LINEARIZED}{record.name}",
         "nbl_replaced_layers": None,
         "nbl_kinds": None,
+        "nbl_cut": None,
         "nbl_tap": "residual",
     }
     config_class = strict(type(f"{name}Config", (config_base,), fields))
@@ -127,7 +139,8 @@ def empty_linearized(config: Any, maps: Mapping[int, Mixer], tap: str) -> Any:
     values = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures")}
     kinds = [maps[i].kind for i in sorted(maps)]
     given = None if set(kinds) == {"linear"} else kinds  # stock configurations leave out what is None
-    made_for = config_class(**values, nbl_replaced_layers=sorted(maps), nbl_tap=tap, nbl_kinds=given)
+    facts = {"nbl_replaced_layers": sorted(maps), "nbl_tap": tap, "nbl_kinds": given, "nbl_cut": facts_of(maps)}
+    made_for = config_class(**values, **facts)
     with torch.device("meta"):
         return model_class(made_for)
 
@@ -140,15 +153,18 @@ def stock_config(config: Any) -> Any:
 
 
 def restored(model: Any) -> Any:
-    """The stock model of a loaded NBL model: attention of replaced layers is zeros, and missing norms are ones.
+    """The stock model of a loaded NBL model: attention that was replaced is zeros, and missing norms are ones.
 
     Raises:
         NblError: weights of neither attention nor norms are missing.
     """
-    replaced = tuple(f".{i}.self_attn." for i in model.config.nbl_replaced_layers)
+    config = model.config
+    kinds = config.nbl_kinds or ["linear"] * len(config.nbl_replaced_layers)
+    layers = [i for i, kind in zip(config.nbl_replaced_layers, kinds, strict=True) if not kind_of(kind).holds_cache]
+    left_out = (*(f".{i}.self_attn." for i in layers), f".self_attn.{BESIDE}.")
     with torch.device("meta"):
-        stock = model_with(stock_config(model.config))
-    kept = {name: value for name, value in model.state_dict().items() if not any(part in name for part in replaced)}
+        stock = model_with(stock_config(config))
+    kept = {name: value for name, value in model.state_dict().items() if not any(part in name for part in left_out)}
     missing = {name: value.shape for name, value in stock.state_dict().items() if name not in kept}
     foreign = [name for name in missing if ".self_attn." not in name and "norm" not in name]
     if foreign:

@@ -33,6 +33,7 @@ class Shape:
         tied: the head is the embedding.
         is_gguf: the model is a GGUF file.
         maps_tap: tap of the maps of an NBL checkpoint; "" for another model.
+        kinds: of the replaced layers of an NBL checkpoint.
     """
 
     decoder: DecoderSpec
@@ -40,6 +41,7 @@ class Shape:
     tied: bool
     is_gguf: bool = False
     maps_tap: str = ""
+    kinds: tuple[str, ...] = ()
 
     @property
     def layer_parameters(self) -> int:
@@ -102,7 +104,8 @@ def _of_config(config: dict[str, Any], path: Path) -> Shape:
         "max_position_embeddings": config.get("max_position_embeddings"),
     }
     tied = config.get("tie_word_embeddings", record.tied)
-    return _shape(config, found, path, bool(tied), maps_tap=replaced.tap if replaced else "")
+    maps = {"maps_tap": replaced.tap, "kinds": replaced.kinds} if replaced else {}
+    return _shape(config, found, path, bool(tied), **maps)
 
 
 def _of_gguf(path: Path) -> Shape:

@@ -22,6 +22,7 @@ from nbl_export.graph.names import MANIFEST
 from nbl_export.mixers import kinds
 from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, REFUSED, check_config, is_hybrid
 from nbl_export.model.checkpoint import pretrained
+from nbl_export.model.checkpoint.stated_cut import StatedCut, stated_cut
 from nbl_export.records.decoder import HYBRID
 from nbl_export.records.plan import TAPS
 from nbl_export.trust.contained import check_folder, check_inside, refuse_special
@@ -43,12 +44,13 @@ _WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class Linearized:
-    """The replaced layers, their kinds (`nbl_export.mixers`) and tap, and the hidden size, from config.json."""
+    """The replaced layers, their kinds (`nbl_export.mixers`) and tap, the hidden size and the cut, from config.json."""
 
     layers: tuple[int, ...]
     kinds: tuple[str, ...]
     tap: str
     size: int
+    cut: StatedCut | None = None
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def linearized_of(config: dict[str, Any], where: Path) -> Linearized | None:
     """Layers and tap of an NBL checkpoint's configuration; None for another checkpoint.
 
     Raises:
-        NblError: the layers or the tap are impossible.
+        NblError: the layers, the tap or the cut are impossible.
     """
     if not str(config.get("model_type")).startswith(LINEARIZED):
         return None
@@ -172,7 +174,11 @@ def linearized_of(config: dict[str, Any], where: Path) -> Linearized | None:
     ):
         raise NblError(f"{where} has layers of the kinds {kinds_given}; known are {', '.join(kinds())}")
     made = dict(sorted(zip(layers, kinds_given, strict=True)))
-    return Linearized(tuple(made), tuple(made.values()), str(tap), size if isinstance(size, int) else 0)
+    try:
+        cut = stated_cut(config.get("nbl_cut"), made, int(count or 0), config.get("max_position_embeddings"))
+    except ValueError as error:
+        raise NblError(f"{where.parent}: {error}; save the checkpoint again") from error
+    return Linearized(tuple(made), tuple(made.values()), str(tap), size if isinstance(size, int) else 0, cut)
 
 
 def _is_part(layers: list[int], count: int) -> bool:
