@@ -44,7 +44,7 @@ class World:
     def mixes(self, chosen: Mapping[int, Predicted], _tap: str) -> Any:
         world, first = self, next(iter(chosen.values()), None)
 
-        def losses(ids_T: torch.Tensor, _base: Any, _last: Any) -> dict[int, Loss]:
+        def losses(ids_T: torch.Tensor, _base: Any, _last: Any, _every: int) -> dict[int, Loss]:
             assert first is not None
             name = next(name for name, token in TEXT.items() if token == int(ids_T.max()))
             world.judged.append((first.cut, first.near, name, len(ids_T)))
