@@ -85,31 +85,37 @@ def demo(read: Read) -> Rows:
     return rows
 
 
-_LAYERS = {"Qwen2.5-Coder-0.5B": 24, "SmolLM2-135M": 30}  # of the models in the first table of the README
-
-
 def headline(read: Read) -> Rows:
-    """What the default limit on quality gives in two models, and eight linear layers of one, for the README."""
-    eight = read("demo-smollm2-fp32")
-    runs = [
-        *read("exchange")["rows"][:2],
-        {"title": "SmolLM2-135M, eight linear layers", "layers": {"linear": eight["replaced_layers"]},
-         "measured": eight["ratios"], "losses": eight["quality_loss"]},
-    ]  # fmt: skip
+    """What the default job gives, for the README."""
+    runs = read("cuts")["rows"]
     rows: Rows = [("NBL over original", *(run["title"] for run in runs)), "l" + "l" * len(runs)]
-    for kind, title in (("window", "layers with a window"), ("linear", "linear layers")):
-        rows.append((title, *(spoken_layers(tuple(run["layers"].get(kind, ()))) or "none" for run in runs)))
-    for title, test, depth in (("prefill of 2,048 tokens", "pp2048", 0), *_TESTS):
-        title, test = (title.replace(" of 128 tokens", ""), "tg") if test == "tg128" else (title, test)
-        found = (
-            [row for row in run["measured"] if row["test"].startswith(test) and row["depth"] == depth] for run in runs
-        )
-        rows.append((title, *(cell(*row) if row else "not measured" for row in found)))
-    caches = (sum(map(len, run["layers"].values())) / _LAYERS[run["title"].partition(",")[0]] for run in runs)
-    rows.append(("cache bytes a token", *(f"−{100 * share:.1f}%" for share in caches)))
+    rows.append(("layers that far tokens skip", *(_skipped(run) for run in runs)))
+    for title, test in (("prefill of 2,048 tokens", "pp2048"), ("prefill of 512 tokens", "pp512"), ("decode", "tg")):
+        found = (next((row for row in run["measured"] if row["test"].startswith(test)), None) for run in runs)
+        rows.append((title, *(cell(row) if row else "not measured" for row in found)))
     for i, name in enumerate(_TEXTS):
         rows.append((f"perplexity, {name}", *(_increase(run["losses"][i]) for run in runs)))
+    for title, name in (("LAMBADA, last word right", "acc"), ("LAMBADA, perplexity of last words", "perplexity")):
+        if any(run["tasks"] for run in runs):
+            rows.append((title, *(_change(run, name) for run in runs)))
+    minutes = (f"{sum(run['seconds'].values()) / 60:.0f} minutes" for run in runs)
+    rows.append(("the whole job", *minutes))
     return rows
+
+
+def _skipped(run: Mapping[str, Any]) -> str:
+    cut, layers = run["cut"], run["num_layers"]
+    return f"{cut['layer']}-{layers - 1} of {layers}, but for the last {cut['near']} tokens"
+
+
+def _change(run: Mapping[str, Any], metric: str) -> str:
+    """A figure of a task in both decoders."""
+    found = next((row for row in run["tasks"] if row["metric"] == metric), None)
+    if found is None:
+        return "not measured"
+    before, after = (found["figures"][name]["value"] for name in ("original", "nbl"))
+    digits = ".3f" if metric == "acc" else ".1f"
+    return f"{before:{digits}} → {after:{digits}}"
 
 
 def _increase(loss: Mapping[str, Any]) -> str:

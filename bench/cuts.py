@@ -1,0 +1,51 @@
+"""What jobs with predicted keys give: the cut, loss behind a prompt, speed, and the time of the job.
+
+    nbl-export --model MODEL --output DIR                                       the default job
+    nbl-export eval DIR --tasks lambada_openai --data FILE --limit 500          last words of passages
+    python bench/cuts.py "SmolLM2-135M=DIR" ... > RESULT.json
+
+Each argument is TITLE=DIR. Losses are those of the report: of windows that neither fitted nor chose. Samples of each
+load are kept, and the loss of each window.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from nbl_export.run_directory import EVAL_FILE, REPORT_JSON, RunDirectory
+
+_OF_ROW = ("variant", "test", "depth", "loads", "samples", "tokens_per_second_median")
+
+
+def row_of(title: str, run: RunDirectory) -> dict[str, Any]:
+    """One column of the README's table, with the numbers that it follows from."""
+    report = json.loads((run.path / REPORT_JSON).read_text(encoding="utf-8"))
+    scores = json.loads((run.path / EVAL_FILE).read_text(encoding="utf-8")) if "eval" in run.stages else {}
+    return {
+        "title": title,
+        "cut": report["cut"],
+        "num_layers": report["num_layers"],
+        "limit": (report["goal"] or {}).get("max_perplexity_increase"),
+        "path": (report["goal"] or {}).get("path", []),
+        "points": (report["curve"] or {}).get("points", []),
+        "losses": report["quality_loss"],
+        "measured": report["ratios"],
+        "rows": [{name: row[name] for name in _OF_ROW} for row in report["rows"]],
+        "background": (report["bench"] or {}).get("background"),
+        "cache_bytes_per_token": report["cache_bytes_per_token"],
+        "tasks": scores.get("table", []),
+        "seconds": {name: stage["seconds"] for name, stage in run.stages.items() if name != "eval"},
+    }
+
+
+def main() -> None:
+    named = (argument.rpartition("=") for argument in sys.argv[1:])
+    rows = [row_of(title, RunDirectory.peek(Path(path))) for title, _, path in named]
+    json.dump({"rows": rows}, sys.stdout, indent=1, ensure_ascii=False)
+
+
+if __name__ == "__main__":
+    main()
