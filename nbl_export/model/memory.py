@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["STATES_SHARE", "WEIGHTS_SHARE", "available_bytes", "keep_freed_memory"]
+__all__ = ["STATES_SHARE", "WEIGHTS_SHARE", "available_bytes", "holds", "keep_freed_memory"]
 
 WEIGHTS_SHARE = 0.6  # of the available memory, that the weights of a whole model may take
 STATES_SHARE = 0.25  # of the available memory that hidden states of a streamed model may take
@@ -35,6 +35,11 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
 def available_bytes() -> int:
     """Bytes that this process can take now: what the machine has, or what a limit of its control groups leaves."""
     return min([psutil.virtual_memory().available, *_left()])
+
+
+def holds(parameters: int) -> bool:
+    """Whether a whole model of so many parameters in float32 fits beside its work."""
+    return 4 * parameters <= WEIGHTS_SHARE * available_bytes()
 
 
 def _left() -> Iterator[int]:

@@ -20,6 +20,7 @@ class ModelFacts:
         kinds: of the mixers of an NBL checkpoint.
         architecture, taps, not_from: name, possible taps, and decoder source -> why it exports no such graph.
         decoder: the decoder's sizes.
+        fits: whether the whole model fits into this machine's memory in float32.
     """
 
     maps_tap: str = ""
@@ -28,3 +29,4 @@ class ModelFacts:
     taps: tuple[str, ...] = TAPS
     not_from: Mapping[str, str] = field(default_factory=dict)
     decoder: DecoderSpec | None = None
+    fits: bool = True

@@ -83,7 +83,7 @@ _OF_ROUNDING = ("accuracy_level", "algo_config", "block_size")
 
 def _usual_fit(values: Mapping[str, Any], engine: Capabilities | None, model: ModelFacts) -> str:
     """Maps are trained for a limit on quality, where keys are not predicted; other goals need the closed form."""
-    closed = any(values[name] for name in ("layers", "target_speedup", "kv_budget"))
+    closed = any(values[name] for name in ("layers", "target_speedup", "kv_budget")) or values["cut"] != NO_CUT
     if model.maps_tap:
         return CHECKPOINT_FIT
     predicts = (engine is None or PREDICTED in engine.kinds) and _predicts(model)
@@ -101,10 +101,10 @@ def _usual_cut(values: Mapping[str, Any], engine: Capabilities | None, model: Mo
 
 
 def _predicts(model: ModelFacts) -> bool:
-    """Whether keys of the model can be predicted, as far as its facts are known."""
+    """Whether keys of the model can be predicted here, as far as its facts are known."""
     if not model.architecture:
         return True
-    return model.architecture in LIKE_LLAMA and not (model.decoder and model.decoder.sliding_window)
+    return model.fits and model.architecture in LIKE_LLAMA and not (model.decoder and model.decoder.sliding_window)
 
 
 def _usual_tap(values: Mapping[str, Any], _engine: Capabilities | None, model: ModelFacts) -> str:
@@ -154,7 +154,7 @@ class JobOptions:
         "main plan rewrite", first=True, metavar="LAYERS", python="int layers", applies=_ORIGINAL,
     )  # fmt: skip
     max_perplexity_increase: str | None = option(
-        None, "The most layers within this, on other text.", _REPLACED, "main plan", first=True, metavar="5%",
+        None, "Most increase of perplexity on other text.", _REPLACED, "main plan", first=True, metavar="5%",
         applies=_ORIGINAL,
     )  # fmt: skip
     target_speedup: str | None = option(

@@ -21,7 +21,7 @@ from nbl_export.measure.estimate import Job as EstimatedJob
 from nbl_export.measure.estimate import Needs
 from nbl_export.measure.machine_speed import product_flops_per_second
 from nbl_export.model.checkpoint.shape import Shape, read_shape
-from nbl_export.model.memory import available_bytes
+from nbl_export.model.memory import available_bytes, holds
 from nbl_export.options.options import JobOptions
 from nbl_export.options.settle import settle
 from nbl_export.report.estimate import spoken_totals
@@ -42,7 +42,7 @@ def estimate(model: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     shape = read_shape(model)
     known = dataclasses.replace(
         architecture_facts(shape.decoder.architecture), decoder=shape.decoder,
-        maps_tap=shape.maps_tap, kinds=frozenset(shape.kinds),
+        maps_tap=shape.maps_tap, kinds=frozenset(shape.kinds), fits=holds(shape.parameters),
     )  # fmt: skip
     options = settle({**asked, "model": model}, capabilities_of, known)
     job, free = _job(shape, options), shutil.disk_usage(Path.cwd()).free

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from nbl_export.errors import NblError
+from nbl_export.model import memory
 from nbl_export.model.architectures import ARCHITECTURES
+from nbl_export.model.checkpoint.shape import read_shape
 from nbl_export.model.checkpoint.source import Source, resolve
 from nbl_export.options.model_facts import ModelFacts
 from nbl_export.options.options import CHECKPOINT_FIT, JobOptions
@@ -53,7 +55,15 @@ def facts_of_model(source: Source, decoder: DecoderSpec) -> ModelFacts:
         _of_decoder(decoder),
         maps_tap=source.linearized.tap if source.linearized else "",
         kinds=frozenset(source.linearized.kinds if source.linearized else ()),
+        fits=_fits(source),
     )
+
+
+def _fits(source: Source) -> bool:
+    try:
+        return memory.holds(read_shape(source.gguf or source.directory).parameters)
+    except NblError:  # it does not state its sizes
+        return True
 
 
 def facts_of_run(manifest: Mapping[str, Any]) -> ModelFacts:

@@ -61,6 +61,8 @@ OF_MODEL: list[tuple[ModelFacts, Asked, Asked]] = [
     (dataclasses.replace(PLAIN, taps=("residual",)), {"fit": "distilled"}, {"tap": "residual"}),
     (PLAIN, {}, {"fit": "independent", "cut": "auto"}),
     (dataclasses.replace(PLAIN, architecture="gemma3"), {"seed": None}, {"fit": "distilled", "cut": "none"}),
+    (dataclasses.replace(PLAIN, fits=False), {"seed": None}, {"fit": "distilled", "cut": "none"}),
+    (dataclasses.replace(PLAIN, fits=False), {"cut": "1"}, {"cut": "1"}),
     (NBL, {}, {"fit": "given", "tap": "residual"}),
     (NBL, {"fit": "given", "tap": "residual"}, {"fit": "given"}),
     (dataclasses.replace(NBL, maps_tap="normed"), {}, {"fit": "given", "tap": "normed"}),

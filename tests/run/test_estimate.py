@@ -71,6 +71,15 @@ def test_options_are_settled_as_in_the_main_job(tmp_path: Path) -> None:
     assert_refused(nbl("estimate", model, "--layers", "8", "--distill-minutes", "3"), 2, "is for --fit distilled")
 
 
+def test_a_job_with_a_cut_has_sums_of_its_candidates(tmp_path: Path) -> None:
+    """A named cut sums less than all candidates, and a lower cut gains more of a prompt."""
+    model = str(written(tmp_path))
+    auto, low, high = (estimate(model, asked) for asked in ({}, {"cut": "16"}, {"cut": "28"}))
+    sums = [{row["stage"]: row["disk_bytes"] for row in found["stages"]}["calibrate"] for found in (auto, low, high)]
+    assert sums[0] > sums[1] > sums[2] > 0
+    assert low["prefill_gain"] > high["prefill_gain"] > 1
+
+
 def test_a_refusal_is_foreseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimating, "available_bytes", lambda: 4 << 30)
     with_disk(monkeypatch, 1 << 40)
