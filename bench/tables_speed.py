@@ -95,9 +95,7 @@ def headline(read: Read) -> Rows:
         rows.append((title, *(cell(row) if row else "not measured" for row in found)))
     for i, name in enumerate(_TEXTS):
         rows.append((f"perplexity, {name}", *(_increase(run["losses"][i]) for run in runs)))
-    for title, name in (("LAMBADA, last word right", "acc"), ("LAMBADA, perplexity of last words", "perplexity")):
-        if any(run["tasks"] for run in runs):
-            rows.append((title, *(_change(run, name) for run in runs)))
+    rows.append(("perplexity, WikiText-2 valid", *(_perplexity(run) for run in runs)))
     minutes = (f"{sum(run['seconds'].values()) / 60:.0f} minutes" for run in runs)
     rows.append(("the whole job", *minutes))
     return rows
@@ -108,14 +106,13 @@ def _skipped(run: Mapping[str, Any]) -> str:
     return f"{cut['layer']}-{layers - 1} of {layers}, but for the last {cut['near']} tokens"
 
 
-def _change(run: Mapping[str, Any], metric: str) -> str:
-    """A figure of a task in both decoders."""
-    found = next((row for row in run["tasks"] if row["metric"] == metric), None)
+def _perplexity(run: Mapping[str, Any]) -> str:
+    """Change of the perplexity of a text that `eval` read, behind prompts."""
+    found = next((row for row in run["tasks"] if row["metric"] == "token_perplexity"), None)
     if found is None:
         return "not measured"
     before, after = (found["figures"][name]["value"] for name in ("original", "nbl"))
-    digits = ".3f" if metric == "acc" else ".1f"
-    return f"{before:{digits}} → {after:{digits}}"
+    return f"{100 * (after / before - 1):+.1f}%"
 
 
 def _increase(loss: Mapping[str, Any]) -> str:
