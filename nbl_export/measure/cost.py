@@ -32,7 +32,7 @@ from pathlib import Path
 from nbl_export.errors import CorruptError
 from nbl_export.graph.gguf_header import read_header
 from nbl_export.mixers.base import Mixer, Port, TokenWork
-from nbl_export.mixers.rows import Need, Reads, rows_needed
+from nbl_export.mixers.rows import Need, Reads, Rows, rows_needed
 from nbl_export.model.architectures import mlp_of
 from nbl_export.model.checkpoint.shape import gguf_config
 from nbl_export.options.options import JobOptions
@@ -58,6 +58,10 @@ class LayerSizes:
     reads: Reads
     work: tuple[TokenWork, ...]
     attends: bool = False
+
+    def rests(self, tokens: int) -> bool:
+        """Whether a step of so many tokens is the original's: all its rows climb above a cut (`mixers.predicted`)."""
+        return self.attends and self.reads[0].rows is Rows.LAST and tokens <= self.reads[0].tokens + 1
 
 
 def map_sizes(maps: Mapping[int, Mixer]) -> dict[int, LayerSizes]:
@@ -139,6 +143,7 @@ class CostModel:
 
     def prefill(self, sizes: Mapping[int, LayerSizes], tokens: int, depth: int = 0) -> Work:
         """Work of a chunk of tokens after `depth` cached tokens; no sizes: the original."""
+        sizes = {layer: own for layer, own in sizes.items() if not own.rests(tokens)}
         return Work(self._flops(sizes, tokens, depth), self._bytes(sizes, tokens, depth))
 
     def decode(self, sizes: Mapping[int, LayerSizes], depth: int) -> Work:

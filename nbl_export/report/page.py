@@ -175,7 +175,9 @@ def _drawings(report: Mapping[str, Any]) -> dict[str, str]:
     if len({r["depth"] for r in ratios}) > 1:
         drawn["depths"] = plots.depths(ratios)
     if report["curve"]:
-        drawn["curve"] = plots.curve(report["curve"]["points"], len(report["replaced_layers"]))
+        drawn["curve"] = plots.curve(
+            report["curve"]["points"], len(report["replaced_layers"]), (report.get("cut") or {}).get("near")
+        )
     long = report["quality"]["length"] if report["quality"] else []
     if any(row["differences"] for one in long for row in one["rows"]):
         drawn["length"] = plots.length(long)

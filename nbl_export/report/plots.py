@@ -215,19 +215,21 @@ def layers(name: str, values: Sequence[tuple[int, float]], replaced: Sequence[in
         return _svg(figure, axis, name)
 
 
-def curve(points: Sequence[dict[str, Any]], layers: int) -> str:
+def curve(points: Sequence[dict[str, Any]], layers: int, near: int | None = None) -> str:
     """Draw the perplexity over the original's (logarithmic) against the modelled prefill speed-up, as SVG.
 
     Args:
         points: those of the manifest's curve.
-        layers: number of layers of the point to ring.
+        layers, near: number of layers, and of near tokens with a cut, of the point to ring.
     """
     with style.context(["default", _STYLE]):
         figure = Figure(figsize=(_WIDTH, 3.6), layout="constrained")
         axis = figure.subplots()
         xs, ys = [p["prefill"] for p in points], [1 + max(p["increases"]) for p in points]
         axis.plot(xs, ys, linestyle="-", marker="o", color=_NBL, markersize=5, label=_NAMES["nbl"])
-        for x, y in [(x, y) for p, x, y in zip(points, xs, ys, strict=True) if p["layers"] == layers]:
+        for x, y in [
+            (x, y) for p, x, y in zip(points, xs, ys, strict=True) if (p["layers"], p.get("near")) == (layers, near)
+        ]:
             axis.plot([x], [y], "o", markersize=14, markerfacecolor="none", color=_INK, markeredgewidth=1.6)
             text = f"{layers} layer{'' if layers == 1 else 's'}"
             axis.annotate(text, (x, y), xytext=(0, -20), textcoords="offset points", ha="center", color=_TEXT)

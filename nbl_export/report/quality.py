@@ -67,7 +67,7 @@ def _losses(report: Mapping[str, Any]) -> Iterator[Block]:
     first = report["quality_loss"][0]
     yield Paragraph(
         "Measured on held-out text: no map was fitted on this text and no layer was chosen by it. "
-        f"Brackets hold a 95% interval over windows of {first['tokens'] // first['windows']} tokens. "
+        f"Brackets hold a 95% interval over windows of {first['tokens'] // first['windows']} tokens. {_prompt(first)}"
         "Both decoders read the same windows. These figures are reported, not gated. "
         f"{_MEANS if report['status'] == VERIFIED else ''}"
     )
@@ -75,6 +75,12 @@ def _losses(report: Mapping[str, Any]) -> Iterator[Block]:
         yield Paragraph(f"Note: {report['quality_warning']}.")
     yield losses(report["quality_loss"])
     yield from _uses(report)
+
+
+def _prompt(loss: Mapping[str, Any]) -> str:
+    if not loss.get("prompt"):
+        return ""
+    return f"The first {loss['prompt']} of them are a prompt that stops at the cut, and the others are scored. "
 
 
 def losses(found: Iterable[Mapping[str, Any]], title: str = "") -> Table:
@@ -147,8 +153,9 @@ def curve(report: Mapping[str, Any]) -> tuple[Section, ...]:
     found = report.get("curve")
     if not found:
         return (Section(_OTHER_SETS, (Paragraph(_no_curve(report)),)),)
+    speeds = ("Prefill",) if report.get("cut") else ("Prefill", "Decode")
     columns = (
-        *Column.numbers("Layers", *(f"Increase, {name}" for name in found["texts"]), "Prefill", "Decode"),
+        *Column.numbers("Layers", *(f"Increase, {name}" for name in found["texts"]), *speeds),
         Column("Which", "wrap"),
     )
     table = Table.of(columns, [_set(point) for point in found["points"]])
@@ -179,10 +186,12 @@ def _rise(share: float) -> str:
 
 
 def _set(point: Mapping[str, Any]) -> tuple[str, ...]:
-    speeds = (f"×{spoken_ratio(point[name])}" for name in ("prefill", "decode"))
-    rises = (_rise(share) for share in point["increases"])
-    which = f"cut at {min(point['replaced_layers'])}, {point['near']} near tokens" if "near" in point else None
-    return str(point["layers"]), *rises, *speeds, which or words.listed(point["replaced_layers"])
+    rises, prefill = (_rise(share) for share in point["increases"]), f"×{spoken_ratio(point['prefill'])}"
+    if "near" in point:
+        which = f"cut at {min(point['replaced_layers'])}, {point['near']} near tokens"
+        return str(point["layers"]), *rises, prefill, which
+    decode = f"×{spoken_ratio(point['decode'])}"
+    return str(point["layers"]), *rises, prefill, decode, words.listed(point["replaced_layers"])
 
 
 def _curve_note(report: Mapping[str, Any], curve: Mapping[str, Any]) -> Iterator[str]:

@@ -61,9 +61,17 @@ def test_the_table_has_a_row_for_each_stage(checkpoint: Callable[[str], Path]) -
     assert "refused" not in shown.out
 
 
-def test_options_are_settled_as_in_the_main_job(tmp_path: Path) -> None:
+def with_memory(monkeypatch: pytest.MonkeyPatch, gib: int) -> None:
+    """Memory that the choice of defaults sees."""
+    monkeypatch.setattr("nbl_export.model.memory.available_bytes", lambda: gib << 30)
+
+
+def test_options_are_settled_as_in_the_main_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of 8B is calibrated for predicted keys only where it fits into memory."""
     model = written(tmp_path)
-    assert estimate(str(model), {})["options"]["fit"] == "independent"
+    for gib, fit in ((20, "distilled"), (200, "independent")):
+        with_memory(monkeypatch, gib)
+        assert estimate(str(model), {})["options"]["fit"] == fit
     assert estimate(str(model), {"engine": "openvino"})["options"]["fit"] == "distilled"
     assert estimate(str(model), {"layers": "8"})["options"]["fit"] == "independent"
     assert_refused(nbl("estimate", model, "--layers", "40"), 1, "all 32 attention layers")
@@ -71,8 +79,9 @@ def test_options_are_settled_as_in_the_main_job(tmp_path: Path) -> None:
     assert_refused(nbl("estimate", model, "--layers", "8", "--distill-minutes", "3"), 2, "is for --fit distilled")
 
 
-def test_a_job_with_a_cut_has_sums_of_its_candidates(tmp_path: Path) -> None:
+def test_a_job_with_a_cut_has_sums_of_its_candidates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A named cut sums less than all candidates, and a lower cut gains more of a prompt."""
+    with_memory(monkeypatch, 200)
     model = str(written(tmp_path))
     auto, low, high = (estimate(model, asked) for asked in ({}, {"cut": "16"}, {"cut": "28"}))
     sums = [{row["stage"]: row["disk_bytes"] for row in found["stages"]}["calibrate"] for found in (auto, low, high)]
