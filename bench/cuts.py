@@ -11,9 +11,9 @@ load are kept, and the loss of each window.
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 from typing import Any
+
+from exchange import main
 
 from nbl_export.run_directory import EVAL_FILE, REPORT_JSON, RunDirectory
 
@@ -41,11 +41,5 @@ def row_of(title: str, run: RunDirectory) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    named = (argument.rpartition("=") for argument in sys.argv[1:])
-    rows = [row_of(title, RunDirectory.peek(Path(path))) for title, _, path in named]
-    json.dump({"rows": rows}, sys.stdout, indent=1, ensure_ascii=False)
-
-
 if __name__ == "__main__":
-    main()
+    main(row_of)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,12 @@ def row_of(title: str, run: RunDirectory) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main() -> None:
+def main(row_of: Callable[[str, RunDirectory], dict[str, Any]]) -> None:
+    """Print a row of each run that the command line names."""
     named = (argument.rpartition("=") for argument in sys.argv[1:])
     rows = [row_of(title, RunDirectory.peek(Path(path))) for title, _, path in named]
     json.dump({"rows": rows}, sys.stdout, indent=1, ensure_ascii=False)
 
 
 if __name__ == "__main__":
-    main()
+    main(row_of)

@@ -46,7 +46,7 @@ _WRITTEN = 4e8  # bytes a second that an export reads or writes: smollm2 and qwe
 _DECODED = 4.0  # prompt tokens that take as long as a decoded token, for each byte of a weight's element: smollm2
 _BATCH = 4096  # tokens that run at once, with three float32 activations of the MLP: `calibrate` of the 3B shape
 
-_CUTS_TRIED = 8  # cuts that are foreseen before one is decided: smollm2
+_CUTS_TRIED = 9  # cuts that are foreseen before one is decided: SmolLM2 in cuts.json
 _SUMS = 14 / 3  # x D^2 additions and multiplications of a token's moments: Y'X, and 2/3 of X'X and Y'Y (`sums.gram`)
 
 
