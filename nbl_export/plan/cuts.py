@@ -1,8 +1,11 @@
 """The cut of a decoder: the layer from which keys of a prompt's far tokens are predicted (`mixers.predicted`).
 
+    cuts, by halves with the fewest near tokens ─► the lowest that is foreseen within the limits
     candidates (cut, near), most of a prompt saved first
       ─► foreseen: the increase of perplexity on the choosing texts, each within its limit
       ─► decided: the upper end of the 95% interval on the deciding texts, at most the limit ─► the first that holds
+
+A higher cut loses less, and so do more near tokens: what is foreseen of one candidate speaks for others.
 
 The texts are ordinary rows of both texts, and passages that occur twice, of which the second occurrence is judged: a
 layer that copies above the cut fails there first, and ordinary text hardly shows it. There twice the limit is allowed
@@ -40,7 +43,7 @@ TWICE = "passages, each twice"
 _ROWS, _TWICE_ROWS = 16, 4  # that decide: of each text, and of passages
 _EVERY = 2  # every second position is foreseen
 _MORE = 2.0  # times the limit, for passages that occur twice
-_HOPELESS = 3.0  # times the limit: more near tokens do not make up for such an increase
+_HOPELESS = 2.0  # times the limit: twice as many near tokens halve an increase at best (bench/results/cuts.json)
 _PROMPTS = (512, 2048)  # tokens of the prompts whose saved work is weighed
 Say = Callable[[str], None]
 
@@ -102,20 +105,14 @@ def choose_cut(inputs: CutInputs, task: Task, say: Say) -> tuple[Plan, dict[int,
         cut, near = inputs.cuts[0], inputs.nears[0]
         say(_spoken(cut, near, inputs.num_layers))
         return _planned(inputs, cut, near, {})
-    points: list[dict[str, Any]] = []
     path: list[dict[str, Any]] = []
     judge = _Judge(inputs, task)
-    hopeless: set[int] = set()
+    foreseen = _Foreseen(inputs, judge)
+    foreseen.halve()
     for cut, near in _by_saving(inputs):
-        if cut in hopeless:
+        if not foreseen.holds(cut, near):
             continue
         chosen = inputs.maps.value(cut, near)
-        losses = judge.foresee(chosen)
-        points.append(_point(inputs, chosen, losses))
-        worst = max(increase / limit for (increase, _), limit in zip(losses.values(), judge.limits, strict=True))
-        if worst > 1:
-            hopeless |= {cut} if worst > _HOPELESS else set()
-            continue
         rows = judge.decide(chosen)
         *texts, twice = rows
         within = all(_upper(row) <= inputs.share for row in texts) and _mean(twice) <= judge.limits[-1]
@@ -123,10 +120,10 @@ def choose_cut(inputs: CutInputs, task: Task, say: Say) -> tuple[Plan, dict[int,
         if within:
             for line in _lines(inputs, path):
                 say(line)
-            curve = {"texts": list(losses), **inputs.setting.value, "points": points[::-1]}
+            curve = {"texts": judge.names, **inputs.setting.value, "points": foreseen.points}
             goal = {"max_perplexity_increase": inputs.asked or f"{inputs.share:.0%}", "default": inputs.asked is None}
             return _planned(inputs, cut, near, {"goal": {**goal, "path": path[::-1]}, "curve": curve})
-    raise NblError(_unreachable(inputs, points))
+    raise NblError(_unreachable(inputs, foreseen.points))
 
 
 def _planned(
@@ -145,6 +142,45 @@ def _by_saving(inputs: CutInputs) -> list[tuple[int, int]]:
     return sorted(pairs, key=lambda pair: -worth[pair])
 
 
+class _Foreseen:
+    """Candidates whose increase on the choosing texts is known, or follows from others' increases."""
+
+    def __init__(self, inputs: CutInputs, judge: _Judge) -> None:
+        self._inputs, self._judge = inputs, judge
+        self._worst: dict[tuple[int, int], float] = {}  # the largest increase of a text over its limit
+        self._points: dict[tuple[int, int], dict[str, Any]] = {}
+
+    @property
+    def points(self) -> list[dict[str, Any]]:
+        """Points of the curve, the highest cut first."""
+        return [self._points[key] for key in sorted(self._points, reverse=True)]
+
+    def halve(self) -> None:
+        """Find the lowest cut that holds with the fewest near tokens."""
+        cuts, near = self._inputs.cuts, min(self._inputs.nears)
+        low, high = 0, len(cuts)
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self._measured(cuts[middle], near) <= 1 else (middle + 1, high)
+
+    def holds(self, cut: int, near: int) -> bool:
+        """Whether a candidate is foreseen within the limits; it is measured only if no other one tells."""
+        for (c, n), worst in self._worst.items():
+            if c >= cut and (worst > _HOPELESS or (n >= near and worst > 1)):
+                return False
+            if c <= cut and n <= near and worst <= 1:
+                return True
+        return self._measured(cut, near) <= 1
+
+    def _measured(self, cut: int, near: int) -> float:
+        maps = self._inputs.maps.value(cut, near)
+        losses = self._judge.foresee(maps)
+        self._points[cut, near] = _point(self._inputs, maps, losses)
+        pairs = zip(losses.values(), self._judge.limits, strict=True)
+        self._worst[cut, near] = max(increase / limit for (increase, _), limit in pairs)
+        return self._worst[cut, near]
+
+
 @dataclass(frozen=True)
 class _Rows:
     """Rows [rows, length] of a text, and the first position that is judged."""
@@ -159,6 +195,11 @@ class _Judge:
 
     def __init__(self, inputs: CutInputs, task: Task) -> None:
         self._inputs, self._task = inputs, task
+
+    @property
+    def names(self) -> list[str]:
+        """Of the choosing texts."""
+        return [name for name, _ in self._inputs.choosing.value]
 
     @property
     def limits(self) -> tuple[float, ...]:

@@ -44,11 +44,11 @@ class World:
     def mixes(self, chosen: Mapping[int, Predicted], _tap: str) -> Any:
         world, first = self, next(iter(chosen.values()), None)
 
-        def losses(ids_T: torch.Tensor, _base: Any, _last: Any, _every: int) -> dict[int, Loss]:
+        def losses(ids_T: torch.Tensor, _base: Any, _last: Any, every: int) -> dict[int, Loss]:
             assert first is not None
             name = next(name for name, token in TEXT.items() if token == int(ids_T.max()))
             world.judged.append((first.cut, first.near, name, len(ids_T)))
-            noise = world.spread * (-1) ** len(world.judged)
+            noise = world.spread * (-1) ** len(world.judged) * (every == 1)  # on deciding rows
             rise = math.log1p(world.rises[first.cut, first.near].get(name, 0.0)) + noise
             count = len(ids_T) - 1
             return {0: Loss(count, rise * count, 2.0 * count, (2.0 + rise) * count)}
@@ -104,9 +104,28 @@ def test_each_text_can_refuse_a_cut_alone(text: str, least: float) -> None:
 
 
 def test_more_near_tokens_are_tried_unless_the_loss_is_hopeless() -> None:
-    """A cut of 14% is tried with two near tokens, one of 20% is not."""
-    world = World({**rises(), (4, 1): dict.fromkeys(TEXT, 0.14), (4, 2): dict.fromkeys(TEXT, 0.01)})
-    assert choose_cut(inputs(world), quiet, lambda _line: None)[2]["cut"] == {"layer": 4, "near": 2}
+    """A cut of 9% is tried with two near tokens, one of 11% is not."""
+    for increase, cut in ((0.09, 4), (0.11, 5)):
+        world = World({**rises(), (4, 1): dict.fromkeys(TEXT, increase), (4, 2): dict.fromkeys(TEXT, 0.01)})
+        assert choose_cut(inputs(world), quiet, lambda _line: None)[2]["cut"]["layer"] == cut
+
+
+def test_few_cuts_are_measured() -> None:
+    """Twelve cuts take four measurements; a cut that holds is decided with more near tokens without another one."""
+    cuts = tuple(range(4, 16))
+    lost = {(c, n): dict.fromkeys(TEXT, 0.045 if (c, n) == (9, 1) else 0.01 if c >= 9 else 0.2)
+            for c in cuts for n in (1, 2)}  # fmt: skip
+    world = World(lost, spread=0.02)
+
+    def deep(cut: int, near: int) -> dict[int, Predicted]:
+        return {layer: mixer(cut, near) for layer in range(cut, 17)}
+
+    _, _, facts = choose_cut(
+        inputs(world, cuts=cuts, num_layers=17, maps=Lazy(None, lambda: deep)), quiet, lambda _line: None
+    )
+    assert [(step["layer"], step["near"]) for step in facts["goal"]["path"]] == [(9, 2), (9, 1)]
+    measured = [(p["replaced_layers"][0], p["near"]) for p in facts["curve"]["points"]]
+    assert measured == [(10, 1), (9, 1), (8, 1), (7, 1)]
 
 
 def test_an_interval_beyond_the_limit_refuses_what_was_foreseen() -> None:
