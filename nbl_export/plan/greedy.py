@@ -92,10 +92,7 @@ class Point:
 
 @dataclass(frozen=True)
 class GreedyOrder:
-    """Sets in order of replacement, each with one layer more than the one before; and sets beyond (`extrapolate`).
-
-    The first set is that of one layer, or of the layers that are replaced in any case.
-    """
+    """Sets in order of replacement, each with one layer more than the one before; and sets beyond (`extrapolate`)."""
 
     steps: tuple[Point, ...] = ()
     beyond: tuple[Point, ...] = ()
@@ -168,14 +165,13 @@ class Search:
     Args:
         judge: measures effects.
         order: steps found before with the same judge are kept.
-        given: layers that are replaced in any case; they are the first step.
         saving: share of a prefill's work that replacing these layers saves; None counts no work.
         progress: called with trials and passes done, and the total of the round of trials.
     """
 
     def __init__(
         self, judge: Judge, order: GreedyOrder, saving: Callable[[Sequence[int]], float] | None,
-        progress: Progress, given: Sequence[int] = (),
+        progress: Progress,
     ) -> None:  # fmt: skip
         self._judge, self._saving = judge, saving
         self._effects_alone = judge.alone(progress)
@@ -184,10 +180,7 @@ class Search:
             raise NblError("the map of layer 0 gives logits that are not finite; give more --calibration-tokens")
         self.order = order
         self._excess: dict[int, float] = {}
-        replaced = order.layers or tuple(given)
-        self._effects = judge.together(replaced) if replaced else None
-        if self._effects is not None and not order.steps:
-            self.order = GreedyOrder((self._point(replaced, self._effects),))
+        self._effects = judge.together(order.layers) if order.layers else None
 
     def extend(self, length: int, progress: Progress = quiet) -> GreedyOrder:
         """Take true steps up to `length` of them.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from nbl_export.mixers.base import Mixer
@@ -41,7 +41,6 @@ class OrderInputs:
         mixes: maps and their tap -> the torch model, in which these maps can replace attention.
         texts: texts that layers are chosen by; no map is fitted on them.
         saved: share of the arithmetic of a prefill of some tokens that maps save, for "efficient".
-        given: mixers of layers that are replaced in any case, before the order begins.
     """
 
     kind: MapKind
@@ -52,7 +51,6 @@ class OrderInputs:
     mixes: Lazy[Callable[[Maps, str], Any]]
     texts: Lazy[Texts]
     saved: Lazy[Callable[[Maps, int], float]]
-    given: Lazy[Maps] = field(default_factory=lambda: Lazy(None, dict))
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,6 @@ class Selection:
 
     def maps_of(self, layers: Collection[int]) -> dict[int, Mixer]:
         """The maps of some layers; the moments of one layer at a time are in memory."""
-        self._maps |= self.inputs.given.value
         self._maps |= self._fit([i for i in layers if i not in self._maps])
         return {i: self._maps[i] for i in layers}
 
@@ -89,22 +88,13 @@ class Selection:
         """Whether the model's output gives the order."""
         return self.select in ("greedy", "efficient")
 
-    @functools.cached_property
-    def given(self) -> tuple[int, ...]:
-        """The layers that are replaced in any case."""
-        return tuple(sorted(self.inputs.given.value))
-
     def order(self, count: int) -> tuple[int, ...]:
-        """The first `count` further layers to replace; a smaller count gives a prefix of a larger count's layers."""
+        """The first `count` layers to replace; a smaller count gives a prefix of a larger count's layers."""
         if not count:
             return ()
         if not self.judges:
-            return tuple(i for i in ranked(self.scores, self.select) if i not in self.given)[:count]
-        return self._extended(count).layers[len(self.given) :][:count]
-
-    def replaced(self, count: int) -> tuple[int, ...]:
-        """The layers that are replaced in any case, and the first `count` further ones."""
-        return (*self.given, *self.order(count))
+            return ranked(self.scores, self.select)[:count]
+        return self._extended(count).layers[:count]
 
     def predicted_count(self, increase: float) -> int:
         """The most layers whose increase of perplexity on the choosing windows is at most `increase` on every text.
@@ -112,8 +102,8 @@ class Selection:
         0 if the model's output does not give the order.
         """
         count = 0
-        while self.judges and count < self.inputs.num_layers - len(self.given) - 1:
-            if self._extended(count + 1).steps[count + bool(self.given)].worst_increase > increase:
+        while self.judges and count < self.inputs.num_layers - 1:
+            if self._extended(count + 1).steps[count].worst_increase > increase:
                 break
             count += 1
         return count
@@ -130,11 +120,11 @@ class Selection:
                 self._order = self._search.extrapolate(missing, progress)
 
     def _extended(self, count: int) -> GreedyOrder:
-        self._order, steps = self._order or self._recorded(), count + bool(self.given)
-        if len(self._order.steps) < steps:
+        self._order = self._order or self._recorded()
+        if len(self._order.steps) < count:
             search = self._search
             with self._task("sets of layers") as progress:
-                self._order = search.extend(steps, progress)
+                self._order = search.extend(count, progress)
         return self._order
 
     @functools.cached_property
@@ -143,7 +133,7 @@ class Selection:
         tokens = sum(windows.numel() for windows in texts)
         order = self._order or GreedyOrder()
         with self._task(f"trying each layer on {tokens} tokens") as progress:
-            return Search(Judge(self.mixes, texts), order, self._saving, progress, self.given)
+            return Search(Judge(self.mixes, texts), order, self._saving, progress)
 
     @functools.cached_property
     def _saving(self) -> Callable[[Sequence[int]], float] | None:
@@ -175,7 +165,7 @@ class Selection:
         """Fingerprint of what an order by the model's output follows from."""
         inputs = self.inputs
         saved = inputs.saved.identity if self.select == "efficient" else None
-        parts = (inputs.kind, inputs.moments, inputs.mixes, inputs.texts, inputs.given)
+        parts = (inputs.kind, inputs.moments, inputs.mixes, inputs.texts)
         return key_of(RULE, EVERY, _WEIGHED_TOKENS, [identity_of(part) for part in parts], saved)
 
     def facts(self, speedup: Lazy[Callable[[Maps], Any]], setting: Lazy[Mapping[str, Any]]) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def make_plan(
     asked = selection.inputs.kind
     plan = choose(selection.scores, request, asked.tap, select, order, asked.kind)
     facts = selection.facts(inputs.speedup, inputs.setting)
-    maps = selection.maps_of(tuple(sorted({*selection.given, *plan.layers})))
+    maps = selection.maps_of(plan.layers)
     kinds = {layer: mixer.kind for layer, mixer in maps.items()}
     plan = Plan.of(plan.num_layers, kinds, plan.tap, plan.select, plan.scores)
     return plan, maps, {**facts, "goal": goal}
@@ -104,11 +104,11 @@ def count_within(asked: AskedGoal, selection: Selection, texts: Texts, task: Tas
     assert isinstance(asked.goal, PerplexityIncrease)
     share, text = asked.goal.share, asked.text or _percent(asked.goal.share)
     path = _test(selection, texts, share, task)
-    return _reached(path, {"max_perplexity_increase": text, "default": asked.text is None}, share, len(selection.given))
+    return _reached(path, {"max_perplexity_increase": text, "default": asked.text is None}, share)
 
 
-def _reached(path: list[dict[str, Any]], goal: Mapping[str, Any], share: float, given: int) -> Reached:
-    """The last step within the limit, of tested steps in ascending order; `given` layers are replaced in any case."""
+def _reached(path: list[dict[str, Any]], goal: Mapping[str, Any], share: float) -> Reached:
+    """The last step within the limit, of tested steps in ascending order."""
     reached, text = [step for step in path if step["within"]], goal["max_perplexity_increase"]
     if not reached:
         raise NblError(_unreachable(None if goal["default"] else text, path[0], share))
@@ -118,16 +118,15 @@ def _reached(path: list[dict[str, Any]], goal: Mapping[str, Any], share: float, 
     for step in path:
         if step["layers"] == best["layers"] + 1:
             said.append(f"{step['layers']} layers (with {step['layer']}): {_failure(step, share)}")
-    return Reached(best["layers"] - given, {**goal, "path": path}, tuple(said))
+    return Reached(best["layers"], {**goal, "path": path}, tuple(said))
 
 
 def _count_to_train(asked: AskedGoal, selection: Selection) -> Reached:
     """The layers that training begins with."""
     assert isinstance(asked.goal, PerplexityIncrease)
     share, text = asked.goal.share, asked.text or _percent(asked.goal.share)
-    count = max(_least(selection.given), selection.predicted_count(HOPE * share))
+    count = max(1, selection.predicted_count(HOPE * share))
     facts = {"max_perplexity_increase": text, "default": asked.text is None, "order": list(selection.order(count))}
-    facts["given"] = list(selection.given)
     layers = selection.inputs.num_layers
     said = f"training begins with {count} of {layers} layers, and gives back what is beyond {text}"
     return Reached(count, {**facts, "share": share, "path": []}, (said,))
@@ -137,7 +136,7 @@ def count_foreseen(
     mixes: Mixes, order: Sequence[int], goal: Mapping[str, Any], texts: Texts, task: Task = quiet
 ) -> int:
     """The most first layers of an order, at least 1, that keep the limit of `goal` on the choosing texts."""
-    sets = {count: (*goal["given"], *order[:count]) for count in range(1, len(order) + 1)}
+    sets = {count: order[:count] for count in range(1, len(order) + 1)}
     return max(1, most_within(mixes, sets, goal["share"], texts, task))
 
 
@@ -163,15 +162,9 @@ def count_trained(
         NblError: one layer alone is not within the limit.
     """
     path: list[dict[str, Any]] = []
-    while not (path and path[0]["within"]) and len(order) - len(path) >= _least(goal["given"]):
-        replaced = (*goal["given"], *order[: len(order) - len(path)])
-        path = _steps(mixes, texts, [replaced], goal["share"], task) + path
-    return _reached(path, goal, goal["share"], len(goal["given"]))
-
-
-def _least(given: Collection[int]) -> int:
-    """The smallest number of further layers that a limit may give."""
-    return 0 if given else 1
+    while not (path and path[0]["within"]) and len(order) - len(path) > 0:
+        path = _steps(mixes, texts, [order[: len(order) - len(path)]], goal["share"], task) + path
+    return _reached(path, goal, goal["share"])
 
 
 def count_for_speedup(asked: AskedGoal, selection: Selection, speedup: Callable[[Maps], Any]) -> Reached:
@@ -185,7 +178,7 @@ def count_for_speedup(asked: AskedGoal, selection: Selection, speedup: Callable[
     smallest = min(selection.maps_of(range(layers)).values(), key=lambda mixer: sum(w.elements for w in mixer.work()))
     reached = getattr(speedup(dict.fromkeys(range(1, layers), smallest)), goal.phase)
     for count in range(1, layers if reached >= goal.factor else 1):  # an unreachable goal needs no order
-        found = speedup(selection.maps_of(selection.replaced(count)))
+        found = speedup(selection.maps_of(selection.order(count)))
         reached = getattr(found, goal.phase)
         if reached >= goal.factor:
             said = f"{count} layers: modelled x{found.prefill:.2f} in prefill, x{found.decode:.2f} in decode"
@@ -223,19 +216,17 @@ def _unreachable(asked: str | None, step: Mapping[str, Any], share: float) -> st
 
 def _test(selection: Selection, texts: Texts, share: float, task: Task) -> list[dict[str, Any]]:
     """Tested counts in ascending order: up to the first failure, or down to the first success."""
-    given = len(selection.given)
-    last = selection.inputs.num_layers - given - 1
-    least = _least(selection.given)
-    start = min(last, max(least, selection.predicted_count(share) - 1))
+    last = selection.inputs.num_layers - 1
+    start = min(last, max(1, selection.predicted_count(share) - 1))
 
     def steps(counts: Iterable[int]) -> list[dict[str, Any]]:
-        return _steps(selection.mixes, texts, [selection.replaced(count) for count in counts], share, task)
+        return _steps(selection.mixes, texts, [selection.order(count) for count in counts], share, task)
 
     path = steps(range(start, min(last, start + 1) + 1))
-    while all(step["within"] for step in path) and path[-1]["layers"] - given < last:
-        path += steps([path[-1]["layers"] - given + 1])
-    while not path[0]["within"] and path[0]["layers"] - given > least:
-        path = steps([path[0]["layers"] - given - 1]) + path[:1]
+    while all(step["within"] for step in path) and path[-1]["layers"] < last:
+        path += steps([path[-1]["layers"] + 1])
+    while not path[0]["within"] and path[0]["layers"] > 1:
+        path = steps([path[0]["layers"] - 1]) + path[:1]
     failed = next((k for k, step in enumerate(path) if not step["within"]), len(path))
     return path[: failed + 1]
 

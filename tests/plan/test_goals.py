@@ -97,13 +97,10 @@ class Priced:
     def __init__(self, *rises: float, spread: float = 1e-6, guess: int = 0) -> None:
         self.rises, self.spread, self.guess = rises, spread, guess
         self.tested: list[int] = []
-        self.mixes, self.inputs, self.given = self, SimpleNamespace(num_layers=5), ()
+        self.mixes, self.inputs = self, SimpleNamespace(num_layers=5)
 
     def order(self, count: int) -> tuple[int, ...]:
         return tuple(range(10, 10 + count))
-
-    def replaced(self, count: int) -> tuple[int, ...]:
-        return self.order(count)
 
     def predicted_count(self, _increase: float) -> int:
         return self.guess
@@ -239,12 +236,12 @@ def test_perplexity_increase_through_the_job(run: Path) -> None:
 )
 def test_the_layers_that_stay_in_training_are_foreseen(rises: tuple[float, ...], text: str, count: int) -> None:
     model: Any = Priced(*rises)
-    goal = {"share": 0.05, "given": []}
+    goal = {"share": 0.05}
     assert count_foreseen(model, (3, 1, 2, 0), goal, [("held back", "held back"), (text, text)]) == count
 
 
 def test_trained_maps_are_tested_downwards() -> None:
-    goal = {"max_perplexity_increase": "5%", "default": False, "order": [7, 3, 1, 2, 0], "given": [], "share": 0.05}
+    goal = {"max_perplexity_increase": "5%", "default": False, "order": [7, 3, 1, 2, 0], "share": 0.05}
     model: Any = Priced(0.01, 0.03, 0.06, 0.07)
     found = count_trained(model, (7, 3, 1, 2), goal, [("near", "held back")])
     assert (found.count, model.tested, found.facts["order"]) == (2, [4, 3, 2], [7, 3, 1, 2, 0])
@@ -261,8 +258,6 @@ class Sized:
 
     def order(self, count: int) -> tuple[int, ...]:
         return tuple(range(4, 4 - count, -1))
-
-    replaced = order
 
     def maps_of(self, layers: Any) -> Maps:
         size = {4: 2}

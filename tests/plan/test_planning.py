@@ -13,7 +13,6 @@ import torch
 
 from nbl_export.errors import NblError
 from nbl_export.mixers.lmmse import Moments
-from nbl_export.mixers.none import Nothing
 from nbl_export.model.mixes import Loss
 from nbl_export.options.goals import PerplexityIncrease, TargetSpeedup
 from nbl_export.plan import order as order_of
@@ -183,27 +182,6 @@ def test_without_a_count_a_limit_or_a_speedup_decides() -> None:
         planned(plan_inputs(inputs(), None, asked))
 
 
-def test_layers_that_are_replaced_in_any_case_come_first_and_count_in_every_set() -> None:
-    given = {7: Nothing(SIZE)}
-    order = dataclasses.replace(inputs("greedy"), given=Lazy("g", lambda: given))
-    plan, maps, facts, _ = planned(plan_inputs(order, 3))
-    steps = [point["layers"] for point in facts["greedy"]["steps"]]
-    assert [len(step) for step in steps] == [1, 2, 3, 4] and all(step[0] == 7 for step in steps)
-    assert plan.layers == tuple(sorted(steps[-1])) == tuple(maps)
-    assert dict(zip(plan.layers, plan.mixers, strict=True)) == {i: "none" if i == 7 else "linear" for i in steps[-1]}
-    selection = Selection(order)
-    assert selection.order(2) == steps[2][1:] and selection.replaced(2) == steps[2]
-    scored = Selection(dataclasses.replace(inputs("cca"), given=Lazy("g", lambda: {CHEAPEST[0]: Nothing(SIZE)})))
-    assert scored.order(2) == CHEAPEST[1:]
-    # The given layer alone is beyond a limit that two maps keep.
-    goal = AskedGoal(PerplexityIncrease(0.05), "5%")
-    assert len(planned(plan_inputs(inputs("greedy"), goal=goal))[0].layers) == 2
-    with pytest.raises(NblError, match="cannot be met"):
-        planned(plan_inputs(order, goal=goal))
-    wide = planned(plan_inputs(order, goal=AskedGoal(PerplexityIncrease(0.3), "30%")))
-    assert [step["layers"] for step in wide[2]["goal"]["path"]][-1] == len(wide[0].layers) + 1
-
-
 def test_another_input_is_another_key() -> None:
     """Every field of the order's inputs but the size of the model, which the model's fingerprint covers."""
     start = inputs("efficient")
@@ -211,7 +189,6 @@ def test_another_input_is_another_key() -> None:
         "kind": MapKind(bias=False), "select": Lazy("greedy", lambda: "greedy"),
         "moments": Lazy("o", lambda: moments_of), "mixes": Lazy("o", lambda: Switched), "texts": Lazy("o", list),
         "saved": Lazy("o", lambda: lambda maps, tokens: 0.0),
-        "given": Lazy("o", dict),
     }  # fmt: skip
     assert {f.name for f in dataclasses.fields(OrderInputs)} == others.keys() | {"num_layers", "hidden_size"}
     keys = [Selection(dataclasses.replace(start, **{name: other})).key for name, other in others.items()]

@@ -246,7 +246,7 @@ class _Goal:
         count = count_foreseen(self._with(maps), self._order, self._goal, texts, self._place.ui.task)
         self._order = self._order[:count]
         self._place.ui.say(f"  {count} of {begun} layers stay; the training goes on with these")
-        return (*self._goal["given"], *self._order)
+        return self._order
 
     def reach(self, maps: dict[int, Any]) -> dict[str, Any]:
         """The facts of the layers whose trained maps keep the limit."""
@@ -257,7 +257,7 @@ class _Goal:
         reached = count_trained(self._with(maps), order, self._goal, texts, self._place.ui.task)
         for line in reached.lines:
             self._place.ui.say(f"  {line}")
-        replaced = sorted([*self._goal["given"], *order[: reached.count]])
+        replaced = sorted(order[: reached.count])
         return {"replaced_layers": replaced, "kinds": [maps[i].kind for i in replaced], "goal": reached.facts}
 
     def _with(self, maps: dict[int, Any]) -> Any:
