@@ -36,7 +36,7 @@ TABLES: Mapping[str, Table] = {
     "cost": models.cost,
     "demo": speed.demo,
     "exchange": speed.exchange,
-    "trained-jobs": speed.trained_jobs,
+    "job-times": speed.job_times,
     "int4-methods": speed.int4_methods,
     "openvino": ov.openvino,
     "verified": proof.verified,
@@ -65,7 +65,6 @@ TABLES: Mapping[str, Table] = {
     "length": quality.length,
     "large": speed.large,
     "large-stages": speed.large_stages,
-    "job-tasks": quality.job_tasks,
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tables_quality import TASKS, rise
 from tables_second import increase, stages
-from tables_speed import cell, paired, spoken
+from tables_speed import cell, measured, paired, spoken
 
 from nbl_export.records.plan import spoken_layers
 from nbl_export.records.quality import spoken_interval, spoken_loss
@@ -29,38 +29,40 @@ class Found:
     maps: str
     layers: Sequence[int]
     losses: Sequence[str]
-    windows: Sequence[int] = ()
     speeds: Sequence[str] = _NO_TESTS
     tasks: str = ""  # empty: not measured
 
 
 def _row(found: Found, num_layers: int) -> Sequence[str]:
-    linear, windows = spoken_layers(tuple(found.layers)), spoken_layers(tuple(found.windows))
-    layers = f"{linear} linear, {windows} windows" if windows else linear
-    cache = f"−{100 * (len(found.layers) + len(found.windows)) / num_layers:.1f}%"
+    layers = spoken_layers(tuple(found.layers)) or "none"
+    cache = f"−{100 * len(found.layers) / num_layers:.1f}%" if found.layers else "0%"
     return f"{layers}; {found.maps}", *found.losses, found.tasks, *found.speeds, cache
 
 
-def _job(run: Mapping[str, Any], maps: str, losses: Sequence[str], layers: Mapping[str, Sequence[int]]) -> Found:
+def _job(run: Mapping[str, Any], maps: str, losses: Sequence[str], layers: Sequence[int] = ()) -> Found:
     """A job, with the speeds that were measured."""
-    ratios = run["measured"] if "measured" in run else run["ratios"]
-    speeds = []
-    for test, depth in _TESTS:
-        ratio = [r for r in ratios if r["test"].startswith(test) and r["depth"] == depth]
-        speeds.append(cell(*ratio) if ratio else "")
-    return Found(maps, layers["linear"], losses, layers.get("window", ()), speeds)
+    ratios = {"measured": run["measured"] if "measured" in run else run["ratios"]}
+    return Found(maps, layers, losses, [measured(ratios, *test) for test in _TESTS])
 
 
-def _exchanged(run: Mapping[str, Any], maps: str) -> Found:
-    """A setup of `bench/exchange.py`."""
-    losses = [spoken_interval(r["increase"], r["increase_interval"], percent=True, sign=True) for r in run["losses"]]
-    return _job(run, maps, losses, run["layers"])
+def _cuts(read: Read, model: str) -> list[Found]:
+    """The jobs of a model that predict keys, of `bench/cuts.py`."""
+    found = []
+    for run in read("cuts")["rows"]:
+        title, _, how = run["title"].partition(", ")
+        losses = [
+            spoken_interval(r["increase"], r["increase_interval"], percent=True, sign=True) for r in run["losses"]
+        ]
+        cut = run["cut"]
+        maps = f"keys predicted from layer {cut['layer']} on, {cut['near']} near tokens, {how}"
+        found += [_job(run, maps, losses)] if title == model else []
+    return found
 
 
 def _staged(run: Mapping[str, Any]) -> Found:
     """A job of `bench/stages.py`, with today's interval of its windows."""
     losses = [increase(r["per_window"]) for r in run["quality_loss"]]
-    return _job(run, "closed form, by a job", losses, {"linear": run["replaced_layers"]})
+    return _job(run, "closed form, by a job", losses, run["replaced_layers"])
 
 
 def _losses(by_text: Mapping[str, Mapping[str, float]]) -> Sequence[str]:
@@ -84,9 +86,9 @@ def _ordered(read: Read, name: str, kind: str, maps: str, tasks: str = "") -> Fo
 
 
 def qwen(read: Read) -> Rows:
-    """Qwen2.5-Coder-0.5B: a limit of 10%, and sets of three, six and nine layers."""
+    """Qwen2.5-Coder-0.5B: predicted keys, a limit of 10%, and sets of three, six and nine layers."""
     tasks, speeds = read("tasks-qwen")["tasks"], read("ladder-qwen-fp32")
-    found = [_exchanged(read("exchange")["rows"][0], "within 10%, distilled"), _staged(read("stages-qwen"))]
+    found = [*_cuts(read, "Qwen2.5-Coder-0.5B"), _staged(read("stages-qwen"))]
     for i, (count, name) in enumerate((("3", "distill-qwen-3"), ("6", "distill-qwen"), ("9", "distill-qwen-9"))):
         run, points = read(name)["distill"], "" if count == "9" else _points(tasks, f"ours {count}")
         chosen = _ordered(read, "qwen", f"efficient {count}", "closed form", points)
@@ -101,7 +103,7 @@ def qwen(read: Read) -> Rows:
 
 
 def smollm2(read: Read) -> Rows:
-    """SmolLM2-135M: a limit of 10%, eight linear layers, and sets of four, eight and twelve layers."""
+    """SmolLM2-135M: predicted keys, a limit of 10%, eight linear layers, and sets of four, eight and twelve layers."""
     eight = read("demo-smollm2-fp32")
     losses = [spoken_loss(loss)["increase"] for loss in eight["quality_loss"]]
     tasks, trained = read("tasks-smollm2")["tasks"], read("tasks-distilled-smollm2")["tasks"]
@@ -109,9 +111,9 @@ def smollm2(read: Read) -> Rows:
     table = read("graph-tasks-smollm2")["table"]
     shipped = _said({r["task"]: r["differences"][0]["value"] for r in table if r["metric"] == "acc"})
     found = [
-        _exchanged(read("exchange")["rows"][1], "within 10%, distilled"),
+        *_cuts(read, "SmolLM2-135M"),
         _staged(read("stages-smollm2")),
-        _job(eight, "closed form, calibrated on 65,536 tokens", losses, {"linear": eight["replaced_layers"]}),
+        _job(eight, "closed form, calibrated on 65,536 tokens", losses, eight["replaced_layers"]),
         Found("closed form", bias["layers"], _losses(bias["independent"]), tasks=shipped),
         Found("distilled", bias["layers"], _losses(bias["distilled"])),
     ]

@@ -67,26 +67,16 @@ def copies(read: Read) -> Rows:
     return rows
 
 
-_AT_LENGTH = (
-    ("SmolLM2, eight linear layers", "length-smollm2"),
-    ("SmolLM2, within 10%", "job-smollm2"),
-    ("Qwen, within 10%", "job-qwen"),
-)
-
-
 def length(read: Read) -> Rows:
     """What sets lose at length: perplexity by position, keys that are found and random tokens that are copied."""
-    found: dict[tuple[str, int], list[str]] = {}
-    for _, name in _AT_LENGTH:
-        for one in read(name)["length"]:
-            for row in one["rows"]:
-                found.setdefault((one["test"], row["tokens"]), []).append(_at_length(one["test"], row))
-    rows: Rows = [("", *(title for title, _ in _AT_LENGTH)), "l" + "r" * len(_AT_LENGTH)]
-    ends = [0, *(tokens for test, tokens in found if test == "position")]
-    first = dict(zip(ends[1:], ends, strict=False))
-    for (test, tokens), cells in found.items():
-        place = f"{first[tokens]:,}–{tokens - 1:,}" if test == "position" else f"{tokens:,}"
-        rows.append((_LONG[test].format(place), *cells))
+    rows: Rows = [("", "SmolLM2, eight linear layers"), "lr"]
+    for one in read("length-smollm2")["length"]:
+        begin = 0
+        for row in one["rows"]:
+            end = row["tokens"]
+            place = f"{begin:,}–{end - 1:,}" if one["test"] == "position" else f"{end:,}"
+            rows.append((_LONG[one["test"]].format(place), _at_length(one["test"], row)))
+            begin = end
     return rows
 
 
@@ -129,19 +119,6 @@ def _tasks(found: Mapping[str, Any], fits: Mapping[str, str]) -> Rows:
     for row, fit in fits.items():
         layers = spoken_layers(found["piqa"]["rows"][row]["layers"])
         rows.append((layers, fit, *(accuracy_of(found[name]["rows"][row]["acc"], row) for name in TASKS)))
-    return rows
-
-
-def job_tasks(read: Read) -> Rows:
-    """Accuracies of the original and of default jobs, with the paired difference on the same documents."""
-    rows: Rows = [("job", "documents of each", *TASKS.values()), "lrrrr"]
-    for job in read("tasks-jobs")["jobs"]:
-        accuracy = {row["task"]: row for row in job["table"] if row["metric"] == "acc"}
-        cells = []
-        for name in TASKS:
-            original = accuracy_of(accuracy[name]["figures"]["original"], "original")
-            cells.append(f"{original} → {accuracy_of(_of_nbl(accuracy[name]), 'nbl')}")
-        rows.append((job["title"], f"{accuracy['piqa']['items']:,}", *cells))
     return rows
 
 

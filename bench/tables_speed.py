@@ -91,14 +91,19 @@ def headline(read: Read) -> Rows:
     rows: Rows = [("NBL over original", *(run["title"] for run in runs)), "l" + "l" * len(runs)]
     rows.append(("layers that far tokens skip", *(_skipped(run) for run in runs)))
     for title, test in (("prefill of 2,048 tokens", "pp2048"), ("prefill of 512 tokens", "pp512"), ("decode", "tg")):
-        found = (next((row for row in run["measured"] if row["test"].startswith(test)), None) for run in runs)
-        rows.append((title, *(cell(row) if row else "not measured" for row in found)))
+        rows.append((title, *(measured(run, test) or "not measured" for run in runs)))
     for i, name in enumerate(_TEXTS):
         rows.append((f"perplexity, {name}", *(_increase(run["losses"][i]) for run in runs)))
     rows.append(("perplexity, WikiText-2 valid", *(_perplexity(run) for run in runs)))
     minutes = (f"{sum(run['seconds'].values()) / 60:.0f} minutes" for run in runs)
     rows.append(("the whole job", *minutes))
     return rows
+
+
+def measured(run: Mapping[str, Any], test: str, depth: int = 0) -> str:
+    """The measured ratio of a test; empty if there is none."""
+    found = (row for row in run["measured"] if row["test"].startswith(test) and row["depth"] == depth)
+    return next((cell(row) for row in found), "")
 
 
 def _skipped(run: Mapping[str, Any]) -> str:
@@ -120,18 +125,29 @@ def _increase(loss: Mapping[str, Any]) -> str:
 
 
 def exchange(read: Read) -> Rows:
-    """What setups of the job reach within the default limit on quality."""
-    rows: Rows = [("setup", "windows", "linear", *_TEXTS, "prefill of 512, modelled", "prefill of 512",
-                   "prefill of 2,048", "decode after 2,048"), "lllllrlll"]  # fmt: skip
-    for row in read("exchange")["rows"]:
-        layers = [spoken_layers(tuple(row["layers"].get(kind, ()))) or "none" for kind in ("window", "linear")]
+    """What jobs reach: with a cut, and with linear layers within a limit on quality."""
+    rows: Rows = [("job", "keys predicted", "linear", *_TEXTS, "prefill of 512, modelled", "prefill of 512",
+                   "prefill of 2,048", "decode"), "lllllrlll"]  # fmt: skip
+    for row in (*read("cuts")["rows"], *read("exchange")["rows"]):
+        cut, modelled = row.get("cut"), _modelled(row)
+        kinds = f"{cut['layer']}-{row['num_layers'] - 1}" if cut else "none", _linear(row)
         losses = [_increase(loss) for loss in row["losses"]]
-        speeds = []
-        for test, depth in (("pp512", 0), ("pp2048", 0), ("tg", 2048)):
-            found = [r for r in row["measured"] if r["test"].startswith(test) and r["depth"] == depth]
-            speeds.append(cell(found[0]) if found else "not measured")
-        rows.append((row["title"], *layers, *losses, f"×{row['modelled']['prefill']:.2f}", *speeds))
+        speeds = [measured(row, test) or "not measured" for test in ("pp512", "pp2048", "tg")]
+        rows.append((row["title"], *kinds, *losses, f"×{modelled:.2f}" if modelled else "not modelled", *speeds))
     return rows
+
+
+def _linear(row: Mapping[str, Any]) -> str:
+    return spoken_layers(tuple(row.get("layers", {}).get("linear", ()))) or "none"
+
+
+def _modelled(row: Mapping[str, Any]) -> float | None:
+    """The modelled speed-up of a prompt of 512 tokens; None of a cut that was named."""
+    if "modelled" in row:
+        return float(row["modelled"]["prefill"])
+    cut = row["cut"]
+    points = (p for p in row["points"] if (p["replaced_layers"][0], p["near"]) == (cut["layer"], cut["near"]))
+    return next((float(point["prefill"]) for point in points), None)
 
 
 def large(read: Read) -> Rows:
@@ -155,15 +171,13 @@ def large_stages(read: Read) -> Rows:
     return rows
 
 
-def trained_jobs(read: Read) -> Rows:
-    """Minutes of the stages of jobs that train."""
-    stages = ("calibrate", "plan", "distill", "verify", "bench", "all stages")
-    rows: Rows = [("job", *stages), "l" + "r" * len(stages)]
-    for row in read("exchange")["rows"]:
+def job_times(read: Read) -> Rows:
+    """Minutes of the stages of jobs that predict keys."""
+    stages = ("calibrate", "plan", "verify", "bench")
+    rows: Rows = [("job", *stages, "all stages"), "l" + "r" * (len(stages) + 1)]
+    for row in read("cuts")["rows"]:
         seconds = row["seconds"]
-        if {"distill", "bench"} <= set(seconds):
-            shown = {**seconds, stages[-1]: sum(seconds.values())}
-            rows.append((row["title"], *(f"{shown[k] / 60:.0f} min" if k in shown else "not run" for k in stages)))
+        rows.append((row["title"], *(f"{t / 60:.1f} min" for t in (*map(seconds.get, stages), sum(seconds.values())))))
     return rows
 
 
