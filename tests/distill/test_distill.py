@@ -87,12 +87,16 @@ def test_same_seed_same_maps(prepared: dict[str, Any], plain: Any) -> None:
     assert plain.train_kl == again.train_kl
 
 
-@pytest.mark.parametrize(("steps", "patience", "taken"), [(100, 0.02, 2), (20, 0.5, 10)])
+@pytest.mark.parametrize(
+    ("steps", "patience", "narrows", "taken"), [(100, 0.02, False, 2), (20, 0.5, False, 10), (20, 0.5, True, 18)]
+)
 def test_stops_when_held_back_text_no_longer_improves(
-    steps: int, patience: float, taken: int, prepared: dict[str, Any]
+    steps: int, patience: float, narrows: bool, taken: int, prepared: dict[str, Any]
 ) -> None:
-    """Its patience is a share of the run, however often it looks."""
-    settings = DistillSettings(steps=steps, batch_tokens=128, check_every=1, patience=patience, learning_rate=0.0)
+    """Its patience is a share of the run, however often it looks, and begins anew when layers are given back."""
+    settings = DistillSettings(
+        steps=steps, batch_tokens=128, check_every=1, patience=patience, learning_rate=0.0, narrows=narrows
+    )
     assert len(run(prepared, "normed", settings).train_kl) == taken
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 import pytest
 
 from nbl_export.errors import CorruptError
@@ -619,3 +620,20 @@ def test_throughput_plot_writes_the_paired_ratio(written: Written) -> None:
     assert {"2.00×", "0.50×", "no clear", "difference", "Prefill", "Decode", "205"} <= set(texts)
     bars = re.findall(r'<path [^>]*clip-path[^>]*style="fill: var\(--(nbl|original)', drawing)
     assert bars == ["original", "nbl"] * 3
+
+
+def test_what_is_drawn_is_what_was_measured(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whiskers reach the ends of intervals and the lowest and the highest round; a curve takes the worst text."""
+    monkeypatch.setattr(plots, "_svg", lambda figure, *_: figure)
+
+    def whiskers(drawn: Any, across: int) -> list[list[float]]:
+        found = [c for axis in drawn.axes for c in axis.containers if hasattr(c, "has_yerr")]
+        return [s[:, across].tolist() for c in found for lines in c.lines[2] for s in lines.get_segments()]
+
+    ratios = [{"test": "pp8", "depth": depth, "ratio": 1.2, "low": 1.1, "high": 1.6} for depth in (0, 64)]
+    assert whiskers(plots.depths(ratios), 1) == pytest.approx(np.array([[1.1, 1.6]] * 2))
+    rows = written.json["rows"]
+    ends = [[min(row["samples"]), max(row["samples"])] for row in rows]
+    assert whiskers(plots.throughput(rows, []), 0) == pytest.approx(np.array(ends))
+    points = [{**point, "increases": [0.1, 0.02, 0.05]} for point in CURVE["points"]]
+    assert plots.curve(points, 3).axes[0].lines[0].get_ydata() == pytest.approx([1.1] * 4)  # type: ignore[attr-defined]

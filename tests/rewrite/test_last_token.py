@@ -93,6 +93,10 @@ def test_dense_caches_are_pruned_too(exported: Exported, random_maps: Maps, tmp_
     assert difference(tmp_path / "dense") == ""
     assert OnnxDecoder(tmp_path / "dense", HEAD_DIM).contract.cache_layers == (0, 1)
     assert [r.passed for r in held(tmp_path / "dense")] == [True] * 3
+    model = ir.load(original / "model.onnx")
+    model.graph.initializers["nbl.tail.last"].const_value = ir.tensor([1], name="nbl.tail.last")
+    ir.save(model, original / "model.onnx")
+    assert difference(original) == "initializer nbl.tail.last differs"
 
 
 # -- planted faults ----------------------------------------------------------------------------------------
