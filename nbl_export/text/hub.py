@@ -6,8 +6,9 @@
     ["text", 0, "one document"] ... ["end", 0, cut], then the same for source 1
     ["error", 0, "why dataset 0 cannot be read"], and the process ends
 
-A child can be stopped while its library waits for the network. The child's memory is freed when it ends. A document is
-the column `text` or `content` of a row, or its `messages` in a plain form.
+A child can be stopped while its library waits for the network. The child's memory is freed when it ends. It works in an
+empty directory, because the library prefers a local folder of a dataset's name to the hub. A document is the column
+`text` or `content` of a row, or its `messages` in a plain form.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import os
+import tempfile
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nbl_export.child import Child, Write
@@ -30,6 +33,7 @@ __all__ = ["COLUMNS", "HubError", "HubRows", "answer", "split_source", "stream",
 
 COLUMNS = ("text", "content", "messages")
 _ROWS = 20_000  # most rows of a dataset
+_PLACES = ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "SSL_CERT_FILE")  # paths, which may be relative
 _LONGEST = 300  # characters of a library's error
 
 
@@ -40,12 +44,17 @@ def split_source(source: str) -> tuple[str, tuple[str, ...], str]:
     return "/".join(parts[:2]), tuple(parts[2:]), split or "train"
 
 
-def answer(write: Write, sources: Sequence[str], most: int) -> None:
+def answer(write: Write, sources: Sequence[str], most: int, empty: Path) -> None:
     """Write the documents of each dataset, and stop at the first dataset that cannot be read.
 
     Args:
         most: characters of each dataset.
+        empty: the directory to work in.
     """
+    for name in _PLACES:
+        if place := os.environ.get(name):
+            os.environ[name] = os.path.abspath(os.path.expanduser(place))
+    os.chdir(empty)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what the library prints
     for number, source in enumerate(sources):
         try:
@@ -178,7 +187,10 @@ def stream(sources: Sequence[str], most: int, seconds: float | None = None) -> l
     found: list[HubRows] = []
     documents: list[str] = []
     end = None if seconds is None else time.monotonic() + seconds
-    with Child(answer, list(sources), most) as child:
+    with (
+        tempfile.TemporaryDirectory(prefix="nbl-export-") as empty,
+        Child(answer, list(sources), most, Path(empty)) as child,
+    ):
         while len(found) < len(sources):
             try:
                 line = child.answer(None if end is None else max(0.0, end - time.monotonic()))

@@ -66,7 +66,10 @@ def test_the_default_text_is_a_mix_of_three_datasets(library: FakeDatasets, capl
 
 
 def test_the_library_itself_reads_the_mix(server: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packed lines of JSON by a configuration, and Parquet with chats, as the hub has them."""
+    """Packed lines of JSON by a configuration, and Parquet with chats, as the hub has them.
+
+    The working directory has a folder of each name, which the library would prefer.
+    """
     pytest.importorskip("datasets")
     pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 
@@ -83,7 +86,13 @@ def test_the_library_itself_reads_the_mix(server: FakeHub, tmp_path: Path, monke
             "data/train_sft-0.parquet": (tmp_path / "chat").read_bytes(),
         },
     }
+    for source in HUB_MIX:
+        (decoy := tmp_path / "clone" / source.partition("@")[0]).mkdir(parents=True)
+        (decoy / "train.jsonl").write_text('{"text": "of a stranger"}\n' * 9, encoding="utf-8")
+    monkeypatch.chdir(tmp_path / "clone")
+    monkeypatch.setenv("HF_HOME", "cache")
     text = read_texts(())
+    assert (tmp_path / "clone" / "cache").is_dir()
     assert text.name.startswith("hub mix: "), text.name
     assert {
         web[0]["text"],
