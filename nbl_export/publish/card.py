@@ -205,6 +205,7 @@ def find(manifest: Mapping[str, Any], hub_id: str | None = None) -> BaseModel:
 
     Raises:
         NblError: the run was made from a hub model other than `hub_id`.
+        UsageError: the run or its files state a hub id that the hub would not take.
     """
     model, place = manifest["model"], manifest.get("places", {}).get("model")
     revision = model.get("revision")
@@ -213,6 +214,8 @@ def find(manifest: Mapping[str, Any], hub_id: str | None = None) -> BaseModel:
     terms, origin = _of_files(Path(place), model["fingerprint"]) if place else ({}, "")
     stated = terms.pop("hub_id", None)
     hub_id = hub_id or (model["name"] if revision else stated)
+    if hub_id:
+        check_hub_id(hub_id, "the base model")
     if "license" not in terms and hub_id:
         terms, origin = {**terms, **_of_hub(hub_id, revision)}, f"the card of {hub_id}"
     link = terms.get("license_link", "https://")

@@ -96,7 +96,7 @@ def is_ours(seen: os.stat_result, kind: Any) -> bool:
 def _is_entry(entry: Any) -> bool:
     facts, digest = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
     numbers = isinstance(facts, list) and all(type(number) is int for number in facts)
-    return numbers and isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) is not None
+    return numbers and isinstance(digest, str) and _is_digest(digest)
 
 
 def _save(entries: dict[str, Any]) -> None:
@@ -116,17 +116,23 @@ def is_own(digest: str) -> bool:
     home = _list()
     with contextlib.suppress(OSError):
         ours = all(is_ours(folder.lstat(), stat.S_ISDIR) for folder in (home.parent, home))
-        named = re.fullmatch("[0-9a-f]{64}", digest) is not None
-        return ours and named and is_ours((home / digest).lstat(), stat.S_ISREG)
+        return ours and _is_digest(digest) and is_ours((home / digest).lstat(), stat.S_ISREG)
     return False
+
+
+def _is_digest(text: str) -> bool:
+    """Whether a text is a SHA-256, and so no path."""
+    return re.fullmatch("[0-9a-f]{64}", text) is not None
 
 
 def remember(digest: str) -> None:
     """Add the SHA-256 of a compiled file.
 
     Raises:
-        NblError: the list cannot be written, or others may write to it.
+        NblError: `digest` is no SHA-256, the list cannot be written, or others may write to it.
     """
+    if not _is_digest(digest):
+        raise NblError(f"{digest!r} is no SHA-256 of a compiled file; build the engine again")
     home = _list()
     with contextlib.suppress(OSError):
         for folder in (home.parent, home):

@@ -202,6 +202,11 @@ def test_a_run_of_a_hub_model_knows_its_name(run: Path, tmp_path: Path) -> None:
     assert metadata(text)["base_model"] == "org/tiny"
     assert f"revision {revision}" in text and "nbl-export --model org/tiny " in text
     assert_refused(nbl("card", run, "--base-model", "org/other"), 1, "org/tiny", "org/other")
+    (run / README).unlink()
+    for name in ("x/y](https://evil.example) <img src=x>\n\n# Official", "../x", "x/y/z", "a/" + "b" * 200):
+        change(run, model={**model, "name": name})
+        assert_refused(nbl("card", run), 2, "the base model", "is not a hub id")
+        assert not (run / README).exists()
 
 
 def test_names_of_others_are_text(run: Path) -> None:

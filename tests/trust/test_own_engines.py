@@ -43,10 +43,17 @@ def test_what_was_remembered_is_known(home: Path, mask: int) -> None:
     assert [path.name for path in home.iterdir()] == [DIGEST]
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "../engines", DIGEST.upper(), DIGEST[:-1], f"../engines/{DIGEST}"])
-def test_only_hashes_are_known(home: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../made", DIGEST.upper(), DIGEST[:-1], f"../engines/{DIGEST}", "/tmp/../{home}/made"]
+)
+def test_only_hashes_are_known_and_remembered(home: Path, name: str) -> None:
     remember(DIGEST)
-    assert not is_own(name)
+    before = sorted(home.parent.parent.rglob("*"))
+    named = name.format(home=home.parent)
+    assert not is_own(named)
+    with pytest.raises(NblError, match="no SHA-256 of a compiled file"):
+        remember(named)
+    assert sorted(home.parent.parent.rglob("*")) == before
 
 
 def _others_may_write(path: Path) -> None:
