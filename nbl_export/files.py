@@ -17,12 +17,12 @@ from typing import IO, Any
 
 from nbl_export.errors import NblError
 
-__all__ = ["PACKAGE", "SCRATCH_PREFIX", "arrays_sha256", "file_sha256", "friendly_os_errors", "key_of", "make_folder",
+__all__ = ["PACKAGE", "arrays_sha256", "file_sha256", "friendly_os_errors", "is_scratch", "key_of", "make_folder",
            "move_into_place", "refuse_occupied", "remove", "replaced", "replacing", "safetensors_header",
            "safetensors_tensors", "scratch_in", "stream_sha256", "write_json"]  # fmt: skip
 
 PACKAGE = Path(__file__).parent  # the folder of nbl_export
-SCRATCH_PREFIX = ".tmp-"
+_SCRATCH = ".nbl-export-"
 
 
 def file_sha256(path: Path) -> str:
@@ -106,11 +106,17 @@ def scratch_in(directory: Path) -> Iterator[Path]:
 
     It has a random name, was not there before, and only this user may enter it. So nobody can have put a link into it.
     """
-    scratch = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir=directory))
+    scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=directory))
     try:
         yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def is_scratch(path: Path) -> bool:
+    """Whether a path is a directory that `scratch_in` makes, which a killed process leaves behind."""
+    made = re.fullmatch(rf"{re.escape(_SCRATCH)}[a-z0-9_]{{8}}", path.name)  # as `tempfile` names it
+    return made is not None and path.is_dir() and not path.is_symlink()
 
 
 @contextlib.contextmanager
@@ -203,21 +209,31 @@ def refuse_occupied(target: Path) -> None:
     except OSError as error:
         raise NblError(f"{target} cannot be looked into: {error.strerror}; choose another --output") from error
     if occupied:
-        raise NblError(f"{target} is there already; choose another --output, or remove it")
+        raise _there_already(target)
+
+
+def _there_already(target: Path) -> NblError:
+    return NblError(f"{target} is there already; choose another --output, or remove it")
 
 
 def move_into_place(made: Path, target: Path) -> Path:
-    """Rename a finished directory to `target`, and replace what is there.
+    """Rename a finished directory to `target`, which is missing or empty.
 
     The directory first moves to a name beside `target`, since it may come from another file system.
+
+    Raises:
+        NblError: something has been put there meanwhile. It stays.
     """
     make_folder(target.parent)
     with friendly_os_errors(target), scratch_in(target.parent) as scratch:
         beside = scratch / target.name
         shutil.move(made, beside)
-        if target.exists() or target.is_symlink():
-            remove(target)
-        os.replace(beside, target)
+        try:
+            os.replace(beside, target)  # fails for a file, a link, and a directory with content
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            raise _there_already(target) from error
     return target
 
 

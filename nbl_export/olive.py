@@ -18,6 +18,7 @@ from olive.model import HfModelHandler, ONNXModelHandler
 from olive.passes import Pass
 from olive.passes.pass_config import PassConfigParam
 
+from nbl_export.files import move_into_place, refuse_occupied, scratch_in
 from nbl_export.graph.names import GRAPH_FILE
 from nbl_export.run.pipeline import run_job
 from nbl_export.run.progress import Ui
@@ -66,8 +67,7 @@ class NblRewrite(Pass):
         }
 
     def _run_for_config(self, model: ONNXModelHandler, config: Any, output_model_path: str) -> ONNXModelHandler:
-        source, out = Path(model.model_path), Path(output_model_path).with_suffix("")
-        shutil.rmtree(out, ignore_errors=True)
+        source, out = Path(model.model_path), _directory(output_model_path)
         rewrite_given(source.parent, Path(config.maps), config.layers, config.tap, out)
         return _handler(model, out, source.name)
 
@@ -84,12 +84,18 @@ class Nbl(Pass):
         }
 
     def _run_for_config(self, model: HfModelHandler, config: Any, output_model_path: str) -> ONNXModelHandler:
-        out = Path(output_model_path).with_suffix("")
+        out = _directory(output_model_path)
+        refuse_occupied(out)
         run = out.with_name(f"{out.name}-{_RUN}")
         run_job({**config.options, "model": str(model.model_name_or_path)}, run, Ui())
-        shutil.rmtree(out, ignore_errors=True)
-        shutil.copytree(run / "model", out)
+        with scratch_in(run) as scratch:
+            move_into_place(Path(shutil.copytree(run / "model", scratch / "model")), out)
         return _handler(model, out, GRAPH_FILE)
+
+
+def _directory(output: str) -> Path:
+    """The directory for an output path of Olive, which may name a file of a graph. It must be new or empty."""
+    return Path(output.removesuffix(".onnx"))
 
 
 def _handler(before: Any, directory: Path, graph: str) -> ONNXModelHandler:

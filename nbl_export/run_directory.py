@@ -36,15 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import CorruptError, NblError
-from nbl_export.files import (
-    SCRATCH_PREFIX,
-    file_sha256,
-    friendly_os_errors,
-    make_folder,
-    remove,
-    scratch_in,
-    write_json,
-)
+from nbl_export.files import file_sha256, friendly_os_errors, is_scratch, make_folder, remove, scratch_in, write_json
 from nbl_export.graph.names import GENAI_CONFIG, IR_FILE, MANIFEST
 from nbl_export.options.command import describe_command
 from nbl_export.options.options import JobOptions
@@ -145,7 +137,7 @@ class RunDirectory:
 
     def _sweep(self) -> None:
         """Remove what a killed process left unfinished."""
-        for leftover in self.path.glob(f"{SCRATCH_PREFIX}*"):
+        for leftover in filter(is_scratch, self.path.iterdir()):
             remove(leftover)
 
     def _forget_checkpoint(self) -> None:
@@ -288,7 +280,7 @@ def refuse_foreign(path: Path) -> None:
         NblError: the directory is neither.
     """
     try:
-        entries = [p.name for p in path.iterdir()] if path.is_dir() else []
+        entries = [p.name for p in path.iterdir() if not is_scratch(p)] if path.is_dir() else []
         is_file = path.is_file()
     except OSError as error:
         raise NblError(f"{path} cannot be looked into: {error.strerror}; choose another --output") from error
@@ -296,7 +288,7 @@ def refuse_foreign(path: Path) -> None:
         raise NblError(f"{path} is a file; choose another --output")
     if GENAI_CONFIG in entries or IR_FILE in entries:
         raise NblError(f"{path} is a model directory, not a run directory; choose another --output")
-    strangers = [name for name in entries if name != ".lock" and not name.startswith(SCRATCH_PREFIX)]
+    strangers = [name for name in entries if name != ".lock"]
     if strangers and MANIFEST not in entries:
         raise NblError(
             f"{path} is not empty and not a run directory (it holds {sorted(strangers)[0]}); choose another --output"

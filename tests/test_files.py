@@ -15,7 +15,8 @@ from nbl_export import files
 from nbl_export.calibrate.moments_file import MomentsWriter
 from nbl_export.calibrate.sums import Sums
 from nbl_export.distill.state import State
-from nbl_export.files import move_into_place, replaced, replacing, scratch_in, write_json
+from nbl_export.errors import NblError
+from nbl_export.files import is_scratch, move_into_place, replaced, replacing, scratch_in, write_json
 from nbl_export.report import console
 
 
@@ -121,12 +122,25 @@ def test_links_that_were_prepared_are_not_followed(name: str, tmp_path: Path) ->
     folder = tmp_path / "folder"
     folder.mkdir()
     for beside in ("", f"-{os.getpid()}", f"-{os.getpid() + 1}"):
-        for begin in (".tmp-", "."):
+        for begin in (".nbl-export-", "."):
             (folder / f"{begin}file{beside}").symlink_to("../mine")
     (folder / "file").symlink_to("../mine")
     WRITERS[name](folder / "file")
     assert (tmp_path / "mine").read_text() == "mine"
     assert (folder / "file").is_file() and not (folder / "file").is_symlink()
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "directory"])
+def test_what_fills_the_target_meanwhile_stays(kind: str, tmp_path: Path) -> None:
+    made, target = tmp_path / "made", tmp_path / "target"
+    made.mkdir()
+    mine = target / "mine" if kind == "directory" else target
+    mine.parent.mkdir(exist_ok=True)
+    mine.symlink_to("nowhere") if kind == "link" else mine.write_text("mine")
+    with pytest.raises(NblError, match="target is there already; choose another --output"):
+        move_into_place(made, target)
+    assert mine.is_symlink() or mine.read_text() == "mine"
+    assert not [place for place in tmp_path.iterdir() if is_scratch(place)]
 
 
 def test_scratch_is_new_and_of_this_user_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,9 +149,9 @@ def test_scratch_is_new_and_of_this_user_alone(tmp_path: Path, monkeypatch: pyte
     names = iter(["taken", "link", "free"])
     monkeypatch.setattr(tempfile, "_get_candidate_names", lambda: names)
     (tmp_path / "mine").mkdir()
-    (tmp_path / ".tmp-taken").mkdir()
-    (tmp_path / ".tmp-link").symlink_to("mine")
+    (tmp_path / ".nbl-export-taken").mkdir()
+    (tmp_path / ".nbl-export-link").symlink_to("mine")
     with scratch_in(tmp_path) as scratch:
-        assert scratch == tmp_path / ".tmp-free"
+        assert scratch == tmp_path / ".nbl-export-free"
         assert scratch.stat().st_mode & 0o077 == 0
-    assert not scratch.exists() and (tmp_path / ".tmp-link").is_symlink()
+    assert not scratch.exists() and (tmp_path / ".nbl-export-link").is_symlink()

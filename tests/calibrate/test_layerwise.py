@@ -70,7 +70,7 @@ def test_moments_are_those_of_the_whole_model(
     assert done.status == 0, done.err
     hashes = [file_sha256(tmp_path / name / "moments.safetensors") for name in ("whole", "layers")]
     assert hashes[0] == hashes[1]
-    assert not list((tmp_path / "layers").glob(".tmp-*"))
+    assert not list((tmp_path / "layers").glob(".nbl-export-*"))
 
 
 def test_chosen_by_itself_where_memory_is_short(
@@ -108,7 +108,7 @@ def test_layers_are_chosen_as_with_the_whole_model(
         assert planned.status == 0, planned.err
         assert ("one layer at a time: the weights are too large" in planned.err) is (name == "layers")
         facts.append(json.loads((run / "nbl.json").read_text()))
-        assert not list(run.glob(".tmp-*"))
+        assert not list(run.glob(".nbl-export-*"))
     whole, layers = facts
     assert whole["select"] == layers["select"] == "efficient"
     assert len(layers["goal"]["path"]) == LAYERS - 1

@@ -57,6 +57,11 @@ def index(*names: object) -> Damage:
     return write
 
 
+def two_forms(model: Path) -> None:
+    shutil.copyfile(model / "model.safetensors", model / "a.safetensors")
+    index("a.safetensors")(model)
+
+
 def only_a_pickle(model: Path) -> None:
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
 
@@ -83,6 +88,7 @@ MODELS: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "index names the directory above": (index(".."), ("index.json", "outside", "not to be trusted")),
     "index of numbers": (index(5), ("index.json", "cannot be read")),
     "index of nothing": (index(), ("index.json", "names no file")),
+    "one file and an index of another": (two_forms, ("model.safetensors and model.safetensors.index.json", "remove")),
     "index cut": (lambda m: (m / INDEX).write_text('{"weight'), ("index.json", "cannot be read")),
     "index is a directory": (lambda m: (m / INDEX).mkdir(), ("index.json", "cannot be read")),
 }  # fmt: skip
@@ -113,7 +119,7 @@ def test_model_that_is_found_out_when_it_is_loaded(
     given = ("--model", model, "--calibration", text, *TINY)
     assert_refused(nbl(*given, "--output", tmp_path / "run"), 1, *parts)
     assert {path.name for path in (tmp_path / "run").glob("*.safetensors")} <= {"text.safetensors"}
-    assert not list((tmp_path / "run").glob(".tmp-*"))
+    assert not list((tmp_path / "run").glob(".nbl-export-*"))
 
 
 def _move_token(path: Path) -> None:

@@ -39,7 +39,7 @@ def test_the_command_and_a_fresh_process(run: Path, tmp_path: Path) -> None:
     expected = linearize(model, load_maps(run / "maps.safetensors", manifest["replaced_layers"]), manifest["tap"])
     with torch.inference_mode():
         assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), expected(IDS, use_cache=False).logits)
-    assert not [p.name for p in run.iterdir() if p.name.startswith(".tmp-")]
+    assert not [p.name for p in run.iterdir() if p.name.startswith(".nbl-export-")]
 
 
 def test_what_is_there_is_not_overwritten(run: Path, tmp_path: Path) -> None:

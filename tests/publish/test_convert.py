@@ -57,7 +57,7 @@ def test_linear_maps_are_written_as_they_are(runs: dict[str, Path], tmp_path: Pa
     maps = load_maps(runs["linear"] / "maps.safetensors", (1, 2))
     for i, found in matrices_in(tmp_path / "nas").items():
         np.testing.assert_array_equal(found, maps[i].tensors()["weight"])
-    assert not [p.name for p in runs["linear"].iterdir() if p.name.startswith(".tmp-")]
+    assert not [p.name for p in runs["linear"].iterdir() if p.name.startswith(".nbl-export-")]
 
 
 @pytest.mark.parametrize("kind", ["normed", "residual"])
@@ -112,7 +112,7 @@ def test_a_target_that_is_there_and_a_directory_that_is_no_run(runs: dict[str, P
     asked = ("--to", "nemotron-nas", "--output", tmp_path / "mine")
     assert_refused(nbl("convert", runs["linear"], *asked), 1, "mine is there already")
     assert (tmp_path / "mine").read_text() == "mine"
-    assert nbl("convert", tmp_path / "nowhere", *asked[:3], tmp_path / "new").status == 1
+    assert_refused(nbl("convert", tmp_path / "nowhere", *asked[:3], tmp_path / "new"), 1, "nowhere does not exist")
 
 
 def test_without_the_text_the_command_of_a_run_that_can_is_named(runs: dict[str, Path], tmp_path: Path) -> None:

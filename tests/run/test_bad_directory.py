@@ -55,7 +55,17 @@ def test_output_without_permission(same: Same, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["notes.txt", "model/weights.bin", "checkpoint/config.json", "bench.json", ".git/HEAD"]
+    "name",
+    [
+        "notes.txt",
+        "model/weights.bin",
+        "checkpoint/config.json",
+        "bench.json",
+        ".git/HEAD",
+        ".tmp-mine/thesis.txt",
+        ".nbl-export-mine/thesis.txt",
+        ".nbl-export-abcdefgh",
+    ],
 )
 def test_directory_with_other_things_in_it(name: str, same: Same, tmp_path: Path) -> None:
     """Also where they are called as ours would be."""
@@ -133,7 +143,7 @@ def test_file_size_limit(kilobytes: int, missing: str, run: Path) -> None:
         refused = nbl("report", run)
     assert_refused(refused, 1, run, "--output")
     assert snapshot(run) == before
-    assert not list(run.glob(".tmp-*"))
+    assert not list(run.glob(".nbl-export-*"))
     if missing in ("report.md", "maps.safetensors"):
         assert nbl("report" if missing == "report.md" else "rewrite", run).status == 0
 
@@ -164,7 +174,7 @@ def test_full_disk(kilobytes: int, same: Same, tmp_path: Path, monkeypatch: pyte
     try:
         run = disk / "run"
         assert_refused(nbl(*same, "--output", run), 1, run, "no space left", "--output")
-        assert not list(run.glob(".tmp-*"))
+        assert not list(run.glob(".nbl-export-*"))
         subprocess.run(["mount", "-o", "remount,size=8m", disk], check=True)
         with until("rewrite"):
             done = nbl(*same, "--output", run)

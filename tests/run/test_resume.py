@@ -281,7 +281,7 @@ def test_interrupt(
     assert process.status == 130, process.err
     assert but_notes(process.err)[-2:] == [line, FAREWELL]
     assert snapshot(run) == before
-    assert not list(run.glob(".tmp-*"))
+    assert not list(run.glob(".nbl-export-*"))
 
 
 def test_interrupt_a_process_of_its_own(same: Same, run: Path, tmp_path: Path) -> None:
@@ -375,7 +375,7 @@ def assert_equal_runs(run: Path, undisturbed: Path) -> None:
     timed = {"nbl.json", "bench.json", "report.html", "report.md", "report.json"}
     assert {n for n in ours if ours[n] != theirs[n]} <= timed
     assert facts_of(run)["status"] == "verified"
-    assert not list(run.glob(".tmp-*"))
+    assert not list(run.glob(".nbl-export-*"))
 
 
 @pytest.mark.fuzz

@@ -1,6 +1,6 @@
 """Builds decoder.onnx into a plan (TensorRT's serialised engine) with engine.json beside it; complete or absent.
 
-DIR/model/decoder.onnx ─ parse ─ build ─► .tmp-… ─ rename ─► DIR/engine/model/
+DIR/model/decoder.onnx ─ parse ─ build ─► scratch ─ rename ─► DIR/engine/model/
 
 A build that a library refuses for its attention is tried again, with more allowed each time:
 

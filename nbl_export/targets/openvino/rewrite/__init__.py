@@ -17,12 +17,12 @@ import io
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import MissingPackageError, NblError, RefusalError
+from nbl_export.files import scratch_in
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE, IR_WEIGHTS
 from nbl_export.mixers.base import Mixer
 from nbl_export.records.plan import spoken_layers
@@ -116,8 +116,7 @@ def keep_last_token_ir(directory: Path) -> None:
         raise RefusalError(
             error.layer, f"{error.reason} (nodes behind the last attention cannot be pruned; use --logits all)"
         ) from error
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".tmp-") as scratch:
-        pruned = Path(scratch)
+    with scratch_in(directory) as pruned:
         save_ir(model, pruned, precision, group)
         every = share_constants(directory / IR_FILE, directory / IR_WEIGHTS, (pruned / IR_FILE, pruned / IR_WEIGHTS))
         (pruned / ALL_LOGITS_IR).write_text(every, encoding="utf-8")
