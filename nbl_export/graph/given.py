@@ -12,7 +12,7 @@ from typing import Any
 
 from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.graph.genai_config import check_genai_config
-from nbl_export.graph.names import GENAI_CONFIG, MANIFEST
+from nbl_export.graph.names import GENAI_CONFIG, MANIFEST, TEXT_FILES
 from nbl_export.trust.contained import check_folder, check_inside, refuse_special
 
 __all__ = ["check_graph_place", "companions", "has_graph", "home_of", "onnx_tools", "refuse_graph"]
@@ -42,9 +42,7 @@ def onnx_tools() -> Any:
     return nbl_export.graph
 
 
-_BESIDE_A_FILE = ("config.json", "generation_config.json", GENAI_CONFIG, "tokenizer.json", "tokenizer.model",
-                  "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-                  "chat_template.jinja")  # fmt: skip
+_BESIDE_A_FILE = (*TEXT_FILES, GENAI_CONFIG)
 
 
 def has_graph(path: Path) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from nbl_export.records.decoder import STATE_SUFFIXES
 
 __all__ = ["ALL_LOGITS_FILE", "ALL_LOGITS_IR", "CUT_ROWS", "DETOKENIZER_IR", "GENAI_CONFIG", "GRAPH_FILE", "IR_FILE",
-           "IR_WEIGHTS", "MANIFEST", "OWN_NODES", "STATIC_GRAPH_FILE", "TOKENIZER_IR", "all_logits_file",
+           "IR_WEIGHTS", "MANIFEST", "OWN_NODES", "STATIC_GRAPH_FILE", "TEXT_FILES", "TOKENIZER_IR", "all_logits_file",
            "constant_name", "graph_file", "node_name", "product_name", "state_names"]  # fmt: skip
 
 GRAPH_FILE = "model.onnx"
@@ -19,6 +19,10 @@ IR_WEIGHTS = "openvino_model.bin"
 ALL_LOGITS_IR = "openvino_all_logits.xml"  # the same graph with all logits; it reads the same constants
 TOKENIZER_IR = "openvino_tokenizer.xml"
 DETOKENIZER_IR = "openvino_detokenizer.xml"
+# What a decoder takes over from its checkpoint: settings, tokenizer and chat template.
+TEXT_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+              "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+              "chat_template.jinja")  # fmt: skip
 MANIFEST = "nbl.json"  # in a run directory and in a deployable directory
 OWN_NODES = "/nbl/"  # begins the names of nodes that the rewrite adds
 CUT_ROWS = "/nbl/cut/Rows"  # the node that takes the rows that climb above a cut; the last token's row comes first

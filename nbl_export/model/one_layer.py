@@ -30,6 +30,7 @@ from nbl_export.files import safetensors_tensors
 from nbl_export.graph.gguf_header import read_header
 from nbl_export.model.architectures import ARCHITECTURES
 from nbl_export.model.checkpoint.pretrained import model_with
+from nbl_export.model.checkpoint.weights import weight_files
 from nbl_export.model.linearize import architecture_of
 from nbl_export.model.memory import WEIGHTS_SHARE, available_bytes
 
@@ -42,12 +43,7 @@ class WeightReader:
     """The tensors of a checkpoint directory, read one at a time."""
 
     def __init__(self, directory: Path) -> None:
-        index = directory / "model.safetensors.index.json"
-        if index.exists():
-            where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            self._files = {name: directory / file for name, file in where.items()}
-        else:
-            self._files = {n: file for file in sorted(directory.glob("*.safetensors")) for n in _names(file)}
+        self._files = {name: file for file in weight_files(directory) for name in _names(file)}
         self._prefix = "model." if any(name.startswith("model.") for name in self._files) else ""
         kind = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type")
         experts = ARCHITECTURES[kind].experts if kind in ARCHITECTURES else None
@@ -140,7 +136,7 @@ def _sizes(directory: Path) -> Iterator[tuple[str, int]]:
 
 
 def _headers(directory: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for file in directory.glob("*.safetensors"):
+    for file in weight_files(directory):
         yield from safetensors_tensors(file).items()
 
 

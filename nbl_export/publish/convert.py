@@ -74,16 +74,19 @@ def _form_of(asked: str) -> str:
 def _save_checkpoint(found: Finished, target: Path, ui: Ui) -> list[CheckResult]:
     """Write the model with the stored weights of the original, and maps in float32. The classes in `hf` load it.
 
+    The directory appears at `target` only if transformers finds each weight in its shape there.
+
     Raises:
-        NblError: the model is not available, or its architecture has no class.
+        NblError: the model is not available, its architecture has no class, or what was written cannot be loaded.
     """
-    from nbl_export.model.checkpoint.copied import copy_linearized
+    from nbl_export.model.checkpoint.copied import check_loadable, copy_linearized
     from nbl_export.model.checkpoint.hf_classes import save_linearized
 
     checkpoint = found.checkpoint.value
     with found.run.scratch() as scratch, ui.task("saving"):
         if not copy_linearized(checkpoint, found.maps, found.tap, scratch / "saved"):
             save_linearized(found.model.value, checkpoint, found.maps, found.tap, scratch / "saved")
+        check_loadable(scratch / "saved")
         move_into_place(scratch / "saved", target)
     return []
 

@@ -82,6 +82,8 @@ def _check_config(path: Path) -> None:
             said = where[key]
             if any(value not in _ATTENTIONS for value in (said.values() if isinstance(said, dict) else [said])):
                 raise _refused(path, key, f"{said!r} may be code from the hub")
+        if where.get("configuration_files") is not None:
+            raise _refused(path, "configuration_files", "libraries would read other settings than these")
         if where.get("custom_generate") is not None:
             raise _refused(path, "custom_generate", "it names code")
         quantised = where.get("quantization_config")

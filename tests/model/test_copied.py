@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from nbl_export.errors import NblError
 from nbl_export.mixers.base import Mixer
 from nbl_export.model import one_layer
-from nbl_export.model.checkpoint.copied import copy_linearized
+from nbl_export.model.checkpoint.copied import check_loadable, copy_linearized
 from nbl_export.model.checkpoint.hf_classes import save_linearized
 from nbl_export.model.checkpoint.load import load_model, load_tokenizer
 from nbl_export.model.linearize import linearize
@@ -76,14 +76,27 @@ def test_stored_weights_stay_as_they_are(
     assert load_tokenizer(tmp_path / "copied").encode("import") == load_tokenizer(given).encode("import")
 
 
-def test_a_model_in_parts_stays_in_parts(checkpoint: Checkpoint, random_maps: Maps, tmp_path: Path) -> None:
-    load_model(checkpoint("llama")).save_pretrained(tmp_path / "given", max_shard_size="100KB")
+def in_one_part(directory: Path) -> None:
+    """Give the file the name of a part, and write the index that names it."""
+    part = (directory / "model.safetensors").rename(directory / "model-00001-of-00001.safetensors")
+    where = dict.fromkeys(load_file(part), part.name)
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": where}), encoding="utf-8"
+    )
+
+
+@pytest.mark.parametrize("parts", [1, 9])
+def test_a_model_in_parts_stays_in_parts(parts: int, checkpoint: Checkpoint, random_maps: Maps, tmp_path: Path) -> None:
+    load_model(checkpoint("llama")).save_pretrained(tmp_path / "given", max_shard_size="100KB" if parts > 1 else "1GB")
     load_tokenizer(checkpoint("llama")).save_pretrained(tmp_path / "given")
-    parts = {file.name for file in (tmp_path / "given").glob("*.safetensors")}
-    assert len(parts) > 2
+    if parts == 1:
+        in_one_part(tmp_path / "given")
+    names = {file.name for file in (tmp_path / "given").glob("*.safetensors")}
+    assert len(names) == parts
     save_file({"tok_embeddings.weight": torch.zeros(3)}, tmp_path / "given" / "other.safetensors")  # no part of it
     assert copy_linearized(tmp_path / "given", random_maps(1), "residual", tmp_path / "copied")
-    assert {file.name for file in (tmp_path / "copied").glob("*.safetensors")} == parts
+    assert {file.name for file in (tmp_path / "copied").glob("*.safetensors")} == names
+    check_loadable(tmp_path / "copied")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "copied")
     expected = linearize(load_model(checkpoint("llama")), random_maps(1))
     with torch.inference_mode():

@@ -27,7 +27,7 @@ from nbl_export.targets.onnx_files import check_file, check_untouched, held_maps
 from nbl_export.verify.ladder import TOLERANCES
 from nbl_export.verify.last_token import BATCH_LENGTHS, check_last
 
-from ..command import nbl
+from ..command import assert_refused, nbl
 from ..tiny import HEAD_DIM, HIDDEN, LAYERS, VOCAB
 
 Exported = Callable[..., Path]
@@ -259,4 +259,4 @@ def test_all_logits_on_request(run: Path, same: tuple[object, ...]) -> None:
         assert OnnxDecoder(run / name, HEAD_DIM).contract.logits == "all"
     assert not [r for r in json.loads((run / "verify.json").read_text())["checks"] if r["check"] == "last_token"]
     assert json.loads((run / "report.json").read_text())["logits"] == "all"
-    assert nbl(*same, "--output", run, "--logits", "some").status != 0
+    assert_refused(nbl(*same, "--output", run, "--logits", "some"), 2, "--logits")

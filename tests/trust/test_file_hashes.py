@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,21 +49,33 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_a_fine_tune_that_differs_in_the_middle_is_another_model(
+READ = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "vocab.json",
+        "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.jinja",
+        "additional_chat_templates/tools.jinja", "tekken.json", "more.safetensors",
+        "model.safetensors.index.json")  # fmt: skip
+
+
+def test_every_byte_that_a_loader_may_read_identifies_the_model(
     checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    import shutil
-
-    import numpy as np
-    from safetensors.numpy import save_file
-
     copy = Path(shutil.copytree(checkpoint("llama"), tmp_path / "m"))
-    save_file({"of.no.use": np.zeros(1 << 20, np.float32)}, copy / "more.safetensors")
+    for name in READ:
+        file = copy / name
+        file.parent.mkdir(exist_ok=True)
+        if name == "model.safetensors.index.json":
+            file.write_text('{"weight_map": {"of.no.use": "model.safetensors"}} ', encoding="utf-8")
+        elif not file.exists():
+            file.write_bytes((copy / "model.safetensors").read_bytes() if name.endswith("rs") else b"{} ")
     first = checkpoints.resolve(str(copy)).fingerprint
-    flip(copy / "more.safetensors")
-    assert checkpoints.resolve(str(copy)).fingerprint != first
-    flip(copy / "more.safetensors")
-    assert checkpoints.resolve(str(copy)).fingerprint == first
+    for name in READ:
+        kept = (copy / name).read_bytes()
+        if name.endswith("rs"):
+            flip(copy / name)  # a byte in the middle
+        else:
+            (copy / name).write_bytes(kept + b" ")
+        assert checkpoints.resolve(str(copy)).fingerprint != first, name
+        (copy / name).write_bytes(kept)
+        assert checkpoints.resolve(str(copy)).fingerprint == first, name
 
 
 def test_a_file_is_read_once(read: list[str], file: Path, tmp_path: Path) -> None:
@@ -73,7 +86,7 @@ def test_a_file_is_read_once(read: list[str], file: Path, tmp_path: Path) -> Non
         assert sha256_of([other, file, tmp_path / "link"]) == [digest(other), digest(file), digest(file)]
     assert sorted(read) == ["link", "other", "weights"]
     assert cache_file().stat().st_mode & 0o077 in (0, 0o044)  # nobody else may write
-    assert not list(cache_file().parent.glob(".tmp-*"))
+    assert not list(cache_file().parent.glob(".nbl-export-*"))
 
 
 @pytest.mark.parametrize("how", ["bytes", "time", "replaced"])

@@ -20,9 +20,10 @@ from nbl_export.files import safetensors_header, safetensors_tensors, write_json
 from nbl_export.mixers.base import Mixer
 from nbl_export.model.checkpoint.hf_classes import empty_linearized
 from nbl_export.model.checkpoint.pretrained import check_weights, config_of, reason_of, tokenizer_of
+from nbl_export.model.checkpoint.weights import INDEX, WEIGHTS, weight_files
 from nbl_export.model.linearize import multiplier_of, stored_in
 
-__all__ = ["copy_linearized"]
+__all__ = ["check_loadable", "copy_linearized"]
 
 _PART = 1 << 26  # bytes that are copied at once
 
@@ -36,7 +37,7 @@ def copy_linearized(checkpoint: Path, maps: Mapping[int, Mixer], tap: str, out: 
     Raises:
         NblError: the model's architecture has no class here, or a file is damaged.
     """
-    _check(checkpoint)
+    check_loadable(checkpoint)
     config = config_of(checkpoint)
     model = empty_linearized(config, maps, tap)
     ours = {
@@ -45,7 +46,7 @@ def copy_linearized(checkpoint: Path, maps: Mapping[int, Mixer], tap: str, out: 
         for name, value in mixer.module(multiplier_of(config)).state_dict().items()
     }
     wanted = model.state_dict().keys() - ours.keys()
-    places = {file: safetensors_tensors(file) for file in _files(checkpoint)}
+    places = {file: safetensors_tensors(file) for file in weight_files(checkpoint)}
     if wanted - {name for tensors in places.values() for name in tensors} - _tied(model):
         return False
     out.mkdir(parents=True)
@@ -56,29 +57,25 @@ def copy_linearized(checkpoint: Path, maps: Mapping[int, Mixer], tap: str, out: 
         if kept or added:
             _write(out / file.name, file, kept, added)
             files |= dict.fromkeys([*kept, *added], file.name)
-    if len(places) > 1:
+    if set(files.values()) != {WEIGHTS}:
         total = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-        write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": files})
+        write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
     _save_texts(model, checkpoint, out)
     return True
 
 
-def _check(checkpoint: Path) -> None:
+def check_loadable(checkpoint: Path) -> None:
+    """Check that transformers would load a directory, without reading a weight.
+
+    Raises:
+        NblError: a file is missing or damaged, or a weight is missing or has another shape.
+    """
     try:
         check_weights(checkpoint)
     except NblError:
         raise
     except Exception as error:  # safetensors has its own kinds
         raise NblError(f"{checkpoint} cannot be loaded by transformers: {reason_of(error)}") from error
-
-
-def _files(checkpoint: Path) -> list[Path]:
-    """The files that the index names, or all."""
-    index = checkpoint / "model.safetensors.index.json"
-    if not index.is_file():
-        return sorted(checkpoint.glob("*.safetensors"))
-    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    return [checkpoint / name for name in sorted(set(names))]
 
 
 def _tied(model: Any) -> set[str]:

@@ -8,7 +8,6 @@ NBL checkpoint        -> converted to a stock checkpoint in RUN/checkpoint, once
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,11 +17,12 @@ from typing import Any
 from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.files import key_of
 from nbl_export.graph.given import refuse_graph
-from nbl_export.graph.names import MANIFEST
+from nbl_export.graph.names import MANIFEST, TEXT_FILES
 from nbl_export.mixers import kinds
 from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, REFUSED, check_config, is_hybrid
 from nbl_export.model.checkpoint import pretrained
 from nbl_export.model.checkpoint.stated_cut import StatedCut, stated_cut
+from nbl_export.model.checkpoint.weights import INDEX, weight_files
 from nbl_export.records.decoder import HYBRID
 from nbl_export.records.plan import TAPS
 from nbl_export.trust.contained import check_folder, check_inside, refuse_special
@@ -34,12 +34,10 @@ __all__ = ["Linearized", "Source", "check_architecture", "gguf_of", "linearized_
 log = logging.getLogger(__name__)
 
 
-_HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json",
-              "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*",
-              "README.md")  # holds the licence  # fmt: skip
-
-
-_WEIGHTS = "model.safetensors"
+# What transformers and runtimes read of a checkpoint: loaded, hashed and fetched by one list.
+_READ = ("*.safetensors", INDEX, *TEXT_FILES, "tokenizer*", "*.model", "tekken.json", "vocab*", "chat_template*",
+         "additional_chat_templates/*")  # fmt: skip
+_HUB_FILES = (*_READ, "README.md")  # holds the licence
 
 
 @dataclass(frozen=True)
@@ -146,10 +144,10 @@ def _directory_source(name: str, directory: Path, revision: str | None) -> Sourc
         config = {**config, "model_type": config["model_type"].removeprefix(LINEARIZED)}
     check_architecture(config, directory)
     check_config(config, directory / "config.json")
-    weights = _weight_files(directory)
+    weights = weight_files(directory)
     check_layers(config.get("num_hidden_layers"), _names(weights), directory / "config.json")
-    tokenizer = [file for file in sorted(directory.glob("tokenizer*")) if file.is_file()]
-    fingerprint = _fingerprint([directory / "config.json", *weights, *tokenizer])
+    read = {file for pattern in _READ for file in directory.glob(pattern) if file.is_file()}
+    fingerprint = _fingerprint(sorted({*read, *weights}), directory)
     return Source(name, directory, None, revision, fingerprint, weights=tuple(weights), linearized=replaced)
 
 
@@ -214,32 +212,6 @@ def check_architecture(config: Mapping[str, Any], where: Path) -> None:
         )
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            outside = [n for n in names if Path(n).name != n or n == ".."]
-        except (ValueError, KeyError, AttributeError, TypeError, OSError, RecursionError) as error:
-            raise NblError(f"{index} cannot be read ({error}); fetch the model again") from error
-        if not names:
-            raise NblError(f"{index} names no file; fetch the model again")
-        if outside:
-            raise NblError(f"{index} names a file outside {directory}; this checkpoint is not to be trusted")
-        files = [check_inside(directory / n, directory) for n in names]
-        missing = [f.name for f in files if not f.exists()]
-        if missing:
-            raise NblError(f"{directory} lacks {missing[0]}, which its index names; fetch the model again")
-        return files
-    if not (directory / _WEIGHTS).is_file():  # otherwise transformers looks for a pickle
-        pickled = sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pt*"))
-        other = [file.name for file in sorted(directory.glob("*.safetensors"))]
-        hint = f"; {other[0]} is not named {_WEIGHTS}, and no index names it" if other else ""
-        hint += f"; {pickled[0].name} is a pickle, which is not read: convert it to safetensors" if pickled else ""
-        raise NblError(f"{directory} has no safetensors weights{hint}")
-    return sorted(directory.glob("*.safetensors"))
-
-
 def _names(files: list[Path]) -> set[str]:
     """Names of all tensors.
 
@@ -275,7 +247,7 @@ def _gguf_source(name: str, file: Path) -> Source:
     check_architecture({"model_type": aliases.get(str(architecture), architecture)}, file)
     for stated in layers:  # transformers reads the key of any architecture
         check_layers(stated, names, file)
-    return Source(name, file.parent, file, None, _fingerprint([file]))
+    return Source(name, file.parent, file, None, _fingerprint([file], file.parent))
 
 
 def _value(reader: Any, key: str) -> Any:
@@ -284,10 +256,11 @@ def _value(reader: Any, key: str) -> Any:
     return None if field is None else field.contents()
 
 
-def _fingerprint(files: list[Path]) -> str:
+def _fingerprint(files: list[Path], directory: Path) -> str:
     """Changes with the name, the size or any byte of a file."""
     try:
-        facts = [(file.name, file.stat().st_size, digest) for file, digest in zip(files, sha256_of(files), strict=True)]
+        hashed = zip(files, sha256_of(files), strict=True)
+        facts = [(str(file.relative_to(directory)), file.stat().st_size, digest) for file, digest in hashed]
     except OSError as error:
         raise NblError(f"{error.filename} cannot be read: {error.strerror}; fetch the model again") from error
     return key_of(facts)

@@ -18,26 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import NblError
-from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE
+from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE, TEXT_FILES
 from nbl_export.model.checkpoint.pretrained import check_weights, config_of, reason_of
 from nbl_export.model.memory import available_bytes
 from nbl_export.trust.contained import check_inside
 
-__all__ = ["TEXT_FILES", "add_text_files", "captured", "check_bounds", "finish_directory"]
+__all__ = ["add_text_files", "captured", "check_bounds", "finish_directory"]
 
-# All files beside the graph that a deployable directory takes over from its checkpoint.
-TEXT_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 # transformers 5 writes TokenizersBackend, which transformers 4 does not know. mobius turns that class into
 # LlamaTokenizer, which transformers 4 would convert from a missing sentencepiece model. This class works with all.
 _PORTABLE_TOKENIZER_CLASS = "PreTrainedTokenizerFast"

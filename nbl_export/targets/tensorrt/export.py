@@ -9,7 +9,6 @@ Gather reads the embedding too. TensorRT folds that Transpose without a copy.
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from nbl_export.graph.files import read_graph
 from nbl_export.graph.names import ALL_LOGITS_FILE, GRAPH_FILE, STATIC_GRAPH_FILE, all_logits_file
 from nbl_export.model.architectures import windows_of
 from nbl_export.model.checkpoint.pretrained import config_of
+from nbl_export.model.checkpoint.weights import weight_files
 from nbl_export.rewrite.tail import keep_last_token
 from nbl_export.targets.export.finish import add_text_files, captured
 from nbl_export.targets.export.mobius import corrected, refuse_lost_biases
@@ -127,12 +127,7 @@ def _read_weights(checkpoint: Path) -> dict[str, Any]:
     """All tensors of a safetensors checkpoint, mapped from the files."""
     from safetensors.torch import load_file
 
-    index = checkpoint / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        names = sorted(path.name for path in checkpoint.glob("*.safetensors"))
     state: dict[str, Any] = {}
-    for name in names:
-        state.update(load_file(str(checkpoint / name)))
+    for file in weight_files(checkpoint):
+        state.update(load_file(str(file)))
     return state
