@@ -14,7 +14,8 @@ from nbl_export.targets.tensorrt.build import build_engine
 from nbl_export.targets.tensorrt.engine import TRT_RTX
 from nbl_export.targets.tensorrt.library import LIBRARIES
 
-from .static_tiny import SLOTS, maps_of, save_checkpoint
+from .cuts import predicted_maps
+from .static_tiny import HEAD, HIDDEN, LAYERS, SLOTS, maps_of, save_checkpoint
 
 __all__ = ["ADA", "HOPPER", "PLAIN", "RTX", "SMALL", "checkpoint_of", "engine_of", "graph_of", "needs_rtx"]
 
@@ -35,9 +36,10 @@ def checkpoint_of(architecture: str) -> Path:
 
 @functools.cache
 def graph_of(
-    architecture: str, replaced: tuple[int, ...] = (), precision: str = "fp16", cache_length: int = SLOTS
-) -> Path:
-    """A directory with decoder.onnx, rewritten as for a run. Never write to it."""
+    architecture: str, replaced: tuple[int, ...] = (), precision: str = "fp16", cache_length: int = SLOTS,
+    cut: tuple[int, int] | None = None,
+) -> Path:  # fmt: skip
+    """A directory with decoder.onnx, rewritten as for a run; with a cut and W if they are given. Never write to it."""
     from nbl_export.rewrite import rewrite
     from nbl_export.rewrite.tail import keep_last_token
     from nbl_export.targets.tensorrt import export as static
@@ -45,7 +47,8 @@ def graph_of(
     root = Path(tempfile.mkdtemp(dir=_ROOT.name))
     static.build(checkpoint_of(architecture), root / "original", precision, max_seq_len=cache_length)
     keep_last_token(root / "original")
-    rewrite(root / "original", root / "model", maps_of(replaced))
+    maps = maps_of(replaced) if cut is None else predicted_maps(*cut, 2 * HEAD, HIDDEN, LAYERS)
+    rewrite(root / "original", root / "model", maps)
     return root / "model"
 
 

@@ -25,8 +25,8 @@ from nbl_export.graph.caches import graph_caches, graph_states
 from nbl_export.graph.emitter import values_read
 from nbl_export.graph.names import node_name
 
-__all__ = ["PRODUCTS", "AttentionBlock", "Join", "cache_layers", "find_attention", "find_block", "find_reader",
-           "graph_caches", "is_constant", "reading_layers"]  # fmt: skip
+__all__ = ["PRODUCTS", "AttentionBlock", "Join", "Written", "cache_layers", "find_attention", "find_block",
+           "find_reader", "find_written", "graph_caches", "is_constant", "reading_layers"]  # fmt: skip
 
 # Operators that multiply activations by weights, or that quantise activations for such a product.
 PRODUCTS = ("MatMul", "Gemm", "MatMulNBits", "MatMulBnb4", "MatMulInteger", "QLinearMatMul", "FusedMatMul",
@@ -68,6 +68,20 @@ class AttentionBlock(Join):
     presents: tuple[ir.Value, ...]
     projected: tuple[ir.Value, ...]  # inputs of the block's first products (q, k, v)
     normed: ir.Value | None  # the only projected value, if it is not the residual and the join takes all tokens
+
+
+@dataclass(frozen=True)
+class Written:
+    """How a layer of the static form writes its cache.
+
+    Attributes:
+        rotary: the node that rotates keys [B, T, K].
+        keys, values: the nodes that split what is written into heads; their first input is [B, T, K].
+    """
+
+    rotary: ir.Node
+    keys: ir.Node
+    values: ir.Node
 
 
 def cache_layers(graph: ir.Graph) -> tuple[int, ...]:
@@ -113,6 +127,29 @@ def find_attention(block: AttentionBlock) -> ir.Node:
         if rotary is not None and rotary.as_int() == 1:
             return node
     raise RefusalError(block.layer, "its attention is no GroupQueryAttention that rotates keys, so it takes no others")
+
+
+def find_written(block: AttentionBlock) -> Written:
+    """The nodes that bring a block's keys and values to its cache, in the static form.
+
+    Raises:
+        RefusalError: keys are not rotated by a RotaryEmbedding, or something else is written.
+    """
+    found = []
+    for past in block.pasts:
+        node = next((user for user in past.consumers() if user.op_type == "TensorScatter"), None)
+        for index, op_type in ((1, "Transpose"), (0, "Reshape")):
+            value = None if node is None else node.inputs[index]
+            node = None if value is None else value.producer()
+            node = node if node is not None and node.op_type == op_type else None
+        if node is None:
+            raise RefusalError(block.layer, f"{past.name} does not get rows of tokens, so it takes no others")
+        found.append(node)
+    keys, values = found
+    rotary = None if keys.inputs[0] is None else keys.inputs[0].producer()
+    if rotary is None or rotary.op_type != "RotaryEmbedding":
+        raise RefusalError(block.layer, "its keys are not rotated by RotaryEmbedding, so it takes no others")
+    return Written(rotary, keys, values)
 
 
 def reading_layers(graph: ir.Graph) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ from nbl_export.graph.emitter import values_read
 from nbl_export.graph.names import OWN_NODES, state_names
 from nbl_export.records.decoder import HYBRID, is_state
 
-__all__ = ["LayerCaches", "graph_caches", "graph_states", "present_names"]
+__all__ = ["LayerCaches", "graph_caches", "graph_states", "is_static", "present_names"]
 
 LayerCaches = tuple[tuple[ir.Value, ...], tuple[ir.Value, ...]]  # pasts (key, value), presents (key, value)
 
@@ -50,6 +50,11 @@ class _Pair:
     present: ir.Value
     merge: ir.Node
     slot: int
+
+
+def is_static(graph: ir.Graph) -> bool:
+    """Whether a graph has the static form: it is told which slots to write, and gets no mask of the sequence."""
+    return {"input_ids", "write_indices"} <= {str(value.name) for value in graph.inputs}
 
 
 def graph_caches(graph: ir.Graph) -> dict[int, LayerCaches]:

@@ -5,7 +5,8 @@
     last W tokens - graph --- logits                                   +---- they attend to all of these
 
 A step of at most W + 1 tokens is one run of the graph. Sequences of a batch run one by one, so none is padded. No pass
-of the rewrite is used, and rotary embedding is NumPy's.
+of the rewrite is used, and rotary embedding is NumPy's. In the static form (`rewrite.cut_static`), each sequence of a
+batch stops by its own length; else the shortest one decides for all.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ import numpy as np
 import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
-from nbl_export.graph.anatomy import find_attention, find_block
+from nbl_export.graph.anatomy import find_attention, find_block, find_written
+from nbl_export.graph.caches import is_static
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.files import load_graph
 from nbl_export.graph.mixed import MixedSession
 from nbl_export.graph.names import all_logits_file
+from nbl_export.graph.session import PAST, contract_of_session
 from nbl_export.mixers.base import OWN, Port, Running, Stored, apply
 from nbl_export.mixers.predicted import Predicted, cut_of
 
@@ -57,7 +60,8 @@ class CutDecoder:
         self._mixers = Running(others, mixers.stored)
         session = MixedSession(file, self._mixers, tap, exact=exact, shown=(cut.layer,))
         self._stream = session.streams[cut.layer]
-        self._decoder = OnnxDecoder(directory, head_dim, session=session)
+        self._apart = is_static(graph)
+        self._decoder: Any = _Slots(session) if self._apart else OnnxDecoder(directory, head_dim, session=session)
         self._sequences: list[Any] = []
 
     def begin(self, batch: int) -> None:
@@ -73,13 +77,14 @@ class CutDecoder:
             valid_BT: 1 for tokens, 0 for padding on the right.
         """
         valid_BT = np.ones_like(ids_BT) if valid_BT is None else valid_BT
-        stops = int(valid_BT.sum(1).min()) > self._cut.near + 1
+        shortest = int(valid_BT.sum(1).min())
         found = np.full((0,), np.nan, np.float32)
         for row, length in enumerate(valid_BT.sum(1)):
             decoded, states = self._sequences[row]
             self._decoder.rewind(decoded)
             self._mixers.rewind(states)
             ids_1T = ids_BT[row : row + 1, :length]
+            stops = (length if self._apart else shortest) > self._cut.near + 1
             logits_TV = self._stopping(ids_1T) if stops else self._decoder.step(ids_1T)[0]
             if not row:
                 found = np.full((*ids_BT.shape, logits_TV.shape[1]), np.nan, np.float32)
@@ -119,6 +124,45 @@ class CutDecoder:
         for layer, mixer in self._maps.items():
             given, _ = apply(mixer, streams)
             self._layers[layer].fill(self._decoder, given, place)
+
+
+class _Slots:
+    """One sequence on caches of fixed length, the static form; methods as `OnnxDecoder`'s."""
+
+    def __init__(self, session: MixedSession) -> None:
+        self._session = session
+        contract = contract_of_session(session)
+        self._outputs = [info.name for info in contract.outputs]
+        self._caches = [info for info in contract.inputs if PAST.match(info.name)]
+        self._past: dict[str, np.ndarray] = {}
+        self.cache_length = 0
+
+    def begin(self, batch: int) -> None:
+        self._past = {i.name: np.zeros((batch, *map(int, i.shape[1:])), i.dtype) for i in self._caches}
+        self.cache_length = 0
+
+    def run(self, ids_1T: np.ndarray) -> dict[str, np.ndarray]:
+        writes = np.array([self.cache_length], np.int64)
+        feeds = {"input_ids": ids_1T.astype(np.int64), "write_indices": writes, **self._past}
+        found = dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
+        self._past = {name: found[name.replace("past_key_values", "present")] for name in self._past}
+        self.cache_length += ids_1T.shape[1]
+        return found
+
+    def step(self, ids_1T: np.ndarray) -> np.ndarray:
+        return self.run(ids_1T)["logits"]
+
+    def overwrite(self, cache: str, last_BHTD: np.ndarray) -> None:
+        held = self._past[cache].copy()
+        held[:, :, self.cache_length - last_BHTD.shape[2] : self.cache_length] = last_BHTD
+        self._past[cache] = held
+
+    def mark(self) -> Any:
+        return dict(self._past), self.cache_length
+
+    def rewind(self, mark: Any) -> None:
+        past, self.cache_length = mark
+        self._past = dict(past)
 
 
 def _stored(mixer: Predicted, stored: Stored) -> Predicted:
@@ -166,17 +210,24 @@ class _Layer:
 
     @classmethod
     def of(cls, graph: ir.Graph, layer: int) -> _Layer:
-        """Raises RefusalError: its keys are not rotated by GroupQueryAttention from constant tables."""
+        """Raises RefusalError: its keys are not rotated from constant tables."""
         block = find_block(graph, layer)
-        attention = find_attention(block)
-        tables = [attention.inputs[place] for place in _TABLES]
+        if is_static(graph):
+            attention = find_written(block).rotary
+            gathers = [None if value is None else value.producer() for value in attention.inputs[1:3]]
+            tables = [None if node is None else node.inputs[0] for node in gathers]
+            name = ""
+        else:
+            attention, name = find_attention(block), "rotary_"
+            tables = [attention.inputs[place] for place in _TABLES]
         values = [None if table is None else table.const_value for table in tables]
         if any(value is None for value in values):
             raise RefusalError(layer, "the tables of its rotary embedding are no constants")
         cosines, sines = (value.numpy() for value in values if value is not None)
-        interleaved = bool(attention.attributes.get_int("rotary_interleaved", 0))
+        interleaved = bool(attention.attributes.get_int(f"{name}interleaved", 0))
         keys, held = (str(past.name) for past in block.pasts)
-        return cls((keys, held), attention.attributes["kv_num_heads"].as_int(), Rotary(cosines, sines, interleaved))
+        heads = attention.attributes["num_heads" if is_static(graph) else "kv_num_heads"].as_int()
+        return cls((keys, held), heads, Rotary(cosines, sines, interleaved))
 
     def fill(self, decoder: OnnxDecoder, given: Mapping[Port, np.ndarray], place: int) -> None:
         """Put keys and values [1, T, K] of all tokens but the first at `place` into the end of the caches."""

@@ -9,6 +9,8 @@ So a decode step runs a few small nodes more, and an `If` around each attention 
 these choices, so each is stored once. If a skip norm makes x, its two inputs are taken instead of x, and it stays.
 
 The features are the normed rows 1 .. T - W - 1, and beside each, with `before`, the normed row of the token before it.
+The static form has no such choices (`cut_static`).
+
 Refuses attention above the cut without a map, and states there: their rows would be others than those that climb.
 """
 
@@ -22,13 +24,14 @@ import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.anatomy import find_attention, find_block, graph_caches
-from nbl_export.graph.caches import graph_states
+from nbl_export.graph.caches import graph_states, is_static
 from nbl_export.graph.emitter import Maker, choose, element_type, graph_input, new_node, register, values_read
 from nbl_export.graph.names import CUT_ROWS
 from nbl_export.mixers.base import Mixer
 from nbl_export.mixers.predicted import Predicted, cut_of
 from nbl_export.rewrite.blocks import SKIP_NORMS, SUM, bias_of
 from nbl_export.rewrite.cut_attention import Climb, cut_attention
+from nbl_export.rewrite.cut_static import cut_static, name_rows
 from nbl_export.rewrite.integers import Integers
 from nbl_export.rewrite.tail import LastValid
 
@@ -72,6 +75,9 @@ class CutPrompt(ir.passes.InPlacePass):
         if cut is None:
             return ir.passes.PassResult(model, modified=False)
         blocks = {layer: find_block(graph, layer) for layer in cut.maps}
+        if is_static(graph):
+            cut_static(graph, find_block(graph, cut.layer).residual, blocks, cut.maps)
+            return ir.passes.PassResult(model, modified=True)
         attentions = {layer: find_attention(block) for layer, block in blocks.items()}
         climb = _cut(graph, find_block(graph, cut.layer).residual, next(iter(cut.maps.values())))
         for layer, mixer in cut.maps.items():
@@ -133,8 +139,7 @@ def _rename_rows(graph: ir.Graph, rows: Sequence[ir.Value]) -> None:
             continue
         for value in node.outputs:
             reached.add(value)
-            if value.shape is not None and len(value.shape) == 3 and value.shape[1] == tokens:
-                value.shape = ir.Shape([value.shape[0], "climbing_length", value.shape[2]])
+            name_rows(value, tokens)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.anatomy import find_reader, is_constant, reading_layers
+from nbl_export.graph.caches import is_static
 from nbl_export.graph.emitter import new_node, values_read
 from nbl_export.graph.files import read_graph
 from nbl_export.graph.names import ALL_LOGITS_FILE, CUT_ROWS, graph_file
@@ -43,7 +44,6 @@ __all__ = ["LastValid", "PruneTail", "difference", "keep_last_token"]
 
 _PREFIX = "/nbl/tail"  # begins the names of all nodes that tail pruning adds
 _LEAST_OPSET = 18  # the first in which ReduceMax takes its axes as an input
-_WRITES = "write_indices"
 
 
 class PruneTail(ir.passes.InPlacePass):
@@ -200,8 +200,8 @@ class LastValid:
 def _index(graph: ir.Graph, emit: Integers) -> tuple[ir.Value | None, ir.Value]:
     """The mask of this chunk, if there is one, and the index [B, 1, 1]."""
     inputs = {str(v.name): v for v in graph.inputs}
-    if "input_ids" in inputs and _WRITES in inputs:
-        return None, _from_counts(emit, _add_counts(graph, inputs["input_ids"], inputs[_WRITES]))
+    if is_static(graph):
+        return None, _from_counts(emit, _add_counts(graph, inputs["input_ids"], inputs["write_indices"]))
     if "input_ids" not in inputs or "attention_mask" not in inputs:
         raise RefusalError(None, "it has no input_ids and attention_mask, from which the last valid token is known")
     mask = inputs["attention_mask"]

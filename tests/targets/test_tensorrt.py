@@ -130,6 +130,21 @@ def test_other_precisions_targets_and_batches_build(
 
 
 @needs_rtx
+@pytest.mark.parametrize(("precision", "batch"), [("bf16", 1), ("int4", 4)])
+def test_a_cut_builds_with_fused_attention_and_a_decode_that_can_be_captured(
+    precision: str, batch: int, tmp_path: Path
+) -> None:
+    """No row stops in a decode step, and the far rows have a map and no further copy of a matrix."""
+    source = graph_of("llama", (), precision, cut=(1, 8))
+    found = parsed(source / "decoder.onnx")
+    assert [o.shape[1] for o in found.contract.outputs if o.name == "logits"] == [1]
+    assert [layer.type.name for layer in found.layers].count("KV_CACHE_UPDATE") == 2 * LAYERS
+    record = build_engine(RTX, source, tmp_path / "e", BuildSettings(batch, 48))
+    assert (record.attention, record.capturable, record.precision) == ("fused", True, precision)
+    assert record.profiles == engine_profiles(batch, 48, SLOTS, two_rows=True)
+
+
+@needs_rtx
 def test_a_plan_has_each_matrix_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefill of one row alone would have copies of what runs on one token: behind the pruned tail, nearly all here."""
     source, settings = graph_of("llama", (1, 2)), BuildSettings(1, 16)

@@ -41,20 +41,22 @@ def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "precision", "cut", "others"),
-    [("llama", "fp32", 1, {}), ("qwen2", "int4", 1, {}), ("llama", "int8", 2, {0: random_map(0)}),
-     ("llama", "int4", 1, {2: random_map(2)}), ("llama", "fp32", 1, {1: Nothing(HIDDEN)})],
+    ("architecture", "source", "precision", "cut", "others"),
+    [("llama", "genai", "fp32", 1, {}), ("qwen2", "genai", "int4", 1, {}),
+     ("llama", "genai", "int8", 2, {0: random_map(0)}), ("llama", "genai", "int4", 1, {2: random_map(2)}),
+     ("llama", "genai", "fp32", 1, {1: Nothing(HIDDEN)}), ("qwen2", "static", "fp32", 2, {0: random_map(0)}),
+     ("llama", "static", "bf16", 1, {}), ("llama", "static", "int4", 1, {2: random_map(2)})],
 )  # fmt: skip
 def test_all_checks_pass(
-    architecture: str, precision: str, cut: int, others: dict[int, Mixer], checkpoint: Checkpoint, exported: Any,
-    tmp_path: Path,
+    architecture: str, source: str, precision: str, cut: int, others: dict[int, Mixer], checkpoint: Checkpoint,
+    exported: Any, tmp_path: Path,
 ) -> None:  # fmt: skip
     maps: dict[int, Mixer] = {**predicted_maps(cut, NEAR, KEYS), **others}
     found = verify_tiny(
-        checkpoint(architecture), "genai", precision, tmp_path, tuple(maps), mixer_of=maps.__getitem__,
-        exported=exported(architecture, "genai", precision),
+        checkpoint(architecture), source, precision, tmp_path, tuple(maps), mixer_of=maps.__getitem__,
+        exported=exported(architecture, source, precision) if source == "genai" else None,
     )  # fmt: skip
-    check(found, "genai", precision)
+    check(found, source, precision)
     cases = {r.detail for r in found if r.subject == "nbl"}
     assert cases >= {"batch of 2, all tokens climb", "prefill of 6 tokens", "batch of lengths 5 and 16, then decode"}
     assert any("chunks of 64" in case for case in cases)

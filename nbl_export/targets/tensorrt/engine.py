@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import NblError
-from nbl_export.graph.names import GRAPH_FILE, all_logits_file
+from nbl_export.graph.files import load_graph
+from nbl_export.graph.names import CUT_ROWS, GRAPH_FILE, all_logits_file
 from nbl_export.mixers.base import Running
+from nbl_export.mixers.predicted import cut_of
 from nbl_export.targets.base import Availability, BuildSettings, DecoderFacts, ExportSettings, Target
 from nbl_export.targets.export.finish import check_bounds
 from nbl_export.targets.gpu import CUDA, Gpu, find_gpu, outdated, release_for, unpackaged
@@ -142,10 +144,13 @@ class TensorRtEngine(Target):
         """A float32 copy on ONNX Runtime's CPU provider: the graph with all logits, unless `file` names another."""
         from nbl_export.targets.tensorrt.static.on_ort import open_decoder
 
-        return open_decoder(directory / (file or all_logits_file(directory)), _CHECKED_CHUNK)
+        path = directory / (file or all_logits_file(directory))
+        return open_decoder(path, _checked_chunk(path))
 
     def open_mixed(self, directory: Path, head_dim: int, mixers: Running, tap: str, *, exact: bool) -> MixedDecoder:
         """The same copy, with mixers in place of attention."""
+        if cut_of(mixers.mixers) is not None:
+            return super().open_mixed(directory, head_dim, mixers, tap, exact=exact)
         from nbl_export.targets.tensorrt.static.on_ort import open_mixed
 
         return MixedDecoder(open_mixed(directory / all_logits_file(directory), mixers, tap, _CHECKED_CHUNK), mixers)
@@ -154,7 +159,13 @@ class TensorRtEngine(Target):
         """A text runner on the same copy, with the logits that the deployed graph gives."""
         from nbl_export.targets.tensorrt.static.on_ort import open_runner
 
-        return open_runner(directory / GRAPH_FILE, _CHECKED_CHUNK, threads)
+        path = directory / GRAPH_FILE
+        return open_runner(path, _checked_chunk(path), threads)
+
+
+def _checked_chunk(path: Path) -> int | None:
+    """Tokens of a step; None for steps as long as they are asked for, since a cut depends on the borders of steps."""
+    return None if any(node.name == CUT_ROWS for node in load_graph(path).graph) else _CHECKED_CHUNK
 
 
 TRT = TensorRtEngine(LIBRARIES["trt"])

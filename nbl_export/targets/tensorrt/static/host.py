@@ -104,7 +104,7 @@ class StaticDecoder:
         self.session = session
         self.contract = session.contract
         self._rows = Rows(0, session.cache_length, session.chunk, session.widths)
-        self._last_only = any(info.name == "num_tokens" for info in session.contract.inputs)
+        self._last_only = session.contract.logits == "last"
 
     def begin(self, batch: int) -> None:
         """Start a batch with empty caches."""
@@ -113,6 +113,8 @@ class StaticDecoder:
 
     def step(self, ids_BT: np.ndarray, valid_BT: np.ndarray | None = None) -> np.ndarray:
         """Append tokens; returns float32 logits [B, T, V], or [B, 1, V] of each row's last new token (pruned graph).
+
+        Logits of tokens that a graph with a cut does not compute are NaN.
 
         Args:
             ids_BT: token ids.
@@ -135,12 +137,18 @@ class StaticDecoder:
         return logits
 
     def _place(self, logits: np.ndarray, found: np.ndarray, step: Step) -> None:
-        if not self._last_only:
+        given = found.shape[1]
+        if not self._last_only and given == step.width:
             logits[:, step.start : step.start + step.width] = found
             return
         for row, count in enumerate(step.counts):
-            if count:
+            if self._last_only and count:
                 logits[row] = found[row]
+            elif not self._last_only:  # of the first token and of the last ones, see `rewrite.cut_static`
+                near = step.start + 1 + max(0, count - given)
+                logits[row, step.start : step.start + step.width] = np.nan
+                logits[row, step.start] = found[row, 0]
+                logits[row, near : near + given - 1] = found[row, 1:]
 
     @property
     def lengths(self) -> tuple[int, ...]:

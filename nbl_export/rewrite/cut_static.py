@@ -1,0 +1,233 @@
+"""The cut of the static form (`cut`): few rows of a long step climb, by arithmetic of shapes and without a choice.
+
+    x [B, T, D] -- GatherND(places) -- rows [B, M, D] ---- layer c -- ... -- logits [B, M, V]
+      `-- norm -- Slice -- far rows [B, T - M, F] -- map --+-- Concat -- GatherND(source) -- rotary -- TensorScatter
+                            own keys and values [B, M, K] -`
+
+M is min(T, W + 1), a number that a builder knows for each profile. A step of at most W + 1 tokens has M = T and no far
+row, so it is the original's. Each sequence climbs with its own first row and its own last W valid ones. A sequence of
+at most W + 1 tokens climbs whole, beside longer ones too. Rows of padding hold anything, and the next step replaces
+them.
+
+Rotary tables and masks of the rows that climb are computed anew, from the positions of these rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from nbl_export.errors import RefusalError
+from nbl_export.graph.anatomy import AttentionBlock, Written, find_written
+from nbl_export.graph.emitter import Emitter, add_initializer, element_type, graph_input
+from nbl_export.graph.names import CUT_ROWS, constant_name, node_name, product_name
+from nbl_export.mixers.predicted import Predicted
+from nbl_export.rewrite.tail import LastValid
+
+__all__ = ["cut_static", "name_rows"]
+
+_PREFIX, _CONSTANTS = "/nbl/cut", "nbl.cut"
+_INT, _BOOL = ir.DataType.INT64, ir.DataType.BOOL
+
+
+def cut_static(
+    graph: ir.Graph, x: ir.Value, blocks: Mapping[int, AttentionBlock], maps: Mapping[int, Predicted]
+) -> None:
+    """Cut the graph at the stream x.
+
+    Args:
+        blocks: of all layers with maps.
+
+    Raises:
+        RefusalError: keys are not rotated by positions, or do not reach a cache as the static form writes them.
+    """
+    mixer, dtype = next(iter(maps.values())), element_type(graph, x)
+    written = {layer: find_written(block) for layer, block in blocks.items()}
+    positions = _positions(*next(iter(written.items())))
+    make = _Maker(graph, dtype)
+    step = _Step.of(graph, make, mixer.near)
+    readers = tuple(x.uses())
+    rows = make("GatherND", "climbing_rows", x, step.places, batch_dims=1)
+    for node, index in readers:
+        node.replace_input_with(index, rows)
+    own = make.ints("GatherND", "own_positions", positions, step.places, batch_dims=1)
+    _recompute(graph, rows, _Elsewhere(graph, positions, own), {found.rotary for found in written.values()})
+    features = _features(make, step, x, mixer)
+    for layer, found in written.items():
+        both = _predicted(graph, make, layer, maps[layer], features)
+        for name, far, node in (("Keys", both[0], found.rotary), ("Values", both[1], found.values)):
+            beside = make.named("Concat", node_name(layer, f"{name}Beside"), node.inputs[0], far, axis=1)
+            placed = make.named("GatherND", node_name(layer, f"{name}InPlace"), beside, step.source, batch_dims=1)
+            node.replace_input_with(0, placed)
+    graph.sort()
+
+
+def name_rows(value: ir.Value, tokens: int | ir.SymbolicDim | None) -> None:
+    """Give a value of the rows that climb another symbol for their number than `tokens`."""
+    if value.shape is not None and len(value.shape) == 3 and value.shape[1] == tokens:
+        value.shape = ir.Shape([value.shape[0], "climbing_length", value.shape[2]])
+
+
+class _Maker:
+    """Appends nodes of one float type, or of integers; a topological sort orders them."""
+
+    def __init__(self, graph: ir.Graph, dtype: ir.DataType) -> None:
+        self._graph, self._emit, self._dtype = graph, Emitter(graph), dtype
+
+    def __call__(
+        self, op_type: str, name: str, *inputs: ir.Value | None, kind: ir.DataType | None = None, **attributes: Any
+    ) -> ir.Value:
+        return self._emit(op_type, *inputs, name=f"{_PREFIX}/{name}", dtype=kind or self._dtype, **attributes)
+
+    def named(self, op_type: str, name: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
+        """A node of floats by its full name."""
+        return self._emit(op_type, *inputs, name=name, dtype=self._dtype, **attributes)
+
+    def ints(self, op_type: str, name: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
+        """A node of int64."""
+        return self(op_type, name, *inputs, kind=_INT, **attributes)
+
+    def ones(self, name: str, count: int) -> ir.Value:
+        """A vector of ones of the float type."""
+        return add_initializer(self._graph, f"{_CONSTANTS}.{name}", np.ones(count), self._dtype)
+
+    def integers(self, name: str, numbers: int | list[int]) -> ir.Value:
+        """A constant; the same name gives the same value."""
+        return self._emit.constant(f"{_CONSTANTS}.{name}", np.array(numbers, np.int64))
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Which rows of a step climb.
+
+    Attributes:
+        places: row of each that climbs, [B, M, 1].
+        source: for each row of the step, its place among those that climb and the far ones behind them, [B, T, 1].
+        end: index behind the last far row, T - M + 1, [1].
+    """
+
+    places: ir.Value
+    source: ir.Value
+    end: ir.Value
+
+    @classmethod
+    def of(cls, graph: ir.Graph, make: _Maker, near: int) -> _Step:
+        last = LastValid(graph, f"{_PREFIX}/chunk", f"{_CONSTANTS}.chunk")
+        graph.extend(last.index)
+        ints, zero, one = make.ints, make.integers("zero", 0), make.integers("one", 1)
+        column, none = make.integers("column", [1]), make.integers("none", [0])
+        length = ints("Shape", "length", graph_input(graph, "input_ids"), start=1, end=2)
+        few = ints("Min", "few", length, make.integers("most", [near + 1]))  # M
+        steps, climbing = (
+            ints("Range", f"{name}_rows", zero, ints("Squeeze", f"{name}_count", count, none), one)
+            for name, count in (("all", length), ("few", few))
+        )
+        steps_T1, climbing_M1 = (ints("Unsqueeze", f"{v.name}/column"[len(_PREFIX) + 1 :], v, column)
+                                 for v in (steps, climbing))  # fmt: skip
+        last_place = ints("Sub", "last_place", few, one)
+        last_row = ints("Min", CUT_ROWS[len(_PREFIX) + 1 :], last.at, last_place)
+        stop = ints("Sub", "stop", last.at, last_row)  # [B, 1, 1]: rows that stop
+        shifted = ints("Mul", "shifted", ints("Min", "is_behind_first", climbing_M1, one), stop)
+        places = ints("Add", "places", climbing_M1, shifted)
+        near_place = ints("Max", "near_place", ints("Sub", "from_near", steps_T1, stop), zero)
+        near_place = ints("Min", "own_place", near_place, last_place)
+        behind_first = make("Greater", "is_not_first", steps_T1, zero, kind=_BOOL)
+        is_far = make("LessOrEqual", "is_before_near", steps_T1, stop, kind=_BOOL)
+        is_far = make("And", "is_far", behind_first, is_far, kind=_BOOL)
+        source = ints("Where", "source", is_far, ints("Add", "far_place", steps_T1, last_place), near_place)
+        return cls(places, source, ints("Sub", "far_end", length, last_place))
+
+
+class _Elsewhere:
+    """Computes values of the positions of a step anew, for other positions.
+
+    Args:
+        positions: of a step, [B, T]. other: of some rows.
+    """
+
+    def __init__(self, graph: ir.Graph, positions: ir.Value, other: ir.Value) -> None:
+        self._emit = Emitter(graph)
+        self._made: dict[ir.Value, ir.Value] = {positions: other}
+
+    def copy(self, value: ir.Value) -> ir.Value:
+        """The value for the other positions; the value itself if it does not depend on positions."""
+        if value not in self._made:
+            self._made[value] = self._again(value)
+        return self._made[value]
+
+    def _again(self, value: ir.Value) -> ir.Value:
+        node = value.producer()
+        if node is None:
+            return value
+        inputs = [None if given is None else self.copy(given) for given in node.inputs]
+        if all(new is old for new, old in zip(inputs, node.inputs, strict=True)):
+            return value
+        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+        return self._emit(node.op_type, *inputs, name=f"{_PREFIX}/own/{node.name}", dtype=value.dtype, **attributes)
+
+
+def _positions(layer: int, found: Written) -> ir.Value:
+    """Positions [B, T] that the tables of a rotary embedding are read at."""
+    tables = found.rotary.inputs[1:2]
+    gather = tables[0].producer() if tables and tables[0] is not None else None
+    positions = gather.inputs[1] if gather is not None and gather.op_type == "Gather" else None
+    if positions is None:
+        raise RefusalError(layer, "its rotary tables are not read at positions, which a cut needs")
+    return positions
+
+
+def _recompute(graph: ir.Graph, rows: ir.Value, climbing: _Elsewhere, whole: Collection[ir.Node]) -> None:
+    """Let layers above the cut read masks and rotary tables of the rows that climb.
+
+    Args:
+        whole: nodes that will compute all rows.
+    """
+    shape = graph_input(graph, "input_ids").shape
+    reached = {rows}
+    for node in tuple(graph):
+        if not any(value in reached for value in node.inputs):
+            continue
+        reached.update(node.outputs)
+        if node in whole:
+            continue
+        for value in node.outputs:
+            name_rows(value, None if shape is None else shape[1])
+        for index, given in enumerate(node.inputs):
+            if given is not None and given not in reached:
+                node.replace_input_with(index, climbing.copy(given))
+
+
+def _features(make: _Maker, step: _Step, x: ir.Value, mixer: Predicted) -> ir.Value:
+    """What maps read, of the far rows [B, T - M, F]; of unpadded sequences, and more than these of padded ones."""
+    ones = make.ones("norm", mixer.inputs)
+    normed = make("RMSNormalization", "norm", x, ones, axis=-1, epsilon=mixer.epsilon)
+    axis, one = make.integers("row", [1]), make.integers("begin", [1])
+    far = make("Slice", "far", normed, one, step.end, axis)
+    if not mixer.before:
+        return far
+    end = make.ints("Sub", "before_end", step.end, one)
+    return make(
+        "Concat", "features", far, make("Slice", "before", normed, make.integers("none", [0]), end, axis), axis=2
+    )
+
+
+def _predicted(
+    graph: ir.Graph, make: _Maker, layer: int, mixer: Predicted, features: ir.Value
+) -> tuple[ir.Value, ir.Value]:
+    """Keys before rotary embedding, and values, of the far rows."""
+    dtype = element_type(graph, features)
+    weight, bias = (
+        add_initializer(graph, constant_name(layer, name), np.ascontiguousarray(array), dtype)
+        for name, array in (("weight", mixer.weight.T), ("bias", mixer.bias))
+    )
+    made = make.named("MatMul", product_name(layer, "weight"), features, weight)
+    made = make.named("Add", node_name(layer, "Add"), made, bias)
+    axis, width = make.integers("width_axis", [2]), len(mixer.bias) // 2
+    return tuple(  # type: ignore[return-value]
+        make.named("Slice", node_name(layer, name), made, *(make.integers(f"width_{n}", [n]) for n in ends), axis)
+        for name, ends in (("FarKeys", (0, width)), ("FarValues", (width, 2 * width)))
+    )
