@@ -81,6 +81,14 @@ def test_settings_that_are_a_link_out_are_not_opened(
     assert not (tmp_path / "out").exists()
 
 
+def test_no_sizes_are_read_through_a_link_out(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(checkpoint("llama"), tmp_path / "model"))
+    (copy / "config.json").rename(tmp_path / "secret")
+    (copy / "config.json").symlink_to("../secret")
+    for path in (copy, copy / "config.json"):
+        assert_refused(nbl("estimate", path), 1, copy / "config.json", "is a link out of its directory")
+
+
 @pytest.mark.parametrize("name", ["verify.json", "bench.json"])
 def test_results_that_were_edited_and_hashed_again(name: str, run: Path) -> None:
     """The hash does not tell; a report is refused in one sentence, and nothing is lost."""

@@ -17,7 +17,7 @@ from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, check_conf
 from nbl_export.model.checkpoint.source import check_architecture, gguf_of, linearized_of, read_config
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.mlp import MlpSpec
-from nbl_export.trust.contained import refuse_special
+from nbl_export.trust.contained import check_folder, check_inside, refuse_special
 from nbl_export.trust.model_settings import CONFIG_BYTES, read_object
 
 __all__ = ["Shape", "gguf_config", "read_shape"]
@@ -73,7 +73,11 @@ def read_shape(model: str | Path) -> Shape:
     path = Path(model).expanduser()
     if not path.exists():
         raise NblError(f"no model at {path}: give a config.json, a checkpoint directory or a .gguf file")
-    refuse_special(path)
+    if path.is_dir():
+        check_folder(path)
+    else:
+        refuse_special(path)
+        check_inside(path, path.parent)
     refuse_graph(path)
     gguf = gguf_of(path)
     if gguf is not None:
