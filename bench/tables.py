@@ -33,7 +33,6 @@ TABLES: Mapping[str, Table] = {
     "model-qwen": models.qwen,
     "model-smollm2": models.smollm2,
     "engines": models.engines,
-    "cost": models.cost,
     "demo": speed.demo,
     "exchange": speed.exchange,
     "job-times": speed.job_times,

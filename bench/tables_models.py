@@ -1,4 +1,4 @@
-"""Tables of the first page of results: a table a model, engines with loss beside speed, cost in short."""
+"""Tables of the first page of results: a table a model, engines with loss beside speed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tables_quality import TASKS, rise
-from tables_second import increase, stages
+from tables_second import increase
 from tables_speed import cell, measured, paired, spoken
 
 from nbl_export.records.plan import spoken_layers
@@ -157,10 +157,3 @@ def _of(run: Mapping[str, Any], test: str, depth: int, variant: str | None = Non
     (ratio,) = [r for r in run["ratios"]
                 if r["variant"] == wanted and r["test"].startswith(test) and r["depth"] == depth]  # fmt: skip
     return cell(ratio)
-
-
-def cost(read: Read) -> Rows:
-    """Time of the stages of a job in closed form, and its peak memory."""
-    wanted = [0, 7, 2, 3, 5, 6, 9]  # of the columns of `stages`
-    head, _, *rows = stages(read)
-    return [tuple(head[i] for i in wanted), "lrrrrrr", *(tuple(row[i] for i in wanted) for row in rows)]

@@ -6,6 +6,7 @@ import functools
 import json
 import shutil
 import sysconfig
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -269,17 +270,26 @@ def greedy(model: Any, ids: Sequence[int], new_tokens: int) -> list[int]:
     return row[len(ids) :]
 
 
-def save_gguf(path: Path) -> Path:
-    """Write a tiny random Llama of the usual shape as GGUF, with its tokenizer."""
-    import json
+_GGUF_NAMES = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+}  # fmt: skip
 
+
+def save_gguf(path: Path, checkpoint: Path | None = None) -> Path:
+    """Write the tiny Llama of a checkpoint as an unquantised GGUF; without one, a random Llama."""
     import gguf
+    from safetensors.numpy import load_file
 
-    rng = np.random.default_rng(7)
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = checkpoint or save_checkpoint("llama", Path(scratch) / "llama")
+        tensors = load_file(directory / "model.safetensors")
+        model = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(LAYERS)
     writer.add_context_length(512)
     writer.add_embedding_length(HIDDEN)
-    writer.add_block_count(LAYERS)
     writer.add_feed_forward_length(INNER)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KV_HEADS)
@@ -287,24 +297,29 @@ def save_gguf(path: Path) -> Path:
     writer.add_value_length(HEAD_DIM)
     writer.add_layer_norm_rms_eps(EPSILON)
     writer.add_rope_dimension_count(HEAD_DIM)
+    writer.add_rope_freq_base(10_000.0)
     writer.add_vocab_size(VOCAB)
-    said = json.loads(_tokenizer().backend_tokenizer.to_str())
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(sorted(said["model"]["vocab"], key=said["model"]["vocab"].get))
-    writer.add_token_merges([" ".join(pair) for pair in said["model"]["merges"]])
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3] + [1] * (len(tokens) - 2))  # the first two are control tokens
+    writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
-    queries, keys = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
-    shapes = {"attn_q": (queries, HIDDEN), "attn_k": (keys, HIDDEN), "attn_v": (keys, HIDDEN),
-              "attn_output": (HIDDEN, queries),
-              "ffn_gate": (INNER, HIDDEN), "ffn_up": (INNER, HIDDEN), "ffn_down": (HIDDEN, INNER),
-              "attn_norm": (HIDDEN,), "ffn_norm": (HIDDEN,)}  # fmt: skip
-    named = {f"blk.{i}.{name}.weight": shape for i in range(LAYERS) for name, shape in shapes.items()}
-    for name, shape in {"token_embd.weight": (VOCAB, HIDDEN), **named, "output_norm.weight": (HIDDEN,)}.items():
-        values = rng.standard_normal(shape) / 8 + (len(shape) == 1)  # of norms: about one
-        writer.add_tensor(name, values.astype(np.float32))
+    for name, tensor in tensors.items():
+        writer.add_tensor(*_as_gguf(name.removesuffix(".weight"), tensor))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _as_gguf(name: str, tensor: np.ndarray) -> tuple[str, np.ndarray]:
+    """llama.cpp's name; rows of query and key heads in its order: pairs that rotate together side by side."""
+    if not name.startswith("model.layers."):
+        return {"model.embed_tokens": "token_embd.weight", "model.norm": "output_norm.weight"}[name], tensor
+    layer, part = name.removeprefix("model.layers.").split(".", 1)
+    if part.endswith(("q_proj", "k_proj")):
+        tensor = tensor.reshape(-1, 2, HEAD_DIM // 2, HIDDEN).swapaxes(1, 2).reshape(tensor.shape)
+    return f"blk.{layer}.{_GGUF_NAMES[part]}.weight", tensor

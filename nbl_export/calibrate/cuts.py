@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from nbl_export.calibrate.sums import REFERENCE_ROWS, gram, total
@@ -31,7 +30,7 @@ from nbl_export.model import bfloat16
 from nbl_export.model.architectures import architecture_of
 from nbl_export.model.cut import check_cut, own_map
 
-__all__ = ["CutFit", "CutShape", "CutSums", "cuts_bytes", "fit", "load", "maps_of"]
+__all__ = ["CutFit", "CutShape", "CutSums", "fit", "load", "maps_of"]
 
 _BLOCK = 4096  # rows of a float32 product
 
@@ -77,11 +76,6 @@ class CutShape:
         for layer in self.above(self.cuts[0]):
             found.update({f"layers.{layer}.{name}": (outputs,) for name in ("ref", "sum", "square")})
         return found
-
-
-def cuts_bytes(shape: CutShape) -> int:
-    """Bytes of the sums."""
-    return sum(8 * int(np.prod(size)) for size in shape.tensors().values())
 
 
 class CutSums:

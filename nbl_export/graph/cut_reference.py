@@ -92,14 +92,6 @@ class CutDecoder:
             self._sequences[row] = self._mark_one()
         return found
 
-    def mark(self) -> Any:
-        """The state of the running batch, for `rewind`."""
-        return tuple(self._sequences)
-
-    def rewind(self, mark: Any) -> None:
-        """Go back to the state `mark` of the same batch."""
-        self._sequences = list(mark)
-
     def _mark_one(self) -> Any:
         return self._decoder.mark(), self._mixers.mark()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,6 @@ from nbl_export.text.parts import Texts
 __all__ = ["AskedGoal", "MapKind", "OrderInputs", "PlanInputs"]
 
 Maps = Mapping[int, Mixer]  # replaced layer -> its mixer
-Fit = Callable[[Collection[int]], Maps]  # layers -> their fitted maps
 Task = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]  # title -> progress (done, total)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from nbl_export.mixers.base import Running
 from nbl_export.records.decoder import GraphContract
 
-__all__ = ["GraphDecoder", "MixedDecoder", "RewindingDecoder", "TextRunner"]
+__all__ = ["GraphDecoder", "MixedDecoder", "TextRunner"]
 
 
 class TextRunner(Protocol):
@@ -69,16 +69,6 @@ class GraphDecoder(Protocol):
 
     def step(self, ids_BT: np.ndarray, valid_BT: np.ndarray | None = None) -> np.ndarray:
         """Append tokens; returns logits [B, T, V], or [B, 1, V] of the last token. valid_BT is 0 for padding."""
-
-
-class RewindingDecoder(GraphDecoder, Protocol):
-    """A graph decoder that goes back to a state that it was in."""
-
-    def mark(self) -> Any:
-        """The state of the running batch, for `rewind`."""
-
-    def rewind(self, mark: Any) -> None:
-        """Go back to the state `mark` of the same batch."""
 
 
 class MixedDecoder:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from nbl_export.calibrate import cuts
 from nbl_export.calibrate.collect import Collection
-from nbl_export.calibrate.cuts import CutShape, CutSums, cuts_bytes, fit, load, maps_of
+from nbl_export.calibrate.cuts import CutSums, fit, load, maps_of
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.mixers.predicted_module import features
 from nbl_export.model.checkpoint.load import load_model
@@ -192,11 +192,8 @@ def test_a_file_that_says_other_sizes_is_refused(
         load(path)
 
 
-def test_bytes_are_said_and_impossible_cuts_are_refused(checkpoint: Callable[[str], Path]) -> None:
+def test_impossible_cuts_are_refused(checkpoint: Callable[[str], Path]) -> None:
     model = load_model(checkpoint("llama"))
-    sums = CutSums.of(model, (0, 2))
-    assert cuts_bytes(sums.shape) == sum(value.nbytes for value in sums.sums.values())
-    assert cuts_bytes(CutShape((12, 14, 16, 18, 20, 22), 28, 1536, 256, 1e-6)) < 1.3e9
     for wrong in ((2, 1), (1, 1), (LAYERS,), (-1,)):
         with pytest.raises(NblError, match="are not those of 3 layers"):
             CutSums.of(model, wrong)

@@ -21,7 +21,7 @@ from nbl_export.options.option import MAIN
 from nbl_export.options.options import OPTIONS, JobOptions
 from nbl_export.options.options import flag_of as flag
 
-from ..command import assert_refused, nbl, snapshot, stage_lines
+from ..command import assert_refused, nbl
 from ..jobs import until
 
 ROOT = Path(__file__).parents[2]
@@ -50,15 +50,6 @@ def test_every_command_takes_the_options_that_the_record_has_for_it(command: str
     shown = nbl(command, "--help").out
     for name, said in OPTIONS.items():
         assert (re.search(rf"^  {flag(name)}\b", shown, re.MULTILINE) is not None) == (command in said.commands), name
-
-
-@pytest.mark.parametrize(
-    "gone",
-    ["--distill-dtype", "--map-bits", "--layer-wise", "--data-free", "--token-table", "--no-token-table", "--method"],
-)
-def test_what_went_is_gone(gone: str) -> None:
-    assert_refused(nbl("--model", "m", "--output", "o", gone, "1"), 2, gone)
-    assert gone not in nbl("--help-all").out
 
 
 def test_the_page_of_options_is_up_to_date() -> None:
@@ -142,14 +133,6 @@ def test_another_run_s_manifest_is_a_configuration_and_flags_win(finished: Path,
     )
 
 
-def test_a_goal_on_the_command_line_replaces_the_count_of_the_file() -> None:
-    from nbl_export.options.settle import over
-
-    assert over({"layers": "1", "seed": 3}, {"kv_budget": "1KiB"}) == {"seed": 3, "kv_budget": "1KiB"}
-    assert over({"kv_budget": "1KiB"}, {"layers": "2"}) == {"layers": "2"}
-    assert over({"layers": "1", "seed": 3}, {"seed": 4}) == {"layers": "1", "seed": 4}
-
-
 # -- the recorded command ------------------------------------------------------------------------------------------
 
 
@@ -168,16 +151,3 @@ def test_the_recorded_command_has_every_option_that_is_not_the_default() -> None
         words = shlex.split(describe_command(options, Path("out")))
         if MAIN in said.commands or "bench" in said.commands:
             assert flag(name) in words, (name, words)
-
-
-def test_the_recorded_command_gives_the_run_again(same: tuple[object, ...], run: Path, tmp_path: Path) -> None:
-    command = json.loads((run / "nbl.json").read_text(encoding="utf-8"))["command"]
-    first, bench = command.split(" && ")
-    words = shlex.split(first)
-    assert words[0] == "nbl-export" and "--depth" in shlex.split(bench)
-    before = snapshot(run)
-    done = nbl(*words[1 : words.index("--output")], "--output", run, "--config", tmp_path / "none.toml")
-    assert_refused(done, 2, "none.toml")
-    assert snapshot(run) == before
-    changed = nbl(*shlex.split(bench)[1:2], run, *shlex.split(bench)[3:])
-    assert set(stage_lines(changed).values()) == {"reused"}, changed.err

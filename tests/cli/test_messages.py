@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nbl_export.errors import NblError, UsageError
+from nbl_export.errors import NblError
 from nbl_export.model.checkpoint.source import resolve
-from nbl_export.options.goals import PerplexityIncrease, goal_of
-from nbl_export.options.options import JobOptions
 from nbl_export.publish import convert
 
 from ..command import assert_refused, nbl
@@ -34,17 +32,6 @@ def test_a_run_is_named_instead_of_its_model(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_an_engine_names_the_form_that_it_reads(engine: str, form: str) -> None:
     assert convert._form_of(engine) == form
-
-
-@pytest.mark.parametrize("asked", ["5%", "5", "5 %", "5.0"])
-def test_a_percentage_needs_no_sign(asked: str) -> None:
-    assert goal_of(JobOptions("m", max_perplexity_increase=asked)) == PerplexityIncrease(0.05)
-
-
-@pytest.mark.parametrize("asked", ["0.05", "0.5"])
-def test_a_share_is_no_percentage(asked: str) -> None:
-    with pytest.raises(UsageError, match="write 5%"):
-        goal_of(JobOptions("m", max_perplexity_increase=asked))
 
 
 @pytest.mark.parametrize(

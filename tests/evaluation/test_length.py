@@ -188,27 +188,6 @@ def test_eval_json_has_each_test_with_paired_differences(evaluated: Path) -> Non
     assert graphs["increase_interval"][0] < graphs["increase"] < graphs["increase_interval"][1]
 
 
-def test_graph_and_torch_agree(evaluated: Path) -> None:
-    agreement = read(evaluated)["agreement"]
-    assert len(agreement) == 6
-    assert all(a["loglikelihood"]["largest"] <= 512 * LIMIT for a in agreement), agreement
-
-
-def test_the_loss_is_that_of_a_direct_computation(evaluated: Path, text: Path) -> None:
-    import torch
-
-    from nbl_export.model.checkpoint.load import load_model, load_tokenizer
-
-    place = Path(json.loads((evaluated / "nbl.json").read_text())["places"]["model"])
-    ids = torch.tensor(load_tokenizer(place)(text.read_text(), verbose=False)["input_ids"])[:1024].view(2, 512)
-    with torch.inference_mode():
-        logits = load_model(place)(ids, use_cache=False).logits[:, :-1].double()
-    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-    row = next(one for one in read(evaluated)["length"] if one["test"] == "position")["rows"][2]
-    for variant in ("original", "torch-original"):
-        assert row["figures"][variant]["loss"] == pytest.approx(losses[:, 255:].mean().item(), abs=LIMIT)
-
-
 def test_the_report_and_a_second_command_use_it(evaluated: Path, text: Path, tmp_path: Path) -> None:
     page = (evaluated / "report.md").read_text()
     assert "### Quality at length" in page and "| held, torch | 128–255 |" in page and "Benchmarks" not in page

@@ -109,16 +109,6 @@ def test_logits_of_a_graph_with_a_cut_stand_at_their_tokens(monkeypatch: pytest.
     np.testing.assert_array_equal(decoder.step(ids[:, :3]), given)
 
 
-def test_it_goes_back_to_a_mark(exported: Callable[..., Path]) -> None:
-    decoder, (first, second) = opened(exported), chunks_of((9, 8))
-    decoder.begin(1)
-    decoder.step(first)
-    mark = decoder.mark()
-    once = decoder.step(second)
-    decoder.rewind(mark)
-    np.testing.assert_array_equal(decoder.step(second), once)
-
-
 def test_linear_layers_stand_below_and_above_a_cut(
     checkpoint: Callable[[str], Path], exported: Callable[..., Path]
 ) -> None:

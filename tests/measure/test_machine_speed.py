@@ -17,12 +17,6 @@ def test_the_rate_is_that_of_the_best_repetition(monkeypatch: pytest.MonkeyPatch
     assert read(1) == read(3) == 2.0 * (1 << 19)
 
 
-def test_best_of_the_repetitions(monkeypatch: pytest.MonkeyPatch) -> None:
-    ticks = iter([0.0, 5.0, 5.0, 7.0, 7.0, 10.0])
-    monkeypatch.setattr(machine_speed.time, "perf_counter", lambda: next(ticks))
-    assert machine_speed.best_seconds(lambda: None, 3) == 2.0
-
-
 def test_a_run_says_what_its_decoders_read(finished: Path) -> None:
     bench = json.loads((finished / "bench.json").read_text(encoding="utf-8"))
     found, (first, *_) = bench["reads"], [t for t in bench["timings"] if t["kind"] == "tg"]

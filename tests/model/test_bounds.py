@@ -21,8 +21,7 @@ from nbl_export.model.checkpoint.source import resolve
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.targets.export.finish import check_bounds
 
-from ..tiny import HIDDEN, INNER
-from .test_checkpoint import save_gguf
+from ..tiny import HIDDEN, INNER, save_gguf
 from .test_hostile_checkpoint import changed
 
 Checkpoint = Callable[[str], Path]
@@ -150,7 +149,7 @@ def gguf_of(checkpoint: Path, tmp_path: Path, change: Callable[[dict[str, Any]],
     tensors = load_file(model / "model.safetensors")
     change(tensors)
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    return save_gguf(model, tmp_path / "tiny.gguf")
+    return save_gguf(tmp_path / "tiny.gguf", model)
 
 
 def test_a_gguf_that_lacks_a_tensor_gets_no_random_one(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -20,63 +20,12 @@ from ..command import TINY, assert_refused, nbl, snapshot
 from ..damage import cut, flip
 from ..jobs import opened as opened_run
 from ..jobs import until
-from ..tiny import EPSILON, HEAD_DIM, HEADS, HIDDEN, INNER, KV_HEADS, LAYERS, VOCAB
-
-NAMES = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-}  # fmt: skip
-
-
-def save_gguf(directory: Path, path: Path) -> Path:
-    """Write the tiny Llama of a checkpoint directory as an unquantised GGUF."""
-    from gguf import GGUFWriter
-    from safetensors.numpy import load_file
-
-    writer = GGUFWriter(path, "llama")
-    writer.add_block_count(LAYERS)
-    writer.add_context_length(512)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(INNER)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_key_length(HEAD_DIM)
-    writer.add_value_length(HEAD_DIM)
-    writer.add_layer_norm_rms_eps(EPSILON)
-    writer.add_rope_dimension_count(HEAD_DIM)
-    writer.add_rope_freq_base(10_000.0)
-    writer.add_vocab_size(VOCAB)
-    model = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-    tokens = sorted(model["vocab"], key=model["vocab"].get)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3, 3] + [1] * (len(tokens) - 2))  # the first two are control tokens
-    writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    for name, tensor in load_file(directory / "model.safetensors").items():
-        writer.add_tensor(*_as_gguf(name.removesuffix(".weight"), tensor))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def _as_gguf(name: str, tensor: Any) -> tuple[str, Any]:
-    """llama.cpp's name; rows of query and key heads in its order: pairs that rotate together side by side."""
-    if not name.startswith("model.layers."):
-        return {"model.embed_tokens": "token_embd.weight", "model.norm": "output_norm.weight"}[name], tensor
-    layer, part = name.removeprefix("model.layers.").split(".", 1)
-    if part.endswith(("q_proj", "k_proj")):
-        tensor = tensor.reshape(-1, 2, HEAD_DIM // 2, HIDDEN).swapaxes(1, 2).reshape(tensor.shape)
-    return f"blk.{layer}.{NAMES[part]}.weight", tensor
+from ..tiny import INNER, LAYERS, save_gguf
 
 
 @pytest.fixture(scope="session")
 def gguf(checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_gguf(checkpoint("llama"), tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+    return save_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", checkpoint("llama"))
 
 
 def test_gguf_is_the_same_model(gguf: Path, checkpoint: Any, tmp_path: Path) -> None:
@@ -182,20 +131,6 @@ def test_gguf_that_ends_early(gguf: Path, text: Path, tmp_path: Path) -> None:
         given = ("--model", short, "--calibration", text, *TINY, "--output", tmp_path / "run")
         assert_refused(nbl(*given), 1, "short.gguf")
         assert not (tmp_path / "run").exists()
-
-
-def test_failed_dequantisation_leaves_nothing(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import transformers
-
-    def fail(_model: object, directory: Path, **_given: object) -> None:
-        directory.mkdir()
-        (directory / "half").write_text("")
-        raise RuntimeError("no")
-
-    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", fail)
-    with pytest.raises(NblError, match=r"tiny\.gguf cannot be loaded by transformers: \w+: no"):
-        load.materialise(checkpoint_source.resolve(str(gguf)), tmp_path / "checkpoint")
-    assert not list(tmp_path.iterdir())
 
 
 def test_sharded_weights(checkpoint: Any, tmp_path: Path) -> None:

@@ -30,7 +30,6 @@ from nbl_export.run.deployed import open_finished
 from nbl_export.run.progress import Ui
 from nbl_export.targets.onnx.engine import OrtEngine
 from nbl_export.verify import exporter
-from nbl_export.verify.ladder import Probe
 
 from ..command import TINY, assert_refused, nbl
 from ..fake_cuda import GPU, OnGpu, fake_cuda
@@ -41,7 +40,6 @@ Checkpoint = Callable[[str], Path]
 IDS = torch.randint(2, VOCAB, (4, 48), generator=torch.Generator().manual_seed(0))
 ROW = tuple(IDS[0].tolist())
 MAPS: dict[int, Mixer] = {i: random_map(i) for i in (1, 2)}
-PROBE = Probe((ROW[:20], ROW[5:14]), (ROW[:6], ROW[8:14], ROW[:9]), 3, ROW)
 
 
 def quiet(*_: object) -> None: ...

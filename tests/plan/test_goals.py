@@ -42,6 +42,7 @@ def options(**given: Any) -> JobOptions:
     ("name", "text", "expected"),
     [
         ("max_perplexity_increase", "5%", PerplexityIncrease(0.05)),
+        ("max_perplexity_increase", "5", PerplexityIncrease(0.05)),
         ("max_perplexity_increase", "0.5 %", PerplexityIncrease(0.005)),
         ("max_perplexity_increase", "0%", PerplexityIncrease(0.0)),
         ("target_speedup", "1.3", TargetSpeedup(1.3, "prefill")),

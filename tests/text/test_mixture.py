@@ -19,7 +19,6 @@ from nbl_export.text.corpus import Text
 from nbl_export.text.mixture import WeightedSource, absolute_sources, mix, parse_sources, read_texts
 
 from ..command import assert_refused, nbl
-from ..fake_datasets import FakeDatasets
 
 
 @pytest.mark.parametrize(
@@ -125,23 +124,6 @@ def test_damaged_compressed_text_is_named(content: bytes, tmp_path: Path) -> Non
     (tmp_path / "a.jsonl.gz").write_bytes(content)
     with pytest.raises(NblError, match=r"a\.jsonl\.gz is truncated or not a gzip file"):
         corpus.read_text(str(tmp_path / "a.jsonl.gz"))
-
-
-@pytest.mark.parametrize(
-    ("source", "asked"),
-    [
-        ("org/name", "org/name@train"),
-        ("org/name@validation", "org/name@validation"),
-        ("org/name/en@train", "org/name/en@train"),
-    ],
-)
-def test_hub_dataset_is_asked_for_configuration_and_split(
-    source: str, asked: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    library = FakeDatasets(tmp_path / "library", monkeypatch)
-    library.serve({asked: [{"text": "One."}, {"text": "Two."}]})
-    text = read_texts([source])
-    assert (text.name, text.documents, list(library.asked)) == (source, ("One.", "Two."), [asked])
 
 
 def test_two_texts_through_the_command(checkpoint: Callable[[str], Path], text: Path, tmp_path: Path) -> None:
