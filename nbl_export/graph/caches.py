@@ -160,8 +160,10 @@ def _trace(
 
 def _trace_branch(choice: ir.Node, value: ir.Value, present: ir.Value) -> Iterator[_Pair]:
     """Trace an output of the rewrite's own choice in its second branch, the original's; the choice is the merge."""
-    inner = choice.attributes["else_branch"].as_graph().outputs[value.index() or 0]
-    for pair in _trace(inner, present, None, set()):
+    branch, index = choice.attributes.get("else_branch"), value.index() or 0
+    if branch is None or branch.type != ir.AttributeType.GRAPH or index >= len(branch.as_graph().outputs):
+        return  # a damaged graph
+    for pair in _trace(branch.as_graph().outputs[index], present, None, set()):
         yield _Pair(pair.past, present, choice, pair.slot)
 
 

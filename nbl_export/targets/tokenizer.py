@@ -146,7 +146,10 @@ def _end_ids(directory: Path) -> tuple[int, ...]:
     for name in ("generation_config.json", "config.json"):
         end = read_settings(directory / name).get("eos_token_id")
         if end is not None:
-            return tuple(int(i) for i in (end if isinstance(end, list) else [end]))
+            ids = end if isinstance(end, list) else [end]
+            if not all(type(i) is int for i in ids):
+                raise NblError(f"{directory / name} has an eos_token_id that is no number of a token; export again")
+            return tuple(ids)
     return ()
 
 

@@ -166,6 +166,15 @@ def test_half_a_cache_is_refused() -> None:
         cache_layers(graph(text))
 
 
+def test_a_choice_without_branches_is_refused() -> None:
+    found = graph()
+    merge = found.outputs[-1].producer()
+    assert merge is not None
+    merge.op_type = "If"
+    with pytest.raises(RefusalError, match="layer 0: it does not have one key and one value cache"):
+        cache_layers(found)
+
+
 def test_a_cache_that_goes_nowhere_is_refused() -> None:
     text = DECOMPOSED.replace("float[1] one)", "float[1] one, float[B,1,P,8] past_key_values_1_key)")
     with pytest.raises(RefusalError, match=r"its input past_key_values\.1\.key is named like a cache"):

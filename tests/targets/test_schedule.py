@@ -367,6 +367,9 @@ def test_the_template_of_the_settings_is_used_and_a_bad_one_named(texts: Path) -
 def test_generation_config_knows_better_which_ids_end_a_text(texts: Path) -> None:
     (texts / "generation_config.json").write_text('{"eos_token_id": [7, 8]}', encoding="utf-8")
     assert Text(texts).end_ids == (7, 8)
+    (texts / "generation_config.json").write_text('{"eos_token_id": {"7": 8}}', encoding="utf-8")
+    with pytest.raises(NblError, match="generation_config.json has an eos_token_id that is no number of a token"):
+        Text(texts)
     (texts / "generation_config.json").unlink()
     (texts / "config.json").unlink()
     assert Text(texts).end_ids == ()
