@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,13 +16,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from nbl_export.calibrate import cuts
+from nbl_export.calibrate import collect, cuts
 from nbl_export.calibrate.collect import Collection
 from nbl_export.calibrate.cuts import CutSums, fit, load, maps_of
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.mixers.predicted_module import features
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.cut import own_map
+from nbl_export.records.inputs import Lazy
+from nbl_export.run.stages import cut as stage
 
 from ..tiny import EPSILON, HEAD_DIM, HIDDEN, KV_HEADS, LAYERS, VOCAB
 
@@ -116,6 +120,42 @@ def test_a_pass_that_stops_and_goes_on_gives_the_same_bytes(
 def run(model: Any, text: torch.Tensor) -> None:
     with torch.inference_mode():
         model.get_decoder()(input_ids=text, use_cache=False)
+
+
+class KilledError(Exception):
+    pass
+
+
+def collected(model: Any, out: Path, text: torch.Tensor, dies: int = 0) -> int:
+    """The batches that the stage goes on after; it dies behind a batch, if one is named, before it saves its sums."""
+    said, batch = list[str](), itertools.count(1)
+
+    def progress(*_: int) -> None:
+        if next(batch) == dies:
+            raise KilledError
+
+    ui = SimpleNamespace(say=said.append, task=lambda _title: nullcontext(progress))
+    run = SimpleNamespace(partial=lambda _name: out / "partial", manifest={"calibration": {}})
+    given = Lazy("", lambda: text), (0, 2), 48, "float32", Lazy("", lambda: model), Lazy("", lambda: "")
+    out.mkdir(exist_ok=True)
+    place: Any = SimpleNamespace(run=run, ui=ui)
+    with suppress(KilledError):
+        stage.collect(stage.CutCalibration("model", *given), place, out)
+    return int(said[0].split()[2]) if said else 0
+
+
+def test_a_stage_that_is_killed_again_and_again_counts_each_batch_once(
+    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_SECONDS", "_SHARE"):
+        monkeypatch.setattr(stage, name, 0.0)
+    monkeypatch.setattr(collect, "_BATCH_TOKENS", 48)
+    model, text = load_model(checkpoint("llama")), windows(6)
+    assert collected(model, tmp_path / "whole", text) == 0
+    assert [collected(model, tmp_path / "killed", text, dies) for dies in (3, 2, 0)] == [0, 2, 3]
+    whole, killed = (tmp_path / name / "cuts.safetensors" for name in ("whole", "killed"))
+    assert killed.read_bytes() == whole.read_bytes()
+    assert collected(model, tmp_path / "killed", windows(5)) == 0  # another text
 
 
 @pytest.mark.parametrize("before", [False, True])

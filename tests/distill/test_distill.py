@@ -245,15 +245,20 @@ def test_a_resumed_run_retreats_to_the_best_parameters(tmp_path: Path) -> None:
         return _Training(pair, DistillSettings(steps=100), [])
 
     first = training(1.0)  # kept at its best
-    first.result.held_kl, first.result.train_kl, first.step = [(0, 0.1)], [9.0] * 10, 10
+    first.result.held_kl, first.result.train_kl, first.step, first.slowed = [(0, 0.1)], [9.0] * 10, 10, 0.25
     with torch.no_grad():
         first.pair.trained["0.linear.bias"].fill_(2.0)  # where steps led since
     first.save(State(tmp_path / "state", "key"))
     again = training(0.0)
     again.begin(State(tmp_path / "state", "key"))
-    assert again.pair.trained["0.linear.bias"].tolist() == [2.0, 2.0]
+    bias = again.pair.trained["0.linear.bias"]
+    assert bias.tolist() == [2.0, 2.0] and again.slowed == 0.25
+    bias.grad = torch.ones(2)
+    again.optimizer.step()
     assert again.retreat()
-    assert again.pair.trained["0.linear.bias"].tolist() == [1.0, 1.0]
+    bias.grad = torch.zeros(2)
+    again.optimizer.step()  # nothing of the steps before pushes it
+    assert bias.tolist() == [1.0, 1.0]
 
 
 def test_only_the_state_of_the_same_run_is_gone_on_from(prepared: dict[str, Any], tmp_path: Path) -> None:

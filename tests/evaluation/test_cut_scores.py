@@ -60,12 +60,12 @@ def test_a_continuation_is_scored_as_it_is_served(cut: Path, context: int, count
     assert total == pytest.approx(sum(right), abs=1e-4)
 
 
-def test_text_continues_a_prompt_of_any_length(cut: Path) -> None:
+def test_text_continues_a_prompt_of_any_length_as_if_alone(cut: Path) -> None:
+    """A short prompt, which climbs whole, changes no other one."""
     scorer = GraphScorer(OnnxDecoder(cut, HEAD_DIM, file=ALL_LOGITS_FILE), 512, near=NEAR)
-    found = scorer.generate([IDS[:20], IDS[:9]], 3, lambda _ids: False)
-    assert [len(ids) for ids in found] == [3, 3]
-    alone = scorer.generate([IDS[:9]], 3, lambda _ids: False)
-    assert found[1] == alone[0]
+    prompts = [IDS[:3], IDS[:20], IDS[5:40]]
+    found = scorer.generate(prompts, 6, lambda _ids: False)
+    assert found == [scorer.generate([ids], 6, lambda _ids: False)[0] for ids in prompts]
 
 
 def test_the_width_is_that_of_the_directory(cut: Path, exported: Any) -> None:

@@ -8,13 +8,15 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nbl_export.errors import CorruptError
-from nbl_export.measure.cost import WEIGHT_BYTES, CostModel, LayerSizes, cost_model, read_mlp
+from nbl_export.measure.cost import WEIGHT_BYTES, CostModel, LayerSizes, cost_model, map_sizes, read_mlp
 from nbl_export.mixers.base import TokenWork
+from nbl_export.mixers.predicted import Predicted
 from nbl_export.mixers.rows import Read, Rows
 from nbl_export.model.checkpoint.load import load_model, read_spec
 from nbl_export.model.checkpoint.source import resolve
@@ -70,6 +72,15 @@ def test_a_decoder_small_enough_for_paper() -> None:
     before = 2 * (2 * (projections + mlp)) + head + 2 * (2 * 2 * 2 * 3)
     after = 2 * (projections + 16 + 2 * mlp) + head + 2 * 2 * 2 * 3
     assert model.speedup_of_sizes({1: work(16)}).decode == before / after
+
+
+def test_a_cut_small_enough_for_paper() -> None:
+    """The same decoder and 6 tokens; keys of layer 1 are predicted, but those of the first token and the last two."""
+    model = CostModel(DecoderSpec("llama", 2, 4, 2, 1, 2, 10, 64), MlpSpec(8), 2.0, 1.0, 2, tokens=6)
+    maps = {1: Predicted(np.zeros((4, 8), np.float32), np.zeros(4, np.float32), 4, 1, 2, 1e-5)}
+    below = 2 * 6 * (48 + 3 * 4 * 8) + 16 * (1 + 2 + 3 + 4 + 5 + 6)
+    above = 2 * 6 * 4 * 8 + 2 * 3 * 32 + 16 * (4 + 5 + 6) + 2 * (16 + 3 * 4 * 8)  # three rows read the most there is
+    assert model.prefill_flops(map_sizes(maps)) == below + above + 2 * 4 * 10
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 from nbl_export.errors import NblError
 from nbl_export.mixers.base import OWN, Port, apply
 from nbl_export.mixers.predicted import PREDICTED, Predicted
+from nbl_export.mixers.predicted_module import features
 from nbl_export.mixers.rows import Need, rows_needed
 from nbl_export.plan.maps_file import load_maps, save_maps
 
@@ -38,6 +39,9 @@ def test_numpy_and_torch_agree_and_a_file_keeps_the_numbers(tmp_path: Path, befo
     assert state is None
     for port, value in zip((Port.KEYS, Port.VALUES), found, strict=True):
         np.testing.assert_allclose(given[port], value.detach().numpy(), atol=1e-5)
+    large = torch.from_numpy(300 * x_BTD).half()  # its squares are beyond float16
+    wide, narrow = (features(x, 1e-3, before=before) for x in (large.float(), large))
+    torch.testing.assert_close(narrow, wide.half())
 
 
 def test_the_token_before_is_read_one_row_up() -> None:

@@ -180,9 +180,11 @@ def test_without_a_goal_the_default_increase_decides_and_says_what_one_layer_cos
 def test_the_worse_text_decides() -> None:
     rises = (0.02, 0.024, 0.03, 0.04)
     assert reached(Priced(*rises))[0] == 4
-    count, _, said = reached(Priced(*rises), texts=("held back", "another"))
-    assert count == 2
-    assert "+6.0" in said[1] and "on another" in said[1]
+    for texts in (("held back", "another"), ("another", "held back")):
+        count, _, said = reached(Priced(*rises), texts=texts)
+        assert count == 2 and "+6.0" in said[1] and "on another" in said[1]
+        count, _, said = reached(Priced(0.02, 0.06, 0.07, 0.08), texts=texts)  # both are beyond
+        assert count == 1 and "+12.0" in said[1] and "on another" in said[1]
 
 
 def test_the_upper_end_of_the_interval_decides_and_what_is_undecided_says_how_many_tokens_would_tell() -> None:

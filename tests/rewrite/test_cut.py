@@ -333,6 +333,7 @@ def test_refused(exported: Exported, given_graph: Callable[[str], Path], tmp_pat
     llama, whole = exported("llama"), cut_at(1, 3)
     cases = [
         (llama, {1: whole[1]}, "2: it has attention without predicted keys"),
+        (llama, {2: whole[2]}, "1: it has attention without predicted keys"),
         (llama, {1: whole[1], 2: predicted(1, 3, 2, before=False)}, "2: its predicted keys have another norm"),
         (llama, cut_at(1, 3) | {0: predicted(1, 3, 0)}, "0: it predicts keys below the cut"),
         (exported("mistral-window"), whole, "1: its attention has a sliding window"),

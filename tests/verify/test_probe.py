@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nbl_export.records.inputs import Lazy
-from nbl_export.run.stages.verify import make_probe
+from nbl_export.run.stages.verify import loss_texts, make_probe
 from nbl_export.verify.ladder import DECODE_STEPS, Probe
 from nbl_export.verify.last_token import BATCH_LENGTHS
 
@@ -38,3 +38,12 @@ def test_a_plan_without_a_cut_has_short_rows() -> None:
     probe = made(None)
     assert [len(row) for row in probe.rows] == [64 + DECODE_STEPS, 37 + DECODE_STEPS] and not probe.climbing
     assert {len(prompt) for prompt in probe.prompts} == {24}
+
+
+@pytest.mark.parametrize(("near", "cache_length", "length"), [(None, 4096, 512), (64, 4096, 1024), (64, 600, 600)])
+def test_windows_of_the_quality_loss_are_long_if_prompts_stop(near: int | None, cache_length: int, length: int) -> None:
+    """Most of their prompt is far."""
+    final = Lazy("", lambda: [("text", torch.arange(4096).view(8, 512))])
+    inputs: Any = SimpleNamespace(context=512, cache_length=cache_length, final=final)
+    ((_, windows),) = loss_texts(inputs, near)
+    assert windows.shape == (4096 // length, length) and windows[0].tolist() == list(range(length))

@@ -100,10 +100,11 @@ def test_difference_below_the_limit_passes() -> None:
     assert judge(bump(1, 5, 0.001)) == [True] * 4
 
 
-def test_nan_fails_and_is_recorded_as_none() -> None:
+@pytest.mark.parametrize("row", [0, 1])
+def test_nan_fails_and_is_recorded_as_none(row: int) -> None:
     expected, rows = table()
     shown = [e.copy() for e in expected]
-    shown[0][4, 4] = np.nan
+    shown[row][4, 4] = np.nan
     limit = TOLERANCES["fp32"].limit
     results = check_logits("nbl", "nbl", FakeDecoder(shown), probe(rows), Reference(tuple(expected), None), limit)
     assert [(r.passed, r.value is None) for r in results] == [(False, True), (True, False)] * 2
