@@ -18,7 +18,7 @@ import pytest
 
 from nbl_export.targets.base import Availability
 
-from ..command import TINY, assert_refused, nbl, snapshot, stage_lines
+from ..command import TINY, assert_refused, nbl, snapshot
 from ..damage import cut, edit
 from ..tiny import LAYERS
 
@@ -179,7 +179,6 @@ def test_model_is_a_file(run: Path, text: Path) -> None:
         (("--seed", "-1"), ("--seed",)),
         (("--depth", "0"), ("--depth",)),  # the main job takes it from a configuration file
         (("--config", "/nowhere.toml"), ("--config", "/nowhere.toml", "cannot be read")),
-        (("--layers", "some"), ("--layers", "'some' is not a layer", "0,7,24-29")),
         (("--no-such-option",), ("--no-such-option",)),
         (("stray",), ("stray",)),
     ],
@@ -187,37 +186,9 @@ def test_model_is_a_file(run: Path, text: Path) -> None:
 )  # fmt: skip
 def test_option_that_is_none(options: tuple[str, ...], parts: tuple[str, ...], same: Same, run: Path) -> None:
     assert_refused_everywhere(run, 2, (*same, *options), *parts)
-    if options[0] == "--layers":
-        before = snapshot(run)
-        assert_refused(nbl("plan", run, *options), 2, *parts)
-        assert snapshot(run) == before
 
 
-@pytest.mark.parametrize(
-    ("options", "parts"),
-    [
-        (("--layers", "3"), ("--layers 3", "at least one stays", "at most 2")),
-        (("--context", "513"), ("--context 513", "512 positions")),
-        (("--precision", "fp16"), ("genai", "fp16", "fp32, int8, int4")),
-    ],
-    ids=lambda value: " ".join(value),
-)
-def test_option_that_does_not_fit(options: tuple[str, ...], parts: tuple[str, ...], same: Same, run: Path) -> None:
-    assert_refused_everywhere(run, 1, (*same, *options), *parts)
-    mine = tuple(o for o in options if o != "--context" and o != "513")
-    command = "plan" if "--layers" in mine else "rewrite"
-    if mine:
-        before = snapshot(run)
-        refused = nbl(command, run, *mine)
-        assert_refused(refused, 1, *parts)
-        assert stage_lines(refused) == {}  # known before any stage
-        assert snapshot(run) == before
-
-
-def test_missing_options(same: Same, run: Path) -> None:
-    assert_refused(nbl("--model", "x/y"), 2, "--output")
-    assert_refused(nbl("plan"), 2, "DIR")
-    assert_refused(nbl("no-such-command"), 2, "no-such-command")
+def test_options_of_the_main_job_stand_before_no_command(run: Path) -> None:
     assert_refused(nbl("--layers", "2", "plan", run), 2, "--layers", "plan")
 
 

@@ -161,14 +161,9 @@ def test_a_run_on_it_saves_the_same_checkpoint_and_is_reused(
     assert all(np.array_equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
 
 
-@pytest.mark.parametrize(
-    "asked",
-    [("--layers", "1"), ("--fit", "distilled"), ("--tap", "normed")],
-    ids=lambda words: " ".join(words).removeprefix("--"),
-)
-def test_what_needs_the_attention_is_refused(saved: Path, text: Path, asked: tuple[str, ...], tmp_path: Path) -> None:
-    done = nbl("--model", saved, "--calibration", text, *BARE, *asked, "--output", tmp_path / "run")
-    assert_refused(done, 2, asked[0], "leave" if asked[0] != "--fit" else "no longer contains")
+def test_what_needs_the_attention_is_refused(saved: Path, text: Path, tmp_path: Path) -> None:
+    done = nbl("--model", saved, "--calibration", text, *BARE, "--layers", "1", "--output", tmp_path / "run")
+    assert_refused(done, 2, "--layers", "leave")
     assert not (tmp_path / "run").exists()
 
 
@@ -188,13 +183,6 @@ def test_its_graph_can_be_evaluated(again: Path, text: Path, tmp_path: Path) -> 
     done = nbl("eval", run, "--perplexity", f"here={text}", "--ppl-context", "64", "--limit", "2",
                "--variants", "nbl,torch-nbl")  # fmt: skip
     assert done.status == 0, done.err
-
-
-def test_the_fit_given_is_for_such_a_checkpoint_alone(same: tuple[object, ...], tmp_path: Path) -> None:
-    assert_refused(
-        nbl(*same[:4], *BARE, "--fit", "given", "--output", tmp_path / "run"), 2, "--fit given", "nbl-export convert"
-    )
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

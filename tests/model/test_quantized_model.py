@@ -187,15 +187,6 @@ def test_scaled_matrices_with_the_old_norms_are_refused(norm: str, model: Path, 
     assert_refused(refused, 1, name, "another function")
 
 
-@pytest.mark.parametrize(
-    "others", [("--precision", "int8"), ("--precision", "int4", "--decoder-source", "mobius")], ids=" ".join
-)
-def test_it_is_for_int4_graphs_of_the_builder(others: Same, even: Same, tmp_path: Path) -> None:
-    refused = nbl(*even, *others, "--quantized-model", tmp_path / "codes", "--output", tmp_path / "run")
-    assert_refused(refused, 2, "--quantized-model", "int4", "genai")
-    assert not (tmp_path / "run").exists()
-
-
 def test_zero_points_of_the_second_gptq_format_are_refused(model: Path, even: Same, tmp_path: Path) -> None:
     """They say that they are of the first one, and every weight would be a step off."""
     theirs = quantise(model, tmp_path / "codes", "gptq", symmetric=True)

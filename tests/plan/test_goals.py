@@ -72,11 +72,6 @@ def test_goals_that_cannot_be_read_are_usage_errors(name: str, texts: tuple[str,
             check_request(options(**{name: text}))
 
 
-def test_only_one_of_them() -> None:
-    with pytest.raises(UsageError, match="--layers and --kv-budget both set how many layers are replaced"):
-        check_request(options(layers="1", kv_budget="1KiB"))
-
-
 def facts_of(run: Path) -> Any:
     return json.loads((run / "nbl.json").read_text(encoding="utf-8"))
 

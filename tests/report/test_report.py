@@ -352,6 +352,18 @@ def test_a_clear_win_is_called_one(written: Written) -> None:
     )
 
 
+def test_every_writer_gives_the_level_of_the_loads(capsys: Any) -> None:
+    """Of rounds that ended by their width; other levels: `tests/records/test_paired.py`."""
+    bench = changed(BENCH, repetitions=None)
+    for one in bench["timings"]:
+        one |= {"samples_ns": (2 * one["samples_ns"])[:6], "loads": list(range(6))}
+    shown, said = Written(bench=bench), "94.4% interval of 6 loads, ended by its width"
+    assert {(ratio["interval"], ratio["confidence"]) for ratio in shown.json["ratios"]} == {(said, 0.944)}
+    assert [row[-1] for row in shown.table("Paired ratios")[2:]] == [said] * 3 and shown.html.count(said) >= 3
+    Console(width=400).print(*speed_table(shown.value))
+    assert capsys.readouterr().out.count(said) == 3
+
+
 def test_skipped_tests_are_named() -> None:
     skipped = [{"test": "tg128", "depth": 2048, "reason": "2048 + 128 tokens are more than the context, 2048"}]
     written = Written(bench=changed(BENCH, skipped=skipped))
