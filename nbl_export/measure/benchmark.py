@@ -29,6 +29,7 @@ loads neither an engine nor torch.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import platform
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -109,6 +110,10 @@ def side_by_side(
         tests.batches, tests.threads or (setting.threads,),
     )  # fmt: skip
     instruments = Instruments(meter=find_meter(gpu=setting.gpu))
+    if setting.gpu:
+        instruments = dataclasses.replace(
+            instruments, clocks=read_clocks, warm_up_ns=_GPU_WARM_UP_NS, least_ns=_GPU_LEAST_NS
+        )
     result = run(variants, scenarios, tests.repetitions, progress, setting=setting, instruments=instruments)
     if result["background"]["busy"]:
         say(f"  {spoken_background(result['background'])}")
@@ -146,6 +151,9 @@ def decode_tokens(asked: int | None, directories: Iterable[Path], *, gpu: bool) 
 
 
 _DECODE_BYTES = 80 << 30  # eight seconds at 10 GB/s
+# A GPU raises its clocks under load, and its energy counter moves a few times a second. NVIDIA's trtexec warms up for
+# 0.2 s and measures for 3 s.
+_GPU_WARM_UP_NS, _GPU_LEAST_NS = 500_000_000, 1_000_000_000
 
 
 _ORDER = (
@@ -196,14 +204,12 @@ def run(
         described[name] = _describe(variant, footprint, capacity)
         steps.done()
     bench = Bench(ids, instruments, steps, apart=_are_too_large(described.values(), gpu=setting.gpu))
-    clocks = [read_clocks()] if setting.gpu else []
     found = [time_rounds(variants, bench, same, rule, setting.base) for same in by_threads]
-    clocks += [read_clocks()] if setting.gpu else []
     loads = [load for rounds in found for load in rounds.background]
     meter = instruments.meter
     return {
         **where_measured(gpu=setting.gpu),
-        **({"gpu_clocks": clocks} if any(clocks) else {}),
+        **({"gpu_clocks": _clocks_of(bench.clocks)} if bench.clocks else {}),
         "background": background_of(loads, len(bench.waits), bench.waits.count(False)),
         "threads": list(dict.fromkeys(s.threads for s in fitting)),
         "batches": list(dict.fromkeys(s.batch for s in fitting)),
@@ -218,6 +224,15 @@ def run(
         "skipped": skipped,
         "variants": described,
     }
+
+
+def _clocks_of(seen: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Clocks right behind the timed runs: the lowest and highest, and how many runs ended slowed, by reason."""
+    clocks = {name: [clock[name] for clock in seen if name in clock] for name in ("sm_mhz", "memory_mhz")}
+    reasons = [why for clock in seen for why in clock.get("slowed_by", ())]
+    slowed = {why: reasons.count(why) for why in dict.fromkeys(reasons)}
+    ranges = {name: [min(values), max(values)] for name, values in clocks.items() if values}
+    return {"runs": len(seen), **ranges, "slowed_by": slowed}
 
 
 def _are_too_large(described: Collection[Mapping[str, Any]], *, gpu: bool) -> bool:

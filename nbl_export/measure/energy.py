@@ -1,7 +1,9 @@
-"""Counters of energy: of processor packages, and of the only NVIDIA GPU of the machine; the clocks of that GPU.
+"""Counters of energy: of processor packages, and of the first visible NVIDIA GPU; the clocks of that GPU.
 
     /sys/class/powercap/intel-rapl:N/energy_uj   microjoules of package N, wraps at max_energy_range_uj (AMD too)
     NVML (libnvidia-ml, which nvidia-smi asks)   nvmlDeviceGetTotalEnergyConsumption, millijoules
+
+NVML ignores CUDA_VISIBLE_DEVICES. So the driver names the PCI address of the GPU that computes.
 
 The counters are of the whole machine and include other programs. Most systems let only root read the first counter
 (since CVE-2020-8694). If no counter can be read, there is no meter, and energy is not reported.
@@ -15,6 +17,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from nbl_export.targets.gpu import bus_id
 
 __all__ = ["Meter", "find_meter", "read_clocks"]
 
@@ -82,14 +86,15 @@ def _rapl(zone: Path) -> tuple[Callable[[], int], int] | None:
 
 
 def _nvml(libraries: Sequence[str]) -> tuple[ctypes.CDLL, ctypes.c_void_p] | None:
-    """NVML and the machine's only GPU; None without a driver or with several GPUs."""
+    """NVML and the first visible GPU; None if the driver or NVML does not name it."""
+    address = bus_id().encode()
     for name in libraries:
         try:
             library = ctypes.CDLL(name)
-            count, device = ctypes.c_uint(), ctypes.c_void_p()
-            if library.nvmlInit_v2() or library.nvmlDeviceGetCount_v2(ctypes.byref(count)) or count.value != 1:
+            device = ctypes.c_void_p()
+            if not address or library.nvmlInit_v2():
                 return None
-            if library.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(device)):
+            if library.nvmlDeviceGetHandleByPciBusId_v2(address, ctypes.byref(device)):
                 return None
         except (OSError, AttributeError):
             continue
@@ -98,14 +103,17 @@ def _nvml(libraries: Sequence[str]) -> tuple[ctypes.CDLL, ctypes.c_void_p] | Non
 
 
 _CLOCKS = {"sm_mhz": 1, "memory_mhz": 2}  # NVML_CLOCK_SM, NVML_CLOCK_MEM
+# Bits of nvmlClocksThrottleReason*: why the clocks are lower than they could be. Idleness is no reason.
+_SLOWED = {0x4: "power limit", 0x8: "hardware slowdown", 0x20: "temperature", 0x40: "temperature (hardware)",
+           0x80: "power brake"}  # fmt: skip
 
 
 def read_clocks(libraries: Sequence[str] = _NVML) -> dict[str, Any] | None:
-    """Driver, clocks and power limit of the machine's only GPU at this moment; None if NVML does not say."""
+    """Driver, clocks, power limit and what slows the first visible GPU at this moment; None if NVML does not say."""
     if (found := _nvml(libraries)) is None:
         return None
     library, device = found
-    driver, number = ctypes.create_string_buffer(96), ctypes.c_uint()
+    driver, number, reasons = ctypes.create_string_buffer(96), ctypes.c_uint(), ctypes.c_ulonglong()
     said: dict[str, Any] = {}
     with contextlib.suppress(AttributeError):
         if not library.nvmlSystemGetDriverVersion(driver, len(driver)):
@@ -115,6 +123,8 @@ def read_clocks(libraries: Sequence[str] = _NVML) -> dict[str, Any] | None:
                 said[name] = number.value
         if not library.nvmlDeviceGetEnforcedPowerLimit(device, ctypes.byref(number)):
             said["power_limit_watts"] = number.value / 1000
+        if not library.nvmlDeviceGetCurrentClocksThrottleReasons(device, ctypes.byref(reasons)):
+            said["slowed_by"] = [why for bit, why in _SLOWED.items() if reasons.value & bit]
     return said or None
 
 

@@ -126,10 +126,14 @@ class Instruments:
 
     clock: monotonic nanoseconds. meter: energy, read before and after each timed run; None records no energy. idle:
     waits until no thread of this process computes; False if a thread still computes. usage: processor time of the
-    machine, read before and after each load.
+    machine, read before and after each load. clocks: of a GPU, read behind each timed run. warm_up_ns, least_ns: an
+    untimed run, and a timed run, is repeated until it took so long.
     """
 
     clock: Callable[[], int] = time.perf_counter_ns
     meter: Meter | None = None
     idle: Callable[[], bool] = wait_until_idle
     usage: Callable[[], Reading] = read_usage
+    clocks: Callable[[], Mapping[str, Any] | None] | None = None
+    warm_up_ns: int = 0
+    least_ns: int = 0

@@ -105,7 +105,7 @@ class Steps:
 
 @dataclass(frozen=True)
 class Bench:
-    """Shared by every timed run: token ids [B, T], instruments, progress, and the result of each wait.
+    """Shared by every timed run: token ids [B, T], instruments, progress, the result of each wait, and clocks.
 
     apart: only one variant is in memory at a time.
     """
@@ -115,6 +115,7 @@ class Bench:
     steps: Steps
     apart: bool = False
     waits: list[bool] = dataclasses.field(default_factory=list)
+    clocks: list[Mapping[str, Any]] = dataclasses.field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -199,39 +200,67 @@ def _time_group(bench: Bench, runners: Mapping[str, TextRunner], scenarios: Sequ
 
 
 def _run(bench: Bench, variant: str, runner: TextRunner, scenario: Scenario) -> Timing:
-    """One run of a scenario on a runner whose cache holds at least the scenario's depth."""
-    clock, meter = bench.instruments.clock, bench.instruments.meter
-    chunks = _run_chunks(bench, scenario, scenario.tokens)
+    """One run of a scenario on a runner whose cache holds at least the scenario's depth.
+
+    A run that is repeated is the mean of its repetitions, and keeps the steps of all.
+    """
+    meter, least = bench.instruments.meter, bench.instruments.least_ns
     runner.rewind(scenario.depth)
     bench.waits.append(bench.instruments.idle())
     device_seconds: Callable[[], float | None] = getattr(runner, "device_seconds", lambda: None)
     device_seconds()  # counts from here on
     before = meter.read() if meter else None
-    with _collector_paused():
-        stamps = [clock()]
-        for chunk in chunks:
-            runner.append(chunk)
-            stamps.append(clock())
-        computed = device_seconds()
-        picked: tuple[int, ...] = ()
-        if scenario.kind == "pp":
-            runner.pick()
-            picked = (clock() - stamps[-1],)
+    stamps, picks = zip(*_repeated(bench, runner, scenario, least), strict=True)
     energy = () if meter is None or before is None else (meter.read() - before,)
-    steps = (tuple(after - start for start, after in itertools.pairwise(stamps)),) if scenario.kind == "tg" else ()
-    whole = (stamps[-1] - stamps[0],)
-    device = () if computed is None else (round(1e9 * computed),)
-    return Timing(scenario, variant, whole, first_token_ns=picked, token_ns=steps, energy_uj=energy, device_ns=device)
+    computed = device_seconds()
+    if bench.instruments.clocks and (clocks := bench.instruments.clocks()):
+        bench.clocks.append(clocks)
+    mean: Callable[[float], tuple[int, ...]] = lambda total: (round(total / len(stamps)),)  # noqa: E731
+    steps = tuple(after - start for run in stamps for start, after in itertools.pairwise(run))
+    return Timing(
+        scenario, variant, mean(sum(run[-1] - run[0] for run in stamps)),
+        first_token_ns=mean(sum(picks)) if scenario.kind == "pp" else (),
+        token_ns=(steps,) if scenario.kind == "tg" else (),
+        energy_uj=mean(energy[0]) if energy else (),
+        device_ns=() if computed is None else mean(1e9 * computed),
+    )  # fmt: skip
+
+
+def _repeated(bench: Bench, runner: TextRunner, scenario: Scenario, least_ns: int) -> Iterator[tuple[list[int], int]]:
+    """Runs of a scenario until they took so long together: the clock around each step, and the time of a pick."""
+    clock, chunks, taken = bench.instruments.clock, _run_chunks(bench, scenario, scenario.tokens), 0
+    while True:
+        with _collector_paused():
+            stamps = [clock()]
+            for chunk in chunks:
+                runner.append(chunk)
+                stamps.append(clock())
+            picked = 0
+            if scenario.kind == "pp":
+                runner.pick()
+                picked = clock() - stamps[-1]
+        yield stamps, picked
+        taken += stamps[-1] - stamps[0] + picked
+        if taken >= least_ns:
+            return
+        runner.rewind(scenario.depth)
 
 
 def _warm_up(bench: Bench, runner: TextRunner, scenario: Scenario) -> None:
-    """Run a scenario untimed, without a wait; decode runs one token, which allocates the buffers of all."""
+    """Run a scenario untimed, without a wait; decode runs one token, which allocates the buffers of all.
+
+    A GPU also needs time to raise its clocks: there the whole scenario repeats (`Instruments.warm_up_ns`).
+    """
     tokens = scenario.tokens if scenario.kind == "pp" else min(scenario.tokens, _WARM_UP_DECODE)
     runner.rewind(scenario.depth)
     for chunk in _run_chunks(bench, scenario, tokens):
         runner.append(chunk)
     if scenario.kind == "pp":
         runner.pick()
+    if bench.instruments.warm_up_ns:
+        runner.rewind(scenario.depth)
+        for _ in _repeated(bench, runner, scenario, bench.instruments.warm_up_ns):
+            pass
 
 
 def _run_chunks(bench: Bench, scenario: Scenario, tokens: int) -> list[Any]:

@@ -24,8 +24,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["CUDA", "CudaRelease", "Gpu", "describe", "find_gpu", "free_bytes", "has_kernels", "outdated", "release_for",
-           "spoken", "unpackaged"]  # fmt: skip
+__all__ = ["CUDA", "CudaRelease", "Gpu", "bus_id", "describe", "find_gpu", "free_bytes", "has_kernels", "outdated",
+           "release_for", "spoken", "unpackaged"]  # fmt: skip
 
 _LIBRARIES = ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1", "libcuda.so")
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
@@ -148,6 +148,16 @@ def describe() -> dict[str, Any] | None:
         _call(driver, "cuDeviceTotalMem_v2", ctypes.byref(total), device)
         facts["memory_bytes"] = total.value
     return facts
+
+
+def bus_id() -> str:
+    """PCI address of the first visible GPU, by which NVML finds it; "" if the driver does not say. Never raises."""
+    driver = None if isinstance(find_gpu(), str) else _load()
+    address = ctypes.create_string_buffer(32)
+    with contextlib.suppress(AttributeError, OSError):
+        if driver is not None:
+            _call(driver, "cuDeviceGetPCIBusId", address, len(address), _integer(driver, "cuDeviceGet", 0))
+    return address.value.decode(errors="replace")
 
 
 def free_bytes() -> int | None:

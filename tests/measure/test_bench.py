@@ -133,6 +133,7 @@ def run_fake(
     held_up: Callable[[str, int], int] = lambda name, load: 0,
     idle: Callable[[int], bool] = lambda number: True,
     measure: benchmark.Measure = measure_nothing,
+    **instruments: Any,
 ) -> tuple[dict[str, Any], Tape, list[tuple[int, int]]]:
     """bench.run on two fakes (original 20 ns a token, nbl 10), with the tape and the progress reports.
 
@@ -162,7 +163,7 @@ def run_fake(
         repetitions,
         lambda done, total: reports.append((done, total)),
         setting=setting,
-        instruments=Instruments(tape.clock, meter(tape), wait, usage),
+        instruments=Instruments(tape.clock, meter(tape), wait, usage, **instruments),
         measure=measure,
     )
     return result, tape, reports
@@ -455,17 +456,51 @@ def test_engines_on_a_gpu_are_judged_by_its_memory(
     """Two engines of 90 bytes; the memory of the machine has room for all."""
     monkeypatch.setattr(benchmark, "free_bytes", lambda: free)
     monkeypatch.setattr(benchmark, "describe", lambda: {"name": "NVIDIA L4"})
-    clocks = iter([{"sm_mhz": 1980}, {"sm_mhz": 300}, {"sm_mhz": 210}])
-    monkeypatch.setattr(benchmark, "read_clocks", lambda: next(clocks))
+    monkeypatch.setattr(benchmark, "read_clocks", lambda: {"sm_mhz": 210})
     setting = dataclasses.replace(SETTING, gpu=on_gpu)
     result, _, _ = run_fake(tmp_path, plan_scenarios((32,), 8, (0,)), 2, setting, measure=measure_on_device)
     assert result["apart"] is apart
     assert result["variants"]["nbl"]["device_memory_bytes"] == DEVICE_BYTES
     if on_gpu:
-        assert result["gpu_clocks"] == [{"sm_mhz": 1980}, {"sm_mhz": 300}]
         assert result["machine"]["gpu"] == {"name": "NVIDIA L4", "sm_mhz": 210}
     else:
-        assert "gpu_clocks" not in result and "gpu" not in result["machine"]
+        assert "gpu" not in result["machine"]
+
+
+def test_a_gpu_is_warm_and_a_short_test_is_repeated(tmp_path: Path) -> None:
+    """The original takes 20 ns a token, NBL 10: a warm-up of 500 ns, and at least 1,000 ns of each timed test."""
+    meter = lambda tape: Meter({"GPU": (lambda: 5 * tape.now, 0)})  # noqa: E731
+    result, tape, _ = run_fake(
+        tmp_path, [Scenario("pp", 8, 0), Scenario("tg", 4, 0)], 2, meter=meter, warm_up_ns=500, least_ns=1000
+    )
+    assert collections.Counter(runs(tape)) == {
+        ("original", 0, 8): 2 * (1 + 4 + 7), ("nbl", 0, 8): 2 * (1 + 7 + 13),  # a run takes 163 and 83 ns, with a pick
+        ("original", 0, 1): 2, ("original", 0, 4): 2 * (7 + 13), ("nbl", 0, 1): 2, ("nbl", 0, 4): 2 * (13 + 25),
+    }  # fmt: skip
+    rows = {(t["test"], t["variant"]): t for t in result["timings"]}
+    assert rows["pp8", "original"]["samples_ns"] == [160] * 2 and rows["tg4", "nbl"]["samples_ns"] == [40] * 2
+    assert rows["pp8", "nbl"]["first_token_ns"] == [PICK_NS] * 2
+    assert rows["tg4", "nbl"]["token_ns"] == [[10] * 4 * 25] * 2
+    rewinds = 5 * 1_000_000 * 12 / 13  # the counter runs on between repetitions
+    assert rows["pp8", "nbl"]["energy_uj"] == [pytest.approx(5 * 83 + rewinds, abs=1)] * 2
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_only_a_gpu_is_warmed_up_by_time(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(benchmark, "run", lambda *_, **more: asked.update(more) or {"background": {"busy": False}})
+    tests = JobOptions("", generate_tokens=2)
+    benchmark.side_by_side({}, tests, BenchSetting(100, 64, "an engine", gpu=gpu), lambda *_: None, print)
+    used = asked["instruments"]
+    assert (used.warm_up_ns, used.least_ns) == ((500_000_000, 1_000_000_000) if gpu else (0, 0))
+    assert used.clocks is (benchmark.read_clocks if gpu else None)
+
+
+def test_clocks_are_read_right_behind_each_timed_run(tmp_path: Path) -> None:
+    seen = iter([{"sm_mhz": 1980, "slowed_by": []}, {"sm_mhz": 1410, "slowed_by": ["power limit"]}, None, {}])
+    result, _, _ = run_fake(tmp_path, [Scenario("pp", 64, 0)], 2, clocks=lambda: next(seen))
+    assert result["gpu_clocks"] == {"runs": 2, "sm_mhz": [1410, 1980], "slowed_by": {"power limit": 1}}
+    assert next(seen, "read once a run") == "read once a run"
 
 
 def test_variants_are_loaded_one_after_the_other_if_memory_is_short(

@@ -148,22 +148,26 @@ def test_counters_without_a_range_only_grow() -> None:
     assert [meter.read(), meter.read()] == [2, 13]
 
 
+SECOND = b"0000:65:00.0"  # the GPU that CUDA_VISIBLE_DEVICES names, of several
+
+
+@pytest.fixture
+def second(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(energy, "bus_id", SECOND.decode)
+
+
 class Nvml:
     """Answers as libnvidia-ml does: values through pointers, 0 for success."""
 
-    def __init__(self, millijoules: int, gpus: int = 1, status: int = 0) -> None:
-        self.millijoules, self.gpus, self.status = millijoules, gpus, status
+    def __init__(self, millijoules: int, status: int = 0, reasons: int = 0) -> None:
+        self.millijoules, self.status, self.reasons = millijoules, status, reasons
 
     def nvmlInit_v2(self) -> int:
         return 0
 
-    def nvmlDeviceGetCount_v2(self, count: Any) -> int:
-        count._obj.value = self.gpus
-        return 0
-
-    def nvmlDeviceGetHandleByIndex_v2(self, _index: int, device: Any) -> int:
+    def nvmlDeviceGetHandleByPciBusId_v2(self, address: bytes, device: Any) -> int:
         device._obj.value = 4711
-        return 0
+        return 0 if address == SECOND else 6  # NVML_ERROR_NOT_FOUND
 
     def nvmlDeviceGetTotalEnergyConsumption(self, device: ctypes.c_void_p, millijoules: Any) -> int:
         assert device.value == 4711
@@ -183,16 +187,24 @@ class Nvml:
         out._obj.value = 700_000
         return self.status
 
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, _device: ctypes.c_void_p, out: Any) -> int:
+        out._obj.value = self.reasons
+        return self.status
 
-def test_driver_clocks_and_power_limit_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+
+@pytest.mark.usefixtures("second")
+def test_driver_clocks_and_power_limit_are_read_of_the_gpu_that_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     known = {"driver": "580.65.06", "sm_mhz": 1980, "memory_mhz": 2619}
-    for library, more in ((Nvml(0), {"power_limit_watts": 700.0}), (Nvml(0, status=3), {})):
+    slowed = {"power_limit_watts": 700.0, "slowed_by": ["power limit", "temperature"]}
+    for library, more in ((Nvml(0, reasons=0x1 | 0x4 | 0x20), slowed), (Nvml(0, status=3), {})):
         monkeypatch.setattr(energy.ctypes, "CDLL", lambda _name, library=library: library)
         assert read_clocks() == {**known, **more}
-    monkeypatch.setattr(energy.ctypes, "CDLL", lambda _name: Nvml(0, gpus=2))
-    assert read_clocks() is None
+    for address in ("0000:01:00.0", ""):  # NVML does not know it; the driver does not say
+        monkeypatch.setattr(energy, "bus_id", lambda address=address: address)
+        assert read_clocks() is None
 
 
+@pytest.mark.usefixtures("second")
 def test_millijoules_of_a_gpu_are_read_as_microjoules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counter, library = zone(tmp_path, "intel-rapl:0", "package-0", 100), Nvml(70)
     monkeypatch.setattr(energy.ctypes, "CDLL", lambda _name: library)
@@ -206,9 +218,10 @@ def test_millijoules_of_a_gpu_are_read_as_microjoules(tmp_path: Path, monkeypatc
     assert processor is not None and processor.sources == ("package 0",)
 
 
-@pytest.mark.parametrize("library", [Nvml(70, gpus=0), Nvml(70, gpus=2), Nvml(70, status=3)], ids=["0", "2", "old"])
-def test_no_gpu_several_or_one_without_a_counter_is_no_meter(
-    library: Nvml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("address", "status"), [("", 0), (SECOND.decode(), 3)], ids=["no GPU", "old"])
+def test_no_gpu_or_one_without_a_counter_is_no_meter(
+    address: str, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(energy.ctypes, "CDLL", lambda _name: library)
+    monkeypatch.setattr(energy, "bus_id", lambda: address)
+    monkeypatch.setattr(energy.ctypes, "CDLL", lambda _name: Nvml(70, status))
     assert find_meter(gpu=True, powercap=tmp_path) is None

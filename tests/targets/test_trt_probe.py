@@ -272,6 +272,10 @@ class Driver:
         out._obj.value = 24 << 30
         return 0
 
+    def cuDeviceGetPCIBusId(self, out: Any, _size: int, _device: int) -> int:
+        out.value = b"0000:65:00.0"
+        return 0
+
     held = 0
 
     def cuDevicePrimaryCtxRetain(self, out: Any, _device: int) -> int:
@@ -298,13 +302,13 @@ def test_results_name_the_gpu_and_its_memory(monkeypatch: pytest.MonkeyPatch) ->
         "name": "NVIDIA L4", "compute": "8.9", "cuda": "12.8", "multiprocessors": 58,
         "memory_bytes_per_second": 300_048_000_000, "memory_bytes": 24 << 30,
     }  # fmt: skip
-    assert gpu.free_bytes() == 20 << 30
+    assert gpu.free_bytes() == 20 << 30 and gpu.bus_id() == "0000:65:00.0"
     assert driver.held == 0, "the context is left"
     driver.cuMemGetInfo_v2 = lambda *_: 201  # type: ignore[method-assign]
     assert gpu.free_bytes() is None
     assert driver.held == 0
     monkeypatch.setattr(gpu.ctypes, "CDLL", lambda _name: Driver(status=100))
-    assert gpu.describe() is None and gpu.free_bytes() is None
+    assert gpu.describe() is None and gpu.free_bytes() is None and gpu.bus_id() == ""
 
 
 def test_the_driver_is_asked_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
