@@ -47,7 +47,7 @@ from nbl_export.measure.footprint import Footprint, OpenRunner, disk_bytes, meas
 from nbl_export.measure.instruments import Instruments, background_of
 from nbl_export.measure.rounds import Bench, Progress, Rule, Steps, Variant, groups, time_rounds
 from nbl_export.model.memory import available_bytes
-from nbl_export.options.options import JobOptions
+from nbl_export.options.options import GPU_DECODE, JobOptions
 from nbl_export.records.results import Scenario, spoken_background
 from nbl_export.run_directory import PACKAGES
 from nbl_export.targets.gpu import describe, free_bytes
@@ -146,7 +146,9 @@ def decode_tokens(asked: int | None, directories: Iterable[Path], *, gpu: bool) 
     """
     if asked is not None:
         return asked
-    size = 0 if gpu else max(map(_model_bytes, directories))
+    if gpu:
+        return GPU_DECODE
+    size = max(map(_model_bytes, directories))
     return next((tokens for tokens in (128, 64, 32) if tokens * size <= _DECODE_BYTES), 16)
 
 

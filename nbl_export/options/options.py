@@ -19,8 +19,8 @@ from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.from_json import read_record, require
 from nbl_export.records.plan import MAPS, TAPS
 
-__all__ = ["AUTO_CUT", "BUILDER_OPTIONS", "CHECKPOINT_FIT", "LEFT", "LIKE_LLAMA", "NO_CUT", "NO_ORIGINAL", "OPTIONS",
-           "PANELS", "PREDICTED", "JobOptions", "flag_of"]  # fmt: skip
+__all__ = ["AUTO_CUT", "BUILDER_OPTIONS", "CHECKPOINT_FIT", "DEFAULT_SLOTS", "GPU_DECODE", "LEFT", "LIKE_LLAMA",
+           "NO_CUT", "NO_ORIGINAL", "OPTIONS", "PANELS", "PREDICTED", "JobOptions", "flag_of"]  # fmt: skip
 
 # Source of the maps: closed form for each layer; joint training from there; zero, which drops attention; or an NBL
 # checkpoint.
@@ -30,6 +30,8 @@ SELECTS = ("cca", "error", "greedy", "efficient")
 DTYPES = ("auto", "float32", "bfloat16")  # of products while calibrating and choosing layers
 DEVICES = ("auto", "cpu", "cuda")  # of torch
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # ends a line, or moves a terminal's cursor
+_STATIC = "static"  # decoder source whose caches have a fixed length
+DEFAULT_SLOTS, GPU_DECODE = 2048, 128  # slots of a compiled engine, and tokens of the decode test on a GPU
 AUTO_CUT, NO_CUT = "auto", "none"  # the deepest cut that quality allows, or no cut
 NEARS = (64, 128, 256)  # tokens at the end of a prompt that climb above a cut, if none is asked for
 CHECKPOINT_FIT = "given"  # fit of the maps that an NBL checkpoint has
@@ -98,6 +100,18 @@ def _usual_cut(values: Mapping[str, Any], engine: Capabilities | None, model: Mo
     lacks = engine is not None and PREDICTED not in engine.kinds
     lacks |= values["decoder_source"] != "genai" or not _predicts(model)
     return NO_CUT if asks or lacks or model.maps_tap else AUTO_CUT
+
+
+def _usual_depths(values: Mapping[str, Any], _engine: Capabilities | None, model: ModelFacts) -> tuple[int, ...]:
+    """Empty and behind 2,048 tokens, or as many as leave room for the longest test that the slots of an engine hold."""
+    if values["cut"] != NO_CUT:
+        return (0,)
+    if values["decoder_source"] != _STATIC:
+        return (0, 2048)
+    slots = values["max_seq_len"] or min(DEFAULT_SLOTS, model.decoder.max_positions if model.decoder else DEFAULT_SLOTS)
+    tests = (*values["prompt_tokens"], values["generate_tokens"] or GPU_DECODE)
+    room = slots - max((n for n in tests if n <= slots), default=slots)
+    return (0, min(2048, room)) if room else (0,)
 
 
 def _predicts(model: ModelFacts) -> bool:
@@ -226,8 +240,8 @@ class JobOptions:
         0, "Seed of distillation.", _DISTILL, least=0, applies=_TRAINED,
     )  # fmt: skip
     precision: str = option(
-        "fp32", "ort: fp32 (default), fp16, int8, int4; openvino: fp16 (default), fp32, int8, int4; trt: bf16 "
-        "(default), fp16, int4; trt-rtx: fp16 (default), bf16, int4.", _ENGINE, "main rewrite", first=True,
+        "fp32", "ort: fp32 (default), fp16, int8, int4; openvino: fp16 (default), fp32, int8, int4; trt, "
+        "trt-rtx: bf16 (default), fp16, int4.", _ENGINE, "main rewrite", first=True,
         metavar="PRECISION", usual=lambda _, engine, __: engine and engine.precisions[0],
     )  # fmt: skip
     provider: str = option(
@@ -263,8 +277,8 @@ class JobOptions:
         "main rewrite", metavar="MODEL", python="path", applies=_INT4,
     )  # fmt: skip
     depths: tuple[int, ...] = option(
-        (0, 2048), "Tokens already in the cache; default 0,2048, or 0 with --cut.", _BENCH, "bench", flag="depth",
-        numbers="0,2048", least=0, usual=lambda values, _, __: (0, 2048) if values["cut"] == NO_CUT else (0,),
+        (0, 2048), "Tokens already in the cache; default 0,2048, or 0 with --cut; trt, trt-rtx: 0 and what fits "
+        "--max-seq-len, at most 2048.", _BENCH, "bench", flag="depth", numbers="0,2048", least=0, usual=_usual_depths,
     )  # fmt: skip
     repetitions: int | None = option(
         None, "Measured rounds, each on decoders loaded anew; default: 6, or up to 24 in 3 minutes while an interval "
@@ -341,7 +355,7 @@ class JobOptions:
 
     def cache_length(self, decoder: DecoderSpec, *, compiled: bool) -> int:
         """Most tokens of a sequence: the model's positions, or the length of the caches of a compiled engine."""
-        return (self.max_seq_len or min(2048, decoder.max_positions)) if compiled else decoder.max_positions
+        return (self.max_seq_len or min(DEFAULT_SLOTS, decoder.max_positions)) if compiled else decoder.max_positions
 
     def chunk(self, decoder: DecoderSpec) -> int:
         """Most prefill tokens in one step of a compiled engine."""

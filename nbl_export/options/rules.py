@@ -19,6 +19,7 @@ from nbl_export.options.options import (
     AUTO_CUT,
     BUILDER_OPTIONS,
     CHECKPOINT_FIT,
+    GPU_DECODE,
     LIKE_LLAMA,
     NO_ORIGINAL,
     PREDICTED,
@@ -198,6 +199,16 @@ def _too_short(case: Case) -> str | bool:
     )
 
 
+def _too_deep(case: Case) -> str | bool:
+    """A depth of a compiled engine that leaves no room for a test: the slots are part of the graph."""
+    options, depth = case.options, max(case.options.depths)
+    room = case.cache_length - min(*options.prompt_tokens, options.generate_tokens or GPU_DECODE)
+    return case.engine.static and depth > max(0, room) and (
+        f"--depth {depth} leaves no room for a test in {case.cache_length} slots; use at most --depth {max(0, room)}, "
+        "or export with a larger --max-seq-len"
+    )  # fmt: skip
+
+
 def _positions(case: Case) -> int:
     assert case.model.decoder is not None
     return case.model.decoder.max_positions
@@ -233,4 +244,5 @@ OF_DECODER: tuple[Refusal, ...] = (
         and f"--context {c.options.context} is beyond the model's {_positions(c)} positions"
     )),
     (NblError, _too_short),
+    (NblError, _too_deep),
 )  # fmt: skip

@@ -53,12 +53,18 @@ SETTLED: list[tuple[Asked, Asked]] = [
     ({"select": "cca"}, {"fit": "independent"}),
     ({"fit": "distilled", "tap": "residual"}, {"tap": "residual"}),
     ({"engine": "openvino", "precision": "int8"}, {"precision": "int8", "decoder_source": "openvino"}),
-    ({"engine": "trt-rtx"}, {"precision": "fp16", "decoder_source": "static"}),
+    ({"engine": "trt-rtx"}, {"precision": "bf16", "decoder_source": "static", "depths": (0, 1536)}),
+    ({"engine": "trt", "max_seq_len": 24_064}, {"depths": (0, 2048)}),
+    ({"engine": "trt", "prompt_tokens": (128,), "generate_tokens": 256}, {"depths": (0, 1792)}),
+    ({"engine": "trt", "max_seq_len": 64}, {"depths": (0,)}),
+    ({"engine": "trt", "max_seq_len": 256}, {"depths": (0, 128)}),  # a prompt of 512 fits at no depth
+    ({"engine": "openvino"}, {"depths": (0, 2048)}),
     ({"seed": None, "distill_steps": None}, {"seed": 0, "distill_steps": None}),
 ]
 OF_MODEL: list[tuple[ModelFacts, Asked, Asked]] = [
     (dataclasses.replace(PLAIN, taps=("residual",)), {"fit": "distilled"}, {"tap": "residual"}),
     (PLAIN, {}, {"fit": "independent", "cut": "auto"}),
+    (PLAIN, {"engine": "trt", "prompt_tokens": (64,)}, {"depths": (0, 384)}),  # 512 positions
     (dataclasses.replace(PLAIN, architecture="gemma3"), {"seed": None}, {"fit": "distilled", "cut": "none"}),
     (dataclasses.replace(PLAIN, fits=False), {"seed": None}, {"fit": "distilled", "cut": "none"}),
     (dataclasses.replace(PLAIN, fits=False), {"cut": "1"}, {"cut": "1"}),
@@ -241,7 +247,7 @@ WRONG: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
     ({"engine": "openvino", "provider": "cuda"}, None, ("--provider is for engine ort, not for openvino",)),
     ({"precision": "fp7"}, None, ("--precision fp7 is not for engine ort", "fp32", "int4")),
     ({"engine": "openvino", "precision": "bf16"}, None, ("engine openvino; it takes fp16, fp32, int8, int4",)),
-    ({"engine": "trt-rtx", "precision": "int8"}, None, ("--precision int8", "fp16, bf16, int4")),
+    ({"engine": "trt-rtx", "precision": "int8"}, None, ("--precision int8", "bf16, fp16, int4")),
     ({"provider": "cuda", "precision": "fp32"}, None, ("engine ort with --provider cuda; it takes fp16",)),
     ({"provider": "cuda", "decoder_source": "mobius"}, None, ("mobius is not for engine ort with --provider cuda",)),
     ({"provider": "cuda", "engine": "trt"}, None, ("--provider is for engine ort, not for trt",)),
@@ -284,6 +290,7 @@ UNFIT: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
     ({"context": 513}, PLAIN, ("--context 513 is beyond the model's 512 positions",)),
     ({"depths": (512,), "prompt_tokens": (8,)}, PLAIN, ("the shortest test ends at 520 tokens, the model has 512",)),
     ({"depths": (500,), "generate_tokens": 13, "prompt_tokens": 16}, PLAIN, ("ends at 513 tokens",)),
+    ({"engine": "trt", "depths": (0, 385)}, PLAIN, ("--depth 385 leaves no room", "512 slots", "at most --depth 384")),
     ({"engine": "trt", "max_seq_len": 513}, PLAIN, ("--max-seq-len 513 is beyond the model's 512 positions",)),
     ({"engine": "trt", "max_seq_len": 31}, PLAIN, ("--max-seq-len 31 is too short", "at least 32")),
     ({"engine": "trt", "max_seq_len": 64, "prefill_chunk": 65}, PLAIN, ("--prefill-chunk 65 is beyond --max-seq-len",)),
@@ -311,7 +318,8 @@ def test_a_value_that_fits_is_accepted() -> None:
         {"kv_budget": "512B"}, {"kv_budget": "256B", "provider": "cuda"},  # two bytes an element
         {"context": 512}, {"layers": "0-1"}, {"tap": "normed"},
         {"depths": (500,), "generate_tokens": 12, "prompt_tokens": 16},
-        {"engine": "trt", "max_seq_len": 512}, {"engine": "trt", "max_seq_len": 32, "prefill_chunk": 32},
+        {"engine": "trt", "max_seq_len": 512, "depths": (0, 384)},
+        {"engine": "trt", "max_seq_len": 32, "prefill_chunk": 32},
     ):  # fmt: skip
         settled({"depths": (0,), **asked}, PLAIN)
 

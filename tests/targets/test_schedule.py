@@ -105,8 +105,10 @@ def test_profiles_decode_with_one_dynamic_dimension_at_least() -> None:
     assert prefill == Profile("prefill", (1, 1, 1), (1, 512, 512))
     assert decode == Profile("decode", (1, 1, 2), (1, 1, 1))
     assert engine_profiles(2, 512, 2048)[1].batch == (1, 2, 2)
-    assert [engine_profiles(1, 512, slots)[1].tokens for slots in (16_384, 32_768)] == [(1, 1, 1), (1, 1, 2)]
+    assert [engine_profiles(1, 512, slots)[1].tokens for slots in (24_064, 24_576)] == [(1, 1, 1), (1, 1, 2)]
     assert [p.batch for p in engine_profiles(1, 512, 2048, two_rows=True)] == [(1, 1, 2), (1, 1, 2)]
+    for rows, batches in ((1, [(1, 1, 1)] * 2), (2, [(1, 2, 2)] * 2), (8, [(1, 8, 8), (1, 1, 2), (1, 8, 8)])):
+        assert [p.batch for p in engine_profiles(rows, 512, 32_768, two_rows=True)] == batches
 
 
 def test_one_row_of_an_engine_for_many_has_kernels_of_its_own() -> None:

@@ -307,7 +307,7 @@ def test_a_plan_is_written_and_hashed_part_by_part(tmp_path: Path) -> None:
 
 
 def test_bf16_is_the_default_of_tensorrt_and_refused_where_no_gpu_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert PLAIN.capabilities.precisions[0] == "bf16" and RTX.capabilities.precisions[0] == "fp16"
+    assert PLAIN.capabilities.precisions[0] == RTX.capabilities.precisions[0] == "bf16"
     monkeypatch.setattr(build, "find_gpu", lambda: dataclasses.replace(ADA, compute="7.5"))
     with pytest.raises(NblError, match=r"7\.5 has no bf16: use --precision fp16"):
         build._targets(PLAIN, (), "bf16")

@@ -17,7 +17,7 @@ from nbl_export.targets.tensorrt import build, network
 from nbl_export.targets.tensorrt import export as static
 from nbl_export.targets.tensorrt.build import build_engine
 from nbl_export.targets.tensorrt.library import load_library
-from nbl_export.targets.tensorrt.messages import messages_of
+from nbl_export.targets.tensorrt.messages import Message, messages_of
 from nbl_export.targets.tensorrt.network import ParsedNetwork, lacks_kernel, parse
 from nbl_export.targets.tensorrt.record import read_record
 
@@ -118,6 +118,7 @@ def test_a_product_with_another_number_stays(scale: float, tmp_path: Path) -> No
     assert [layer.get_input(k).name for layer in layers for k in (0, 1)] == before
 
 
+SKIPPED = "Skipping tactic 0 due to insufficient memory on requested size of 2598728448"
 NO_KERNEL_SAID = "Attention operation was not supported by a dedicated kernel"
 
 
@@ -131,7 +132,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch, *reasons: str) -> list[tuple[tuple
         types = {layer.get_input(k).dtype.name for layer in parsed.layers if layer.type == kind for k in range(3)}
         asked.append((profiles[-1], " ".join(types)))
         if len(asked) <= len(reasons):
-            return None, None, build._refusal([reasons[len(asked) - 1]])
+            return None, None, build._refusal([Message("ERROR", reasons[len(asked) - 1])])
         return real(parsed, *rest)
 
     profiles: list[tuple[int, int, int]] = []
@@ -149,7 +150,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch, *reasons: str) -> list[tuple[tuple
 @needs_rtx
 @pytest.mark.parametrize(
     ("refusals", "attention", "tokens"),
-    [(1, "fused", (1, 1, 2)), (2, "fused in bf16", (1, 1, 2)), (3, "decomposable", (1, 1, 2))],
+    [(1, "fused in bf16", (1, 1, 1)), (2, "fused", (1, 1, 2)), (3, "decomposable", (1, 1, 1))],
 )
 def test_what_a_builder_refuses_is_tried_in_the_next_way(
     refusals: int, attention: str, tokens: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -159,10 +160,11 @@ def test_what_a_builder_refuses_is_tried_in_the_next_way(
     asked = refusing(monkeypatch, *[NO_KERNEL_SAID] * refusals)
     record = build_engine(RTX, graph_of("llama", (1,)), tmp_path / "e", ONE)
     assert (record.attention, record.profiles[1].tokens) == (attention, tokens)
-    assert [way[0] for way in asked] == [(1, 1, 1), *[(1, 1, 2)] * refusals]
-    assert [way[1] for way in asked] == ["HALF", "HALF", "BF16", "HALF"][: len(asked)]
+    assert [way[0] for way in asked] == [(1, 1, 1), (1, 1, 1), (1, 1, 2), (1, 1, 1)][: len(asked)]
+    assert [way[1] for way in asked] == ["HALF", "BF16", "HALF", "HALF"][: len(asked)]
     told = [r.getMessage() for r in caplog.records if r.name == build.__name__]
     assert len(told) == refusals and all(NO_KERNEL_SAID in text for text in told)
+    assert refusals < 2 or "all 96 slots for each of 4 query heads, 2 times the cache of a layer" in told[1]
 
 
 @needs_rtx
@@ -184,7 +186,6 @@ def test_casts_are_taken_away_before_attention_may_be_decomposed() -> None:
     ("reason", "message"),
     [
         ("Error Code 2: OutOfMemory (Requested size was 9 bytes.)", "too little memory .*OutOfMemory.* --max-batch"),
-        ("Skipping tactic 0 due to insufficient memory on requested size of 2598728448", "too little memory"),
         ("No space left on device", "does not build model: No space left"),
     ],
 )
@@ -198,18 +199,27 @@ def test_a_refusal_for_another_reason_is_not_tried_again(
 
 
 @pytest.mark.parametrize(
-    ("said", "of_attention"),
+    ("said", "of_attention", "why"),
     [
-        (["wrap_attention_op_in_kgen.cpp:1909: Expected 3 live inputs, got 4"], True),
-        (["Could not find any implementation for node {ForeignNode[a...b]}."], True),
-        (["Skipping tactic 0 due to insufficient memory", "Could not find any implementation for node x"], False),
-        (["Skipping tactic 0 due to insufficient memory", NO_KERNEL_SAID], True),
-        (["Error Code 9: no such thing"], False),
-        ([], False),
+        (["E wrap_attention_op_in_kgen.cpp:1909: Expected 3 live inputs, got 4"], True, "live inputs"),
+        (["E Could not find any implementation for node {ForeignNode[a...b]}."], True, "Could not find"),
+        (
+            [f"W {SKIPPED}", "E Could not find any implementation for node x"],
+            True,
+            f"node x (1 times it said: {SKIPPED})",
+        ),
+        ([f"E {SKIPPED}", f"E {NO_KERNEL_SAID}"], True, NO_KERNEL_SAID),
+        (["W out of memory", "E Could not find any implementation for node x"], True, "Could not find"),
+        (["E Error Code 2: OutOfMemory", "E Could not find any implementation for node x"], False, "too little memory"),
+        (["E Error Code 9: no such thing"], False, "no such thing"),
+        ([f"W {SKIPPED}"], False, SKIPPED),
+        ([], False, "no reason"),
     ],
 )
-def test_a_refusal_is_read(said: list[str], of_attention: bool) -> None:
-    assert build._refusal(said).of_attention is of_attention
+def test_a_refusal_is_read_from_errors_alone(said: list[str], of_attention: bool, why: str) -> None:
+    """A builder skips tactics that find too little memory, and goes on (issue 955 of TensorRT-Model-Connect)."""
+    found = build._refusal([Message({"E": "ERROR", "W": "WARNING"}[text[0]], text[2:]) for text in said])
+    assert found.of_attention is of_attention and why in found.why
 
 
 def parsed_of(size: int, precision: str) -> ParsedNetwork:

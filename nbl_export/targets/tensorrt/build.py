@@ -4,9 +4,10 @@ DIR/model/decoder.onnx ─ parse ─ build ─► scratch ─ rename ─► DIR/
 
 A build that a library refuses for its attention is tried again, with more allowed each time:
 
-    fused attention ─► decode of 1 to 2 tokens ─► casts to bfloat16 around attention ─► attention may be decomposed
+    fused attention ─► casts to bfloat16 around attention ─► decode of 1 to 2 tokens ─► attention may be decomposed
 
 Each build of a large model takes minutes. So a build that is refused for another reason, such as memory, ends there.
+Errors of the builder decide, never warnings: it skips a tactic that finds too little memory, and takes another.
 
 TensorRT-RTX's builder tells, without a GPU, whether the steps of a plan can be captured as a CUDA graph:
 
@@ -21,7 +22,6 @@ where a size goes to the host. The builder lists the layers of a plan among its 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 import re
@@ -45,9 +45,11 @@ from nbl_export.targets.tensorrt.messages import (
     Message,
     Messages,
     complaints,
+    errors,
     ignored_inputs,
     messages_of,
     require,
+    skipped,
 )
 from nbl_export.targets.tensorrt.network import (
     DECOMPOSABLE,
@@ -57,12 +59,13 @@ from nbl_export.targets.tensorrt.network import (
     allow_decomposing,
     attend_in_bf16,
     bypass_unit_scale,
+    copied_heads,
     lacks_kernel,
     parse,
 )
 from nbl_export.targets.tensorrt.plan_file import Plan, finished, plan_writer
 from nbl_export.targets.tensorrt.record import ENGINE_FILE, RECORD_FILE, EngineRecord
-from nbl_export.targets.tensorrt.static.schedule import Profile, engine_profiles
+from nbl_export.targets.tensorrt.static.schedule import Profile, engine_profiles, in_two_tokens
 from nbl_export.targets.tensorrt.timings import begin_with, keep, timings_file
 from nbl_export.trust.contained import check_inside
 from nbl_export.trust.user_lists import remember
@@ -202,6 +205,8 @@ def _build(
     weak = bool({*(targets or _at_hand(library))} & {*library.weak_computes})
     gpu = find_gpu()
     timed = timings_file(parsed.trt.__version__, gpu) if isinstance(gpu, Gpu) and not library.jit else None
+    if any(p.decodes and p.tokens[2] > 1 for p in profiles):
+        _logger.warning("%s: %s; a smaller --max-seq-len needs none of it", name, _two_tokens(parsed, profiles))
     for attention, chosen, said in _ways(parsed, tuple(profiles), only_last=bool(known), narrow=not weak):
         if refused:
             _logger.warning("%s: %s: %s", name, said, refused[-1])
@@ -232,15 +237,24 @@ def _ways(
     """
     if not only_last:
         yield FUSED, profiles, ""
-        if any(p.tokens == (1, 1, 1) for p in profiles):
-            profiles = tuple(dataclasses.replace(p, tokens=(1, 1, 2)) if p.decodes else p for p in profiles)
-            yield FUSED, profiles, "decode is built for 1 to 2 tokens"
         if narrow and parsed.precision in ("fp16", "int4"):
             bypass = attend_in_bf16(parsed)
             yield FUSED_BF16, profiles, "attention computes in bfloat16, with casts around it"
             bypass()
+        if (wider := in_two_tokens(profiles)) != profiles:
+            yield FUSED, wider, _two_tokens(parsed, wider)
     if allow_decomposing(parsed):
         yield DECOMPOSABLE, profiles, "attention may be decomposed into matrix products, which is slower"
+
+
+def _two_tokens(parsed: ParsedNetwork, profiles: Sequence[Profile]) -> str:
+    """What decode of 1 to 2 tokens costs, in words; seen with TensorRT-RTX 1.7.1."""
+    rows = max(p.batch[2] for p in profiles if p.decodes)
+    queries, held, size = copied_heads(parsed, rows)
+    return (
+        f"decode is built for 1 to 2 tokens, which copies keys and values of all {_slots(parsed.contract):,} slots for "
+        f"each of {queries} query heads, {queries / held:.3g} times the cache of a layer, in {size / 1e6:,.0f} MB"
+    )
 
 
 def _config(
@@ -284,7 +298,7 @@ def _attempt(
                 raise NblError(f"the engine would not read an input of {network.name}: {ignored[0]}")
             proven = capturable(said, done, network.name) if library.jit else None
         if not done:
-            refusal = _refusal(complaints(said))
+            refusal = _refusal(said)
             said.clear()  # the caller tells the reason
     if interrupt is not None:
         raise interrupt
@@ -292,20 +306,22 @@ def _attempt(
     return (plan if done else None), proven, refusal
 
 
-def _refusal(said: Sequence[str]) -> _Refusal:
-    """Read the builder's complaints: a missing kernel for attention first, then memory, then whatever may be either."""
+def _refusal(said: Sequence[Message]) -> _Refusal:
+    """Read the builder's errors: a missing kernel for attention first, then memory, then whatever may be either."""
+    failed = errors(said)
 
     def first(signs: Sequence[str]) -> str:
-        return next((text[:500] for text in said if any(sign in text.lower() for sign in signs)), "")
+        return next((text[:500] for text in failed if any(sign in text.lower() for sign in signs)), "")
 
     if why := first(_NO_KERNEL):
         return _Refusal(why, True)
     if why := first(_NO_MEMORY):
         smaller = "free memory of the GPU, or use a smaller --max-batch, --prefill-chunk or --max-seq-len"
         return _Refusal(f"the GPU has too little memory ({why}); {smaller}", False)
+    left = skipped(said)
     if why := first(_PERHAPS_NO_KERNEL):
-        return _Refusal(why, True)
-    return _Refusal(said[0][:500] if said else "it gives no reason", False)
+        return _Refusal(f"{why} ({len(left)} times it said: {left[0][:200]})" if left else why, True)
+    return _Refusal([*failed, *left, "it gives no reason"][0][:500], False)
 
 
 def _shapes(builder: Any, network: Any, profile: Profile) -> Any:

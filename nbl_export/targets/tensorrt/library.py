@@ -78,7 +78,8 @@ class Library:
 
 
 _SYSTEM = Path("/usr/lib")  # JetPack and Debian packages put Python modules below it, where no environment looks
-_PRECISIONS = ("fp16", "bf16", "int4")
+# bf16 first: it does not overflow, and fused attention in fp16 sums in fp16 (see `static_form.numbers`)
+_PRECISIONS = ("bf16", "fp16", "int4")
 _SOURCES = {"static": ("fp32", *_PRECISIONS)}
 
 
@@ -90,8 +91,7 @@ _COMPILED: dict[str, Any] = {
 
 LIBRARIES = {
     "trt": Library(
-        # bf16 first: fused attention in fp16 sums in fp16 (see `static_form.numbers`), which shows in long texts
-        capabilities=Capabilities("trt", "TensorRT", ("bf16", "fp16", "int4"), _SOURCES, **_COMPILED),
+        capabilities=Capabilities("trt", "TensorRT", _PRECISIONS, _SOURCES, **_COMPILED),
         module="tensorrt",
         package="tensorrt",
         origin=" (its libraries come from NVIDIA's own package index)",

@@ -17,7 +17,8 @@ from typing import Any
 
 from nbl_export.errors import NblError
 
-__all__ = ["LAYERS_NOTE", "Message", "Messages", "changes", "complaints", "ignored_inputs", "messages_of", "require"]
+__all__ = ["LAYERS_NOTE", "Message", "Messages", "changes", "complaints", "errors", "ignored_inputs", "messages_of",
+           "require", "skipped"]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ _NOISE = ("has Int64 binding", "catchCudaError", "The logger passed into")
 _CHANGES = ("clamp", "ignor", "not supported", "doesn't support", "supports only", "not guaranteed", "unused input")
 # How the builder reports an input that the parser dropped silently.
 _IGNORED = ("Unused Input", "is unused or used only at compile-time")
+_SKIPPED = "Skipping tactic"
 _SERIOUS = {"WARNING": logging.WARNING, "ERROR": logging.ERROR, "INTERNAL_ERROR": logging.ERROR}
 # The only note of the level VERBOSE that is kept: the layers of a plan, one a line.
 LAYERS_NOTE = "Engine Layer Information"
@@ -147,6 +149,16 @@ def complaints(messages: Sequence[Message]) -> list[str]:
     """Warnings and errors that matter, each as one line."""
     serious = (_one_line(m.text) for m in messages if m.severity in _SERIOUS)
     return [text for text in serious if not any(noise in text for noise in _NOISE)]
+
+
+def errors(messages: Sequence[Message]) -> list[str]:
+    """Errors alone, each as one line: why a builder gives up. A tactic that it skips is one of many."""
+    return [text for text in complaints([m for m in messages if m.severity != "WARNING"]) if _SKIPPED not in text]
+
+
+def skipped(messages: Sequence[Message]) -> list[str]:
+    """The complaints about tactics that the builder skipped, most often because memory is short for them."""
+    return [text for text in complaints(messages) if _SKIPPED in text]
 
 
 def changes(messages: Sequence[Message]) -> list[str]:

@@ -33,12 +33,12 @@ from typing import Any
 import numpy as np
 
 from nbl_export.errors import NblError
-from nbl_export.records.decoder import GraphContract, TensorInfo
+from nbl_export.records.decoder import ITEMSIZE, GraphContract, TensorInfo
 from nbl_export.targets.tensorrt.library import Library
 from nbl_export.targets.tensorrt.messages import Messages, changes, require
 
 __all__ = ["DECOMPOSABLE", "FUSED", "FUSED_BF16", "ParsedNetwork", "allow_decomposing", "attend_in_bf16",
-           "bypass_unit_scale", "lacks_kernel", "parse"]  # fmt: skip
+           "bypass_unit_scale", "copied_heads", "lacks_kernel", "parse"]  # fmt: skip
 
 _DTYPES = {
     "HALF": "float16",
@@ -156,6 +156,14 @@ def lacks_kernel(library: Library, parsed: ParsedNetwork) -> str:
         if reason := library.fused.lacks(size, parsed.precision):
             return f"{library.capabilities.title} has no fused attention kernel for {reason}"
     return ""
+
+
+def copied_heads(parsed: ParsedNetwork, rows: int) -> tuple[int, int, int]:
+    """Query heads, heads of the cache, and bytes of a layer's keys and values if each query head has its own."""
+    cache = _cache(parsed.contract)
+    queries = int(next(_attention_layers(parsed)).get_input(0).shape[1])
+    held, slots, head = map(int, cache.shape[1:])
+    return queries, held, 2 * rows * queries * slots * head * ITEMSIZE[cache.dtype]
 
 
 def attend_in_bf16(parsed: ParsedNetwork) -> Callable[[], None]:

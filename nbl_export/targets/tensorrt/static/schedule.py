@@ -18,7 +18,10 @@ Measured with TensorRT-RTX 1.7.1:
 - Prefill allows two rows if products are on one token of each row behind a pruned tail (8 layers replaced: 276 MB
   instead of 316), and with int4 matrices (154 MB instead of 192). This costs the scratch memory of the second row.
 - Attention of exactly one token has no kernel from 24576 slots on (24064 still builds; heads of 16 to 256, compute
-  capability 7.5 to 12.0), while 1..2 tokens build at 65536; hence `_STATIC_DECODE_SLOTS`, with a margin.
+  capability 7.5 to 12.0), while 1..2 tokens build at 65536; hence `_STATIC_DECODE_SLOTS`.
+- Attention of several tokens copies keys and values of all slots for each query head, a row each: 537 MB at 32768 slots
+  with 32 heads of 128. So an engine for one row that decodes 1..2 tokens has one row in both profiles. Its products
+  have a dynamic dimension, or are without one in both profiles, so no matrix is stored twice.
 
 A step of two tokens runs in prefill even so: decode keeps one shape, for which its step is captured as a CUDA graph.
 A graph does not survive a change of shape (NVIDIA/TensorRT#3798).
@@ -26,15 +29,16 @@ A graph does not survive a change of shape (NVIDIA/TensorRT#3798).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nbl_export.errors import NblError
 
-__all__ = ["Profile", "Rows", "Step", "engine_profiles", "plan_steps", "profile_for"]
+__all__ = ["Profile", "Rows", "Step", "engine_profiles", "in_two_tokens", "plan_steps", "profile_for"]
 
 Triple = tuple[int, int, int]
-_STATIC_DECODE_SLOTS = 16_384
+_STATIC_DECODE_SLOTS = 24_064
 
 
 @dataclass(frozen=True)
@@ -69,12 +73,20 @@ def engine_profiles(max_batch: int, chunk: int, cache_length: int, *, two_rows: 
     if not 1 <= chunk <= cache_length:
         raise NblError(f"--prefill-chunk {chunk} is not possible: use 1 to --max-seq-len, {cache_length}")
     widest = max(2, chunk)
-    decode_tokens = (1, 1, 1) if cache_length <= _STATIC_DECODE_SLOTS else (1, 1, 2)
-    rows, shared = (1, max_batch, max_batch), (1, max_batch, max(2, max_batch))
-    prefill = Profile("prefill", shared if two_rows else rows, (1, widest, widest))
-    if max_batch <= 2:
-        return prefill, Profile("decode", shared, decode_tokens)
-    return prefill, Profile("decode", (1, 1, 2), decode_tokens), Profile("decode_batch", shared, decode_tokens)
+    token, rows, shared = (1, 1, 1), (1, max_batch, max_batch), (1, max_batch, max(2, max_batch))
+    found = [Profile("prefill", shared if two_rows else rows, (1, widest, widest)), Profile("decode", shared, token)]
+    if max_batch > 2:
+        found[1:] = Profile("decode", (1, 1, 2), token), Profile("decode_batch", shared, token)
+    return tuple(found) if cache_length <= _STATIC_DECODE_SLOTS else in_two_tokens(found)
+
+
+def in_two_tokens(profiles: Sequence[Profile]) -> tuple[Profile, ...]:
+    """The profiles with decode of 1 to 2 tokens; of an engine for one row, all take one row alone."""
+    single = all(p.batch[1] == 1 for p in profiles)
+    return tuple(
+        dataclasses.replace(p, batch=(1, 1, 1) if single else p.batch, tokens=(1, 1, 2) if p.decodes else p.tokens)
+        for p in profiles
+    )
 
 
 def profile_for(profiles: Sequence[Profile], batch: int, tokens: int) -> int:
