@@ -293,9 +293,10 @@ def machine(*, gpu: bool = False) -> dict[str, Any]:
     Args:
         gpu: whether the work ran on the GPU; only then is the GPU named.
     """
-    found = describe() if gpu else None
+    found, now = (describe(), read_clocks() or {}) if gpu else (None, {})
+    kept = {name: now[name] for name in ("driver", "power_limit_watts") if name in now}  # its clocks rest now
     return {
-        **({"gpu": {**found, **(read_clocks() or {})}} if found else {}),
+        **({"gpu": {**found, **kept}} if found else {}),
         "cpu": _cpu_name(),
         "cores": psutil.cpu_count(logical=False) or os.cpu_count() or 1,
         "memory_bytes": psutil.virtual_memory().total,

@@ -316,20 +316,24 @@ def _machine(report: Mapping[str, Any]) -> tuple[Block, ...]:
              ("memory", words.size(machine.get("memory_bytes"))), ("system", machine.get("os")),
              ("Python", machine.get("python"))) if machine else ()  # fmt: skip
     devices = (("calibration ran on", report["calibration"].get("device")), ("torch ran on", torch))
-    shown = (*facts, *_gpu(machine.get("gpu") or {}), *(row for row in devices if row[1]))
+    clocks = (report["bench"] or {}).get("gpu_clocks") or {}
+    shown = (*facts, *_gpu(machine.get("gpu") or {}, clocks), *(row for row in devices if row[1]))
     return _facts("Machine", shown) if shown else ()
 
 
-def _gpu(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What the benchmark's GPU is, for a machine's table."""
+def _gpu(found: Mapping[str, Any], clocks: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What the benchmark's GPU is, and its clocks right behind the timed runs, for a machine's table."""
     if found:
         driver = f"driver {found['driver']}, " if found.get("driver") else ""
         yield "GPU", f"{found['name']} (compute capability {found['compute']}), {driver}CUDA {found['cuda']}"
     if found.get("memory_bytes"):
         rate = f"{found['memory_bytes_per_second'] / 1e9:,.0f} GB/s by clock and bus"
         yield "memory of the GPU", f"{words.size(found['memory_bytes'])}, {rate}"
-    if found.get("sm_mhz"):
-        yield "clocks of the GPU", f"{found['sm_mhz']} MHz, memory {found.get('memory_mhz', '–')} MHz"
+    for name, title in (("sm_mhz", "clock of the GPU"), ("memory_mhz", "clock of its memory")):
+        if name in clocks:
+            yield title, "{:,} to {:,} MHz behind the runs".format(*clocks[name])
+    for why, count in clocks.get("slowed_by", {}).items():
+        yield f"slowed by {why}", f"{count} of {clocks['runs']} runs"
 
 
 def _facts(title: str, facts: Iterable[tuple[str, Any]]) -> tuple[Block, ...]:

@@ -89,7 +89,8 @@ def _slots(report: Mapping[str, Any]) -> Iterator[Block]:
         f"These ratios are for caches of {slots:,} slots. Attention of this engine reads all slots at each step, "
         "however few are filled. So a larger --max-seq-len makes the ratio larger. "
         f"The longest test needs {max(tested):,} slots. "
-        f"The bytes of engine and caches, which a step of decode reads, give {by_bytes}."
+        f"The bytes of engine and caches give {by_bytes}. They count an embedding table, of which a step reads a row, "
+        "and no copies of keys and values for each query head."
     )
 
 
@@ -158,8 +159,10 @@ def _device(report: Mapping[str, Any]) -> Iterator[Block]:
         for r in rows for run in [r["batch"] * r["tokens"] / r["tokens_per_second_median"]]
     ])  # fmt: skip
     yield Paragraph(
-        "A run is the whole test, by the clock of the host. The GPU's time is between events around the launch of each "
-        "step. The rest is the host's loop, launches and copies, which dampen every ratio of a small model."
+        "A run is the whole test, by the clock of the host. The GPU's time is between two events of each step. "
+        "They are part of a step that is captured as a CUDA graph by this package. "
+        "Around another step, such as a prefill or one of TensorRT-RTX, they also count the wait for its launch. "
+        "The rest is the host's loop, launches and copies, which dampen every ratio of a small model."
     )
 
 
@@ -224,8 +227,8 @@ def _sizes(report: Mapping[str, Any]) -> Iterator[Block]:
 # -- compiled engines ------------------------------------------------------------------------------------------
 
 _ATTENTION = {
-    "fused": "Attention runs in fused kernels.",
-    "fused in bf16": "Attention runs in fused kernels in bfloat16, because the library has none for fp16.",
+    "fused": "The library had to fuse attention; which kernels it took is not known.",
+    "fused in bf16": "The library had to fuse attention in bfloat16, because it has no fused kernel for fp16.",
     "decomposable": "Attention may be decomposed into matrix products, because the library has no fused kernel for it.",
 }
 
@@ -250,11 +253,13 @@ def engines(report: Mapping[str, Any]) -> tuple[Section, ...]:
 
 
 def _compiled(engine: Mapping[str, Any]) -> str:
+    wide = any(list(p["tokens"]) == [1, 1, 2] for p in engine["profiles"])
+    copies = "Decode of 1 to 2 tokens copies keys and values of all slots for each query head. " if wide else ""
     batch = f"{engine['max_batch']} {words.plural('sequence', engine['max_batch'])}"
     return (
         f"Compiled by {engine['engine']} {engine['version']} in {engine['precision']} for compute capability "
         f"{words.listed(engine['compute_capabilities'])}. "
         f"An engine takes up to {batch} of {engine['max_seq_len']:,} tokens, and prefill in chunks of "
-        f"{engine['prefill_chunk']}. {_ATTENTION[engine['attention']]} "
+        f"{engine['prefill_chunk']}. {_ATTENTION[engine['attention']]} {copies}"
         "The graphs were verified on a CPU, as float32 graphs of the same nodes."
     )

@@ -456,13 +456,13 @@ def test_engines_on_a_gpu_are_judged_by_its_memory(
     """Two engines of 90 bytes; the memory of the machine has room for all."""
     monkeypatch.setattr(benchmark, "free_bytes", lambda: free)
     monkeypatch.setattr(benchmark, "describe", lambda: {"name": "NVIDIA L4"})
-    monkeypatch.setattr(benchmark, "read_clocks", lambda: {"sm_mhz": 210})
+    monkeypatch.setattr(benchmark, "read_clocks", lambda: {"driver": "580.65.06", "sm_mhz": 210})
     setting = dataclasses.replace(SETTING, gpu=on_gpu)
     result, _, _ = run_fake(tmp_path, plan_scenarios((32,), 8, (0,)), 2, setting, measure=measure_on_device)
     assert result["apart"] is apart
     assert result["variants"]["nbl"]["device_memory_bytes"] == DEVICE_BYTES
     if on_gpu:
-        assert result["machine"]["gpu"] == {"name": "NVIDIA L4", "sm_mhz": 210}
+        assert result["machine"]["gpu"] == {"name": "NVIDIA L4", "driver": "580.65.06"}
     else:
         assert "gpu" not in result["machine"]
 

@@ -576,17 +576,19 @@ def test_the_time_of_the_gpu_stands_beside_that_of_the_host() -> None:
 def test_the_gpu_of_the_benchmark_is_named() -> None:
     card = {
         "name": "NVIDIA L4", "compute": "8.9", "cuda": "13.0", "driver": "580.65.06", "memory_bytes": 24 << 30,
-        "memory_bytes_per_second": 300_048_000_000, "sm_mhz": 2040, "memory_mhz": 6251,
+        "memory_bytes_per_second": 300_048_000_000,
     }  # fmt: skip
     bench = copy.deepcopy(BENCH)
     bench["machine"]["gpu"] = card
+    bench["gpu_clocks"] = {"runs": 24, "sm_mhz": [1410, 2040], "slowed_by": {"power limit": 3}}
     for variant, size in (("original", 4 << 30), ("nbl", 3 << 30)):
         bench["variants"][variant]["device_memory_bytes"] = size
     written = Written(bench=bench)
     machine = written.table("Machine")
     assert ["GPU", "NVIDIA L4 (compute capability 8.9), driver 580.65.06, CUDA 13.0"] in machine
     assert ["memory of the GPU", "24.0 GiB, 300 GB/s by clock and bus"] in machine
-    assert ["clocks of the GPU", "2040 MHz, memory 6251 MHz"] in machine
+    assert ["clock of the GPU", "1,410 to 2,040 MHz behind the runs"] in machine
+    assert ["slowed by power limit", "3 of 24 runs"] in machine
     sizes = written.table("Memory, size and load time")
     assert sizes[2] == ["Memory of the GPU", "4.00 GiB", "3.00 GiB", "−25.0%"]
 

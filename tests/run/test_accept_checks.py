@@ -166,6 +166,29 @@ def test_each_fault_is_named_by_its_check(fault: str, values: Path) -> None:
         assert len(failed) == 1, failed
 
 
+@pytest.mark.parametrize(("noise", "passed"), [([0, 1, -2, 1, 0, 3, -4, 2], True), ([0, 1, -2, 1, 0, 5, 0, 0], False)])
+def test_slots_are_judged_by_twice_the_largest_of_four_equal_runs(noise: list[int], passed: bool) -> None:
+    """A GPU whose kernels do not repeat a step: five equal runs differ by up to 2, and stale slots by up to 4."""
+
+    class Runner:
+        runs = iter(noise)
+
+        def begin(self, _tokens: int) -> None:
+            self.now = next(self.runs)
+
+        def append(self, _ids: Any) -> None: ...
+
+        def rewind(self, _length: int) -> None: ...
+
+        def fill(self, _value: float) -> None: ...
+
+        def last_logits(self) -> np.ndarray:
+            return np.full(3, self.now, np.float32)
+
+    found = on_target._stale_slots(Runner(), "nbl", [range(56), range(20)])
+    assert (found.passed, found.tolerance, found.value) == (passed, 4.0, max(map(abs, noise[5:])))
+
+
 def test_the_nbl_engine_may_be_twice_as_far_as_the_original(values: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault within the limit of the precision shows beside the original's own distance."""
     far = max(r["value"] for r in results(checked(values)) if r["check"] == "nbl" and "logit" in r["metric"])

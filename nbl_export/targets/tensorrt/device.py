@@ -118,6 +118,7 @@ class Device:
         self._graphs: list[tuple[Any, Any]] = []
         self._pinned: list[int] = []
         self._events: list[Any] = []
+        self._capturing = False
         self._stream = self._call(self._rt.cudaStreamCreateWithFlags, self._rt.cudaStreamNonBlocking)
         self.stream = int(self._stream)
 
@@ -168,10 +169,11 @@ class Device:
         self._call(self._rt.cudaStreamSynchronize, self._stream)
 
     def mark(self, which: int) -> None:
-        """Put event 0 or event 1 on the stream."""
+        """Put event 0 or event 1 on the stream; while a step is captured, into the record (an "external" event)."""
         if not self._events:
             self._events = [self._call(self._rt.cudaEventCreate) for _ in range(2)]
-        self._call(self._rt.cudaEventRecord, self._events[which], self._stream)
+        flags = self._rt.cudaEventRecordExternal if self._capturing else self._rt.cudaEventRecordDefault
+        self._call(self._rt.cudaEventRecordWithFlags, self._events[which], self._stream, flags)
 
     def between_marks(self) -> float:
         """Seconds from event 0 to event 1, after `synchronize`."""
@@ -185,12 +187,15 @@ class Device:
         """
         mode = self._rt.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call(self._rt.cudaStreamBeginCapture, self._stream, mode)
+        self._capturing = True
         try:
             work()
         except BaseException:
             with contextlib.suppress(NblError):  # the failed work has invalidated the record
                 self._call(self._rt.cudaStreamEndCapture, self._stream)
             raise
+        finally:
+            self._capturing = False
         graph = self._call(self._rt.cudaStreamEndCapture, self._stream)
         ready = self._call(self._rt.cudaGraphInstantiate, graph, 0)
         self._graphs.append((graph, ready))

@@ -210,21 +210,20 @@ class TrtSession:
         index = profile_for(self._record.profiles, batch, tokens)
         self._device.upload(*self._controls.filled(ids_BT, writes, counts))
         execute = functools.partial(self._execute, self._contexts[index], index, (batch, tokens))
-        if self._timed:
-            self._device.mark(0)
         if self._record.profiles[index].decodes:
             self._step.run((batch, tokens), execute)
         else:
             execute()
-        if self._timed:
-            self._device.mark(1)
         raw = self._download(batch, tokens)
         if self._timed:
             self._seconds += self._device.between_marks()
         return raw
 
     def device_seconds(self) -> float | None:
-        """Seconds between the events around the launches of steps, without uploads and downloads."""
+        """Seconds between the events of each step, without uploads and downloads.
+
+        The events are part of a captured step. Around another step they also count the wait for its launch.
+        """
         found, self._seconds = self._seconds if self._timed else None, 0.0
         self._timed = True
         return found
@@ -235,7 +234,9 @@ class TrtSession:
                 self._shapes.pop(index, None)  # unknown if the library refuses
                 require(context.set_input_shape("input_ids", shape), "the shape of input_ids")
                 self._shapes[index] = shape
+            self._device.mark(0)
             require(context.execute_async_v3(self._device.stream), "a step")
+            self._device.mark(1)
 
     def _download(self, batch: int, tokens: int) -> np.ndarray:
         shape = (batch, 1 if self._last_only else tokens, int(self._logits.shape[-1]))
@@ -245,11 +246,17 @@ class TrtSession:
         return raw
 
     def inspected(self) -> str:
-        """What the library says of the engine's layers, in words."""
-        with self._messages.explaining("TensorRT does not describe the engine"):
-            inspector = require(self._engine.create_engine_inspector(), "an inspector")
-            said = json.loads(inspector.get_engine_information(self._format))
-        described = [json.dumps(one).lower() for one in said.get("Layers", ())]
+        """What the library says of the layers, in words, or that it does not, as its form may change. Never raises.
+
+        A name with a fused kernel does not tell whether keys and values are copied for each query head.
+        """
+        try:
+            with self._messages.explaining("TensorRT does not describe the engine"):
+                inspector = require(self._engine.create_engine_inspector(), "an inspector")
+                layers = json.loads(inspector.get_engine_information(self._format))["Layers"]
+        except NblError as error:
+            return str(error)
+        described = [json.dumps(one).lower() for one in layers]
         fused = sum(any(sign in text for sign in _FUSED_SIGNS) for text in described)
         return f"{len(described)} layers, of which {fused} name a fused attention kernel"
 
