@@ -269,7 +269,7 @@ def acceptance(found: Mapping[str, Any]) -> Document:
     failed = [said.format(**check) for check in found["checks"] if not check["passed"]]
     failed += [found["cannot_run"]] if found["cannot_run"] else []
     warning = "Do not use this engine on this machine before the first of these is settled."
-    on_gpu = [value for name, value in _gpu(found["machine"].get("gpu") or {}) if name == "GPU"]
+    on_gpu = [value for name, value in _gpu(found["machine"].get("gpu") or {}, {}) if name == "GPU"]
     head: tuple[Block, ...] = (
         Paragraph(" · ".join((f"{found['engine']}, {found['precision']}", *on_gpu, found["machine"]["os"])), "meta"),
         Badge(verdict, f"{passed} of {len(found['checks'])} checks passed", tone),

@@ -7,7 +7,8 @@ libcuda.so.1 / nvcuda.dll   cuInit, cuDriverGetVersion, cuDeviceGetCount, ...   
     R535     12            tensorrt-cu12, tensorrt-rtx-cu12, cuda-python<13
 
 TensorRT's wheels for aarch64 (10.15, 10.16 and 11.4 were looked up) are for CUDA 13 alone. JetPack 6 of a Jetson has
-CUDA 12.6 and TensorRT 10.3, and the cache operator of our graphs needs 10.15.
+CUDA 12.6 and TensorRT 10.3, and the cache operator of our graphs needs 10.15. TensorRT 11.0 to 11.4.0 are not for
+Orin and Thor (TensorRT 11.4.1, "Migrating TensorRT from 10.x to 11.x on Jetson").
 
 A driver also runs packages of an older CUDA. Sources: TensorRT 11.4, "Prerequisites" (R580 for CUDA 13, R535 for the
 wheels of CUDA 12); cuda-bindings, "Installation" (13 needs driver 580.65.06, 12.9 needs 525.60.13) and the release
@@ -24,13 +25,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["CUDA", "CudaRelease", "Gpu", "bus_id", "describe", "find_gpu", "free_bytes", "has_kernels", "outdated",
-           "release_for", "spoken", "unpackaged"]  # fmt: skip
+__all__ = ["CUDA", "JETSON_TENSORRT", "CudaRelease", "Gpu", "bus_id", "describe", "find_gpu", "free_bytes",
+           "has_kernels", "is_jetson", "outdated", "release_for", "spoken", "unpackaged"]  # fmt: skip
 
 _LIBRARIES = ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1", "libcuda.so")
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
 # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, _MEMORY_CLOCK_RATE (kHz) and _GLOBAL_MEMORY_BUS_WIDTH (bits)
 _MULTIPROCESSORS, _MEMORY_KHZ, _BUS_BITS = 16, 36, 37
+JETSON_TENSORRT = "'tensorrt>=10.16,<11'"  # for pip
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 
 
@@ -93,6 +95,11 @@ def release_for(gpu: Gpu | str) -> CudaRelease:
     return CUDA[max(fitting or CUDA)]
 
 
+def is_jetson(gpu: Gpu | str) -> bool:
+    """Whether the GPU is that of a Jetson, Orin or Thor."""
+    return isinstance(gpu, Gpu) and platform.machine() == "aarch64" and gpu.compute in ("8.7", "11.0")
+
+
 def unpackaged(gpu: Gpu | str) -> str:
     """What to do if there are no packages of TensorRT for the driver, without a full stop; "" if there are."""
     if isinstance(gpu, str) or gpu.cuda[0] >= max(CUDA) or platform.machine() != "aarch64":
@@ -125,7 +132,8 @@ def spoken(gpu: Gpu | str) -> str:
     if missing := unpackaged(gpu):
         return f"{began}; {missing}"
     release = release_for(gpu)
-    packages = [f"tensorrt{release.suffix}", f"tensorrt-rtx{release.suffix}", release.bindings]
+    libraries = [JETSON_TENSORRT] if is_jetson(gpu) else ["tensorrt", "tensorrt-rtx"]
+    packages = [*(f"{name}{release.suffix}" for name in libraries), release.bindings]
     others = f"; {gpu.count} GPUs are visible, and engines use the first" if gpu.count > 1 else ""
     return f"{began}, for which there are {', '.join(packages)}{others}"
 

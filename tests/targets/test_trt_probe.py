@@ -205,7 +205,16 @@ def test_a_jetson_gets_no_advice_for_packages_that_do_not_exist(
     monkeypatch.setattr(importlib.util, "find_spec", real)
     monkeypatch.setattr(engine, "_cuda_major", lambda library: 13)
     assert re.search("update the driver .*JetPack 7.2", TRT.probe_run().reason)
-    assert "Jetson" not in spoken(Gpu("Thor", "11.0", (13, 0)))
+    thor = Gpu("Thor", "11.0", (13, 0))
+    for module in (tensorrt_library, engine):
+        monkeypatch.setattr(module, "find_gpu", lambda: thor)
+    assert "'tensorrt>=10.16,<11', cuda-python" in spoken(thor) and "rtx" not in spoken(thor)
+    for version, refused in (("11.4.0.106", True), ("11.0.0", True), ("11.4.1", False), ("10.16.1.11", False)):
+        monkeypatch.setattr(sys.modules["tensorrt"], "__version__", version)
+        said = f"tensorrt {version} is not for the Thor, a Jetson: pip install 'tensorrt>=10.16,<11' cuda-python"
+        assert (said in TRT.probe_run().reason) is refused, TRT.probe_run().reason
+    monkeypatch.setattr(gpu.platform, "machine", lambda: "x86_64")
+    assert "tensorrt, tensorrt-rtx" in spoken(thor)
     assert PLAIN.runs_on("8.7") and PLAIN.runs_on("11.0") and not RTX.runs_on("8.7") and not RTX.runs_on("11.0")
 
 

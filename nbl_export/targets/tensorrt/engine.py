@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import NblError
-from nbl_export.graph.files import load_graph
 from nbl_export.graph.names import CUT_ROWS, GRAPH_FILE, all_logits_file
 from nbl_export.mixers.base import Running
 from nbl_export.mixers.predicted import cut_of
 from nbl_export.targets.base import Availability, BuildSettings, DecoderFacts, ExportSettings, Target
 from nbl_export.targets.export.finish import check_bounds
-from nbl_export.targets.gpu import CUDA, Gpu, find_gpu, outdated, release_for, unpackaged
+from nbl_export.targets.gpu import CUDA, Gpu, find_gpu, outdated, unpackaged
 from nbl_export.targets.runners import MixedDecoder
 from nbl_export.targets.tensorrt.kernels import trust_folder
 from nbl_export.targets.tensorrt.library import LIBRARIES, Library, load_library
@@ -53,7 +52,7 @@ class TensorRtEngine(Target):
             trt = load_library(library)
             where = "without a GPU"
             if not library.builds_without_gpu:
-                gpu = _usable_gpu(library)
+                gpu = _usable_gpu(library, trt.__version__)
                 where = f"for the {gpu.name}"
             _build_known_answer(trt)
             runs = self.probe_run()
@@ -72,7 +71,7 @@ class TensorRtEngine(Target):
         library = self.library
         try:
             trt = load_library(library)
-            gpu = _usable_gpu(library)
+            gpu = _usable_gpu(library, trt.__version__)
             memory = check_device(gpu)
             found = f"{library.package} {trt.__version__} runs on the {gpu.name} ({gpu.compute})"
             return Availability(True, f"{found}, memory by {memory}")
@@ -165,6 +164,8 @@ class TensorRtEngine(Target):
 
 def _checked_chunk(path: Path) -> int | None:
     """Tokens of a step; None for steps as long as they are asked for, since a cut depends on the borders of steps."""
+    from nbl_export.graph.files import load_graph  # a build machine lacks onnx_ir
+
     return None if any(node.name == CUT_ROWS for node in load_graph(path).graph) else _CHECKED_CHUNK
 
 
@@ -174,8 +175,8 @@ TRT = TensorRtEngine(LIBRARIES["trt"])
 TRT_RTX = TensorRtEngine(LIBRARIES["trt-rtx"])
 
 
-def _usable_gpu(library: Library) -> Gpu:
-    """The GPU, if library and driver support it.
+def _usable_gpu(library: Library, version: str) -> Gpu:
+    """The GPU, if driver and library, of the installed version, support it.
 
     Raises:
         NblError: there is no GPU, the library has no kernels for it, or its driver is too old for the library.
@@ -190,8 +191,10 @@ def _usable_gpu(library: Library) -> Gpu:
             f"{title} does not run on the {gpu.name}: its compute capability is {gpu.compute}, {title} is for {known}; "
             f"use --engine {library.other}"
         )
+    if unfit := library.refuses(version, gpu):
+        raise NblError(unfit)
     needed = _cuda_major(library)
-    other = unpackaged(gpu) or f"in a new environment, {library.how_to_get(release_for(gpu))}"
+    other = unpackaged(gpu) or f"in a new environment, {library.how_to_get(gpu)}"
     if needed is not None and (old := outdated(gpu, f"the installed {library.package}", needed, other)):
         raise NblError(old)
     return gpu

@@ -12,7 +12,7 @@ from typing import Any
 
 from nbl_export.errors import NblError
 from nbl_export.records.capabilities import Capabilities
-from nbl_export.targets.gpu import CudaRelease, find_gpu, has_kernels, release_for, unpackaged
+from nbl_export.targets.gpu import JETSON_TENSORRT, Gpu, find_gpu, has_kernels, is_jetson, release_for, unpackaged
 
 __all__ = ["LIBRARIES", "FusedAttention", "Library", "load_library"]
 
@@ -51,6 +51,7 @@ class Library:
         target_prefix: begins the library's names of compute capabilities.
         weak_computes: compute capabilities without bf16 and int4.
         fused: what has fused attention kernels; None if only the library's builder can tell.
+        jetson: the package for pip on a Jetson, if it is another.
     """
 
     capabilities: Capabilities
@@ -67,10 +68,23 @@ class Library:
     target_prefix: str = "SM"
     weak_computes: tuple[str, ...] = ("7.5",)
     fused: FusedAttention | None = None
+    jetson: str = ""
 
-    def how_to_get(self, release: CudaRelease) -> str:
-        """The command that installs the library and the bindings of a CUDA release."""
-        return f"pip install {self.package}{release.suffix} {release.bindings}{self.origin}"
+    def how_to_get(self, gpu: Gpu | str) -> str:
+        """The command that installs the library and the bindings for a GPU and its driver."""
+        release = release_for(gpu)
+        package = self.jetson if self.jetson and is_jetson(gpu) else f"{self.package}{release.suffix}"
+        return f"pip install {package} {release.bindings}{self.origin}"
+
+    def refuses(self, version: str, gpu: Gpu) -> str:
+        """Why an installed version is not for a GPU, without a full stop; "" if it is."""
+        number = tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
+        if not self.jetson or not is_jetson(gpu) or not (11,) <= number < (11, 4, 1):
+            return ""
+        return (
+            f"{self.package} {version} is not for the {gpu.name}, a Jetson: {self.how_to_get(gpu)}, or use "
+            "TensorRT 11.4.1 of JetPack 7.2.2"
+        )
 
     def runs_on(self, compute: str) -> bool:
         """Whether the library has kernels for a compute capability."""
@@ -102,6 +116,7 @@ LIBRARIES = {
         least_compute="7.5",
         default_targets=(),
         other="trt-rtx",
+        jetson=JETSON_TENSORRT,
     ),
     "trt-rtx": Library(
         capabilities=Capabilities("trt-rtx", "TensorRT for RTX", _PRECISIONS, _SOURCES, **_COMPILED),
@@ -140,4 +155,4 @@ def _advice(library: Library) -> str:
     gpu = find_gpu()
     found = sorted(_SYSTEM.glob(f"python3*/dist-packages/{library.module}"))
     first = f"make the environment with --system-site-packages to see that in {found[0].parent}, or " if found else ""
-    return first + (unpackaged(gpu) or library.how_to_get(release_for(gpu)))
+    return first + (unpackaged(gpu) or library.how_to_get(gpu))

@@ -28,8 +28,8 @@ __all__ = ["PRECISIONS", "finish_passes", "form_passes"]
 
 PRECISIONS = {
     "fp32": ir.DataType.FLOAT,
-    "fp16": ir.DataType.FLOAT16,
     "bf16": ir.DataType.BFLOAT16,
+    "fp16": ir.DataType.FLOAT16,
     "int4": ir.DataType.FLOAT16,  # for everything but the int4 matrices
 }
 
