@@ -45,6 +45,7 @@ from nbl_export.records.from_json import read_record
 from nbl_export.records.plan import LayerScore, Plan
 from nbl_export.trust.contained import check_folder
 from nbl_export.trust.lock import locked
+from nbl_export.trust.model_settings import drop_code
 
 __all__ = ["ACCEPTANCE_FILE", "ACCEPTANCE_JSON", "ACCEPTANCE_MD", "BENCH_FILE", "CHECKPOINT", "CUTS_FILE", "DECODERS",
            "DISTILL_FILE", "EVAL_FILE", "MADE_BY", "MAPS_FILE", "MOMENTS_FILE", "PACKAGES", "REPORT_HTML",
@@ -234,8 +235,11 @@ class RunDirectory:
     def finish(self, stage: str, key: str, scratch: Path, seconds: float, readers: Sequence[str], **facts: Any) -> None:
         """Move everything in `scratch` into place and record the stage. Records of its readers are dropped.
 
+        Settings lose the keys that name code, whichever exporter or copy wrote them.
+
         A failed verification stays on record until verification, or a stage that it reads, runs again.
         """
+        drop_code(scratch)
         hashes = {
             str(path.relative_to(scratch)): file_sha256(path) for path in sorted(scratch.rglob("*")) if path.is_file()
         }

@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-__all__ = ["cut", "edit", "flip"]
+__all__ = ["cut", "edit", "flip", "name_code", "named_code"]
+
+_SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json")
+_CODE = ("auto_map", "custom_pipelines", "custom_generate")
 
 
 def edit(path: Path, **values: Any) -> None:
@@ -18,6 +21,30 @@ def edit(path: Path, **values: Any) -> None:
 def cut(path: Path, keep: int) -> None:
     """Keep the first bytes only."""
     path.write_bytes(path.read_bytes()[:keep])
+
+
+def name_code(directory: Path) -> None:
+    """Let the settings of a folder name code: beside them, and on the hub."""
+    classes = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")
+    code = {"auto_map": {name: f"evil/repo--evil.{name}" for name in classes}, "custom_pipelines": {"x": {"impl": "e"}}}
+    for name in _SETTINGS:
+        edit(directory / name, **code, **({} if name == "tokenizer_config.json" else {"below": [{"auto_map": {}}]}))
+    edit(directory / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil/repo--evil.AutoTokenizer", None]})
+
+
+def named_code(directory: Path) -> list[tuple[str, Any]]:
+    """Names of settings at any depth that name code, and what they name."""
+    found: list[tuple[str, Any]] = []
+
+    def look(value: Any, name: str) -> None:
+        if isinstance(value, dict):
+            found.extend((name, value[key]) for key in _CODE if key in value)
+        for below in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            look(below, name)
+
+    for file in sorted(directory.rglob("*config.json")):
+        look(json.loads(file.read_text(encoding="utf-8")), file.name)
+    return found
 
 
 def flip(path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from .command import TINY, nbl
+from .damage import name_code, named_code
 from .jobs import until
 
 PACKAGE = Path(__file__).parent.parent / "nbl_export"
@@ -106,20 +106,18 @@ class Tokenizer: pass
 
 @pytest.mark.parametrize("source", ["genai", "mobius"])
 def test_code_in_a_model_directory_is_not_run(checkpoint: object, text: Path, tmp_path: Path, source: str) -> None:
-    """The main job on a checkpoint whose files ask for code that lies beside them."""
+    """The main job on a checkpoint whose files ask for code that lies beside them. Nothing written asks for it."""
     model, marker = tmp_path / "model", tmp_path / "marker"
     shutil.copytree(checkpoint("llama"), model)  # type: ignore[operator]
     (model / "evil.py").write_text(EVIL.format(marker=str(marker)), encoding="utf-8")
-    asks = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "AutoTokenizer": ["evil.Tokenizer"] * 2}
-    for name in ("config.json", "tokenizer_config.json"):
-        said = json.loads((model / name).read_text(encoding="utf-8"))
-        (model / name).write_text(json.dumps({**said, "auto_map": asks}), encoding="utf-8")
+    name_code(model)
     arguments = ("--calibration", text, *TINY, "--decoder-source", source, "--output", tmp_path / "run")
     with until("verify"):
         done = nbl("--model", model, *arguments)
     assert not marker.exists()
     assert done.status == 0, done.err
     assert not list((tmp_path / "run").rglob("evil.py"))
+    assert named_code(model) and not named_code(tmp_path / "run")
 
 
 PAGE = (PACKAGE.parent / "SECURITY.md").read_text(encoding="utf-8")

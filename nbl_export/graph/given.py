@@ -6,13 +6,14 @@ config.json, genai_config.json, tokenizer, ...        ─┴─► `companions`,
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.graph.genai_config import check_genai_config
-from nbl_export.graph.names import GENAI_CONFIG, MANIFEST, TEXT_FILES
+from nbl_export.graph.names import GENAI_CONFIG, MANIFEST, TEXT_FILES, goes_with_graph
 from nbl_export.trust.contained import check_folder, check_inside, refuse_special
 
 __all__ = ["check_graph_place", "companions", "has_graph", "home_of", "onnx_tools", "refuse_graph"]
@@ -42,6 +43,7 @@ def onnx_tools() -> Any:
     return nbl_export.graph
 
 
+log = logging.getLogger(__name__)
 _BESIDE_A_FILE = (*TEXT_FILES, GENAI_CONFIG)
 
 
@@ -71,7 +73,7 @@ def check_graph_place(path: Path) -> None:
 
 
 def companions(path: Path, skipped: set[Path]) -> Iterator[tuple[Path, Path]]:
-    """Files that belong to the graph, and their names in the output.
+    """Files that belong to the graph, and their names in the output. Code and pickles do not belong to a graph.
 
     Raises:
         CorruptError: a file is a link that leads out of the directory.
@@ -83,8 +85,15 @@ def companions(path: Path, skipped: set[Path]) -> Iterator[tuple[Path, Path]]:
         directory = path.parent
     else:
         directory, files = path, [file for file in sorted(path.rglob("*")) if file.is_file()]
+    left_out: list[str] = []
     for file in files:
         name = file.relative_to(directory)
         if file in skipped or str(name) == MANIFEST or any(part.startswith(".") for part in name.parts):
             continue
-        yield check_inside(file, directory), name
+        if goes_with_graph(file):
+            yield check_inside(file, directory), name
+        else:
+            left_out.append(str(name))
+    if left_out:
+        names = ", ".join(left_out[:9])
+        log.warning("%s: left out, since only graphs, their data and text files are copied: %s", directory, names)

@@ -8,7 +8,7 @@ from nbl_export.records.decoder import STATE_SUFFIXES
 
 __all__ = ["ALL_LOGITS_FILE", "ALL_LOGITS_IR", "CUT_ROWS", "DETOKENIZER_IR", "GENAI_CONFIG", "GRAPH_FILE", "IR_FILE",
            "IR_WEIGHTS", "MANIFEST", "OWN_NODES", "STATIC_GRAPH_FILE", "TEXT_FILES", "TOKENIZER_IR", "all_logits_file",
-           "constant_name", "graph_file", "node_name", "product_name", "state_names"]  # fmt: skip
+           "constant_name", "goes_with_graph", "graph_file", "node_name", "product_name", "state_names"]  # fmt: skip
 
 GRAPH_FILE = "model.onnx"
 STATIC_GRAPH_FILE = "decoder.onnx"  # the static form at the deployed precision, for a compiler
@@ -23,6 +23,7 @@ DETOKENIZER_IR = "openvino_detokenizer.xml"
 TEXT_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
               "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
               "chat_template.jinja")  # fmt: skip
+_ENDINGS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md", ".data", "")  # none: texts such as LICENSE
 MANIFEST = "nbl.json"  # in a run directory and in a deployable directory
 OWN_NODES = "/nbl/"  # begins the names of nodes that the rewrite adds
 CUT_ROWS = "/nbl/cut/Rows"  # the node that takes the rows that climb above a cut; the last token's row comes first
@@ -31,6 +32,11 @@ CUT_ROWS = "/nbl/cut/Rows"  # the node that takes the rows that climb above a cu
 def graph_file(directory: Path) -> str:
     """Name of the graph in a deployable directory."""
     return STATIC_GRAPH_FILE if (directory / STATIC_GRAPH_FILE).is_file() else GRAPH_FILE
+
+
+def goes_with_graph(file: Path) -> bool:
+    """Whether a file of a graph's directory goes into a copy: a graph, its data or a text file, and never code."""
+    return file.suffix in _ENDINGS or file.suffix.startswith(".onnx")  # data may be model.onnx_data_1
 
 
 def all_logits_file(directory: Path) -> str:

@@ -22,7 +22,7 @@ from nbl_export.files import friendly_os_errors, move_into_place, refuse_occupie
 from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE, MANIFEST
 from nbl_export.graph.trust import read_proto
 from nbl_export.trust.contained import check_folder
-from nbl_export.trust.model_settings import read_object
+from nbl_export.trust.model_settings import drop_code, read_object
 
 __all__ = ["lay_out"]
 
@@ -76,6 +76,7 @@ def lay_out(directory: Path, target: Path) -> Path:
         if (template := source / "chat_template.jinja").is_file():
             tokenizer.setdefault("chat_template", template.read_text(encoding="utf-8"))
         write_json(out / "tokenizer_config.json", tokenizer)
+        drop_code(out)
         return move_into_place(out, target)
 
 

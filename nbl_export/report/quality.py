@@ -35,8 +35,9 @@ def answers(report: Mapping[str, Any]) -> tuple[Section, ...]:
         return ()
     same = sum(one["original"] == one["nbl"] for one in found)
     note = (
-        "Greedy text of both decoders behind the beginnings that verification uses. They are pieces of held-back text, "
-        f"and no questions. {same} of {len(found)} texts {'is' if same == 1 else 'are'} the same. "
+        "Greedy text of both decoders behind the beginnings that verification uses. They are pieces of held-back text. "
+        "So this report holds words of the calibration text: pass it on only if others may read them. "
+        f"{same} of {len(found)} texts {'is' if same == 1 else 'are'} the same. "
         'Ask your own questions: nbl-export generate DIR "..." --both.'
     )
     blocks: list[Block] = [Paragraph(note)]

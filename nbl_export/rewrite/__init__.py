@@ -17,7 +17,14 @@ from nbl_export.errors import RefusalError
 from nbl_export.graph.anatomy import graph_caches
 from nbl_export.graph.emitter import run_passes
 from nbl_export.graph.files import read_graph
-from nbl_export.graph.names import ALL_LOGITS_FILE, GENAI_CONFIG, STATIC_GRAPH_FILE, all_logits_file, graph_file
+from nbl_export.graph.names import (
+    ALL_LOGITS_FILE,
+    GENAI_CONFIG,
+    STATIC_GRAPH_FILE,
+    all_logits_file,
+    goes_with_graph,
+    graph_file,
+)
 from nbl_export.mixers.base import Mixer, cacheless, state_of
 from nbl_export.mixers.predicted import cut_of
 from nbl_export.records.plan import spoken_layers
@@ -93,7 +100,7 @@ def rewrite(source: Path, out: Path, maps: Mapping[int, Mixer], tap: str = "resi
     rewritten = (name, f"{name}.data", ALL_LOGITS_FILE)
     out.mkdir()
     for file in sorted(source.iterdir()):
-        if file.is_file() and (file.name not in rewritten or not maps):
+        if file.is_file() and goes_with_graph(file) and (file.name not in rewritten or not maps):
             shutil.copyfile(file, out / file.name)
     if not maps:
         return

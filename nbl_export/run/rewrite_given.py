@@ -30,6 +30,7 @@ from nbl_export.records.decoder import MOST_LAYERS
 from nbl_export.records.plan import TAPS, Plan
 from nbl_export.run_directory import MAPS_FILE, SCHEMA
 from nbl_export.trust.contained import check_inside
+from nbl_export.trust.model_settings import drop_code
 from nbl_export.version import __version__
 
 __all__ = ["rewrite_given"]
@@ -73,6 +74,7 @@ def rewrite_given(path: Path, maps_file: Path, layers: str | None, tap: str | No
         with scratch_in(output.absolute().parent) as scratch:
             made = scratch / "made"
             _write(model, path, file, made, plan, maps)
+            drop_code(made)
             write_json(made / MANIFEST, facts)
             return move_into_place(made, output)
 

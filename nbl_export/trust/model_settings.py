@@ -10,7 +10,8 @@ Numbers by which libraries make lists, tables and modules before they read a wei
     GGUF                    block_count, like num_hidden_layers
     tokenizer_config.json   extra_ids, offset, ids of added tokens: transformers makes each token up to them
 
-`auto_map` and the code beside it have no effect: every call passes trust_remote_code=False (`pretrained`).
+`auto_map` and the code beside it have no effect: every call passes trust_remote_code=False (`pretrained`). No folder
+that is written names code of a stranger (`drop_code`): its user may have to trust code that is ours.
 
 JSON objects are read so that this tool and any library understand a file in the same way. Refused are a name that
 occurs twice (libraries differ in which value they take), numbers that JSON does not have, nesting that crashes a
@@ -27,10 +28,11 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import NblError
+from nbl_export.files import write_json
 from nbl_export.records.decoder import MOST_LAYERS
 from nbl_export.trust.contained import check_folder, is_inside
 
-__all__ = ["CONFIG_BYTES", "check_checkpoint", "check_layers", "check_tokenizer_settings", "read_object"]
+__all__ = ["CONFIG_BYTES", "check_checkpoint", "check_layers", "check_tokenizer_settings", "drop_code", "read_object"]
 
 CONFIG_BYTES = 8 << 20
 _MOST_BYTES = {"config.json": CONFIG_BYTES, "generation_config.json": 1 << 20, "tokenizer_config.json": 64 << 20}
@@ -42,6 +44,8 @@ _SAVED_FROM = ("special_tokens_map_file", "name_or_path")  # where the tokenizer
 _TEXTS, _TEXT_ENDS = ("chat_template", "added_tokens_decoder"), ("_token", "_tokens")
 
 
+_UNREAD_SETTINGS = ("processor_config.json", "preprocessor_config.json")  # of the same libraries
+_CODE = ("auto_map", "custom_pipelines", "custom_generate")  # keys that name code
 _OF_LAYER = re.compile(r"(?:^|\.)(?:layers|blk)\.(\d{1,9})\.")  # in a checkpoint, in a GGUF file
 _MOST = 1 << 16
 _MOST_TOKENS = 1 << 22
@@ -104,6 +108,22 @@ def _values(value: Any) -> Iterator[Any]:
 
 def _refused(path: Path, key: str, why: str) -> NblError:
     return NblError(f"{path} sets {key}, which is refused ({why}); remove the key if you trust the model")
+
+
+def drop_code(directory: Path) -> None:
+    """Remove the keys that name code from the settings in a folder that was written, at any depth.
+
+    Raises:
+        NblError: settings cannot be read.
+    """
+    for path in (path for name in (*_MOST_BYTES, *_UNREAD_SETTINGS) for path in directory.rglob(name)):
+        settings = read_object(path, _MOST_BYTES["tokenizer_config.json"])
+        coded = [found for found in _values(settings) if isinstance(found, dict) and not found.keys().isdisjoint(_CODE)]
+        for found in coded:
+            for key in _CODE:
+                found.pop(key, None)
+        if coded:
+            write_json(path, settings)
 
 
 def check_tokenizer_settings(directory: Path) -> None:

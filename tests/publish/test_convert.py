@@ -15,12 +15,18 @@ from nbl_export.calibrate.moments_file import whole_moments
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.mixers import lmmse
 from nbl_export.mixers.linear import LINEAR, Linear
-from nbl_export.model.checkpoint.load import load_model
+from nbl_export.model.checkpoint.copied import copy_linearized
+from nbl_export.model.checkpoint.hf_classes import save_linearized
+from nbl_export.model.checkpoint.load import load_model, materialise
+from nbl_export.model.checkpoint.source import resolve
 from nbl_export.model.linearize import linearize
 from nbl_export.plan.maps_file import load_maps
-from nbl_export.targets.checkpoint import nemotron_nas
+from nbl_export.publish.transformers_js import lay_out
+from nbl_export.targets.checkpoint import edge_llm, nemotron_nas
+from nbl_export.targets.onnx.ngram import write_ngram
 
 from ..command import TINY, assert_refused, nbl
+from ..damage import name_code, named_code
 from ..jobs import until
 from ..tiny import HIDDEN, SPLIT, random_map, save_checkpoint
 
@@ -124,6 +130,27 @@ def test_without_the_text_the_command_of_a_run_that_can_is_named(runs: dict[str,
 
 def linear(*layers: int) -> dict[int, Linear]:
     return {i: Linear(random_map(i).weight, np.zeros(HIDDEN, np.float32)) for i in layers}
+
+
+def test_no_form_names_code_of_a_stranger(finished: Path, tmp_path: Path) -> None:
+    """Two forms name code that this tool wrote beside their settings."""
+    checkpoint, maps = save_checkpoint("llama", tmp_path / "model", **NAS), linear(1, 2)
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    for folder in (checkpoint, run / "original", run / "model"):
+        name_code(folder)
+    made = {name: tmp_path / name for name in ("copied", "saved", "ngram", "layout", "nas", "edge", "stock")}
+    assert copy_linearized(checkpoint, maps, "normed", made["copied"])
+    save_linearized(load_model(checkpoint), checkpoint, maps, "normed", made["saved"])
+    write_ngram(run / "original", made["ngram"])
+    lay_out(run, made["layout"])
+    nemotron_nas.save(load_model(checkpoint), checkpoint, maps, "nemotron-nas", made["nas"])
+    edge_llm.save(load_model(checkpoint), checkpoint, maps, "normed", made["edge"])
+    given = Path(shutil.copytree(made["copied"], tmp_path / "given"))
+    name_code(given)
+    materialise(resolve(str(given)), made["stock"])
+    ours = {"nas": "configuration_nbl_nas.NblNasConfig", "edge": "configuration_nbl_edge_llm.NblEdgeConfig"}
+    found = {name: named_code(folder) for name, folder in made.items()}
+    assert found == {name: [("config.json", {"AutoConfig": ours[name]})] if name in ours else [] for name in made}
 
 
 @pytest.mark.parametrize("form", nemotron_nas.MATRIX)

@@ -24,6 +24,7 @@ from nbl_export.verify.ladder import DECODE_STEPS, run_rows
 from ..command import assert_refused, in_new_process, nbl, snapshot
 from ..cuts import chunks_of, predicted_maps
 from ..cuts import torch_logits as cut_logits
+from ..damage import name_code, named_code
 from ..graph_sources import OPTIMUM_PYTHON
 from ..tiny import HEAD_DIM, HIDDEN, LAYERS, VOCAB
 
@@ -141,11 +142,25 @@ def test_command_needs_no_torch(given_graph: Given, maps_file: Any, tmp_path: Pa
     assert in_new_process("inspect", tmp_path / "out", "--json", code=code).status == 0
 
 
-def test_directory_is_carried_over(given_graph: Given, maps_file: Any, tmp_path: Path) -> None:
-    source, out = given_graph("genai-fp32"), tmp_path / "new" / "out"
-    nbl("rewrite-graph", source, "--maps", maps_file(0, 2), "--layers", "2,", "--output", out)
-    assert sorted(snapshot(out)) == sorted({*snapshot(source), "nbl.json"})
-    same = ("genai_config.json", "tokenizer.json", "config.json")
+def test_directory_is_carried_over(
+    given_graph: Given, maps_file: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """But for code and pickles, and the settings that name code."""
+    source, out = copied(given_graph("genai-fp32"), tmp_path / "source"), tmp_path / "new" / "out"
+    for name in ("onnx/model.onnx_data", "LICENSE", "README.md"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text("mine", encoding="utf-8")
+    carried = snapshot(source)
+    refused_names = ("evil.py", "onnx/evil.so", "evil.so.1", "weights.pkl", "pytorch_model.bin", "onnx/x.onnx.py")
+    for name in refused_names:
+        (source / name).write_text("evil", encoding="utf-8")
+    name_code(source)
+    done = nbl("rewrite-graph", source, "--maps", maps_file(0, 2), "--layers", "2,", "--output", out)
+    assert done.status == 0, done.err
+    assert all(name in caplog.text for name in refused_names)
+    assert sorted(snapshot(out)) == sorted({*carried, "nbl.json"})
+    assert not named_code(out)
+    same = ("genai_config.json", "tokenizer.json")
     assert all((source / name).read_bytes() == (out / name).read_bytes() for name in same)
     assert [p.name for p in out.parent.iterdir()] == ["out"]
     facts = json.loads((out / "nbl.json").read_text(encoding="utf-8"))

@@ -22,6 +22,7 @@ from nbl_export.model.checkpoint.hf_classes import empty_linearized
 from nbl_export.model.checkpoint.pretrained import check_weights, config_of, reason_of, tokenizer_of
 from nbl_export.model.checkpoint.weights import INDEX, WEIGHTS, weight_files
 from nbl_export.model.linearize import multiplier_of, stored_in
+from nbl_export.trust.model_settings import drop_code
 
 __all__ = ["check_loadable", "copy_linearized"]
 
@@ -111,3 +112,4 @@ def _save_texts(model: Any, checkpoint: Path, out: Path) -> None:
         generation = GenerationConfig.from_model_config(config)
     generation.save_pretrained(out)
     tokenizer_of(checkpoint).save_pretrained(out)
+    drop_code(out)

@@ -35,6 +35,7 @@ from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED
 from nbl_export.model.checkpoint.pretrained import model_with, quiet_transformers, tokenizer_of
 from nbl_export.model.checkpoint.stated_cut import facts_of, stated_cut
 from nbl_export.model.linearize import BESIDE, architecture_of, linearize, multiplier_of, port_width, replace_attention
+from nbl_export.trust.model_settings import drop_code
 
 __all__ = ["CLASSES", "empty_linearized", "linearized", "restored", "save_linearized", "stock_config"]
 
@@ -110,6 +111,7 @@ def save_linearized(model: Any, checkpoint: Path, maps: Mapping[int, Mixer], tap
     quiet_transformers()
     linearized(model, maps, tap).save_pretrained(out)
     tokenizer_of(checkpoint).save_pretrained(out)
+    drop_code(out)
 
 
 def linearized(model: Any, maps: Mapping[int, Mixer], tap: str) -> Any:

@@ -39,6 +39,7 @@ from nbl_export.model.checkpoint.pretrained import (
 from nbl_export.model.checkpoint.source import Linearized, Source, log
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.plan import Plan
+from nbl_export.trust.model_settings import drop_code
 
 __all__ = ["load_mapped", "load_maps", "load_model", "load_tokenizer", "materialise", "read_spec", "spec_of"]
 
@@ -189,6 +190,7 @@ def _convert(source: Source, target: Path) -> None:
             raise
         except Exception as error:
             raise NblError(f"{origin} cannot be loaded by transformers: {reason_of(error)}") from error
+        drop_code(made)
         sizes = {f.name: f.stat().st_size for f in sorted(made.iterdir())}
         facts = {"fingerprint": source.fingerprint, "file": origin.name, "sizes": sizes}
         (made / _MARKER).write_text(json.dumps(facts), encoding="utf-8")

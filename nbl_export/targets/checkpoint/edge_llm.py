@@ -25,6 +25,7 @@ from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import Mixer
 from nbl_export.model.checkpoint.pretrained import model_with, tokenizer_of
 from nbl_export.model.linearize import linearize, replace_attention
+from nbl_export.trust.model_settings import drop_code
 
 __all__ = ["ARCHITECTURES", "check", "load", "remarks", "save"]
 
@@ -96,10 +97,11 @@ def save(model: Any, checkpoint: Path, maps: Mapping[int, Mixer], tap: str, out:
         weights.pop("lm_head.weight", None)
     out.mkdir(parents=True)
     save_torch_state_dict(weights, out)
-    (out / "config.json").write_text(json.dumps(_config(model.config, maps, tap), indent=2) + "\n", encoding="utf-8")
     if model.generation_config is not None:
         model.generation_config.save_pretrained(out)
     tokenizer_of(checkpoint).save_pretrained(out)
+    drop_code(out)  # before ours is named
+    (out / "config.json").write_text(json.dumps(_config(model.config, maps, tap), indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(_CODE, out / f"{_MODULE}.py")
 
 

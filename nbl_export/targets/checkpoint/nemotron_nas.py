@@ -26,6 +26,7 @@ from nbl_export.mixers.base import Mixer
 from nbl_export.model.checkpoint.pretrained import model_with
 from nbl_export.model.linearize import linearize
 from nbl_export.targets.export.finish import add_text_files
+from nbl_export.trust.model_settings import drop_code
 
 __all__ = ["MATRIX", "check", "load", "save"]
 
@@ -84,9 +85,10 @@ def save(model: Any, checkpoint: Path, maps: Mapping[int, Mixer], form: str, out
     if model.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
     save_torch_state_dict(weights, out)
+    add_text_files(checkpoint, out)  # readers have transformers 4
+    drop_code(out)  # before ours is named
     config = _config(model.config, tuple(sorted(maps)))
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    add_text_files(checkpoint, out)  # readers have transformers 4
     shutil.copyfile(_CODE, out / f"{_MODULE}.py")
 
 

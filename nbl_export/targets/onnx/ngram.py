@@ -17,7 +17,8 @@ from pathlib import Path
 
 from nbl_export.errors import NblError
 from nbl_export.graph.genai_config import read_genai_config
-from nbl_export.graph.names import ALL_LOGITS_FILE, GENAI_CONFIG, GRAPH_FILE, MANIFEST, all_logits_file
+from nbl_export.graph.names import ALL_LOGITS_FILE, GENAI_CONFIG, GRAPH_FILE, MANIFEST, all_logits_file, goes_with_graph
+from nbl_export.trust.model_settings import drop_code
 
 __all__ = ["write_ngram"]
 
@@ -42,9 +43,10 @@ def write_ngram(original: Path, out: Path) -> None:
     settings = read_genai_config(original)
     out.mkdir()
     for file in sorted(original.iterdir()):
-        if file.is_file() and file.name not in (ALL_LOGITS_FILE, GRAPH_FILE, MANIFEST):
+        if file.is_file() and goes_with_graph(file) and file.name not in (ALL_LOGITS_FILE, GRAPH_FILE, MANIFEST):
             shutil.copyfile(file, out / file.name)
     shutil.copyfile(original / all_logits_file(original), out / GRAPH_FILE)
     settings["search"]["chunk_size"] = _CHUNK_TOKENS
     settings["speculative"] = _OPTIONS
     (out / GENAI_CONFIG).write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
+    drop_code(out)
