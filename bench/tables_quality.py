@@ -114,11 +114,12 @@ def second_tasks(read: Read) -> Rows:
 
 
 def _tasks(found: Mapping[str, Any], fits: Mapping[str, str]) -> Rows:
-    rows: Rows = [("layers", "fit", *(f"{t} ({found[name]['documents']:,})" for name, t in TASKS.items())), "llrrr"]
-    rows.append(("none", "", *(accuracy_of(found[name]["rows"]["original"]["acc"], "original") for name in TASKS)))
-    for row, fit in fits.items():
-        layers = spoken_layers(found["piqa"]["rows"][row]["layers"])
-        rows.append((layers, fit, *(accuracy_of(found[name]["rows"][row]["acc"], row) for name in TASKS)))
+    titles = [f"{shown} ({found[name]['documents']:,})" for name, shown in TASKS.items()]
+    rows: Rows = [("layers", "fit", *titles, "perplexity of LAMBADA"), "llrrrr"]
+    for row, fit in {"original": "", **fits}.items():
+        layers = "none" if row == "original" else spoken_layers(found["piqa"]["rows"][row]["layers"])
+        accuracies = [accuracy_of(found[name]["rows"][row]["acc"], row) for name in TASKS]
+        rows.append((layers, fit, *accuracies, _perplexity_of(found["lambada_openai"]["rows"][row]["perplexity"], row)))
     return rows
 
 
@@ -148,3 +149,8 @@ def accuracy_of(figure: Mapping[str, float], row: str) -> str:
     if row == "original":
         return value
     return f"{value} ({100 * figure['change']:+.1f} ± {100 * figure['change_stderr']:.1f})"
+
+
+def _perplexity_of(figure: Mapping[str, float], row: str) -> str:
+    value = f"{figure['value']:.1f}"
+    return value if row == "original" else f"{value} ({figure['change']:+.1f} ± {figure['change_stderr']:.1f})"

@@ -30,12 +30,19 @@ def test_the_raw_result_is_that_of_todays_intervals(coverage: Any, stored: dict[
     assert not coverage.differs(stored, anew), anew
 
 
-def test_93_of_100_intervals_hold_the_mean_of_what_is_not_skewed(coverage: Any) -> None:
+def test_how_often_the_mean_is_held_is_what_docs_say(coverage: Any) -> None:
+    """Nominal are 95%. Skewed windows that correlate strongly give less, which docs/method.md states."""
     asked = {(w, c) for w in coverage.WINDOWS for c in coverage.CORRELATIONS}
-    for kind in ("normal", "heavy tails (g-and-h, h 0.15)"):
+    held: dict[str, list[float]] = {}
+    for kind in ("normal", "heavy tails (g-and-h, h 0.15)", "skewed (lognormal, sigma 0.5)"):
         rows = [row for row in ROWS if row["differences"] == kind]
         assert {(row["windows"], row["correlation"]) for row in rows} == asked
-        assert min(row["held"]["this"] for row in rows) >= 0.93
+        for row in rows:
+            worst = kind.startswith("skewed") and row["correlation"] == max(coverage.CORRELATIONS)
+            held.setdefault("skewed" if worst else "others", []).append(row["held"]["this"])
+    assert min(held["others"]) >= 0.94
+    page = (BENCH.parent / "docs" / "method.md").read_text(encoding="utf-8")
+    assert f"correlate by 0.67 gave {min(held['skewed']):.0%} to {max(held['skewed']):.0%}" in page
 
 
 def test_no_other_method_does(coverage: Any) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,11 +60,47 @@ def test_scripts_that_they_name_are_there() -> None:
     assert [name for name in scripts if not (ROOT / name).exists()] == []
 
 
-def test_every_raw_result_is_used() -> None:
-    """By a script or a test that reads a file, or by a page that shows a picture."""
-    readers = [*(ROOT / "bench").glob("*.py"), *(ROOT / "tests").rglob("*.py"), *PAGES, ROOT / "README.md"]
-    text = "\n".join(path.read_text(encoding="utf-8") for path in readers)
-    assert [path.name for path in RESULTS.iterdir() if not re.search(rf"(?<![\w-]){path.stem}(?![\w-])", text)] == []
+class Recorded(dict[str, Any]):
+    """An object of a raw result that notes the names of the values that are asked for, also below it."""
+
+    def __init__(self, value: Mapping[str, Any], asked: set[str]) -> None:
+        super().__init__({key: recorded(below, asked) for key, below in value.items()})
+        self._asked = asked
+
+    def __getitem__(self, key: str) -> Any:
+        self._asked.add(key)
+        return super().__getitem__(key)
+
+
+def recorded(value: Any, asked: set[str]) -> Any:
+    if isinstance(value, list):
+        return [recorded(below, asked) for below in value]
+    return Recorded(value, asked) if isinstance(value, dict) else value
+
+
+def figures(value: Any) -> set[str]:
+    """Names of what has a value and its standard error, at any depth."""
+    if isinstance(value, list):
+        return set().union(*map(figures, value))
+    if not isinstance(value, dict):
+        return set()
+    named = {key for key, below in value.items() if isinstance(below, dict) and {"value", "stderr"} <= below.keys()}
+    return named.union(*map(figures, value.values()))
+
+
+def test_every_raw_result_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a table, with each figure of its tasks, or by a page that has the picture."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    tables, asked = importlib.import_module("tables"), {path.stem: set[str]() for path in RESULTS.glob("*.json")}
+    for table in tables.TABLES.values():
+        table(lambda name: recorded(tables.result(name), asked[name]))
+    held = {name: figures(tables.result(name)) for name in asked if name.startswith("tasks")}
+    assert [name for name, names in asked.items() if not names] == []
+    left_out = {name: names - asked[name] - {"acc_norm"} for name, names in held.items()}
+    assert not any(left_out.values()), left_out
+    assert len(held) >= 3 and all("perplexity" in names for names in held.values())
+    text = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs").rglob("*.md"))
+    assert [path.name for path in RESULTS.glob("*.png") if path.name not in text] == []
 
 
 def undecided(page: str) -> list[str]:
