@@ -10,6 +10,7 @@ Runtime's CPU provider: stages-smollm2.json and stages-qwen.json in float32, sha
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from nbl_export.options.goals import (
     layers_for_budget,
     names_layers,
 )
-from nbl_export.options.options import AUTO_CUT, CHECKPOINT_FIT, JobOptions
+from nbl_export.options.options import AUTO_CUT, CHECKPOINT_FIT, LIKE_LLAMA, PREDICTED, JobOptions
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.text.windows import deciding_tokens, final_tokens, judging_tokens
 
@@ -238,23 +239,39 @@ class Job:
         left_out |= set() if self.runs_here else {"bench"}
         return tuple(needs for needs in stages if needs.stage not in left_out)
 
-    def prefill_gain(self) -> float:
+    def prefill_gain(self, tokens: int | None = None) -> float:
         """Modelled speedup of a prompt if the named layers, or `count` layers in the middle, are replaced.
 
         With a cut: if the upper `count` layers have predicted keys.
+
+        Args:
+            tokens: of the prompt; None for the first length that is measured.
         """
+        costs = cost_model(self.options, self.engine, self.shape.decoder, self.shape.mlp)
+        costs = dataclasses.replace(costs, tokens=tokens or costs.tokens)
+        return self._gain_of_cut(costs) if self.cuts else self._gain_of_layers(costs)
+
+    def _gain_of_cut(self, costs: CostModel) -> float:
+        layers = self.shape.decoder.num_layers
+        cut, work = layers - self.count, TokenWork(self._map_elements, self._map_elements)
+        reads = Read(rows=Rows.LAST, tokens=self.options.nears[0]), Read(cut, Rows.ALL)
+        one = LayerSizes(reads, (TokenWork(0, 0), work), attends=True)
+        return costs.speedup_of_sizes(dict.fromkeys(range(cut, layers), one)).prefill
+
+    def _gain_of_layers(self, costs: CostModel) -> float:
         decoder, options = self.shape.decoder, self.options
-        costs = cost_model(options, self.engine, decoder, self.shape.mlp)
-        if self.cuts:
-            cut, work = decoder.num_layers - self.count, TokenWork(self._map_elements, self._map_elements)
-            reads = Read(rows=Rows.LAST, tokens=options.nears[0]), Read(cut, Rows.ALL)
-            above = dict.fromkeys(
-                range(cut, decoder.num_layers), LayerSizes(reads, (TokenWork(0, 0), work), attends=True)
-            )
-            return costs.speedup_of_sizes(above).prefill
         first = (decoder.num_layers - self.count) // 2
         named = asked_layers(options, decoder) if options.layers else self.count
         layers = range(first, first + self.count) if isinstance(named, int) else named
         elements = 0 if options.fit == "drop" else decoder.hidden_size**2
         one = LayerSizes((Read(),), (TokenWork(elements, elements),))
         return costs.speedup_of_sizes(dict.fromkeys(layers, one)).prefill
+
+    def with_cut(self) -> Job | None:
+        """The same job with the default cut; None if it has one, or if its engine or model takes none."""
+        decoder = self.shape.decoder
+        possible = PREDICTED in self.engine.kinds and decoder.architecture in LIKE_LLAMA and not decoder.sliding_window
+        if self.options.predicts or not possible or self.shape.maps_tap:
+            return None
+        options = dataclasses.replace(self.options, cut=AUTO_CUT, layers=None, fit="independent", near=None)
+        return dataclasses.replace(self, options=options)

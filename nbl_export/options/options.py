@@ -78,6 +78,7 @@ _REPLACED, _DISTILL, _CALIBRATE, _TORCH, _ENGINE, _BENCH = PANELS
 # -- usual values, and when options have an effect ------------------------------------------------------------------
 
 PREDICTED = "predicted"  # the kind of --cut
+CUT_SOURCES = ("genai", _STATIC)  # decoder sources whose graphs can be cut
 LIKE_LLAMA = ("llama", "mistral", "qwen2")  # architectures whose keys can be predicted
 # The builder reads these for MatMulNBits alone (onnxruntime_genai 0.18, models/builder.py).
 _OF_ROUNDING = ("accuracy_level", "algo_config", "block_size")
@@ -88,7 +89,7 @@ def _usual_fit(values: Mapping[str, Any], engine: Capabilities | None, model: Mo
     closed = any(values[name] for name in ("layers", "target_speedup", "kv_budget")) or values["cut"] != NO_CUT
     if model.maps_tap:
         return CHECKPOINT_FIT
-    predicts = (engine is None or PREDICTED in engine.kinds) and _predicts(model)
+    predicts = _cuts(engine) and _predicts(model)
     return "independent" if closed or predicts or values["select"] in ("cca", "error") else "distilled"
 
 
@@ -97,8 +98,7 @@ def _usual_cut(values: Mapping[str, Any], engine: Capabilities | None, model: Mo
     others = ("layers", "target_speedup", "kv_budget", "select", "distill_minutes", "distill_steps")
     asks = any(values[name] for name in others) or values["fit"] != "independent" or values["maps"] != "affine"
     asks |= values["logits"] == "all"
-    lacks = engine is not None and PREDICTED not in engine.kinds
-    lacks |= values["decoder_source"] != "genai" or not _predicts(model)
+    lacks = not _cuts(engine) or values["decoder_source"] not in CUT_SOURCES or not _predicts(model)
     return NO_CUT if asks or lacks or model.maps_tap else AUTO_CUT
 
 
@@ -112,6 +112,11 @@ def _usual_depths(values: Mapping[str, Any], _engine: Capabilities | None, model
     tests = (*values["prompt_tokens"], values["generate_tokens"] or GPU_DECODE)
     room = slots - max((n for n in tests if n <= slots), default=slots)
     return (0, min(2048, room)) if room else (0,)
+
+
+def _cuts(engine: Capabilities | None) -> bool:
+    """Whether keys are predicted unless something else is asked for: not for engines that nobody has run."""
+    return engine is None or (PREDICTED in engine.kinds and not engine.cross)
 
 
 def _predicts(model: ModelFacts) -> bool:
@@ -135,7 +140,7 @@ _ORDERED = (
 _FITTED = (*_ORIGINAL, Applies("fitted maps (--fit independent or distilled)", lambda c: c.options.fit != "drop"))
 _TRAINED = (Applies("--fit distilled", lambda c: c.options.fit == "distilled"),)
 _PREDICTING = (
-    Applies("--engine ort with --provider cpu, and the original model",
+    Applies("--engine ort with --provider cpu, trt or trt-rtx, and the original model",
             lambda c: c.options.cut == NO_CUT or (PREDICTED in c.engine.kinds and not c.is_nbl)),
 )  # fmt: skip
 _OF_CUT = (Applies("--cut", lambda c: c.options.cut != NO_CUT),)
@@ -180,8 +185,8 @@ class JobOptions:
         applies=_ORIGINAL,
     )  # fmt: skip
     cut: str = option(
-        NO_CUT, "First layer that far tokens of a prompt skip (20); auto (default): by quality; or none.", _REPLACED,
-        "main plan", first=True, metavar="LAYER", python="int", usual=_usual_cut, applies=_PREDICTING,
+        NO_CUT, "First layer that far tokens of a prompt skip (20); auto (default of ort): by quality; or none.",
+        _REPLACED, "main plan", first=True, metavar="LAYER", python="int", usual=_usual_cut, applies=_PREDICTING,
     )  # fmt: skip
     near: int | None = option(
         None, "Tokens at the end of a prompt that pass all layers; default: 64, or with --cut auto 64, 128 or 256.",
@@ -255,8 +260,8 @@ class JobOptions:
         None, "trt, trt-rtx: most sequences at once; default 1.", _ENGINE, "main build", least=1, applies=_COMPILED,
     )  # fmt: skip
     prefill_chunk: int | None = option(
-        None, "trt, trt-rtx: tokens of a prefill step; default 512.", _ENGINE, "main build", least=1,
-        applies=_COMPILED,
+        None, "trt, trt-rtx: tokens of a prefill step; default 512, or 2048 with --cut.", _ENGINE, "main build",
+        least=1, applies=_COMPILED,
     )  # fmt: skip
     logits: str | None = option(
         None, "Logits of the last token (default), as generation needs, or all.", _ENGINE, choices=("last", "all"),
@@ -359,7 +364,7 @@ class JobOptions:
 
     def chunk(self, decoder: DecoderSpec) -> int:
         """Most prefill tokens in one step of a compiled engine."""
-        return self.prefill_chunk or min(512, self.cache_length(decoder, compiled=True))
+        return self.prefill_chunk or min(2048 if self.predicts else 512, self.cache_length(decoder, compiled=True))
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> JobOptions:

@@ -19,6 +19,7 @@ from nbl_export.options.options import (
     AUTO_CUT,
     BUILDER_OPTIONS,
     CHECKPOINT_FIT,
+    CUT_SOURCES,
     GPU_DECODE,
     LIKE_LLAMA,
     NO_ORIGINAL,
@@ -138,7 +139,8 @@ def _beside_cut(case: Case) -> str | bool:
             return f"--cut does not go with {flag}; give one of them"
     if options.cut != AUTO_CUT and options.max_perplexity_increase:
         return f"--cut {options.cut} names the cut, and --max-perplexity-increase chooses it; give one of them"
-    return options.decoder_source != "genai" and f"--cut needs --decoder-source genai, not {options.decoder_source}"
+    source = options.decoder_source
+    return source not in CUT_SOURCES and f"--cut needs --decoder-source {' or '.join(CUT_SOURCES)}, not {source}"
 
 
 def _keys_not_predicted(case: Case) -> str | bool:
@@ -225,8 +227,23 @@ def _wrong_cut(case: Case) -> str | bool:
     )  # fmt: skip
 
 
+_LEAST_CHUNK = 512  # tokens of a step in verification, which an engine takes as one step too
+
+
+def _chunk_too_short(case: Case) -> str | bool:
+    """A cut depends on the borders of steps, and a short step saves little."""
+    options = case.options
+    if not case.engine.static or not options.predicts:
+        return False
+    assert case.model.decoder is not None
+    least = min(max(_LEAST_CHUNK, 2 * min(options.nears)), case.cache_length)
+    chunk = options.chunk(case.model.decoder)
+    return chunk < least and f"--prefill-chunk {chunk} is too short for --cut here; use at least {least}"
+
+
 OF_DECODER: tuple[Refusal, ...] = (
     (NblError, _wrong_cut),
+    (NblError, _chunk_too_short),
     (NblError, lambda c: (
         c.engine.static and c.cache_length > _positions(c)
         and f"--max-seq-len {c.cache_length} is beyond the model's {_positions(c)} positions"

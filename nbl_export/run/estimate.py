@@ -32,6 +32,8 @@ from nbl_export.run.stages.common import LeftOut, Stage
 
 __all__ = ["estimate", "foreseen", "spoken_machine"]
 
+_PROMPT = 2048  # tokens of the prompt whose gain is told
+
 
 def estimate(model: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     """What a whole job will take, by stages, and the gain of a prompt; reads no weight.
@@ -83,7 +85,19 @@ def foreseen(job: Job, stages: Sequence[Stage[Any]], output: Path) -> str:
     total, place = _totals(needs), _existing(output)
     if refused := _shortage(needs, estimated.available_bytes, shutil.disk_usage(place).free, output):
         raise NblError(refused)
-    return f"estimate: {spoken_totals(total)}"
+    said = f"estimate: {spoken_totals(total)}"
+    return f"{said}\n  {_spoken_gain(estimated)}" if estimated.engine.static and "plan" in left else said
+
+
+def _spoken_gain(job: EstimatedJob) -> str:
+    """What the kind of a job can give for a prompt, and what predicted keys would give."""
+    decoder, other = job.shape.decoder, job.with_cut()
+    tokens = min(_PROMPT, decoder.max_positions)
+    kinds = [(job, "predicted keys" if job.options.predicts else "no attention" if job.options.fit == "drop" else
+              "a linear map in place of attention")]  # fmt: skip
+    kinds += [(other, "predicted keys (--cut auto)")] if other else []
+    gains = (f"{one.prefill_gain(tokens):.2f}x if {one.count} layers have {kind}" for one, kind in kinds)
+    return f"gain of a prompt of {tokens:,} tokens, by counted work: about {', '.join(gains)}, of {decoder.num_layers}"
 
 
 def _job(shape: Shape, options: JobOptions) -> EstimatedJob:

@@ -153,7 +153,8 @@ def _check_evaluation(run: RunDirectory, request: EvalRequest) -> None:
     if run.manifest["options"].get("fit") == CHECKPOINT_FIT and any(v.endswith("original") for v in request.variants):
         raise NblError(f"{run.path} has no original to evaluate: {NO_ORIGINAL}; use --variants nbl or torch-nbl")
     if run.manifest.get("cut") and "torch-nbl" in request.variants:
-        raise NblError(f"{run.path} has predicted keys, which the harness does not run in torch; use --variants nbl")
+        raise NblError(f"{run.path} has predicted keys, which the harness runs in graphs of --engine ort alone; use "
+                       "--variants nbl of such a run")  # fmt: skip
     engine = run.manifest["options"]["engine"]
     if load_engine(engine).capabilities.static and not all(v.startswith("torch-") for v in request.variants):
         raise NblError(

@@ -7,7 +7,7 @@ acceptance.safetensors holds what the ladder's references say, for a machine wit
     {subject}.logits.{k} [P, C]       their logits, float32
     prompts.{k} [T]                   token ids of the prompts of greedy text
     {subject}.greedy, {subject}.margins [prompts, tokens]      see `Reference`
-    metadata "acceptance", JSON: schema, precision
+    metadata "acceptance", JSON: schema, precision, and near: W of prompts that stop at a cut, or null
 
 The checks of the ladder, and what only a GPU can show:
 
@@ -62,12 +62,14 @@ class Expected:
 
     Attributes:
         arrays: of all subjects by name, see the module.
+        near: W, if prompts of a subject stop at a cut, whose logits depend on the borders of steps.
     """
 
     precision: str
     rows: Rows
     prompts: Rows
     arrays: Arrays
+    near: int | None = None
 
     @property
     def tolerance(self) -> Tolerance:
@@ -83,11 +85,12 @@ class Expected:
         return self.arrays[f"{subject}.greedy"].tolist(), self.arrays[f"{subject}.margins"].tolist()
 
 
-def expect(precision: str, probe: Probe, references: Mapping[str, Reference]) -> Expected:
+def expect(precision: str, probe: Probe, references: Mapping[str, Reference], near: int | None = None) -> Expected:
     """Take what an engine is compared with out of the references.
 
     Args:
         references: of `probe`, by subject; without text or the long row if a reference lacks it.
+        near: see `Expected`.
     """
     long = all(reference.long is not None for reference in references.values())
     prompts = probe.prompts if all(reference.greedy for reference in references.values()) else ()
@@ -102,7 +105,7 @@ def expect(precision: str, probe: Probe, references: Mapping[str, Reference]) ->
         if prompts:
             arrays[f"{subject}.greedy"] = np.array(reference.greedy, np.int32)
             arrays[f"{subject}.margins"] = np.array(reference.margins, np.float32)
-    return Expected(precision, (*probe.rows, *([probe.long] if long else [])), prompts, arrays)
+    return Expected(precision, (*probe.rows, *([probe.long] if long else [])), prompts, arrays, near)
 
 
 def _chosen(logits_V: np.ndarray) -> np.ndarray:
@@ -118,7 +121,7 @@ def save(expected: Expected, path: Path) -> None:
 
     ids = {f"rows.{k}": np.array(row, np.int32) for k, row in enumerate(expected.rows)}
     ids |= {f"prompts.{k}": np.array(row, np.int32) for k, row in enumerate(expected.prompts)}
-    stated = {"schema": _SCHEMA, "precision": expected.precision}
+    stated = {"schema": _SCHEMA, "precision": expected.precision, "near": expected.near}
     with replacing(path) as stream:
         stream.write(serialised({**ids, **expected.arrays}, metadata={_METADATA: json.dumps(stated)}))
 
@@ -143,7 +146,8 @@ def load(path: Path) -> Expected:
         if stated["schema"] != _SCHEMA:
             raise ValueError(f"schema {stated['schema']}, this version reads {_SCHEMA}")
         rows, prompts = _taken(arrays, "rows"), _taken(arrays, "prompts")
-        found = Expected(str(stated["precision"]), rows, prompts, arrays)
+        near = stated.get("near")
+        found = Expected(str(stated["precision"]), rows, prompts, arrays, None if near is None else int(near))
         _check(found)
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
         raise CorruptError(f"{path} cannot be read ({error}); copy it again, or verify again where it was made") from (
@@ -245,13 +249,20 @@ def _appended(runner: Any, parts: Sequence[Sequence[int]], *, begun: bool = Fals
 
 
 def _chunk_behind_cache(runner: Any, subject: str, expected: Expected, doing: Doing) -> CheckResult:
-    """Check last_token: the prefill of the first row in two chunks, and its cached steps as one chunk."""
+    """Check last_token: the prefill of the first row in two chunks, and its cached steps as one chunk.
+
+    With a cut the prefill is one chunk, as in the reference, and the steps are chunks that climb whole.
+    """
     doing("last_token", "running a chunk behind a cache")
     row, prefill = expected.rows[0], len(expected.rows[0]) - DECODE_STEPS
-    cuts = sorted({0, prefill // 2, prefill, len(row)})
-    parts = [row[start:end] for start, end in itertools.pairwise(cuts)]
+    if expected.near is None:
+        bounds = sorted({0, prefill // 2, prefill, len(row)})
+    else:
+        bounds = [0, *range(prefill, len(row), expected.near + 1), len(row)]
+    parts = [row[start:end] for start, end in itertools.pairwise(bounds)]
     columns, logits = (array[[0, -1]] for array in expected.logits(subject, 0))
-    got = np.take_along_axis(_appended(runner, parts)[-2:], columns, 1)
+    places = [bounds.index(prefill) - 1, -1]
+    got = np.take_along_axis(_appended(runner, parts)[places], columns, 1)
     value, limit = apart(logits, got), expected.tolerance.limit
     passed = bool(np.isfinite(value) and value <= limit)
     detail = f"chunks of {', '.join(str(len(part)) for part in parts)} tokens"

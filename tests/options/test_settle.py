@@ -53,12 +53,13 @@ SETTLED: list[tuple[Asked, Asked]] = [
     ({"select": "cca"}, {"fit": "independent"}),
     ({"fit": "distilled", "tap": "residual"}, {"tap": "residual"}),
     ({"engine": "openvino", "precision": "int8"}, {"precision": "int8", "decoder_source": "openvino"}),
-    ({"engine": "trt-rtx"}, {"precision": "bf16", "decoder_source": "static", "depths": (0, 1536)}),
+    ({"engine": "trt-rtx"}, {"precision": "bf16", "decoder_source": "static", "depths": (0, 1536), "cut": "none"}),
     ({"engine": "trt", "max_seq_len": 24_064}, {"depths": (0, 2048)}),
     ({"engine": "trt", "prompt_tokens": (128,), "generate_tokens": 256}, {"depths": (0, 1792)}),
     ({"engine": "trt", "max_seq_len": 64}, {"depths": (0,)}),
     ({"engine": "trt", "max_seq_len": 256}, {"depths": (0, 128)}),  # a prompt of 512 fits at no depth
     ({"engine": "openvino"}, {"depths": (0, 2048)}),
+    ({"engine": "trt-rtx", "cut": "auto"}, {"decoder_source": "static", "fit": "independent", "cut": "auto"}),
     ({"seed": None, "distill_steps": None}, {"seed": 0, "distill_steps": None}),
 ]
 OF_MODEL: list[tuple[ModelFacts, Asked, Asked]] = [
@@ -177,7 +178,7 @@ IDLE: list[tuple[str, Asked, ModelFacts | None, str]] = [
     ("builder_option", {"builder_option": "accuracy_level=1"}, None, "--precision int8 or int4"),
     ("quantized_model", {"quantized_model": "x", "precision": "int8"}, None, "--precision int4"),
     ("threads", {"threads": (2,), "engine": "trt-rtx"}, None, "compile nothing"),
-    ("cut", {"cut": "1", "engine": "trt"}, None, "--engine ort with --provider cpu, and the original model"),
+    ("cut", {"cut": "1", "engine": "openvino"}, None, "--engine ort with --provider cpu, trt or trt-rtx, and the"),
     ("cut", {"cut": "1"}, NBL, "the original model"),
     ("near", {"near": 8, "layers": "1,"}, None, "--cut"),
     *(
@@ -264,7 +265,7 @@ WRONG: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
     ({"fit": "given"}, PLAIN, ("--fit given is for a checkpoint with maps (nbl-export convert)",)),
     ({"fit": "distilled"}, NBL, ("--fit distilled needs the original model: the checkpoint no longer contains",)),
     ({"fit": "drop"}, NBL, ("--fit drop needs the original model: the checkpoint no longer contains",)),
-    ({"engine": "trt"}, KEYS, ("m has layers of kind predicted, which engine trt does not run",)),
+    ({"engine": "openvino"}, KEYS, ("m has layers of kind predicted, which engine openvino does not run",)),
     ({"tap": "normed"}, NBL, ("--tap normed: the maps of m have the tap residual; leave --tap out",)),
     *(
         ({"layers": text}, None, ("--layers", part))
@@ -294,6 +295,7 @@ UNFIT: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
     ({"engine": "trt", "max_seq_len": 513}, PLAIN, ("--max-seq-len 513 is beyond the model's 512 positions",)),
     ({"engine": "trt", "max_seq_len": 31}, PLAIN, ("--max-seq-len 31 is too short", "at least 32")),
     ({"engine": "trt", "max_seq_len": 64, "prefill_chunk": 65}, PLAIN, ("--prefill-chunk 65 is beyond --max-seq-len",)),
+    ({"engine": "trt", "cut": "1", "prefill_chunk": 511}, PLAIN, ("--prefill-chunk 511 is too short", "at least 512")),
 ]  # fmt: skip
 
 
@@ -320,6 +322,7 @@ def test_a_value_that_fits_is_accepted() -> None:
         {"depths": (500,), "generate_tokens": 12, "prompt_tokens": 16},
         {"engine": "trt", "max_seq_len": 512, "depths": (0, 384)},
         {"engine": "trt", "max_seq_len": 32, "prefill_chunk": 32},
+        {"engine": "trt", "cut": "1", "prefill_chunk": 512}, {"engine": "trt-rtx", "cut": "2", "max_seq_len": 64},
     ):  # fmt: skip
         settled({"depths": (0,), **asked}, PLAIN)
 

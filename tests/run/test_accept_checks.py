@@ -17,17 +17,21 @@ import pytest
 
 from nbl_export.child import Child
 from nbl_export.errors import CorruptError, NblError
+from nbl_export.graph.cut_reference import CutDecoder
+from nbl_export.mixers.base import Running
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import replaced
 from nbl_export.records.results import CheckResult
 from nbl_export.run import accept as accepting
-from nbl_export.verify import on_target
+from nbl_export.targets.tensorrt.static.on_ort import open_runner
+from nbl_export.verify import ladder, on_target
 from nbl_export.verify.exporter import row_logits
 from nbl_export.verify.ladder import ON_GPU, Probe, Reference, shown_positions
 from nbl_export.verify.on_target import POSITIONS, Expected, expect, load, save
 
+from ..cuts import predicted_maps
 from ..fake_engine import StandIn
-from ..static_tiny import SLOTS, maps_of, rows
+from ..static_tiny import HEAD, HIDDEN, LAYERS, SLOTS, maps_of, rows
 from ..trt_tiny import checkpoint_of, graph_of
 
 pytestmark = pytest.mark.trt
@@ -53,6 +57,25 @@ def values(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("values") / "acceptance.safetensors"
     save(expect("fp16", probe, found), path)
     return path
+
+
+@pytest.mark.parametrize("near", [8, 20])
+def test_a_cut_is_compared_in_the_steps_of_its_reference(near: int) -> None:
+    """The cached steps of `last_token` climb whole, which one chunk of them does not if W is small."""
+    directory = graph_of("llama", (), "fp32", cut=(1, near))
+    first, second = (row[: n + ladder.DECODE_STEPS] for row, n in zip(rows(), (near + 25, near + 2), strict=True))
+    probe = Probe((tuple(first), tuple(second)), (tuple(rows()[0][: near + 24]),), 8, ())
+    mixers = Running(predicted_maps(1, near, 2 * HEAD, HIDDEN, LAYERS))
+    decoder = CutDecoder(directory.parent / "original", HEAD, mixers, "residual")
+    texts, margins = zip(*(ladder.greedy(decoder, prompt, probe.new_tokens) for prompt in probe.prompts), strict=True)
+    logits = tuple(ladder.run_rows(decoder, [row])[0] for row in probe.rows)
+    expected = expect("fp32", probe, {"nbl": Reference(logits, None, texts, margins)}, near)
+    with open_runner(directory / "decoder.onnx") as runner:
+        found = list(on_target.checks(runner, "nbl", expected, lambda *_: None))
+        steps = dataclasses.replace(expected, near=None)
+        other = on_target._chunk_behind_cache(runner, "nbl", steps, lambda *_: None)
+    assert [r for r in found if not r.passed and r.check != "clock"] == []
+    assert not other.passed
 
 
 def checked(values: Path, fault: str = "") -> list[Any]:

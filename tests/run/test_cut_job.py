@@ -102,8 +102,8 @@ def test_another_cut_of_the_same_run_uses_its_sums(chosen: Path) -> None:
     (("--cut", "1", "--fit", "distilled"), 2, "--cut does not go with --fit distilled"),
     (("--cut", "1", "--logits", "all"), 2, "--cut does not go with --logits all"),
     (("--cut", "1", "--max-perplexity-increase", "5%"), 2, "--cut 1 names the cut"),
-    (("--cut", "1", "--decoder-source", "mobius"), 2, "--cut needs --decoder-source genai, not mobius"),
-    (("--cut", "1", "--engine", "trt"), 2, "--cut is for --engine ort"),
+    (("--cut", "1", "--decoder-source", "mobius"), 2, "--cut needs --decoder-source genai or static, not mobius"),
+    (("--cut", "1", "--engine", "openvino"), 2, "--cut is for --engine ort"),
     (("--near", "8", "--layers", "1"), 2, "--near is for --cut"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from nbl_export.model.checkpoint.shape import read_shape
+from nbl_export.options.settle import settle
 from nbl_export.run import estimate as estimating
 from nbl_export.run.estimate import estimate
+from nbl_export.run.facts import capabilities_of
 
 from ..command import assert_refused, in_new_process, nbl
 from ..jobs import opened
@@ -87,6 +89,20 @@ def test_a_job_with_a_cut_has_sums_of_its_candidates(tmp_path: Path, monkeypatch
     sums = [{row["stage"]: row["disk_bytes"] for row in found["stages"]}["calibrate"] for found in (auto, low, high)]
     assert sums[0] > sums[1] > sums[2] > 0
     assert low["prefill_gain"] > high["prefill_gain"] > 1
+
+
+def test_what_kinds_can_give_an_engine_of_a_gpu(tmp_path: Path) -> None:
+    """The 8B shape: with 8 layers of predicted keys, 24.9 layers are left of the 31.2 that the original computes."""
+    shape = read_shape(str(written(tmp_path)))
+
+    def said(**asked: Any) -> str:
+        return estimating._spoken_gain(estimating._job(shape, settle({"model": "m", **asked}, capabilities_of)))
+
+    told = said(engine="trt", layers="8")
+    assert re.search(r"2,048 tokens.* about 1\.0[45]x if 8 layers have a linear map .*, 1\.[45]\dx if 11 .*--cut", told)
+    told = said(engine="trt", cut="24")
+    assert re.search(r"about 1\.25x if 8 layers have predicted keys, of 32", told) and "--cut" not in told
+    assert "--cut" not in said(engine="openvino", layers="8")
 
 
 def test_a_refusal_is_foreseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

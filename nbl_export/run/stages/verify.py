@@ -129,7 +129,7 @@ def check(inputs: VerifyInputs, place: Place, out: Path) -> dict[str, Any]:
                 quality_losses = quality_loss(both["original"], both["nbl"], loss_texts(inputs, near), progress, near)
             del both
         if setting.engine.capabilities.cross:
-            save(expect(setting.precision, verifier.probe, verifier.references), out / ACCEPTANCE_FILE)
+            save(expect(setting.precision, verifier.probe, verifier.references, near), out / ACCEPTANCE_FILE)
     answers = _answers(verifier, place.run.path / DECODERS["original"], inputs.checkpoint)
     return {**conclude(inputs, place, verifier, quality_losses), "answers": answers}
 

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from nbl_export.errors import NblError
-from nbl_export.records.capabilities import Capabilities
+from nbl_export.records.capabilities import LINEAR_KINDS, Capabilities
 from nbl_export.targets.gpu import JETSON_TENSORRT, Gpu, find_gpu, has_kernels, is_jetson, release_for, unpackaged
 
 __all__ = ["LIBRARIES", "FusedAttention", "Library", "load_library"]
@@ -98,7 +98,7 @@ _SOURCES = {"static": ("fp32", *_PRECISIONS)}
 
 
 _COMPILED: dict[str, Any] = {
-    "static": True, "proven_by": "ort", "cross": True, "dense_caches": True,
+    "static": True, "proven_by": "ort", "cross": True, "dense_caches": True, "kinds": LINEAR_KINDS | {"predicted"},
     "cache_bytes": dict.fromkeys(_PRECISIONS, 2),
 }  # fmt: skip
 

@@ -57,7 +57,8 @@ log = logging.getLogger(__name__)
 _INDEX = np.dtype(np.int64)
 _PER_ROW = ("write_indices", "num_tokens")
 _FUSED_SIGNS = ("mha", "flash")  # in names of fused attention kernels (NVIDIA's TensorRT-Model-Connect looks for mha)
-_WIDTHS = (16, 32, 64, 128, 256, 512)  # that prefill of a library is padded to, which compiles kernels for a shape
+# That prefill of a library is padded to, which compiles kernels for a shape.
+_WIDTHS = (16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048)
 _RUNS = 3  # of TensorRT-RTX: to warm up, to capture, to replay
 
 
