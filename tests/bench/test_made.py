@@ -8,7 +8,6 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import pytest
 import typer.main
 
 from nbl_export.cli.app import app
@@ -64,24 +63,3 @@ def complaints(name: str, value: Any) -> list[str]:
 def test_raw_results_are_of_today() -> None:
     assert len(FILES) >= 40
     assert [found for path in FILES for found in complaints(path.stem, read(path))] == []
-
-
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        ({"made": None}, "no command"),
-        ({"made": {"commands": ["nbl-export --model M --map-bits 8"]}}, "--map-bits is no option"),
-        ({"made": {"commands": ["nbl-export bench A B --layers 8"]}}, "--layers is no option"),
-        ({"made": {"commands": ["python bench/quality.py M D sets --ladder"]}}, "--ladder is no option"),
-        ({"made": {"commands": ["python bench/stages.py MODEL --layerz 8"]}}, "--layerz is no option"),
-        ({"made": {"commands": ["nbl-export --model M"], "rule": RULE - 1}}, f"and today's is {RULE}"),
-        ({"machine": None}, "no machine"),
-        ({"options": {"layers": "8", "map_bits": 8}}, "map_bits is no option of a job"),
-        ({"replaced_layers": [1, 2]}, "but the result is of"),
-    ],
-)
-def test_a_result_of_another_program_is_found(change: dict[str, Any], complaint: str) -> None:
-    value = {"made": {"commands": ["nbl-export --model M"], "layers": [[3]], "rule": RULE}, "machine": {"cpu": "any"},
-             "versions": {"torch": "2"}}  # fmt: skip
-    assert complaints("good", value) == []
-    assert any(complaint in found for found in complaints("bad", {**value, **change}))

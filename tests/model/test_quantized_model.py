@@ -105,7 +105,6 @@ def test_it_is_recorded_found_again_and_shown(model: Path, even: Same, tmp_path:
     assert_refused(gone, 1, str(theirs))
     changed = nbl("rewrite", tmp_path / "run", "--quantized-model", moved)
     assert changed.status == 0 and "decoder graph: reused" in changed.err, changed.err  # same files, another place
-    assert nbl("bench", tmp_path / "run", "--force").status == 0
 
 
 @pytest.mark.parametrize(
