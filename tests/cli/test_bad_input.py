@@ -224,7 +224,6 @@ def test_calibration_text(checkpoint: Any, run: Path, tmp_path: Path) -> None:
         ("/not/there.txt", "no calibration text at /not/there.txt: give a UTF-8 file"),
         ("not-there.txt", "no calibration text at not-there.txt: give a UTF-8 file"),
         ("./not/there", "no calibration text at not/there: give a UTF-8 file"),
-        ("nobody/no-set", "nobody/no-set"),
         (".", "calibration text . is a directory; name a file in it"),
     ],
 )

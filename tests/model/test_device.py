@@ -244,7 +244,6 @@ def test_cuda_is_refused_before_any_work(checkpoint: Checkpoint, text: Path, run
     assert_refused(nbl(*asked, "gpu"), 1, "--device is auto, cpu, cuda, not 'gpu'")
     (run / "verify.json").unlink()
     assert_refused(nbl("verify", run, "--device", "cuda"), 1, "--device cuda: ", "use --device cpu")
-    assert nbl("verify", run, "--device", "cpu").status == 0
 
 
 @pytest.mark.parametrize(
