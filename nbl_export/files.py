@@ -17,12 +17,14 @@ from typing import IO, Any
 
 from nbl_export.errors import NblError
 
-__all__ = ["PACKAGE", "arrays_sha256", "file_sha256", "friendly_os_errors", "is_scratch", "key_of", "make_folder",
-           "move_into_place", "refuse_occupied", "remove", "replaced", "replacing", "safetensors_header",
-           "safetensors_tensors", "scratch_in", "stream_sha256", "write_json"]  # fmt: skip
+__all__ = ["PACKAGE", "SMALL_BYTES", "arrays_sha256", "file_sha256", "friendly_os_errors", "is_scratch", "key_of",
+           "make_folder", "move_into_place", "read_json", "read_small", "refuse_occupied", "remove", "replaced",
+           "replacing", "safetensors_header", "safetensors_tensors", "scratch_in", "stream_sha256",
+           "write_json"]  # fmt: skip
 
 PACKAGE = Path(__file__).parent  # the folder of nbl_export
 _SCRATCH = ".nbl-export-"
+SMALL_BYTES = 16 << 20
 
 
 def file_sha256(path: Path) -> str:
@@ -60,6 +62,34 @@ def arrays_sha256(arrays: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
+def read_small(path: Path, most_bytes: int = SMALL_BYTES) -> bytes:
+    """All bytes of a file that is small in every model and run; of a larger one nothing is read.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file is larger than `most_bytes`.
+    """
+    with path.open("rb") as stream:
+        larger = os.fstat(stream.fileno()).st_size > most_bytes
+        data = b"" if larger else stream.read(most_bytes + 1)
+    if larger or len(data) > most_bytes:  # it may grow meanwhile
+        raise ValueError(f"it is larger than {most_bytes / (1 << 20):g} MiB")
+    return data
+
+
+def read_json(path: Path, most_bytes: int = SMALL_BYTES, **how: Any) -> Any:
+    """The value in a small JSON file; `how` is for `json.loads`.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file is too large, not UTF-8, not JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(read_small(path, most_bytes).decode("utf-8"), **how)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that the file is either the old or the new file, never half of one."""
     with replacing(path) as stream:
@@ -90,10 +120,21 @@ def safetensors_header(
 
 
 def safetensors_tensors(file: Path) -> dict[str, dict[str, Any]]:
-    """dtype, shape and data_offsets of each tensor of a safetensors file, in their order; offsets are in the file."""
-    with file.open("rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        header: dict[str, dict[str, Any]] = json.loads(stream.read(size))
+    """dtype, shape and data_offsets of each tensor of a safetensors file, in their order; offsets are in the file.
+
+    The library checks the header and its size first.
+
+    Raises:
+        NblError: the file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), framework="np"), file.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header: dict[str, dict[str, Any]] = json.loads(stream.read(size))
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise NblError(f"{file} is truncated or not a safetensors file ({error}); fetch it again") from error
     header.pop("__metadata__", None)
     for facts in header.values():
         facts["data_offsets"] = [8 + size + offset for offset in facts["data_offsets"]]

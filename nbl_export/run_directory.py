@@ -29,14 +29,22 @@ are in the stage's key. So an interrupted change of text leaves the results as t
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import CorruptError, NblError
-from nbl_export.files import file_sha256, friendly_os_errors, is_scratch, make_folder, remove, scratch_in, write_json
+from nbl_export.files import (
+    file_sha256,
+    friendly_os_errors,
+    is_scratch,
+    make_folder,
+    read_json,
+    remove,
+    scratch_in,
+    write_json,
+)
 from nbl_export.graph.names import GENAI_CONFIG, IR_FILE, MANIFEST
 from nbl_export.options.command import describe_command
 from nbl_export.options.options import JobOptions
@@ -155,7 +163,7 @@ class RunDirectory:
         check_folder(self.path)
         advice = "restore it, or start over with --force"
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
+            manifest = read_json(path)
         except (ValueError, OSError, RecursionError) as error:
             raise CorruptError(f"{path} cannot be read ({error}); {advice}") from error
         schema = manifest.get("schema") if isinstance(manifest, dict) else None
@@ -264,7 +272,7 @@ class RunDirectory:
     def read_json(self, name: str) -> Any:
         """A JSON result of a finished stage."""
         try:
-            return json.loads((self.path / name).read_text(encoding="utf-8"))
+            return read_json(self.path / name)
         except (OSError, ValueError) as error:
             raise CorruptError(f"{self.path / name} cannot be read ({error}); run its stage again") from error
 

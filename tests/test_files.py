@@ -16,8 +16,27 @@ from nbl_export.calibrate.moments_file import MomentsWriter
 from nbl_export.calibrate.sums import Sums
 from nbl_export.distill.state import State
 from nbl_export.errors import NblError
-from nbl_export.files import is_scratch, move_into_place, replaced, replacing, scratch_in, write_json
+from nbl_export.evaluation.lm import near_of
+from nbl_export.evaluation.results import read_entries
+from nbl_export.files import (
+    SMALL_BYTES,
+    is_scratch,
+    move_into_place,
+    replaced,
+    replacing,
+    safetensors_tensors,
+    scratch_in,
+    write_json,
+)
+from nbl_export.graph.trust import parsed
+from nbl_export.model.checkpoint.weights import weight_files
 from nbl_export.report import console
+from nbl_export.run_directory import RunDirectory
+from nbl_export.targets.openvino.ir.anatomy import context_length
+from nbl_export.targets.openvino.ir.files import check_ir
+from nbl_export.targets.tensorrt.record import read_record
+from nbl_export.targets.tokenizer import applied, read_settings
+from nbl_export.trust.model_settings import check_tokenizer_settings, read_object
 
 
 def moments(path: Path) -> None:
@@ -155,3 +174,65 @@ def test_scratch_is_new_and_of_this_user_alone(tmp_path: Path, monkeypatch: pyte
         assert scratch == tmp_path / ".nbl-export-free"
         assert scratch.stat().st_mode & 0o077 == 0
     assert not scratch.exists() and (tmp_path / ".nbl-export-link").is_symlink()
+
+
+def opened(folder: Path) -> object:
+    with RunDirectory.open_run(folder, create=False) as run:
+        return run
+
+
+def inspected(folder: Path) -> None:
+    (folder / "openvino_model.bin").touch()
+    check_ir(folder)
+
+
+BIG: dict[str, tuple[str, int, Callable[[Path], object]]] = {
+    "configuration": ("config.json", SMALL_BYTES, lambda folder: read_object(folder / "config.json")),
+    "manifest": ("nbl.json", SMALL_BYTES, opened),
+    "manifest beside a graph": ("nbl.json", SMALL_BYTES, near_of),
+    "index": ("model.safetensors.index.json", SMALL_BYTES, weight_files),
+    "template": ("chat_template.jinja", SMALL_BYTES, lambda folder: applied(folder, "Hi")),
+    "template for transformers": ("chat_template.jinja", SMALL_BYTES, check_tokenizer_settings),
+    "tokenizer": ("tokenizer.json", 1 << 28, check_tokenizer_settings),
+    "tokenizer's settings": ("t.json", SMALL_BYTES, lambda folder: read_settings(folder / "t.json")),
+    "engine's record": ("engine.json", SMALL_BYTES, read_record),
+    "results": ("eval.json", SMALL_BYTES, lambda folder: read_entries(folder / "eval.json")),
+    "positions of an IR": ("config.json", SMALL_BYTES, context_length),
+    "graph of an IR": ("openvino_model.xml", 1 << 26, inspected),
+    "graph": ("model.onnx", 2 << 30, lambda folder: parsed(folder / "model.onnx")),
+}
+
+
+@pytest.mark.parametrize("what", BIG)
+def test_a_file_larger_than_any_of_its_kind_is_not_read(what: str, tmp_path: Path) -> None:
+    """The file takes no place on the disk, and is a byte too large."""
+    name, most, read = BIG[what]
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(most + 1)
+    with pytest.raises(NblError, match="is larger than") as caught:
+        read(tmp_path)
+    assert name in str(caught.value)
+
+
+NESTED = b'{"a":{"dtype":"F32","shape":[],"data_offsets":[0,4],"b":' + b"[" * 10**5 + b"]" * 10**5 + b"}}"
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"", b"[]", b"{", b'{"a":1}', b'{"a":{}}', b'{"__metadata__":7}', b"\xff\xfe", NESTED,
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[4]}}',
+        b'{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}',
+        b'{"a":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,0]}}',
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":["0","4"]}}',
+        b'{"a":{"dtype":3,"shape":[1],"data_offsets":[0,4]}}',
+    ],
+    ids=range(13),
+)  # fmt: skip
+@pytest.mark.parametrize("stated", [None, 1 << 40, (1 << 64) - 1])
+def test_a_hostile_header_of_safetensors_is_one_sentence(header: bytes, stated: int | None, tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    size = len(header) if stated is None else stated
+    file.write_bytes(size.to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(NblError, match=r"model\.safetensors is truncated or not a safetensors file"):
+        safetensors_tensors(file)

@@ -43,7 +43,7 @@ HEAVY = {
     "lm_eval": ("evaluation",),
     "openvino": ("targets.openvino",),
     "openvino_tokenizers": ("targets.openvino",),
-    "gguf": ("model", "publish.card"),
+    "gguf": ("model",),
     "nncf": ("targets.openvino",),
     "datasets": ("evaluation", "text.hub"),
     "typer": ("cli",),

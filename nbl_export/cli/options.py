@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nbl_export.errors import UsageError
+from nbl_export.files import read_small
 from nbl_export.options.option import MAIN, Option
 from nbl_export.options.options import OPTIONS, PANELS, JobOptions, flag_of
 from nbl_export.options.settle import read_asked
@@ -151,9 +152,7 @@ def _of_toml(path: Path) -> dict[str, Any]:
     else:
         import tomli as tomllib
     try:
-        if path.stat().st_size > _MOST_CONFIG_BYTES:
-            raise UsageError(f"--config {path} is too large for a configuration")
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_small(path, _MOST_CONFIG_BYTES).decode("utf-8"))
     except OSError as error:
         raise UsageError(f"--config {path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:

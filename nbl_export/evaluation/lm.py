@@ -9,7 +9,6 @@ comparable. The tokenizer adds special tokens, unless the text already begins wi
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from nbl_export.graph.names import MANIFEST
 from nbl_export.model.checkpoint.load import load_tokenizer
 from nbl_export.targets import owner_of
 from nbl_export.trust.contained import check_folder
+from nbl_export.trust.model_settings import read_object
 
 __all__ = ["OnnxLM", "open_graph", "torch_lm"]
 
@@ -227,7 +227,7 @@ def torch_lm(model: Any, tokenizer: Any, max_length: int) -> Any:
 def near_of(directory: Path) -> int | None:
     """W of a model directory whose prompts stop at a cut (`mixers.predicted`); None for others."""
     path = directory / MANIFEST
-    facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    facts = read_object(path) if path.is_file() else {}
     cut = facts.get("cut")
     return int(cut["near"]) if cut else None
 

@@ -20,6 +20,7 @@ import numpy as np
 from nbl_export.errors import CorruptError
 from nbl_export.evaluation.length import POSITION, TESTS
 from nbl_export.evaluation.measure import Outcome, difference
+from nbl_export.files import read_json
 from nbl_export.records.quality import NEAR, grows_with_length, increase_interval, mean_interval, spoken_interval
 
 __all__ = ["SCHEMA", "entry", "read_entries", "summarize"]
@@ -67,7 +68,7 @@ def read_entries(path: Path) -> dict[str, Entry]:
     """
     advice = "restore the file, or move it away to measure everything again"
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
         if value["schema"] != SCHEMA:
             raise CorruptError(f"{path} has schema {value['schema']}, this version reads {SCHEMA}; {advice}")
         entries = {str(e["key"]): e for e in value["results"]}

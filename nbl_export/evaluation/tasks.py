@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import MissingPackageError, NblError, UsageError
+from nbl_export.files import read_small
 
 __all__ = ["Benchmark", "harness_version", "load_benchmark", "quiet_harness"]
 
@@ -159,9 +160,10 @@ def _files(directory: Path, stock: dict[str, Any], shots: int) -> list[Path]:
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], str]:
     """Rows of a file, and its SHA-256."""
-    if path.stat().st_size > _MOST_BYTES:
-        raise NblError(f"{path} is larger than {_MOST_BYTES >> 20} MiB; give its first documents only")
-    raw, rows = path.read_bytes(), list[dict[str, Any]]()
+    try:
+        raw, rows = read_small(path, _MOST_BYTES), list[dict[str, Any]]()
+    except (OSError, ValueError) as error:
+        raise NblError(f"{path} cannot be read ({error}); give its first documents only") from error
     for number, line in enumerate(raw.split(b"\n"), 1):
         try:
             if line.strip():

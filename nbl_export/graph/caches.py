@@ -39,9 +39,9 @@ _MERGES = ("Concat", "ScatterND", "ScatterElements", "TensorScatter")
 _MOVES = ("Identity", "Cast", "Transpose", "Reshape", "Unsqueeze", "Squeeze", "Slice", "Expand",
           "QuantizeLinear", "DequantizeLinear")  # fmt: skip
 _LEAST_RANK = 3
-_PAST = re.compile(r"^past_key_values\.(\d+)\.")
+_PAST = re.compile(r"^past_key_values\.(\d{1,9})\.")
 _BUILDERS_STATE = re.compile(r"^past\.\d+\.(conv|recurrent)$")
-_DIGITS = re.compile(r"\d+")
+_DIGITS = re.compile(r"\d{1,9}")
 
 
 @dataclass(frozen=True)

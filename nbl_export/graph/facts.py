@@ -6,13 +6,13 @@ The number of query heads is the input width of a block's last product, divided 
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
+from nbl_export.files import read_json
 from nbl_export.graph.anatomy import PRODUCTS, AttentionBlock, graph_caches, is_constant
 from nbl_export.graph.caches import graph_states
 from nbl_export.graph.names import GENAI_CONFIG
@@ -68,7 +68,7 @@ def architecture_of(directory: Path | None) -> dict[str, Any]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except (OSError, ValueError, RecursionError):
         return {}
     return _mapping(value)

@@ -9,7 +9,6 @@ a file open between two reads: an array that is mapped keeps its file open, and 
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,9 +18,10 @@ import onnx
 import onnx_ir as ir
 
 from nbl_export.errors import CorruptError, NblError, RefusalError
+from nbl_export.files import read_json
 from nbl_export.graph.exact import graphs_of
 from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE
-from nbl_export.graph.trust import check_graph
+from nbl_export.graph.trust import check_graph, parsed
 from nbl_export.trust.contained import check_inside
 
 __all__ = ["check_structure", "data_files", "find_graph", "load_graph", "read_graph", "save_graph", "skeleton"]
@@ -56,7 +56,7 @@ def find_graph(path: Path) -> Path:
 
 def _named_by_genai(path: Path) -> str | None:
     try:
-        named = json.loads(path.read_text(encoding="utf-8"))["model"]["decoder"]["filename"]
+        named = read_json(path)["model"]["decoder"]["filename"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return named if isinstance(named, str) and PurePosixPath(named).name == named else None
@@ -68,10 +68,7 @@ def load_graph(path: Path) -> ir.Model:
     Raises:
         CorruptError: the file is no valid ONNX model, or its data is missing, cut short, or outside its directory.
     """
-    try:
-        proto = onnx.load(path, load_external_data=False)
-    except Exception as error:  # protobuf's own types, one for each kind of damage
-        raise CorruptError(f"{path} is not an ONNX model that can be read ({error})") from error
+    proto = parsed(path)
     if not proto.graph.node:
         raise CorruptError(f"{path} is not an ONNX model: it has no nodes")
     check_graph(proto, path)

@@ -20,7 +20,7 @@ from typing import Any
 from nbl_export.errors import NblError
 from nbl_export.graph.names import GENAI_CONFIG
 from nbl_export.trust.contained import check_inside
-from nbl_export.trust.model_settings import read_object
+from nbl_export.trust.model_settings import read_object, read_text
 
 __all__ = ["GENAI_CONFIG", "check_genai_config", "read_genai_config"]
 
@@ -74,7 +74,7 @@ def read_genai_config(directory: Path) -> dict[str, Any]:
             f"{path} sets {refused}, which is refused: a model's folder may not choose libraries, files or devices; "
             "remove the key if you trust the folder"
         )
-    if "\\" in path.read_text(encoding="utf-8"):
+    if "\\" in read_text(path):
         raise NblError(f"{path} contains a backslash, which JSON parsers read differently; remove it")
     return settings
 

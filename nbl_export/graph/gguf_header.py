@@ -2,8 +2,9 @@
 
     magic, version, number of tensors, number of keys ─► keys ─► name, dimensions, type and place of each tensor
 
-Of an array only the length is kept: the words of a vocabulary take gguf's own reader seconds. Source: the format's
-specification (ggml, docs/gguf.md).
+Of an array only the length is kept: the words of a vocabulary take gguf's own reader seconds. That reader also makes
+an object for each element that a file states, and checks no count. So `pretrained.reader` reads the head here first.
+Source: the format's specification (ggml, docs/gguf.md).
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ __all__ = ["Header", "read_header"]
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY = 8, 9
 _MOST_DIMENSIONS = 4
+# A large vocabulary, Gemma's, has 1.3 million elements: words, scores, types and merges.
+_MOST_KEYS, _MOST_TENSORS, _MOST_ELEMENTS, _MOST_BYTES = 1 << 12, 1 << 16, 1 << 21, 1 << 27
 
 
 @dataclass(frozen=True)
@@ -39,45 +42,61 @@ def read_header(path: Path) -> Header:
     """The head of a file.
 
     Raises:
-        CorruptError: the file is no GGUF file or is cut short.
+        CorruptError: the file is no GGUF file, is cut short, or states more than any model has.
     """
     with path.open("rb") as stream:
+        head = _Head(stream)
         try:
-            if stream.read(4) != b"GGUF" or _number(stream, "I") not in (2, 3):
+            if head.read(4) != b"GGUF" or head.number("I") not in (2, 3):
                 raise ValueError("it does not begin as GGUF 2 or 3")
-            tensors, count = _number(stream, "Q"), _number(stream, "Q")
-            keys = {_text(stream): _value(stream, _number(stream, "I")) for _ in range(count)}
-            return Header(keys, dict(_shape(stream) for _ in range(tensors)))
-        except (struct.error, ValueError) as error:
+            tensors, count = head.number("Q"), head.number("Q")
+            _refuse_more(count, _MOST_KEYS, "keys")
+            _refuse_more(tensors, _MOST_TENSORS, "tensors")
+            keys = {head.text(): _value(head, head.number("I")) for _ in range(count)}
+            return Header(keys, dict(_shape(head) for _ in range(tensors)))
+        except ValueError as error:
             raise CorruptError(f"{path} is truncated or not a GGUF file ({error}); fetch it again") from error
 
 
-def _number(stream: BinaryIO, form: str) -> Any:
-    return struct.unpack(f"<{form}", stream.read(struct.calcsize(form)))[0]
+def _refuse_more(count: int, most: int, what: str) -> None:
+    if count > most:
+        raise ValueError(f"it states {count:,} {what}, and at most {most:,} are read")
 
 
-def _text(stream: BinaryIO) -> str:
-    return _bytes(stream, _number(stream, "Q")).decode("utf-8", "replace")
+class _Head:
+    """The head of an open file; `bytes` and `elements` may still be read."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self.bytes, self.elements = stream, _MOST_BYTES, _MOST_ELEMENTS
+
+    def read(self, size: int) -> bytes:
+        _refuse_more(size, self.bytes, "bytes")
+        self.bytes -= size
+        found = self._stream.read(size)
+        if len(found) != size:
+            raise ValueError("it ends inside a key")
+        return found
+
+    def number(self, form: str) -> Any:
+        return struct.unpack(f"<{form}", self.read(struct.calcsize(form)))[0]
+
+    def text(self) -> str:
+        return self.read(self.number("Q")).decode("utf-8", "replace")
 
 
-def _bytes(stream: BinaryIO, size: int) -> bytes:
-    found = stream.read(min(size, 1 << 30))
-    if len(found) != size:
-        raise ValueError("it ends inside a key")
-    return found
-
-
-def _value(stream: BinaryIO, kind: int) -> Any:
+def _value(head: _Head, kind: int) -> Any:
     if kind == _TEXT:
-        return _text(stream)
+        return head.text()
     if kind != _ARRAY:
-        return _number(stream, _form(kind))
-    of, length = _number(stream, "I"), _number(stream, "Q")
+        return head.number(_form(kind))
+    of, length = head.number("I"), head.number("Q")
+    _refuse_more(length, head.elements, "elements of arrays")
+    head.elements -= length
     if of != _TEXT:
-        _bytes(stream, length * struct.calcsize(_form(of)))
+        head.read(length * struct.calcsize(_form(of)))
     else:
         for _ in range(length):
-            _bytes(stream, _number(stream, "Q"))
+            head.read(head.number("Q"))
     return length
 
 
@@ -87,10 +106,10 @@ def _form(kind: int) -> str:
     return _NUMBERS[kind]
 
 
-def _shape(stream: BinaryIO) -> tuple[str, tuple[int, ...]]:
-    name, dimensions = _text(stream), _number(stream, "I")
-    if dimensions > _MOST_DIMENSIONS:
+def _shape(head: _Head) -> tuple[str, tuple[int, ...]]:
+    name, dimensions = head.text(), head.number("I")
+    if not 1 <= dimensions <= _MOST_DIMENSIONS:
         raise ValueError(f"the tensor {name} has {dimensions} dimensions")
-    shape = tuple(_number(stream, "Q") for _ in range(dimensions))
-    _number(stream, "I"), _number(stream, "Q")  # type and place
+    shape = tuple(head.number("Q") for _ in range(dimensions))
+    head.number("I"), head.number("Q")  # type and place
     return name, shape[::-1]

@@ -14,7 +14,7 @@ from nbl_export.records.decoder import GraphContract, TensorInfo
 
 __all__ = ["PAST", "contract_of_session", "import_onnxruntime", "open_session"]
 
-PAST = re.compile(r"^past_key_values\.(\d+)\.(key|value)$")
+PAST = re.compile(r"^past_key_values\.(\d{1,9})\.(key|value)$")
 
 _DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16",
            "tensor(int64)": "int64", "tensor(int32)": "int32", "tensor(bool)": "bool"}  # fmt: skip

@@ -14,8 +14,9 @@ from typing import Any
 from nbl_export.errors import CorruptError, MissingPackageError, NblError
 from nbl_export.trust.contained import check_inside
 
-__all__ = ["check_graph", "read_proto"]
+__all__ = ["check_graph", "parsed", "read_proto"]
 
+_MOST_BYTES = 2 << 30  # protobuf's own limit
 _COMPILED = "EPContext"  # of com.microsoft; no graph of this tool or its decoder sources has one
 
 
@@ -26,20 +27,31 @@ def read_proto(path: Path) -> Any:
         CorruptError: the file is missing or no ONNX model, or `check_graph` raises this error.
         NblError: a node brings compiled code.
     """
+    if not path.is_file():
+        raise CorruptError(f"{path} is missing; export the model again")
+    check_inside(path, path.parent)
+    proto = parsed(path)
+    check_graph(proto, path)
+    return proto
+
+
+def parsed(path: Path) -> Any:
+    """A graph as onnx reads it, without its data.
+
+    Raises:
+        CorruptError: the file is no ONNX model, or is larger than protobuf reads.
+    """
     try:
         import onnx
     except ImportError as error:
         raise MissingPackageError("onnx", "cpu", "checking a graph") from error
-    if not path.is_file():
-        raise CorruptError(f"{path} is missing; export the model again")
-    check_inside(path, path.parent)
     try:
-        proto = onnx.load(str(path), load_external_data=False)
+        if path.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"it is larger than {_MOST_BYTES >> 30} GiB")
+        return onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's own exception types
         said = " ".join(str(error).split())[:200]
         raise CorruptError(f"{path} is not an ONNX model that can be read ({said}); export the model again") from error
-    check_graph(proto, path)
-    return proto
 
 
 def check_graph(proto: Any, path: Path) -> None:

@@ -24,12 +24,12 @@ The model underestimates the decode speedup of small models: an attention operat
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from nbl_export.errors import CorruptError
+from nbl_export.files import read_json
 from nbl_export.graph.gguf_header import read_header
 from nbl_export.mixers.base import Mixer, Port, TokenWork
 from nbl_export.mixers.rows import Need, Reads, Rows, rows_needed
@@ -79,7 +79,7 @@ def read_mlp(model: Path) -> MlpSpec:
     try:
         if path.suffix == ".gguf":
             return mlp_of(gguf_config(read_header(path)))
-        return mlp_of(json.loads(path.read_text(encoding="utf-8")))
+        return mlp_of(read_json(path))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptError(f"{path} gives no sizes of its MLP ({error!r}), which the cost model needs") from error
 

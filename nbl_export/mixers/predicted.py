@@ -27,6 +27,7 @@ import numpy as np
 from nbl_export.errors import NblError
 from nbl_export.mixers.base import CACHE, Builder, Kind, Mixer, Port, Streams, TokenWork, Value
 from nbl_export.mixers.rows import Read, Reads, Rows
+from nbl_export.records.decoder import MOST_POSITIONS
 from nbl_export.records.from_json import require
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Predicted:
         require(self.weight.ndim == 2 and self.bias.shape == (len(self.weight),), "weight is a matrix, bias its rows")
         require(len(self.weight) % 2 == 0, "keys and values have one width")
         require(self.weight.shape[1] in (self.inputs, 2 * self.inputs), "the map reads one row or two")
-        require(self.cut >= 0 and self.near >= 1, "there is no such cut, or no token is near")
+        require(self.cut >= 0 and 1 <= self.near <= MOST_POSITIONS, "there is no such cut or number of near tokens")
 
     @property
     def reads(self) -> Reads:

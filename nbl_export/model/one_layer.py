@@ -13,7 +13,6 @@ bit: the same arithmetic runs on the same batches.
 from __future__ import annotations
 
 import copy
-import json
 import math
 import re
 from collections import Counter
@@ -30,6 +29,7 @@ from nbl_export.files import safetensors_tensors
 from nbl_export.graph.gguf_header import read_header
 from nbl_export.model.architectures import ARCHITECTURES
 from nbl_export.model.checkpoint.pretrained import model_with
+from nbl_export.model.checkpoint.source import read_config
 from nbl_export.model.checkpoint.weights import weight_files
 from nbl_export.model.linearize import architecture_of
 from nbl_export.model.memory import WEIGHTS_SHARE, available_bytes
@@ -43,9 +43,9 @@ class WeightReader:
     """The tensors of a checkpoint directory, read one at a time."""
 
     def __init__(self, directory: Path) -> None:
-        self._files = {name: file for file in weight_files(directory) for name in _names(file)}
+        self._files = {name: file for file in weight_files(directory) for name in safetensors_tensors(file)}
         self._prefix = "model." if any(name.startswith("model.") for name in self._files) else ""
-        kind = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type")
+        kind = read_config(directory).get("model_type")
         experts = ARCHITECTURES[kind].experts if kind in ARCHITECTURES else None
         self._stored = experts.stored if experts else {}
 
@@ -96,13 +96,6 @@ class WeightReader:
         except (SafetensorError, OSError) as error:
             raise NblError(f"{self._files[full]} lacks {full} or is damaged ({error}); fetch it again") from error
         return value
-
-
-def _names(file: Path) -> list[str]:
-    from safetensors import safe_open
-
-    with safe_open(str(file), framework="np") as opened:
-        return list(opened.keys())
 
 
 def float32_bytes(model: Path) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,8 +18,9 @@ from nbl_export.records.plan import TAPS
 __all__ = ["load_maps", "maps_in", "save_maps"]
 
 _FORMAT = "nbl-maps-1"
+_MOST_ELEMENTS = 8  # of a tensor, in squares of the decoder's width; Gemma 7B predicts keys by 5.4
 _UNNAMED = "linear"  # the kind whose tensors do not name it
-_TENSOR = re.compile(r"layers\.(\d+)\.(?:(\w+)\.)?(\w+)")
+_TENSOR = re.compile(r"layers\.(\d{1,9})\.(?:(\w+)\.)?(\w+)")
 
 
 def save_maps(maps: Mapping[int, Mixer], path: Path, tap: str = "residual") -> None:
@@ -58,11 +61,14 @@ def maps_in(path: Path) -> tuple[tuple[int, ...], str | None]:
     return tuple(sorted({int(m[1]) for m in found})), tap if tap in TAPS else None
 
 
-def load_maps(path: Path, layers: Sequence[int]) -> dict[int, Mixer]:
+def load_maps(path: Path, layers: Sequence[int], width: int | None = None) -> dict[int, Mixer]:
     """Read the maps of `layers`.
 
+    Args:
+        width: of the decoder, with which shapes are compared before a tensor is read; None if it is not known.
+
     Raises:
-        CorruptError: a map is missing, has a wrong shape, or holds NaN or infinity.
+        CorruptError: a map is missing, has a wrong shape or width, or holds NaN or infinity.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -71,23 +77,31 @@ def load_maps(path: Path, layers: Sequence[int]) -> dict[int, Mixer]:
         with safe_open(str(path), framework="np") as file:
             matches = [match for name in file.keys() if (match := _TENSOR.fullmatch(name))]  # noqa: SIM118
             for i in layers:
-                ours = [match for match in matches if int(match[1]) == i]
-                kind = kind_of(next((match[2] for match in ours if match[2]), _UNNAMED))
-                maps[i] = kind.from_tensors(_Named(i, {match[3]: file.get_tensor(match[0]) for match in ours}))
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+                ours = {match[3]: match for match in matches if int(match[1]) == i}
+                kind = kind_of(next((match[2] for match in ours.values() if match[2]), _UNNAMED))
+                maps[i] = kind.from_tensors(_Stored(file, i, {name: match[0] for name, match in ours.items()}, width))
+    except (SafetensorError, OSError, LookupError, ValueError, TypeError, OverflowError) as error:
         raise CorruptError(f"{path} is not a maps file for layers {list(layers)} ({error}); run plan again") from error
     for i, found in maps.items():
+        if width and found.size != width:
+            raise CorruptError(f"{path}: the map of layer {i} is for a width of {found.size}, the decoder's is {width}")
         if not all(np.isfinite(array).all() for array in found.tensors().values()):
             raise CorruptError(f"{path}: the map of layer {i} holds NaN or infinity; run plan again")
     return maps
 
 
-class _Named(dict[str, np.ndarray]):
-    """The tensors of a layer, whose lack of one is told by the name in the file."""
+class _Stored(dict[str, np.ndarray]):
+    """The tensors of a layer that its kind asks for; shapes are compared with the decoder before a tensor is read."""
 
-    def __init__(self, layer: int, tensors: Mapping[str, np.ndarray]) -> None:
-        super().__init__(tensors)
-        self._layer = layer
+    def __init__(self, file: Any, layer: int, names: Mapping[str, str], width: int | None) -> None:
+        super().__init__()
+        self._file, self._layer, self._names, self._width = file, layer, names, width
 
     def __missing__(self, name: str) -> np.ndarray:
-        raise KeyError(f"there is no layers.{self._layer}.{name}")
+        if name not in self._names:
+            raise KeyError(f"there is no layers.{self._layer}.{name}")
+        shape = self._file.get_slice(self._names[name]).get_shape()
+        if self._width and math.prod(shape) > _MOST_ELEMENTS * self._width**2:
+            raise ValueError(f"{self._names[name]} has shape {shape}, and the decoder is {self._width} wide")
+        value: np.ndarray = self._file.get_tensor(self._names[name])
+        return value

@@ -12,7 +12,6 @@ a GGUF file state them too. Nothing is guessed, and a file that has changed sinc
 from __future__ import annotations
 
 import importlib.resources
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -35,10 +34,12 @@ from nbl_export.report.table import escaped
 from nbl_export.run_directory import REPORT_JSON, RunDirectory
 from nbl_export.targets import load_engine
 from nbl_export.targets.providers import PROVIDERS
+from nbl_export.trust.model_settings import read_object, read_text
 
 __all__ = ["CARD", "BaseModel", "check_hub_id", "check_publishable", "find", "render", "write_card"]
 
 CARD = "model/README.md"
+_MOST_CARD_BYTES = 1 << 20  # of the card of a base model
 _CPU_PACKAGES = ("onnxruntime", "onnxruntime-genai")
 _TAGS = ["onnx", "onnxruntime", "onnxruntime-genai", "neural-block-linearization", "text-generation"]
 
@@ -96,7 +97,7 @@ def _has_template(model: Path) -> bool:
     if (model / "chat_template.jinja").is_file():
         return True
     settings = model / "tokenizer_config.json"
-    return settings.is_file() and "chat_template" in json.loads(settings.read_text(encoding="utf-8"))
+    return settings.is_file() and "chat_template" in read_object(settings)
 
 
 def _is_edited(run: RunDirectory, card: Path) -> bool:
@@ -241,9 +242,9 @@ def _of_files(place: Path, fingerprint: str) -> tuple[dict[str, Any], str]:
 
 
 def _of_gguf(file: Path) -> dict[str, Any]:
-    import gguf
+    from nbl_export.model.checkpoint import pretrained
 
-    fields = gguf.GGUFReader(str(file)).fields
+    fields = pretrained.reader(file).fields
     values = {name.removeprefix("general."): field.contents() for name, field in fields.items() if "general." in name}
     url = str(values.get("repo_url") or values.get("source.repo_url") or "")
     hub_id = re.fullmatch(rf"{re.escape(_HUB)}([\w.-]+/[\w.-]+)/?", url)
@@ -267,7 +268,7 @@ def _of_card(file: Path) -> dict[str, Any]:
     from huggingface_hub import ModelCard
 
     try:
-        return _clean(ModelCard.load(file).data.to_dict())
+        return _clean(ModelCard(read_text(file, _MOST_CARD_BYTES)).data.to_dict())
     except Exception:  # parsing raises several types
         return {}
 

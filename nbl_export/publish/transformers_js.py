@@ -22,7 +22,7 @@ from nbl_export.files import friendly_os_errors, move_into_place, refuse_occupie
 from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE, MANIFEST
 from nbl_export.graph.trust import read_proto
 from nbl_export.trust.contained import check_folder
-from nbl_export.trust.model_settings import drop_code, read_object
+from nbl_export.trust.model_settings import drop_code, read_object, read_text
 
 __all__ = ["lay_out"]
 
@@ -74,7 +74,7 @@ def lay_out(directory: Path, target: Path) -> Path:
         ours = {"dtype": dtype, "use_external_data_format": int(data.is_file())}
         write_json(out / "config.json", {**config, "transformers.js_config": ours})
         if (template := source / "chat_template.jinja").is_file():
-            tokenizer.setdefault("chat_template", template.read_text(encoding="utf-8"))
+            tokenizer.setdefault("chat_template", read_text(template))
         write_json(out / "tokenizer_config.json", tokenizer)
         drop_code(out)
         return move_into_place(out, target)

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 from nbl_export.records.from_json import require
 
-__all__ = ["HYBRID", "MOST_LAYERS", "STATE_SUFFIXES", "DecoderSpec", "GraphContract", "TensorInfo", "is_state"]
+__all__ = ["HYBRID", "MOST_LAYERS", "MOST_POSITIONS", "STATE_SUFFIXES", "DecoderSpec", "GraphContract", "TensorInfo",
+           "is_state"]  # fmt: skip
 
 
 MOST_LAYERS = 1024  # real decoders have at most a few hundred
+MOST_POSITIONS = 1 << 24  # real decoders have at most ten million
 HYBRID = (  # why hybrid models are not supported
     "only about a quarter of the layers of a hybrid model are attention, so replacing them gains about 1% of a prompt"
 )
@@ -42,6 +44,7 @@ class DecoderSpec:
     def __post_init__(self) -> None:
         object.__setattr__(self, "full_layers", tuple(self.full_layers))  # JSON has no tuples
         require(1 <= self.num_layers <= MOST_LAYERS, f"a decoder has 1 to {MOST_LAYERS} layers")
+        require(self.max_positions <= MOST_POSITIONS, f"a decoder has at most {MOST_POSITIONS:,} positions")
         sizes = (self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim, self.vocab_size)
         require(min(*sizes, self.max_positions) >= 1, "the sizes of a decoder are at least 1")
         require(self.num_heads % self.num_kv_heads == 0, "query heads are a multiple of key/value heads")

@@ -33,6 +33,7 @@ from nbl_export.rewrite.caches import DropCaches, DropUnreadCaches, make_dense
 from nbl_export.rewrite.cut import CutPrompt
 from nbl_export.rewrite.quantize import QuantizeMapBlocks, QuantizeMaps
 from nbl_export.rewrite.tail import keep_last_token
+from nbl_export.trust.model_settings import read_object
 
 __all__ = ["passes_for", "rewrite", "rewrite_model"]
 
@@ -116,6 +117,6 @@ def rewrite(source: Path, out: Path, maps: Mapping[int, Mixer], tap: str = "resi
 def _count_caches(path: Path, caches: int) -> None:
     """Set the number of caches, which GenAI counts from 0 if it does not find their names in the graph."""
     if path.is_file():
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = read_object(path)
         settings["model"]["decoder"]["num_hidden_layers"] = caches
         path.write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")

@@ -213,7 +213,7 @@ def open_finished(output: Path, ui: Ui, *, force: bool = False) -> Iterator[Fini
         plan = job.plan
         yield Finished(
             run=run,
-            maps=load_maps(run.path / MAPS_FILE, plan.layers),
+            maps=load_maps(run.path / MAPS_FILE, plan.layers, job.decoder.hidden_size),
             tap=plan.tap,
             fit=options.fit,
             remake=remake_command(options, plan.layers),

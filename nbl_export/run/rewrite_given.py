@@ -66,8 +66,7 @@ def rewrite_given(path: Path, maps_file: Path, layers: str | None, tap: str | No
     spec = decoder_facts(model.graph, [find_block(model.graph, cache_layers(model.graph)[0])], home_of(file))
     if spec["num_layers"] > MOST_LAYERS:
         raise NblError(f"the configuration beside {file} states {spec['num_layers']} layers; fetch the graph again")
-    plan, maps = _plan(maps_file, stored, layers, _tap(tap, stated, maps_file), spec["num_layers"])
-    _check_width(spec["hidden_size"], maps, maps_file)
+    plan, maps = _plan(maps_file, stored, layers, _tap(tap, stated, maps_file), spec)
     facts = _facts(model, file, maps_file, maps, plan)
     with friendly_os_errors(output):
         output.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -94,13 +93,14 @@ def _tap(asked: str | None, stated: str | None, maps_file: Path) -> str:
 
 
 def _plan(
-    maps_file: Path, stored: tuple[int, ...], layers: str | None, tap: str, num_layers: int
+    maps_file: Path, stored: tuple[int, ...], layers: str | None, tap: str, spec: dict[str, Any]
 ) -> tuple[Plan, dict[int, Mixer]]:
     """The plan, and the maps of its layers.
 
     Raises:
         NblError: no map is chosen, the file lacks a chosen map, or the maps would replace all of the graph's layers.
     """
+    num_layers = spec["num_layers"]
     chosen = stored if layers is None else parse_layers(layers, num_layers)
     if isinstance(chosen, int):
         raise NblError(f"--layers {layers} is a count, but maps have no order; name the layers (0,7,24-29, or 8,)")
@@ -113,15 +113,8 @@ def _plan(
         raise NblError(f"{maps_file} has a map of layer {chosen[-1]}; this graph has layers 0 to {num_layers - 1}")
     if len(chosen) >= num_layers:
         raise NblError(f"{maps_file} has maps of all {num_layers} layers, but one must stay; choose with --layers")
-    maps = load_maps(maps_file, chosen)
+    maps = load_maps(maps_file, chosen, spec["hidden_size"])
     return Plan.of(num_layers, {i: mixer.kind for i, mixer in maps.items()}, tap, "given"), maps
-
-
-def _check_width(width: int | None, maps: dict[int, Mixer], maps_file: Path) -> None:
-    for layer, mixer in maps.items():
-        if width is not None and mixer.size != width:
-            size = f"{mixer.size} x {mixer.size}"
-            raise NblError(f"{maps_file}: the map of layer {layer} is {size}, the graph is {width} wide")
 
 
 def _write(model: Any, path: Path, file: Path, made: Path, plan: Plan, maps: dict[int, Mixer]) -> None:

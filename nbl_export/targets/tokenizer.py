@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -21,8 +20,10 @@ from typing import Any
 
 from nbl_export.child import Child, Write
 from nbl_export.errors import MissingPackageError, NblError
+from nbl_export.files import read_json, read_small
 from nbl_export.targets.runners import TextRunner
 from nbl_export.trust.contained import check_folder
+from nbl_export.trust.model_settings import read_text
 
 __all__ = ["TOKENIZER", "Speaking", "Text", "applied", "continued", "read_settings", "render"]
 
@@ -46,7 +47,7 @@ class Text:
             raise MissingPackageError("tokenizers", "trt-rtx", "reading and writing text") from error
         check_folder(directory)
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(directory / TOKENIZER))
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(read_small(directory / TOKENIZER, _MOST_TOKENIZER))
         except Exception as error:  # the package raises plain Exception
             raise NblError(f"the tokenizer of {directory} does not load: {error}; export again") from error
         self._tokenizers = tokenizers
@@ -153,6 +154,7 @@ def _end_ids(directory: Path) -> tuple[int, ...]:
     return ()
 
 
+_MOST_TOKENIZER = 1 << 28  # bytes; that of a large vocabulary has 33 MB
 _MOST_BYTES = 512 << 20  # of memory, beyond what the process takes before it renders
 _MOST_CHARACTERS = 16 << 20  # of the text
 _SECONDS = 10.0
@@ -167,7 +169,7 @@ def applied(directory: Path, prompt: str) -> str | None:
     """
     settings = read_settings(directory / "tokenizer_config.json")
     path = directory / "chat_template.jinja"
-    template = path.read_text(encoding="utf-8") if path.is_file() else settings.get("chat_template")
+    template = read_text(path) if path.is_file() else settings.get("chat_template")
     if isinstance(template, list):  # of several, by name
         template = next((t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), "")
     if not isinstance(template, str) or not template:
@@ -186,7 +188,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except (OSError, ValueError) as error:
         raise NblError(f"{path} cannot be read ({error}); export again") from error
     return value if isinstance(value, dict) else {}

@@ -21,21 +21,25 @@ parser, and a file larger than any real file.
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import NblError
-from nbl_export.files import write_json
+from nbl_export.files import SMALL_BYTES, read_json, read_small, write_json
 from nbl_export.records.decoder import MOST_LAYERS
 from nbl_export.trust.contained import check_folder, is_inside
 
-__all__ = ["CONFIG_BYTES", "check_checkpoint", "check_layers", "check_tokenizer_settings", "drop_code", "read_object"]
+__all__ = ["CONFIG_BYTES", "check_checkpoint", "check_layers", "check_tokenizer_settings", "drop_code",
+           "read_object", "read_text"]  # fmt: skip
 
 CONFIG_BYTES = 8 << 20
 _MOST_BYTES = {"config.json": CONFIG_BYTES, "generation_config.json": 1 << 20, "tokenizer_config.json": 64 << 20}
+# Texts that libraries read whole, and the most bytes of one. A large vocabulary, Gemma's, takes 33 MB.
+_WHOLE = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+_TEMPLATES = ("*.jinja", "additional_chat_templates/*")
+_MOST_TEXTS = {**dict.fromkeys(_WHOLE, 1 << 28), **dict.fromkeys(_TEMPLATES, SMALL_BYTES)}
 _ATTENTION = ("attn_implementation", "experts_implementation")  # inside the name of a key
 _ATTENTIONS = ("eager", "sdpa", None)  # others are packages, or kernels that transformers fetches from the hub
 _QUANTISED = ("gptq", "awq", "olive")  # `model.checkpoint.quantized` reads these; others bring code, some from the hub
@@ -127,12 +131,16 @@ def drop_code(directory: Path) -> None:
 
 
 def check_tokenizer_settings(directory: Path) -> None:
-    """Check that tokenizer_config.json, if it exists, names no file outside its folder, in lists and mappings neither.
+    """Check that files of a tokenizer are no larger than any, and that tokenizer_config.json names no file outside.
 
     Raises:
         NblError: a setting names a file of this machine outside the folder, options of a native parser, or a number
-            larger than that of any tokenizer.
+            larger than that of any tokenizer; or a file is larger than that of any tokenizer.
     """
+    for pattern, most in _MOST_TEXTS.items():
+        for file in directory.glob(pattern):
+            if file.is_file() and file.stat().st_size > most:
+                raise NblError(f"{file} is larger than {most >> 20} MiB, and libraries read it whole; {_ADVICE}")
     path = directory / "tokenizer_config.json"
     if not path.is_file():
         return
@@ -182,23 +190,35 @@ def _check_numbers(where: object, most: float, numbers: Iterable[tuple[str, Any]
             raise NblError(f"{where} sets {key} to {value:.12g}, and no decoder has as many; fetch the model again")
 
 
-def read_object(path: Path, most_bytes: int) -> dict[str, Any]:
+def read_object(path: Path, most_bytes: int = SMALL_BYTES) -> dict[str, Any]:
     """The object in a file.
 
     Raises:
         NblError: the file cannot be read, is larger than `most_bytes`, or is not one object with distinct names.
     """
+    with _explained(path):
+        found = read_json(path, most_bytes, object_pairs_hook=_distinct, parse_constant=_no_number)
+        if not isinstance(found, dict):
+            raise ValueError("it is not a model configuration, which is an object")
+        return found
+
+
+def read_text(path: Path, most_bytes: int = SMALL_BYTES) -> str:
+    """The text of a small file.
+
+    Raises:
+        NblError: the file cannot be read, is larger than `most_bytes`, or is not UTF-8.
+    """
+    with _explained(path):
+        return read_small(path, most_bytes).decode("utf-8")
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
     try:
-        with path.open("rb") as stream:
-            data = stream.read(most_bytes + 1)
-        if len(data) > most_bytes:
-            raise ValueError(f"it is larger than {most_bytes >> 10} KiB")
-        found = json.loads(data.decode("utf-8"), object_pairs_hook=_distinct, parse_constant=_no_number)
-    except (OSError, ValueError, RecursionError) as error:
+        yield
+    except (OSError, ValueError) as error:
         raise NblError(f"{path} cannot be read ({_short(error)}); {_ADVICE}") from error
-    if not isinstance(found, dict):
-        raise NblError(f"{path} cannot be read (it is not a model configuration, which is an object); {_ADVICE}")
-    return found
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -14,7 +14,6 @@ only if nobody else may write to it.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import stat
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import NblError
-from nbl_export.files import file_sha256, write_json
+from nbl_export.files import file_sha256, read_json, write_json
 
 __all__ = ["cache_file", "is_ours", "is_own", "remember", "sha256_of"]
 
@@ -80,9 +79,7 @@ def _load() -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError, RecursionError):
         if not (is_ours(path.parent.lstat(), stat.S_ISDIR) and is_ours(path.lstat(), stat.S_ISREG)):
             return {}
-        with path.open("rb") as stream:
-            text = stream.read(_MOST_CACHE_BYTES)
-        value = json.loads(text)
+        value = read_json(path, _MOST_CACHE_BYTES)
         return {name: entry for name, entry in value.items() if _is_entry(entry)} if isinstance(value, dict) else {}
     return {}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import resource
 import shutil
 import struct
 from collections.abc import Callable
@@ -14,14 +15,18 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from nbl_export.errors import NblError
+from nbl_export.files import safetensors_header
 from nbl_export.model.checkpoint import pretrained
 from nbl_export.model.checkpoint.load import load_model, load_tokenizer, materialise, read_spec
 from nbl_export.model.checkpoint.pretrained import check_weights
 from nbl_export.model.checkpoint.source import resolve
+from nbl_export.plan.maps_file import load_maps
 from nbl_export.records.decoder import DecoderSpec
+from nbl_export.targets.base import ExportSettings
 from nbl_export.targets.export.finish import check_bounds
+from nbl_export.targets.onnx import export_genai
 
-from ..tiny import HIDDEN, INNER, save_gguf
+from ..tiny import HEAD_DIM, HIDDEN, INNER, save_gguf
 from .test_hostile_checkpoint import changed
 
 Checkpoint = Callable[[str], Path]
@@ -33,8 +38,15 @@ _FORKS.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llam
 
 def _refuse(model: str, kind: str, answer: Any) -> None:
     said = ""
+    resource.setrlimit(resource.RLIMIT_DATA, (3 * MOST_BYTES, 3 * MOST_BYTES))  # a fault here must not end the machine
     try:
-        if kind == "load":
+        if kind == "maps":
+            load_maps(Path(model), (1,), HIDDEN)
+        elif kind == "export":
+            check_bounds(Path(model))
+            export_genai.build(Path(model), Path(model).parent / "made", ExportSettings("genai", "fp32"))
+            said = "exported"
+        elif kind == "load":
             load_model(Path(model))
         elif kind == "convert":
             materialise(resolve(model), Path(model).parent / "made")
@@ -58,14 +70,15 @@ def refused(model: Path, kind: str) -> str:
     return str(said)
 
 
-def empty_gguf(path: Path, **numbers: int) -> Path:
-    """A GGUF file without tensors: its architecture, and a few numbers."""
+def empty_gguf(path: Path, more: bytes = b"", **numbers: int) -> Path:
+    """A GGUF file without tensors: its architecture, a few numbers, and the bytes of another key."""
 
     def text(value: str) -> bytes:
         return struct.pack("<Q", len(value)) + value.encode()
 
     keys = [text("general.architecture") + struct.pack("<I", 8) + text("llama")]
     keys += [text(name) + struct.pack("<II", 4, value) for name, value in numbers.items()]
+    keys += [text("more") + more] if more else []
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, len(keys)) + b"".join(keys))
     return path
 
@@ -89,6 +102,29 @@ def test_a_gguf_without_tensors_takes_no_memory(tmp_path: Path, kind: str) -> No
     file = empty_gguf(tmp_path / "model.gguf")
     assert file.stat().st_size < 133
     assert "lacks the weights model.embed_tokens.weight" in refused(file, kind)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        struct.pack("<IIQ", 9, 5, 1 << 62),  # numbers
+        struct.pack("<IIQ", 9, 8, 1 << 62),  # texts
+        struct.pack("<IIQ", 9, 1, 1 << 24) + bytes(1 << 24),  # all there: the gguf package makes an object of each byte
+        struct.pack("<IIQIQ", 9, 9, 1 << 40, 5, 1 << 40),  # arrays
+        struct.pack("<IQ", 8, 1 << 62),
+    ],
+    ids=["numbers", "texts", "bytes", "arrays", "text"],
+)
+def test_elements_that_a_gguf_states_take_no_memory(key: bytes, tmp_path: Path) -> None:
+    assert "is truncated or not a GGUF file" in refused(empty_gguf(tmp_path / "model.gguf", key), "spec")
+
+
+def test_a_map_wider_than_the_decoder_takes_no_memory(tmp_path: Path) -> None:
+    head, _ = safetensors_header({"layers.1.bias": ("F32", [32_768]), "layers.1.weight": ("F32", [32_768, 32_768])}, {})
+    with (tmp_path / "maps.safetensors").open("wb") as file:  # nothing on the disk but the header
+        file.write(head)
+        file.truncate(len(head) + 4 * 32_768 * 32_769)
+    assert "layers.1.weight has shape [32768, 32768]" in refused(tmp_path / "maps.safetensors", "maps")
 
 
 @pytest.mark.parametrize("kind", ["spec", "load"])
@@ -136,7 +172,7 @@ def test_names_of_a_million_layers_are_not_enough(tmp_path: Path, scalar: Path) 
 
 @pytest.mark.parametrize("key", ["llama.block_count", "mistral.block_count"])  # transformers reads both
 def test_more_layers_than_a_gguf_holds(tmp_path: Path, key: str) -> None:
-    file = empty_gguf(tmp_path / "model.gguf", **{key: 1 << 30})
+    file = empty_gguf(tmp_path / "model.gguf", b"", **{key: 1 << 30})
     with pytest.raises(NblError, match=f"states {1 << 30} layers, and its weights have 0"):
         resolve(str(file))
 
@@ -196,14 +232,23 @@ def test_numbers_of_real_tokenizers_pass(checkpoint: Checkpoint, tmp_path: Path)
     assert load_tokenizer(model)("The")["input_ids"]
 
 
-def test_rotary_tables_must_fit(checkpoint: Checkpoint, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["max_position_embeddings", "seq_length"])
+@pytest.mark.parametrize("positions", [1 << 40, 20_000_000, (1 << 24) // HEAD_DIM + 1])
+def test_rotary_tables_are_no_larger_than_the_weights(
+    checkpoint: Checkpoint, tmp_path: Path, name: str, positions: int
+) -> None:
     model = Path(shutil.copytree(checkpoint("llama"), tmp_path / "model"))
-    for name in ("max_position_embeddings", "seq_length"):
-        changed(model, "config.json", **{name: 1 << 40})
-        with pytest.raises(NblError, match="states 1099511627776 positions"):
-            check_bounds(model)
-        changed(model, "config.json", **{name: 1 << 20})
+    changed(model, "config.json", **{name: positions})
+    with pytest.raises(NblError, match=f"states {positions} positions, whose rotary tables take"):
         check_bounds(model)
+
+
+def test_the_most_positions_take_little_memory(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Of a model of a megabyte: what the builder of graphs makes of the largest number that passes."""
+    model = Path(shutil.copytree(checkpoint("llama"), tmp_path / "model"))
+    changed(model, "config.json", max_position_embeddings=(1 << 24) // HEAD_DIM)
+    assert refused(model, "export") == "exported"
+    assert sum(file.stat().st_size for file in (tmp_path / "made").iterdir()) < 1 << 28
 
 
 def test_weights_of_quantised_checkpoints_are_left_to_their_reader(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,9 +80,16 @@ def test_a_cut_gguf_file_is_refused(tmp_path: Path) -> None:
         (tmp_path / "cut.gguf").write_bytes(whole[:length])
         with pytest.raises(CorruptError, match="truncated or not a GGUF file"):
             read_header(tmp_path / "cut.gguf")
-    (tmp_path / "cut.gguf").write_bytes(whole[:8] + b"\xff" * 16 + whole[24:])  # more of everything than there is
-    with pytest.raises(CorruptError, match="truncated or not a GGUF file"):
-        read_header(tmp_path / "cut.gguf")
+    name = b"token_embd.weight"
+    flat = name + struct.pack("<IQQ", 2, *reversed(read_header(tmp_path / "tiny.gguf").shapes[name.decode()]))
+    hostile = [
+        whole[:8] + b"\xff" * 16 + whole[24:],  # more of everything than there is
+        whole.replace(flat, name + bytes(4)),  # a tensor without dimensions
+    ]
+    for content in hostile:
+        (tmp_path / "cut.gguf").write_bytes(content)
+        with pytest.raises(CorruptError, match="truncated or not a GGUF file"):
+            read_shape(tmp_path / "cut.gguf")
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,42 @@ def test_maps_round_trip(tmp_path: Path) -> None:
         load_maps(tmp_path / "maps.safetensors", (1, 3))
 
 
+LINEAR, PREDICTED = {"weight": np.eye(4, dtype="f"), "bias": np.ones(4, "f")}, {"predicted.bias": np.ones(2, "f")}
+
+
+def predicted(*numbers: float) -> dict[str, np.ndarray]:
+    return {**PREDICTED, "predicted.weight": np.ones((2, 4), "f"), "predicted.numbers": np.array(numbers, "f")}
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"weight": np.ones((4, 1), "f"), "bias": np.ones(4, "f")},
+        {"weight": np.ones((4, 33), "f"), "bias": np.ones(4, "f")},
+        {"weight": np.eye(5, dtype="f"), "bias": np.ones(5, "f")},
+        {"weight": np.array(1, "f"), "bias": np.ones(4, "f")},
+        {"none.nothing": np.ones(0, "f")},
+        {"none.nothing": np.ones((0, 1 << 40), "f")},
+        {"unknown.nothing": np.ones((0, 4), "f")},
+        predicted(4, 1, 1e9, 1e-5),
+        predicted(4, 1, np.inf, 1e-5),
+        predicted(4, np.nan, 2, 1e-5),
+        predicted(1e9, 1, 2, 1e-5),
+        predicted(4, 1, 2),
+        {**predicted(), "predicted.numbers": np.ones((4, 4), "f")},
+    ],
+    ids=range(13),
+)
+def test_maps_of_other_shapes_than_the_decoder_are_refused(tensors: dict[str, np.ndarray], tmp_path: Path) -> None:
+    for good in (LINEAR, predicted(4, 1, 2, 1e-5), {"none.nothing": np.ones((0, 4), "f")}):
+        save_file({f"layers.1.{name}": array for name, array in good.items()}, tmp_path / "maps.safetensors")
+        assert load_maps(tmp_path / "maps.safetensors", (1,), 4)[1].size == 4
+    others = {f"layers.{'9' * 5000}.bias": np.ones(4, "f")}  # Python reads no number of as many digits
+    save_file({**others, **{f"layers.1.{n}": a for n, a in tensors.items()}}, tmp_path / "maps.safetensors")
+    with pytest.raises(CorruptError, match=r"maps\.safetensors"):
+        load_maps(tmp_path / "maps.safetensors", (1,), 4)
+
+
 def test_a_maps_file_says_its_tap_and_equal_maps_are_equal_bytes(tmp_path: Path) -> None:
     contents = set()
     for k in range(8):

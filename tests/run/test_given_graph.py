@@ -252,7 +252,7 @@ def test_maps_that_do_not_fit(given_graph: Given, maps_file: Any, tmp_path: Path
     refused(tmp_path, graph, "--maps", maps_file(7), "--output", out, parts=("layer 7", "layers 0 to 2"))
     small = Linear(np.eye(HIDDEN // 2, dtype="f"), np.ones(HIDDEN // 2, "f"))
     save_maps({1: small}, tmp_path / "small.safetensors")
-    parts = ("layer 1 is 48 x 48", "96 wide")
+    parts = ("layer 1 is for a width of 48", "is 96")
     refused(tmp_path, graph, "--maps", tmp_path / "small.safetensors", "--output", out, parts=parts)
     refused(tmp_path, graph, "--maps", graph / "config.json", "--output", out, parts=("not a maps file",))
 

@@ -170,7 +170,7 @@ def test_what_settings_may_not_say(folder: Path, change: Change, key: str) -> No
         ("[]", "not a model configuration"),
         ('{"model": {"type": "\\u0061"}}', "backslash"),
         ("[" * 100_000, "cannot be read"),
-        ('{"model": {}}' + " " * (1 << 20), "larger than 1024 KiB"),
+        ('{"model": {}}' + " " * (1 << 20), "larger than 1 MiB"),
     ],
 )
 def test_settings_that_parsers_read_differently(folder: Path, text: str, said: str) -> None:

@@ -30,6 +30,7 @@ def directory(exported: Callable[..., Path], tmp_path: Path) -> Path:
         (Path.unlink, "openvino_model.bin", "openvino_model.bin is missing"),
         (Path.unlink, "openvino_model.xml", "openvino_model.xml is missing"),
         (lambda path: cut(path, 3000), "openvino_model.bin", r"is cut: it has [\d,]+ bytes and the graph reads"),
+        (lambda path: path.write_text("<net>" + 'offset="1" ' * 100_000), "openvino_model.xml", "OpenVINO cannot read"),
         (lambda path: path.write_text("<html>"), "openvino_model.xml", "openvino_model.xml is not an OpenVINO graph"),
         (lambda path: cut(path, 3000), "openvino_model.xml", "OpenVINO cannot read .*openvino_model.xml"),
     ],

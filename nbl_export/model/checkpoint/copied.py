@@ -7,7 +7,6 @@ maps                             ──┘                   in float32
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from nbl_export.model.checkpoint.hf_classes import empty_linearized
 from nbl_export.model.checkpoint.pretrained import check_weights, config_of, reason_of, tokenizer_of
 from nbl_export.model.checkpoint.weights import INDEX, WEIGHTS, weight_files
 from nbl_export.model.linearize import multiplier_of, stored_in
-from nbl_export.trust.model_settings import drop_code
+from nbl_export.trust.model_settings import drop_code, read_object
 
 __all__ = ["check_loadable", "copy_linearized"]
 
@@ -107,7 +106,7 @@ def _save_texts(model: Any, checkpoint: Path, out: Path) -> None:
     config.save_pretrained(out)
     file = checkpoint / "generation_config.json"
     if file.is_file():
-        generation = GenerationConfig.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        generation = GenerationConfig.from_dict(read_object(file))
     else:
         generation = GenerationConfig.from_model_config(config)
     generation.save_pretrained(out)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import CorruptError, NblError
-from nbl_export.files import scratch_in
+from nbl_export.files import read_json, scratch_in
 from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import Mixer
 from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, windows_of
@@ -45,7 +45,7 @@ __all__ = ["load_mapped", "load_maps", "load_model", "load_tokenizer", "material
 
 
 _MARKER = "source.json"
-_TENSOR = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.(.+)$")
+_TENSOR = re.compile(r"(?:^|\.)layers\.(\d{1,9})\.self_attn\.(.+)$")
 
 
 def read_spec(source: Source) -> DecoderSpec:
@@ -220,7 +220,7 @@ def _restore(directory: Path, out: Path) -> None:
 
 def _is_whole(target: Path, source: Source) -> bool:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        facts = json.loads((target / _MARKER).read_text(encoding="utf-8"))
+        facts = read_json(target / _MARKER)
         same = facts["fingerprint"] == source.fingerprint
         return same and all((target / n).stat().st_size == size for n, size in facts["sizes"].items())
     return False

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import MissingPackageError, NblError
+from nbl_export.graph.gguf_header import read_header
 from nbl_export.trust.model_settings import check_checkpoint
 
 __all__ = ["check_weights", "config_of", "model_of", "model_with", "quiet_transformers", "reason_of", "tokenizer_of"]
@@ -167,7 +168,11 @@ def tokenizer_of(model: Path) -> Any:
 
 
 def reader(path: str | os.PathLike[str], _mode: str = "r") -> Any:
-    """A `gguf.GGUFReader` of a file; the same one until the file changes or `forget` is called."""
+    """A `gguf.GGUFReader` of a file; the same one until the file changes or `forget` is called.
+
+    Raises:
+        CorruptError: the head of the file is damaged, or states more than any model has.
+    """
     facts = os.stat(path)
     return _reader(os.fspath(path), facts.st_size, facts.st_mtime_ns)
 
@@ -195,6 +200,7 @@ def shared() -> Iterator[None]:
 def _reader(path: str, _size: int, _changed_ns: int) -> Any:
     from gguf.gguf_reader import GGUFReader
 
+    read_header(Path(path))
     return GGUFReader(path)
 
 

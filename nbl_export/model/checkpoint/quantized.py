@@ -14,7 +14,6 @@ old norms (auto-round 0.16.1) writes a checkpoint that computes something else.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,8 +74,7 @@ def find(name: str, spec: DecoderSpec) -> source.Source:
 
 
 def _settings(found: source.Source) -> dict[str, Any] | None:
-    config = json.loads((found.directory / "config.json").read_text(encoding="utf-8"))
-    given = config.get("quantization_config")
+    given = source.read_config(found.directory).get("quantization_config")
     if not isinstance(given, dict):
         return None
     names = {"method": "quant_method", "bits": "bits", "group_size": "group_size", "desc_act": "desc_act"}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import MissingPackageError, NblError
-from nbl_export.files import key_of
+from nbl_export.files import key_of, safetensors_tensors
 from nbl_export.graph.given import refuse_graph
 from nbl_export.graph.names import MANIFEST, TEXT_FILES
 from nbl_export.mixers import kinds
@@ -29,7 +29,8 @@ from nbl_export.trust.contained import check_folder, check_inside, refuse_specia
 from nbl_export.trust.model_settings import CONFIG_BYTES, check_checkpoint, check_layers, read_object
 from nbl_export.trust.user_lists import sha256_of
 
-__all__ = ["Linearized", "Source", "check_architecture", "gguf_of", "linearized_of", "read_config", "resolve"]
+__all__ = ["Linearized", "Source", "check_architecture", "gguf_of", "linearized_of", "read_config", "resolve",
+           "weight_files"]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +146,8 @@ def _directory_source(name: str, directory: Path, revision: str | None) -> Sourc
     check_architecture(config, directory)
     check_config(config, directory / "config.json")
     weights = weight_files(directory)
-    check_layers(config.get("num_hidden_layers"), _names(weights), directory / "config.json")
+    names = {name for file in weights for name in safetensors_tensors(file)}
+    check_layers(config.get("num_hidden_layers"), names, directory / "config.json")
     read = {file for pattern in _READ for file in directory.glob(pattern) if file.is_file()}
     fingerprint = _fingerprint(sorted({*read, *weights}), directory)
     return Source(name, directory, None, revision, fingerprint, weights=tuple(weights), linearized=replaced)
@@ -212,24 +214,6 @@ def check_architecture(config: Mapping[str, Any], where: Path) -> None:
         )
 
 
-def _names(files: list[Path]) -> set[str]:
-    """Names of all tensors.
-
-    Raises:
-        NblError: a file is damaged.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    found: set[str] = set()
-    for file in files:
-        try:
-            with safe_open(str(file), framework="np") as opened:
-                found.update(opened.keys())
-        except (SafetensorError, OSError, ValueError) as error:
-            raise NblError(f"{file} is truncated or not a safetensors file ({error}); fetch it again") from error
-    return found
-
-
 def _gguf_source(name: str, file: Path) -> Source:
     check_inside(file, file.parent)
     try:
@@ -239,6 +223,8 @@ def _gguf_source(name: str, file: Path) -> Source:
         names = [tensor.name for tensor in reader.tensors]
     except ImportError as error:
         raise MissingPackageError("gguf", "export", f"reading {file}") from error
+    except NblError:
+        raise
     except Exception as error:  # the reader raises whatever numpy raises on a short or foreign file
         raise NblError(f"{file} is truncated or not a GGUF file ({error}); fetch it again") from error
     if parts is not None and int(parts) > 1:

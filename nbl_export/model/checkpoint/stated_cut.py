@@ -7,7 +7,6 @@ The facts are those of `mixers.predicted`. The stored weights of a map give its 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 
 from nbl_export.mixers.base import Mixer
 from nbl_export.mixers.predicted import PREDICTED, Predicted, cut_of
+from nbl_export.records.decoder import MOST_POSITIONS
 from nbl_export.records.from_json import read_record, require
 
 __all__ = ["StatedCut", "facts_of", "stated_cut"]
@@ -67,7 +67,7 @@ def stated_cut(value: Any, kinds: Mapping[int, str], layers: int, positions: Any
         return None
     try:
         cut = _read(value)
-        most = positions if type(positions) is int else math.inf
+        most = min(positions, MOST_POSITIONS) if type(positions) is int else MOST_POSITIONS
         require(1 <= cut.layer < layers, f"layer is 1 to {layers - 1}")
         require(1 <= cut.near < most, f"near is 1 to {most - 1}")
         require(0 < cut.epsilon < 1, "epsilon is between 0 and 1")

@@ -7,10 +7,10 @@ both                                   refused, because libraries differ in whic
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from nbl_export.errors import NblError
+from nbl_export.files import read_json
 from nbl_export.trust.contained import check_inside
 
 __all__ = ["INDEX", "WEIGHTS", "weight_files"]
@@ -45,9 +45,9 @@ def weight_files(directory: Path) -> list[Path]:
 
 def _indexed(index: Path) -> list[str]:
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(read_json(index)["weight_map"].values()))
         outside = [name for name in names if Path(name).name != name or name == ".."]
-    except (ValueError, KeyError, AttributeError, TypeError, OSError, RecursionError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
         raise NblError(f"{index} cannot be read ({error}); fetch the model again") from error
     if not names:
         raise NblError(f"{index} names no file; fetch the model again")

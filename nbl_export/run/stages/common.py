@@ -48,7 +48,7 @@ class Place:
         """The maps of the plan's layers."""
         from nbl_export.plan.maps_file import load_maps
 
-        return load_maps(self.run.path / MAPS_FILE, self.plan.layers)
+        return load_maps(self.run.path / MAPS_FILE, self.plan.layers, self.run.manifest["decoder"]["hidden_size"])
 
     @property
     def verdict(self) -> str:

@@ -25,7 +25,7 @@ from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import Mixer
 from nbl_export.model.checkpoint.pretrained import model_with, tokenizer_of
 from nbl_export.model.linearize import linearize, replace_attention
-from nbl_export.trust.model_settings import drop_code
+from nbl_export.trust.model_settings import drop_code, read_object
 
 __all__ = ["ARCHITECTURES", "check", "load", "remarks", "save"]
 
@@ -63,7 +63,7 @@ def check(config: Any, maps: Mapping[int, Mixer]) -> None:
 def remarks(directory: Path) -> list[str]:
     """What a user of a directory that `save` wrote must know of Edge-LLM."""
     found = []
-    if json.loads((directory / "config.json").read_text(encoding="utf-8"))["rope_parameters"]["rope_type"] == "llama3":
+    if read_object(directory / "config.json")["rope_parameters"]["rope_type"] == "llama3":
         found.append("Edge-LLM's runtime computes rotary embeddings of type llama3 without their scaling.")
     if not (directory / "chat_template.jinja").is_file():
         found.append("Edge-LLM's exporter asks for a chat template, and the tokenizer has none.")
@@ -135,7 +135,7 @@ def load(directory: Path) -> Any:
     from safetensors.torch import load_file
     from transformers import CONFIG_MAPPING
 
-    said = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    said = read_object(directory / "config.json")
     values = {name: said[name] for name in (*_KEPT, "attention_bias", "head_dim")}
     model = model_with(CONFIG_MAPPING[said["nbl_original_type"]](**values, rope_parameters=said["rope_parameters"]))
     kinds = {i: kind for i, kind in enumerate(said["layers_block_type"]) if kind != _ATTENTION}

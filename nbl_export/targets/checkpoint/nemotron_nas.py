@@ -26,7 +26,7 @@ from nbl_export.mixers.base import Mixer
 from nbl_export.model.checkpoint.pretrained import model_with
 from nbl_export.model.linearize import linearize
 from nbl_export.targets.export.finish import add_text_files
-from nbl_export.trust.model_settings import drop_code
+from nbl_export.trust.model_settings import drop_code, read_object
 
 __all__ = ["MATRIX", "check", "load", "save"]
 
@@ -150,7 +150,7 @@ def load(directory: Path) -> Any:
     from safetensors.torch import load_file
     from transformers import LlamaConfig
 
-    said = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    said = read_object(directory / "config.json")
     blocks = said["block_configs"]
     replaced = tuple(i for i, b in enumerate(blocks) if b["attention"]["replace_with_linear"])
     group = next(b["attention"]["n_heads_in_group"] for b in blocks if b["attention"]["n_heads_in_group"])

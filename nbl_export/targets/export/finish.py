@@ -21,7 +21,9 @@ from nbl_export.errors import NblError
 from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE, TEXT_FILES
 from nbl_export.model.checkpoint.pretrained import check_weights, config_of, reason_of
 from nbl_export.model.memory import available_bytes
+from nbl_export.model.one_layer import float32_bytes
 from nbl_export.trust.contained import check_inside
+from nbl_export.trust.model_settings import read_object
 
 __all__ = ["add_text_files", "captured", "check_bounds", "finish_directory"]
 
@@ -58,9 +60,9 @@ def _make_tokenizer_portable(checkpoint: Path, out: Path) -> None:
     theirs, ours = checkpoint / "tokenizer_config.json", out / "tokenizer_config.json"
     if not (theirs.exists() and ours.exists() and (out / "tokenizer.json").exists()):
         return
-    if json.loads(theirs.read_text(encoding="utf-8")).get("tokenizer_class") != "TokenizersBackend":
+    if read_object(theirs).get("tokenizer_class") != "TokenizersBackend":
         return
-    settings = json.loads(ours.read_text(encoding="utf-8"))
+    settings = read_object(ours)
     settings["tokenizer_class"] = _PORTABLE_TOKENIZER_CLASS
     settings.setdefault("model_input_names", ["input_ids", "attention_mask"])  # no token_type_ids
     ours.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -106,13 +108,14 @@ def captured(what: str, checkpoint: Path) -> Iterator[None]:
 # The GenAI builder (0.18, `make_rotary_embedding_caches_from_scratch`) and mobius make rotary tables for these.
 _POSITIONS = ("max_position_embeddings", "original_max_position_embeddings", "seq_length")
 _TABLES, _ITEM = 4, 4  # angles, the angles twice, sines and cosines; float32
+_LEAST_BYTES = 1 << 26  # of tables; below this much they may be larger than the weights
 
 
 def check_bounds(checkpoint: Path) -> None:
-    """Compare a configuration with the weights in the files, and its rotary tables with the available memory.
+    """Compare a configuration with the weights in the files, and its rotary tables with these and the available memory.
 
     Raises:
-        NblError: a weight is missing or has another shape, or the tables do not fit.
+        NblError: a weight is missing or has another shape; or the tables do not fit, or are larger than all weights.
     """
     try:
         config = config_of(checkpoint)
@@ -123,11 +126,12 @@ def check_bounds(checkpoint: Path) -> None:
         raise NblError(f"{checkpoint} cannot be exported: {reason_of(error)}") from error
     positions = max(_whole(getattr(config, name, 0)) for name in _POSITIONS)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    needed, available = _TABLES * _ITEM * positions * head, available_bytes()
-    if needed > available:
+    tables, available = _ITEM * positions * head, available_bytes()
+    most = min(available // _TABLES, max(float32_bytes(checkpoint), _LEAST_BYTES))
+    if tables > most:
         raise NblError(
-            f"{checkpoint} states {positions} positions, whose rotary tables need {needed / 2**30:.1f} GiB, and "
-            f"{available / 2**30:.1f} GiB of memory is available; state fewer in config.json"
+            f"{checkpoint} states {positions} positions, whose rotary tables take {tables / 2**20:,.0f} MiB and may "
+            f"take {most / 2**20:,.0f} MiB, because of its weights or the available memory; state fewer in config.json"
         )
 
 

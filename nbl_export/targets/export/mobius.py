@@ -14,9 +14,11 @@ from typing import Any
 from unittest import mock
 
 from nbl_export.errors import MissingPackageError, NblError
+from nbl_export.files import read_json
 from nbl_export.graph.names import GENAI_CONFIG
 from nbl_export.model.architectures import ARCHITECTURES
 from nbl_export.targets.export.finish import captured
+from nbl_export.trust.model_settings import read_object
 
 __all__ = ["PRECISIONS", "build", "corrected", "refuse_lost_biases"]
 
@@ -63,8 +65,7 @@ _OF_ROPE = ("rope_interleave",)  # also a field of the rotary settings
 
 
 def _config(checkpoint: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    return found
+    return read_object(checkpoint / "config.json")
 
 
 def refuse_lost_biases(checkpoint: Path) -> None:
@@ -83,7 +84,7 @@ def _restore_config(checkpoint: Path, path: Path) -> None:
     """Set the model's context length (mobius 0.1 writes 4096 for every model), and a type that GenAI knows."""
     config = _config(checkpoint)
     positions, record = config["max_position_embeddings"], ARCHITECTURES[config["model_type"]]
-    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings = read_json(path)
     settings["model"]["context_length"] = settings["search"]["max_length"] = positions
     if record.runtime_type is not None:
         settings["model"]["type"] = record.runtime_type

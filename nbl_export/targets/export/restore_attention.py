@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from nbl_export.files import read_json
 from nbl_export.graph.emitter import register
 from nbl_export.graph.files import read_graph
 from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE
@@ -122,7 +123,7 @@ def _embeddings(graph: ir.Graph) -> Iterator[ir.Value]:
 
 def _forget_window(path: Path) -> None:
     """Remove the window from the runtime's settings: GenAI would keep caches of two windows and stop behind them."""
-    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings = read_json(path)
     if settings["model"]["decoder"].pop("sliding_window", None) is not None:
         path.write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
 

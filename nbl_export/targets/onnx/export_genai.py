@@ -35,6 +35,7 @@ from nbl_export.model.architectures import ARCHITECTURES
 from nbl_export.targets.base import ExportSettings
 from nbl_export.targets.export.finish import captured
 from nbl_export.targets.providers import PROVIDERS
+from nbl_export.trust.model_settings import read_object
 
 __all__ = ["PRECISIONS", "build"]
 
@@ -66,7 +67,7 @@ def build(checkpoint: Path, out: Path, settings: ExportSettings, provider: str =
 
 def _named(checkpoint: Path, scratch: Path) -> Path:
     """The checkpoint; or links to its files, with the name of the architecture whose builder makes it (`genai_as`)."""
-    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    config = read_object(checkpoint / "config.json")
     name = ARCHITECTURES[config["model_type"]].genai_as
     if name is None:
         return checkpoint

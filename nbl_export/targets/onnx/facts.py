@@ -5,11 +5,11 @@ The settings of genai_config.json that runners read.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from nbl_export.errors import CorruptError, NblError, one_line
+from nbl_export.files import read_json
 from nbl_export.graph.genai_config import read_genai_config
 from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE
 from nbl_export.graph.trust import read_proto
@@ -58,7 +58,7 @@ def provider_of(directory: Path) -> str:
     """
     check_inside(directory / GENAI_CONFIG, directory)
     try:
-        settings = json.loads((directory / GENAI_CONFIG).read_text(encoding="utf-8"))
+        settings = read_json(directory / GENAI_CONFIG)
         named = settings["model"]["decoder"]["session_options"]["provider_options"]
         asked = {name for entry in named for name in entry}
     except (OSError, ValueError, KeyError, TypeError):

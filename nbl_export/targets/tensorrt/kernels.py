@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nbl_export.files import replacing
+from nbl_export.files import replacing, stream_sha256
 from nbl_export.targets.gpu import Gpu
 from nbl_export.targets.tensorrt.record import EngineRecord, read_record
 from nbl_export.trust.contained import is_inside
@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 KERNELS_FILE = "kernels.cache"
 _FORMAT = "nbl-kernels 1"
 _LONGEST_LINE = 10_000  # bytes
+_MOST_BYTES = 1 << 29  # of kernels; a longer file has another hash, so it counts as damaged
 
 
 def made_for(record: EngineRecord, gpu: Gpu) -> dict[str, str]:
@@ -99,7 +100,7 @@ class KernelCache:
                 self.ignored = "it is a link out of its directory"
                 return b""
             with self._path.open("rb") as stream:
-                line, blob = stream.readline(_LONGEST_LINE), stream.read()
+                line, blob = stream.readline(_LONGEST_LINE), stream.read(_MOST_BYTES)
             found = json.loads(line.decode().removeprefix(f"{_FORMAT} "))
             digest = found.pop("sha256")
         except FileNotFoundError:
@@ -129,4 +130,4 @@ def trust_folder(directory: Path) -> None:
     if (directory / KERNELS_FILE).is_file():
         with (directory / KERNELS_FILE).open("rb") as stream:
             stream.readline(_LONGEST_LINE)
-            remember(hashlib.sha256(stream.read()).hexdigest())
+            remember(stream_sha256(stream))

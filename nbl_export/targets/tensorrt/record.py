@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import CorruptError, NblError
+from nbl_export.files import read_json
 from nbl_export.records.decoder import GraphContract, TensorInfo
 from nbl_export.targets.tensorrt.static.schedule import Profile
 from nbl_export.trust.contained import check_folder, check_inside
@@ -97,7 +97,7 @@ def read_record(directory: Path) -> EngineRecord:
         raise NblError(f"{directory} holds no engine: {RECORD_FILE} is missing; nbl-export build makes one")
     check_folder(directory)
     try:
-        record = EngineRecord.from_json(json.loads(path.read_text(encoding="utf-8")))
+        record = EngineRecord.from_json(read_json(path))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptError(f"{path} cannot be read ({error}); {_again(None)}") from error
     if not plan.is_file():

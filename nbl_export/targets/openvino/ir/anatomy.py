@@ -17,7 +17,6 @@ Sizes of the decoder in an IR directory.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import CorruptError, RefusalError
+from nbl_export.files import read_json
 from nbl_export.graph.names import node_name
 from nbl_export.records.decoder import is_state
 from nbl_export.targets.openvino.ir.files import precision_of, read_ir
@@ -33,7 +33,7 @@ __all__ = ["Block", "Dataflow", "IrFacts", "LayerStates", "State", "context_leng
            "states_of", "variable_of"]  # fmt: skip
 
 _RANK = 3  # of the residual stream
-_NUMBER = re.compile(r"\d+")
+_NUMBER = re.compile(r"\d{1,9}")
 _VALUE = re.compile(r"value|(?<![a-z])v(?![a-z])")  # behind the number of the layer
 
 
@@ -294,8 +294,8 @@ def context_length(directory: Path) -> int:
     """
     path = directory / "config.json"
     try:
-        return int(json.loads(path.read_text(encoding="utf-8"))["max_position_embeddings"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return int(read_json(path)["max_position_embeddings"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise CorruptError(
             f"{path} does not state max_position_embeddings ({error}); export the directory again"
         ) from error

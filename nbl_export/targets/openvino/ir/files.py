@@ -20,13 +20,17 @@ from typing import Any
 import numpy as np
 
 from nbl_export.errors import CorruptError, MissingPackageError
+from nbl_export.files import read_small
 from nbl_export.graph.names import IR_FILE, IR_WEIGHTS
 from nbl_export.records.quantised import Blocks
 
 __all__ = ["check_ir", "constant_of", "constants_of", "difference", "float_constant", "group_of", "ordered",
            "precision_of", "raw_bytes", "read_ir", "save_ir", "share_constants", "stored_matrices"]  # fmt: skip
 
-_CONSTANT = re.compile(r'offset="(\d+)"([^<>]*?)size="(\d+)"')
+# No part can match where another one does: the text is a stranger's.
+_DATA = re.compile(r"<data\b[^<>]*>")
+_OFFSET, _SIZE = (re.compile(rf'(?<=\s{name}=")\d{{1,18}}(?=")') for name in ("offset", "size"))
+_MOST_BYTES = 1 << 26  # of a graph file
 _INFO = "nbl_export"  # section of the graph's runtime information
 
 
@@ -60,12 +64,12 @@ def check_ir(directory: Path, file: str = IR_FILE) -> None:
         if not path.is_file():
             raise CorruptError(f"{path} is missing; fetch or export the directory again")
     try:
-        text = graph.read_text(encoding="utf-8")
+        text = _text(graph)
     except (OSError, ValueError) as error:
         raise CorruptError(f"{graph} cannot be read ({error}); export it again") from error
     if "<net" not in text[:1000]:
         raise CorruptError(f"{graph} is not an OpenVINO graph; export it again")
-    needed = max((int(m[1]) + int(m[3]) for m in _CONSTANT.finditer(text)), default=0)
+    needed = max((offset + size for offset, size in _places(text)), default=0)
     if weights.stat().st_size < needed:
         raise CorruptError(
             f"{weights} is cut: it has {weights.stat().st_size:,} bytes and the graph reads {needed:,}; fetch it again"
@@ -113,17 +117,31 @@ def share_constants(graph: Path, weights: Path, others: tuple[Path, Path]) -> st
     moved = dict(_constants(graph, weights))
 
     def place_of(match: re.Match[str]) -> str:
-        old = int(match[1]), int(match[3])
+        old = next(_places(match[0]), None)
+        if old is None:
+            return match[0]
         if moved[old] not in places:
             raise CorruptError(f"{others[1]} lacks the constant of {old[1]} bytes at {old[0]} of {weights}")
-        return f'offset="{places[moved[old]][0]}"{match[2]}size="{old[1]}"'
+        return _OFFSET.sub(str(places[moved[old]][0]), match[0], count=1)
 
-    return _CONSTANT.sub(place_of, graph.read_text(encoding="utf-8"))
+    return _DATA.sub(place_of, _text(graph))
+
+
+def _text(graph: Path) -> str:
+    return read_small(graph, _MOST_BYTES).decode("utf-8")
+
+
+def _places(text: str) -> Iterator[tuple[int, int]]:
+    """Offset and size of each constant in the text of a graph."""
+    for tag in _DATA.findall(text):
+        offset, size = _OFFSET.search(tag), _SIZE.search(tag)
+        if offset and size:
+            yield int(offset[0]), int(size[0])
 
 
 def _constants(graph: Path, weights: Path) -> Iterator[tuple[tuple[int, int], bytes]]:
     """Offset and size of each constant, and the hash of its bytes."""
-    places = {(int(m[1]), int(m[3])) for m in _CONSTANT.finditer(graph.read_text(encoding="utf-8"))}
+    places = set(_places(_text(graph)))
     with weights.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         view = memoryview(data)
         try:
