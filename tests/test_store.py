@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import pytest
-
 from .store import Store, key_of
 
 
@@ -25,27 +23,6 @@ def test_an_artefact_is_made_once_and_anew_if_it_was_changed(tmp_path: Path) -> 
     assert store.written() == {"x": ["b"]}
     assert Store(tmp_path, "key").get("x", make) == folder and len(made) == 2
     assert sorted(os.listdir(folder)) == ["a"]
-
-
-def test_an_artefact_that_could_not_be_made_is_made_anew(tmp_path: Path) -> None:
-    def fail(folder: Path) -> None:
-        (folder / "half").touch()
-        raise ZeroDivisionError
-
-    store = Store(tmp_path, "key")
-    with pytest.raises(ZeroDivisionError):
-        store.get("x", fail)
-    folder = store.get("x", lambda folder: (folder / "a").touch())
-    assert os.listdir(folder) == ["a"]
-
-
-def test_a_key_that_nobody_used_for_a_day_is_removed(tmp_path: Path) -> None:
-    for key, age_s in (("old", 90_000), ("new", 80_000)):
-        Store(tmp_path, key)
-        before = (tmp_path / key / "used").stat().st_mtime - age_s
-        os.utime(tmp_path / key / "used", (before, before))
-    Store(tmp_path, "mine")
-    assert sorted(os.listdir(tmp_path)) == ["mine", "new"]
 
 
 def test_the_key_of_sources_changes_with_each_of_them() -> None:
