@@ -59,7 +59,7 @@ def test_decode_of_24_064_slots_copies_no_keys(
 
 @pytest.mark.large
 def test_three_layers_of_8b_build(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """About 10 GB of memory, 6 GB of disk, a minute or two. Both profiles share the weights."""
+    """6 GB of memory, 8 GB of disk, 40 seconds of a core. Both profiles share the weights."""
     record, scratch, weights = built(tmp_path, 2048, 1, caplog, **SHAPES)
     assert (record.attention, record.capturable, record.precision) == ("fused", True, "bf16")
     assert 1.4e9 < weights <= record.plan_bytes < 1.01 * weights + 10e6

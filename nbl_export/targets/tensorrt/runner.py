@@ -24,7 +24,7 @@ TensorRT-RTX compiles kernels for the shapes that it meets. By default it does s
 kernels while steps run ("DynamicShapesKernelSpecializationStrategy": LAZY). EAGER compiles before the step, so that a
 shape is always computed by the same kernels. Prefill is padded to a few widths, so that few shapes are compiled.
 
-Written against the documented API of TensorRT 10.15 to 11 and TensorRT-RTX 1.7. docs/engines/tensorrt.md says what has
+Written against the documented API of TensorRT 10.15 to 11 and TensorRT-RTX 1.7. docs/engines/nvidia.md says what has
 run where.
 """
 
