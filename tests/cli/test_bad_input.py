@@ -137,13 +137,6 @@ def _poison(path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def test_gguf_that_is_none(text: Path, run: Path, tmp_path: Path) -> None:
-    for name, data in (("empty", b""), ("cut", b"GGUF\x03\0\0\0\1\0\0\0"), ("text", b"hello, this is not a model" * 9)):
-        (tmp_path / f"{name}.gguf").write_bytes(data)
-        given = ("--model", tmp_path / f"{name}.gguf", "--calibration", text)
-        assert_refused_everywhere(run, 1, given, f"{name}.gguf", "not a GGUF file", "fetch it again")
-
-
 def test_gguf_of_another_architecture(text: Path, run: Path, tmp_path: Path) -> None:
     from gguf import GGUFWriter
 

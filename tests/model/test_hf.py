@@ -42,13 +42,6 @@ def test_the_command_and_a_fresh_process(run: Path, tmp_path: Path) -> None:
     assert not [p.name for p in run.iterdir() if p.name.startswith(".nbl-export-")]
 
 
-def test_what_is_there_is_not_overwritten(run: Path, tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "file").write_text("mine")
-    assert_refused(nbl(*SAVE, tmp_path / "mine", run), 1, tmp_path / "mine", "already")
-    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["file"]
-
-
 def test_what_failed_verification_is_not_saved_unless_forced(run: Path) -> None:
     manifest = json.loads((run / "nbl.json").read_text())
     (run / "nbl.json").write_text(json.dumps({**manifest, "status": "failed"}))

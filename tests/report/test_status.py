@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
-
-from nbl_export.errors import NblError
-from nbl_export.publish.card import check_publishable
 from nbl_export.records.plan import Plan
 from nbl_export.records.results import CheckResult, status_of
 from nbl_export.report.console import checks_table
@@ -66,13 +61,3 @@ def test_a_failed_run_is_neither() -> None:
     found = verified("int4", WIRING)
     written = Written(manifest={**MANIFEST, "status": "failed"}, verify=found, bench=BENCH)
     assert written.json["status"] == "failed" and "Verification failed" in written.html
-
-
-def test_a_run_that_failed_is_not_published() -> None:
-    stages: dict[str, Any] = {name: {} for name in ("rewrite", "verify", "report")}
-    facts = {"options": {"engine": "ort"}, "command": "", "stages": stages}
-    run: Any = SimpleNamespace(path=Path("r"), manifest={**facts, "status": "verified"}, stages=stages, check=str)
-    check_publishable(run, force=False)
-    run.manifest = {**facts, "status": "failed"}
-    with pytest.raises(NblError, match="failed verification"):
-        check_publishable(run, force=False)
