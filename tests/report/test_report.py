@@ -278,7 +278,9 @@ def test_text_of_both_stands_side_by_side() -> None:
     pairs = re.findall(r'<div class="pair">\s*<div>(.*?)</div>\s*<div>(.*?)</div>', section, re.DOTALL)
     said = [[re.findall(r">([^<]+)</(?:h3|p)>", side) for side in pair] for pair in pairs]
     assert said[0] == [["Original", "is blue.\n\nIt is"], ["NBL", "is blue"]] and len(said) == 2
-    assert "What both write" not in Written().markdown
+    warns = "words of the calibration text: pass it on only if others may read them"
+    assert all(warns in shown for shown in (shown.markdown, shown.html))
+    assert "What both write" not in Written().markdown and warns not in Written().markdown
 
 
 def test_a_check_without_a_figure_has_a_mark() -> None:
