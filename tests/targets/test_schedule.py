@@ -150,7 +150,8 @@ class Ledger:
         self.cache_length, self.chunk, self.last_only, self.widths = cache_length, chunk, last_only, widths
         names = ["input_ids", "write_indices", *(["num_tokens"] if last_only else [])]
         inputs = tuple(TensorInfo(n, "int64", ("batch",)) for n in names)
-        self.contract = GraphContract(inputs, (TensorInfo("logits", "float32", ("batch", 1, VOCAB)),), (0,))
+        logits = TensorInfo("logits", "float32", ("batch", 1 if last_only else "tokens", VOCAB))
+        self.contract = GraphContract(inputs, (logits,), (0,))
         self.ran: list[int] = []
         self.closed = False
         self.cache = np.zeros((0, cache_length), int)

@@ -27,7 +27,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,11 +70,10 @@ from nbl_export.targets.tensorrt.timings import begin_with, keep, timings_file
 from nbl_export.trust.contained import check_inside
 from nbl_export.trust.user_lists import remember
 
-__all__ = ["Progress", "build_engine", "capturable"]
+__all__ = ["build_engine", "capturable"]
 
 _logger = logging.getLogger(__name__)
 
-Progress = Callable[[str, float], None]  # phase, seconds since the build began
 _GRAPH = STATIC_GRAPH_FILE
 _KERNEL_BYTES = 64 << 20
 _FLAG = "REQUIRE_USER_ALLOCATION"
@@ -105,13 +104,8 @@ class _Refusal:
     of_attention: bool
 
 
-def build_engine(
-    library: Library, source: Path, out: Path, settings: BuildSettings, progress: Progress | None = None
-) -> EngineRecord:
+def build_engine(library: Library, source: Path, out: Path, settings: BuildSettings) -> EngineRecord:
     """Build the plan of `source`/decoder.onnx, with two optimisation profiles, into the directory `out`, replacing it.
-
-    Args:
-        progress: called by the builder with its phase; the builder's step counts do not measure time.
 
     Raises:
         NblError: the graph is refused, warns, does not build or cannot be captured; or the disk is full. `out` stays.
@@ -131,7 +125,7 @@ def build_engine(
     computes = _targets(library, settings.targets, parsed.precision)
     with friendly_os_errors(out), _replacing(out) as scratch:
         asked = computes if settings.targets else ()
-        built = _build(parsed, log, profiles, asked, library, progress, scratch / ENGINE_FILE)
+        built = _build(parsed, log, profiles, asked, library, scratch / ENGINE_FILE)
         record = _record(library, parsed, settings, computes, built)
         write_json(scratch / RECORD_FILE, record.to_json())
         if _has_copies(record.plan_bytes, sum(f.stat().st_size for f in _files(graph))):
@@ -188,7 +182,7 @@ def _refuse_weak(library: Library, computes: Sequence[str], precision: str) -> N
 
 def _build(
     parsed: ParsedNetwork, log: Messages, profiles: Sequence[Profile], targets: Sequence[str], library: Library,
-    progress: Progress | None, path: Path,
+    path: Path,
 ) -> _Built:  # fmt: skip
     """Build a plan to `path`, in the first way that the library has kernels for.
 
@@ -198,7 +192,6 @@ def _build(
     started = time.perf_counter()
     name = parsed.network.name
     failed = f"{library.capabilities.title} does not build {name}"
-    monitor = _monitor(parsed.trt, progress) if progress else None
     refused: list[str] = []
     if known := lacks_kernel(library, parsed):
         refused.append(known)
@@ -211,10 +204,10 @@ def _build(
         if refused:
             _logger.warning("%s: %s: %s", name, said, refused[-1])
         with log.explaining(failed):
-            config = _config(parsed, chosen, targets, library, monitor)
+            config = _config(parsed, chosen, targets, library)
             if timed is not None:
                 begin_with(config, timed)
-        plan, proven, refusal = _attempt(parsed, log, config, monitor, library, failed, path)
+        plan, proven, refusal = _attempt(parsed, log, config, library, failed, path)
         if timed is not None:
             keep(config, timed)
         if plan is not None:
@@ -257,9 +250,7 @@ def _two_tokens(parsed: ParsedNetwork, profiles: Sequence[Profile]) -> str:
     )
 
 
-def _config(
-    parsed: ParsedNetwork, profiles: Sequence[Profile], targets: Sequence[str], library: Library, monitor: Any
-) -> Any:
+def _config(parsed: ParsedNetwork, profiles: Sequence[Profile], targets: Sequence[str], library: Library) -> Any:
     """The builder's configuration, inside a block of `Messages.explaining`."""
     trt, builder = parsed.trt, parsed.builder
     config = require(builder.create_builder_config())
@@ -274,13 +265,11 @@ def _config(
             require(config.set_compute_capability(trt.ComputeCapability.__members__[member], index))
     for profile in profiles:
         config.add_optimization_profile(_shapes(builder, parsed.network, profile))
-    if monitor is not None:
-        config.progress_monitor = monitor
     return config
 
 
 def _attempt(
-    parsed: ParsedNetwork, log: Messages, builder_config: Any, monitor: Any, library: Library, failed: str, path: Path
+    parsed: ParsedNetwork, log: Messages, builder_config: Any, library: Library, failed: str, path: Path
 ) -> tuple[Plan | None, bool | None, _Refusal]:
     """One build: the plan or None, whether its steps can be captured (None: the builder does not say), and the refusal.
 
@@ -292,16 +281,13 @@ def _attempt(
     writer = plan_writer(parsed.trt, path)
     with log.explaining(failed) as said:
         done = parsed.builder.build_serialized_network_to_stream(network, builder_config, writer)
-        interrupt = monitor.interrupt if monitor is not None else None
-        if interrupt is None and writer.failure is None:
+        if writer.failure is None:
             if ignored := ignored_inputs(said):
                 raise NblError(f"the engine would not read an input of {network.name}: {ignored[0]}")
             proven = capturable(said, done, network.name) if library.jit else None
         if not done:
             refusal = _refusal(said)
             said.clear()  # the caller tells the reason
-    if interrupt is not None:
-        raise interrupt
     plan = finished(writer)
     return (plan if done else None), proven, refusal
 
@@ -336,34 +322,6 @@ def _shapes(builder: Any, network: Any, profile: Profile) -> Any:
                 dims[1] = tokens
         result.set_shape(tensor.name, *map(tuple, ranges))
     return result
-
-
-def _monitor(trt: Any, progress: Progress) -> Any:
-    class Monitor(trt.IProgressMonitor):
-        """Passes phases on. The library swallows an exception of the callback; the monitor keeps it and cancels."""
-
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self.started = time.perf_counter()
-            self.interrupt: BaseException | None = None
-
-        def phase_start(self, phase_name: str, _parent: str | None, _steps: int) -> None:
-            self._tell(phase_name)
-
-        def phase_finish(self, phase_name: str) -> None:
-            pass
-
-        def step_complete(self, phase_name: str, _step: int) -> bool:
-            self._tell(phase_name)
-            return self.interrupt is None
-
-        def _tell(self, phase: str) -> None:
-            try:
-                progress(phase, time.perf_counter() - self.started)
-            except BaseException as error:
-                self.interrupt = self.interrupt or error
-
-    return Monitor()
 
 
 def _record(
