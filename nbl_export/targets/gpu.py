@@ -25,13 +25,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["CUDA", "JETSON_TENSORRT", "CudaRelease", "Gpu", "bus_id", "describe", "find_gpu", "free_bytes",
-           "has_kernels", "is_jetson", "outdated", "release_for", "spoken", "unpackaged"]  # fmt: skip
+__all__ = ["CUDA", "JETSON_TENSORRT", "LEAST_COMPUTE", "CudaRelease", "Gpu", "bus_id", "describe", "find_gpu",
+           "free_bytes", "has_kernels", "is_jetson", "outdated", "release_for", "spoken", "unpackaged"]  # fmt: skip
 
 _LIBRARIES = ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1", "libcuda.so")
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
 # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, _MEMORY_CLOCK_RATE (kHz) and _GLOBAL_MEMORY_BUS_WIDTH (bits)
 _MULTIPROCESSORS, _MEMORY_KHZ, _BUS_BITS = 16, 36, 37
+LEAST_COMPUTE = "7.5"  # CUDA 13 has no kernels below
 JETSON_TENSORRT = "'tensorrt>=10.16,<11'"  # for pip
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 
@@ -227,9 +228,9 @@ def _call(driver: ctypes.CDLL, function: str, *arguments: object) -> None:
         raise OSError(f"{function} answers {status}")
 
 
-def has_kernels(compute: str, computes: Sequence[str], least: str) -> bool:
-    """Whether a compute capability is one of `computes`, or at least `least` if `computes` is empty."""
-    return compute in computes if computes else _version(compute) >= _version(least)
+def has_kernels(compute: str, computes: Sequence[str] = ()) -> bool:
+    """Whether a compute capability is one of `computes`, or at least `LEAST_COMPUTE` if `computes` is empty."""
+    return compute in computes if computes else _version(compute) >= _version(LEAST_COMPUTE)
 
 
 def _version(compute: str) -> tuple[int, ...]:

@@ -12,18 +12,14 @@ class Provider:
     """An execution provider.
 
     Attributes:
-        least_compute: the first compute capability that has kernels; CUDA 13 has none below 7.5.
         cuda: CUDA major version of the packages.
     """
 
     title: str
     precisions: tuple[str, ...]
     packages: tuple[str, ...]
-    least_compute: str
     cuda: int
 
 
 # By GenAI's name, which is the value of --provider.
-PROVIDERS = {
-    "cuda": Provider("CUDA", ("fp16", "int8", "int4"), ("onnxruntime-gpu", "onnxruntime-genai-cuda"), "7.5", 13)
-}
+PROVIDERS = {"cuda": Provider("CUDA", ("fp16", "int8", "int4"), ("onnxruntime-gpu", "onnxruntime-genai-cuda"), 13)}

@@ -187,10 +187,10 @@ def test_steps_have_the_tokens_positions_and_caches_that_torch_has(
     assert [context.profile for context in trt.contexts] == [0, 1]
     assert set(prefill.runs) == {(2, 8), (2, 5)}
     assert set(decode.runs) == {(2, 1)}
-    assert decode.graphs_by_itself is library.runtime_graphs
+    assert decode.graphs_by_itself is library.jit
     assert not prefill.graphs_by_itself
-    assert trt.device.captured == (0 if library.runtime_graphs else 1)
-    assert trt.device.replayed == (0 if library.runtime_graphs else len(decode.runs) - 1)
+    assert trt.device.captured == (0 if library.jit else 1)
+    assert trt.device.replayed == (0 if library.jit else len(decode.runs) - 1)
     assert session.cache_bytes == 2 * SPEC.cache_bytes_per_token(2, 4) * SLOTS
     session.close()
     assert trt.device.closed
@@ -238,8 +238,8 @@ def test_one_row_and_a_batch_decode_in_profiles_of_their_own(library: tensorrt.L
             assert np.array_equal(decoder.step(ids), same.step(ids)), (batch, start)
     _, one, many = trt.contexts
     assert (set(one.runs), set(many.runs)) == ({(1, 1)}, {(4, 1)})
-    assert [context.graphs_by_itself for context in trt.contexts[1:]] == [library.runtime_graphs] * 2
-    assert trt.device.captured == (0 if library.runtime_graphs else 3)
+    assert [context.graphs_by_itself for context in trt.contexts[1:]] == [library.jit] * 2
+    assert trt.device.captured == (0 if library.jit else 3)
 
 
 @pytest.mark.parametrize("library", [PLAIN, RTX], ids=["trt", "trt-rtx"])
@@ -260,7 +260,7 @@ def test_with_many_slots_two_tokens_run_in_prefill(library: tensorrt.Library, tm
     prefill, decode = trt.contexts
     assert prefill.runs == [(1, 8), (1, 2), (1, 2)]
     assert set(decode.runs) == {(1, 1)}
-    assert trt.device.captured == (0 if library.runtime_graphs else 1)
+    assert trt.device.captured == (0 if library.jit else 1)
 
 
 def test_the_library_has_its_graph_behind_the_first_step() -> None:

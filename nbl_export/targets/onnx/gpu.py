@@ -20,7 +20,7 @@ from pathlib import Path
 from nbl_export.errors import UsageError
 from nbl_export.records.capabilities import LINEAR_KINDS, Capabilities
 from nbl_export.targets.base import Availability
-from nbl_export.targets.gpu import Gpu, find_gpu, has_kernels, outdated, unpackaged
+from nbl_export.targets.gpu import LEAST_COMPUTE, Gpu, find_gpu, has_kernels, outdated, unpackaged
 from nbl_export.targets.onnx import engine as ort
 from nbl_export.targets.onnx.cuda import OLDER_DRIVER, check_cuda, load_cuda
 from nbl_export.targets.onnx.genai import GenaiRunner
@@ -80,10 +80,10 @@ class GpuEngine(ort.OrtEngine):
         return f"{', '.join(missing)} {verb} not installed: {first}pip install 'nbl-export[gpu]'"
 
     def _unfit(self, gpu: Gpu) -> str:
-        if not has_kernels(gpu.compute, (), self.provider.least_compute):
+        if not has_kernels(gpu.compute):
             return (
                 f"the {self.provider.title} provider does not run on the {gpu.name}: its compute capability is "
-                f"{gpu.compute}, the provider is for {self.provider.least_compute} and later"
+                f"{gpu.compute}, the provider is for {LEAST_COMPUTE} and later"
             )
         return outdated(gpu, self.provider.packages[0], self.provider.cuda, unpackaged(gpu) or OLDER_DRIVER)
 

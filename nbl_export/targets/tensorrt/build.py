@@ -76,6 +76,7 @@ _logger = logging.getLogger(__name__)
 
 _GRAPH = STATIC_GRAPH_FILE
 _KERNEL_BYTES = 64 << 20
+_FP16_ALONE = "7.5"  # compute capability without bf16 and int4
 _FLAG = "REQUIRE_USER_ALLOCATION"
 _WAITING = ("DeviceToShapeHost", "TrainStation")  # kinds of layers that wait for the host; the first names a tensor
 
@@ -161,7 +162,7 @@ def _targets(library: Library, asked: Sequence[str], precision: str) -> tuple[st
             raise NblError(
                 f"{title} builds for the GPU at hand, not for {', '.join(asked)}; use --engine {library.other}"
             )
-        _refuse_weak(library, here, precision)
+        _refuse_weak(here, precision)
         return here
     for compute in asked:
         if compute not in library.computes:
@@ -170,13 +171,13 @@ def _targets(library: Library, asked: Sequence[str], precision: str) -> tuple[st
                 f"{title} has no kernels for compute capability {compute}, it is for {known}; use --engine "
                 f"{library.other}"
             )
-    _refuse_weak(library, asked, precision)
+    _refuse_weak(asked, precision)
     return tuple(asked) or library.default_targets
 
 
-def _refuse_weak(library: Library, computes: Sequence[str], precision: str) -> None:
+def _refuse_weak(computes: Sequence[str], precision: str) -> None:
     for compute in computes:
-        if compute in library.weak_computes and precision != "fp16":
+        if compute == _FP16_ALONE and precision != "fp16":
             raise NblError(f"compute capability {compute} has no {precision}: use --precision fp16 for it")
 
 
@@ -195,12 +196,13 @@ def _build(
     refused: list[str] = []
     if known := lacks_kernel(library, parsed):
         refused.append(known)
-    weak = bool({*(targets or _at_hand(library))} & {*library.weak_computes})
     gpu = find_gpu()
     timed = timings_file(parsed.trt.__version__, gpu) if isinstance(gpu, Gpu) and not library.jit else None
     if any(p.decodes and p.tokens[2] > 1 for p in profiles):
         _logger.warning("%s: %s; a smaller --max-seq-len needs none of it", name, _two_tokens(parsed, profiles))
-    for attention, chosen, said in _ways(parsed, tuple(profiles), only_last=bool(known), narrow=not weak):
+    for attention, chosen, said in _ways(
+        parsed, tuple(profiles), only_last=bool(known), narrow=_FP16_ALONE not in (targets or _at_hand(library))
+    ):
         if refused:
             _logger.warning("%s: %s: %s", name, said, refused[-1])
         with log.explaining(failed):
@@ -261,7 +263,7 @@ def _config(parsed: ParsedNetwork, profiles: Sequence[Profile], targets: Sequenc
     if targets and library.default_targets:  # TensorRT builds for the GPU at hand and has no such names
         config.num_compute_capabilities = len(targets)
         for index, compute in enumerate(targets):
-            member = f"{library.target_prefix}{compute.replace('.', '')}"
+            member = f"SM{compute.replace('.', '')}"
             require(config.set_compute_capability(trt.ComputeCapability.__members__[member], index))
     for profile in profiles:
         config.add_optimization_profile(_shapes(builder, parsed.network, profile))

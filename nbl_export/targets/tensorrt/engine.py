@@ -26,7 +26,7 @@ from nbl_export.mixers.base import Running
 from nbl_export.mixers.predicted import cut_of
 from nbl_export.targets.base import Availability, BuildSettings, DecoderFacts, ExportSettings, Target
 from nbl_export.targets.export.finish import check_bounds
-from nbl_export.targets.gpu import CUDA, Gpu, find_gpu, outdated, unpackaged
+from nbl_export.targets.gpu import CUDA, LEAST_COMPUTE, Gpu, find_gpu, outdated, unpackaged
 from nbl_export.targets.runners import MixedDecoder
 from nbl_export.targets.tensorrt.kernels import trust_folder
 from nbl_export.targets.tensorrt.library import LIBRARIES, Library, load_library
@@ -51,7 +51,7 @@ class TensorRtEngine(Target):
         try:
             trt = load_library(library)
             where = "without a GPU"
-            if not library.builds_without_gpu:
+            if not library.jit:
                 gpu = _usable_gpu(library, trt.__version__)
                 where = f"for the {gpu.name}"
             _build_known_answer(trt)
@@ -98,7 +98,7 @@ class TensorRtEngine(Target):
         return build_engine(self.library, source, out, settings).to_json()
 
     def _advice(self) -> str:
-        return "" if self.library.builds_without_gpu else f"; --engine {self.library.other} builds without a GPU"
+        return "" if self.library.jit else f"; --engine {self.library.other} builds without a GPU"
 
     def owns(self, path: Path) -> bool:
         """Whether the directory holds an engine that this library compiled."""
@@ -186,7 +186,7 @@ def _usable_gpu(library: Library, version: str) -> Gpu:
     if isinstance(gpu, str):
         raise NblError(gpu)
     if not library.runs_on(gpu.compute):
-        known = ", ".join(library.computes) or f"{library.least_compute} and later"
+        known = ", ".join(library.computes) or f"{LEAST_COMPUTE} and later"
         raise NblError(
             f"{title} does not run on the {gpu.name}: its compute capability is {gpu.compute}, {title} is for {known}; "
             f"use --engine {library.other}"

@@ -42,14 +42,11 @@ class Library:
         module: name to import.
         package: name for pip, of the newest CUDA.
         origin: where the library comes from, if not from PyPI.
-        runtime_graphs: whether the library captures CUDA graphs by itself.
-        jit: whether the library compiles kernels when an engine loads. If so, a cache of kernels can be kept, and the
-            builder proves that a step can be captured.
-        computes: compute capabilities that the library runs on; empty means `least_compute` and later.
+        jit: whether the library compiles kernels when an engine loads. If so, it builds without a GPU, a cache of
+            kernels can be kept, it captures CUDA graphs by itself, and its builder proves that a step can be captured.
+        computes: compute capabilities that the library runs on; empty means `gpu.LEAST_COMPUTE` and later.
         default_targets: compute capabilities of a plan by default; empty means the GPU at hand.
         other: the engine to try instead.
-        target_prefix: begins the library's names of compute capabilities.
-        weak_computes: compute capabilities without bf16 and int4.
         fused: what has fused attention kernels; None if only the library's builder can tell.
         jetson: the package for pip on a Jetson, if it is another.
     """
@@ -58,15 +55,10 @@ class Library:
     module: str
     package: str
     origin: str
-    builds_without_gpu: bool
-    runtime_graphs: bool
     jit: bool
     computes: tuple[str, ...]
-    least_compute: str
     default_targets: tuple[str, ...]
     other: str
-    target_prefix: str = "SM"
-    weak_computes: tuple[str, ...] = ("7.5",)
     fused: FusedAttention | None = None
     jetson: str = ""
 
@@ -88,7 +80,7 @@ class Library:
 
     def runs_on(self, compute: str) -> bool:
         """Whether the library has kernels for a compute capability."""
-        return has_kernels(compute, self.computes, self.least_compute)
+        return has_kernels(compute, self.computes)
 
 
 _SYSTEM = Path("/usr/lib")  # JetPack and Debian packages put Python modules below it, where no environment looks
@@ -109,11 +101,8 @@ LIBRARIES = {
         module="tensorrt",
         package="tensorrt",
         origin=" (its libraries come from NVIDIA's own package index)",
-        builds_without_gpu=False,
-        runtime_graphs=False,
         jit=False,
         computes=(),
-        least_compute="7.5",
         default_targets=(),
         other="trt-rtx",
         jetson=JETSON_TENSORRT,
@@ -123,11 +112,8 @@ LIBRARIES = {
         module="tensorrt_rtx",
         package="tensorrt-rtx",
         origin="",
-        builds_without_gpu=True,
-        runtime_graphs=True,
         jit=True,
         computes=("7.5", "8.0", "8.6", "8.9", "12.0", "12.1"),
-        least_compute="7.5",
         default_targets=("8.0", "8.6", "8.9", "12.0", "12.1"),
         other="trt",
         # found by building with version 1.7.1

@@ -142,7 +142,7 @@ class TrtSession:
             self._runtime, self._engine = _deserialize(library, directory, record, trt, self._messages)
             self._contexts = _open_contexts(library, trt, self._messages, self._engine, device, kernels)
             self._allocate()
-        self._step = DecodeStep(device, by_library=library.runtime_graphs)
+        self._step = DecodeStep(device, by_library=library.jit)
 
     # -- set up ----------------------------------------------------------------------------------------
 
