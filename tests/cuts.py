@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import DynamicCache
 
 from nbl_export.mixers.predicted import Predicted
 
 from .tiny import EPSILON, HIDDEN, LAYERS, VOCAB
 
-__all__ = ["CLOSE", "apart", "chunks_of", "predicted_maps", "torch_logits"]
+__all__ = ["CLOSE", "apart", "by_hand", "chunks_of", "predicted", "predicted_maps", "torch_logits"]
 
 CLOSE = 1e-5
 
@@ -39,46 +40,61 @@ def chunks_of(lengths: Sequence[int], seed: int = 0) -> list[np.ndarray]:
     return [rng.integers(2, VOCAB, (1, length)) for length in lengths]
 
 
-def torch_logits(model: Any, maps: dict[int, Predicted], chunks: Sequence[np.ndarray]) -> list[np.ndarray]:
+def torch_logits(model: Any, maps: Mapping[int, Predicted], chunks: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Logits [T, V] of each chunk of one sequence, NaN for tokens that do not climb."""
-    from transformers import DynamicCache
-
-    (cut, near), cache = {(mixer.cut, mixer.near) for mixer in maps.values()}.pop(), DynamicCache()
-
-    def run(ids: torch.Tensor) -> Any:
-        return model(ids, past_key_values=cache, use_cache=True, output_hidden_states=True)
-
-    found = []
+    cache, found = DynamicCache(), []
     for chunk in chunks:
-        ids = torch.from_numpy(chunk)
-        logits = torch.full((ids.shape[1], VOCAB), torch.nan)
         with torch.inference_mode():
-            if ids.shape[1] <= near + 1:
-                logits[:] = run(ids).logits[0]
-            else:
-                place = cache.get_seq_length()
-                first, far = run(ids[:, :1]), run(ids[:, 1:-near])
-                stream = torch.cat([first.hidden_states[cut], far.hidden_states[cut]], 1)[0]
-                for layer, mixer in maps.items():
-                    _predict(model, cache.layers[layer], mixer, stream, place + 1)
-                logits[0], logits[-near:] = first.logits[0, 0], run(ids[:, -near:]).logits[0]
-        found.append(logits.numpy())
+            logits, cache = by_hand(model, maps, cache, torch.from_numpy(chunk))
+        found.append(logits[0].numpy())
     return found
 
 
-def _predict(model: Any, held: Any, mixer: Predicted, stream_TD: torch.Tensor, place: int) -> None:
-    """Put keys and values of the rows but the first into the end of a layer's cache, from position `place` on."""
-    x = stream_TD / (stream_TD.square().mean(-1, keepdim=True) + mixer.epsilon).sqrt()
-    features = torch.cat([x[1:], x[:-1]], 1) if mixer.before else x[1:]
-    made = features @ torch.from_numpy(mixer.weight).T + torch.from_numpy(mixer.bias)
-    keys, values = (half.view(len(half), held.keys.shape[1], -1).transpose(0, 1) for half in made.chunk(2, 1))
-    cos, sin = model.model.rotary_emb(made, torch.arange(place, place + len(made))[None])
-    width = cos.shape[-1]
-    turning = keys[..., :width]
-    turned = torch.cat([-turning[..., width // 2 :], turning[..., : width // 2]], -1)
-    held.keys[0, :, place:, :width] = turning * cos[0] + turned * sin[0]
-    held.keys[0, :, place:, width:] = keys[..., width:]
-    held.values[0, :, place:] = values
+def by_hand(
+    model: Any, maps: Mapping[int, Predicted], cache: DynamicCache, text: torch.Tensor
+) -> tuple[torch.Tensor, DynamicCache]:
+    """Logits [B, T, V] of a step, NaN for rows that do not climb, and the cache behind it, by the original alone."""
+    (cut, near), tokens = {(mixer.cut, mixer.near) for mixer in maps.values()}.pop(), text.shape[1]
+    if tokens <= near + 1:
+        return model(text, cache=cache).logits, cache
+    past, first, kept = cache.get_seq_length(), _copied(cache), DynamicCache()
+    whole = model(text, cache=_copied(cache), output_hidden_states=True)
+    logits = torch.full_like(whole.logits, torch.nan)
+    logits[:, :1] = model(text[:, :1], cache=first).logits
+    tables = model.model.rotary_emb(text.float(), torch.arange(past + 1, past + tokens - near)[None])
+    for layer, held in enumerate(whole.cache.layers):
+        keys, values = held.keys[:, :, :-near], held.values[:, :, :-near]
+        if layer in maps:
+            far = predicted(maps[layer], whole.hidden_states[cut])[:, 1:-near].unflatten(2, (-1, keys.shape[-1]))
+            far_keys, far_values = far.transpose(1, 2).chunk(2, 1)
+            keys = torch.cat([first.layers[layer].keys, _turned(far_keys, *tables)], 2)
+            values = torch.cat([first.layers[layer].values, far_values], 2)
+        kept.update(keys, values, layer)
+    logits[:, -near:] = model(text[:, -near:], cache=kept).logits
+    return logits, kept
+
+
+def predicted(mixer: Predicted, x_BTD: torch.Tensor) -> torch.Tensor:
+    """Keys and values [B, T, 2 K] by the map's numbers."""
+    x = x_BTD / (x_BTD.square().mean(2, keepdim=True) + mixer.epsilon).sqrt()
+    if mixer.before:
+        x = torch.cat([x, x.roll(1, 1)], 2)
+    return x @ torch.from_numpy(mixer.weight).T + torch.from_numpy(mixer.bias)
+
+
+def _turned(keys_BHTS: torch.Tensor, cos_1TR: torch.Tensor, sin_1TR: torch.Tensor) -> torch.Tensor:
+    """Keys of which the first R numbers are rotated."""
+    width = cos_1TR.shape[-1]
+    turning = keys_BHTS[..., :width]
+    across = torch.cat([-turning[..., width // 2 :], turning[..., : width // 2]], -1)
+    return torch.cat([turning * cos_1TR[:, None] + across * sin_1TR[:, None], keys_BHTS[..., width:]], -1)
+
+
+def _copied(cache: DynamicCache) -> DynamicCache:
+    made = DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        made.update(layer.keys, layer.values, index)
+    return made
 
 
 def apart(found: np.ndarray, right: np.ndarray) -> float:

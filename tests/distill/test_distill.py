@@ -235,7 +235,7 @@ def test_killed_runs_end_with_the_same_maps(
             np.testing.assert_array_equal(again.maps[i].bias, best.bias)
 
 
-def test_a_resumed_run_retreats_to_the_best_parameters(tmp_path: Path) -> None:
+def test_a_resumed_run_retreats_to_the_best_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not to the parameters at the kill."""
 
     def training(value: float) -> _Training:
@@ -244,9 +244,12 @@ def test_a_resumed_run_retreats_to_the_best_parameters(tmp_path: Path) -> None:
         pair: Any = SimpleNamespace(trained=trained, units={}, maps=lambda: maps)
         return _Training(pair, DistillSettings(steps=100), [])
 
-    first = training(1.0)  # kept at its best
+    first = training(0.5)
     first.result.held_kl, first.result.train_kl, first.step, first.slowed = [(0, 0.1)], [9.0] * 10, 10, 0.25
+    monkeypatch.setattr(first, "_held_kl", lambda: 0.05)
     with torch.no_grad():
+        first.pair.trained["0.linear.bias"].fill_(1.0)
+        first.judge()  # the best
         first.pair.trained["0.linear.bias"].fill_(2.0)  # where steps led since
     first.save(State(tmp_path / "state", "key"))
     again = training(0.0)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nbl_export.errors import NblError
-from nbl_export.evaluation.measure import Metric, Outcome
+from nbl_export.evaluation.measure import Metric, Outcome, run_windows
 from nbl_export.evaluation.results import entry, summarize
 from nbl_export.evaluation.scorer import Request, TokenScores
 from nbl_export.records.quality import grows_with_length
@@ -76,6 +76,15 @@ def test_each_part_has_the_loss_of_its_positions() -> None:
 def test_a_window_of_another_length_ends_with_a_shorter_part() -> None:
     found, _ = measured("position", limit=1, window=300)
     assert found.metrics["loss 300"].value == (256 + 299) / 2
+
+
+def test_behind_a_prompt_its_tokens_are_not_scored() -> None:
+    spy, text = Spy(), Text("a", "0", ("abcdefgh" * WINDOW,))
+    found = run_length("position", text, spy, WINDOW, 1, lambda *_: None, behind_prompt=True)
+    assert found.metrics["loss 1024"].value == (512 + 1023) / 2 and len(found.metrics) == 2
+    assert len(spy.requests[0].context) == 512
+    whole = run_windows([list(range(64))], spy, lambda *_: None, prompt=32)
+    assert whole.metrics["token_perplexity"].value == pytest.approx(np.exp((32 + 63) / 2))
 
 
 def test_a_key_is_in_the_first_half_and_only_its_digits_are_scored() -> None:

@@ -361,13 +361,14 @@ def test_energy_is_that_of_each_run_and_absent_without_a_meter(tmp_path: Path) -
     def meter(tape: Tape) -> Meter:
         return Meter({"package 0": (lambda: 5 * tape.now, 0)})  # 5 microjoules a nanosecond
 
-    result, _, _ = run_fake(tmp_path, [Scenario("pp", 64, 0), Scenario("tg", 16, 0)], 2, meter=meter)
+    scenarios = [Scenario("pp", 64, 0), Scenario("tg", 16, 0), Scenario("tg", 8, 0, 2)]
+    result, _, _ = run_fake(tmp_path, scenarios, 2, meter=meter)
     energy = {(t["test"], t["variant"]): t["energy_uj"] for t in result["timings"]}
     assert energy["pp64", "original"] == [5 * (64 * 20 + PICK_NS)] * 2
     assert energy["tg16", "nbl"] == [5 * 16 * 10] * 2
     assert result["energy_sources"] == ["package 0"]
     rows = {(r["test"], r["variant"]): r["joules_per_token"] for r in figures(result)["rows"]}
-    assert rows["tg16", "nbl"] == pytest.approx(5 * 10 / 1e6)
+    assert rows["tg16", "nbl"] == 2 * rows["tg8", "nbl"] == pytest.approx(5 * 10 / 1e6)  # tg8: two sequences in a step
 
 
 def test_a_depth_is_filled_once_and_every_run_rewinds_to_it(tmp_path: Path) -> None:
@@ -412,7 +413,7 @@ def test_nothing_that_fits_is_an_error_before_anything_is_loaded() -> None:
 
 
 def test_what_is_recorded(tmp_path: Path) -> None:
-    result, _, _ = run_fake(tmp_path, plan_scenarios((32,), 8, (0, 600)), repetitions=2)
+    result, _, _ = run_fake(tmp_path, plan_scenarios((16, 32), 8, (0, 600)), repetitions=2)
     assert result["variants"]["nbl"] == {
         "peak_memory_bytes": 32,  # the largest prompt
         "steady_memory_bytes": 632,
@@ -427,7 +428,7 @@ def test_what_is_recorded(tmp_path: Path) -> None:
     assert facts == [[None], [1], "ort", "cpu", 2, "original"]
     common = {"test", "kind", "tokens", "depth", "batch", "threads", "variant", "samples_ns", "loads"}
     assert result["timings"][0].keys() == common | {"first_token_ns", "ttft_ns"}
-    assert result["timings"][2].keys() == common | {"token_ns", "tpot_ns"}
+    assert result["timings"][4].keys() == common | {"token_ns", "tpot_ns"}
 
 
 def test_the_gpus_time_of_each_run_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

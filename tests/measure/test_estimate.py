@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nbl_export.calibrate.cuts import CutShape
 from nbl_export.measure.cost import CostModel
 from nbl_export.measure.estimate import Job, Needs
 from nbl_export.measure.machine_speed import product_flops_per_second
@@ -114,6 +116,16 @@ def test_a_model_needs_memory_for_one_layer_at_a_time() -> None:
     stages = by_stage(job(LLAMA_8B, memory=9 * GIB, precision="int4"))
     assert max(needs.memory_bytes for stage, needs in stages.items() if stage != "decoder") < 8 * GIB
     assert by_stage(job(SMOLLM2, fit="distilled"))["distill"].memory_bytes == 4 * SMOLLM2.parameters
+
+
+@pytest.mark.parametrize("cut", ["20", "auto"])
+def test_sums_of_cuts_are_in_memory_beside_the_model(cut: str) -> None:
+    estimated = job(SMOLLM2, cut=cut)
+    needs = by_stage(estimated)["calibrate"]
+    shape = CutShape(estimated.cuts, 30, 576, 3 * 64, 1e-5)
+    sums = sum(8 * math.prod(size) for size in shape.tensors().values())
+    for held in (needs.memory_bytes, needs.disk_bytes):  # the disk also holds a checkpoint made of the GGUF file
+        assert held - 4 * SMOLLM2.parameters == pytest.approx(sums, rel=0.1)
 
 
 def test_an_export_out_of_mapped_files_needs_no_memory_for_them() -> None:

@@ -78,3 +78,4 @@ def test_what_to_do_next() -> None:
     assert steps["try"].startswith("nbl-export generate 'my runs' ")
     assert "--fit distilled" not in dict(next_steps(report(fit="distilled"), Path("r")))["better"]
     assert "better" not in dict(next_steps(report(quality_loss=[]), Path("r")))
+    assert dict(next_steps(report(cut={"layer": 3, "near": 4}), Path("r")))["better"] == "cut higher (--cut 4)"

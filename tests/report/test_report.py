@@ -21,6 +21,7 @@ from nbl_export.report.document import Paragraph, html
 from nbl_export.report.document import markdown as in_markdown
 from nbl_export.report.document import written as blocks_in_markdown
 from nbl_export.report.page import document, render, summarize
+from nbl_export.report.quality import spoken_curve
 from nbl_export.report.speed import speed as speed_section
 from nbl_export.report.table import Column, Table, facts
 from nbl_export.trust.terminal import Console
@@ -633,3 +634,16 @@ def test_what_is_drawn_is_what_was_measured(written: Written, monkeypatch: pytes
     assert whiskers(plots.throughput(rows, []), 0) == pytest.approx(np.array(ends))
     points = [{**point, "increases": [0.1, 0.02, 0.05]} for point in CURVE["points"]]
     assert plots.curve(points, 3).axes[0].lines[0].get_ydata() == pytest.approx([1.1] * 4)  # type: ignore[attr-defined]
+    assert spoken_curve({"points": points}).count("+10.0%") == 4
+
+
+def test_commands_of_a_cut_are_for_lower_ones() -> None:
+    points = [{**point, "near": 4} for point in CURVE["points"]]
+    goal = {"max_perplexity_increase": "40%", "default": False, "path": []}
+    cut = {
+        "cut": {"layer": 3, "near": 4},
+        "replaced_layers": [3, 4, 5],
+        "goal": goal,
+        "curve": {**CURVE, "points": points},
+    }
+    assert re.findall(r"plan . --cut (\d) --near 4", Written(changed(MANIFEST, **cut)).markdown) == ["2", "1"]

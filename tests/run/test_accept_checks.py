@@ -102,6 +102,7 @@ def test_values_come_back_as_they_were(values: Path, tmp_path: Path) -> None:
     assert [len(row) for row in found.rows] == [56, 41, SLOTS]
     shapes = {found.logits(subject, k)[0].shape for subject in ("original", "nbl") for k in range(3)}
     assert shapes == {(POSITIONS, 144)}
+    assert not found.logits("nbl", 0)[1].argmax(1).any()  # the likeliest token comes first
     save(found, tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == values.read_bytes()
     assert values.stat().st_size < 200_000

@@ -21,6 +21,7 @@ from nbl_export.records.plan import Plan
 from nbl_export.rewrite import rewrite
 from nbl_export.targets.checks import held_names, judge_maps
 from nbl_export.targets.onnx_files import check_file, check_untouched, held_maps
+from nbl_export.verify import exporter
 from nbl_export.verify import verifier as verifying
 from nbl_export.verify.ladder import (
     DECODE_STEPS,
@@ -101,13 +102,20 @@ def test_difference_below_the_limit_passes() -> None:
 
 
 @pytest.mark.parametrize("row", [0, 1])
-def test_nan_fails_and_is_recorded_as_none(row: int) -> None:
+def test_nan_fails_and_is_recorded_as_none(row: int, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, rows = table()
     shown = [e.copy() for e in expected]
     shown[row][4, 4] = np.nan
     limit = TOLERANCES["fp32"].limit
     results = check_logits("nbl", "nbl", FakeDecoder(shown), probe(rows), Reference(tuple(expected), None), limit)
     assert [(r.passed, r.value is None) for r in results] == [(False, True), (True, False)] * 2
+    monkeypatch.setattr(exporter, "row_logits", lambda _model, given, _positions: shown[given[0]])
+    (result,) = exporter.check_logits(None, "fp32", probe(rows), Reference(tuple(expected), None))
+    assert (result.passed, result.value) == (False, None)
+    margins = [(0.1,), (0.1,)]
+    margins[row] = (np.nan,)
+    text = check_greedy("nbl", [[1], [2]], [(2,), (1,)], margins, TOLERANCES["fp16"])
+    assert (text.passed, text.value) == (False, None)
 
 
 def test_positions_that_neither_side_computes_are_left_out() -> None:
