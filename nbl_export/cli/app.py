@@ -223,8 +223,8 @@ def explain(error: Exception) -> NoReturn:
 
 
 def fail(message: str, status: int) -> NoReturn:
-    said = " ".join(message.partition("Exception raised from ")[0].split())  # torch's C++ stack follows
+    said = visible(" ".join(message.partition("Exception raised from ")[0].split()))  # torch's C++ stack follows
     if len(said) > _LONGEST:  # for example a very long file name; the beginning and the advice at the end stay
         said = f"{said[: _LONGEST // 2]} ... {said[-_LONGEST // 2 :]}"
-    sys.stderr.write(f"nbl-export: {visible(said)}\n")
+    sys.stderr.write(f"nbl-export: {said}\n")
     sys.exit(status)

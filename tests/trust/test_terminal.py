@@ -198,6 +198,9 @@ def test_an_error_does_not_command_the_terminal(capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit):
         explain(NblError(f"layer {EVIL} is not understood"))
     assert capsys.readouterr().err == f"nbl-export: layer {SHOWN.replace(chr(92) + 'x0d', ' ')} is not understood\n"
+    with pytest.raises(SystemExit):
+        explain(NblError("\0" * 900))  # each is written as four characters
+    assert len(capsys.readouterr().err) < 1100
 
 
 def test_a_log_does_not_command_the_terminal() -> None:
