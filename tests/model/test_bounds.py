@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 import resource
 import shutil
 import struct
@@ -134,7 +135,7 @@ def test_a_checkpoint_without_weights_takes_no_memory(scalar: Path, kind: str) -
         return
     assert "states 64 layers, and its weights have 0" in refused(scalar, kind)
     changed(scalar, "config.json", num_hidden_layers=0)
-    assert refused(scalar, kind)
+    assert "lacks the weights lm_head.weight and 2 more" in refused(scalar, kind)
 
 
 @pytest.mark.parametrize("name", ["vocab_size", "intermediate_size", "head_dim", "num_attention_heads"])
@@ -144,12 +145,13 @@ def test_a_size_beyond_the_files_takes_no_memory(
 ) -> None:
     model = Path(shutil.copytree(checkpoint("llama"), tmp_path / "model"))
     changed(model, "config.json", **{name: number})
+    reasons = "weights do not have the shapes that config.json states|[Oo]verflow|is not a multiple of"
     for asked in (lambda: read_spec(resolve(str(model))), lambda: load_model(model), lambda: check_bounds(model)):
-        with pytest.raises(NblError) as refusal:
+        with pytest.raises(NblError, match=reasons) as refusal:
             asked()
         assert "\n" not in str(refusal.value)
-    if number == 1 << 24 and name == "vocab_size":
-        assert refused(model, "load")
+    if number == 1 << 24 and name != "num_attention_heads":  # transformers refuses heads by themselves
+        assert re.search(reasons, refused(model, "load"))
 
 
 @pytest.mark.parametrize("count", [1 << 40, 1025, 4])
