@@ -16,88 +16,142 @@ from nbl_export.files import write_json
 from nbl_export.targets.tensorrt.record import EngineRecord
 
 from .canaries import Canaries, put_outside
-from .hostile import damage_bytes, damage_json, damage_onnx, damage_safetensors, damage_text
-from .hostile_folders import damage_genai, damage_links, damage_run, damage_settings, plant_links
+from .hostile import (
+    damage_bytes,
+    damage_gguf,
+    damage_json,
+    damage_onnx,
+    damage_safetensors,
+    damage_sizes,
+    damage_text,
+    damage_toml,
+    damage_xml,
+)
+from .hostile_folders import (
+    damage_engine,
+    damage_file,
+    damage_genai,
+    damage_links,
+    damage_run,
+    damage_settings,
+    enlarge,
+    plant_decoys,
+    plant_links,
+)
 from .tiny import save_gguf
 
-__all__ = ["KINDS", "SMALL", "Kind", "has", "make_pristine", "options", "victim"]
+__all__ = ["COMMANDS", "KINDS", "REFUSED", "Kind", "has", "make_pristine", "victim"]
 
-SMALL = ("--calibration-tokens", "64", "--context", "32")
-_FOLDERS = ("model", "graph", "run", "deploy", "gguf")  # where canaries are planted
-_NAMES = (*_FOLDERS, "ir", "engine", "maps.safetensors", "text.txt", "text.jsonl", "text.jsonl.gz",
-          "tiny.gguf")  # fmt: skip
+_FOLDERS = ("model", "graph", "run", "cut", "deploy", "gguf", "nbl", "codes")  # where canaries are planted
+_FILES = ("maps.safetensors", "predicted.safetensors", "text.txt", "text.jsonl", "text.jsonl.gz", "tiny.gguf",
+          "options.toml")  # fmt: skip
+_NAMES = (*_FOLDERS, "ir", "engine", *_FILES)
 
 
 @dataclass(frozen=True)
 class Kind:
     """One kind of hostile input.
 
-    file: what is damaged, in the victim's directory. command: with {here} for that directory; what it writes goes to
-    {here}/out. status: how the command ends if nothing is damaged. needs: packages without which it does not run.
+    count: inputs of the long run. file: what is damaged, in the victim's directory. commands: one of them reads it.
     """
 
     count: int
     file: str
-    damage: Callable[[Random, Path], None]
-    command: str
-    status: int = 0
+    damage: Callable[[Random, Path], object]
+    commands: tuple[str, ...]
     needs: tuple[str, ...] = ()
 
 
-GRAPH = "graph/model.onnx"
-REWRITE = "rewrite-graph {here}/graph --maps {here}/maps.safetensors --output {here}/out"
-CALIBRATE = "calibrate --model {here}/model --calibration {here}/text.txt --output {here}/out"
-GENERATE = "generate {here}/deploy Hi --max-new-tokens 2"
-BENCH = "--depth 0 --repetitions 1 --prompt-tokens 8 --generate-tokens 2"
+# In a command, {here} is the victim's directory; what it writes goes to {here}/out or to the run that it names.
+_SMALL = " --calibration-tokens 64 --context 32"
+_TINY = f" --calibration {{here}}/text.txt --output {{here}}/out{_SMALL} --config "
+_CALIBRATE = f"calibrate --calibration {{here}}/text.txt --output {{here}}/out{_SMALL} --model {{here}}/"
+_REWRITE = "rewrite-graph {here}/graph --output {here}/out --maps {here}/"
+_BENCH = " --depth 0 --repetitions 1 --prompt-tokens 8 --generate-tokens 2"
+_JOB = f"--model {{here}}/model{_TINY}{Path(__file__).parent / 'tiny.toml'}"
+_GIVEN = f"--model {{here}}/nbl{_TINY}{Path(__file__).parent / 'bare.toml'}"
+_OWN = f"--model {{here}}/model{_TINY}{{here}}/options.toml"
+_GENERATE = "generate {here}/%s Hi --max-new-tokens 2"
+MODEL = (_CALIBRATE + "model", _CALIBRATE + "model", "estimate {here}/model", _JOB)
+SIZES = (_JOB, _JOB, "estimate {here}/model/config.json", _CALIBRATE + "model")
+GGUF = (_CALIBRATE + "tiny.gguf", "estimate {here}/tiny.gguf")
+NBL = ("estimate {here}/nbl", _GIVEN)
+GRAPH = (_REWRITE + "maps.safetensors", "inspect {here}/graph/model.onnx --json", "inspect {here}/graph")
+DEPLOY = (_GENERATE % "deploy", "bench {here}/deploy" + _BENCH)
+CODES = (f"{_JOB} --precision int4 --builder-option accuracy_level=1 --quantized-model {{here}}/codes",)
+IR, ENGINE = (_GENERATE % "ir",), (_GENERATE % "engine", _GENERATE % "engine" + " --trust-engine")
+READ = ("inspect {here}/run", "report {here}/run", _GENERATE % "run", "card {here}/run", "accept {here}/run")
+RUN = (
+    *READ, "plan {here}/run --layers 2", "rewrite {here}/run", "verify {here}/run", "build {here}/run",
+    "bench {here}/run" + _BENCH, "eval {here}/run --perplexity a={here}/text.txt --limit 1 --ppl-context 16",
+    "convert {here}/run --output {here}/out --to transformers", "convert {here}/run --output {here}/out --to edge-llm",
+    "convert {here}/run --output {here}/out --to ngram", "--config {here}/run/nbl.json --output {here}/out",
+)  # fmt: skip
+CUT = (
+    "plan {here}/cut --cut 2 --near 3", "rewrite {here}/cut", "verify {here}/cut", "report {here}/cut",
+    _GENERATE % "cut", "convert {here}/cut --output {here}/out --to transformers",
+)  # fmt: skip
+HUB = MODEL[0].replace("{here}/text.txt", "allenai/c4/en@train")
+# Also of whole folders: there is no GPU, and no hub.
+REFUSED = {**dict.fromkeys(ENGINE, 1), "accept {here}/run": 1, "build {here}/run": 1, HUB: 1}
+_OV = ("openvino",)
+_LINKS = {
+    "a checkpoint": ("model", MODEL[:3]), "a graph": ("graph", GRAPH), "a deployed folder": ("deploy", DEPLOY),
+    "a run": ("run", RUN), "a run with a cut": ("cut", CUT), "an NBL checkpoint": ("nbl", NBL),
+    "an IR": ("ir", IR), "an engine": ("engine", ENGINE[:1]), "the folder of a GGUF": ("gguf", (_CALIBRATE + "gguf",)),
+}  # fmt: skip
+_IN_FOLDERS = ((damage_links, "a link in", 40), (plant_links, "planted links in", 80), (enlarge, "1 GiB in", 20))
+
 KINDS: dict[str, Kind] = {
-    "graph, its bytes, inspected": Kind(600, GRAPH, damage_bytes, "inspect {here}/graph/model.onnx"),
-    "graph inspected": Kind(850, GRAPH, damage_onnx, "inspect {here}/graph/model.onnx --json"),
-    "graph rewritten": Kind(1200, GRAPH, damage_onnx, REWRITE),
-    "data of a graph": Kind(200, "graph/model.onnx.data", damage_bytes, REWRITE),
-    "maps": Kind(900, "maps.safetensors", damage_safetensors, REWRITE),
-    "nbl.json inspected": Kind(500, "run/nbl.json", damage_json, "inspect {here}/run"),
-    "nbl.json reported": Kind(300, "run/nbl.json", damage_json, "report {here}/run"),
-    "bench.json reported": Kind(200, "run/bench.json", damage_json, "report {here}/run"),
-    "verify.json reported": Kind(150, "run/verify.json", damage_json, "report {here}/run"),
-    "config.json": Kind(250, "model/config.json", damage_json, CALIBRATE),
-    "tokenizer.json": Kind(150, "model/tokenizer.json", damage_json, CALIBRATE),
-    "weights": Kind(150, "model/model.safetensors", damage_safetensors, CALIBRATE),
-    "GGUF": Kind(150, "tiny.gguf", damage_bytes, CALIBRATE.replace("/model ", "/tiny.gguf ")),
-    "text": Kind(60, "text.txt", damage_text, CALIBRATE),
-    "lines of JSON": Kind(40, "text.jsonl", damage_text, CALIBRATE.replace("text.txt", "text.jsonl")),
-    "archive": Kind(40, "text.jsonl.gz", damage_text, CALIBRATE.replace("text.txt", "text.jsonl.gz")),
-    "config.json that asks for code": Kind(300, "model/config.json", damage_settings, CALIBRATE),
-    "tokenizer_config.json": Kind(300, "model/tokenizer_config.json", damage_settings, CALIBRATE),
-    "generation_config.json": Kind(150, "model/generation_config.json", damage_settings, CALIBRATE),
-    "genai_config.json": Kind(600, "deploy/genai_config.json", damage_genai, GENERATE),
-    "genai_config.json benched": Kind(100, "deploy/genai_config.json", damage_genai, "bench {here}/deploy " + BENCH),
-    "tokenizer_config.json deployed": Kind(250, "deploy/tokenizer_config.json", damage_settings, GENERATE),
-    "links in a checkpoint": Kind(200, "model", damage_links, CALIBRATE),
-    "links in a graph": Kind(300, "graph", damage_links, REWRITE),
-    "links in a deployed folder": Kind(250, "deploy", damage_links, GENERATE),
-    "links in a run": Kind(60, "run", damage_links, "report {here}/run"),
-    "foreign run inspected": Kind(300, "run", damage_run, "inspect {here}/run"),
-    "foreign run generates": Kind(450, "run", damage_run, "generate {here}/run Hi --max-new-tokens 2"),
-    "foreign run benched": Kind(100, "run", damage_run, "bench {here}/run " + BENCH),
-    "foreign run reported": Kind(100, "run", damage_run, "report {here}/run"),
-    "planted links in a checkpoint": Kind(500, "model", plant_links, CALIBRATE),
-    "planted links in a graph": Kind(300, "graph", plant_links, REWRITE),
-    "planted links in a deployed folder": Kind(300, "deploy", plant_links, GENERATE),
-    "planted links in a run": Kind(300, "run", plant_links, "generate {here}/run Hi --max-new-tokens 2"),
-    "planted links beside a GGUF": Kind(300, "gguf", plant_links, CALIBRATE.replace("/model ", "/gguf ")),
-    "planted links in an IR": Kind(200, "ir", plant_links, GENERATE.replace("deploy", "ir"), needs=("openvino",)),
-    "planted links in an engine": Kind(200, "engine", plant_links, GENERATE.replace("deploy", "engine"), status=1),
-}
+    "graph": Kind(700, "graph/model.onnx", damage_onnx, GRAPH),
+    "graph, its bytes": Kind(200, "graph/model.onnx", damage_bytes, GRAPH[1:]),
+    "data of a graph": Kind(60, "graph/model.onnx.data", damage_bytes, GRAPH[:1]),
+    "maps": Kind(200, "maps.safetensors", damage_safetensors, GRAPH[:1]),
+    "maps of predicted keys": Kind(150, "predicted.safetensors", damage_safetensors,
+                                   (_REWRITE + "predicted.safetensors",)),
+    "1 GiB of maps": Kind(2, "maps.safetensors", enlarge, GRAPH[:1]),
+    "config.json": Kind(150, "model/config.json", damage_json, MODEL),
+    "config.json that asks for code": Kind(150, "model/config.json", damage_settings, MODEL[:3]),
+    "config.json with other sizes": Kind(120, "model/config.json", damage_sizes, SIZES),
+    "tokenizer.json": Kind(80, "model/tokenizer.json", damage_json, MODEL[:2]),
+    "tokenizer_config.json": Kind(150, "model/tokenizer_config.json", damage_settings, MODEL),
+    "generation_config.json": Kind(60, "model/generation_config.json", damage_settings, MODEL),
+    "weights": Kind(80, "model/model.safetensors", damage_safetensors, MODEL[:3]),
+    "GGUF": Kind(250, "tiny.gguf", damage_gguf, GGUF),
+    "NBL checkpoint": Kind(150, "nbl", damage_file, NBL),
+    "codes of a checkpoint": Kind(60, "codes", damage_file, CODES),
+    "text": Kind(40, "text.txt", damage_text, MODEL[:1]),
+    "lines of JSON": Kind(30, "text.jsonl", damage_text, (MODEL[0].replace("text.txt", "text.jsonl"),)),
+    "archive": Kind(30, "text.jsonl.gz", damage_text, (MODEL[0].replace("text.txt", "text.jsonl.gz"),)),
+    "1 GiB of text": Kind(2, "text.jsonl", enlarge, (MODEL[0].replace("text.txt", "text.jsonl"),)),
+    "configuration": Kind(150, "options.toml", damage_toml, (_OWN,)),
+    "1 GiB of a configuration": Kind(2, "options.toml", enlarge, (_OWN,)),
+    "genai_config.json": Kind(300, "deploy/genai_config.json", damage_genai, DEPLOY),
+    "tokenizer_config.json deployed": Kind(80, "deploy/tokenizer_config.json", damage_settings, DEPLOY[:1]),
+    "deployed folder": Kind(100, "deploy", damage_file, DEPLOY),
+    "graph of an IR": Kind(150, "ir/openvino_model.xml", damage_xml, IR, _OV),
+    "IR": Kind(50, "ir", damage_file, IR, _OV),
+    "record of an engine": Kind(100, "engine/engine.json", damage_engine, ENGINE),
+    "results of a run": Kind(100, "run/bench.json", damage_json, ("report {here}/run",)),
+    "checks of a run": Kind(60, "run/verify.json", damage_json, ("report {here}/run", "card {here}/run")),
+    "foreign run": Kind(450, "run", damage_run, RUN),
+    "foreign run with a cut": Kind(150, "cut", damage_run, CUT),
+    "sums of cuts": Kind(40, "cut/cuts.safetensors", damage_safetensors, CUT[:1]),
+    "working directory": Kind(4, "strange", plant_decoys, (
+        HUB, "doctor", f"calibrate --model {{here}}/model --output {{here}}/out{_SMALL}", "inspect {here}/graph",
+    )),
+    **{
+        f"{said} {place}": Kind(count, folder, damage, commands, _OV * (folder == "ir"))
+        for damage, said, count in _IN_FOLDERS
+        for place, (folder, commands) in _LINKS.items()
+    },
+}  # fmt: skip
+COMMANDS = {command: kind for kind in KINDS.values() for command in kind.commands}
 
 
 def has(package: str) -> bool:
     """Whether a package is installed."""
     return importlib.util.find_spec(package) is not None
-
-
-def options(command: list[str]) -> tuple[str, ...]:
-    """What a command takes beside, to be quick."""
-    return SMALL if command[0] == "calibrate" else ()
 
 
 def make_pristine(here: Path, folders: Mapping[str, Path], text: str) -> None:
@@ -106,7 +160,9 @@ def make_pristine(here: Path, folders: Mapping[str, Path], text: str) -> None:
         shutil.copytree(source, here / name)
     if "ir" in folders:
         shutil.copytree(folders["ir"], here / "ir" / "deeper")
-    shutil.copyfile(here / "run" / "maps.safetensors", here / "maps.safetensors")
+    for run, name in (("run", "maps"), ("cut", "predicted")):
+        shutil.copyfile(here / run / "maps.safetensors", here / f"{name}.safetensors")
+    shutil.copyfile(Path(__file__).parent / "tiny.toml", here / "options.toml")
     (here / "text.txt").write_text(text[:3000])
     lines = "".join(json.dumps({"text": part}) + "\n" for part in text[:4000].split("\n\n"))
     (here / "text.jsonl").write_text(lines)
@@ -126,23 +182,25 @@ def make_pristine(here: Path, folders: Mapping[str, Path], text: str) -> None:
     write_json(here / "engine" / "engine.json", record.to_json())
 
 
-def victim(pristine: Path, here: Path, kind: Kind, canaries: Canaries) -> Path:
+def victim(pristine: Path, here: Path, kind: Kind, command: str, canaries: Canaries) -> Path:
     """A copy of what the command reads, with canaries in it, and what of it is to be damaged."""
     shutil.rmtree(here, ignore_errors=True)
     put_outside(here / "outside")
-    (here / "strange").mkdir()
+    for name in ("strange", "home", "temporary"):
+        (here / name).mkdir()
     canaries.plant(here / "strange")
     for name in _NAMES:
-        if f"{{here}}/{name}" not in kind.command:
+        if f"{{here}}/{name}" not in command:
             continue
         if (pristine / name).is_dir():
             shutil.copytree(pristine / name, here / name)
         else:
             shutil.copyfile(pristine / name, here / name)
-    if not here.joinpath(kind.file).is_dir() or kind.damage is not damage_links:  # they are of the folder's own files
+    if kind.damage is not damage_links:  # they are of the folder's own files
         for folder in _FOLDERS:
             if (here / folder).is_dir():
                 canaries.plant(here / folder)
-        if (here / "run").is_dir():
-            canaries.plant(here / "run" / "model")
+        for run in ("run", "cut"):
+            if (here / run).is_dir():
+                canaries.plant(here / run / "model")
     return here / kind.file

@@ -2,6 +2,10 @@
 
     damage_bytes         any file: bits, cuts, slices and sizes
     damage_json          config.json, nbl.json, tokenizer.json
+    damage_sizes         config.json: numbers that somebody allocates by
+    damage_gguf          keys: arrays, texts and sizes that state more than there is; dimensions of a tensor
+    damage_xml           an IR: places of constants, entities, tags without an end
+    damage_toml          values of a configuration
     damage_safetensors   the header, or numbers that are none
     damage_onnx          nodes, shapes, names, types; external data that lies elsewhere
     damage_text          calibration text, compressed or not
@@ -15,6 +19,7 @@ import gzip
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +29,10 @@ from typing import Any
 import numpy as np
 import onnx
 
-__all__ = ["OUTSIDE", "damage_bytes", "damage_json", "damage_onnx", "damage_safetensors", "damage_text"]
+from nbl_export.options.options import OPTIONS
+
+__all__ = ["OUTSIDE", "damage_bytes", "damage_gguf", "damage_json", "damage_onnx", "damage_safetensors",
+           "damage_sizes", "damage_text", "damage_toml", "damage_xml"]  # fmt: skip
 
 OUTSIDE = "../outside/secret"
 _SIZES = (0, 1, 255, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1)
@@ -125,6 +133,130 @@ def _nested(depth: int) -> Any:
     for _ in range(depth):
         value = [value]
     return value
+
+
+_SIZED = ("max_position_embeddings", "max_position_embeddings", "vocab_size", "hidden_size", "intermediate_size",
+          "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window",
+          "layer_types", "eos_token_id", "rope_parameters")  # fmt: skip
+
+
+def damage_sizes(random: Random, path: Path) -> None:
+    """One or two sizes far above, or a little beside, what the weights have."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for name in random.sample(_SIZED, random.choice((1, 1, 2))):
+        number = random.choice((20_000_000, 2 ** random.randint(10, 34), random.randint(1, 5000)))
+        was = config.get(name)
+        if isinstance(was, dict):
+            was["factor"], was["original_max_position_embeddings"] = float(number), number
+        else:
+            config[name] = [was] * min(number, 10**6) if name == "layer_types" else number
+    path.write_text(json.dumps(config), encoding="utf-8")
+
+
+# -- GGUF ------------------------------------------------------------------------------------------------------
+
+_NUMBERS, _WORD, _ARRAY = (0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), 8, 9
+_KEYS = ("general.tags", "general.name", "general.base_model.0.repo_url", "tokenizer.ggml.tokens",
+         "tokenizer.ggml.scores", "tokenizer.chat_template", "llama.context_length", "llama.block_count",
+         "llama.embedding_length", "llama.vocab_size", "llama.attention.head_count", "x")  # fmt: skip
+
+
+def damage_gguf(random: Random, path: Path) -> None:
+    """A key before all others, the number of a tensor's dimensions, or the bytes."""
+    data, kind = bytearray(path.read_bytes()), random.random()
+    if kind < 0.2:
+        damage_bytes(random, path)
+        return
+    if kind < 0.35:
+        names = [b"blk.0.attn_q.weight", b"token_embd.weight", b"output_norm.weight", b"blk.1.ffn_up.weight"]
+        name = random.choice(names)
+        at = data.rindex(name) + len(name)
+        data[at : at + 4] = struct.pack("<I", random.choice((0, 1, 3, 4, 5, 2**31)))
+    else:
+        count = struct.unpack_from("<Q", data, 16)[0]
+        data[16:24] = struct.pack("<Q", count + 1)
+        data[24:24] = _key(random)
+    path.write_bytes(data)
+
+
+def _key(random: Random) -> bytes:
+    """A key of a GGUF file with a value of its own size, or far less of it than it states."""
+    name = random.choice(_KEYS).encode()
+    return struct.pack("<Q", len(name)) + name + _typed(random, random.choice((_ARRAY, _ARRAY, _WORD, 4, 10)))
+
+
+def _typed(random: Random, kind: int, depth: int = 0) -> bytes:
+    if kind == _ARRAY:
+        of = random.choice((*_NUMBERS, _WORD, _WORD, _ARRAY, _ARRAY, 99)) if depth < 3 else 5
+        count = random.choice((*_SIZES, 2**24, 2**62))
+        held = b"" if of == 99 else _typed(random, of, depth + 1) * random.choice((0, 1, min(count, 1000)))
+        return struct.pack("<IIQ", _ARRAY, of, count)[0 if depth == 0 else 4 :] + held
+    stated = b"" if depth else struct.pack("<I", kind)
+    if kind == _WORD:
+        return stated + struct.pack("<Q", random.choice(_SIZES)) + random.randbytes(random.choice((0, 8, 4096)))
+    size = random.choice(_SIZES) if kind == 10 else random.choice((0, 20_000_000, 2**31, 2**32 - 1))
+    return stated + struct.pack("<Q", size)[: {0: 1, 1: 1, 2: 2, 3: 2, 7: 1, 10: 8, 11: 8, 12: 8}.get(kind, 4)]
+
+
+# -- an IR, and a configuration --------------------------------------------------------------------------------
+
+
+def damage_xml(random: Random, path: Path) -> None:
+    """Places of constants, shapes and names; entities that multiply; tags and attributes that do not end."""
+    text = path.read_text(encoding="utf-8")
+    kind = random.randrange(7)
+    many = 2 ** random.randint(4, 17)
+    if kind == 0:
+        damage_bytes(random, path)
+        return
+    if kind == 1:
+        text = text.replace("<layers>", f"<layers><layer {random.choice(_ENDLESS) * many}", 1)
+    elif kind == 2:
+        text += random.choice((*_ENDLESS, "<!--", "<![CDATA[", "<net>")) * many
+    elif kind == 3:
+        names = [f'<!ENTITY a{i + 1} "{f"&a{i};" * 10}">' for i in range(12)]
+        head, rest = text.split("?>", 1)
+        text = f'{head}?><!DOCTYPE net [<!ENTITY a0 "aaaaaaaaaa">{"".join(names)}]>' + rest.replace(
+            "opset1", "&a12;", 1
+        )
+    elif kind == 4:
+        text = text.replace("<layer ", "<layer>" * many + "<layer ", 1)
+    else:
+        place = random.choice(list(_PLACES.finditer(text)))
+        value = random.choice((*map(str, _SIZES), "-1", "", "x", "9" * 5000, "1,2", "?", OUTSIDE))
+        text = text[: place.start(1)] + value + text[place.end(1) :]
+    path.write_text(text, encoding="utf-8")
+
+
+_PLACES = re.compile(r'(?:offset|size|shape|element_type|version|from-layer|to-port)="([^"]*)"')
+_ENDLESS = ('offset="1" ', 'offset="1" size=', "<", '"', "<a>", "<a b='", "&lt;", 'offset="' + "1" * 200)
+
+
+def damage_toml(random: Random, path: Path) -> None:
+    """Other values of options, more options, tables that nest; or the bytes. No text or model of this machine."""
+    if random.random() < 0.15:
+        damage_bytes(random, path)
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    names = [name for name, said in OPTIONS.items() if "path" not in said.python]
+    for _ in range(random.randint(1, 3)):
+        name = random.choice(names).replace("_", random.choice("_-"))
+        numbers = ("0", "-1", "1e308", "nan", "2_000_000_000", str(2**63), "1.5", "true", '"8"', '"0-2000000000"')
+        others = (
+            '""',
+            "[]",
+            "[[]]",
+            "{}",
+            '"\\u001b[31m"',
+            '"' + "x" * 5000 + '"',
+            "1979-05-27",
+            "[" * 3000,
+            '"1e99%"',
+        )
+        lines.append(f"{name} = {random.choice((*numbers, *others))}")
+    if random.random() < 0.3:
+        lines = [line for line in lines if random.random() < 0.7]
+    path.write_text("\n".join(lines), encoding="utf-8")
 
 
 # -- safetensors -----------------------------------------------------------------------------------------------

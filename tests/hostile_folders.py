@@ -4,7 +4,11 @@ damage_genai         genai_config.json: libraries, files elsewhere, profiles
 damage_settings      config.json, tokenizer_config.json, generation_config.json: code that lies beside them
 damage_links         a file of the folder becomes a link, a pipe or a device
 plant_links          more entries that are links, under names that libraries read, hidden or deep
-damage_run           a file of a run directory, and its recorded hash with it
+damage_run           a file of a run directory, and its recorded hash with it; later stages may be missing
+damage_file          a file of a folder, by the damage of its kind
+damage_engine        the record of an engine
+enlarge              a file of a GiB that takes no disk
+plant_decoys         what a command's own names could be taken for, in the working directory
 """
 
 from __future__ import annotations
@@ -12,13 +16,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from .hostile import damage_bytes, damage_json, damage_onnx, damage_safetensors
+from .hostile import damage_bytes, damage_json, damage_onnx, damage_safetensors, damage_xml
 
-__all__ = ["damage_genai", "damage_links", "damage_run", "damage_settings", "plant_links", "rehash"]
+__all__ = ["damage_engine", "damage_file", "damage_genai", "damage_links", "damage_run", "damage_settings", "enlarge",
+           "plant_decoys", "plant_links", "rehash"]  # fmt: skip
 
 
 def _outside(path: Path, depth: int = 0) -> Path:
@@ -166,33 +172,94 @@ def _put_elsewhere(random: Random, path: Path, secret: Path) -> None:
         path.symlink_to(targets[kind])
 
 
+# -- files of any kind ---------------------------------------------------------------------------------------------
+
+_LARGE_BYTES = 1 << 30
+_SMALL_TEXTS = ("chat_template.jinja", "model.safetensors.index.json", "merges.txt", "vocab.json", "added_tokens.json",
+                "generation_config.json", "special_tokens_map.json", "tokenizer_config.json", "config.json", "nbl.json",
+                "engine.json", "eval.json", "README.md")  # fmt: skip
+
+
+def enlarge(random: Random, path: Path) -> None:
+    """Zeros behind a text or JSON file of a folder, or behind the file itself; sometimes a new file, or only zeros."""
+    if path.is_dir():
+        held = [p for p in sorted(path.rglob("*")) if p.suffix in _TEXTS and p.stat().st_size < 1 << 20]
+        path = random.choice((*held, path / random.choice(_SMALL_TEXTS)))
+    with path.open("ab") as file:
+        if random.random() < 0.2:
+            file.truncate(0)
+        file.truncate(_LARGE_BYTES)
+
+
+_TEXTS = (".json", ".jinja", ".txt", ".xml", ".md", ".jsonl", ".toml")
+
+
+def damage_file(random: Random, folder: Path) -> Path:
+    """Returns the file."""
+    suffixes = (*_TEXTS, ".safetensors", ".onnx", ".data", ".bin")
+    held = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix in suffixes]
+    path = random.choice([p for p in held if p.name != "pytorch_model.bin"])  # a canary
+    if path.name == "genai_config.json":
+        damage_genai(random, path)
+    elif path.name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        damage_settings(random, path)
+    else:
+        _DAMAGE.get(path.suffix, damage_bytes)(random, path)
+    return path
+
+
+_DAMAGE = {".json": damage_json, ".safetensors": damage_safetensors, ".onnx": damage_onnx, ".xml": damage_xml}
+
+
+def damage_engine(random: Random, path: Path) -> None:
+    """The name of a file as the hash of the engine; or any JSON damage."""
+    if random.random() < 0.5:
+        damage_json(random, path)
+        return
+    record = json.loads(path.read_text(encoding="utf-8"))
+    place = random.choice((str(_outside(path, 1)), "../../outside/secret", "..", ".", "", "x" * 300, "a/b"))
+    record["plan_sha256"] = random.choice((place, place + "-made"))
+    path.write_text(json.dumps(record), encoding="utf-8")
+
+
+def plant_decoys(random: Random, folder: Path) -> None:
+    """Data sets, models and caches under the names that a command asks the hub for; a text of each names the secret."""
+    secret = str(folder.parent / "outside" / "secret")
+    front = f"---\nconfigs:\n- config_name: en\n  data_files:\n  - split: train\n    path: {secret}\n---\n"
+    for name in ("allenai/c4", "codeparrot/codeparrot-clean-valid", "HuggingFaceH4/ultrachat_200k"):
+        place = folder / name
+        place.mkdir(parents=True)
+        (place / "README.md").write_text(random.choice((front, "")), encoding="utf-8")
+        (place / random.choice(("train.json", "data.jsonl"))).write_text('{"text": "theirs"}\n' * 99, encoding="utf-8")
+        (place / f"{place.name}.py").write_text("raise SystemExit", encoding="utf-8")
+    for name in ("kernels.cache", "nbl.json", "config.json", "options.toml", ".env", "typer.py"):
+        (folder / name).write_text("{}", encoding="utf-8")
+
+
 # -- runs that were edited -----------------------------------------------------------------------------------------
 
 
+_STAGES = ("verify", "bench", "report")
+
+
 def damage_run(random: Random, run: Path) -> None:
-    """One file, by the damage of its kind; then the manifest says the hash that the file has."""
-    files = [
-        p for p in sorted(run.rglob("*")) if p.is_file() and p.suffix in (".json", ".safetensors", ".onnx", ".data")
-    ]
-    path = run / "nbl.json" if random.random() < 0.3 else random.choice(files)
-    if path.name == "genai_config.json":
-        damage_genai(random, path)
-    elif path.suffix == ".json":
-        damage_json(random, path)
-    elif path.suffix == ".safetensors":
-        damage_safetensors(random, path)
-    elif path.suffix == ".onnx":
-        damage_onnx(random, path)
-    else:
-        damage_bytes(random, path)
-    if path.name != "nbl.json":
-        rehash(run, path)
+    """One file, by the damage of its kind; then the manifest says the hash that the file has.
+
+    Half of the runs lack a later stage, so that a command works on what was damaged.
+    """
+    if random.random() < 0.3:
+        damage_json(random, run / "nbl.json")
+        return
+    rehash(run, damage_file(random, run), _STAGES[random.randrange(4) :] if random.random() < 0.5 else ())
 
 
-def rehash(run: Path, path: Path) -> None:
-    """As whoever may write to a run directory would."""
+def rehash(run: Path, path: Path, without: Sequence[str] = ()) -> None:
+    """As whoever may write to a run directory would. without: stages that go."""
+    if path == run / "nbl.json":
+        return
     manifest: dict[str, Any] = json.loads((run / "nbl.json").read_text(encoding="utf-8"))
     name = path.relative_to(run).as_posix()
+    manifest["stages"] = {stage: record for stage, record in manifest["stages"].items() if stage not in without}
     for record in manifest["stages"].values():
         if name in record["files"]:
             record["files"][name] = hashlib.sha256(path.read_bytes()).hexdigest()

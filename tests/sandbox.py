@@ -1,30 +1,36 @@
 """`nbl-export` in a child that may die, with bounds on time and memory, and a watch on what it must not touch.
 
 Memory is judged by what is resident. A limit of the address space would turn an allocation without bound into an error
-that the command tells in one sentence, where the system of a user would end the process.
+that the command tells in one sentence, where the system of a user would end the process. Time is judged by what the
+processor spent, so that a busy machine changes no verdict. A connection is refused, and named.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import logging
 import multiprocessing
 import os
 import resource
 import struct
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
+
 from .command import Outcome, nbl
 
-__all__ = ["MOST_BYTES", "Sandbox", "watched"]
+__all__ = ["MOST_BYTES", "MOST_SECONDS", "Sandbox", "watched"]
 
-_SECONDS = 60.0
-MOST_BYTES = 1500 << 20  # resident, beside what the process takes before a command
+_SECONDS = 120.0  # of waiting
+MOST_SECONDS = 20.0  # of the processor
+MOST_BYTES = 1 << 30  # resident, beside what the process takes before a command
 _LOOK_SECONDS = 0.02
 _CALLS = 250  # of one child: what it remembers of earlier ones must not decide
 
@@ -33,12 +39,14 @@ class Sandbox:
     """Runs commands one after the other in a forked child; a new one where it died. A context manager.
 
     count: commands that were run. largest: the most bytes that one of them took, beside what was there before it.
+    longest: the most seconds of the processor. connections: what the last command would have talked to.
     """
 
     def __init__(self) -> None:
         self._child: Any = None
         self._pipe: Any = None
         self._calls = self.count = self.largest = 0
+        self.longest, self.connections = 0.0, list[str]()
 
     def __enter__(self) -> Sandbox:
         return self
@@ -47,26 +55,27 @@ class Sandbox:
         self._end()
 
     def run(self, *arguments: object, place: Path) -> Outcome:
-        """Run a command in the directory `place`.
+        """Run a command in the directory `place`; its home and its scratch files are in `home` and `temporary` beside.
 
-        Status as of subprocess: minus the signal where one ended it; -9 after `_SECONDS`, or above `MOST_BYTES`.
+        Status as of subprocess: minus the signal where one ended it; -9 above `MOST_SECONDS` or `MOST_BYTES`.
         """
         if self._child is None or self._calls == _CALLS:
             self._end()
             self._start()
-        self._calls, self.count = self._calls + 1, self.count + 1
+        self._calls, self.count, self.connections = self._calls + 1, self.count + 1, []
         before = _forget_peak(self._child.pid)
         self._pipe.send((str(place), [str(a) for a in arguments]))
-        until = time.monotonic() + _SECONDS
+        until, began = time.monotonic() + _SECONDS, _spent(self._child.pid)
         while not self._pipe.poll(_LOOK_SECONDS):
-            if time.monotonic() > until:
+            if time.monotonic() > until or _spent(self._child.pid) - began > MOST_SECONDS:
                 self._end()
-                return Outcome(-9, "", f"no end after {_SECONDS:.0f} s")
+                return Outcome(-9, "", f"no end after {MOST_SECONDS:.0f} s of work, or {_SECONDS:.0f} s")
             if self._took(before, 0) > MOST_BYTES:
                 self._end()
                 return Outcome(-9, "", f"more than {MOST_BYTES >> 20} MiB of memory")
         try:
-            *said, children = self._pipe.recv()
+            *said, children, self.connections = self._pipe.recv()
+            self.longest = max(self.longest, _spent(self._child.pid) - began)
             if self._took(before, children) > MOST_BYTES:
                 return Outcome(-9, "", f"more than {MOST_BYTES >> 20} MiB of memory")
             return Outcome(*said)
@@ -77,8 +86,10 @@ class Sandbox:
             return Outcome(status, "", "the process died")
 
     def _took(self, before: int, children: int) -> int:
-        # Linux counts what a process holds when it starts a child as the peak of that child too.
-        took = max(_memory(self._child.pid, "VmHWM"), children) - before
+        # Linux counts what a process holds when it starts a child as the peak of that child too. Resident pages of
+        # files may go while a command works, so what is there after the command counts if it is less.
+        least = min(before, _memory(self._child.pid, "VmRSS") or before)
+        took = max(_memory(self._child.pid, "VmHWM"), children) - least
         self.largest = max(self.largest, took)
         return took
 
@@ -107,6 +118,14 @@ def _memory(process: int, name: str) -> int:
     return 0
 
 
+def _spent(process: int) -> float:
+    """Seconds of the processor, of a process and of the children that it has waited for; 0 after its end."""
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
+
+
 def _forget_peak(process: int) -> int:
     """Resident bytes now; the peak begins anew (proc(5), clear_refs)."""
     Path(f"/proc/{process}/clear_refs").write_text("5")
@@ -116,6 +135,9 @@ def _forget_peak(process: int) -> int:
 def _serve(pipe: Any, of_parent: Any) -> None:
     of_parent.close()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    connections: list[str] = []
+    sys.addaudithook(functools.partial(_refuse_connections, connections))
+    constants.HF_HUB_OFFLINE = False  # or the libraries would not try
     gc.freeze()  # what the parent made is not looked through after every call
     with tempfile.TemporaryFile() as said:  # libraries in C++ write to the descriptor
         os.dup2(said.fileno(), 1)
@@ -127,6 +149,11 @@ def _serve(pipe: Any, of_parent: Any) -> None:
                 return
             logging.getLogger().handlers.clear()  # or what the tool logs would go to pytest
             os.chdir(place)
+            tempfile.tempdir = os.environ["TMPDIR"] = f"{Path(place).parent}/temporary"
+            os.environ["HOME"], os.environ["XDG_CACHE_HOME"] = (
+                f"{Path(place).parent}/home{x}" for x in ("", "/.cache")
+            )
+            connections.clear()
             children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
             done = nbl(*arguments)
             os.chdir("/")
@@ -135,8 +162,16 @@ def _serve(pipe: Any, of_parent: Any) -> None:
             noise = said.read().decode(errors="replace")
             said.seek(0)
             said.truncate()
-            pipe.send((done.status, done.out, done.err + noise, larger << 10 if larger > children else 0))
+            took = larger << 10 if larger > children else 0
+            pipe.send((done.status, done.out, done.err + noise, took, [*connections]))
             gc.collect()
+
+
+def _refuse_connections(found: list[str], event: str, given: tuple[Any, ...]) -> None:
+    """An audit hook: names of hosts and addresses that Python asks for, in this process."""
+    if event == "socket.getaddrinfo" or (event == "socket.connect" and isinstance(given[1], tuple)):
+        found.append(str(given[0] if event == "socket.getaddrinfo" else given[1]))
+        raise ConnectionRefusedError("no network here")
 
 
 class watched:
