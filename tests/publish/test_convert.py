@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from nbl_export.calibrate.moments_file import whole_moments
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.mixers import lmmse
 from nbl_export.mixers.linear import LINEAR, Linear
+from nbl_export.model.checkpoint import copied
 from nbl_export.model.checkpoint.copied import copy_linearized
 from nbl_export.model.checkpoint.hf_classes import save_linearized
 from nbl_export.model.checkpoint.load import load_model, materialise
@@ -130,6 +132,20 @@ def test_without_the_text_the_command_of_a_run_that_can_is_named(runs: dict[str,
 
 def linear(*layers: int) -> dict[int, Linear]:
     return {i: Linear(random_map(i).weight, np.zeros(HIDDEN, np.float32)) for i in layers}
+
+
+def test_what_transformers_cannot_load_is_not_written(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def renamed(*given: Any) -> bool:
+        assert copy_linearized(*given)
+        (given[-1] / "model.safetensors").rename(given[-1] / "model-00001-of-00001.safetensors")
+        return True
+
+    monkeypatch.setattr(copied, "copy_linearized", renamed)
+    out = tmp_path / "out"
+    assert_refused(nbl("convert", finished, "--to", "transformers", "--output", out), 1, "cannot be loaded by")
+    assert not out.exists()
 
 
 def test_no_form_names_code_of_a_stranger(finished: Path, tmp_path: Path) -> None:
