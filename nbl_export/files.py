@@ -133,7 +133,7 @@ def safetensors_tensors(file: Path) -> dict[str, dict[str, Any]]:
         with safe_open(str(file), framework="np"), file.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
             header: dict[str, dict[str, Any]] = json.loads(stream.read(size))
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise NblError(f"{file} is truncated or not a safetensors file ({error}); fetch it again") from error
     header.pop("__metadata__", None)
     for facts in header.values():

@@ -294,4 +294,6 @@ def test_a_record_of_a_decoder_has_a_number_of_layers_that_decoders_have() -> No
     for layers in (0, 1025, 1 << 40):
         with pytest.raises(ValueError, match="1 to 1024 layers"):
             DecoderSpec("llama", layers, **sizes, max_positions=512)
-    assert DecoderSpec("llama", 1024, **sizes, max_positions=512).num_layers == 1024
+    with pytest.raises(ValueError, match="at most 16,777,216 positions"):
+        DecoderSpec("llama", 2, **sizes, max_positions=(1 << 24) + 1)
+    assert DecoderSpec("llama", 1024, **sizes, max_positions=1 << 24).num_layers == 1024

@@ -124,6 +124,7 @@ def test_maps_of_other_shapes_than_the_decoder_are_refused(tensors: dict[str, np
         assert load_maps(tmp_path / "maps.safetensors", (1,), 4)[1].size == 4
     others = {f"layers.{'9' * 5000}.bias": np.ones(4, "f")}  # Python reads no number of as many digits
     save_file({**others, **{f"layers.1.{n}": a for n, a in tensors.items()}}, tmp_path / "maps.safetensors")
+    assert maps_in(tmp_path / "maps.safetensors")[0] == (1,)
     with pytest.raises(CorruptError, match=r"maps\.safetensors"):
         load_maps(tmp_path / "maps.safetensors", (1,), 4)
 
