@@ -120,16 +120,17 @@ class _Step:
         graph.extend(last.index)
         ints, zero, one = make.ints, make.integers("zero", 0), make.integers("one", 1)
         column, none = make.integers("column", [1]), make.integers("none", [0])
+
+        def counted(name: str, count: ir.Value) -> ir.Value:
+            """0, 1, ... below a count [1], as a column."""
+            found = ints("Range", f"{name}_rows", zero, ints("Squeeze", f"{name}_count", count, none), one)
+            return ints("Unsqueeze", f"{name}_column", found, column)
+
         length = ints("Shape", "length", graph_input(graph, "input_ids"), start=1, end=2)
         few = ints("Min", "few", length, make.integers("most", [near + 1]))  # M
-        steps, climbing = (
-            ints("Range", f"{name}_rows", zero, ints("Squeeze", f"{name}_count", count, none), one)
-            for name, count in (("all", length), ("few", few))
-        )
-        steps_T1, climbing_M1 = (ints("Unsqueeze", f"{v.name}/column"[len(_PREFIX) + 1 :], v, column)
-                                 for v in (steps, climbing))  # fmt: skip
+        steps_T1, climbing_M1 = counted("all", length), counted("few", few)
         last_place = ints("Sub", "last_place", few, one)
-        last_row = ints("Min", CUT_ROWS[len(_PREFIX) + 1 :], last.at, last_place)
+        last_row = ints("Min", CUT_ROWS.removeprefix(f"{_PREFIX}/"), last.at, last_place)
         stop = ints("Sub", "stop", last.at, last_row)  # [B, 1, 1]: rows that stop
         shifted = ints("Mul", "shifted", ints("Min", "is_behind_first", climbing_M1, one), stop)
         places = ints("Add", "places", climbing_M1, shifted)
