@@ -266,13 +266,16 @@ SHADOWS = ("json", "numpy", "torch", "onnx", "transformers", "openvino", "tensor
 @pytest.mark.parametrize("way", ["nbl-export", "python -m nbl_export"])
 def test_no_module_of_the_working_directory_is_imported(canaries: Canaries, tmp_path: Path, way: str) -> None:
     """In a new process. `python -m` looks for nbl_export itself in the working directory first: Python's own rule."""
-    canaries.plant(tmp_path)
+    here, script = tmp_path / "here", tmp_path / "bin" / "nbl-export"  # the script as pip installs it
+    for folder in (here, script.parent):
+        folder.mkdir()
+    canaries.plant(here)
     installed = way == "nbl-export"
     for name in SHADOWS[: None if installed else -1]:
-        shutil.copyfile(tmp_path / "evil.py", tmp_path / f"{name}.py")
-    script = "import sys; from nbl_export.cli.app import main; sys.argv = ['nbl-export', 'doctor']; main()"
-    command = ["-I", "-c", script] if installed else ["-m", "nbl_export", "doctor"]
-    done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        shutil.copyfile(here / "evil.py", here / f"{name}.py")
+    script.write_text("from nbl_export.cli.app import main\nmain()\n", encoding="utf-8")
+    command = [str(script), "doctor"] if installed else ["-m", "nbl_export", "doctor"]
+    done = subprocess.run([sys.executable, *command], cwd=here, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert canaries.touched() == []
 

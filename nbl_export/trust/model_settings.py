@@ -160,12 +160,16 @@ def check_tokenizer_settings(directory: Path) -> None:
 
 
 def _leads_out(value: Any, directory: Path) -> bool:
-    """Whether a path names an existing file outside the folder; a path left from another machine does not exist."""
-    if not isinstance(value, str) or Path(value).name == value:
+    """Whether a path names an existing file outside the folder; a path left from another machine does not exist.
+
+    A tokenizer opens a mere name in the working directory. Many settings are words, so a directory counts for a path.
+    """
+    if not isinstance(value, str):
         return False
+    exists = Path.is_file if Path(value).name == value else Path.exists
     for find in (lambda: directory / value, lambda: Path(value).expanduser()):
         with contextlib.suppress(OSError, ValueError, RuntimeError):  # not a valid path, or of no user
-            if (place := find()).exists() and not is_inside(place, directory):
+            if exists(place := find()) and not is_inside(place, directory):
                 return True
     return False
 

@@ -98,6 +98,8 @@ _REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("config.json", {"quantization_config": {"bits": 4}}),
     ("generation_config.json", {"custom_generate": "someone/generate"}),
     ("tokenizer_config.json", {"tokenizer_file": "{outside}"}),
+    ("config.json", {"configuration_files": ["config.5.0.0.json"]}),
+    ("tokenizer_config.json", {"vocab": "secret"}),  # of the working directory
     ("tokenizer_config.json", {"vocab_file": "../secret"}),
     ("tokenizer_config.json", {"vocab_file": "~/secret"}),
     ("tokenizer_config.json", {"fast_tokenizer_files": ["tokenizer.json", "../private/tokenizer.1.json"]}),
@@ -112,6 +114,7 @@ def test_settings_that_are_refused(
     model: Path, name: str, values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "secret").write_text("secret", encoding="utf-8")
     (tmp_path / "private").mkdir()
     (tmp_path / "private" / "tokenizer.1.json").write_bytes((model / "tokenizer.json").read_bytes())
