@@ -596,6 +596,19 @@ def test_the_gpu_of_the_benchmark_is_named() -> None:
     assert sizes[2] == ["Memory of the GPU", "4.00 GiB", "3.00 GiB", "−25.0%"]
 
 
+@pytest.mark.parametrize(("tokens", "said"), [((1, 1, 2), True), ((1, 1, 1), False)])
+def test_engines_say_what_decode_copies_and_not_which_kernels_run(tokens: tuple[int, ...], said: bool) -> None:
+    engine = {
+        "engine": "trt-rtx", "version": "1.7.1", "precision": "bf16", "compute_capabilities": ["8.9"], "max_batch": 1,
+        "max_seq_len": 32_768, "prefill_chunk": 512, "attention": "fused", "build_seconds": 1.0, "plan_bytes": 1 << 20,
+        "cache_bytes_per_token": 8, "cache_bytes": 1 << 18, "cache_layers": 2,
+        "profiles": [{"name": "prefill", "tokens": (1, 512, 512)}, {"name": "decode", "tokens": tokens}],
+    }  # fmt: skip
+    page = Written(changed(MANIFEST, engines={"original": engine, "nbl": engine})).markdown
+    assert "had to fuse attention; which kernels it took is not known" in page
+    assert ("copies keys and values of all slots for each query head" in page) is said
+
+
 def test_depth_plot_only_for_more_than_one_depth(written: Written, tmp_path: Path) -> None:
     shallow = changed(BENCH, timings=[t for t in BENCH["timings"] if t["depth"] == 0])
     assert 'id="depths-' in written.html
