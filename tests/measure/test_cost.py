@@ -7,6 +7,8 @@ import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,8 +24,10 @@ from nbl_export.model.checkpoint.load import load_model, read_spec
 from nbl_export.model.checkpoint.source import resolve
 from nbl_export.options.options import JobOptions
 from nbl_export.records.decoder import DecoderSpec
+from nbl_export.records.inputs import Lazy
 from nbl_export.records.mlp import MlpSpec
 from nbl_export.run.facts import capabilities_of
+from nbl_export.run.stages.cut import saved_work
 from nbl_export.targets.openvino.trace import _trace_experts
 
 from ..tiny import EVERY, HIDDEN, INNER, cases, mlp_module, record_of, save_gguf
@@ -81,6 +85,10 @@ def test_a_cut_small_enough_for_paper() -> None:
     below = 2 * 6 * (48 + 3 * 4 * 8) + 16 * (1 + 2 + 3 + 4 + 5 + 6)
     above = 2 * 6 * 4 * 8 + 2 * 3 * 32 + 16 * (4 + 5 + 6) + 2 * (16 + 3 * 4 * 8)  # three rows read the most there is
     assert model.prefill_flops(map_sizes(maps)) == below + above + 2 * 4 * 10
+    job: Any = SimpleNamespace(cost=Lazy("", lambda: model))
+    whole = below + 2 * 6 * 32 + 16 * (1 + 2 + 3 + 4 + 5 + 6) + 2 * (16 + 3 * 4 * 8) + 2 * 4 * 10
+    assert saved_work(job)(maps, 6) == pytest.approx(1 - (below + above + 2 * 4 * 10) / whole)
+    assert saved_work(job)(maps, 3) == 0  # all of three tokens pass
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ BASES: dict[str, dict[str, Any]] = {
     "verify": {"fit": "distilled", "tap": "normed"},
     "build": TRT,
 }
+CUT: dict[str, Any] = {"layers": None, "select": None, "cut": "auto"}
 ASKED = {"eval": EVAL}
 # Another value of each option.
 OTHER: dict[str, Any] = {
@@ -104,6 +105,8 @@ def test_the_near_tokens_of_a_cut_are_in_the_key_of_the_plan_alone(key_of_stage:
     assert len({key_of_stage("plan", **named, near=count) for count in (64, 65)}) == 2
     assert len({key_of_stage("calibrate", **named, near=count) for count in (64, 65)}) == 1
     assert key_of_stage("plan", near=65) == key_of_stage("plan")
+    assert len({key_of_stage("plan", **CUT, max_perplexity_increase=share) for share in (None, "6%", "7%")}) == 3
+    assert len({key_of_stage("calibrate", **CUT, compute_dtype=name) for name in ("auto", "float32")}) == 2
 
 
 _COSTS = ("engine", "provider", "precision", "prompt_tokens", "logits")
@@ -192,14 +195,18 @@ ROWS: dict[str, tuple[str, ...]] = {
 }
 
 
-@pytest.mark.parametrize("stage", ROWS)
-def test_other_rows_of_a_part_that_a_stage_reads_are_another_key(stage: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stage", "options"), [*((s, BASES.get(s, {})) for s in ROWS), ("calibrate", CUT), ("plan", CUT)]
+)
+def test_other_rows_of_a_part_that_a_stage_reads_are_another_key(
+    stage: str, options: dict[str, Any], tmp_path: Path
+) -> None:
     """The hash of a part stands for its rows; no stage before need be another."""
 
     def identity(**parts: str) -> Any:
         text = {**TEXT, "parts": {**TEXT["parts"], **parts}}
         inputs = next(s for s in STAGES if s.name == stage).declare(
-            job_of(tmp_path, {**USUAL, **BASES.get(stage, {})}, {"text": text})
+            job_of(tmp_path, {**USUAL, **options}, {"text": text})
         )
         return identity_of(inputs)
 
@@ -283,6 +290,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
         "nbl_export.model.checkpoint.quantized.find": lambda *_: SimpleNamespace(directory=""),
         "nbl_export.model.checkpoint.quantized.check_same": lambda *_: None,
         "nbl_export.model.one_layer.shortage_of": lambda _directory: "",
+        "nbl_export.model.one_layer.weight_files": lambda _directory: [],
         "nbl_export.text.mixture.read_texts": lambda *_: SimpleNamespace(name="t", sha256="text"),
         "nbl_export.text.parts.read": lambda *_: torch.zeros(8, 8, dtype=torch.long),
     }

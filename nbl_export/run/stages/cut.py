@@ -27,7 +27,7 @@ from nbl_export.run.stages.common import Place
 from nbl_export.run_directory import CUTS_FILE
 from nbl_export.text.parts import rows_sha256
 
-__all__ = ["CutCalibration", "calibration", "choice", "collect"]
+__all__ = ["CutCalibration", "calibration", "choice", "collect", "saved_work"]
 
 _SECONDS, _SHARE = 30.0, 50.0  # between two partial files: least time, and times the seconds of writing one
 
@@ -144,7 +144,7 @@ def choice(job: Job) -> CutInputs:
         mixes=job.torch.mixes,
         choosing=job.choosing,
         deciding=job.text.deciding,
-        saved=Lazy(options.kept_logits, lambda: _saved(job)),
+        saved=Lazy(options.kept_logits, lambda: saved_work(job)),
         speedup=Lazy(None, lambda: job.cost.value.speedup),
         setting=Lazy(None, lambda: setting),
     )
@@ -163,6 +163,7 @@ def _maps(job: Job) -> Callable[[int, int], Maps]:
     return lambda cut, near: {i: dataclasses.replace(mixer, near=near) for i, mixer in fitted(cut).items()}
 
 
-def _saved(job: Job) -> Callable[[Maps, int], float]:
+def saved_work(job: Job) -> Callable[[Maps, int], float]:
+    """Maps and the tokens of a prompt -> the share of its arithmetic that these maps save."""
     costs = job.cost.value
     return lambda maps, tokens: dataclasses.replace(costs, tokens=tokens).prefill_saved(map_sizes(maps))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.files import arrays_sha256, file_sha256, key_of, write_json
-from nbl_export.measure.cost import map_sizes
 from nbl_export.options.goals import (
     DEFAULT_INCREASE,
     DEFAULT_SELECT,
@@ -24,7 +23,7 @@ from nbl_export.options.goals import (
 )
 from nbl_export.options.options import CHECKPOINT_FIT
 from nbl_export.plan.cuts import CutInputs, choose_cut
-from nbl_export.plan.inputs import AskedGoal, MapKind, Maps, OrderInputs, PlanInputs, Texts
+from nbl_export.plan.inputs import AskedGoal, MapKind, OrderInputs, PlanInputs, Texts
 from nbl_export.records.inputs import Lazy
 from nbl_export.report.quality import spoken_curve
 from nbl_export.run.job import Job
@@ -77,7 +76,7 @@ def order_of(job: Job) -> OrderInputs:
         moments=Lazy(job.files_of("calibrate"), lambda: _moments(job)),
         mixes=job.torch.mixes,
         texts=job.choosing,
-        saved=Lazy(options.kept_logits if usual == "efficient" else None, lambda: _saved(job)),
+        saved=Lazy(options.kept_logits if usual == "efficient" else None, lambda: cut.saved_work(job)),
     )
 
 
@@ -89,11 +88,6 @@ def _moments(job: Job) -> Callable[[int, str], Any]:
             return file.sums(layer, tap).moments()
 
     return moments_of
-
-
-def _saved(job: Job) -> Callable[[Maps, int], float]:
-    costs = job.cost.value
-    return lambda maps, tokens: dataclasses.replace(costs, tokens=tokens).prefill_saved(map_sizes(maps))
 
 
 def _goal(job: Job) -> AskedGoal:
