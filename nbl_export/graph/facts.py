@@ -173,6 +173,6 @@ def _vocabulary(graph: ir.Graph) -> int | None:
 
 
 def replaced_layers(graph: ir.Graph) -> list[int]:
-    """Layers whose attention a map has replaced, or that a table of tokens covers (0-1 in its name)."""
-    found = (re.match(r"nbl\.layers\.(\d+)(?:-(\d+))?\.", name) for name in graph.initializers)
-    return sorted({layer for m in found if m for layer in range(int(m[1]), int(m[2] or m[1]) + 1)})
+    """Layers whose attention a map has replaced, by the names of their constants."""
+    found = (re.match(r"nbl\.layers\.(\d{1,9})\.", name) for name in graph.initializers)
+    return sorted({int(match[1]) for match in found if match})

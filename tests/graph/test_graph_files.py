@@ -1,4 +1,4 @@
-"""A graph in memory holds no file open, however many tensors of it are read."""
+"""A graph in memory holds no file open, however many tensors of it are read; names in it take no memory."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from nbl_export.graph.facts import replaced_layers
 from nbl_export.graph.files import load_graph, read_graph
 
 
@@ -46,3 +47,9 @@ def test_a_tensor_whose_file_was_overwritten_is_not_read(exported: Callable[...,
     ir.save(model, path, external_data=f"{path.name}.data")
     with pytest.raises(ValueError, match="invalidated"):
         tensor.numpy()
+
+
+def test_a_number_in_a_name_takes_no_memory() -> None:
+    names = ("nbl.layers.2.weight", "nbl.layers.0-9999999.table", f"nbl.layers.{'9' * 5000}.weight", "other")
+    values = [ir.Value(name=name, const_value=ir.tensor([1.0], name=name)) for name in names]
+    assert replaced_layers(ir.Graph([], [], nodes=[], initializers=values)) == [2]
