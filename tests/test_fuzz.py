@@ -259,6 +259,24 @@ def test_what_a_command_must_not_do_is_seen(tmp_path: Path, monkeypatch: pytest.
             assert other.run("doctor", place=tmp_path).status == 0
 
 
+@pytest.mark.parametrize(
+    ("file", "seen"),
+    [("home/x", True), ("temporary/x", True), ("strange/x", True), ("model/x", True), ("outside/x", True),
+     ("../outside/x", True), ("run/x", True), ("out/x", False), ("home/.cache/nbl-export/x", False)],
+)  # fmt: skip
+def test_a_file_beside_the_output_is_seen(
+    file: str, seen: bool, pristine: Path, tmp_path: Path, canaries: Canaries
+) -> None:
+    class Writing(Sandbox):
+        def run(self, *_: object, place: Path) -> Outcome:
+            (place.parent / file).parent.mkdir(parents=True, exist_ok=True)
+            (place.parent / file).write_text("x")
+            return Outcome(0, "", "")
+
+    kind = KINDS["config.json"]
+    assert ("outside" in attempt(kind, kind.commands[0], 0, pristine, tmp_path, Writing(), canaries)) == seen
+
+
 SHADOWS = ("json", "numpy", "torch", "onnx", "transformers", "openvino", "tensorrt_rtx", "sitecustomize",
            "usercustomize", "typing", "typer", "rich", "nbl_export")  # fmt: skip
 
