@@ -198,19 +198,6 @@ def test_a_padded_batch(lengths: tuple[int, int], exported: Exported, tmp_path: 
                 assert apart(last, alone.step(ids[None])[0, -1:]) < TOLERANCE["fp32"]
 
 
-def test_going_back(exported: Exported, tmp_path: Path) -> None:
-    rewrite(exported("llama"), tmp_path / "nbl", cut_at(1, 3))
-    decoder = OnnxDecoder(tmp_path / "nbl", HEAD_DIM)
-    decoder.begin(1)
-    decoder.step(TOKENS[:1, :14])
-    mark = decoder.mark()
-    once = [decoder.step(TOKENS[:1, 14:n]) for n in (24, 25)]
-    decoder.rewind(mark)
-    assert all(
-        np.array_equal(a, decoder.step(TOKENS[:1, 14:n]), equal_nan=True) for a, n in zip(once, (24, 25), strict=True)
-    )
-
-
 def test_genai_says_what_the_onnx_decoder_says(exported: Exported, tmp_path: Path) -> None:
     """In its shared caches: a prompt of several times W, a second turn, and a way back."""
     from nbl_export.targets.onnx.genai import GenaiRunner
