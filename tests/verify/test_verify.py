@@ -25,6 +25,7 @@ from nbl_export.verify import exporter
 from nbl_export.verify import verifier as verifying
 from nbl_export.verify.ladder import (
     DECODE_STEPS,
+    LONG_CHUNK,
     TOLERANCES,
     Probe,
     Reference,
@@ -160,6 +161,19 @@ def test_a_wrong_decode_step_behind_a_long_row_fails_its_decode_alone() -> None:
         wrong[position] += 0.1
         results = check_long("nbl", "nbl", FakeDecoder([wrong]), row, truth, TOLERANCES["fp32"].limit)
         assert [r.passed for r in results] == passed and results[1].metric.endswith("decode")
+
+
+def test_what_depends_on_the_borders_of_chunks_is_seen() -> None:
+    """The reference of a long row has other borders than what is compared."""
+
+    class Bordered(FakeDecoder):
+        def step(self, ids_BT: np.ndarray, valid_BT: np.ndarray | None = None) -> np.ndarray:
+            return super().step(ids_BT, valid_BT) + (ids_BT.shape[1] == LONG_CHUNK)
+
+    decoder, row = Bordered([np.random.default_rng(0).standard_normal((1100, 30))]), (0, *[1] * 1099)
+    truth = verifying._exact_reference(decoder, Probe((), (), 0, row), stops=False)
+    results = check_long("nbl", "nbl", decoder, row, truth, TOLERANCES["fp32"].limit)
+    assert [r.passed for r in results] == [False, True]
 
 
 def test_one_graph_is_open_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
