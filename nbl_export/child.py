@@ -178,7 +178,7 @@ def _packed(value: Any) -> Any:
         return {"pairs": [[_packed(key), _packed(item)] for key, item in value.items()]}
     if isinstance(value, Path):
         return {"path": str(value)}
-    if isinstance(value, FunctionType | type):
+    if isinstance(value, FunctionType | type | functools._lru_cache_wrapper):
         return {"name": _name_of(value)}
     if isinstance(value, MethodType):
         return {"method": value.__name__, "of": _packed(value.__self__)}

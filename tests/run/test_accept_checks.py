@@ -23,6 +23,7 @@ from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import replaced
 from nbl_export.records.results import CheckResult
 from nbl_export.run import accept as accepting
+from nbl_export.targets import load_engine
 from nbl_export.targets.tensorrt.static.on_ort import open_runner
 from nbl_export.verify import ladder, on_target
 from nbl_export.verify.exporter import row_logits
@@ -276,6 +277,13 @@ def test_a_crash_is_a_failed_check(values: Path) -> None:
     assert "ended with status -6 (SIGABRT, a crash in a library" in crashed["detail"]
     assert crashed["detail"].endswith("while running one sequence of 56 tokens")
     assert events[-1] == [accepting.FINISHED]
+
+
+def test_another_process_finds_the_engine_of_a_run(values: Path, tmp_path: Path) -> None:
+    """As `accept` names it, without a stand-in: nothing runs in an empty directory, with or without a GPU."""
+    find = functools.partial(load_engine, "trt-rtx", "cpu")
+    first, last = accepting.examined(find, "nbl", tmp_path, values, seconds=300)
+    assert first[0] == accepting.CANNOT_RUN and last == [accepting.FINISHED], (first, last)
 
 
 def test_an_engine_that_hangs_is_ended(values: Path, monkeypatch: pytest.MonkeyPatch) -> None:
