@@ -28,7 +28,7 @@ from .command import Outcome, nbl
 
 __all__ = ["MOST_BYTES", "MOST_SECONDS", "Sandbox", "watched"]
 
-_SECONDS = 120.0  # of waiting
+_SECONDS = 300.0  # of waiting; a busy machine takes long for a GiB
 MOST_SECONDS = 20.0  # of the processor
 MOST_BYTES = 1 << 30  # resident, beside what the process takes before a command
 _LOOK_SECONDS = 0.02
