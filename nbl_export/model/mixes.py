@@ -104,16 +104,18 @@ class Mixes(ABC):
 
     @torch.no_grad()
     def losses(
-        self, ids_T: torch.Tensor, original_TD: torch.Tensor, replaced_sets: Mapping[Any, torch.Tensor], every: int = 1
-    ) -> dict[Any, Loss]:
+        self, ids_T: torch.Tensor, original_TD: torch.Tensor, replaced_sets: Mapping[Any, torch.Tensor],
+        positions_N: torch.Tensor | None = None,
+    ) -> dict[Any, Loss]:  # fmt: skip
         """Each mix's loss on one window, from last hidden states; the original's logits are computed once.
 
         Args:
-            every: the distance of judged positions.
+            positions_N: those that are judged; None judges all.
         """
+        judged_N = torch.arange(len(ids_T) - 1) if positions_N is None else positions_N
         changes = {name: last_TD - original_TD for name, last_TD in replaced_sets.items()}
         found = dict.fromkeys(replaced_sets, Loss())
-        for rows in torch.arange(0, len(ids_T) - 1, every).split(_LOGIT_ROWS):
+        for rows in judged_N.split(_LOGIT_ROWS):
             target_N = ids_T[rows + 1].to(original_TD.device)
             base_NV = self.head.logits(original_TD[rows])
             base = torch.nn.functional.cross_entropy(base_NV, target_N, reduction="sum").item()
@@ -123,6 +125,16 @@ class Mixes(ABC):
                 kl, rise = (v.sum(dtype=torch.float64).item() for v in divergence(share_NV, apart_NKV, target_N))
                 found[name] += Loss(len(rows), kl, base, base + rise)
         return found
+
+    @torch.no_grad()
+    def cross_entropies(self, last_ND: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
+        """The original's loss [N] in nats, from last hidden states and the tokens that follow."""
+        pairs = zip(last_ND.split(_LOGIT_ROWS), target_N.to(last_ND.device).split(_LOGIT_ROWS), strict=True)
+        found = [
+            torch.nn.functional.cross_entropy(self.head.logits(last), target, reduction="none")
+            for last, target in pairs
+        ]
+        return torch.cat(found).cpu()
 
     def quality_loss(self, windows_WT: Any, replaced_set: Collection[int]) -> Loss:
         """A mix's loss on token ids [windows, context], a tensor or an array."""

@@ -7,12 +7,11 @@
 
 A higher cut loses less, and so do more near tokens: what is foreseen of one candidate speaks for others.
 
-The texts are ordinary rows of both texts, and passages that occur twice, of which the second occurrence is judged: a
-layer that copies above the cut fails there first, and ordinary text hardly shows it. There twice the limit is allowed
-and the mean counts, since little is lost of very little. SmolLM2 loses 8% there at cut 20, 19% at 18 and 85% at 17
-(bench/results/cuts.json). Every position is judged with its near keys its own and its far keys predicted, which is
-near what is served (`model.cut`). Candidates are tested in a fixed order until the first one passes. Each failure
-before it adds the error rate of one more test at most.
+The texts are ordinary rows of both texts, and the answers from far back (`text.far`) in these rows and in passages that
+occur twice. A layer that copies above the cut fails there first, and ordinary text hardly shows it. Each row counts as
+much as another one, however many answers it has. Every position is judged with its near keys its own and its far keys
+predicted, which is near what is served (`model.cut`). Candidates are tested in a fixed order until the first one
+passes. Each failure before it adds the error rate of one more test at most.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from nbl_export.plan.inputs import Maps, Task, Texts
 from nbl_export.records.inputs import Lazy
 from nbl_export.records.plan import Plan
 from nbl_export.records.quality import loss_row, spoken_interval
+from nbl_export.text.far import FAR_TEXT, FEWEST, SHORT, contexts, is_far
 from nbl_export.text.windows import repeated
 
 if TYPE_CHECKING:
@@ -36,13 +36,11 @@ if TYPE_CHECKING:
     from nbl_export.mixers.base import Mixer
     from nbl_export.model.mixes import Loss, Mixes
 
-__all__ = ["LENGTH", "TWICE", "CutInputs", "choose_cut", "joined"]
+__all__ = ["LENGTH", "CutInputs", "choose_cut", "joined"]
 
 LENGTH = 1024  # tokens of a row: far keys are most of what its later tokens read
-TWICE = "passages, each twice"
 _ROWS, _TWICE_ROWS = 16, 4  # that decide: of each text, and of passages
 _EVERY = 2  # every second position is foreseen
-_MORE = 2.0  # times the limit, for passages that occur twice
 _HOPELESS = 2.0  # times the limit: twice as many near tokens halve an increase at best (bench/results/cuts.json)
 _PROMPTS = (512, 2048)  # tokens of the prompts whose saved work is weighed
 Say = Callable[[str], None]
@@ -114,13 +112,12 @@ def choose_cut(inputs: CutInputs, task: Task, say: Say) -> tuple[Plan, dict[int,
             continue
         chosen = inputs.maps.value(cut, near)
         rows = judge.decide(chosen)
-        *texts, twice = rows
-        within = all(_upper(row) <= inputs.share for row in texts) and _mean(twice) <= judge.limits[-1]
+        within = all(_upper(row) <= inputs.share for row in rows)
         path.append({"layers": len(chosen), "layer": cut, "near": near, "within": within, "quality_losses": rows})
         if within:
             for line in _lines(inputs, path):
                 say(line)
-            curve = {"texts": judge.names, **inputs.setting.value, "points": foreseen.points}
+            curve = {"texts": foreseen.texts, **inputs.setting.value, "points": foreseen.points}
             goal = {"max_perplexity_increase": inputs.asked or f"{inputs.share:.0%}", "default": inputs.asked is None}
             return _planned(inputs, cut, near, {"goal": {**goal, "path": path[::-1]}, "curve": curve})
     raise NblError(_unreachable(inputs, foreseen.points))
@@ -147,7 +144,8 @@ class _Foreseen:
 
     def __init__(self, inputs: CutInputs, judge: _Judge) -> None:
         self._inputs, self._judge = inputs, judge
-        self._worst: dict[tuple[int, int], float] = {}  # the largest increase of a text over its limit
+        self.texts: list[str] = []
+        self._worst: dict[tuple[int, int], float] = {}  # the largest increase of a text over the limit
         self._points: dict[tuple[int, int], dict[str, Any]] = {}
 
     @property
@@ -176,90 +174,98 @@ class _Foreseen:
         maps = self._inputs.maps.value(cut, near)
         losses = self._judge.foresee(maps)
         self._points[cut, near] = _point(self._inputs, maps, losses)
-        pairs = zip(losses.values(), self._judge.limits, strict=True)
-        self._worst[cut, near] = max(increase / limit for (increase, _), limit in pairs)
+        self.texts = list(losses)
+        self._worst[cut, near] = max(increase for increase, _ in losses.values()) / self._inputs.share
         return self._worst[cut, near]
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Rows [rows, length] of a text, and the first position that is judged."""
+@dataclass
+class _Row:
+    """A row of a text.
 
-    name: str
-    ids_WT: torch.Tensor
+    Attributes:
+        text: its name; None if answers from far back alone count, as in a passage that occurs twice.
+        begin: the first judged position.
+        run: of the original, which serves all cuts; None runs it again for each.
+        far_N: positions of the answers from far back, once they are known.
+    """
+
+    text: str | None
+    ids_T: torch.Tensor
     begin: int = 0
+    run: Any = None
+    far_N: torch.Tensor | None = None
 
 
 class _Judge:
-    """Losses of cuts on the choosing and the deciding texts."""
+    """Losses of cuts on the choosing and the deciding texts, by text; answers from far back are a text of their own."""
 
     def __init__(self, inputs: CutInputs, task: Task) -> None:
         self._inputs, self._task = inputs, task
 
-    @property
-    def names(self) -> list[str]:
-        """Of the choosing texts."""
-        return [name for name, _ in self._inputs.choosing.value]
-
-    @property
-    def limits(self) -> tuple[float, ...]:
-        """Of each text; passages that occur twice are the last one."""
-        share, texts = self._inputs.share, len(self._inputs.deciding.value)
-        return (*[share] * texts, _MORE * share)
-
     def foresee(self, maps: Maps) -> dict[str, tuple[float, float]]:
-        """Increase of perplexity, and KL, on each choosing text."""
-        from nbl_export.model.mixes import Loss
-
-        rows, kept = [every for every, _ in self._choosing], [runs for _, runs in self._choosing]
-        losses = {text.name: sum(found, Loss()) for text, found in self._losses(maps, rows, kept, _EVERY)}
-        return {name: (loss.perplexities[1] / loss.perplexities[0] - 1, loss.kl) for name, loss in losses.items()}
+        """Increase of perplexity, and KL, on each choosing text; infinite if not finite."""
+        rows = [loss_row(name, found) for name, found in self._losses(maps, self._choosing, _EVERY).items()]
+        return {row["text"]: (_finite(row["increase"]), _finite(row["kl"])) for row in rows}
 
     def decide(self, maps: Maps) -> list[dict[str, Any]]:
         """A row of each deciding text, with its interval."""
-        return [loss_row(rows.name, found) for rows, found in self._losses(maps, self._deciding)]
+        return [loss_row(name, found) for name, found in self._losses(maps, self._deciding, 1).items()]
 
-    def _losses(
-        self, maps: Maps, texts: Sequence[_Rows], kept: Sequence[list[Any]] = (), every: int = 1
-    ) -> Iterator[tuple[_Rows, list[Loss]]]:
-        """The loss of each row of each text.
-
-        Args:
-            kept: runs of the original on these rows, which serve all cuts; without them the original runs again.
-            every: the distance of judged positions.
-        """
-        mixes: Mixes = self._inputs.mixes.value(maps, "residual")
-        with self._task(f"a cut at layer {min(maps)}") as progress:
-            done, total = 0, sum(len(rows.ids_WT) for rows in texts)
-            for number, rows in enumerate(texts):
-                found, part = [], slice(rows.begin, None)
-                for row, ids_T in enumerate(rows.ids_WT):
-                    run = kept[number][row].of(mixes) if kept else mixes.runs(ids_T[None], again=False)
-                    (last_WTD,) = run.last([tuple(maps)])
-                    base_TD, last_TD = run.original[0][part], last_WTD[0][part]
-                    found.append(mixes.losses(ids_T[part], base_TD, {0: last_TD}, every)[0])
-                    done += 1
-                    progress(done, total)
-                yield rows, found
-
-    @functools.cached_property
-    def _choosing(self) -> list[tuple[_Rows, list[Any]]]:
-        """Few rows, and runs that keep what all cuts have in common."""
-        (*texts, (name, twice)), length = self._inputs.choosing.value, self._inputs.length
-        rows = [_Rows(text, joined(ids, length)) for text, ids in texts]
-        rows.append(_Rows(name, twice, twice.shape[1] // 2))
-        original: Mixes = self._inputs.mixes.value({}, "residual")
-        return [(every, [original.runs(ids_T[None], again=True) for ids_T in every.ids_WT]) for every in rows]
-
-    @functools.cached_property
-    def _deciding(self) -> list[_Rows]:
+    def _losses(self, maps: Maps, rows: Sequence[_Row], every: int) -> dict[str, list[Loss]]:
+        """The losses of the rows of each text; `every` is the distance of ordinary positions."""
         import torch
 
+        mixes: Mixes = self._inputs.mixes.value(maps, "residual")
+        found: dict[str, list[Loss]] = {}
+        with self._task(f"a cut at layer {min(maps)}") as progress:
+            for done, row in enumerate(rows, start=1):
+                run = mixes.runs(row.ids_T[None], again=False) if row.run is None else row.run.of(mixes)
+                (last_WTD,) = run.last([tuple(maps)])
+                judged = {FAR_TEXT: self._far(row, mixes, run.original[0])}
+                if row.text is not None:
+                    judged = {row.text: torch.arange(0, len(row.ids_T) - 1, every), **judged}
+                for name, positions_N in judged.items():
+                    if name != FAR_TEXT or len(positions_N) >= FEWEST:
+                        losses = mixes.losses(row.ids_T, run.original[0], {0: last_WTD[0]}, positions_N)
+                        found.setdefault(name, []).append(losses[0])
+                progress(done, len(rows))
+        return {name: found[name] for name in sorted(found, key=lambda name: name == FAR_TEXT)}
+
+    def _far(self, row: _Row, mixes: Mixes, original_TD: torch.Tensor) -> torch.Tensor:
+        """Positions of a row that are answers from far back."""
+        import torch
+
+        if row.far_N is None:
+            begin, end = max(row.begin, SHORT - 1), len(row.ids_T) - 1
+            if end <= begin:
+                return torch.arange(0)
+            index = torch.from_numpy(contexts(begin, end))
+            last_ND = mixes.runs(row.ids_T[index], again=False).original[:, SHORT - 1 :].flatten(0, 1)
+            target_N = row.ids_T[begin + 1 :]
+            short, whole = (
+                mixes.cross_entropies(h, target_N) for h in (last_ND[: end - begin], original_TD[begin:end])
+            )
+            row.far_N = begin + is_far(short, whole).nonzero()[:, 0]
+        return row.far_N
+
+    @functools.cached_property
+    def _choosing(self) -> list[_Row]:
+        """Few rows, and runs that keep what all cuts have in common."""
+        (*texts, (_, twice_WT)), length = self._inputs.choosing.value, self._inputs.length
+        rows = [_Row(name, ids_T) for name, ids_WT in texts for ids_T in joined(ids_WT, length)]
+        rows += [_Row(None, ids_T, len(ids_T) // 2) for ids_T in twice_WT]
+        original: Mixes = self._inputs.mixes.value({}, "residual")
+        for row in rows:
+            row.run = original.runs(row.ids_T[None], again=True)
+        return rows
+
+    @functools.cached_property
+    def _deciding(self) -> list[_Row]:
         texts, length = self._inputs.deciding.value, self._inputs.length
-        rows = [_Rows(name, _spread(joined(ids, length), _ROWS)) for name, ids in texts]
-        parts = _spread(joined(texts[0][1], 2 * length), _TWICE_ROWS)
-        twice = torch.cat([repeated(part, len(part)) for part in parts])
-        return [*rows, _Rows(f"{texts[0][0]}: {TWICE}", twice, twice.shape[1] // 2)]
+        rows = [_Row(name, ids_T) for name, ids_WT in texts for ids_T in _spread(joined(ids_WT, length), _ROWS)]
+        parts = [repeated(part, len(part))[0] for part in _spread(joined(texts[0][1], 2 * length), _TWICE_ROWS)]
+        return [*rows, *(_Row(None, part, len(part) // 2) for part in parts)]
 
 
 def _point(inputs: CutInputs, maps: Maps, losses: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
@@ -272,9 +278,8 @@ def _point(inputs: CutInputs, maps: Maps, losses: Mapping[str, tuple[float, floa
     }  # fmt: skip
 
 
-def _mean(row: Mapping[str, Any]) -> float:
-    """The increase of a row; infinite if its loss is not finite."""
-    return math.inf if row["increase"] is None else float(row["increase"])
+def _finite(value: float | None) -> float:
+    return math.inf if value is None else value
 
 
 def _upper(row: Mapping[str, Any]) -> float:
@@ -294,9 +299,7 @@ def _lines(inputs: CutInputs, path: Sequence[Mapping[str, Any]]) -> Iterator[str
     for row in best["quality_losses"]:
         yield f"perplexity {_increase(row)} on {row['text']}"
     for step in path[:-1]:
-        *texts, twice = step["quality_losses"]
-        worst = max(texts, key=_upper)
-        worst = worst if _upper(worst) > inputs.share else twice
+        worst = max(step["quality_losses"], key=_upper)
         yield f"a cut at {step['layer']} with {step['near']} near tokens: {_increase(worst)} on {worst['text']}"
 
 

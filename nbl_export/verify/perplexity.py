@@ -1,6 +1,7 @@
 """Check quality, the quality loss of the replacement: perplexity increase, KL and top-1 agreement, window by window.
 
-    windows ─► logits of both graphs ─► loss, KL and agreement of each window ─► figure and 95% interval
+    windows ─► logits of both graphs ─► loss, KL and agreement of each position ─► mean of each window ─► figure and 95%
+               short contexts of the original ─► answers from far back (`text.far`) ───^                  interval
 
 If a prompt stops at a cut, the first half of a window is the prompt, which stops as it does in use. The second half is
 scored. It is appended in steps that climb as a whole, so each of its positions has logits. The original is scored on
@@ -20,6 +21,7 @@ import numpy as np
 
 from nbl_export.errors import NblError
 from nbl_export.records.quality import increase_interval, mean_interval, perplexity
+from nbl_export.text.far import FAR_TEXT, FEWEST, SHORT, contexts, is_far
 
 __all__ = ["quality_loss"]
 
@@ -35,38 +37,85 @@ Spread = Callable[..., Iterable[np.ndarray]]  # `map`, or a pool's
 def quality_loss(
     original: Any,
     nbl: Any,
-    texts: Sequence[tuple[str, np.ndarray]],
+    texts: Sequence[tuple[str | None, np.ndarray]],
     progress: Callable[[int, int], None],
     near: int | None = None,
 ) -> list[dict[str, Any]]:
     """Perplexity of both graphs, its increase, KL(original || NBL) in nats and top-1 agreement on each text.
 
     Args:
-        texts: name and token ids [windows, context].
+        texts: name and token ids [windows, context]. Without a name, only answers in the second half count.
         near: W, if the prompts of `nbl` stop at a cut.
 
     Returns:
-        one row a text; intervals are [low, high], computed from "per_window", and None for a single window. With `near`
-        also "prompt", the tokens of a window that are not scored.
+        one row a text, and one of the answers from far back in all of them, if there are any. Intervals are [low,
+        high], computed from "per_window", and None for a single window. "prompt": tokens of a window that are not
+        scored, with `near`.
     """
     total, done = sum(len(windows) for _, windows in texts), 0
-    rows = []
+    rows: list[dict[str, Any]] = []
+    far: list[np.ndarray] = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for name, windows in texts:
             found: list[np.ndarray] = []
-            batch, prompt = 1, 0 if near is None else windows.shape[1] // 2
+            batch, half = 1, windows.shape[1] // 2
+            scored = windows.shape[1] - (max(1, half) if name is None or near is not None else 1)
             while len(found) < len(windows):
                 ids_BT = windows[len(found) : len(found) + batch]
-                base_BTV = _logits(original, ids_BT)
-                ours_BTV = _logits(nbl, ids_BT) if near is None else _behind_prompt(nbl, ids_BT, prompt, near + 1)
-                both = zip(base_BTV[:, -ours_BTV.shape[1] :], ours_BTV, ids_BT[:, max(1, prompt) :], strict=True)
-                found += [_compare(base_TV, ours_TV, target_T, pool.map) for base_TV, ours_TV, target_T in both]
+                parts, row_bytes = _scored(original, nbl, ids_BT, scored, near, pool.map)
+                far += [_answers(original, *pair, row_bytes) for pair in zip(ids_BT, parts, strict=True)]
+                found += [part_T4.mean(0) for part_T4 in parts]
                 progress(done + len(found), total)
                 if near is None:  # else one: ONNX Runtime takes a chunk behind a cache for a single sequence
-                    batch = max(1, min(_STEP_TOKENS // windows.shape[1], _STEP_BYTES // base_BTV[0].nbytes))
+                    batch = max(
+                        1, min(_STEP_TOKENS // windows.shape[1], _STEP_BYTES // (row_bytes * (windows.shape[1] - 1)))
+                    )
             done += len(windows)
-            rows.append(_row(name, windows, np.array(found)) | ({} if near is None else {"prompt": prompt}))
-    return rows
+            rows += [] if name is None else [_row(name, windows.size, found)]
+    far = [answers_N4 for answers_N4 in far if len(answers_N4) >= FEWEST]
+    rows += [_row(FAR_TEXT, sum(map(len, far)), [answers_N4.mean(0) for answers_N4 in far])] if far else []
+    return [row | ({} if near is None else {"prompt": half}) for row in rows]
+
+
+def _scored(
+    original: Any, nbl: Any, ids_BT: np.ndarray, scored: int, near: int | None, spread: Spread
+) -> tuple[list[np.ndarray], int]:
+    """What `_compare` finds at the last `scored` tokens of each window, and the bytes of a position's logits."""
+    base_BTV = _logits(original, ids_BT)
+    prompt = ids_BT.shape[1] // 2
+    ours_BTV = _logits(nbl, ids_BT) if near is None else _behind_prompt(nbl, ids_BT, prompt, near + 1)
+    both = zip(base_BTV[:, -scored:], ours_BTV[:, -scored:], ids_BT[:, -scored:], strict=True)
+    return [_compare(base_TV, ours_TV, ids_T, spread) for base_TV, ours_TV, ids_T in both], base_BTV[0, 0].nbytes
+
+
+def _answers(original: Any, ids_T: np.ndarray, found_T4: np.ndarray, row_bytes: int) -> np.ndarray:
+    """What was found at the answers from far back, [answers, 4].
+
+    Args:
+        found_T4: at the last positions of a window. row_bytes: of a position's logits.
+    """
+    end = len(ids_T) - 1
+    begin = max(SHORT - 1, end - len(found_T4))
+    if begin >= end:
+        return found_T4[:0]
+    rows_WT, step = ids_T[contexts(begin, end)], max(1, _STEP_BYTES // (2 * SHORT * row_bytes))
+    short: list[np.ndarray] = []
+    for start in range(0, len(rows_WT), step):
+        part_WT = rows_WT[start : start + step]
+        original.begin(len(part_WT))
+        logits_WTV = original.step(part_WT)[:, SHORT - 1 :]
+        first = begin + SHORT * start
+        targets_N = ids_T[first + 1 : min(first + SHORT * len(part_WT), end) + 1]
+        short += [_losses(logits_WTV.reshape(-1, logits_WTV.shape[2])[: len(targets_N)], targets_N)]
+    judged_N4 = found_T4[len(found_T4) - (end - begin) :]
+    answers_N4: np.ndarray = judged_N4[is_far(np.concatenate(short), judged_N4[:, 0])]
+    return answers_N4
+
+
+def _losses(logits_NV: np.ndarray, target_N: np.ndarray) -> np.ndarray:
+    """Loss of each position in nats."""
+    found = [_normalised(row_V[None])[0::2] for row_V in logits_NV]
+    return np.array([norm[0] - row_V[0, t] for (row_V, norm), t in zip(found, target_N, strict=True)])
 
 
 def _logits(decoder: Any, ids_BT: np.ndarray) -> np.ndarray:
@@ -90,14 +139,14 @@ def _behind_prompt(decoder: Any, ids_BT: np.ndarray, prompt: int, most: int) -> 
 
 
 def _compare(base_TV: np.ndarray, ours_TV: np.ndarray, target_T: np.ndarray, spread: Spread) -> np.ndarray:
-    """One window: loss of both graphs, KL, and share of positions with the same best token."""
+    """Of each position of a window: loss of both graphs, KL, and whether both have the same best token; [T, 4]."""
     parts = [slice(start, start + _PART_ROWS) for start in range(0, len(target_T), _PART_ROWS)]
-    sums = spread(_sums, *zip(*((base_TV[part], ours_TV[part], target_T[part]) for part in parts), strict=True))
-    return np.asarray(sum(sums) / len(target_T))
+    found = spread(_apart, *zip(*((base_TV[part], ours_TV[part], target_T[part]) for part in parts), strict=True))
+    return np.concatenate(list(found))
 
 
-def _sums(base_TV: np.ndarray, ours_TV: np.ndarray, target_T: np.ndarray) -> np.ndarray:
-    sums = np.zeros(4)
+def _apart(base_TV: np.ndarray, ours_TV: np.ndarray, target_T: np.ndarray) -> np.ndarray:
+    found = np.zeros((len(target_T), 4))
     rows = max(1, _ROW_BYTES // (4 * base_TV.shape[1]))
     for start in range(0, len(target_T), rows):
         here = slice(start, start + rows)
@@ -108,13 +157,10 @@ def _sums(base_TV: np.ndarray, ours_TV: np.ndarray, target_T: np.ndarray) -> np.
         )
         # sum p (log p - log q), log p = base - norm, with p = exp(base) / exp(norm)
         apart_N = np.einsum("nv,nv->n", exp_NV, base_NV - ours_NV) / np.exp(base_norm) + ours_norm - base_norm
-        sums += [
-            (base_norm - base_NV[place, target]).sum(dtype=np.float64),
-            (ours_norm - ours_NV[place, target]).sum(dtype=np.float64),
-            apart_N.sum(dtype=np.float64),
-            (base_best == ours_best).sum(),
-        ]
-    return sums
+        found[here, 0] = base_norm - base_NV[place, target]
+        found[here, 1] = ours_norm - ours_NV[place, target]
+        found[here, 2], found[here, 3] = apart_N, base_best == ours_best
+    return found
 
 
 def _normalised(logits_NV: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -125,13 +171,13 @@ def _normalised(logits_NV: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarr
     return shifted_NV, best_N, np.log(exp_NV.sum(1)), exp_NV
 
 
-def _row(name: str, windows: np.ndarray, found_W4: np.ndarray) -> dict[str, Any]:
-    before, after, kl, agree = found_W4.T
+def _row(name: str, tokens: int, found: Sequence[np.ndarray]) -> dict[str, Any]:
+    before, after, kl, agree = np.array(found).T
     increase, apart, same = increase_interval(before, after), mean_interval(kl), mean_interval(agree, (0.0, 1.0))
     return {
         "text": name,
-        "tokens": int(windows.size),
-        "windows": len(windows),
+        "tokens": tokens,
+        "windows": len(found),
         "perplexity_original": perplexity(before),
         "perplexity_nbl": perplexity(after),
         "increase": increase.value,

@@ -18,10 +18,12 @@ from nbl_export.model.mixes import Loss
 from nbl_export.plan.cuts import CutInputs, choose_cut, joined
 from nbl_export.plan.order import quiet
 from nbl_export.records.inputs import Lazy
+from nbl_export.text.far import FAR_TEXT, SHORT
 
-LAYERS, LENGTH = 8, 8
+LAYERS, LENGTH = 8, 128
 OWN, SECOND, TWICE = "own", "second", "twice"
-TEXT = {OWN: 1, SECOND: 2, TWICE: 3}  # the token of each text
+TEXTS = (OWN, SECOND, FAR_TEXT)
+TOKEN = {OWN: 1, SECOND: 2, TWICE: 3}  # of each text
 
 
 def mixer(cut: int, near: int) -> Predicted:
@@ -34,37 +36,50 @@ def maps(cut: int, near: int) -> dict[int, Predicted]:
 
 @dataclass
 class World:
-    """Increases of perplexity by (cut, near) and text, and how often each part was computed."""
+    """Increases of perplexity by (cut, near) and text, and what was computed.
+
+    Attributes:
+        answers: positions from the end of a row that are answers from far back.
+        judged: cut, near, text, and judged positions.
+        widths: of the rows of each run of the original.
+    """
 
     rises: Mapping[tuple[int, int], Mapping[str, float]]
     spread: float = 0.0
-    judged: list[tuple[int, int, str, int]] = field(default_factory=list)
-    originals: int = 0
+    answers: int = 16
+    judged: list[tuple[int, int, str, list[int]]] = field(default_factory=list)
+    widths: list[int] = field(default_factory=list)
 
     def mixes(self, chosen: Mapping[int, Predicted], _tap: str) -> Any:
         world, first = self, next(iter(chosen.values()), None)
 
-        def losses(ids_T: torch.Tensor, _base: Any, _last: Any, every: int) -> dict[int, Loss]:
+        def losses(ids_T: torch.Tensor, _base: Any, _last: Any, positions_N: torch.Tensor) -> dict[int, Loss]:
             assert first is not None
-            name = next(name for name, token in TEXT.items() if token == int(ids_T.max()))
-            world.judged.append((first.cut, first.near, name, len(ids_T)))
-            noise = world.spread * (-1) ** len(world.judged) * (every == 1)  # on deciding rows
-            rise = math.log1p(world.rises[first.cut, first.near].get(name, 0.0)) + noise
-            count = len(ids_T) - 1
+            name = FAR_TEXT if positions_N[0] else next(n for n, token in TOKEN.items() if token == int(ids_T.max()))
+            world.judged.append((first.cut, first.near, name, positions_N.tolist()))
+            noise = (
+                world.spread * (-1) ** (len(world.judged) // 2) * (positions_N[:2].tolist() == [0, 1])
+            )  # on deciding rows
+            rise, count = math.log1p(world.rises[first.cut, first.near].get(name, 0.0)) + noise, len(positions_N)
             return {0: Loss(count, rise * count, 2.0 * count, (2.0 + rise) * count)}
 
-        return SimpleNamespace(losses=losses, runs=self.runs)
+        def cross_entropies(last_ND: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
+            assert len(last_ND) == len(target_N)
+            return last_ND[:, 0] * (torch.arange(len(last_ND), 0, -1) <= world.answers)
+
+        return SimpleNamespace(losses=losses, runs=self.runs, cross_entropies=cross_entropies)
 
     def runs(self, ids_WT: torch.Tensor, *, again: bool) -> Any:
-        self.originals += 1
-        rows_WTD = torch.zeros(*ids_WT.shape, 1)
+        self.widths.append(ids_WT.shape[1])
+        short = ids_WT.shape[1] == 2 * SHORT - 1
+        rows_WTD = torch.full((*ids_WT.shape, 1), 1.0 * short)  # a nat is lost behind a short context
         run = SimpleNamespace(original=rows_WTD, last=lambda sets: iter([rows_WTD] * len(sets)))
         run.of = lambda _mixes: run
         return run
 
 
 def inputs(world: World, **changes: Any) -> CutInputs:
-    rows = {name: torch.full((8, LENGTH), token) for name, token in TEXT.items()}
+    rows = {name: torch.full((8, LENGTH), token) for name, token in TOKEN.items()}
     given: dict[str, Any] = {
         "num_layers": LAYERS, "cuts": (4, 5, 6), "nears": (1, 2), "named": False, "share": 0.05, "asked": None,
         "length": LENGTH, "maps": Lazy(None, lambda: maps), "mixes": Lazy(None, lambda: world.mixes),
@@ -79,8 +94,8 @@ def inputs(world: World, **changes: Any) -> CutInputs:
 
 def rises(**by_text: float) -> dict[tuple[int, int], dict[str, float]]:
     """Too much at cut 4; at cut 5 with one near token as given; little elsewhere."""
-    little = dict.fromkeys(TEXT, 0.01)
-    much = dict.fromkeys(TEXT, 0.2)
+    little = dict.fromkeys(TEXTS, 0.01)
+    much = dict.fromkeys(TEXTS, 0.2)
     return {(c, n): much if c == 4 else {**little, **by_text} if (c, n) == (5, 1) else little
             for c in (4, 5, 6) for n in (1, 2)}  # fmt: skip
 
@@ -95,25 +110,25 @@ def test_the_lowest_cut_within_the_limit_is_taken_with_the_fewest_near_tokens() 
     assert said[0] == "keys of layers 5 to 7 are predicted, but those of a prompt's last 1 tokens"
 
 
-@pytest.mark.parametrize(("text", "least"), [(OWN, 0.05), (SECOND, 0.05), (TWICE, 0.1)])
-def test_each_text_can_refuse_a_cut_alone(text: str, least: float) -> None:
-    """Passages that occur twice may lose twice as much."""
-    for rise, near in ((least - 0.005, 1), (least + 0.005, 2)):
+@pytest.mark.parametrize("text", TEXTS)
+def test_each_text_can_refuse_a_cut_alone(text: str) -> None:
+    for rise, near in ((0.045, 1), (0.055, 2)):
         _, _, facts = choose_cut(inputs(World(rises(**{text: rise}))), quiet, lambda _line: None)
         assert facts["cut"] == {"layer": 5, "near": near}
+    assert [row["text"] for row in facts["goal"]["path"][-1]["quality_losses"]] == list(TEXTS)
 
 
 def test_more_near_tokens_are_tried_unless_the_loss_is_hopeless() -> None:
     """A cut of 9% is tried with two near tokens, one of 11% is not."""
     for increase, cut in ((0.09, 4), (0.11, 5)):
-        world = World({**rises(), (4, 1): dict.fromkeys(TEXT, increase), (4, 2): dict.fromkeys(TEXT, 0.01)})
+        world = World({**rises(), (4, 1): dict.fromkeys(TEXTS, increase), (4, 2): dict.fromkeys(TEXTS, 0.01)})
         assert choose_cut(inputs(world), quiet, lambda _line: None)[2]["cut"]["layer"] == cut
 
 
 def test_few_cuts_are_measured() -> None:
     """Twelve cuts take four measurements; a cut that holds is decided with more near tokens without another one."""
     cuts = tuple(range(4, 16))
-    lost = {(c, n): dict.fromkeys(TEXT, 0.045 if (c, n) == (9, 1) else 0.01 if c >= 9 else 0.2)
+    lost = {(c, n): dict.fromkeys(TEXTS, 0.045 if (c, n) == (9, 1) else 0.01 if c >= 9 else 0.2)
             for c in cuts for n in (1, 2)}  # fmt: skip
     world = World(lost, spread=0.02)
 
@@ -130,24 +145,35 @@ def test_few_cuts_are_measured() -> None:
 
 def test_an_interval_beyond_the_limit_refuses_what_was_foreseen() -> None:
     """The mean is within the limit, and the upper end is not."""
-    wide = World({key: dict.fromkeys(TEXT, 0.03) for key in rises()}, spread=0.04)
+    wide = World({key: dict.fromkeys(TEXTS, 0.03) for key in rises()}, spread=0.04)
     with pytest.raises(NblError, match="the default limit of 5% cannot be met"):
         choose_cut(inputs(wide), quiet, lambda _line: None)
 
 
-def test_only_the_second_half_of_passages_that_occur_twice_is_judged() -> None:
-    world = World(rises())
+def test_answers_are_those_of_all_rows_and_of_the_second_half_of_passages_that_occur_twice() -> None:
+    """Ordinary positions are every second one when foreseen, and all when decided."""
+    world = World(rises(), answers=10_000)
     choose_cut(inputs(world, cuts=(6,), nears=(1,)), quiet, lambda _line: None)
-    lengths = {(name, length) for _, _, name, length in world.judged}
-    assert (TWICE, LENGTH // 2) in lengths and (OWN, LENGTH) in lengths
+    judged = [(name, positions[:2], positions[-1]) for _, _, name, positions in world.judged]
+    ends = LENGTH - 2
+    foreseen = [(OWN, [0, 2], ends), (FAR_TEXT, [63, 64], ends), (SECOND, [0, 2], ends), (FAR_TEXT, [63, 64], ends)]
+    assert judged[:4] == foreseen and judged[4] == (FAR_TEXT, [LENGTH // 2, LENGTH // 2 + 1], ends)
+    assert judged[5] == (OWN, [0, 1], ends) and judged[-1] == (FAR_TEXT, [LENGTH, LENGTH + 1], 2 * LENGTH - 2)
 
 
-def test_the_original_runs_once_for_all_cuts() -> None:
-    world = World(rises())
-    choose_cut(inputs(world), quiet, lambda _line: None)
-    assert (
-        world.originals == 3 + 8 + 8 + 4
-    )  # choosing, both deciding texts, and four rows of passages of twice the length
+def test_rows_with_few_answers_do_not_count_and_a_text_without_answers_says_nothing_of_them() -> None:
+    for answers, texts in ((7, [OWN, SECOND]), (8, list(TEXTS))):
+        _, _, facts = choose_cut(inputs(World(rises(), answers=answers)), quiet, lambda _line: None)
+        assert facts["curve"]["texts"] == texts
+
+
+def test_the_original_is_read_once_for_all_cuts_and_answers_are_found_once() -> None:
+    """Three choosing rows; then eight rows of both texts, and four of passages, for each of two decided cuts."""
+    world = World(rises(**{OWN: 0.045}), spread=0.02)
+    _, _, facts = choose_cut(inputs(world), quiet, lambda _line: None)
+    assert len(facts["goal"]["path"]) == 2
+    short = world.widths.count(2 * SHORT - 1)
+    assert (len(world.widths) - short, short) == (3 + 2 * 20, 3 + 20)
 
 
 def test_a_named_cut_is_not_judged() -> None:
@@ -157,7 +183,7 @@ def test_a_named_cut_is_not_judged() -> None:
 
 
 def test_a_limit_that_no_cut_keeps_names_the_best_one() -> None:
-    world = World({key: dict.fromkeys(TEXT, 0.08 * (9 - key[0])) for key in rises()})
+    world = World({key: dict.fromkeys(TEXTS, 0.08 * (9 - key[0])) for key in rises()})
     with pytest.raises(NblError, match=r"--max-perplexity-increase 4% .* at layer 6 .* \+24.0%"):
         choose_cut(inputs(world, share=0.04, asked="4%"), quiet, lambda _line: None)
 

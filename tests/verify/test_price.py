@@ -91,14 +91,14 @@ class Windowed:
     def __init__(self, seed: int, vocabulary: int = 5000) -> None:
         self.table = 3 * np.random.default_rng(seed).standard_normal((7, vocabulary)).astype(np.float32)
 
-        self.batches: list[int] = []
+        self.widths: list[tuple[int, ...]] = []
 
     def begin(self, batch: int) -> None:
         self.batch = batch
-        self.batches.append(batch)
 
     def step(self, ids_BT: np.ndarray) -> np.ndarray:
         assert len(ids_BT) == self.batch
+        self.widths.append(ids_BT.shape)
         return self.table[(ids_BT + np.arange(ids_BT.shape[1])) % 7]
 
 
@@ -107,7 +107,7 @@ def test_figures_and_intervals_are_those_of_float64_window_by_window() -> None:
 
     original, nbl = Windowed(0), Windowed(1)
     windows = np.random.default_rng(2).integers(0, 5000, (9, 200))
-    (row,) = quality_loss(original, nbl, [("t", windows)], lambda _d, _t: None)
+    row, *_ = quality_loss(original, nbl, [("t", windows)], lambda _d, _t: None)
     losses, kls, same = [], [], []
     for window in windows:
         pair = []
@@ -176,8 +176,45 @@ def test_windows_are_read_together_if_their_logits_fit(
     monkeypatch.setattr(perplexity, "_STEP_BYTES", int(logits * 199 * 5000 * 4))
     original, seen = Windowed(0), []
     windows = np.random.default_rng(2).integers(0, 5000, (7, 200))
-    (row,) = quality_loss(original, Windowed(1), [("t", windows)], lambda done, total: seen.append((done, total)))
-    assert (original.batches, row["windows"], seen[-1]) == (batches, 7, (7, 7))
+    row, *_ = quality_loss(original, Windowed(1), [("t", windows)], lambda done, total: seen.append((done, total)))
+    read = [batch for batch, width in original.widths if width == 200]
+    assert (read, row["windows"], seen[-1]) == (batches, 7, (7, 7))
+
+
+class Copying:
+    """Tokens that have been read are more likely by some nats than others, of a vocabulary of 50."""
+
+    def __init__(self, nats: float, most: int = 1000) -> None:
+        self.nats, self.most = nats, most
+
+    def begin(self, batch: int) -> None:
+        self.read = np.zeros((batch, 0), np.int64)
+
+    def step(self, ids_BT: np.ndarray) -> np.ndarray:
+        past = self.read.shape[1]
+        self.read = np.concatenate([self.read, ids_BT], 1)
+        seen_BTV = np.zeros((*ids_BT.shape, 50), np.float32)
+        for b, t in np.ndindex(*ids_BT.shape):
+            seen_BTV[b, t, self.read[b, max(0, past + t + 1 - self.most) : past + t + 1]] = self.nats
+        return seen_BTV
+
+
+@pytest.mark.parametrize("near", [None, 8])
+@pytest.mark.parametrize(("answers", "named"), [(10, True), (10, False), (7, True)])
+def test_answers_from_far_back_are_a_row_of_their_own(near: int | None, answers: int, named: bool) -> None:
+    """Few tokens, then 180 of ten others, then the few ones again: only a whole text tells these."""
+    early, filler = np.arange(answers), 10 + np.arange(180) % 10
+    windows = np.stack([np.concatenate([order, filler, order]) for order in (early, early[::-1])])
+    texts = [("t", windows)] if named else [("other", windows[:, -64:]), (None, windows)]
+    *ordinary, far = quality_loss(Copying(3.0), Copying(2.0), texts, lambda _d, _t: None, near)
+    if answers < 8:
+        assert not ordinary and far["text"] == "t"
+        return
+    assert [row["text"] for row in ordinary] == [texts[0][0]]
+    assert (far["text"], far["tokens"], far["windows"]) == ("answers from far back", 20, 2)
+    expected = [np.log((20 * np.exp(nats) + 30) / np.exp(nats)) for nats in (3.0, 2.0)]
+    for key, loss in zip(("loss_original", "loss_nbl"), expected, strict=True):
+        np.testing.assert_allclose(far["per_window"][key], loss, rtol=1e-5)
 
 
 def test_a_single_window_has_no_interval() -> None:

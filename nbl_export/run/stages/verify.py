@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nbl_export.files import write_json
 from nbl_export.mixers import cache_layers
 from nbl_export.mixers.predicted import cut_of
@@ -23,6 +25,7 @@ from nbl_export.run.stages.common import Place
 from nbl_export.run_directory import ACCEPTANCE_FILE, DECODERS, VERIFY_FILE
 from nbl_export.targets.base import Target
 from nbl_export.targets.tokenizer import TOKENIZER, Text
+from nbl_export.text.windows import repeated
 from nbl_export.verify.on_target import expect, save
 from nbl_export.verify.perplexity import quality_loss
 from nbl_export.verify.structure import Setting
@@ -33,6 +36,7 @@ __all__ = ["VerifyInputs", "check", "declare", "loss_texts", "run", "uses_of"]
 _PREFILL_TOKENS = (64, 37)
 _PROMPT_TOKENS = 24
 _NEW_TOKENS = 32
+_TWICE_ROWS = 2  # with passages that occur twice, for answers from far back
 _LONG_TOKENS = 2048
 _BEYOND_WINDOW = 512
 _LONGEST_PROBED_WINDOW = 256  # that short rows and the batch exceed; the long row exceeds every window
@@ -126,7 +130,9 @@ def check(inputs: VerifyInputs, place: Place, out: Path) -> dict[str, Any]:
         if not inputs.lacks_attention:  # the loss takes as long again
             both = {name: setting.engine.open_graph(run[name], inputs.spec.head_dim) for name in DECODERS}
             with place.ui.task("quality loss on held-back text") as progress:
-                quality_losses = quality_loss(both["original"], both["nbl"], loss_texts(inputs, near), progress, near)
+                final = loss_texts(inputs, near)
+                texts: list[tuple[str | None, Any]] = [*final, (None, _twice(final[0][1]))]
+                quality_losses = quality_loss(both["original"], both["nbl"], texts, progress, near)
             del both
         if setting.engine.capabilities.cross:
             save(expect(setting.precision, verifier.probe, verifier.references, near), out / ACCEPTANCE_FILE)
@@ -270,6 +276,11 @@ def loss_texts(inputs: VerifyInputs, near: int | None = None) -> list[tuple[str,
     """
     context = min(inputs.context if near is None else max(inputs.context, LENGTH), inputs.cache_length)
     return [(name, _cut(windows.numpy(), context)) for name, windows in inputs.final.value]
+
+
+def _twice(rows_WT: Any) -> Any:
+    """Few rows of the same length, whose second half repeats passages of the first."""
+    return np.stack([repeated(ids_T, len(ids_T))[0].numpy() for ids_T in rows_WT[:_TWICE_ROWS]])
 
 
 def _cut(windows_WT: Any, context: int) -> Any:
