@@ -26,8 +26,8 @@ from nbl_export.errors import NblError
 from nbl_export.plan.inputs import Maps, Task, Texts
 from nbl_export.records.inputs import Lazy
 from nbl_export.records.plan import Plan
-from nbl_export.records.quality import loss_row, spoken_interval
-from nbl_export.text.far import FAR_TEXT, FEWEST, SHORT, contexts, is_far
+from nbl_export.records.quality import FAR_SHARE, far_ends, far_row, loss_row, spoken_far, spoken_interval
+from nbl_export.text.far import FEWEST, SHORT, contexts, is_far
 from nbl_export.text.windows import repeated
 
 if TYPE_CHECKING:
@@ -111,9 +111,11 @@ def choose_cut(inputs: CutInputs, task: Task, say: Say) -> tuple[Plan, dict[int,
         if not foreseen.holds(cut, near):
             continue
         chosen = inputs.maps.value(cut, near)
-        rows = judge.decide(chosen)
+        rows, far = judge.decide(chosen)
         within = all(_upper(row) <= inputs.share for row in rows)
-        path.append({"layers": len(chosen), "layer": cut, "near": near, "within": within, "quality_losses": rows})
+        within &= far is None or far_ends(far)[1] <= FAR_SHARE * inputs.share
+        step = {"layers": len(chosen), "layer": cut, "near": near, "within": within}
+        path.append({**step, "quality_losses": rows, "far": far})
         if within:
             for line in _lines(inputs, path):
                 say(line)
@@ -172,10 +174,11 @@ class _Foreseen:
 
     def _measured(self, cut: int, near: int) -> float:
         maps = self._inputs.maps.value(cut, near)
-        losses = self._judge.foresee(maps)
-        self._points[cut, near] = _point(self._inputs, maps, losses)
+        losses, far = self._judge.foresee(maps)
+        self._points[cut, near] = _point(self._inputs, maps, losses, far)
         self.texts = list(losses)
-        self._worst[cut, near] = max(increase for increase, _ in losses.values()) / self._inputs.share
+        parts = [*(increase for increase, _ in losses.values()), (far or 0.0) / FAR_SHARE]
+        self._worst[cut, near] = max(parts) / self._inputs.share
         return self._worst[cut, near]
 
 
@@ -187,67 +190,75 @@ class _Row:
         text: its name; None if answers from far back alone count, as in a passage that occurs twice.
         begin: the first judged position.
         run: of the original, which serves all cuts; None runs it again for each.
-        far_N: positions of the answers from far back, once they are known.
+        far: positions of the answers from far back, and what they gain by the whole text, once they are known.
     """
 
     text: str | None
     ids_T: torch.Tensor
     begin: int = 0
     run: Any = None
-    far_N: torch.Tensor | None = None
+    far: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class _Judge:
-    """Losses of cuts on the choosing and the deciding texts, by text; answers from far back are a text of their own."""
+    """Losses of cuts on the choosing and the deciding texts, and what is lost of their answers from far back."""
 
     def __init__(self, inputs: CutInputs, task: Task) -> None:
         self._inputs, self._task = inputs, task
 
-    def foresee(self, maps: Maps) -> dict[str, tuple[float, float]]:
-        """Increase of perplexity, and KL, on each choosing text; infinite if not finite."""
-        rows = [loss_row(name, found) for name, found in self._losses(maps, self._choosing, _EVERY).items()]
-        return {row["text"]: (_finite(row["increase"]), _finite(row["kl"])) for row in rows}
+    def foresee(self, maps: Maps) -> tuple[dict[str, tuple[float, float]], float | None]:
+        """Increase of perplexity and KL on each choosing text, and the lost share of answers."""
+        losses, far = self._judged(maps, self._choosing, _EVERY)
+        rows = [loss_row(name, found) for name, found in losses.items()]
+        increases = {row["text"]: (_finite(row["increase"]), _finite(row["kl"])) for row in rows}
+        return increases, None if far is None else _finite(far["lost"])
 
-    def decide(self, maps: Maps) -> list[dict[str, Any]]:
-        """A row of each deciding text, with its interval."""
-        return [loss_row(name, found) for name, found in self._losses(maps, self._deciding, 1).items()]
+    def decide(self, maps: Maps) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+        """A row of each deciding text, and one of the answers from far back, with intervals."""
+        losses, far = self._judged(maps, self._deciding, 1)
+        return [loss_row(name, found) for name, found in losses.items()], far
 
-    def _losses(self, maps: Maps, rows: Sequence[_Row], every: int) -> dict[str, list[Loss]]:
-        """The losses of the rows of each text; `every` is the distance of ordinary positions."""
+    def _judged(
+        self, maps: Maps, rows: Sequence[_Row], every: int
+    ) -> tuple[dict[str, list[Loss]], dict[str, Any] | None]:
+        """The losses of the rows of each text, and the answers from far back; `every`: distance of positions."""
         import torch
 
         mixes: Mixes = self._inputs.mixes.value(maps, "residual")
         found: dict[str, list[Loss]] = {}
+        answers = []
         with self._task(f"a cut at layer {min(maps)}") as progress:
             for done, row in enumerate(rows, start=1):
                 run = mixes.runs(row.ids_T[None], again=False) if row.run is None else row.run.of(mixes)
                 (last_WTD,) = run.last([tuple(maps)])
-                judged = {FAR_TEXT: self._far(row, mixes, run.original[0])}
+                positions_N, gain_N = self._far(row, mixes, run.original[0])
+                given = row.ids_T, run.original[0], {0: last_WTD[0]}
                 if row.text is not None:
-                    judged = {row.text: torch.arange(0, len(row.ids_T) - 1, every), **judged}
-                for name, positions_N in judged.items():
-                    if name != FAR_TEXT or len(positions_N) >= FEWEST:
-                        losses = mixes.losses(row.ids_T, run.original[0], {0: last_WTD[0]}, positions_N)
-                        found.setdefault(name, []).append(losses[0])
+                    ordinary = torch.arange(0, len(row.ids_T) - 1, every)
+                    found.setdefault(row.text, []).append(mixes.losses(*given, ordinary)[0])
+                if len(positions_N) >= FEWEST:
+                    loss = mixes.losses(*given, positions_N)[0]
+                    answers.append((loss.positions, loss.original_sum, loss.nbl_sum, gain_N.sum().item()))
                 progress(done, len(rows))
-        return {name: found[name] for name in sorted(found, key=lambda name: name == FAR_TEXT)}
+        return found, far_row(answers)
 
-    def _far(self, row: _Row, mixes: Mixes, original_TD: torch.Tensor) -> torch.Tensor:
-        """Positions of a row that are answers from far back."""
+    def _far(self, row: _Row, mixes: Mixes, original_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions of the answers from far back in a row, and what they gain by the whole text."""
         import torch
 
-        if row.far_N is None:
+        if row.far is None:
             begin, end = max(row.begin, SHORT - 1), len(row.ids_T) - 1
             if end <= begin:
-                return torch.arange(0)
+                return torch.arange(0), torch.zeros(0)
             index = torch.from_numpy(contexts(begin, end))
             last_ND = mixes.runs(row.ids_T[index], again=False).original[:, SHORT - 1 :].flatten(0, 1)
             target_N = row.ids_T[begin + 1 :]
             short, whole = (
                 mixes.cross_entropies(h, target_N) for h in (last_ND[: end - begin], original_TD[begin:end])
             )
-            row.far_N = begin + is_far(short, whole).nonzero()[:, 0]
-        return row.far_N
+            gain, far = short - whole, is_far(short - whole)
+            row.far = begin + far.nonzero()[:, 0], gain[far]
+        return row.far
 
     @functools.cached_property
     def _choosing(self) -> list[_Row]:
@@ -268,13 +279,15 @@ class _Judge:
         return [*rows, *(_Row(None, part, len(part) // 2) for part in parts)]
 
 
-def _point(inputs: CutInputs, maps: Maps, losses: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
+def _point(
+    inputs: CutInputs, maps: Maps, losses: Mapping[str, tuple[float, float]], far: float | None
+) -> dict[str, Any]:
     """A point of the curve."""
     speed = inputs.speedup.value(maps)
     return {
         "layers": len(maps), "replaced_layers": sorted(maps), "near": next(iter(maps.values())).reads[0].tokens,
         "kl": [kl for _, kl in losses.values()], "increases": [increase for increase, _ in losses.values()],
-        "prefill": speed.prefill, "decode": speed.decode,
+        "far": far, "prefill": speed.prefill, "decode": speed.decode,
     }  # fmt: skip
 
 
@@ -298,9 +311,14 @@ def _lines(inputs: CutInputs, path: Sequence[Mapping[str, Any]]) -> Iterator[str
     yield _spoken(best["layer"], best["near"], inputs.num_layers)
     for row in best["quality_losses"]:
         yield f"perplexity {_increase(row)} on {row['text']}"
+    if best["far"] is not None:
+        yield spoken_far(best["far"])
     for step in path[:-1]:
         worst = max(step["quality_losses"], key=_upper)
-        yield f"a cut at {step['layer']} with {step['near']} near tokens: {_increase(worst)} on {worst['text']}"
+        said = f"{_increase(worst)} on {worst['text']}"
+        if _upper(worst) <= inputs.share:
+            said = spoken_far(step["far"])
+        yield f"a cut at {step['layer']} with {step['near']} near tokens: {said}"
 
 
 def _increase(row: Mapping[str, Any]) -> str:

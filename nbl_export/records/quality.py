@@ -28,13 +28,14 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["CONFIDENCE", "FAR", "NEAR", "Interval", "grows_with_length", "increase_interval", "interval_ends",
-           "loss_row", "mean_interval", "perplexity", "spoken_interval", "spoken_loss", "warn_of_text",
-           "windows_needed"]  # fmt: skip
+__all__ = ["CONFIDENCE", "FAR", "FAR_SHARE", "NEAR", "Interval", "far_ends", "far_row", "grows_with_length",
+           "increase_interval", "interval_ends", "loss_row", "mean_interval", "perplexity", "promise", "spoken_far",
+           "spoken_interval", "spoken_loss", "warn_of_text", "windows_needed"]  # fmt: skip
 
 CONFIDENCE = 0.95
 FAR = 2.0  # a warning needs a loss this many times that on another text, or in a short one
 NEAR = 512  # tokens of a short text
+FAR_SHARE = 2.0  # of answers from far back so many times the limit may be lost
 _NOTICED = 0.05  # no warning below this perplexity increase
 
 
@@ -244,6 +245,53 @@ def loss_row(name: str, losses: Sequence[Any]) -> dict[str, Any]:
         "increase": increase.value,
         "increase_interval": increase.ends,
     }
+
+
+def far_row(found: Sequence[tuple[int, float, float, float]]) -> dict[str, Any] | None:
+    """What is lost of the answers from far back (`text.far`), each row as much as another one; None without rows.
+
+    Args:
+        found: of each row the number of answers, and sums in nats: loss of the original, loss of NBL, and S - L.
+    """
+    if not found:
+        return None
+    count, before, after, gain = np.array(found, np.float64).T
+    lost = mean_interval((after - before) / gain)
+    return {
+        "tokens": int(count.sum()),
+        "windows": len(found),
+        "perplexity_original": perplexity(before / count),
+        "perplexity_nbl": perplexity(after / count),
+        "lost": lost.value,
+        "lost_interval": lost.ends,
+        "per_window": {"answers": count.tolist(), "loss_original": before.tolist(), "loss_nbl": after.tolist(),
+                       "gain": gain.tolist()},
+    }  # fmt: skip
+
+
+def far_ends(row: Mapping[str, Any]) -> tuple[float, float]:
+    """Ends of the interval of a `far_row`; of one row its figure, infinite if not finite."""
+    if row["lost"] is None:
+        return math.inf, math.inf
+    low, high = row["lost_interval"] or (row["lost"], row["lost"])
+    return low, high
+
+
+def spoken_far(row: Mapping[str, Any]) -> str:
+    """A `far_row` in words: "answers from far back keep 95% (93 to 97) of what far text gives them"."""
+    if row["lost"] is None:
+        return "what answers from far back lose is not finite"
+    ends = row["lost_interval"] and [1 - end for end in reversed(row["lost_interval"])]
+    kept = spoken_interval(1 - row["lost"], ends, percent=True)
+    return f"answers from far back keep {kept} of what far text gives them"
+
+
+def promise(share: float) -> str:
+    """What a limit on quality allows, in the words of help, report, card and docs."""
+    return (
+        f"perplexity rises by at most {share:.0%} on text like yours and on a second text, and answers from far back "
+        f"keep at least {1 - FAR_SHARE * share:.0%} of what far text gives them"
+    )
 
 
 def warn_of_text(rows: Sequence[Mapping[str, Any]]) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from nbl_export.records.paired import spoken_ratio
 from nbl_export.records.plan import spoken_layers
-from nbl_export.records.quality import spoken_loss
+from nbl_export.records.quality import spoken_far, spoken_loss
 from nbl_export.records.results import FAILED, VERIFIED, YES_NO, spoken_background
 from nbl_export.report import words
 from nbl_export.report.document import (
@@ -185,6 +185,7 @@ def _loss(report: Mapping[str, Any]) -> Card:
     ends = " → ".join(words.number(worst[name], "not finite") for name in ("perplexity_original", "perplexity_nbl"))
     lines = [f"{judged(report)} the limit of {limit_of(report)[0]}"]
     lines += [f"{spoken_loss(row)['increase']} on {row['text']}{f': {ends}' * (row is worst)}" for row in rows]
+    lines += [spoken_far(report["far"])] if report["far"] else []
     lines += in_short((report["quality"] or {}).get("length", ()))
     lines.append("above: the larger one of short texts; in brackets: 95% intervals")
     return Card(title, spoken_loss(worst)["increase"].partition(" (")[0], tuple(lines), _JUDGED[judged(report)])

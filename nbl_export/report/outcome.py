@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from nbl_export.options.goals import DEFAULT_INCREASE
 from nbl_export.records.paired import spoken_ratio
 from nbl_export.records.plan import spoken_layers
-from nbl_export.records.quality import spoken_loss
+from nbl_export.records.quality import FAR_SHARE, far_ends, spoken_far, spoken_loss
 from nbl_export.report import words
 
 __all__ = ["judged", "limit_of", "next_steps", "outcome", "spoken_cut"]
@@ -58,6 +59,8 @@ def _behind(ratio: Mapping[str, Any]) -> str:
 def _losses(report: Mapping[str, Any]) -> Iterator[str]:
     for row in report["quality_loss"]:
         yield f"perplexity {spoken_loss(row)['increase']} on {row['text']}"
+    if report.get("far"):
+        yield spoken_far(report["far"])
     verdict = judged(report)
     if verdict:
         yield f"{verdict} the limit of {limit_of(report)[0]}"
@@ -77,17 +80,24 @@ def limit_of(report: Mapping[str, Any]) -> tuple[str, float]:
 def judged(report: Mapping[str, Any]) -> str:
     """Whether every interval of the loss is "within" the limit, one is "above" it, or "near" if neither is shown.
 
+    Of answers from far back, `records.quality.FAR_SHARE` times the limit may be lost.
+
     "" if no loss was measured.
     """
     rows, share = report["quality_loss"], limit_of(report)[1]
     if not rows:
         return ""
-    if any(row["increase"] is None or _ends(row)[0] > share for row in rows):
+    ends = [_ends(row) for row in rows]
+    if report.get("far"):
+        ends.append([end / FAR_SHARE for end in far_ends(report["far"])])
+    if any(low > share for low, _ in ends):
         return "above"
-    return "within" if all(_ends(row)[1] <= share for row in rows) else "near"
+    return "within" if all(high <= share for _, high in ends) else "near"
 
 
 def _ends(row: Mapping[str, Any]) -> Sequence[float]:
+    if row["increase"] is None:
+        return math.inf, math.inf
     return row["increase_interval"] or (row["increase"], row["increase"])
 
 

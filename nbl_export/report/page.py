@@ -84,6 +84,7 @@ def summarize(
         "warnings": verify.get("warnings", []),
         "largest_logit_difference": _largest_logit_difference(checks),
         "quality_loss": verify.get("quality_loss", []),
+        "far": verify.get("far"),
         "texts": verify.get("texts", []),
         "answers": verify.get("answers", []),
         "fit": manifest.get("fit", {}).get("kind"),

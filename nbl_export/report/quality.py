@@ -12,7 +12,7 @@ from nbl_export.options.goals import DEFAULT_SELECT
 from nbl_export.options.options import CHECKPOINT_FIT, JobOptions
 from nbl_export.options.settle import over
 from nbl_export.records.paired import spoken_ratio
-from nbl_export.records.quality import spoken_loss
+from nbl_export.records.quality import spoken_far, spoken_loss
 from nbl_export.records.results import VERIFIED
 from nbl_export.report import words
 from nbl_export.report.document import Block, Code, Figure, Figures, Heading, Pair, Paragraph, Section
@@ -75,7 +75,17 @@ def _losses(report: Mapping[str, Any]) -> Iterator[Block]:
     if report["quality_warning"]:
         yield Paragraph(f"Note: {report['quality_warning']}.")
     yield losses(report["quality_loss"])
+    if report.get("far"):
+        yield Paragraph(_far(report["far"]))
     yield from _uses(report)
+
+
+def _far(row: Mapping[str, Any]) -> str:
+    ends = " to ".join(words.number(row[name], "not finite") for name in ("perplexity_original", "perplexity_nbl"))
+    return (
+        f"{spoken_far(row).capitalize()}: {row['tokens']:,} tokens that the original predicts from the whole text, and "
+        f"not from the last 64 to 127 tokens. Their perplexity goes from {ends}."
+    )
 
 
 def _prompt(loss: Mapping[str, Any]) -> str:

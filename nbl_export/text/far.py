@@ -3,6 +3,7 @@
     position p predicts token p + 1     S  its loss behind the last 64 to 127 tokens
                                         L  its loss behind the whole text           far, if S - L is at least a nat
 
+What is lost of them is (loss of NBL - L) / (S - L), summed over a row: 0 is the original, 1 has near text alone.
 A name from the beginning, an argument of a call, a passage that is repeated: few tokens are such answers, so ordinary
 perplexity hardly shows what becomes of them, and people notice it first. Any text has them, so no data set is needed.
 Published losses of this kind: LAMBADA (Paperno et al. 2016, arXiv 1606.06031) has last words of passages that nobody
@@ -15,9 +16,8 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["FAR_TEXT", "FEWEST", "SHORT", "contexts", "is_far"]
+__all__ = ["FEWEST", "SHORT", "contexts", "is_far"]
 
-FAR_TEXT = "answers from far back"
 FEWEST = 8  # answers of a row that counts
 SHORT = 64  # tokens: the shortest context that counts as near
 _GAIN = 1.0  # nats
@@ -36,6 +36,6 @@ def contexts(begin: int, end: int) -> np.ndarray:
     return np.minimum(starts + np.arange(2 * SHORT - 1), end - 1)
 
 
-def is_far(short: Any, whole: Any) -> Any:
-    """Which positions are answers from far back, from their losses in nats; both arrays or tensors of one shape."""
-    return short - whole >= _GAIN
+def is_far(gain: Any) -> Any:
+    """Which positions are answers from far back, from S - L in nats, an array or a tensor."""
+    return gain >= _GAIN

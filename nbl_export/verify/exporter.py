@@ -62,7 +62,7 @@ def check_perplexity(
         windows: held-back token ids [windows, context], of which the first are read.
     """
     warned, limit = ROUNDED[precision]
-    (row,) = quality_loss(_Torch(model), original, [("", windows[:_WINDOWS])], progress)
+    (row,), _ = quality_loss(_Torch(model), original, [("", windows[:_WINDOWS])], progress, answers=False)
     value, before, after = (row[name] for name in ("increase", "perplexity_original", "perplexity_nbl"))
     detail = f"{after:.2f} against {before:.2f} on {row['tokens']:,} held-back tokens"
     passed = bool(np.isfinite(value) and value <= limit)

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from nbl_export.errors import NblError
-from nbl_export.records.quality import increase_interval, mean_interval, perplexity
-from nbl_export.text.far import FAR_TEXT, FEWEST, SHORT, contexts, is_far
+from nbl_export.records.quality import far_row, increase_interval, mean_interval, perplexity
+from nbl_export.text.far import FEWEST, SHORT, contexts, is_far
 
 __all__ = ["quality_loss"]
 
@@ -40,21 +40,23 @@ def quality_loss(
     texts: Sequence[tuple[str | None, np.ndarray]],
     progress: Callable[[int, int], None],
     near: int | None = None,
-) -> list[dict[str, Any]]:
+    *,
+    answers: bool = True,
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     """Perplexity of both graphs, its increase, KL(original || NBL) in nats and top-1 agreement on each text.
 
     Args:
         texts: name and token ids [windows, context]. Without a name, only answers in the second half count.
-        near: W, if the prompts of `nbl` stop at a cut.
+        near: W, if the prompts of `nbl` stop at a cut. answers: whether answers from far back are looked for.
 
     Returns:
-        one row a text, and one of the answers from far back in all of them, if there are any. Intervals are [low,
-        high], computed from "per_window", and None for a single window. "prompt": tokens of a window that are not
-        scored, with `near`.
+        one row a text, and one of the answers from far back in all of them (`records.quality.far_row`). Intervals are
+        [low, high], computed from "per_window", and None for a single window. "prompt": tokens of a window that are
+        not scored, with `near`.
     """
     total, done = sum(len(windows) for _, windows in texts), 0
     rows: list[dict[str, Any]] = []
-    far: list[np.ndarray] = []
+    far: list[tuple[int, float, float, float] | None] = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for name, windows in texts:
             found: list[np.ndarray] = []
@@ -63,7 +65,8 @@ def quality_loss(
             while len(found) < len(windows):
                 ids_BT = windows[len(found) : len(found) + batch]
                 parts, row_bytes = _scored(original, nbl, ids_BT, scored, near, pool.map)
-                far += [_answers(original, *pair, row_bytes) for pair in zip(ids_BT, parts, strict=True)]
+                if answers:
+                    far += [_answers(original, *pair, row_bytes) for pair in zip(ids_BT, parts, strict=True)]
                 found += [part_T4.mean(0) for part_T4 in parts]
                 progress(done + len(found), total)
                 if near is None:  # else one: ONNX Runtime takes a chunk behind a cache for a single sequence
@@ -72,9 +75,7 @@ def quality_loss(
                     )
             done += len(windows)
             rows += [] if name is None else [_row(name, windows.size, found)]
-    far = [answers_N4 for answers_N4 in far if len(answers_N4) >= FEWEST]
-    rows += [_row(FAR_TEXT, sum(map(len, far)), [answers_N4.mean(0) for answers_N4 in far])] if far else []
-    return [row | ({} if near is None else {"prompt": half}) for row in rows]
+    return [row | ({} if near is None else {"prompt": half}) for row in rows], far_row([row for row in far if row])
 
 
 def _scored(
@@ -88,8 +89,10 @@ def _scored(
     return [_compare(base_TV, ours_TV, ids_T, spread) for base_TV, ours_TV, ids_T in both], base_BTV[0, 0].nbytes
 
 
-def _answers(original: Any, ids_T: np.ndarray, found_T4: np.ndarray, row_bytes: int) -> np.ndarray:
-    """What was found at the answers from far back, [answers, 4].
+def _answers(
+    original: Any, ids_T: np.ndarray, found_T4: np.ndarray, row_bytes: int
+) -> tuple[int, float, float, float] | None:
+    """The answers from far back at the scored positions of a window, as `far_row` takes them; None if they are few.
 
     Args:
         found_T4: at the last positions of a window. row_bytes: of a position's logits.
@@ -97,7 +100,7 @@ def _answers(original: Any, ids_T: np.ndarray, found_T4: np.ndarray, row_bytes: 
     end = len(ids_T) - 1
     begin = max(SHORT - 1, end - len(found_T4))
     if begin >= end:
-        return found_T4[:0]
+        return None
     rows_WT, step = ids_T[contexts(begin, end)], max(1, _STEP_BYTES // (2 * SHORT * row_bytes))
     short: list[np.ndarray] = []
     for start in range(0, len(rows_WT), step):
@@ -108,8 +111,10 @@ def _answers(original: Any, ids_T: np.ndarray, found_T4: np.ndarray, row_bytes: 
         targets_N = ids_T[first + 1 : min(first + SHORT * len(part_WT), end) + 1]
         short += [_losses(logits_WTV.reshape(-1, logits_WTV.shape[2])[: len(targets_N)], targets_N)]
     judged_N4 = found_T4[len(found_T4) - (end - begin) :]
-    answers_N4: np.ndarray = judged_N4[is_far(np.concatenate(short), judged_N4[:, 0])]
-    return answers_N4
+    gain_N = np.concatenate(short) - judged_N4[:, 0]
+    far_N = is_far(gain_N)
+    before, after = judged_N4[far_N, :2].sum(0)
+    return None if far_N.sum() < FEWEST else (int(far_N.sum()), float(before), float(after), float(gain_N[far_N].sum()))
 
 
 def _losses(logits_NV: np.ndarray, target_N: np.ndarray) -> np.ndarray:

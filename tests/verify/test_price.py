@@ -107,7 +107,7 @@ def test_figures_and_intervals_are_those_of_float64_window_by_window() -> None:
 
     original, nbl = Windowed(0), Windowed(1)
     windows = np.random.default_rng(2).integers(0, 5000, (9, 200))
-    row, *_ = quality_loss(original, nbl, [("t", windows)], lambda _d, _t: None)
+    (row,), _ = quality_loss(original, nbl, [("t", windows)], lambda _d, _t: None)
     losses, kls, same = [], [], []
     for window in windows:
         pair = []
@@ -157,7 +157,7 @@ class Stopping(Windowed):
 def test_with_a_cut_the_second_half_of_a_window_is_scored(length: int) -> None:
     windows = np.random.default_rng(2).integers(0, 50, (3, length))
     original, nbl = Windowed(0, 50), Stopping(1, 8)
-    (row,) = quality_loss(original, nbl, [("t", windows)], lambda _d, _t: None, 8)
+    (row,), _ = quality_loss(original, nbl, [("t", windows)], lambda _d, _t: None, 8)
     prompt = length // 2
     assert row["prompt"] == prompt and all(tokens in (prompt, *range(1, 10)) for tokens in nbl.steps)
     for decoder, key in ((original, "loss_original"), (Windowed(1, 50), "loss_nbl")):
@@ -176,7 +176,7 @@ def test_windows_are_read_together_if_their_logits_fit(
     monkeypatch.setattr(perplexity, "_STEP_BYTES", int(logits * 199 * 5000 * 4))
     original, seen = Windowed(0), []
     windows = np.random.default_rng(2).integers(0, 5000, (7, 200))
-    row, *_ = quality_loss(original, Windowed(1), [("t", windows)], lambda done, total: seen.append((done, total)))
+    (row,), _ = quality_loss(original, Windowed(1), [("t", windows)], lambda done, total: seen.append((done, total)))
     read = [batch for batch, width in original.widths if width == 200]
     assert (read, row["windows"], seen[-1]) == (batches, 7, (7, 7))
 
@@ -206,18 +206,20 @@ def test_answers_from_far_back_are_a_row_of_their_own(near: int | None, answers:
     early, filler = np.arange(answers), 10 + np.arange(180) % 10
     windows = np.stack([np.concatenate([order, filler, order]) for order in (early, early[::-1])])
     texts = [("t", windows)] if named else [("other", windows[:, -64:]), (None, windows)]
-    *ordinary, far = quality_loss(Copying(3.0), Copying(2.0), texts, lambda _d, _t: None, near)
-    if answers < 8:
-        assert not ordinary and far["text"] == "t"
-        return
+    ordinary, far = quality_loss(Copying(3.0), Copying(2.0), texts, lambda _d, _t: None, near)
     assert [row["text"] for row in ordinary] == [texts[0][0]]
-    assert (far["text"], far["tokens"], far["windows"]) == ("answers from far back", 20, 2)
-    expected = [np.log((20 * np.exp(nats) + 30) / np.exp(nats)) for nats in (3.0, 2.0)]
-    for key, loss in zip(("loss_original", "loss_nbl"), expected, strict=True):
-        np.testing.assert_allclose(far["per_window"][key], loss, rtol=1e-5)
+    if answers < 8:
+        assert far is None
+        return
+    assert far is not None and (far["tokens"], far["windows"]) == (20, 2)
+    before, after = (10 * np.log((20 * np.exp(nats) + 30) / np.exp(nats)) for nats in (3.0, 2.0))
+    behind = sum(np.log((10 + k) * np.exp(3.0) + 40 - k) for k in range(10))  # fillers, and k early tokens
+    np.testing.assert_allclose(far["per_window"]["loss_nbl"], after, rtol=1e-5)
+    assert far["lost"] == pytest.approx((after - before) / (behind - before), rel=1e-5)
+    assert far["lost_interval"] == pytest.approx([far["lost"]] * 2)
 
 
 def test_a_single_window_has_no_interval() -> None:
-    (row,) = quality_loss(Windowed(0), Windowed(1), [("t", np.arange(30)[None])], lambda _d, _t: None)
+    (row,), _ = quality_loss(Windowed(0), Windowed(1), [("t", np.arange(30)[None])], lambda _d, _t: None)
     assert row["windows"] == 1 and row["increase"] is not None
     assert row["increase_interval"] is row["kl_interval"] is row["top1_interval"] is None

@@ -18,7 +18,7 @@ from nbl_export.plan.cuts import LENGTH
 from nbl_export.plan.inputs import Texts
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy
-from nbl_export.records.quality import spoken_loss, warn_of_text
+from nbl_export.records.quality import spoken_far, spoken_loss, warn_of_text
 from nbl_export.run.facts import require_engine
 from nbl_export.run.job import Job
 from nbl_export.run.stages.common import Place
@@ -126,18 +126,18 @@ def check(inputs: VerifyInputs, place: Place, out: Path) -> dict[str, Any]:
         _check_exporter(verifier, inputs, run["original"])
         results = verifier.results
         place.ui.say(f"  graphs: {sum(r.passed for r in results)} of {len(results)} checks passed")
-        quality_losses = []
+        quality_losses, far = list[dict[str, Any]](), None
         if not inputs.lacks_attention:  # the loss takes as long again
             both = {name: setting.engine.open_graph(run[name], inputs.spec.head_dim) for name in DECODERS}
             with place.ui.task("quality loss on held-back text") as progress:
                 final = loss_texts(inputs, near)
                 texts: list[tuple[str | None, Any]] = [*final, (None, _twice(final[0][1]))]
-                quality_losses = quality_loss(both["original"], both["nbl"], texts, progress, near)
+                quality_losses, far = quality_loss(both["original"], both["nbl"], texts, progress, near)
             del both
         if setting.engine.capabilities.cross:
             save(expect(setting.precision, verifier.probe, verifier.references, near), out / ACCEPTANCE_FILE)
     answers = _answers(verifier, place.run.path / DECODERS["original"], inputs.checkpoint)
-    return {**conclude(inputs, place, verifier, quality_losses), "answers": answers}
+    return {**conclude(inputs, place, verifier, quality_losses, far), "answers": answers}
 
 
 def _check_exporter(verifier: Verifier, inputs: VerifyInputs, original: Path) -> None:
@@ -189,9 +189,10 @@ def setting_of(inputs: VerifyInputs, place: Place) -> Setting:
 
 
 def conclude(
-    inputs: VerifyInputs, place: Place, verifier: Verifier, quality_losses: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """The content of verify.json; prints the perplexity increases, and the warnings."""
+    inputs: VerifyInputs, place: Place, verifier: Verifier, quality_losses: list[dict[str, Any]],
+    far: dict[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The content of verify.json; prints the perplexity increases, what answers from far back keep, and warnings."""
     from nbl_export.verify import ladder
 
     plan, size = place.plan, inputs.engine.value.capabilities.cache_itemsize(inputs.precision)
@@ -201,6 +202,8 @@ def conclude(
     for row in quality_losses:
         said = spoken_loss(row)["increase"]
         place.ui.say(f"  perplexity {said}, {row['text']}, {row['tokens']:,} tokens")
+    if far is not None:
+        place.ui.say(f"  {spoken_far(far)}, {far['tokens']:,} tokens")
     for sentence in (*verifier.warnings, *filter(None, [warning])):
         place.ui.say(f"  {sentence}")
     found = ladder.summary(verifier.results, inputs.precision, quality_losses, plan)
@@ -208,6 +211,7 @@ def conclude(
         **found,
         "proof": ladder.proof(verifier.results, found["status"]),
         "warnings": verifier.warnings,
+        "far": far,
         "quality_warning": warning,
         "texts": uses_of(inputs, place) if quality_losses else [],
         "cache_bytes_per_token": per_token,
