@@ -32,6 +32,7 @@ def row_of(title: str, run: RunDirectory) -> dict[str, Any]:
         "path": (report["goal"] or {}).get("path", []),
         "points": (report["curve"] or {}).get("points", []),
         "losses": report["quality_loss"],
+        "far": report.get("far"),
         "measured": report["ratios"],
         "rows": [{name: row[name] for name in _OF_ROW} for row in report["rows"]],
         "background": (report["bench"] or {}).get("background"),

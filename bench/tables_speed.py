@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from nbl_export.records.paired import PairedRatio, paired_ratio, spoken_ratio
 from nbl_export.records.plan import spoken_layers
-from nbl_export.records.quality import spoken_interval, spoken_loss
+from nbl_export.records.quality import spoken_far, spoken_interval, spoken_loss
 
 Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
@@ -94,6 +95,7 @@ def headline(read: Read) -> Rows:
         rows.append((title, *(measured(run, test) or "not measured" for run in runs)))
     for i, name in enumerate(_TEXTS):
         rows.append((f"perplexity, {name}", *(_increase(run["losses"][i]) for run in runs)))
+    rows.append(("answers from far back keep", *(_kept(run["far"]) for run in runs)))
     rows.append(("perplexity, WikiText-2 valid", *(_perplexity(run) for run in runs)))
     minutes = (f"{sum(run['seconds'].values()) / 60:.0f} minutes" for run in runs)
     rows.append(("the whole job", *minutes))
@@ -118,6 +120,11 @@ def _perplexity(run: Mapping[str, Any]) -> str:
         return "not measured"
     before, after = (found["figures"][name]["value"] for name in ("original", "nbl"))
     return f"{100 * (after / before - 1):+.1f}%"
+
+
+def _kept(far: Mapping[str, Any] | None) -> str:
+    """The share of what far text gives to answers from far back; empty if it was not measured."""
+    return "not measured" if far is None else re.sub(r".* keep (.*) of what.*", r"\1", spoken_far(far))
 
 
 def _increase(loss: Mapping[str, Any]) -> str:
