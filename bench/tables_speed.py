@@ -87,18 +87,13 @@ def demo(read: Read) -> Rows:
 
 
 def headline(read: Read) -> Rows:
-    """What the default job gives, for the README."""
-    runs = read("cuts")["rows"]
-    rows: Rows = [("NBL over original", *(run["title"] for run in runs)), "l" + "l" * len(runs)]
-    rows.append(("layers that far tokens skip", *(_skipped(run) for run in runs)))
-    for title, test in (("prefill of 2,048 tokens", "pp2048"), ("prefill of 512 tokens", "pp512"), ("decode", "tg")):
-        rows.append((title, *(measured(run, test) or "not measured" for run in runs)))
-    for i, name in enumerate(_TEXTS):
-        rows.append((f"perplexity, {name}", *(_increase(run["losses"][i]) for run in runs)))
-    rows.append(("answers from far back keep", *(_kept(run["far"]) for run in runs)))
-    rows.append(("perplexity, WikiText-2 valid", *(_perplexity(run) for run in runs)))
-    minutes = (f"{sum(run['seconds'].values()) / 60:.0f} minutes" for run in runs)
-    rows.append(("the whole job", *minutes))
+    """What jobs with predicted keys give, for the README."""
+    rows: Rows = [("model", "layers that far tokens skip", "prompt of 2,048", "of 512",
+                   *(f"perplexity, {name}" for name in _TEXTS), "answers from far back keep"), "lllllll"]  # fmt: skip
+    for run in read("cuts")["rows"]:
+        speeds = [measured(run, test) or "not measured" for test in ("pp2048", "pp512")]
+        losses = [_increase(loss) for loss in run["losses"]]
+        rows.append((run["title"], _skipped(run), *speeds, *losses, _kept(run["far"])))
     return rows
 
 
@@ -110,12 +105,12 @@ def measured(run: Mapping[str, Any], test: str, depth: int = 0) -> str:
 
 def _skipped(run: Mapping[str, Any]) -> str:
     cut, layers = run["cut"], run["num_layers"]
-    return f"{cut['layer']}-{layers - 1} of {layers}, but for the last {cut['near']} tokens"
+    return f"{cut['layer']}-{layers - 1} of {layers}; the last {cut['near']} tokens pass"
 
 
 def _perplexity(run: Mapping[str, Any]) -> str:
     """Change of the perplexity of a text that `eval` read, behind prompts."""
-    found = next((row for row in run["tasks"] if row["metric"] == "token_perplexity"), None)
+    found = next((row for row in run.get("tasks", ()) if row["metric"] == "token_perplexity"), None)
     if found is None:
         return "not measured"
     before, after = (found["figures"][name]["value"] for name in ("original", "nbl"))
@@ -133,12 +128,12 @@ def _increase(loss: Mapping[str, Any]) -> str:
 
 def exchange(read: Read) -> Rows:
     """What jobs reach: with a cut, and with linear layers within a limit on quality."""
-    rows: Rows = [("job", "keys predicted", "linear", *_TEXTS, "prefill of 512, modelled", "prefill of 512",
-                   "prefill of 2,048", "decode"), "lllllrlll"]  # fmt: skip
+    rows: Rows = [("job", "keys predicted", "linear", *_TEXTS, "WikiText-2 valid", "prefill of 512, modelled",
+                   "prefill of 512", "prefill of 2,048", "decode"), "llllllrlll"]  # fmt: skip
     for row in (*read("cuts")["rows"], *read("exchange")["rows"]):
         cut, modelled = row.get("cut"), _modelled(row)
         kinds = f"{cut['layer']}-{row['num_layers'] - 1}" if cut else "none", _linear(row)
-        losses = [_increase(loss) for loss in row["losses"]]
+        losses = [*(_increase(loss) for loss in row["losses"]), _perplexity(row)]
         speeds = [measured(row, test) or "not measured" for test in ("pp512", "pp2048", "tg")]
         rows.append((row["title"], *kinds, *losses, f"×{modelled:.2f}" if modelled else "not modelled", *speeds))
     return rows

@@ -12,11 +12,12 @@ from nbl_export.options.goals import DEFAULT_SELECT
 from nbl_export.options.options import CHECKPOINT_FIT, JobOptions
 from nbl_export.options.settle import over
 from nbl_export.records.paired import spoken_ratio
-from nbl_export.records.quality import spoken_far, spoken_loss
+from nbl_export.records.quality import promise, spoken_far, spoken_loss
 from nbl_export.records.results import VERIFIED
 from nbl_export.report import words
 from nbl_export.report.document import Block, Code, Figure, Figures, Heading, Pair, Paragraph, Section
 from nbl_export.report.length import length
+from nbl_export.report.outcome import limit_of
 from nbl_export.report.table import Column, Table
 
 __all__ = ["answers", "curve", "losses", "quality", "spoken_curve"]
@@ -77,6 +78,8 @@ def _losses(report: Mapping[str, Any]) -> Iterator[Block]:
     yield losses(report["quality_loss"])
     if report.get("far"):
         yield Paragraph(_far(report["far"]))
+    said, share = limit_of(report)
+    yield Paragraph(f"A limit of {said} means that {promise(share)}.")
     yield from _uses(report)
 
 

@@ -53,6 +53,14 @@ def base(run: Path, tmp_path: Path) -> Path:
     return copy
 
 
+def test_a_cut_is_not_called_replaced_attention(run: Path) -> None:
+    report = json.loads((run / "report.json").read_text(encoding="utf-8")) | {"cut": {"layer": 2, "near": 8}}
+    text = card.render(manifest(run), report, card.find(manifest(run)))
+    assert f"most of a prompt skips layers 2 to {report['num_layers'] - 1}" in text
+    assert "| Layers with predicted keys | " in text and "A prompt of at most 9 tokens" in text
+    assert "no key/value cache" not in text and "replaced by one linear layer" not in text
+
+
 def test_what_it_says(run: Path) -> None:
     before = snapshot(run)
     text = written(run)
