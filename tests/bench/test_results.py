@@ -41,9 +41,7 @@ def test_tables_are_those_of_the_raw_results() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(
-    ("name", "figure"), [("README.md", " tokens pass | ×"), ("docs/results/jobs.md", "| ×1.")]
-)
+@pytest.mark.parametrize(("name", "figure"), [("README.md", " tokens pass | ×"), ("docs/results/jobs.md", "| ×1.")])
 def test_a_changed_figure_is_found(copy: Path, name: str, figure: str) -> None:
     page = (copy / name).read_text(encoding="utf-8")
     row = next(line for line in page.splitlines() if figure in line)
