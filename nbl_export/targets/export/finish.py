@@ -21,7 +21,6 @@ from nbl_export.errors import NblError
 from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE, TEXT_FILES
 from nbl_export.model.checkpoint.pretrained import check_weights, config_of, reason_of
 from nbl_export.model.memory import available_bytes
-from nbl_export.model.one_layer import float32_bytes
 from nbl_export.trust.contained import check_inside
 from nbl_export.trust.model_settings import read_object
 
@@ -117,6 +116,8 @@ def check_bounds(checkpoint: Path) -> None:
     Raises:
         NblError: a weight is missing or has another shape; or the tables do not fit, or are larger than all weights.
     """
+    from nbl_export.model.one_layer import float32_bytes  # loads torch, which a build machine lacks
+
     try:
         config = config_of(checkpoint)
         check_weights(checkpoint)
