@@ -178,6 +178,10 @@ def _packed(value: Any) -> Any:
         return {"pairs": [[_packed(key), _packed(item)] for key, item in value.items()]}
     if isinstance(value, Path):
         return {"path": str(value)}
+    if isinstance(value, frozenset):
+        return {"set": sorted(map(_packed, value))}
+    if isinstance(value, range):
+        return {"range": [value.start, value.stop, value.step]}
     if isinstance(value, FunctionType | type | functools._lru_cache_wrapper):
         return {"name": _name_of(value)}
     if isinstance(value, MethodType):
@@ -209,6 +213,10 @@ def _restored(value: Any) -> Any:
         return {_restored(key): _restored(item) for key, item in value["pairs"]}
     if "path" in value:
         return Path(value["path"])
+    if "set" in value:
+        return frozenset(value["set"])
+    if "range" in value:
+        return range(*value["range"])
     if "name" in value:
         return _found(value["name"])
     if "method" in value:

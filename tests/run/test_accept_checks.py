@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import logging
 import math
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nbl_export import child
 from nbl_export.child import Child
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.graph.cut_reference import CutDecoder
@@ -284,6 +286,14 @@ def test_another_process_finds_the_engine_of_a_run(values: Path, tmp_path: Path)
     find = functools.partial(load_engine, "trt-rtx", "cpu")
     first, last = accepting.examined(find, "nbl", tmp_path, values, seconds=300)
     assert first[0] == accepting.CANNOT_RUN and last == [accepting.FINISHED], (first, last)
+
+
+@pytest.mark.parametrize(("name", "provider"), [("trt", "cpu"), ("trt-rtx", "cpu"), ("ort", "cuda")])
+def test_another_process_opens_decoders_of_every_engine_of_a_gpu(name: str, provider: str) -> None:
+    """As the footprint of `bench` does: the engine reaches the process as it is."""
+    engine = load_engine(name, provider)
+    same = child._restored(json.loads(json.dumps(child._packed(engine.open_runner)))).__self__
+    assert type(same) is type(engine) and vars(same) == vars(engine)
 
 
 def test_an_engine_that_hangs_is_ended(values: Path, monkeypatch: pytest.MonkeyPatch) -> None:
