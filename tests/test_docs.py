@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from nbl_export.options.goals import DEFAULT_INCREASE
+from nbl_export.records.quality import promise
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 TYPED = ("README.md", "CONTRIBUTING.md")
@@ -70,3 +73,11 @@ def test_python_example_of_the_readme_runs(finished: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("The capital of France is")
+
+
+def test_the_promise_of_the_default_stands_in_the_same_words() -> None:
+    """As the report says it (`records.quality.promise`)."""
+    said = promise(DEFAULT_INCREASE)
+    for name in ("README.md", "CHANGELOG.md", "docs/evaluation.md"):
+        text = " ".join((ROOT / name).read_text(encoding="utf-8").split())
+        assert said in text or said[0].upper() + said[1:] in text, name

@@ -289,7 +289,7 @@ def spoken_far(row: Mapping[str, Any]) -> str:
 def promise(share: float) -> str:
     """What a limit on quality allows, in the words of help, report, card and docs."""
     return (
-        f"perplexity rises by at most {share:.0%} on text like yours and on a second text, and answers from far back "
+        f"perplexity rises by at most {share:.0%} on text like yours and on a second text; answers from far back "
         f"keep at least {1 - FAR_SHARE * share:.0%} of what far text gives them"
     )
 
