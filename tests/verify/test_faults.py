@@ -57,7 +57,10 @@ def runs(checkpoint: Callable[[str], Path], text: Path, tmp_path_factory: pytest
 
 def climbed(run: Path) -> list[dict[str, Any]]:
     """The checks of a run directory as it is now; the quality loss, which is not gated, is left out."""
-    with RunDirectory.open_run(run, create=False) as opened, mock.patch.object(verify, "quality_loss", return_value=[]):
+    with (
+        RunDirectory.open_run(run, create=False) as opened,
+        mock.patch.object(verify, "quality_loss", return_value=([], None)),
+    ):
         options, ui = JobOptions.from_json(opened.manifest["options"]), Ui(quiet=True)
         job = Job(of_run(opened, options, ui.say), opened, ui)
         found: list[dict[str, Any]] = verify.check(verify.declare(job), Place(opened, ui), run)["checks"]
