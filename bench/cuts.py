@@ -5,7 +5,7 @@
     python bench/cuts.py "SmolLM2-135M=DIR" ... > RESULT.json
 
 Each argument is TITLE=DIR. Losses are those of the report: of windows that neither fitted nor chose. Samples of each
-load are kept, and the loss of each window.
+load are kept, and the loss of each window. A run without a benchmark has no speed.
 """
 
 from __future__ import annotations
@@ -15,15 +15,22 @@ from typing import Any
 
 from exchange import main
 
-from nbl_export.run_directory import EVAL_FILE, REPORT_JSON, RunDirectory
+from nbl_export.report.page import summarize
+from nbl_export.run_directory import BENCH_FILE, EVAL_FILE, VERIFY_FILE, RunDirectory
 
+_RESULTS = {"verify": VERIFY_FILE, "bench": BENCH_FILE}
 _OF_ROW = ("variant", "test", "depth", "loads", "samples", "tokens_per_second_median")
+
+
+def _read(run: RunDirectory, name: str) -> Any:
+    return json.loads((run.path / name).read_text(encoding="utf-8"))
 
 
 def row_of(title: str, run: RunDirectory) -> dict[str, Any]:
     """One column of the README's table, with the numbers that it follows from."""
-    report = json.loads((run.path / REPORT_JSON).read_text(encoding="utf-8"))
-    scores = json.loads((run.path / EVAL_FILE).read_text(encoding="utf-8")) if "eval" in run.stages else {}
+    verify, bench = (_read(run, name) if stage in run.stages else None for stage, name in _RESULTS.items())
+    report = summarize(run.manifest, verify or {}, bench)
+    scores = _read(run, EVAL_FILE) if "eval" in run.stages else {}
     return {
         "title": title,
         "cut": report["cut"],

@@ -179,6 +179,8 @@ def job_times(read: Read) -> Rows:
     rows: Rows = [("job", *stages, "all stages"), "l" + "r" * (len(stages) + 1)]
     for row in read("cuts")["rows"]:
         seconds = row["seconds"]
+        if "bench" not in seconds:  # a job that did not end
+            continue
         rows.append((row["title"], *(f"{t / 60:.1f} min" for t in (*map(seconds.get, stages), sum(seconds.values())))))
     return rows
 
