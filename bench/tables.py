@@ -36,6 +36,7 @@ TABLES: Mapping[str, Table] = {
     "demo": speed.demo,
     "exchange": speed.exchange,
     "job-times": speed.job_times,
+    "search": speed.search,
     "int4-methods": speed.int4_methods,
     "openvino": ov.openvino,
     "verified": proof.verified,

@@ -173,6 +173,17 @@ def large_stages(read: Read) -> Rows:
     return rows
 
 
+def search(read: Read) -> Rows:
+    """What the search for a cut measured in each default job."""
+    rows: Rows = [("job", "cut", "near tokens", *_TEXTS, "lost", "prefill of 512, modelled"), "lrrrrrr"]
+    for row in read("cuts")["rows"]:
+        for point in row["points"]:
+            losses = (f"{100 * value:+.1f}%".replace("-", "−") for value in point["increases"])
+            lost, cut = f"{100 * point['far']:.0f}%", str(point["replaced_layers"][0])
+            rows.append((row["title"], cut, str(point["near"]), *losses, lost, f"×{point['prefill']:.2f}"))
+    return rows
+
+
 def job_times(read: Read) -> Rows:
     """Minutes of the stages of jobs that predict keys."""
     stages = ("calibrate", "plan", "verify", "bench")

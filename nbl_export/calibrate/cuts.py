@@ -30,7 +30,7 @@ from nbl_export.model import bfloat16
 from nbl_export.model.architectures import architecture_of
 from nbl_export.model.cut import check_cut, own_map
 
-__all__ = ["CutFit", "CutShape", "CutSums", "fit", "load", "maps_of"]
+__all__ = ["CutShape", "CutSums", "fit", "load", "maps_of"]
 
 _BLOCK = 4096  # rows of a float32 product
 
@@ -74,7 +74,7 @@ class CutShape:
             shapes = {"ref": (inputs,), "sum": (inputs,), "xx": (inputs, inputs), "yx": (above, outputs, inputs)}
             found.update({f"cuts.{cut}.{name}": shape for name, shape in shapes.items()})
         for layer in self.above(self.cuts[0]):
-            found.update({f"layers.{layer}.{name}": (outputs,) for name in ("ref", "sum", "square")})
+            found.update({f"layers.{layer}.{name}": (outputs,) for name in ("ref", "sum")})
         return found
 
 
@@ -157,7 +157,6 @@ class CutSums:
         def take(_product: Any, _args: Any, output: torch.Tensor) -> None:
             y_NK = self._about(f"layers.{layer}", places, output[:, 1:].float().flatten(0, 1))
             self.sums[f"layers.{layer}.sum"][places] += total(y_NK)
-            self.sums[f"layers.{layer}.square"][places] += total(y_NK.square())
             with bfloat16.products(y_NK.device, False):
                 for cut in (cut for cut in self.shape.cuts if cut < layer):
                     yx_KF = self.sums[f"cuts.{cut}.yx"][layer - cut - 1, places]
@@ -216,16 +215,7 @@ def _sha256(held: Mapping[str, torch.Tensor]) -> str:
     return arrays_sha256({name: value.numpy() for name, value in held.items()})
 
 
-@dataclass(frozen=True)
-class CutFit:
-    """The map of a layer, and its calibration errors relative to the variance of keys and of values."""
-
-    map: Predicted
-    keys_error: float
-    values_error: float
-
-
-def fit(sums: CutSums, cut: int, near: int, *, before: bool) -> dict[int, CutFit]:
+def fit(sums: CutSums, cut: int, near: int, *, before: bool) -> dict[int, Predicted]:
     """The LMMSE maps of all layers above a cut; X'X is factored once.
 
     Raises:
@@ -243,20 +233,12 @@ def fit(sums: CutSums, cut: int, near: int, *, before: bool) -> dict[int, CutFit
         if not torch.isfinite(cyx).all():
             raise NblError(f"layer {layer}: its activations hold NaN or infinity; check the checkpoint's weights")
         weight = torch.cholesky_solve(cyx.T, lower).T
-        variance = held[f"layers.{layer}.square"] / sums.count - mean_y.square()
-        errors = variance - 2 * (weight * cyx).sum(1) + ((weight @ cxx) * weight).sum(1)
         bias = mean_y + held[f"layers.{layer}.ref"] - weight @ (mean_x + held[f"cuts.{cut}.ref"][:inputs])
-        made = Predicted(weight.float().numpy(), bias.float().numpy(), shape.inputs, cut, near, shape.epsilon)
-        found[layer] = CutFit(made, *(_ratio(e, v) for e, v in zip(errors.chunk(2), variance.chunk(2), strict=True)))
+        numbers = shape.inputs, cut, near, shape.epsilon
+        found[layer] = Predicted(weight.float().numpy(), bias.float().numpy(), *numbers)
     return found
-
-
-def _ratio(error: torch.Tensor, variance: torch.Tensor) -> float:
-    whole = variance.sum().item()
-    return max(0.0, error.sum().item()) / whole if whole > 0 else 0.0
 
 
 def maps_of(model: Any, sums: CutSums, cut: int, near: int, *, before: bool) -> dict[int, Predicted]:
     """The maps of a cut for the model that the sums are of: the exact one of layer `cut`, and the fitted ones."""
-    fitted = fit(sums, cut, near, before=before)
-    return {cut: own_map(model, cut, near, before=before), **{layer: each.map for layer, each in fitted.items()}}
+    return {cut: own_map(model, cut, near, before=before), **fit(sums, cut, near, before=before)}

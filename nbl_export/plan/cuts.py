@@ -41,7 +41,7 @@ __all__ = ["LENGTH", "CutInputs", "choose_cut", "joined"]
 LENGTH = 1024  # tokens of a row: far keys are most of what its later tokens read
 _ROWS, _TWICE_ROWS = 16, 4  # that decide: of each text, and of passages
 _EVERY = 2  # every second position is foreseen
-_HOPELESS = 2.0  # times the limit: twice as many near tokens halve an increase at best (bench/results/cuts.json)
+_HOPELESS = 2.0  # times the limit: such a cut is not tried with more near tokens, which halve a loss or less
 _PROMPTS = (512, 2048)  # tokens of the prompts whose saved work is weighed
 Say = Callable[[str], None]
 
@@ -328,9 +328,10 @@ def _increase(row: Mapping[str, Any]) -> str:
 
 
 def _unreachable(inputs: CutInputs, points: Sequence[Mapping[str, Any]]) -> str:
-    least = min(points, key=lambda point: max(point["increases"]))
+    least = min(points, key=lambda point: max(*point["increases"], (point["far"] or 0.0) / FAR_SHARE))
     flag = f"--max-perplexity-increase {inputs.asked}" if inputs.asked else f"the default limit of {inputs.share:.0%}"
     return (
-        f"{flag} cannot be met: of all cuts, one at layer {min(least['replaced_layers'])} raises perplexity least, by "
-        f"{max(least['increases']):+.1%}; allow more, name a cut (--cut), or replace layers (--cut none)"
+        f"{flag} cannot be met: of the cuts that were tried, one at layer {min(least['replaced_layers'])} loses least, "
+        f"{max(least['increases']):+.1%} of perplexity and {least['far'] or 0:.0%} of answers from far back; "
+        "allow more, name a cut (--cut), or replace layers (--cut none)"
     )

@@ -66,7 +66,7 @@ def quality_loss(
                 ids_BT = windows[len(found) : len(found) + batch]
                 parts, row_bytes = _scored(original, nbl, ids_BT, scored, near, pool.map)
                 if answers:
-                    far += [_answers(original, *pair, row_bytes) for pair in zip(ids_BT, parts, strict=True)]
+                    far += [_answers(original, *pair, row_bytes, pool.map) for pair in zip(ids_BT, parts, strict=True)]
                 found += [part_T4.mean(0) for part_T4 in parts]
                 progress(done + len(found), total)
                 if near is None:  # else one: ONNX Runtime takes a chunk behind a cache for a single sequence
@@ -74,8 +74,10 @@ def quality_loss(
                         1, min(_STEP_TOKENS // windows.shape[1], _STEP_BYTES // (row_bytes * (windows.shape[1] - 1)))
                     )
             done += len(windows)
-            rows += [] if name is None else [_row(name, windows.size, found)]
-    return [row | ({} if near is None else {"prompt": half}) for row in rows], far_row([row for row in far if row])
+            rows += (
+                [] if name is None else [_row(name, windows.size, found) | ({} if near is None else {"prompt": half})]
+            )
+    return rows, far_row([row for row in far if row])
 
 
 def _scored(
@@ -90,7 +92,7 @@ def _scored(
 
 
 def _answers(
-    original: Any, ids_T: np.ndarray, found_T4: np.ndarray, row_bytes: int
+    original: Any, ids_T: np.ndarray, found_T4: np.ndarray, row_bytes: int, spread: Spread
 ) -> tuple[int, float, float, float] | None:
     """The answers from far back at the scored positions of a window, as `far_row` takes them; None if they are few.
 
@@ -109,18 +111,13 @@ def _answers(
         logits_WTV = original.step(part_WT)[:, SHORT - 1 :]
         first = begin + SHORT * start
         targets_N = ids_T[first + 1 : min(first + SHORT * len(part_WT), end) + 1]
-        short += [_losses(logits_WTV.reshape(-1, logits_WTV.shape[2])[: len(targets_N)], targets_N)]
+        logits_NV = logits_WTV.reshape(-1, logits_WTV.shape[2])[: len(targets_N)]
+        short += [_compare(logits_NV, logits_NV, targets_N, spread)[:, 0]]
     judged_N4 = found_T4[len(found_T4) - (end - begin) :]
     gain_N = np.concatenate(short) - judged_N4[:, 0]
     far_N = is_far(gain_N)
     before, after = judged_N4[far_N, :2].sum(0)
     return None if far_N.sum() < FEWEST else (int(far_N.sum()), float(before), float(after), float(gain_N[far_N].sum()))
-
-
-def _losses(logits_NV: np.ndarray, target_N: np.ndarray) -> np.ndarray:
-    """Loss of each position in nats."""
-    found = [_normalised(row_V[None])[0::2] for row_V in logits_NV]
-    return np.array([norm[0] - row_V[0, t] for (row_V, norm), t in zip(found, target_N, strict=True)])
 
 
 def _logits(decoder: Any, ids_BT: np.ndarray) -> np.ndarray:

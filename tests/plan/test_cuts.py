@@ -190,8 +190,15 @@ def test_a_named_cut_is_not_judged() -> None:
 
 def test_a_limit_that_no_cut_keeps_names_the_best_one() -> None:
     world = World({key: dict.fromkeys(TEXTS, 0.08 * (9 - key[0])) for key in rises()})
-    with pytest.raises(NblError, match=r"--max-perplexity-increase 4% .* at layer 6 .* \+24.0%"):
+    with pytest.raises(
+        NblError,
+        match=r"--max-perplexity-increase 4% .* at layer 6 loses least, \+24.0% of perplexity and 24% of answers",
+    ):
         choose_cut(inputs(world, share=0.04, asked="4%"), quiet, lambda _line: None)
+    lost = {5: 0.2, 6: 0.3}
+    world = World({key: {FAR: lost.get(key[0], 0.9)} for key in rises()})
+    with pytest.raises(NblError, match=r"at layer 5 loses least, \+0.0% of perplexity and 20% of answers"):
+        choose_cut(inputs(world), quiet, lambda _line: None)
 
 
 @pytest.mark.parametrize(("layers", "cuts"), [(1, ()), (2, (1,)), (24, range(12, 22)), (80, range(40, 71, 2))])

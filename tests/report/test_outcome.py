@@ -72,6 +72,20 @@ def test_every_text_is_judged(rows: list[tuple[float, list[float] | None]], expe
     assert judged(report(quality_loss=losses)) == expected
 
 
+@pytest.mark.parametrize(
+    ("lost", "ends", "expected"),
+    [(0.07, [0.05, 0.09], "within"), (0.08, [0.05, 0.11], "near"), (0.13, [0.11, 0.15], "above"),
+     (0.09, None, "within"), (None, None, "above")],
+)  # fmt: skip
+def test_answers_from_far_back_may_lose_twice_the_limit(
+    lost: float | None, ends: list[float] | None, expected: str
+) -> None:
+    found = report(
+        quality_loss=[{"increase": 0.0, "increase_interval": [0.0, 0.0]}], far={"lost": lost, "lost_interval": ends}
+    )
+    assert judged(found) == expected
+
+
 def test_what_to_do_next() -> None:
     steps = dict(next_steps(report(fit="independent"), Path("my runs")))
     assert "--fit distilled" in steps["better"]

@@ -47,3 +47,10 @@ def test_windows_of_the_quality_loss_are_long_if_prompts_stop(near: int | None, 
     inputs: Any = SimpleNamespace(context=512, cache_length=cache_length, final=final)
     ((_, windows),) = loss_texts(inputs, near)
     assert windows.shape == (4096 // length, length) and windows[0].tolist() == list(range(length))
+
+
+def test_a_short_text_is_one_window() -> None:
+    final = Lazy("", lambda: [("text", torch.arange(384).view(3, 128))])
+    inputs: Any = SimpleNamespace(context=128, cache_length=4096, final=final)
+    ((_, windows),) = loss_texts(inputs, 64)
+    assert windows.shape == (1, 384)

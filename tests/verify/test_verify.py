@@ -209,6 +209,18 @@ def test_one_graph_is_open_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [0] * len(seen) and len(seen) == 9  # references, graph and text of both; what ships of nbl
 
 
+@pytest.mark.parametrize(("margin", "passed"), [(9.0, True), (np.nan, False)])
+def test_text_of_the_original_warns_and_fails_only_if_its_margin_is_not_finite(margin: float, passed: bool) -> None:
+    runner = mock.MagicMock()
+    runner.__enter__.return_value.greedy.return_value = [1]
+    engine = SimpleNamespace(open_checked=lambda _run: runner)
+    setting: Any = SimpleNamespace(engine=engine, tolerance=TOLERANCES["fp32"])
+    made = Verifier(setting, Probe(((1,),), ((1,),), 1), {})
+    made.references["original"] = Reference((), None, ((2,),), ((margin,),))
+    made._text("original", Path("a"))
+    assert [(r.passed, len(made.warnings)) for r in made.results] == [(passed, int(passed))]
+
+
 def test_greedy_difference_counts_only_where_the_reference_was_decided() -> None:
     theirs, margins, exact = (
         [(1, 2, 3, 4)],

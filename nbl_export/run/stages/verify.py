@@ -289,6 +289,7 @@ def _twice(rows_WT: Any) -> Any:
 
 def _cut(windows_WT: Any, context: int) -> Any:
     ids = windows_WT.reshape(-1)
+    context = min(context, len(ids))  # a short text is one window
     return ids[: len(ids) // context * context].reshape(-1, context)
 
 
