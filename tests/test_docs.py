@@ -13,7 +13,7 @@ from nbl_export.options.goals import DEFAULT_INCREASE
 from nbl_export.records.quality import promise
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "bench").glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 TYPED = ("README.md", "CONTRIBUTING.md")
 
 _FENCE = re.compile(r"^(?P<indent> *)(?P<fence>`{3,}|~{3,}).*?^ *(?P=fence)[`~]* *$", re.DOTALL | re.MULTILINE)
@@ -45,7 +45,7 @@ def broken_links(page: Path, text: str) -> list[str]:
 
 
 def test_links_lead_somewhere() -> None:
-    found = {page.name: broken_links(page, page.read_text(encoding="utf-8")) for page in PAGES}
+    found = {str(page.relative_to(ROOT)): broken_links(page, page.read_text(encoding="utf-8")) for page in PAGES}
     assert {name: links for name, links in found.items() if links} == {}
 
 

@@ -237,7 +237,7 @@ class _Divergence(torch.autograd.Function):
     way: the difference of two distributions.
 
     All is computed in float32. On a CPU autocast leaves log_softmax in bfloat16, which turns the gradient by an eighth
-    of its length (docs/experiments.md). A few positions are computed at a time, since V is large.
+    of its length (bench/EXPERIMENTS.md). A few positions are computed at a time, since V is large.
     """
 
     @staticmethod

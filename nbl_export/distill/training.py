@@ -9,7 +9,7 @@
 With `narrows`, more layers than a limit on quality allows may begin. After `NARROWED_AT` of the run, the caller says
 which of them stay. The others get their attention back, and the rest of the run trains the maps that stay.
 
-Three choices reduce overfitting (docs/experiments.md): the loss on intermediate hidden states, low-rank deltas, and
+Three choices reduce overfitting (bench/EXPERIMENTS.md): the loss on intermediate hidden states, low-rank deltas, and
 short rows that are cut anew in every epoch. Attention uses the first token of a row as a sink, which shapes the whole
 row. Without new cuts the maps would see the same few hundred first tokens in every epoch.
 
@@ -73,7 +73,7 @@ class DistillSettings:
         hidden_weight: weight of the hidden states' distance, beside the KL; 0 leaves the distance out.
         label_weight: share of the KL, 0 to 1, that the cross-entropy of the text's next tokens replaces (Hinton et al.
             2015). Near the lowest KL a small share raises KL in second order and lowers perplexity in first order.
-            0.1 costs 1% of the KL, 0.2 up to 7% (docs/experiments.md).
+            0.1 costs 1% of the KL, 0.2 up to 7% (bench/EXPERIMENTS.md).
         narrows: whether `Callbacks.narrow` says which layers stay.
     """
 

@@ -13,7 +13,7 @@ Token ids are random, fixed by a seed, and equal for all variants.
 Round i of all variants runs one variant after the other. Each run waits until the threads of the previous run stop
 spinning, because a spinning thread occupies a core. A load fixes the memory layout of weights and cache until
 the next load. Of six copies of one decoder, the fastest decoded 8% faster than the slowest, with clearly separate
-intervals (docs/experiments.md). So a load has one round, and the order of variants rotates with each load.
+intervals (bench/EXPERIMENTS.md). So a load has one round, and the order of variants rotates with each load.
 
 Decode appends given ids instead of sampling, so an end-of-text token never stops a run. On ONNX Runtime GenAI,
 `generate_next_token` with `min_length` takes the same time (SmolLM2 int4, 8 interleaved blocks of 64 tokens: medians

@@ -2,7 +2,7 @@
 
 Wait: an engine's threads spin for a while after their work is done; ONNX Runtime's spin for about 45 ms (two threads of
 an AMD EPYC). A run timed during that period shares its cores with these threads: a prefill of 512 tokens took a tenth
-longer (docs/experiments.md). The wait is not for other processes.
+longer (bench/EXPERIMENTS.md). The wait is not for other processes.
 
 Background: cores of this process ─► busy seconds of all processes - seconds of this process = others;  stolen by the
 host. Paired rounds cancel only part of this effect. So the figures are recorded with every load, and the report

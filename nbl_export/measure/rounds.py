@@ -6,7 +6,7 @@
 If memory is short, each variant is loaded and closed by itself: load A, every scenario, close, the same for B.
 The clock is read when the device has finished: `append` of every engine waits for it (`targets.runners.TextRunner`).
 
-A load keeps its memory layout, so rounds of one load are not independent (docs/experiments.md, "Measurement").
+A load keeps its memory layout, so rounds of one load are not independent (bench/EXPERIMENTS.md, "Measurement").
 So a load has one round.
 
 The width of the intervals ends the rounds, never the verdict: waiting for a winner finds one even if there is none.
@@ -41,7 +41,7 @@ NARROW = 1.1  # upper end of an interval divided by its lower end
 _SECONDS = 180.0
 _FILL_CHUNK = 512  # tokens; 128 to 2048 fill equally fast, and attention scores of a chunk stay small
 # Tokens, as in llama-bench (tools/llama-bench, test_gen(ctx, 1)). The first token behind a prefill takes no longer than
-# later tokens (docs/experiments.md, "Measurement").
+# later tokens (bench/EXPERIMENTS.md, "Measurement").
 _WARM_UP_DECODE = 1
 
 Progress = Callable[[int, int], None]

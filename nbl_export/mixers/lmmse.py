@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 # Relative to mean(diag Cxx). Large enough for a rank-deficient Cxx of small models, too small to bias a fit.
 RIDGE = 1e-6
-_RAISES = 4  # tenfold each: a ridge of 1e-2 costs nothing measurable on whole texts (docs/experiments.md)
+_RAISES = 4  # tenfold each: a ridge of 1e-2 costs nothing measurable on whole texts (bench/EXPERIMENTS.md)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ A map in training has the closed-form start, and a low-rank delta in the map's o
 `up` and `shift` begin at zero. A step of Adam changes a parameter by about the learning rate, whatever the gradient
 is. In these units a step of 1e-2 changes the output by about 1% of its size for each direction, in every model. Without
 them the same rate was 50 times as large for Qwen2.5-Coder-0.5B as for SmolLM2-135M: the inputs of its maps are six
-times as large, and the outputs an eighth as large (docs/experiments.md).
+times as large, and the outputs an eighth as large (bench/EXPERIMENTS.md).
 """
 
 from __future__ import annotations

@@ -5,12 +5,12 @@ Attention of short bfloat16 rows on a CPU as two products and a softmax, instead
 Within `ShortAttention()`, it replaces torch's scaled_dot_product_attention in one case: plain causal attention of at
 most 256 tokens, on a CPU, under autocast to bfloat16. For 4 rows of 256 tokens and 9 heads of 64, forward and backward
 of the fused operator (torch 2.13) take 22 ms. Most of this time is backward. Separate products take 9 ms, and shorten
-a distillation step by a tenth (docs/experiments.md). From 512 tokens on, both take equally long, and separate products
+a distillation step by a tenth (bench/EXPERIMENTS.md). From 512 tokens on, both take equally long, and separate products
 take more memory.
 
 Scores are rounded to bfloat16 before the softmax; the fused operator rounds its result. Gradients of a training step
 are as near to float32 as with the fused operator, except for rows that bfloat16 turns in either case
-(docs/experiments.md).
+(bench/EXPERIMENTS.md).
 """
 
 from __future__ import annotations

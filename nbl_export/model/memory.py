@@ -4,7 +4,7 @@ A container's limit counts, since the kernel ends the process beyond it.
 
 glibc maps each block above 32 MiB anew (logits of 512 positions are 100 MB), and unmaps the block when freed. The
 kernel must find and clear the pages of every such block. A distillation step of SmolLM2 (1024 tokens) spends a fifth
-of its time on half a million page faults (docs/experiments.md). The process then keeps its peak memory until it ends;
+of its time on half a million page faults (bench/EXPERIMENTS.md). The process then keeps its peak memory until it ends;
 every step reaches that peak anyway.
 """
 

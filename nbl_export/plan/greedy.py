@@ -4,7 +4,7 @@
 
 The loss of a set on a text is the mean of its KL and of the rise of cross entropy on the text's own next tokens. KL has
 little noise. The rise is what a perplexity goal limits. The loss on all texts is the root mean square, so the worst
-text counts most (docs/experiments.md compares rules).
+text counts most (bench/EXPERIMENTS.md compares rules).
 
 The estimate for a set S with known effects and one more layer t is loss(S) + d_S' F d_t + loss(t). It
 assumes that the two changes add up. Neighbours at the top of a decoder do more harm together than that. So the best

@@ -3,7 +3,7 @@
 An order by the model's output uses held-back text: no map is fitted on it, and no final figure comes from it
 (`text.windows`). Half of this text is the second text, which nobody calibrates on. The calibration text alone does
 not show what upper layers do on other text. With this text alone, SmolLM2's layer 24 was replaced early, at twice the
-quality loss on WikiText (docs/experiments.md).
+quality loss on WikiText (bench/EXPERIMENTS.md).
 """
 
 from __future__ import annotations
