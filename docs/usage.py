@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -114,28 +115,42 @@ def page() -> str:
     group: Any = typer.main.get_command(app)
     for parameter in group.params:
         parameter.hidden = False
-    lines = [HEAD, "## The main job", "", *_options(group, "nbl-export")]
-    for name, command in group.commands.items():
-        about = " ".join(str(command.help).split())
-        lines += ["", f"## {name}", "", about, "", *_options(command, f"nbl-export {name}")]
-    return "\n".join(lines) + "\n"
+    main = _rows(group, "nbl-export")
+    commands = {name: _rows(command, f"nbl-export {name}") for name, command in group.commands.items()}
+    times = Counter(row for rows in commands.values() for row in rows if row not in main)
+    often = [row for row, count in times.items() if count > 2]
+    lines = [HEAD, "## The main job", ""]
+    for panel in dict.fromkeys(row[0] for row in sorted(main, key=lambda row: row[0] != "")):
+        lines += [f"**{panel}**", ""] if panel else []
+        lines += _table(row for row in main if row[0] == panel)
+    lines += ["## Options of several commands", "", *_table(often)]
+    for name, rows in commands.items():
+        own = [row for row in rows if row not in main and row not in often]
+        lines += [f"## {name}", "", " ".join(str(group.commands[name].help).split()), ""]
+        shared = {"Also": often, "Of the main job": main}
+        named = {title: [f"`{row[1].split(' ')[0]}`" for row in rows if row in of] for title, of in shared.items()}
+        lines += [" ".join(f"{title}: {', '.join(names)}." for title, names in named.items() if names), ""]
+        lines += _table(own) if own else []
+    return "\n".join(lines).rstrip() + "\n"
 
 
-def _options(command: Any, name: str) -> Iterator[str]:
+def _rows(command: Any, name: str) -> list[tuple[str, str, str]]:
+    """Panel, option and meaning of each option and argument of a command."""
     from nbl_export.cli.app import record_of
 
     context = command.make_context(name, [], resilient_parsing=True)
-    panels: dict[str, list[str]] = {}
+    rows = []
     for parameter in command.get_params(context):
         record = record_of(parameter, context)
         if record is None or parameter.name in ("install_completion", "show_completion", "help"):
             continue
-        panel = getattr(parameter, "rich_help_panel", None) or ""
         option, meaning = (" ".join(words.split()).replace("|", "\\|") for words in record)
-        panels.setdefault(panel, []).append(f"| `{option}` | {meaning} |")
-    for panel, rows in sorted(panels.items(), key=lambda item: item[0] != ""):
-        yield from (f"**{panel}**", "") if panel else ()
-        yield from ("| option | meaning |", "|---|---|", *rows, "")
+        rows.append((getattr(parameter, "rich_help_panel", None) or "", option, meaning))
+    return rows
+
+
+def _table(rows: Iterable[tuple[str, str, str]]) -> list[str]:
+    return ["| option | meaning |", "|---|---|", *(f"| `{option}` | {meaning} |" for _, option, meaning in rows), ""]
 
 
 def types() -> str:
