@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/ from the raw results in bench/results.
+"""Writes the tables of README.md, docs/ and bench/EXPERIMENTS.md from the raw results in bench/results.
 
     python bench/tables.py            write every table between <!-- NAME --> and <!-- /NAME -->
     python bench/tables.py --check    only print the rows that would change; exit status 1 if there are any
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import tables_models as models
-import tables_openvino as ov
 import tables_proof as proof
 import tables_quality as quality
 import tables_second as second
@@ -33,38 +32,22 @@ TABLES: Mapping[str, Table] = {
     "model-qwen": models.qwen,
     "model-smollm2": models.smollm2,
     "engines": models.engines,
-    "demo": speed.demo,
     "exchange": speed.exchange,
     "job-times": speed.job_times,
     "search": speed.search,
     "int4-methods": speed.int4_methods,
-    "openvino": ov.openvino,
-    "verified": proof.verified,
     "choices": quality.choices,
-    "copies": quality.copies,
     "tasks": quality.tasks,
-    "graphs": quality.graphs,
-    "sources": proof.sources,
     "architectures": proof.architectures,
-    "refusals": proof.refusals,
     "runtimes": proof.runtimes,
     "second": quality.second,
-    "trained": second.trained,
-    "bias": second.bias,
     "second-tasks": quality.second_tasks,
-    "second-speeds": second.speeds,
     "vllm": serving.vllm,
     "ngram": serving.ngram,
-    "plans": serving.plans,
-    "stages": second.stages,
-    "taken": second.taken,
-    "job-speeds": second.job_speeds,
     "shapes": second.shapes,
     "intervals": speed.intervals,
     "coverage": speed.coverage,
     "length": quality.length,
-    "large": speed.large,
-    "large-stages": speed.large_stages,
 }
 
 
@@ -82,16 +65,17 @@ def markdown(rows: list[Sequence[str]]) -> str:
 
 
 def pages() -> dict[Path, str]:
-    """README.md and the pages of docs/, with their text.
+    """README.md, EXPERIMENTS.md and the pages of docs/, with their text.
 
     Raises:
         ValueError: a table has no pair of markers in all pages, or more than one.
     """
-    found = {page: page.read_text(encoding="utf-8") for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]}
+    named = [ROOT / "README.md", ROOT / "bench" / "EXPERIMENTS.md", *(ROOT / "docs").rglob("*.md")]
+    found = {page: page.read_text(encoding="utf-8") for page in named}
     text = "\n".join(found.values())
     for name in TABLES:
         if text.count(f"<!-- {name} -->\n") != 1 or text.count(f"\n<!-- /{name} -->") != 1:
-            raise ValueError(f"README.md and docs/ need one pair of markers for {name}")
+            raise ValueError(f"the pages need one pair of markers for {name}")
     return found
 
 

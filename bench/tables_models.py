@@ -16,7 +16,7 @@ from nbl_export.records.quality import spoken_interval, spoken_loss
 Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
 _HEAD = (("replaced layers, maps", "perplexity, first text", "Python's docs", "LAMBADA, ARC-Easy, PIQA", "prefill 512",
-          "prefill 2,048", "decode behind 2,048", "cache"), "lrrrrrrr")  # fmt: skip
+          "prefill 2,048", "decode after 2,048", "cache"), "lrrrrrrr")  # fmt: skip
 _TESTS = (("pp512", 0), ("pp2048", 0), ("tg", 2048))
 _SHORT = (("pp512", 0), ("pp2048", 0), ("tg", 512))
 _NO_TESTS = ("", "", "")
@@ -129,7 +129,7 @@ def smollm2(read: Read) -> Rows:
 def engines(read: Read) -> Rows:
     """Speed over the original of the same engine and precision, beside the loss of the same layers."""
     rows: Rows = [("engine", "weights", "layers replaced", "perplexity", "prefill 512", "prefill 2,048",
-                   "decode behind 512"), "lllrrrr"]  # fmt: skip
+                   "decode after 512"), "lllrrrr"]  # fmt: skip
     for model, name in (("SmolLM2", "int4-smollm2"), ("Qwen", "int4-qwen")):
         rows.append(_ort(read(name), model))
     for layers in (8, 12):

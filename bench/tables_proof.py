@@ -1,56 +1,12 @@
-"""Tables of verification: differences from torch, sources of graphs, architectures and runtimes."""
+"""Tables of architectures and runtimes, made from raw results."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
-
-
-def verified(read: Read) -> Rows:
-    rows: Rows = [("", "exporter", "original", "NBL", "NBL as shipped", "text: margin"), "lrrrrr"]
-    for row in read("verified")["rows"]:
-        rounded = row["precision"] in ("int8", "int4")
-        exporter = f"{row['exporter']:+.1%}" if rounded else f"{row['exporter']:.1e}"
-        shipped = "–" if row["shipped"] is None else f"{row['shipped']:.1%}"
-        name = f"{row['model']}, {row['precision']}, {row['layers']}"
-        rows.append((name, exporter, f"{row['original']:.1e}", f"{row['nbl']:.1e}", shipped, f"{row['margin']:.2g}"))
-    return rows
-
-
-def parity(read: Read) -> Rows:
-    run = read("parity-smollm2")
-    rows: Rows = [("largest logit difference of a position", "of", "original", "NBL", "NBL / original"), "llrrr"]
-    for name, title in (
-        ("graph to torch", "graph to torch"),
-        ("graph to float64", "graph to torch in float64"),
-        ("torch to float64", "torch to torch in float64"),
-    ):
-        for key, of in (("rms", "rms"), ("p99", "99th percentile"), ("max", "largest")):
-            old, new = (run[subject]["distances"][name][key] for subject in ("original", "nbl"))
-            rows.append((title if key == "rms" else "", of, f"{old:.1e}", f"{new:.1e}", f"{new / old:.2f}"))
-    return rows
-
-
-_SOURCES = {
-    "genai-fp32": "GenAI builder",
-    "mobius-default": "mobius, default form",
-    "mobius-cpu": "mobius, CPU form",
-    "transformers-20": "transformers, opset 20",
-    "transformers-23": "transformers, opset 23",
-    "optimum": "optimum-onnx",
-}
-
-
-def sources(read: Read) -> Rows:
-    rows: Rows = [("graph from", "positions", "largest difference from torch", "median"), "lrrr"]
-    found = read("sources-smollm2")["from_torch"]
-    for name, title in _SOURCES.items():
-        apart = found[name]
-        rows.append((title, str(apart["positions"]), f"{apart['largest']:.1e}", f"{apart['median']:.1e}"))
-    return rows
 
 
 _ARCHITECTURES = {
@@ -102,45 +58,22 @@ _ARCHITECTURES = {
 }
 
 
+_SOURCES = {"genai": "GenAI builder", "mobius": "mobius", "static": "TensorRT form", "openvino": "OpenVINO"}
+_SAID = {"parity": "verified", "parity failed": "fails verification"}
+
+
 def architectures(read: Read) -> Rows:
-    """The largest logit difference of each source's NBL graph from torch, or the status if there is none."""
-    runs = read("architectures")["rows"]
-    found = {(row["architecture"], row["source"], row["precision"]): row for row in runs}
-    ran = {row["architecture"] for row in runs}
-    if not ran <= set(_ARCHITECTURES):
-        raise ValueError("architectures.json has other architectures than the table")
-    columns = (("genai", "fp32"), ("genai", "int4"), ("mobius", "fp32"), ("mobius", "fp16"), ("static", "fp32"),
-               ("openvino", "fp32"), ("openvino", "int4"))  # fmt: skip
-    head = ("", "GenAI builder", "GenAI, int4", "mobius", "mobius, fp16", "TensorRT form", "OpenVINO", "OpenVINO, int4")
-    rows: Rows = [head, "lrrrrrrr"]
-    for name, title in ((n, t) for n, t in _ARCHITECTURES.items() if n in ran):
-        rows.append((title, *(_difference(found.get((name, *column))) for column in columns)))
-    return rows
-
-
-def _difference(row: Mapping[str, Any] | None) -> str:
-    if row is None:
-        return "–"
-    status = str(row["status"])
-    if status in ("verified", "parity") and row["precision"] != "int4":  # whose difference is that of the codes
-        return f"{row['nbl']:.1e}"
-    return status.replace("parity failed", "fails verification")
-
-
-_EXPORTERS = {"genai": "GenAI builder", "mobius": "mobius", "static": "TensorRT form", "openvino": "OpenVINO"}
-
-
-def refusals(read: Read) -> Rows:
-    """Reasons of the refusals, each with the architectures that a source refuses for it."""
-    found: dict[tuple[str, str], list[str]] = {}
+    """What each source of graphs makes of an architecture in float32. Those with the same answers share a row."""
+    found: dict[str, dict[str, str]] = {}
     for row in read("architectures")["rows"]:
-        if row["status"] == "refused":
-            place = (_EXPORTERS[row["source"]], str(row["reason"]).rpartition(": ")[2])
-            names, title = found.setdefault(place, []), _ARCHITECTURES[row["architecture"]]
-            if title not in names:
-                names.append(title)
-    rows: Rows = [("source", "reason", "architectures"), "lll"]
-    return [*rows, *((source, reason, ", ".join(names)) for (source, reason), names in found.items())]
+        if row["precision"] == "fp32":
+            found.setdefault(row["architecture"], {})[row["source"]] = _SAID.get(row["status"], str(row["status"]))
+    alike: dict[tuple[str, ...], list[str]] = {}
+    if found.keys() != _ARCHITECTURES.keys():
+        raise ValueError("architectures.json has other architectures than the table")
+    for name, title in _ARCHITECTURES.items():
+        alike.setdefault(tuple(found[name][source] for source in _SOURCES), []).append(title)
+    return [("", *_SOURCES.values()), "lllll", *(("; ".join(names), *said) for said, names in alike.items())]
 
 
 def runtimes(read: Read) -> Rows:

@@ -47,26 +47,6 @@ def _choices(run: Mapping[str, Any]) -> Rows:
     return rows
 
 
-_COPIES = 0.1  # nats of KL on passages that occur twice, of the layers that the table shows
-
-
-def copies(read: Read) -> Rows:
-    """Layers alone that lose much where passages occur twice, beside their loss on ordinary text."""
-    rows: Rows = [
-        ("model", "layer", "WikiText-2", "its passages, twice", "place among all layers, by WikiText-2"),
-        "lrrrr",
-    ]
-    for model, name in (("SmolLM2-135M", "copying-smollm2"),):
-        plain, twice = ({layer: texts[text]["kl"] for layer, texts in read(name)["residual"].items()}
-                        for text in ("wikitext-2 valid", "passages twice"))  # fmt: skip
-        ranked = sorted(plain, key=lambda layer: plain[layer])
-        rows += [
-            (model, layer, f"{plain[layer]:.3f}", f"{twice[layer]:.2f}", f"{ranked.index(layer) + 1} of {len(ranked)}")
-            for layer in sorted(plain, key=int) if twice[layer] >= _COPIES
-        ]  # fmt: skip
-    return rows
-
-
 def length(read: Read) -> Rows:
     """What sets lose at length: perplexity by position, keys that are found and random tokens that are copied."""
     rows: Rows = [("", "SmolLM2, eight linear layers"), "lr"]
@@ -120,27 +100,6 @@ def _tasks(found: Mapping[str, Any], fits: Mapping[str, str]) -> Rows:
         layers = "none" if row == "original" else spoken_layers(found["piqa"]["rows"][row]["layers"])
         accuracies = [accuracy_of(found[name]["rows"][row]["acc"], row) for name in TASKS]
         rows.append((layers, fit, *accuracies, _perplexity_of(found["lambada_openai"]["rows"][row]["perplexity"], row)))
-    return rows
-
-
-def _of_nbl(row: Mapping[str, Any]) -> dict[str, float]:
-    """NBL's figure of a row of `nbl-export eval`, and its paired difference from the original's."""
-    (change, *_) = row["differences"]
-    return {"value": row["figures"]["nbl"]["value"], "change": change["value"], "change_stderr": change["stderr"]}
-
-
-def graphs(read: Read) -> Rows:
-    """Accuracies of the shipped graphs, and the distance of `model/` from the torch NBL model, item by item."""
-    run = read("graph-tasks-smollm2")
-    accuracy = {r["task"]: r for r in run["table"] if r["metric"] == "acc"}
-    agreed = {a["task"]: a for a in run["agreement"] if a["graph"] == "nbl"}
-    titles = ("", "`original/`", "`model/`", "same answers as torch", "largest difference of a log-likelihood")
-    rows: Rows = [titles, "lrrrr"]
-    for name, shown in TASKS.items():
-        figures, nbl = accuracy[name]["figures"], _of_nbl(accuracy[name])
-        same = f"{agreed[name]['same_answers']:,} of {agreed[name]['items']:,}"
-        apart = f"{agreed[name]['loglikelihood']['largest']:.4f}"
-        rows.append((shown, accuracy_of(figures["original"], "original"), accuracy_of(nbl, "nbl"), same, apart))
     return rows
 
 

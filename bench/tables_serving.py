@@ -23,21 +23,6 @@ def vllm(read: Read) -> Rows:
     return rows
 
 
-def plans(read: Read) -> Rows:
-    """Each plan that TensorRT-RTX compiled: its size beside that of its weights, and what the build took."""
-    titles = ("precision", "decoder", "sequences", "weights", "plan", "build, CPU seconds", "peak memory",
-              "steps can be captured")  # fmt: skip
-    rows: Rows = [titles, "llrrrrrl"]
-    names = {"original": "original", "model": "8 layers replaced"}
-    for row in read("plans-smollm2")["rows"]:
-        rows.append((
-            row["precision"], names[row["decoder"]], str(row["max_batch"]), f"{row['weights_bytes'] / 1e6:.0f} MB",
-            f"{row['plan_bytes'] / 1e6:.0f} MB", f"{row['cpu_seconds']:.0f}",
-            f"{row['peak_memory_bytes'] / 1e9:.2f} GB", "yes" if row["capturable"] else "no",
-        ))  # fmt: skip
-    return rows
-
-
 def ngram(read: Read) -> Rows:
     """N-gram decoding over plain decoding in ONNX Runtime GenAI, by kind of prompt."""
     rows = read("ngram-smollm2")["rows"]

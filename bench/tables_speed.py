@@ -8,7 +8,7 @@ from typing import Any
 
 from nbl_export.records.paired import PairedRatio, paired_ratio, spoken_ratio
 from nbl_export.records.plan import spoken_layers
-from nbl_export.records.quality import spoken_far, spoken_interval, spoken_loss
+from nbl_export.records.quality import spoken_far, spoken_interval
 
 Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
@@ -57,43 +57,18 @@ def _of(rows: Sequence[Mapping[str, Any]], variant: str, test: str, depth: int) 
     return found
 
 
-def _speed(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
-
-
-_TESTS = (
-    ("prefill of 512 tokens", "pp512", 0),
-    ("prefill of 512 tokens with 2,048 cached", "pp512", 2048),
-    ("decode of 128 tokens", "tg128", 0),
-    ("decode of 128 tokens with 2,048 cached", "tg128", 2048),
-)
-_TEXTS = ("held back from the calibration text", "Python's documentation")
-
-
-def demo(read: Read) -> Rows:
-    """The main job with eight layers: speeds of both decoders, cache, and perplexity on both texts."""
-    run = read("demo-smollm2-fp32")
-    pairs = {title: paired(run, "nbl", test, depth) for title, test, depth in _TESTS}
-    rows: Rows = [("", "original", "NBL", f"NBL over original ({_kind(pairs.values())})"), "lrrl"]
-    for title, test, depth in _TESTS:
-        speeds = [_of(run["rows"], v, test, depth)["tokens_per_second_median"] for v in ("original", "nbl")]
-        rows.append((title, *(f"{_speed(s)} tok/s" for s in speeds), spoken(pairs[title])))
-    cache = run["cache_bytes_per_token"]
-    rows.append(("cache bytes a token", f"{cache['original']:,}", f"{cache['nbl']:,}", _smaller(cache)))
-    for name, quality_loss in zip(_TEXTS, run["quality_loss"], strict=True):
-        old, new = quality_loss["perplexity_original"], quality_loss["perplexity_nbl"]
-        rows.append((f"perplexity, {name}", f"{old:.1f}", f"{new:.1f}", spoken_loss(quality_loss)["increase"]))
-    return rows
+_TEXTS = ("unseen part of the calibration text", "Python's documentation")
 
 
 def headline(read: Read) -> Rows:
-    """What jobs with predicted keys give, for the README."""
-    rows: Rows = [("model", "layers that far tokens skip", "prompt of 2,048", "of 512",
-                   *(f"perplexity, {name}" for name in _TEXTS), "answers from far back keep"), "lllllll"]  # fmt: skip
+    """What jobs with predicted keys give, for the README: those of which speed and all losses were measured."""
+    rows: Rows = [("model", "prompt of 2,048 tokens", "of 512", *(f"perplexity, {name}" for name in _TEXTS),
+                   "answers from far back keep"), "llllll"]  # fmt: skip
     for run in read("cuts")["rows"]:
-        speeds = [measured(run, test) or "not measured" for test in ("pp2048", "pp512")]
-        losses = [_increase(loss) for loss in run["losses"]]
-        rows.append((run["title"], _skipped(run), *speeds, *losses, _kept(run["far"])))
+        if run["measured"] and run["far"] is not None:
+            speeds = (measured(run, test) for test in ("pp2048", "pp512"))
+            losses = (_increase(loss) for loss in run["losses"])
+            rows.append((run["title"].removesuffix(", default"), *speeds, *losses, _kept(run["far"])))
     return rows
 
 
@@ -101,11 +76,6 @@ def measured(run: Mapping[str, Any], test: str, depth: int = 0) -> str:
     """The measured ratio of a test; empty if there is none."""
     found = (row for row in run["measured"] if row["test"].startswith(test) and row["depth"] == depth)
     return next((cell(row) for row in found), "")
-
-
-def _skipped(run: Mapping[str, Any]) -> str:
-    cut, layers = run["cut"], run["num_layers"]
-    return f"{cut['layer']}-{layers - 1} of {layers}; the last {cut['near']} tokens pass"
 
 
 def _perplexity(run: Mapping[str, Any]) -> str:
@@ -117,9 +87,9 @@ def _perplexity(run: Mapping[str, Any]) -> str:
     return f"{100 * (after / before - 1):+.1f}%"
 
 
-def _kept(far: Mapping[str, Any] | None) -> str:
-    """The share of what far text gives to answers from far back; empty if it was not measured."""
-    return "not measured" if far is None else re.sub(r".* keep (.*) of what.*", r"\1", spoken_far(far))
+def _kept(far: Mapping[str, Any]) -> str:
+    """The share of what far text gives to answers from far back."""
+    return re.sub(r".* keep (.*) of what.*", r"\1", spoken_far(far))
 
 
 def _increase(loss: Mapping[str, Any]) -> str:
@@ -152,27 +122,6 @@ def _modelled(row: Mapping[str, Any]) -> float | None:
     return next((float(point["prefill"]) for point in points), None)
 
 
-def large(read: Read) -> Rows:
-    """Speeds of a decoder of the model of 1.5 billion parameters."""
-    run = read("count-qwen15")
-    rows: Rows = [("4 linear layers, ONNX Runtime in int4", "original", "NBL", "NBL over original"), "lrrl"]
-    for row in run["ratios"]:
-        test, depth = row["test"], row["depth"]
-        speeds = [_of(run["rows"], v, test, depth)["tokens_per_second_median"] for v in ("original", "nbl")]
-        rows.append((test, *(f"{_speed(s)} tok/s" for s in speeds), cell(row)))
-    return rows
-
-
-def large_stages(read: Read) -> Rows:
-    """Time and peak memory of the stages of a job of the model of 1.5 billion parameters."""
-    run = read("count-qwen15")
-    stages = {name: "decoder graph" if name == "decoder" else name for name in run["seconds"] if name != "report"}
-    rows: Rows = [("", *stages.values()), "l" + "r" * len(stages)]
-    rows.append(("time", *(f"{run['seconds'][name]:.0f} s" for name in stages)))
-    rows.append(("peak memory", *(f"{run['stage_peak_bytes'][title] / 1e9:.1f} GB" for title in stages.values())))
-    return rows
-
-
 def search(read: Read) -> Rows:
     """What the search for a cut measured in each default job."""
     rows: Rows = [("job", "cut", "near tokens", *_TEXTS, "lost", "prefill of 512, modelled"), "lrrrrrr"]
@@ -199,10 +148,6 @@ def job_times(read: Read) -> Rows:
 def _kind(found: Iterable[PairedRatio]) -> str:
     (kind,) = {ratio.interval for ratio in found}
     return kind
-
-
-def _smaller(cache: Mapping[str, int]) -> str:
-    return f"−{100 * (1 - cache['nbl'] / cache['original']):.1f}%"
 
 
 def intervals(read: Read) -> Rows:
