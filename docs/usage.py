@@ -1,6 +1,6 @@
-"""Writes what follows from the options record: docs/usage.md, and the types of Python's arguments (api/asked.py).
+"""Writes docs/usage.md, the types of Python's arguments (api/asked.py) and the table of docs/destinations.md.
 
-python docs/usage.py            write both
+python docs/usage.py            write all
 python docs/usage.py --check    only say which one would change, and end with 1 if so
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 import typer
 
 PAGE = Path(__file__).with_name("usage.md")
+PLACES = PAGE.with_name("destinations.md")
 TYPES = Path(__file__).parent.parent / "nbl_export" / "api" / "asked.py"
 TYPES_HEAD = '''"""The options of the main job as a type, for type checkers; `options.options` says what they mean.
 
@@ -170,8 +171,35 @@ def _type(kind: str, record: Any) -> str:
     return " | ".join([*parts, *(["None"] if kind.endswith("None") else [])])
 
 
+def places() -> str:
+    """The text of destinations.md, with today's table."""
+    text = PLACES.read_text(encoding="utf-8")
+    head, _, rest = text.partition("<!-- destinations -->\n")
+    return (
+        f"{head}<!-- destinations -->\n{_places()}<!-- /destinations -->{rest.partition('<!-- /destinations -->')[2]}"
+    )
+
+
+def _places() -> str:
+    from nbl_export.records.destinations import DESTINATIONS
+    from nbl_export.targets import load_engine
+
+    kinds = {"predicted": "predicted keys", "linear": "linear layers", "none": "attention dropped"}
+    lines = [f"| `--for` | program | {' | '.join(kinds.values())} | weights | models | take |", "|---|" + "---|" * 7]
+    for name, place in DESTINATIONS.items():
+        about = load_engine(place.engine or "ort", place.provider).capabilities
+        held = about.kinds if place.kinds is None else place.kinds
+        cells = ["yes" if kind in held else "no" for kind in kinds]
+        folder = "`DIR/engine/model/`" if about.static else "`DIR/model/`"
+        take = f"`convert --to {name}`" if place.form else folder
+        models = ", ".join(place.architectures) or "those of the run"
+        weights = place.weights or ", ".join(about.precisions)
+        lines.append(" | ".join((f"| `{name}`", place.title, *cells, weights, models, f"{take} |")))
+    return "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
-    written = {PAGE: page(), TYPES: types()}
+    written = {PAGE: page(), TYPES: types(), PLACES: places()}
     if "--check" in sys.argv:
         changed = [str(f) for f, text in written.items() if not f.is_file() or f.read_text(encoding="utf-8") != text]
         sys.exit(f"{' and '.join(changed)} would change" if changed else 0)

@@ -20,7 +20,9 @@ class Options(TypedDict, total=False):
     A number may be given where the command line takes text (layers=8), and a list for several (layers=[7, 9]).
     """
 
+    destination: str | None
     engine: str
+    provider: str
     layers: str | int | Sequence[int] | None
     max_perplexity_increase: str | None
     target_speedup: str | float | None
@@ -29,8 +31,8 @@ class Options(TypedDict, total=False):
     near: int | None
     fit: str
     select: str | None
-    tap: str
     maps: str
+    tap: str
     distill_minutes: float | None
     distill_steps: int | None
     distill_tokens: int
@@ -43,7 +45,6 @@ class Options(TypedDict, total=False):
     device: str
     seed: int
     precision: str
-    provider: str
     max_seq_len: int | None
     max_batch: int | None
     prefill_chunk: int | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -264,24 +265,37 @@ def card(
 def convert(
     directory: opt.Run,
     to: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--to",
             metavar="FORM",
             help="transformers, nemotron-nas, mlx, edge-llm or ngram (the original, which GenAI decodes with "
-            "n-grams); or the engine: vllm, tensorrt-llm, ...",
+            "n-grams); or the destination: vllm, tensorrt-llm, ... Without it, destinations are listed.",
         ),
-    ],
-    output: Annotated[Path, typer.Option(metavar="TARGET", help="The new directory.")],
+    ] = None,
+    output: Annotated[Path | None, typer.Option(metavar="TARGET", help="The new directory.")] = None,
     force: opt.Force = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Write the NBL model, or the original with n-grams, for other engines."""
+    if to is None:
+        from nbl_export.report.console import routes_table
+        from nbl_export.run.destinations import routes
+
+        if output is not None:
+            raise UsageError("--output is for --to; leave --output out to list destinations")
+        found = [dataclasses.asdict(route) for route in routes(directory)]
+        return show(found, routes_table(found), as_json)
+    if output is None:
+        raise UsageError(f"--to {to} needs --output, a new directory; see nbl-export convert --help")
+    if as_json:
+        raise UsageError("--json is for the list of destinations; leave --json out")
     from nbl_export.publish.convert import convert as write
 
     shown = ui()
     for result in write(directory, to, output, shown, force=force):
         shown.say(f"  {result.subject}: {result.metric}: {result.detail}")
-    print(output)
+    return print(output)
 
 
 def generate(

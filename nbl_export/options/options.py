@@ -16,6 +16,7 @@ from nbl_export.options.model_facts import ModelFacts
 from nbl_export.options.option import Applies, Option, option
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import DecoderSpec
+from nbl_export.records.destinations import DESTINATIONS, PREDICTED_KEYS, Destination
 from nbl_export.records.from_json import read_record, require
 from nbl_export.records.plan import MAPS, TAPS
 
@@ -77,7 +78,7 @@ _REPLACED, _DISTILL, _CALIBRATE, _TORCH, _ENGINE, _BENCH = PANELS
 
 # -- usual values, and when options have an effect ------------------------------------------------------------------
 
-PREDICTED = "predicted"  # the kind of --cut
+PREDICTED = PREDICTED_KEYS  # the kind of --cut
 CUT_SOURCES = ("genai", _STATIC)  # decoder sources whose graphs can be cut
 LIKE_LLAMA = ("llama", "mistral", "qwen2")  # architectures whose keys can be predicted
 # The builder reads these for MatMulNBits alone (onnxruntime_genai 0.18, models/builder.py).
@@ -89,7 +90,7 @@ def _usual_fit(values: Mapping[str, Any], engine: Capabilities | None, model: Mo
     closed = any(values[name] for name in ("layers", "target_speedup", "kv_budget")) or values["cut"] != NO_CUT
     if model.maps_tap:
         return CHECKPOINT_FIT
-    predicts = _cuts(engine) and _predicts(model)
+    predicts = _cuts(values, engine) and _predicts(model)
     return "independent" if closed or predicts or values["select"] in ("cca", "error") else "distilled"
 
 
@@ -98,7 +99,7 @@ def _usual_cut(values: Mapping[str, Any], engine: Capabilities | None, model: Mo
     others = ("layers", "target_speedup", "kv_budget", "select", "distill_minutes", "distill_steps")
     asks = any(values[name] for name in others) or values["fit"] != "independent" or values["maps"] != "affine"
     asks |= values["logits"] == "all"
-    lacks = not _cuts(engine) or values["decoder_source"] not in CUT_SOURCES or not _predicts(model)
+    lacks = not _cuts(values, engine) or values["decoder_source"] not in CUT_SOURCES or not _predicts(model)
     return NO_CUT if asks or lacks or model.maps_tap else AUTO_CUT
 
 
@@ -114,9 +115,30 @@ def _usual_depths(values: Mapping[str, Any], _engine: Capabilities | None, model
     return (0, min(2048, room)) if room else (0,)
 
 
-def _cuts(engine: Capabilities | None) -> bool:
+def _cuts(values: Mapping[str, Any], engine: Capabilities | None) -> bool:
     """Whether keys are predicted unless something else is asked for: not for engines that nobody has run."""
-    return engine is None or (PREDICTED in engine.kinds and not engine.cross)
+    place = _place(values)
+    held = place is None or place.kinds is None or PREDICTED in place.kinds
+    return held and (engine is None or (PREDICTED in engine.kinds and not engine.cross))
+
+
+def _place(values: Mapping[str, Any]) -> Destination | None:
+    return DESTINATIONS.get(values["destination"] or "")
+
+
+def _usual_engine(values: Mapping[str, Any], _engine: Capabilities | None, _model: ModelFacts) -> str:
+    place = _place(values)
+    return (place.engine if place else "") or "ort"
+
+
+def _usual_provider(values: Mapping[str, Any], _engine: Capabilities | None, _model: ModelFacts) -> str:
+    place = _place(values)
+    return place.provider if place else "cpu"
+
+
+def _usual_maps(values: Mapping[str, Any], _engine: Capabilities | None, _model: ModelFacts) -> str:
+    place = _place(values)
+    return "linear" if place and place.bare and values["fit"] != "drop" else "affine"
 
 
 def _predicts(model: ModelFacts) -> bool:
@@ -164,9 +186,17 @@ class JobOptions:
     """
 
     model: str
+    destination: str | None = option(
+        None, f"Where the result is served: {', '.join(DESTINATIONS)}. Sets engine and kinds of layers.", _ENGINE,
+        first=True, flag="for", metavar="DESTINATION", choices=tuple(DESTINATIONS),
+    )  # fmt: skip
     engine: str = option(
         "ort", "ort (default), openvino, trt or trt-rtx (TensorRT).", _ENGINE, "main build", first=True,
-        metavar="ENGINE",
+        metavar="ENGINE", usual=_usual_engine,
+    )  # fmt: skip
+    provider: str = option(
+        "cpu", "ort: for cpu (default) or cuda.", _ENGINE, first=True, metavar="PROVIDER",
+        applies=_ORT, usual=_usual_provider,
     )  # fmt: skip
     layers: str | None = option(
         None, 'How many layers ("8") or which ("0,7,24-29"); default: --cut.', _REPLACED,
@@ -200,13 +230,14 @@ class JobOptions:
         None, "Order: efficient (default), greedy, error, or the paper's cca.", _REPLACED, "main plan", first=True,
         choices=SELECTS, metavar="ORDER", applies=_ORDERED,
     )  # fmt: skip
-    tap: str = option(
-        "residual", "What a map is applied to: residual (default) or normed (default of --fit distilled).", _REPLACED,
-        "main calibrate plan", choices=TAPS, metavar="TAP", usual=_usual_tap,
-    )  # fmt: skip
     maps: str = option(
         "affine", "affine (matrix and bias, default), or linear (matrix alone on the normed input, as "
         "Nemotron-NAS checkpoints need).", _REPLACED, "main plan", choices=MAPS, metavar="KIND", applies=_FITTED,
+        usual=_usual_maps,
+    )  # fmt: skip
+    tap: str = option(
+        "residual", "What a map is applied to: residual (default) or normed (default of --fit distilled).", _REPLACED,
+        "main calibrate plan", choices=TAPS, metavar="TAP", usual=_usual_tap,
     )  # fmt: skip
     distill_minutes: float | None = option(
         None, "Minutes of --fit distilled.", _DISTILL, first=True, metavar="MINUTES", applies=_TRAINED,
@@ -248,10 +279,6 @@ class JobOptions:
         "fp32", "ort: fp32 (default), fp16, int8, int4; openvino: fp16 (default), fp32, int8, int4; trt, "
         "trt-rtx: bf16 (default), fp16, int4.", _ENGINE, "main rewrite", first=True,
         metavar="PRECISION", usual=lambda _, engine, __: engine and engine.precisions[0],
-    )  # fmt: skip
-    provider: str = option(
-        "cpu", "ort: for cpu (default) or cuda.", _ENGINE, first=True, metavar="PROVIDER",
-        applies=_ORT,
     )  # fmt: skip
     max_seq_len: int | None = option(
         None, "trt, trt-rtx: most tokens of a sequence; default 2048.", _ENGINE, least=1, applies=_COMPILED,

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nbl_export.errors import NblError, UsageError
-from nbl_export.options.goals import names_layers
+from nbl_export.options.goals import asked_layers, names_layers
 from nbl_export.options.model_facts import ModelFacts
 from nbl_export.options.options import (
     AUTO_CUT,
@@ -27,6 +27,7 @@ from nbl_export.options.options import (
     JobOptions,
 )
 from nbl_export.records.capabilities import Capabilities
+from nbl_export.records.destinations import DESTINATIONS
 
 __all__ = ["FIRST", "OF_DECODER", "REFUSED", "Case", "Refusal"]
 
@@ -90,8 +91,43 @@ def _wrong_builder_option(case: Case) -> str | bool:
     return False
 
 
+def _elsewhere(case: Case) -> str | bool:
+    """An engine that is not the destination's."""
+    options, place = case.options, DESTINATIONS.get(case.options.destination or "")
+    if place is None or not place.engine:
+        return False
+    for asked, needed, flag in (
+        (options.engine, place.engine, "--engine"), (options.provider, place.provider, "--provider"),
+    ):  # fmt: skip
+        if asked != needed:
+            return f"--for {options.destination} needs {flag} {needed}, not {asked}; leave {flag} out"
+    return False
+
+
+def _kind_not_held(case: Case) -> str | bool:
+    """Kinds of layers that the destination does not hold."""
+    return _not_there(case, "", ())
+
+
+def _model_not_held(case: Case) -> str | bool:
+    """A model, or named layers, that the destination does not run."""
+    named = asked_layers(case.options, case.model.decoder) if case.is_named and case.model.decoder else ()
+    return _not_there(case, case.model.architecture, () if isinstance(named, int) else named)
+
+
+def _not_there(case: Case, architecture: str, layers: tuple[int, ...]) -> str | bool:
+    options, place = case.options, DESTINATIONS.get(case.options.destination or "")
+    if place is None:
+        return False
+    kinds = case.model.kinds or ({PREDICTED} if options.predicts else {options.kind})
+    why = place.refuses(kinds, case.engine.kinds, architecture, layers)
+    use = "; leave --cut out" if why and options.predicts else ""
+    return bool(why) and f"--for {options.destination} is not possible: {why}{use}"
+
+
 FIRST: tuple[Refusal, ...] = (
     (UsageError, _wrong_builder_option),
+    (UsageError, _elsewhere),
     (UsageError, lambda c: (
         bool(c.model.maps_tap) and not c.is_nbl
         and f"--fit {c.options.fit} needs the original model: {NO_ORIGINAL}"
@@ -156,10 +192,12 @@ def _keys_not_predicted(case: Case) -> str | bool:
 
 REFUSED: tuple[Refusal, ...] = (
     (NblError, _keys_not_predicted),
+    (UsageError, _kind_not_held),
     (UsageError, _beside_cut),
     (UsageError, _unknown_to_engine),
     (NblError, _not_made),
     # These rows need the model's files.
+    (NblError, _model_not_held),
     (UsageError, lambda c: (
         c.is_nbl and bool(c.model.architecture) and not c.model.maps_tap
         and f"--fit {CHECKPOINT_FIT} is for a checkpoint with maps (nbl-export convert)"

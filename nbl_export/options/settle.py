@@ -23,12 +23,14 @@ from nbl_export.options.option import Option
 from nbl_export.options.options import AUTO_CUT, LEFT, NO_CUT, OPTIONS, JobOptions, flag_of
 from nbl_export.options.rules import FIRST, OF_DECODER, REFUSED, Case, Refusal
 from nbl_export.records.capabilities import Capabilities
+from nbl_export.records.destinations import destination_named
 from nbl_export.records.from_json import read_record
 
 __all__ = ["judge", "numbers", "over", "read_asked", "settle"]
 
 EngineOf = Callable[[str, str], Capabilities]  # engine, provider -> its capabilities; refuses an unknown engine
 
+_OF_ENGINE = ("engine", "provider")  # settled before all that depends on the engine
 _COUNTS = ("layers", "cut", *GOALS)  # one of them sets which layers are replaced
 _DEFAULT: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(JobOptions)}
 
@@ -54,6 +56,8 @@ def settle(
     model = model or ModelFacts()
     given = {name: value for name, value in read_asked(asked).items() if value is not None}
     known = {} if recorded is None else _asked_for(recorded, engine_of, model)
+    if set(_OF_ENGINE) & given.keys():  # another engine of a run is another destination
+        known.pop("destination", None)
     if model.maps_tap:
         known.pop("fit", None)
     elif recorded:  # another goal for a run does not change how its maps are made
@@ -79,10 +83,9 @@ def over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _defaults(values: Mapping[str, Any], engine_of: EngineOf, model: ModelFacts) -> dict[str, Any]:
-    found = {**_DEFAULT, **values}
-    engine = engine_of(str(found["engine"]), str(found["provider"]))
-    defaults = {}
+    found, defaults = {**_DEFAULT, **values}, {}
     for name, usual in ((name, record.usual) for name, record in OPTIONS.items() if record.usual):
+        engine = None if name in _OF_ENGINE else engine_of(str(found["engine"]), str(found["provider"]))
         defaults[name] = usual(found, engine, model)
         found[name] = values.get(name, defaults[name])  # a later default may depend on an earlier one
     return defaults
@@ -167,6 +170,8 @@ def _value(name: str, value: Any, said: Option | None) -> Any:
         return ",".join(map(str, value)) + ("," if len(value) == 1 else "")  # "8" alone is a count
     if name == "precision" and isinstance(value, str):
         return value.lower()
+    if name == "destination" and isinstance(value, str):
+        return destination_named(value)
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -167,13 +167,14 @@ class Search:
         order: steps found before with the same judge are kept.
         saving: share of a prefill's work that replacing these layers saves; None counts no work.
         progress: called with trials and passes done, and the total of the round of trials.
+        kept: layers that are not replaced.
     """
 
     def __init__(
         self, judge: Judge, order: GreedyOrder, saving: Callable[[Sequence[int]], float] | None,
-        progress: Progress,
+        progress: Progress, kept: Sequence[int] = (),
     ) -> None:  # fmt: skip
-        self._judge, self._saving = judge, saving
+        self._judge, self._saving, self._kept = judge, saving, kept
         self._effects_alone = judge.alone(progress)
         self._alone = [_Solo(part) for part in self._effects_alone.split(judge.parts)]
         if not any(math.isfinite(_overall(loss_P)) for loss_P in torch.stack([solo.loss for solo in self._alone], 1)):
@@ -244,7 +245,7 @@ class Search:
 
     def _ranked(self, front: _Front) -> list[int]:
         """Layers by the value of the set with them, best first; the lower layer first on a tie."""
-        rest = [i for i in range(self._judge.num_layers) if i not in front.layers]
+        rest = [i for i in range(self._judge.num_layers) if i not in front.layers and i not in self._kept]
         return sorted(rest, key=lambda i: (self._value(self._estimate(front, i), (*front.layers, i)), i))
 
     def _estimate(self, front: _Front, layer: int) -> float:

@@ -40,6 +40,7 @@ class OrderInputs:
         mixes: maps and their tap -> the torch model, in which these maps can replace attention.
         texts: texts that layers are chosen by; no map is fitted on them.
         saved: share of the arithmetic of a prefill of some tokens that maps save, for "efficient".
+        kept: layers that no order replaces.
     """
 
     kind: MapKind
@@ -50,6 +51,7 @@ class OrderInputs:
     mixes: Lazy[Callable[[Maps, str], Any]]
     texts: Lazy[Texts]
     saved: Lazy[Callable[[Maps, int], float]]
+    kept: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

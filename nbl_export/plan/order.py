@@ -93,7 +93,7 @@ class Selection:
         if not count:
             return ()
         if not self.judges:
-            return ranked(self.scores, self.select)[:count]
+            return tuple(i for i in ranked(self.scores, self.select) if i not in self.inputs.kept)[:count]
         return self._extended(count).layers[:count]
 
     def predicted_count(self, increase: float) -> int:
@@ -133,7 +133,7 @@ class Selection:
         tokens = sum(windows.numel() for windows in texts)
         order = self._order or GreedyOrder()
         with self._task(f"trying each layer on {tokens} tokens") as progress:
-            return Search(Judge(self.mixes, texts), order, self._saving, progress)
+            return Search(Judge(self.mixes, texts), order, self._saving, progress, self.inputs.kept)
 
     @functools.cached_property
     def _saving(self) -> Callable[[Sequence[int]], float] | None:
@@ -166,7 +166,7 @@ class Selection:
         inputs = self.inputs
         saved = inputs.saved.identity if self.select == "efficient" else None
         parts = (inputs.kind, inputs.moments, inputs.mixes, inputs.texts)
-        return key_of(RULE, EVERY, _WEIGHED_TOKENS, [identity_of(part) for part in parts], saved)
+        return key_of(RULE, EVERY, _WEIGHED_TOKENS, [identity_of(part) for part in parts], saved, inputs.kept)
 
     def facts(self, speedup: Lazy[Callable[[Maps], Any]], setting: Lazy[Mapping[str, Any]]) -> dict[str, Any]:
         """Facts for the manifest: the order, so that it is not computed twice, and the curve that it gives.

@@ -9,6 +9,7 @@ ngram          directory of the original decoder for ONNX Runtime GenAI, which p
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from nbl_export.errors import NblError, ParityError, UsageError
 from nbl_export.files import move_into_place, refuse_occupied
 from nbl_export.options.options import LEFT, NO_ORIGINAL, PREDICTED
 from nbl_export.publish.linear_maps import TAP, linear_maps, loss_of_change
+from nbl_export.records.destinations import DESTINATIONS, destination_named, spoken_kind
 from nbl_export.records.results import CheckResult
 from nbl_export.run.deployed import Finished, open_finished
 from nbl_export.run.progress import Ui
@@ -26,13 +28,11 @@ from nbl_export.run_directory import DECODERS
 __all__ = ["FORMS", "convert"]
 
 FORMS = ("transformers", "nemotron-nas", "mlx", "edge-llm", "ngram")
-# engine -> the form that it reads
-_READ_BY = {"vllm": "transformers", "tensorrt-llm": "nemotron-nas", "mlx-lm": "mlx", "tensorrt-edge-llm": "edge-llm"}
-_PREDICTED = ("transformers", "ngram")  # forms that hold predicted keys; vLLM refuses them
+_READ_BY = {name: place.form for name, place in DESTINATIONS.items() if place.form}
 _INSTEAD = (
     "use --to transformers, convert a run of linear layers (--layers N), or deploy DIR/model with ONNX Runtime GenAI"
 )
-_OF_LLAMA_CPP = ("gguf", "llama.cpp", "ollama")
+_OF_LLAMA_CPP = ("gguf", "ollama")
 
 
 def convert(output: Path, form: str, target: Path, ui: Ui, *, force: bool = False) -> Sequence[CheckResult]:
@@ -50,8 +50,7 @@ def convert(output: Path, form: str, target: Path, ui: Ui, *, force: bool = Fals
     asked, form = form, _form_of(form)
     refuse_occupied(target)
     with open_finished(output, ui, force=force) as found:
-        if asked.lower() not in _PREDICTED and any(mixer.kind == PREDICTED for mixer in found.maps.values()):
-            raise NblError(f"{output} has predicted keys, which --to {asked} does not hold; {_INSTEAD}")
+        _refuse_unread(found, asked, form)
         if form == "transformers":
             return _save_checkpoint(found, target, ui)
         if form == "edge-llm":
@@ -62,13 +61,40 @@ def convert(output: Path, form: str, target: Path, ui: Ui, *, force: bool = Fals
 
 
 def _form_of(asked: str) -> str:
-    """The form that an engine reads, or that `asked` is itself."""
+    """The form that a destination reads, or that `asked` is itself."""
     if asked.lower() in _OF_LLAMA_CPP:
         raise UsageError(f"--to {asked} is gone: {LEFT['gguf']}")
-    form = _READ_BY.get(asked.lower(), asked)
-    if form not in FORMS:
-        raise UsageError(f"--to is {', '.join(FORMS)}, or an engine ({', '.join(_READ_BY)}), not {form!r}")
-    return form
+    if asked in FORMS:
+        return asked
+    with contextlib.suppress(UsageError):
+        name = destination_named(asked)
+        if name in _READ_BY:
+            return _READ_BY[name]
+        raise NblError(f"--to {asked} writes nothing: it takes the folder of a run that was made with --for {name}")
+    names = ", ".join(name for name in _READ_BY if name not in (*FORMS, *_OF_LLAMA_CPP))
+    raise UsageError(f"--to is {', '.join(FORMS)}, or a destination ({names}), not {asked!r}")
+
+
+def _refuse_unread(found: Finished, asked: str, form: str) -> None:
+    """Refuse layers and models that the destination does not read.
+
+    Raises:
+        NblError: the message has the reason.
+    """
+    if form == "ngram":
+        return
+    name = destination_named(asked)
+    place = DESTINATIONS[name]
+    kinds = {mixer.kind for mixer in found.maps.values()}
+    if place.refuses(kinds, frozenset(), "", ()):
+        spoken = spoken_kind(PREDICTED if PREDICTED in kinds else min(kinds))
+        raise NblError(f"{found.run.path} has {spoken}, which --to {asked} does not hold; {_INSTEAD}")
+    if reason := place.refuses(kinds, frozenset(), found.run.manifest["model"]["architecture"], found.maps):
+        raise NblError(f"--to {asked} cannot have {found.run.path}: {reason}; nbl-export convert DIR lists who can")
+    if name == "llama.cpp":
+        from nbl_export.targets.checkpoint.nemotron_nas import check_vocabulary
+
+        check_vocabulary(found.checkpoint.value, int(found.run.manifest["decoder"]["vocab_size"]))
 
 
 def _save_checkpoint(found: Finished, target: Path, ui: Ui) -> list[CheckResult]:

@@ -24,7 +24,7 @@ from nbl_export.report.words import size
 from nbl_export.trust.terminal import Console, visible
 
 __all__ = ["FORMATS", "check_output", "checks_table", "describe_table", "doctor_table",
-           "engines_table", "eval_table", "format_of", "graph_table", "ladder_table", "render",
+           "engines_table", "eval_table", "format_of", "graph_table", "ladder_table", "render", "routes_table",
            "scores_table", "speed_table", "write"]  # fmt: skip
 
 _LOGITS = {"last": "of the last token", "all": "of all tokens", None: "no output of that name"}
@@ -71,6 +71,17 @@ def _variant(variant: Mapping[str, Any] | None) -> tuple[Any, ...]:
     if variant is None:
         return "not built yet", "", ""
     return variant["cache_layers"], f"{variant['kv_cache_bytes_per_token']:,}", size(variant["model_bytes"])
+
+
+def routes_table(found: list[dict[str, str]]) -> Shown:
+    """`run.destinations.routes`: where a run can be served, and why not elsewhere."""
+
+    def table(title: str, column: str, cell: str, *, possible: bool) -> Table:
+        rows = [(f"{row['name']} ({row['title']})", row[cell]) for row in found if (not row["reason"]) is possible]
+        return Table.of(("destination", column), rows or [("none", "")], title)
+
+    return (table("Can be served by", "take", "take", possible=True),
+            table("Cannot be served by", "because", "reason", possible=False))  # fmt: skip
 
 
 def engines_table(engines: dict[str, Any]) -> Table:

@@ -18,6 +18,7 @@ from nbl_export.options.public import located
 from nbl_export.options.settle import settle
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy
+from nbl_export.run.destinations import refuse_unfit
 from nbl_export.run.facts import (
     capabilities_of,
     check_machine,
@@ -84,6 +85,7 @@ def settle_job(asked: Mapping[str, Any], recorded: JobOptions | None, manifest: 
     """
     source, decoder = read_model(str(asked.get("model") or (recorded.model if recorded else "")), manifest)
     options = settle(asked, capabilities_of, facts_of_model(source, decoder), recorded)
+    refuse_unfit(options, source)
     sources = identify(options.calibration)
     codes, noted = _codes(options, decoder)
     facts = {**identity_of(options, source, decoder), "sources": sources, "options": options.to_json(), **noted}

@@ -29,7 +29,7 @@ def test_a_bare_call_shows_the_help() -> None:
     [
         (("plan",), "Missing argument 'DIR'", "nbl-export plan --help"),
         (("generate", "runs/x"), "Missing argument 'PROMPT'", "nbl-export generate --help"),
-        (("convert", "runs/x"), "Missing option '--to'", "nbl-export convert --help"),
+        (("convert", "runs/x", "--to", "mlx"), "--to mlx needs --output", "nbl-export convert --help"),
         (("bench", "runs/x", "--dept", "1"), "No such option: --dept", "nbl-export bench --help"),
         (("--layer", "1"), "No such option: --layer", "nbl-export --help"),
         (("--model", "m"), "the main job needs --output", "nbl-export --help"),

@@ -12,8 +12,11 @@ from nbl_export.errors import NblError, UsageError
 from nbl_export.options.model_facts import ModelFacts
 from nbl_export.options.options import OPTIONS, JobOptions, flag_of
 from nbl_export.options.settle import numbers, over, read_asked, settle
+from nbl_export.publish.convert import FORMS
 from nbl_export.records.decoder import DecoderSpec
+from nbl_export.records.destinations import DESTINATIONS
 from nbl_export.run.facts import architecture_facts, capabilities_of
+from nbl_export.targets.checkpoint.vllm.plugin import ARCHITECTURES
 
 DECODER = DecoderSpec("llama", 3, 64, 4, 2, 16, 384, 512)
 PLAIN = dataclasses.replace(architecture_facts("llama"), decoder=DECODER)
@@ -60,6 +63,14 @@ SETTLED: list[tuple[Asked, Asked]] = [
     ({"engine": "trt", "max_seq_len": 256}, {"depths": (0, 128)}),  # a prompt of 512 fits at no depth
     ({"engine": "openvino"}, {"depths": (0, 2048)}),
     ({"engine": "trt-rtx", "cut": "auto"}, {"decoder_source": "static", "fit": "independent", "cut": "auto"}),
+    ({"for": "openvino"}, {"engine": "openvino", "precision": "fp16", "cut": "none"}),
+    ({"for": "cuda"}, {"engine": "ort", "provider": "cuda", "precision": "fp16"}),
+    ({"for": "tensorrt"}, {"destination": "trt", "engine": "trt", "decoder_source": "static"}),
+    ({"for": "genai"}, {"engine": "ort", "cut": "auto"}),
+    ({"for": "transformers"}, {"cut": "auto", "maps": "affine"}),
+    ({"for": "vLLM"}, {"engine": "ort", "cut": "none", "fit": "distilled", "maps": "affine"}),
+    ({"for": "gguf"}, {"destination": "llama.cpp", "cut": "none", "maps": "linear", "tap": "normed"}),
+    ({"for": "vllm", "engine": "openvino"}, {"engine": "openvino"}),
     ({"seed": None, "distill_steps": None}, {"seed": 0, "distill_steps": None}),
 ]
 OF_MODEL: list[tuple[ModelFacts, Asked, Asked]] = [
@@ -73,6 +84,15 @@ OF_MODEL: list[tuple[ModelFacts, Asked, Asked]] = [
     (NBL, {"fit": "given", "tap": "residual"}, {"fit": "given"}),
     (dataclasses.replace(NBL, maps_tap="normed"), {}, {"fit": "given", "tap": "normed"}),
 ]
+
+
+def test_the_table_of_destinations_says_what_the_code_does() -> None:
+    assert list(ARCHITECTURES) == list(DESTINATIONS["vllm"].architectures)  # vLLM's plugin
+    assert set(FORMS) == {place.form for place in DESTINATIONS.values() if place.form} | {"ngram"}
+    for name, place in DESTINATIONS.items():
+        options = settled({"for": name}, PLAIN)
+        held = capabilities_of(options.engine, options.provider).kinds if place.kinds is None else place.kinds
+        assert ("predicted" if options.predicts else options.kind) in held, name
 
 
 @pytest.mark.parametrize(("asked", "expected"), SETTLED, ids=str)
@@ -105,6 +125,8 @@ CHANGED: list[tuple[Asked, Asked, Asked]] = [
     ({"layers": "2"}, {"kv_budget": "1KiB"}, {"layers": None, "kv_budget": "1KiB"}),
     ({"engine": "openvino", "precision": "int8"}, {"layers": "2"}, {"precision": "int8"}),
     ({}, {"engine": "openvino"}, {"precision": "fp16", "decoder_source": "openvino"}),
+    ({"for": "mlx-lm"}, {"for": "vllm"}, {"maps": "affine", "engine": "ort"}),
+    ({"for": "trt-rtx"}, {"engine": "trt"}, {"destination": None, "engine": "trt", "precision": "bf16"}),
     # What no longer applies returns to its default.
     ({"fit": "distilled", "distill_steps": 40, "seed": 3}, {"fit": "independent"}, {"distill_steps": None, "seed": 0}),
     ({"layers": "2", "select": "cca"}, {"layers": "0,2"}, {"select": None}),
@@ -252,6 +274,11 @@ WRONG: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
     ({"provider": "cuda", "precision": "fp32"}, None, ("engine ort with --provider cuda; it takes fp16",)),
     ({"provider": "cuda", "decoder_source": "mobius"}, None, ("mobius is not for engine ort with --provider cuda",)),
     ({"provider": "cuda", "engine": "trt"}, None, ("--provider is for engine ort, not for trt",)),
+    ({"for": "trt", "engine": "ort"}, None, ("--for trt needs --engine trt, not ort; leave --engine out",)),
+    ({"for": "genai", "provider": "cuda"}, None, ("--for genai needs --provider cpu, not cuda",)),
+    ({"for": "mars"}, None, ("--for mars: destinations are genai, cuda, openvino",)),
+    ({"for": "sglang"}, None, ("--for sglang: SGLang has no linear layers",)),
+    ({"for": "vllm"}, KEYS, ("--for vllm is not possible: it does not hold predicted keys",)),
     ({"provider": "rocm"}, None, ("unknown provider 'rocm'",)),
     ({"decoder_source": "thin-air"}, None, ("--decoder-source thin-air", "genai, mobius")),
     ({"engine": "openvino", "decoder_source": "genai"}, None, ("--decoder-source genai is not for engine openvino",)),

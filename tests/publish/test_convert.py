@@ -24,10 +24,11 @@ from nbl_export.model.checkpoint.source import resolve
 from nbl_export.model.linearize import linearize
 from nbl_export.plan.maps_file import load_maps
 from nbl_export.publish.transformers_js import lay_out
+from nbl_export.records.destinations import DESTINATIONS
 from nbl_export.targets.checkpoint import edge_llm, nemotron_nas
 from nbl_export.targets.onnx.ngram import write_ngram
 
-from ..command import TINY, assert_refused, nbl
+from ..command import BARE, TINY, assert_refused, nbl
 from ..damage import name_code, named_code
 from ..jobs import until
 from ..tiny import HIDDEN, SPLIT, random_map, save_checkpoint
@@ -102,17 +103,29 @@ def test_a_folded_bias_is_the_nearest_map(runs: dict[str, Path]) -> None:
     [
         ("onnx", "--to is transformers, nemotron-nas, mlx, edge-llm"),
         ("gguf", "--to gguf is gone: llama.cpp's convert_hf_to_gguf.py"),
-        ("llama.cpp", "--to nemotron-nas"),
     ],
 )
 def test_forms_that_are_none(form: str, part: str, tmp_path: Path) -> None:
     assert_refused(nbl("convert", tmp_path, "--to", form, "--output", tmp_path / "out"), 2, part)
 
 
-def test_a_model_that_the_form_cannot_hold(run: Path, tmp_path: Path) -> None:
-    refused = nbl("convert", run, "--to", "nemotron-nas", "--output", tmp_path / "out")
-    assert_refused(refused, 1, "rounds the width of an MLP to a multiple of 256, and this model's is 128")
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("kind", ["run", "linear"])
+def test_a_run_goes_where_it_is_said_to_go(kind: str, run: Path, runs: dict[str, Path], tmp_path: Path) -> None:
+    """`run` has an MLP of 128, and the vocabulary of neither is one of llama.cpp's converter."""
+    directory = run if kind == "run" else runs[kind]
+    said = nbl("convert", directory, "--json")
+    assert said.status == 0, said.err
+    refused = {route["name"]: route["reason"] for route in json.loads(said.out)}
+    expected = {"cuda", "openvino", "trt", "trt-rtx", "llama.cpp"} | (
+        {"tensorrt-llm", "mlx-lm"} if kind == "run" else set()
+    )
+    assert {name for name, reason in refused.items() if reason} == expected, refused
+    if kind == "run":
+        assert "rounds the width of an MLP to a multiple of 256, and this model's is 128" in refused["tensorrt-llm"]
+    for name, place in DESTINATIONS.items():
+        if place.form:
+            done = nbl("convert", directory, "--to", name, "--output", tmp_path / name)
+            assert (done.status, (tmp_path / name).exists()) == ((1, False) if refused[name] else (0, True)), done.err
 
 
 def test_a_target_that_is_there_and_a_directory_that_is_no_run(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -121,6 +134,38 @@ def test_a_target_that_is_there_and_a_directory_that_is_no_run(runs: dict[str, P
     assert_refused(nbl("convert", runs["linear"], *asked), 1, "mine is there already")
     assert (tmp_path / "mine").read_text() == "mine"
     assert_refused(nbl("convert", tmp_path / "nowhere", *asked[:3], tmp_path / "new"), 1, "nowhere does not exist")
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "status", "part"),
+    [
+        ("llama", ("tensorrt-llm",), 1, "is not possible: --to nemotron-nas rounds the width of an MLP"),
+        ("nas", ("gguf",), 1, "--for llama.cpp is not possible: llama.cpp's converter takes the vocabularies"),
+        ("nas", ("mlx-lm", "--layers", "0,1"), 1, "it takes its mask from layer 0, which is replaced"),
+        ("qwen2", ("mlx-lm",), 1, "it runs llama, mistral, and qwen2 is another architecture"),
+        ("granite", ("vllm",), 1, "and granite is another architecture"),
+        ("llama", ("vllm", "--cut", "1"), 2, "it does not hold predicted keys; leave --cut out"),
+    ],
+)  # fmt: skip
+def test_a_destination_that_cannot_have_a_model_is_refused_before_work(
+    model: str, words: tuple[str, ...], status: int, part: str, checkpoint: Any, tmp_path: Path
+) -> None:
+    place = save_checkpoint("llama", tmp_path / "model", **NAS) if model == "nas" else checkpoint(model)
+    done = nbl("--model", place, "--for", *words, "--output", tmp_path / "run")
+    assert_refused(done, status, part)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("select", ["efficient", "cca"])
+def test_a_job_for_mlx_keeps_layer_0(select: str, text: Path, tmp_path: Path) -> None:
+    model = save_checkpoint("llama", tmp_path / "model", **NAS)
+    words = ("--model", model, "--calibration", text, *BARE, "--for", "mlx-lm", "--layers", "2", "--select", select)
+    with until("plan"):
+        done = nbl(*words, "--output", tmp_path / "run")
+    assert done.status == 0, done.err
+    manifest = json.loads((tmp_path / "run" / "nbl.json").read_text(encoding="utf-8"))
+    assert manifest["replaced_layers"] == [1, 2]
+    assert (manifest["options"]["maps"], manifest["options"]["tap"]) == ("linear", "normed")
 
 
 def test_without_the_text_the_command_of_a_run_that_can_is_named(runs: dict[str, Path], tmp_path: Path) -> None:

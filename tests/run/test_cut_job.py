@@ -51,6 +51,9 @@ def test_forms_that_do_not_hold_predicted_keys_are_refused(form: str, chosen: Pa
     done = nbl("convert", chosen, "--to", form, "--output", tmp_path / "out")
     assert_refused(done, 1, "has predicted keys, which --to", "--layers N")
     assert not (tmp_path / "out").exists()
+    routes = {route["name"]: route["reason"] for route in json.loads(nbl("convert", chosen, "--json").out)}
+    assert [name for name, reason in routes.items() if not reason] == ["genai", "transformers"]
+    assert routes["vllm"] == "it does not hold predicted keys; make another run with --for vllm"
 
 
 def test_transformers_loads_what_a_run_with_a_cut_is_converted_to(

@@ -24,6 +24,7 @@ from nbl_export.options.goals import (
 from nbl_export.options.options import CHECKPOINT_FIT
 from nbl_export.plan.cuts import CutInputs, choose_cut
 from nbl_export.plan.inputs import AskedGoal, MapKind, OrderInputs, PlanInputs, Texts
+from nbl_export.records.destinations import DESTINATIONS
 from nbl_export.records.inputs import Lazy
 from nbl_export.report.quality import spoken_curve
 from nbl_export.run.job import Job
@@ -77,6 +78,7 @@ def order_of(job: Job) -> OrderInputs:
         mixes=job.torch.mixes,
         texts=job.choosing,
         saved=Lazy(options.kept_logits if usual == "efficient" else None, lambda: cut.saved_work(job)),
+        kept=(0,) if options.destination and DESTINATIONS[options.destination].keeps_first else (),
     )
 
 

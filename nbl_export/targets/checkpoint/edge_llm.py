@@ -25,11 +25,12 @@ from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import Mixer
 from nbl_export.model.checkpoint.pretrained import model_with, tokenizer_of
 from nbl_export.model.linearize import linearize, replace_attention
+from nbl_export.records.destinations import DESTINATIONS
 from nbl_export.trust.model_settings import drop_code, read_object
 
 __all__ = ["ARCHITECTURES", "check", "load", "remarks", "save"]
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+ARCHITECTURES = DESTINATIONS["edge-llm"].architectures
 _CODE = Path(__file__).with_name("edge_llm_code.py")
 _MODULE = "configuration_nbl_edge_llm"
 _ATTENTION, _NONE = "attention", "mlp_none"

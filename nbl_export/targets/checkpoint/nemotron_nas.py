@@ -25,14 +25,16 @@ from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import Mixer
 from nbl_export.model.checkpoint.pretrained import model_with
 from nbl_export.model.linearize import linearize
+from nbl_export.records.destinations import DESTINATIONS
 from nbl_export.targets.export.finish import add_text_files
 from nbl_export.trust.model_settings import drop_code, read_object
 
-__all__ = ["MATRIX", "check", "load", "save"]
+__all__ = ["MATRIX", "check", "check_vocabulary", "load", "save"]
 
 # Form, as `convert --to` names it -> name of a layer's matrix.
 MATRIX = {"nemotron-nas": "linear_attn", "mlx": "linear"}
 _MULTIPLE = 256
+_LLAMA_3, _MOST_TOKENIZER = 128_256, 64 << 20  # tokens, and bytes of tokenizer.json
 _CODE = Path(__file__).with_name("nemotron_nas_config.py")
 _MODULE = "configuration_nbl_nas"
 _SCALED = ("linear", "llama3", "yarn")  # rotary embeddings that both readers know
@@ -44,7 +46,7 @@ def check(config: Any, replaced: tuple[int, ...], form: str) -> None:
     Raises:
         NblError: the message has the reason.
     """
-    if config.model_type not in ("llama", "mistral"):
+    if config.model_type not in DESTINATIONS["tensorrt-llm"].architectures:
         raise NblError(f"--to {form} holds Llama's attention and MLP, and {config.model_type} is another architecture")
     if getattr(config, "sliding_window", None):
         raise NblError(f"--to {form} has no place for a sliding window")
@@ -61,6 +63,23 @@ def check(config: Any, replaced: tuple[int, ...], form: str) -> None:
         raise NblError(f"--to {form} has no rotary embeddings of type {_scaling(config)['rope_type']}")
     if form == "mlx" and 0 in replaced:
         raise NblError("mlx-lm takes its mask from layer 0, which is replaced; replace other layers (--layers)")
+
+
+def check_vocabulary(directory: Path, size: int) -> None:
+    """Refuse a vocabulary that llama.cpp's converter does not take with this form (conversion/deci.py, line 95).
+
+    Raises:
+        NblError: it is neither Llama 3's nor one with byte fallback.
+    """
+    file = directory / "tokenizer.json"
+    if size == _LLAMA_3 or not file.is_file():
+        return
+    model = read_object(file, _MOST_TOKENIZER).get("model")
+    if not isinstance(model, dict) or model.get("type") != "BPE" or not model.get("byte_fallback"):
+        raise NblError(
+            "llama.cpp's converter takes the vocabularies of Llama 2 and 3 with this form, and this model has another; "
+            "--for tensorrt-llm writes the same form"
+        )
 
 
 def save(model: Any, checkpoint: Path, maps: Mapping[int, Mixer], form: str, out: Path) -> None:
