@@ -159,6 +159,9 @@ def test_a_destination_that_cannot_have_a_model_is_refused_before_work(
 @pytest.mark.parametrize("select", ["efficient", "cca"])
 def test_a_job_for_mlx_keeps_layer_0(select: str, text: Path, tmp_path: Path) -> None:
     model = save_checkpoint("llama", tmp_path / "model", **NAS)
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.0.self_attn.o_proj.weight"][:] = 0  # so layer 0 would go first
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
     words = ("--model", model, "--calibration", text, *BARE, "--for", "mlx-lm", "--layers", "2", "--select", select)
     with until("plan"):
         done = nbl(*words, "--output", tmp_path / "run")
