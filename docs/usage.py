@@ -174,10 +174,9 @@ def _type(kind: str, record: Any) -> str:
 def places() -> str:
     """The text of destinations.md, with today's table."""
     text = PLACES.read_text(encoding="utf-8")
-    head, _, rest = text.partition("<!-- destinations -->\n")
-    return (
-        f"{head}<!-- destinations -->\n{_places()}<!-- /destinations -->{rest.partition('<!-- /destinations -->')[2]}"
-    )
+    begin, end = "<!-- docs/usage.py -->\n", "<!-- /docs/usage.py -->"
+    head, _, rest = text.partition(begin)
+    return f"{head}{begin}{_places()}{end}{rest.partition(end)[2]}"
 
 
 def _places() -> str:
