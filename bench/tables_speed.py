@@ -98,28 +98,13 @@ def _increase(loss: Mapping[str, Any]) -> str:
 
 def exchange(read: Read) -> Rows:
     """What jobs reach: with a cut, and with linear layers within a limit on quality."""
-    rows: Rows = [("job", "keys predicted", "linear", *_TEXTS, "WikiText-2 valid", "prefill of 512, modelled",
-                   "prefill of 512", "prefill of 2,048", "decode"), "llllllrlll"]  # fmt: skip
+    rows: Rows = [("job", "layers", "prompt of 512", "of 2,048", "decode", *_TEXTS, "WikiText-2 valid"), "llllllll"]
     for row in (*read("cuts")["rows"], *read("exchange")["rows"]):
-        cut, modelled = row.get("cut"), _modelled(row)
-        kinds = f"{cut['layer']}-{row['num_layers'] - 1}" if cut else "none", _linear(row)
-        losses = [*(_increase(loss) for loss in row["losses"]), _perplexity(row)]
+        cut, linear = row.get("cut"), spoken_layers(tuple(row.get("layers", {}).get("linear", ())))
+        layers = f"keys of {cut['layer']}-{row['num_layers'] - 1}" if cut else f"linear {linear}"
         speeds = [measured(row, test) or "not measured" for test in ("pp512", "pp2048", "tg")]
-        rows.append((row["title"], *kinds, *losses, f"×{modelled:.2f}" if modelled else "not modelled", *speeds))
+        rows.append((row["title"], layers, *speeds, *map(_increase, row["losses"]), _perplexity(row)))
     return rows
-
-
-def _linear(row: Mapping[str, Any]) -> str:
-    return spoken_layers(tuple(row.get("layers", {}).get("linear", ()))) or "none"
-
-
-def _modelled(row: Mapping[str, Any]) -> float | None:
-    """The modelled speed-up of a prompt of 512 tokens; None of a cut that was named."""
-    if "modelled" in row:
-        return float(row["modelled"]["prefill"])
-    cut = row["cut"]
-    points = (p for p in row["points"] if (p["replaced_layers"][0], p["near"]) == (cut["layer"], cut["near"]))
-    return next((float(point["prefill"]) for point in points), None)
 
 
 def search(read: Read) -> Rows:
