@@ -1,6 +1,6 @@
 """Files of LAMBADA, ARC and PIQA in other forms, as rows of the data sets that lm-evaluation-harness reads.
 
-    python bench/stock_rows.py FILES DATA          then: nbl-export eval DIR --tasks ... --data DATA
+    python bench/stock_rows.py FILES DATA          then: nbl-export eval DIR --tasks ... with the key data
 
 FILES/lambada_openai/test.jsonl                       {"context", "continuation"}            -> {"text"}
 FILES/arc_easy/test.jsonl, arc_challenge/test.jsonl   {"question", "choices", "gold" from 0} -> "choices", "answerKey"

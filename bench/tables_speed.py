@@ -46,7 +46,7 @@ def _read(row: Mapping[str, Any]) -> PairedRatio:
 
 
 def paired(run: Mapping[str, Any], variant: str, test: str, depth: int) -> PairedRatio:
-    """Ratio of a test, by load, from a report.json or from the output of `bench --format json`."""
+    """Ratio of a test, by load, from a report.json or from the output of `bench --json`."""
     base = run.get("base", "original")
     old, new = (_of(run["rows"], name, test, depth) for name in (base, variant))
     return paired_ratio([1 / s for s in old["samples"]], [1 / s for s in new["samples"]], old["loads"])

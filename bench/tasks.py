@@ -2,7 +2,7 @@
 
     python bench/tasks.py MODEL DATA RESULT.json --rows "paper 8=cca:0,7,24-29" "ours 8=maps:DIR/maps.safetensors"
 
-DATA has the tasks' files (`nbl-export eval --data`). A row is NAME=HOW:WHAT with one of these values of HOW:WHAT:
+DATA has the tasks' files (the key `data` of `eval`). A row is NAME=HOW:WHAT with one of these values of HOW:WHAT:
 
     cca:LAYERS     the closed form on the residual stream, on 65,536 tokens of the default text
     drop:LAYERS    attention dropped

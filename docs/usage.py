@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +64,11 @@ nbl-export estimate MODEL [options of the main job]
 ```
 
 `estimate` says what a job takes on this machine: time, memory and disk of each stage.
-It also gives the modelled gain of a prompt, for the layers that are asked for or a quarter of the layers.
+It also says when the first token of a prompt comes, in milliseconds of counted work at the speed of this machine.
+Predicted keys are counted for a third of the layers, linear maps for the layers that are asked for, or a quarter.
 A number of layers is taken from the middle of the model; the last layers gain more.
-MODEL is a `config.json`, a checkpoint directory or a GGUF file. No weight is read, so the answer takes a second or two.
+MODEL is a hub id, a checkpoint directory, a `config.json` or a GGUF file. No weight is read.
+Of a model of the hub, `config.json` alone is fetched.
 
 The main job says the same totals before it begins. It refuses if memory or disk cannot suffice.
 A job that resumes counts the stages that are left.
@@ -88,14 +90,17 @@ Engines for GPUs are built and timed in a time that is not estimated.
 
 `--config FILE` takes options from TOML or from another run's `nbl.json`. Flags win over the file.
 The names are those of the options, with dashes or underscores.
-A file also takes the options of `bench`.
+Options that experiments need are keys: a file takes them, and they have no flag.
+`calibrate`, `plan`, `rewrite`, `build`, `estimate` and `eval` take a file of their own options and keys.
 
 ```toml
 model = "HuggingFaceTB/SmolLM2-135M-Instruct"
 layers = "7,9,15,25-29"
 calibration = ["articles.jsonl:2", "code.txt"]
-depth = "0,2048"
+select = "cca"
 ```
+
+In Python, options and keys are arguments. `max_perplexity_increase=0.05` is 5%.
 
 ## Exit status
 
@@ -124,12 +129,13 @@ def page() -> str:
     for panel in dict.fromkeys(row[0] for row in sorted(main, key=lambda row: row[0] != "")):
         lines += [f"**{panel}**", ""] if panel else []
         lines += _table(row for row in main if row[0] == panel)
+    lines += ["**Keys of `--config FILE`**", "", "| key | meaning |", "|---|---|", *_keys(), ""]
     lines += ["## Options of several commands", "", *_table(often)]
     for name, rows in commands.items():
         own = [row for row in rows if row not in main and row not in often]
         lines += [f"## {name}", "", " ".join(str(group.commands[name].help).split()), ""]
         shared = {"Also": often, "Of the main job": main}
-        named = {title: [f"`{row[1].split(' ')[0]}`" for row in rows if row in of] for title, of in shared.items()}
+        named = {title: [f"`{_flag(row)}`" for row in rows if row in of] for title, of in shared.items()}
         lines += [" ".join(f"{title}: {', '.join(names)}." for title, names in named.items() if names), ""]
         lines += _table(own) if own else []
     return "\n".join(lines).rstrip() + "\n"
@@ -150,8 +156,23 @@ def _rows(command: Any, name: str) -> list[tuple[str, str, str]]:
     return rows
 
 
+def _flag(row: tuple[str, str, str]) -> str:
+    return row[1].split(", ")[-1].split(" ")[0]
+
+
 def _table(rows: Iterable[tuple[str, str, str]]) -> list[str]:
     return ["| option | meaning |", "|---|---|", *(f"| `{option}` | {meaning} |" for _, option, meaning in rows), ""]
+
+
+def _keys() -> Iterator[str]:
+    from nbl_export.cli.options import said_of
+    from nbl_export.options.options import OPTIONS
+
+    for name, record in OPTIONS.items():
+        if record.key:
+            commands = ", ".join(f"`{c}`" for c in record.commands if c != "main")
+            also = f" Also of {commands}." if commands else ""
+            yield f"| `{name}` | {said_of(name, record)}{also} |"
 
 
 def types() -> str:
@@ -167,6 +188,7 @@ def _type(kind: str, record: Any) -> str:
     several = "tuple" in kind or bool(record.numbers)
     parts = [one, f"Sequence[{one}]"] if several else [one if "path" in record.python else kind.removesuffix(" | None")]
     parts += [name for name in ("int", "float") if name in record.python]
+    parts += ["float"] if "share" in record.python else []
     parts += ["Sequence[int]"] if "layers" in record.python else []
     return " | ".join([*parts, *(["None"] if kind.endswith("None") else [])])
 

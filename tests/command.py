@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import hashlib
 import io
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
+from nbl_export.options.command import KEYS_FILE
+
 __all__ = [
-    "BARE", "SHORT_PARTS", "TINY", "Outcome", "assert_refused", "configured", "in_new_process", "nbl", "snapshot",
-    "stage_lines",
-    "text_is_read",
+    "BARE", "SHORT_PARTS", "TINY", "Outcome", "assert_refused", "configured", "in_new_process", "keys", "nbl",
+    "repeated", "snapshot", "stage_lines", "text_is_read",
 ]  # fmt: skip
 
 # A run that is as small as the options allow: a few seconds.
-_BENCH = {
-    "layers": "1", "depth": "0", "repetitions": 1, "prompt-tokens": "16", "generate-tokens": 4,
+_TINY = {
+    "layers": "1", "context": 64, "depth": "0", "repetitions": 1, "prompt-tokens": "16", "generate-tokens": 4,
     "compute-dtype": "float32",
 }  # as tiny.toml has it  # fmt: skip
-TINY = ("--config", str(Path(__file__).parent / "tiny.toml"), "--calibration-tokens", "1024", "--context", "64")
+TINY = ("--config", str(Path(__file__).parent / "tiny.toml"), "--calibration-tokens", "1024")
 BARE = ("--config", str(Path(__file__).parent / "bare.toml"), *TINY[2:])  # for an NBL checkpoint
 # Code: a quarter of the windows for each use of text, and a machine measured with little work. All jobs of the tests
 # have it, so they agree on what is done.
@@ -99,12 +105,35 @@ def text_is_read(outcome: Outcome) -> bool:
     return "text: done" in outcome.err
 
 
-def configured(directory: Path, **values: object) -> tuple[str, ...]:
-    """Options that take the place of TINY's benchmark, by a configuration file."""
-    lines = [f"{name} = {json.dumps(value)}" for name, value in {**_BENCH, **values}.items()]
-    file = directory / f"config-{len(list(directory.glob('config-*')))}.toml"
-    file.write_text("\n".join(lines), encoding="utf-8")
+def keys(**values: object) -> tuple[str, ...]:
+    """--config FILE with these values."""
+    text = "\n".join(f"{name} = {json.dumps(value)}" for name, value in values.items())
+    file = Path(_files(), f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.toml")
+    file.write_text(text, encoding="utf-8")
     return "--config", str(file)
+
+
+@functools.cache
+def _files() -> str:
+    made = tempfile.mkdtemp(prefix="nbl-tests-")
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    return made
+
+
+def configured(**values: object) -> tuple[str, ...]:
+    """The configuration file that takes the place of TINY's, with these values beside its own."""
+    return keys(**{**_TINY, **values})
+
+
+def repeated(command: str) -> list[str]:
+    """The arguments of a command that `options.command` says, with its keys in a file."""
+    words = shlex.split(command)
+    if words[0] == "printf":  # printf '%s\\n' KEY ... > keys.toml && nbl-export --config keys.toml ...
+        file = Path(_files(), f"{hashlib.sha256(command.encode()).hexdigest()[:16]}.toml")
+        file.write_text("\n".join(words[2 : words.index(">")]), encoding="utf-8")
+        words = [str(file) if word == KEYS_FILE else word for word in words[words.index("&&") + 1 :]]
+    assert words[0] == "nbl-export"
+    return words[1:]
 
 
 def assert_refused(outcome: Outcome, status: int, *parts: object) -> None:

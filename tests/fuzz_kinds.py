@@ -16,6 +16,7 @@ from nbl_export.files import write_json
 from nbl_export.targets.tensorrt.record import EngineRecord
 
 from .canaries import Canaries, put_outside
+from .command import configured, keys
 from .hostile import (
     damage_bytes,
     damage_gguf,
@@ -63,9 +64,12 @@ class Kind:
 
 
 # In a command, {here} is the victim's directory; what it writes goes to {here}/out or to the run that it names.
-_SMALL = " --calibration-tokens 64 --context 32"
+_SMALL = " --calibration-tokens 64"
 _TINY = f" --calibration {{here}}/text.txt --output {{here}}/out{_SMALL} --config "
-_CALIBRATE = f"calibrate --calibration {{here}}/text.txt --output {{here}}/out{_SMALL} --model {{here}}/"
+_CALIBRATE = (
+    f"calibrate --calibration {{here}}/text.txt --output {{here}}/out{_SMALL} {' '.join(keys(context=32))} "
+    "--model {here}/"
+)
 _REWRITE = "rewrite-graph {here}/graph --output {here}/out --maps {here}/"
 _BENCH = " --depth 0 --repetitions 1 --prompt-tokens 8 --generate-tokens 2"
 _JOB = f"--model {{here}}/model{_TINY}{Path(__file__).parent / 'tiny.toml'}"
@@ -78,7 +82,8 @@ GGUF = (_CALIBRATE + "tiny.gguf", "estimate {here}/tiny.gguf")
 NBL = ("estimate {here}/nbl", _GIVEN)
 GRAPH = (_REWRITE + "maps.safetensors", "inspect {here}/graph/model.onnx --json", "inspect {here}/graph")
 DEPLOY = (_GENERATE % "deploy", "bench {here}/deploy" + _BENCH)
-CODES = (f"{_JOB} --precision int4 --builder-option accuracy_level=1 --quantized-model {{here}}/codes",)
+_INT4 = " ".join(("--precision int4", *configured(builder_option="accuracy_level=1")))
+CODES = (f"{_JOB} {_INT4} --quantized-model {{here}}/codes",)
 IR, ENGINE = (_GENERATE % "ir",), (_GENERATE % "engine", _GENERATE % "engine" + " --trust-engine")
 READ = ("inspect {here}/run", "report {here}/run", _GENERATE % "run", "card {here}/run", "accept {here}/run")
 RUN = (

@@ -16,7 +16,7 @@ from nbl_export.calibrate.moments_file import MomentsWriter
 from nbl_export.calibrate.sums import Sums
 from nbl_export.distill.state import State
 from nbl_export.errors import NblError
-from nbl_export.evaluation.lm import near_of
+from nbl_export.evaluation.reader import near_of
 from nbl_export.evaluation.results import read_entries
 from nbl_export.files import (
     SMALL_BYTES,

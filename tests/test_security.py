@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from .command import TINY, nbl
+from .command import TINY, configured, nbl
 from .damage import name_code, named_code
 from .jobs import until
 
@@ -164,7 +164,7 @@ def test_code_in_a_model_directory_is_not_run(checkpoint: object, text: Path, tm
     shutil.copytree(checkpoint("llama"), model)  # type: ignore[operator]
     (model / "evil.py").write_text(EVIL.format(marker=str(marker)), encoding="utf-8")
     name_code(model)
-    arguments = ("--calibration", text, *TINY, "--decoder-source", source, "--output", tmp_path / "run")
+    arguments = ("--calibration", text, *TINY, *configured(decoder_source=source), "--output", tmp_path / "run")
     with until("verify"):
         done = nbl("--model", model, *arguments)
     assert not marker.exists()

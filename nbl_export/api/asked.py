@@ -24,7 +24,7 @@ class Options(TypedDict, total=False):
     engine: str
     provider: str
     layers: str | int | Sequence[int] | None
-    max_perplexity_increase: str | None
+    max_perplexity_increase: str | float | None
     target_speedup: str | float | None
     kv_budget: str | None
     cut: str | int

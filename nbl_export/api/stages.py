@@ -78,7 +78,7 @@ def calibrate(
     Args:
         model: a causal LM of transformers in float32. tokenizer: its own.
         text: a file or hub dataset as --calibration takes it, or documents; None is the command line's default.
-        tokens, context: as --calibration-tokens and --context.
+        tokens, context: as the options calibration_tokens and context.
         tap: residual (the input of the layer's norm) or normed (its output).
 
     Raises:
@@ -158,12 +158,12 @@ def linearize(model: Any, planned: Planned) -> Any:
 
 
 def _spec(model: Any) -> Any:
-    from nbl_export.model.architectures import ARCHITECTURES
+    from nbl_export.model.architectures import ARCHITECTURES, supported_near
     from nbl_export.model.checkpoint.load import spec_of
 
     architecture = getattr(getattr(model, "config", None), "model_type", None)
     if architecture not in ARCHITECTURES:
-        raise NblError(f"architecture {architecture!r} is not supported; supported are {', '.join(ARCHITECTURES)}")
+        raise NblError(f"architecture {architecture!r} is not supported; {supported_near(architecture)}")
     return spec_of(model.config, str(architecture))
 
 

@@ -19,10 +19,10 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from nbl_export.cli import options as opt
-from nbl_export.cli.commands import COMMANDS
+from nbl_export.cli.commands import COMMANDS, EVAL_KEYS, FOR_DEVELOPERS
 from nbl_export.cli.options import GENERAL, ui
 from nbl_export.errors import NblError, UsageError
-from nbl_export.options.options import LEFT
+from nbl_export.options.options import LEFT, OPTIONS
 from nbl_export.options.settle import over
 from nbl_export.trust.terminal import Formatter, visible
 from nbl_export.version import __version__
@@ -33,6 +33,7 @@ __all__ = ["GOES_ON", "INTERRUPTED", "Command", "Group", "Interrupts", "app", "e
 _COMPLETION = ("install_completion", "show_completion")
 INTERRUPTED = 130
 _LONGEST = 1000  # characters of an error
+KEYS = (*(name for name, record in OPTIONS.items() if record.key), *EVAL_KEYS)  # which `--config FILE` takes
 GOES_ON = "interrupted; finished stages are kept, and the same command continues after them"
 
 
@@ -53,6 +54,9 @@ class Group(TyperGroup):
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         _write(self, ctx, formatter, () if self.everything else _COMPLETION)
+        if self.everything:
+            with formatter.section("Keys of --config FILE"):
+                formatter.write_dl([(name, opt.said_of(name, OPTIONS[name])) for name in KEYS if name in OPTIONS])
         self.format_commands(ctx, formatter)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -111,10 +115,12 @@ app = typer.Typer(
 def root(
     context_: typer.Context,
     asked: dict[str, Any],
-    model: Annotated[str | None, typer.Option(metavar="MODEL", help="Hub id, safetensors directory or GGUF.")] = None,
-    output: Annotated[Path | None, typer.Option(metavar="DIR", help="The run directory.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", metavar="MODEL", help="Hub id, safetensors directory or GGUF.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="The run directory.")] = None,
     config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Options from TOML or from a run's nbl.json; flags win.")
+        Path | None, typer.Option(metavar="FILE", help="Options and keys from TOML, or a run's nbl.json; flags win.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Start over: remove the run in DIR first.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what the libraries say.")] = False,
@@ -154,7 +160,7 @@ def _log(verbose: bool) -> None:
 
 
 for _name, _command in COMMANDS.items():
-    app.command(_name, cls=Command)(_command)
+    app.command(_name, cls=Command, hidden=_name in FOR_DEVELOPERS)(_command)
 
 
 def main() -> None:
@@ -204,8 +210,11 @@ def explain(error: Exception) -> NoReturn:
     logging.getLogger(__name__).debug("where it happened", exc_info=error)
     usage = getattr(error, "format_message", None)
     flag = str(getattr(error, "option_name", ""))
-    if left := LEFT.get(flag.lstrip("-").replace("-", "_")):
+    name = flag.lstrip("-").replace("-", "_")
+    if left := LEFT.get(name):
         fail(f"{flag} is gone: {left}", 2)
+    if name in KEYS and "o such option" in str(usage and usage()):
+        fail(f"{flag} is a key of a file: write {name} = ... to FILE.toml, and give --config FILE.toml", 2)
     if isinstance(error, NblError):
         fail(str(error), error.exit_code)
     if usage is not None:
@@ -214,7 +223,7 @@ def explain(error: Exception) -> NoReturn:
         fail(f"{usage().rstrip('.')}; see {command} --help", int(getattr(error, "exit_code", 2)))
     # torch has its own text; CPython raises SystemError if memory runs out in a call into C
     if isinstance(error, (MemoryError, SystemError)) or "can't allocate memory" in str(error):
-        fail("out of memory; use a smaller --context, or a machine with more memory", 1)
+        fail("out of memory; use a smaller key context, or a machine with more memory", 1)
     if isinstance(error, OSError) and error.strerror:
         fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror, 1)
     if isinstance(error, ValueError):

@@ -17,7 +17,7 @@ from nbl_export.options.option import MAIN
 from nbl_export.options.options import JobOptions
 from nbl_export.trust.terminal import visible
 
-__all__ = ["COMMANDS"]
+__all__ = ["COMMANDS", "EVAL_KEYS", "FOR_DEVELOPERS"]
 
 
 # -- stages ------------------------------------------------------------------------------------------------------
@@ -49,7 +49,7 @@ def plan(directory: opt.Run, asked: dict[str, Any], as_json: opt.Json = False) -
     return show(facts, scores_table(run.manifest), as_json)
 
 
-@opt.takes("rewrite")
+@opt.takes("rewrite", by_flag=False)
 def rewrite(directory: opt.Run, asked: dict[str, Any]) -> None:
     """Write the decoder graph of a run and its NBL version."""
     from nbl_export.run.pipeline import run_stages
@@ -61,7 +61,7 @@ def rewrite(directory: opt.Run, asked: dict[str, Any]) -> None:
 def rewrite_graph(
     graph: Annotated[Path, typer.Argument(metavar="GRAPH", help="An ONNX decoder of any exporter, or its directory.")],
     maps: Annotated[Path, typer.Option(metavar="DIR|FILE", help="A run, or its maps.safetensors.")],
-    output: Annotated[Path, typer.Option(metavar="OUT", help="A new directory to write.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="A new directory to write.")],
     layers: Annotated[
         str | None, typer.Option(metavar="LAYERS", help='Use only these maps ("0,7,24-29"); default: all maps.')
     ] = None,
@@ -119,9 +119,9 @@ def bench(
         Path | None,
         typer.Option(metavar="DIR", help="Compare with this directory; default: original/ of the first run."),
     ] = None,
-    form: Annotated[str | None, typer.Option("--format", metavar="FORMAT", help="table (default), md or json.")] = None,
     output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write to FILE; .md or .json sets the format.")
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Write to FILE: Markdown, or JSON with --json."),
     ] = None,
     force: opt.Force = False,
     trust_engine: opt.TrustEngine = False,
@@ -139,14 +139,14 @@ def bench(
 
     if trust_engine:
         trust_engines([*directories, *([against] if against else [])])
-    chosen = console.format_of(form, output, as_json=as_json)
-    console.check_output(output)
-    if compare.is_stage(directories, against, form, output):
+    console.check_output(output, as_json)
+    if compare.is_stage(directories, against, output):
         run = run_stages(directories[0], "report", ui(as_json), changes=asked, force=force, needs="bench")
         result = run.read_json(REPORT_JSON)
         return show(result, console.speed_table(result), as_json)
     value = compare.compare(directories, against, JobOptions("", **asked), ui(as_json), force=force)
-    text = console.render(value, chosen, None if sys.stdout.isatty() and not output else 140)
+    form = "json" if as_json else "md" if output else "table"
+    text = console.render(value, form, None if sys.stdout.isatty() and not output else 140)
     if output is None:
         return print(text, end="")
     console.write(text, output)
@@ -173,13 +173,17 @@ def evaluate(
             help="Measure loss by position, retrieval and copying in long windows of these texts.",
         ),
     ] = None,
-    variants: Annotated[
-        str, typer.Option(metavar="VARIANT,...", help="original, nbl (the exported graphs), torch-original, torch-nbl.")
-    ] = "original,nbl",
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Keys from TOML: variants (original and nbl, the exported graphs; torch-original, torch-nbl), data "
+            "(local documents: DATA/TASK/SPLIT.jsonl).",
+        ),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Use the first N documents, windows or keys; default: all.")
     ] = None,
-    data: Annotated[Path | None, typer.Option(metavar="FILES", help="Local documents: FILES/TASK/SPLIT.jsonl.")] = None,
     num_fewshot: Annotated[
         int | None, typer.Option(min=0, metavar="N", help="Examples in a prompt of a task; default: the task's own.")
     ] = None,
@@ -197,15 +201,18 @@ def evaluate(
     from nbl_export.run.pipeline import run_evaluation
     from nbl_export.run_directory import EVAL_FILE
 
+    keys = opt.read_keys(config, EVAL_KEYS)
+    data = Path(keys["data"][0]) if "data" in keys else None
     for given, flag, needs, named in (
         (ppl_context, "--ppl-context", "--perplexity and --long-context", perplexity or long_context),
-        (data, "--data", "--tasks", tasks),
+        (data, "key data", "--tasks", tasks),
         (num_fewshot, "--num-fewshot", "--tasks", tasks),
     ):
         if given is not None and not named:
             raise UsageError(f"{flag} is for {needs}; leave {flag} out")
     request = EvalRequest(
-        tasks=_words(tasks), variants=_words(variants), limit=limit, data=data, shots=num_fewshot,
+        tasks=_words(tasks), limit=limit, data=data, shots=num_fewshot,
+        variants=_words(",".join(keys.get("variants", ("original,nbl",)))),
         texts=parse_named("--perplexity", perplexity), long_texts=parse_named("--long-context", long_context),
         context=ppl_context,
     )  # fmt: skip
@@ -273,7 +280,7 @@ def convert(
             "n-grams); or the destination: vllm, tensorrt-llm, ... Without it, destinations are listed.",
         ),
     ] = None,
-    output: Annotated[Path | None, typer.Option(metavar="TARGET", help="The new directory.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="TARGET", help="The new directory.")] = None,
     force: opt.Force = False,
     as_json: opt.Json = False,
 ) -> None:
@@ -343,9 +350,7 @@ def inspect(
 
 @opt.takes(MAIN)
 def estimate(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A config.json, a checkpoint directory or a GGUF file.")
-    ],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, checkpoint directory, config.json or GGUF.")],
     asked: dict[str, Any],
     as_json: opt.Json = False,
 ) -> None:
@@ -371,6 +376,8 @@ def doctor(as_json: opt.Json = False) -> None:
     show(found, doctor_table(found, spoken_machine(), spoken(find_gpu())), as_json)
 
 
+EVAL_KEYS = ("variants", "data")  # keys of `eval --config FILE`
+FOR_DEVELOPERS = ("calibrate", "rewrite", "rewrite-graph", "verify", "build", "accept")  # not on the first page of help
 COMMANDS: dict[str, Callable[..., None]] = {
     "calibrate": calibrate, "plan": plan, "rewrite": rewrite, "rewrite-graph": rewrite_graph, "verify": verify,
     "build": build, "report": report, "accept": accept, "bench": bench, "eval": evaluate,

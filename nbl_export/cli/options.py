@@ -15,7 +15,7 @@ import inspect
 import json
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,7 +25,7 @@ from nbl_export.errors import UsageError
 from nbl_export.files import read_small
 from nbl_export.options.option import MAIN, Option
 from nbl_export.options.options import OPTIONS, PANELS, JobOptions, flag_of
-from nbl_export.options.settle import read_asked
+from nbl_export.options.settle import over, read_asked
 from nbl_export.records.from_json import read_record
 from nbl_export.trust.model_settings import read_object
 from nbl_export.trust.terminal import Console
@@ -34,16 +34,20 @@ if TYPE_CHECKING:
     from nbl_export.report.table import Shown, Table
     from nbl_export.run.progress import Ui
 
-__all__ = ["GENERAL", "Force", "Json", "Model", "Output", "Run", "TrustEngine", "read_config",
-           "refuse_options_before", "show", "takes", "ui"]  # fmt: skip
+__all__ = ["GENERAL", "Config", "Force", "Json", "Model", "Output", "Run", "TrustEngine", "read_config",
+           "read_keys", "refuse_options_before", "said_of", "show", "takes", "ui"]  # fmt: skip
 
 _MOST_CONFIG_BYTES = 1 << 20
 
 GENERAL = "General"
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 Run = Annotated[Path, typer.Argument(metavar="DIR", help="A run directory made by nbl-export --output.")]
-Model = Annotated[str, typer.Option(metavar="MODEL", help="Hub id, safetensors directory or GGUF.")]
-Output = Annotated[Path, typer.Option(metavar="DIR", help="The run directory.")]
+Model = Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help="Hub id, safetensors directory or GGUF.")]
+Output = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The run directory.")]
+Config = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="Options and keys of this command from TOML; flags win.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Go on despite a failed verification.")]
 TrustEngine = Annotated[
@@ -52,21 +56,29 @@ TrustEngine = Annotated[
 ]
 
 
-def takes(command: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a command its options from the options record.
+def takes(command: str, *, by_flag: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command its options from the options record, and --config FILE if it takes keys.
 
-    The function gets the options that the user gave as a dictionary `asked`, by the field names of JobOptions.
+    Without flags, the file alone has them. The function gets the options that the user gave as a dictionary `asked`,
+    by the field names of JobOptions.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         own = inspect.signature(function, eval_str=True).parameters
-        asked = {name: record for name, record in OPTIONS.items() if command in record.commands}
-        added = [_parameter(name, record, command) for name, record in sorted(asked.items(), key=_place)]
+        known = {name: record for name, record in OPTIONS.items() if command in record.commands}
+        flags = {name: record for name, record in known.items() if by_flag and not record.key}
+        added = [_parameter(name, record, command) for name, record in sorted(flags.items(), key=_place)]
+        reads_file = len(flags) < len(known) and "config" not in own
+        if reads_file:
+            added.insert(0, inspect.Parameter("config", _KEYWORD, default=None, annotation=Config))
 
         @functools.wraps(function)
         def run(*args: Any, **given: Any) -> Any:
-            chosen = {name: given.pop(name) for name in asked}
-            return function(*args, **given, asked=read_asked({n: v for n, v in chosen.items() if v not in (None, [])}))
+            chosen = {name: given.pop(name) for name in flags}
+            asked = read_asked({n: v for n, v in chosen.items() if v not in (None, [])})
+            if reads_file and (file := given.pop("config")) is not None:
+                asked = over(_keys_for(command, known, file), asked)
+            return function(*args, **given, asked=asked)
 
         kept = [parameter for name, parameter in own.items() if name != "asked"]
         signature = inspect.Signature([*kept, *added])
@@ -88,14 +100,24 @@ def _parameter(name: str, record: Option, command: str) -> inspect.Parameter:
     low, high = (None, None) if record.numbers or kind is str else (record.least, record.most)
     metavar = record.metavar or ("N,..." if record.numbers else None if record.least is None else "N")
     hidden = command == MAIN and not record.first
-    default = next(f.default for f in dataclasses.fields(JobOptions) if f.name == name)
-    counted = isinstance(default, (int, float)) and not isinstance(default, bool)
-    text = f"{record.help.removesuffix('.')}; default {default:g}." if counted else record.help
     declared = typer.Option(
-        flag_of(name), help=text, metavar=metavar, hidden=hidden, rich_help_panel=record.panel, min=low, max=high
+        flag_of(name),
+        help=said_of(name, record),
+        metavar=metavar,
+        hidden=hidden,
+        rich_help_panel=record.panel,
+        min=low,
+        max=high,
     )
     annotation: Any = Annotated[kind | None, declared]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+    return inspect.Parameter(name, _KEYWORD, default=None, annotation=annotation)
+
+
+def said_of(name: str, record: Option) -> str:
+    """The help of an option, with its default if that is a number."""
+    default = next(f.default for f in dataclasses.fields(JobOptions) if f.name == name)
+    counted = isinstance(default, (int, float)) and not isinstance(default, bool)
+    return f"{record.help.removesuffix('.')}; default {default:g}." if counted else record.help
 
 
 def _kind(name: str, record: Option) -> Any:
@@ -114,6 +136,22 @@ def refuse_options_before(context: typer.Context) -> None:
         if source is not None and source.name == "COMMANDLINE":
             flag = f"--{name.replace('_', '-')}"
             raise typer.BadParameter(f"goes after {context.invoked_subcommand}, if allowed there", param_hint=flag)
+
+
+def _keys_for(command: str, known: Mapping[str, Option], path: Path) -> dict[str, Any]:
+    """The options in a TOML file, which all belong to a command.
+
+    Raises:
+        UsageError: as `read_config`, or an option is for other commands.
+    """
+    if path.suffix == ".json":
+        raise UsageError(f"--config {path}: the main job alone takes the options of a run; give a TOML file")
+    found, _ = read_config(path)
+    if command == MAIN:
+        found.pop("model", None)  # `estimate` names it
+    if other := found.keys() - known.keys():
+        raise UsageError(f"{path}: {min(other)} is no option of {'estimate' if command == MAIN else command}")
+    return found
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], JobOptions | None]:
@@ -157,6 +195,21 @@ def _of_toml(path: Path) -> dict[str, Any]:
         raise UsageError(f"--config {path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"--config {path} cannot be read as TOML: {error}") from error
+
+
+def read_keys(path: Path | None, known: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Keys of a TOML file whose values are texts, or lists of texts; {} without a file.
+
+    Raises:
+        UsageError: the file cannot be read, or has another key or value.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for name, value in (_of_toml(path) if path else {}).items():
+        words = [value] if isinstance(value, str) else value
+        if name not in known or not isinstance(words, list) or not words or not all(isinstance(w, str) for w in words):
+            raise UsageError(f"{path}: {name} = {value!r} is none of the keys {', '.join(known)} with text")
+        found[name] = tuple(words)
+    return found
 
 
 # -- results on stdout, progress on stderr ---------------------------------------------------------------------

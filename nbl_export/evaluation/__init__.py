@@ -1,6 +1,7 @@
 """Quality of the exported graphs and of the torch models on benchmarks and texts.
 
     scorer.py      log-likelihoods and greedy text on a graph         lm.py   the same for lm-evaluation-harness
+    reader.py      a graph or a torch model that scores texts
     tasks.py       benchmark by name, from the hub or from local files
     measure.py     a benchmark, or a text in windows, on a model, with standard errors
     length.py      loss by position, retrieval and copying in long windows

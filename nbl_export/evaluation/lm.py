@@ -19,14 +19,11 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
 from nbl_export.errors import NblError
+from nbl_export.evaluation.reader import near_of, open_graph, torch_reader
 from nbl_export.evaluation.scorer import GraphScorer, Request, TokenScores
-from nbl_export.graph.names import MANIFEST
 from nbl_export.model.checkpoint.load import load_tokenizer
-from nbl_export.targets import owner_of
-from nbl_export.trust.contained import check_folder
-from nbl_export.trust.model_settings import read_object
 
-__all__ = ["OnnxLM", "open_graph", "torch_lm"]
+__all__ = ["OnnxLM", "torch_lm"]
 
 _NEW_TOKENS = 256
 _ROWS = 16
@@ -189,8 +186,6 @@ def torch_lm(model: Any, tokenizer: Any, max_length: int) -> Any:
     """
     from lm_eval.models.huggingface import HFLM
 
-    from nbl_export.model.head import token_scores
-
     class QuietHFLM(HFLM):
         progress: Any = None
         _asked = _read = 0
@@ -200,8 +195,7 @@ def torch_lm(model: Any, tokenizer: Any, max_length: int) -> Any:
         generate_until = functools.partialmethod(HFLM.generate_until, disable_tqdm=True)
 
         def token_scores(self, request: Request) -> TokenScores:
-            ids = (*request.context, *request.continuation)
-            return TokenScores(*token_scores(model, ids, len(request.continuation)))
+            return torch_reader(model, tokenizer).token_scores(request)
 
         def _loglikelihood_tokens(self, requests: Any, **settings: Any) -> Any:
             self._asked, self._read = len(requests), 0
@@ -222,25 +216,3 @@ def torch_lm(model: Any, tokenizer: Any, max_length: int) -> Any:
         max_length=max_length,
         device=str(model.device),
     )
-
-
-def near_of(directory: Path) -> int | None:
-    """W of a model directory whose prompts stop at a cut (`mixers.predicted`); None for others."""
-    path = directory / MANIFEST
-    facts = read_object(path) if path.is_file() else {}
-    cut = facts.get("cut")
-    return int(cut["near"]) if cut else None
-
-
-def open_graph(directory: Path, threads: int | None = None) -> tuple[Any, int]:
-    """The decoder of a model directory (if there are two graphs, that with the logits of all positions); its positions.
-
-    Raises:
-        NblError: there is no graph, or its directory lacks facts. CorruptError: a file is damaged.
-    """
-    target = owner_of(directory)
-    if target is None:
-        raise NblError(f"{directory} is not a model directory; give the model or the original of a run")
-    check_folder(directory)
-    facts = target.facts(directory)
-    return target.open_graph(directory, facts.head_dim, threads=threads), facts.context_length

@@ -23,7 +23,7 @@ from nbl_export.evaluation.measure import Outcome, difference
 from nbl_export.files import read_json
 from nbl_export.records.quality import NEAR, grows_with_length, increase_interval, mean_interval, spoken_interval
 
-__all__ = ["SCHEMA", "entry", "read_entries", "summarize"]
+__all__ = ["SCHEMA", "entry", "read_entries", "read_harness", "summarize"]
 
 SCHEMA = 1
 Entry = dict[str, Any]
@@ -78,6 +78,11 @@ def read_entries(path: Path) -> dict[str, Entry]:
     except (OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         raise CorruptError(f"{path} cannot be used ({error!r}); {advice}") from error
     return entries
+
+
+def read_harness(path: Path) -> str:
+    """The version of lm-evaluation-harness in an eval.json that `read_entries` has checked; "" without one."""
+    return str(read_json(path).get("lm_eval") or "") if path.is_file() else ""
 
 
 def summarize(entries: Mapping[str, Entry], **facts: Any) -> dict[str, Any]:

@@ -88,8 +88,8 @@ class GraphScorer:
         if logits_BTV.shape[1] != 2:
             raise NblError(
                 "this graph gives logits of the last position only, and scores need the logits of all positions: keep "
-                "all_logits.onnx beside the graph, export with --logits all, or evaluate the torch models (--variants "
-                "torch-original,torch-nbl)"
+                "all_logits.onnx beside the graph, export with the key logits = 'all', or evaluate the torch models "
+                "(key variants = 'torch-original,torch-nbl')"
             )
         width = int(logits_BTV.shape[2])
         most = _MOST_TOKENS if near is None else near + 1

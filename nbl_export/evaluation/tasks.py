@@ -98,7 +98,7 @@ def load_benchmark(name: str, data: Path | None = None, shots: int | None = None
         NblError: documents cannot be fetched, there are none, or a document lacks fields of the prompts.
     """
     if data is not None and not data.is_dir():
-        raise NblError(f"--data {data} is not a directory")
+        raise NblError(f"key data: {data} is not a directory")
     entry = _catalogue().task_index.get(name)
     if entry is None:
         near = difflib.get_close_matches(name, _catalogue().all_tasks, 3)
@@ -194,8 +194,8 @@ def _load(name: str, stock: dict[str, Any], local: dict[str, list[dict[str, Any]
         if local:
             raise NblError(f"{where} does not fit task {name}: {_line(error)}") from error
         raise NblError(
-            f"{where}: its data set cannot be fetched ({_line(error)}); give --data DIR with {name}/SPLIT.jsonl in it, "
-            "or check the network"
+            f"{where}: its data set cannot be fetched ({_line(error)}); give the key data = 'DIR' with "
+            f"{name}/SPLIT.jsonl in it, or check the network"
         ) from error
 
 

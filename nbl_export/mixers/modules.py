@@ -137,7 +137,7 @@ class NothingModule(MixerModule):
 class TrainedLinear(nn.Module):
     """x [B, T, D] -> x W'^T + b' [B, T, D], of which `up` [D, R], `down` [R, D] and `shift` [D] are trained.
 
-    A bias of zeros stays zero, because a map without a bias is to have none (`--maps linear`).
+    A bias of zeros stays zero, because a map without a bias is to have none (`maps` linear).
 
     rows: own `values` [B, ...] for each row of a batch, which give gradients of each row. None: all rows share one set.
     """

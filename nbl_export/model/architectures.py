@@ -6,6 +6,7 @@ what is missing.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from nbl_export.model.experts import GRANITE, MIXTRAL, QWEN, Experts
 from nbl_export.records.mlp import MlpSpec
 
 __all__ = ["ARCHITECTURES", "LINEARIZED", "REFUSED", "architecture_of", "check_config", "is_hybrid", "mlp_of",
-           "unlike_llama", "windows_of"]  # fmt: skip
+           "supported_near", "unlike_llama", "windows_of"]  # fmt: skip
 
 
 _CAUSAL = {"use_bidirectional_attention": (None, False)}
@@ -32,7 +33,7 @@ _SANDWICH: dict[str, Any] = {
 }
 
 
-_NOT_GENAI = {"genai": "the GenAI builder (0.18) does not know it; use --decoder-source mobius"}
+_NOT_GENAI = {"genai": "the GenAI builder (0.18) does not know it; use the key decoder_source = 'mobius'"}
 _NO_STATIC_EXPERTS = {"static": "the form for TensorRT has no experts"}
 _EXPERTS = {**_NOT_GENAI, **_NO_STATIC_EXPERTS}
 _POST_NORM: dict[str, Any] = {"norm_before": None, "norm_after": "post_attention_layernorm"}
@@ -311,3 +312,10 @@ def check_config(config: Mapping[str, Any], where: object) -> None:
 
 
 LINEARIZED = "nbl-"  # prefix of the architecture in an NBL checkpoint's config.json
+
+
+def supported_near(architecture: object) -> str:
+    """How many architectures are supported, and up to three whose names are near, for a refusal."""
+    near = difflib.get_close_matches(str(architecture), ARCHITECTURES, 3)
+    such = f", such as {' and '.join(near)}" if near else ""
+    return f"{len(ARCHITECTURES)} are, which README.md lists{such}"

@@ -41,14 +41,14 @@ def fast(device: torch.device) -> bool:
 
 
 def chosen(dtype: str, device: torch.device) -> bool:
-    """Whether products are in bfloat16, for a value of `--compute-dtype` (`options.options.DTYPES`).
+    """Whether products are in bfloat16, for a value of `compute_dtype` (`options.options.DTYPES`).
 
     Raises:
         NblError: bfloat16 is asked for, and the processor has no such products.
     """
     if dtype == "bfloat16" and not fast(device):
         raise NblError(
-            f"--compute-dtype bfloat16: this {'GPU' if device.type == 'cuda' else 'processor'} has no bfloat16 "
+            f"key compute_dtype bfloat16: this {'GPU' if device.type == 'cuda' else 'processor'} has no bfloat16 "
             "products (a CPU needs AVX512_BF16 or AMX); use auto or float32"
         )
     return dtype != "float32" and fast(device)

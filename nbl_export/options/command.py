@@ -1,8 +1,13 @@
-"""The command line that repeats a job."""
+"""The command line that repeats a job.
+
+nbl-export --model M --engine ort --layers 8 --output DIR
+printf '%s\\n' 'select = "cca"' > keys.toml && nbl-export --config keys.toml --model ...       if keys are set
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -11,30 +16,28 @@ from nbl_export.options.model_facts import ModelFacts
 from nbl_export.options.option import MAIN
 from nbl_export.options.options import OPTIONS, JobOptions, flag_of
 
-__all__ = ["describe_command"]
+__all__ = ["KEYS_FILE", "describe_command"]
+
+KEYS_FILE = "keys.toml"
+_A_LINE_EACH = "%s\\n"
 
 
 def describe_command(options: JobOptions, output: Path) -> str:
     """The command line that repeats this run; defaults are left out."""
-    words = ["nbl-export", "--model", options.model, "--engine", options.engine]
-    command = shlex.join([*words, *_flags(options, MAIN, {"engine"}), "--output", str(output)])
-    asked = _flags(options, "bench", {n for n, record in OPTIONS.items() if MAIN in record.commands})
-    return command + (f" && {shlex.join(['nbl-export', 'bench', str(output), *asked])}" if asked else "")
-
-
-def _flags(options: JobOptions, command: str, without: set[str]) -> list[str]:
-    words = []
+    words, keys = ["--model", options.model, "--engine", options.engine], []
     for name, record in OPTIONS.items():
         value = getattr(options, name)
-        if command not in record.commands or name in without or value == _default(options, name):
+        if MAIN not in record.commands or name == "engine" or value == _default(options, name):
             continue
-        if isinstance(value, tuple) and not record.numbers:
+        if record.key:
+            keys.append(f"{name} = {json.dumps(value, ensure_ascii=False)}")
+        elif isinstance(value, tuple) and not record.numbers:
             words += [word for item in value for word in (flag_of(name), item)]
-        elif value is True:
-            words.append(flag_of(name))
         else:
             words += [flag_of(name), ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
-    return words
+    written = f"{shlex.join(['printf', _A_LINE_EACH, *keys])} > {KEYS_FILE} && " if keys else ""
+    config = ["--config", KEYS_FILE] if keys else []
+    return written + shlex.join(["nbl-export", *config, *words, "--output", str(output)])
 
 
 def _default(options: JobOptions, name: str) -> Any:

@@ -2,7 +2,7 @@
 
 --layers 8                        how many layers, or which layers
 --max-perplexity-increase 5%      as many layers as raise perplexity on held-back text by at most 5%
---target-speedup 1.3[@decode]     as few layers as reach this modelled speedup (`measure.cost`), of prefill or of decode
+target_speedup 1.3[@decode]       as few layers as reach this modelled speedup (`measure.cost`), of prefill or of decode
 --kv-budget 64MiB@4096            as few layers as make the caches of 4096 tokens fit; without @: of one token
 """
 
@@ -86,19 +86,19 @@ def check_request(options: JobOptions) -> None:
         _read_layers(options.layers)
     goal_of(options)
     if not options.has_bias and options.tap != "normed":
-        raise UsageError(f"--maps {options.maps} acts on the normed input; add --tap normed")
+        raise UsageError(f"key maps {options.maps} acts on the normed input; add the key tap = 'normed'")
 
 
 def _read_layers(text: str) -> int | tuple[tuple[int, int], ...]:
     """Read a count ("8"), or the first and last layer of each range of named layers ("0,7,24-29", or "8,").
 
     Raises:
-        UsageError: a part is neither a layer nor a range, or a range runs backwards.
+        UsageError: a part is neither a layer nor a range, a range runs backwards, or a layer is repeated.
     """
     text = text.strip()
     if _is_number(text):
         return int(text)
-    ranges = []
+    ranges: list[tuple[int, int]] = []
     for part in (p.strip() for p in text.rstrip(",").split(",")):
         first, dash, last = part.partition("-")
         if not _is_number(first) or (dash and not _is_number(last)):
@@ -108,6 +108,8 @@ def _read_layers(text: str) -> int | tuple[tuple[int, int], ...]:
         low, high = int(first), int(last) if dash else int(first)
         if high < low:
             raise UsageError(f"--layers {text!r}: the range {part} runs backwards; write {high}-{low}")
+        if twice := [max(low, a) for a, b in ranges if low <= b and a <= high]:
+            raise UsageError(f"--layers {text!r}: layer {twice[0]} is named twice")
         ranges.append((low, high))
     return tuple(ranges)
 
@@ -116,8 +118,8 @@ def parse_layers(text: str, num_layers: int) -> int | tuple[int, ...]:
     """Read `--layers`: "8" is a count, "0,7,24-29" (or "8,") names layers from 0.
 
     Raises:
-        UsageError: a part is no number, or a range runs backwards.
-        NblError: a layer is repeated or missing, or every layer is named.
+        UsageError: a part is no number, a range runs backwards, or a layer is repeated.
+        NblError: a layer is missing, or every layer is named.
     """
     asked = _read_layers(text)
     if isinstance(asked, int):
@@ -131,9 +133,6 @@ def parse_layers(text: str, num_layers: int) -> int | tuple[int, ...]:
                 f"--layers {text!r}: layer {high} does not exist; this model has layers 0 to {num_layers - 1}"
             )
         chosen.extend(range(low, high + 1))
-    repeated = sorted({i for i in chosen if chosen.count(i) > 1})
-    if repeated:
-        raise NblError(f"--layers {text!r}: layer {repeated[0]} is named twice")
     if len(chosen) >= num_layers:
         raise NblError(_all_refused(f"--layers {text!r}", num_layers))
     return tuple(sorted(chosen))
@@ -207,15 +206,18 @@ def check_size(options: JobOptions, spec: DecoderSpec, itemsize: int) -> None:
 
 def _read_increase(text: str) -> PerplexityIncrease:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%?)", text.strip(), re.ASCII)
-    if not found or not (found[2] or float(found[1]) >= 1):  # 0.05 may mean 5% or 0.05%
+    if not found:
         raise UsageError(f"--max-perplexity-increase {text!r} is not a percentage; write 5%")
+    if not found[2] and float(found[1]) < 1:
+        share, percent = f"{float(found[1]) * 100:g}%", f"{found[1]}%"
+        raise UsageError(f"--max-perplexity-increase {text!r} may mean {share} or {percent}; write one of them")
     return PerplexityIncrease(float(found[1]) / 100)
 
 
 def _read_speedup(text: str) -> TargetSpeedup:
     number, _, phase = text.strip().partition("@")
     if not re.fullmatch(r"\d+(\.\d+)?", number, re.ASCII) or float(number) <= 1 or (phase or "prefill") not in _PHASES:
-        raise UsageError(f"--target-speedup {text!r} is not a factor above 1; write 1.3 (of prefill) or 1.3@decode")
+        raise UsageError(f"key target_speedup {text!r} is not a factor above 1; write 1.3 (of prefill) or 1.3@decode")
     return TargetSpeedup(float(number), phase or "prefill")
 
 

@@ -41,15 +41,17 @@ class Option:
     Attributes:
         help: one or two sentences.
         panel: heading in the help.
-        commands: commands that take the option; an option of no command comes from a configuration file only.
+        commands: commands that take the option.
+        key: whether it is a key of `--config FILE` and no flag.
         first: whether the option is on the first page of the main job's help.
         flag: without dashes, if the flag differs from the field's name.
         metavar: name of the value; by default N for a number, and N,... for several.
         least, most: bounds of a number.
         numbers: an example, if the value is written as numbers with commas between.
         choices: the possible values; empty if there is no list of them.
-        python: what Python takes beside the field's own type: "int" or "float" instead of their text, "layers" for a
-            list of layers, "path" for a path, "list" for one text instead of a list.
+        python: what Python takes beside the field's own type: "int" or "float" instead of their text, "share" for a
+            share below 1 instead of a percentage, "layers" for a list of layers, "path" for a path, "list" for one text
+            instead of a list.
         applies: all of these hold if the option has an effect; without any, it always has.
         usual: its default, if it depends on other options, on the engine or on the model.
     """
@@ -57,6 +59,7 @@ class Option:
     help: str
     panel: str
     commands: tuple[str, ...] = (MAIN,)
+    key: bool = False
     first: bool = False
     flag: str = ""
     metavar: str | None = None

@@ -56,6 +56,7 @@ _WINDOWS = "predicted keys replace windows: leave it out, or --cut N sets the fi
 _GGUF = "llama.cpp's convert_hf_to_gguf.py makes a GGUF file of convert --to nemotron-nas (docs/serving.md)"
 LEFT: dict[str, str] = {
     "base": _GGUF,
+    "format": "bench writes Markdown to --output FILE.md, and JSON with --json",
     "gguf": _GGUF,
     "draft": _NGRAM,
     "draft_layers": _NGRAM,
@@ -169,9 +170,9 @@ _OF_CUT = (Applies("--cut", lambda c: c.options.cut != NO_CUT),)
 _ORT = (Applies("--engine ort", lambda c: bool(c.engine.providers)),)
 _COMPILED = (Applies("engines that compile graphs (trt, trt-rtx)", lambda c: c.engine.static),)
 _NOT_COMPILED = (Applies("engines that compile nothing (ort, openvino)", lambda c: not c.engine.static),)
-_INT4 = (Applies("--precision int4 of --decoder-source genai", lambda c: c.builds_int4),)
+_INT4 = (Applies("--precision int4 of decoder_source genai", lambda c: c.builds_int4),)
 _BUILT = (
-    Applies("--decoder-source genai", lambda c: c.options.decoder_source == "genai"),
+    Applies("decoder_source genai", lambda c: c.options.decoder_source == "genai"),
     Applies(f"--precision int8 or int4 ({', '.join(_OF_ROUNDING)})",
             lambda c: c.options.precision in ("int8", "int4") or not set(c.builder_keys) & set(_OF_ROUNDING)),
 )  # fmt: skip
@@ -204,11 +205,11 @@ class JobOptions:
     )  # fmt: skip
     max_perplexity_increase: str | None = option(
         None, "Most increase of perplexity on other text.", _REPLACED, "main plan", first=True, metavar="5%",
-        applies=_ORIGINAL,
+        applies=_ORIGINAL, python="share",
     )  # fmt: skip
     target_speedup: str | None = option(
-        None, "Modelled speedup to reach: 1.3 or 1.3@decode.", _REPLACED, "main plan", first=True, metavar="FACTOR",
-        applies=_ORIGINAL, python="float",
+        None, "Modelled speedup to reach: 1.3 or 1.3@decode.", _REPLACED, "main plan", metavar="FACTOR",
+        applies=_ORIGINAL, python="float", key=True,
     )  # fmt: skip
     kv_budget: str | None = option(
         None, "Most KV cache: 64MiB@4096, or 15KiB a token.", _REPLACED, "main plan", first=True, metavar="SIZE",
@@ -227,45 +228,46 @@ class JobOptions:
         _REPLACED, "main plan", first=True, choices=FITS, metavar="FIT", usual=_usual_fit,
     )  # fmt: skip
     select: str | None = option(
-        None, "Order: efficient (default), greedy, error, or the paper's cca.", _REPLACED, "main plan", first=True,
-        choices=SELECTS, metavar="ORDER", applies=_ORDERED,
+        None, "Order: efficient (default), greedy, error, or the paper's cca.", _REPLACED, "main plan",
+        choices=SELECTS, metavar="ORDER", applies=_ORDERED, key=True,
     )  # fmt: skip
     maps: str = option(
         "affine", "affine (matrix and bias, default), or linear (matrix alone on the normed input, as "
         "Nemotron-NAS checkpoints need).", _REPLACED, "main plan", choices=MAPS, metavar="KIND", applies=_FITTED,
-        usual=_usual_maps,
+        usual=_usual_maps, key=True,
     )  # fmt: skip
     tap: str = option(
         "residual", "What a map is applied to: residual (default) or normed (default of --fit distilled).", _REPLACED,
-        "main calibrate plan", choices=TAPS, metavar="TAP", usual=_usual_tap,
+        "main calibrate plan", choices=TAPS, metavar="TAP", usual=_usual_tap, key=True,
     )  # fmt: skip
     distill_minutes: float | None = option(
         None, "Minutes of --fit distilled.", _DISTILL, first=True, metavar="MINUTES", applies=_TRAINED,
     )  # fmt: skip
     distill_steps: int | None = option(
-        None, "Training steps of --fit distilled; default 320 without minutes.", _DISTILL, least=1, applies=_TRAINED,
+        None, "Training steps of --fit distilled; default 320 without minutes.", _DISTILL, least=1,
+        applies=_TRAINED, key=True,
     )  # fmt: skip
     distill_tokens: int = option(
         262_144, "Tokens of the text that --fit distilled trains on, from its beginning.", _DISTILL, least=1,
-        applies=_TRAINED,
+        applies=_TRAINED, key=True,
     )  # fmt: skip
     lora_rank: int = option(
-        16, "Rank of the delta that --fit distilled trains on each map.", _DISTILL, least=1, applies=_TRAINED,
+        16, "Rank of the delta that --fit distilled trains on each map.", _DISTILL, least=1, applies=_TRAINED, key=True,
     )  # fmt: skip
     label_weight: float = option(
         0.1, "Share of the text's own next tokens in the loss of --fit distilled.", _DISTILL, least=0, most=1,
-        metavar="SHARE", applies=_TRAINED,
+        metavar="SHARE", applies=_TRAINED, key=True,
     )  # fmt: skip
     calibration: tuple[str, ...] = option(
         (), "File or hub dataset (org/name@split); repeat to mix.", _CALIBRATE, "main calibrate", first=True,
         metavar="TEXT[:WEIGHT]", python="path list",
     )  # fmt: skip
     calibration_tokens: int = option(65_536, "Tokens to calibrate on.", _CALIBRATE, "main calibrate", least=1)
-    context: int = option(512, "Length of a window in tokens.", _CALIBRATE, "main calibrate", least=2)
+    context: int = option(512, "Length of a window in tokens.", _CALIBRATE, "main calibrate", least=2, key=True)
     compute_dtype: str = option(
         "auto",
         "Products while calibrating and choosing layers: float32, bfloat16, or auto (default; bfloat16 if the "
-        "processor has it).", _TORCH, "main calibrate", choices=DTYPES, metavar="DTYPE", applies=_ORIGINAL,
+        "processor has it).", _TORCH, "main calibrate", choices=DTYPES, metavar="DTYPE", applies=_ORIGINAL, key=True,
     )  # fmt: skip
     device: str = option(
         "auto", "Where torch calibrates, chooses layers, trains and verifies: cpu, cuda (one GPU), or auto (default; "
@@ -273,7 +275,7 @@ class JobOptions:
         choices=DEVICES, metavar="DEVICE",
     )  # fmt: skip
     seed: int = option(
-        0, "Seed of distillation.", _DISTILL, least=0, applies=_TRAINED,
+        0, "Seed of distillation.", _DISTILL, least=0, applies=_TRAINED, key=True,
     )  # fmt: skip
     precision: str = option(
         "fp32", "ort: fp32 (default), fp16, int8, int4; openvino: fp16 (default), fp32, int8, int4; trt, "
@@ -284,25 +286,26 @@ class JobOptions:
         None, "trt, trt-rtx: most tokens of a sequence; default 2048.", _ENGINE, least=1, applies=_COMPILED,
     )  # fmt: skip
     max_batch: int | None = option(
-        None, "trt, trt-rtx: most sequences at once; default 1.", _ENGINE, "main build", least=1, applies=_COMPILED,
+        None, "trt, trt-rtx: most sequences at once; default 1.", _ENGINE, "main build", least=1,
+        applies=_COMPILED, key=True,
     )  # fmt: skip
     prefill_chunk: int | None = option(
         None, "trt, trt-rtx: tokens of a prefill step; default 512, or 2048 with --cut.", _ENGINE, "main build",
-        least=1, applies=_COMPILED,
+        least=1, applies=_COMPILED, key=True,
     )  # fmt: skip
     logits: str | None = option(
         None, "Logits of the last token (default), as generation needs, or all.", _ENGINE, choices=("last", "all"),
-        metavar="last|all",
+        metavar="last|all", key=True,
     )  # fmt: skip
     decoder_source: str = option(
         "genai", "What exports the decoder graph; ort: genai (default) or mobius; openvino: openvino; trt, trt-rtx: "
         "static.", _ENGINE, "main rewrite", metavar="SOURCE", usual=lambda _, engine,
-        __: engine.source if engine else "genai",
+        __: engine.source if engine else "genai", key=True,
     )  # fmt: skip
     builder_option: tuple[str, ...] = option(
         (), "How the GenAI builder quantises: algo_config (int4 on a CPU: k_quant_mixed), block_size, accuracy_level, "
-        "shared_embeddings, fuse_mlp_gate_up; repeat for more.", _ENGINE, "main rewrite", metavar="KEY=VALUE",
-        python="list", applies=_BUILT,
+        "shared_embeddings, fuse_mlp_gate_up; a list sets more.", _ENGINE, "main rewrite", metavar="KEY=VALUE",
+        python="list", applies=_BUILT, key=True,
     )  # fmt: skip
     quantized_model: str | None = option(
         None, "int4: use the codes of this checkpoint of the same model (GPTQ, AWQ or Olive).", _ENGINE,
@@ -310,25 +313,27 @@ class JobOptions:
     )  # fmt: skip
     depths: tuple[int, ...] = option(
         (0, 2048), "Tokens already in the cache; default 0,2048, or 0 with --cut; trt, trt-rtx: 0 and what fits "
-        "--max-seq-len, at most 2048.", _BENCH, "bench", flag="depth", numbers="0,2048", least=0, usual=_usual_depths,
+        "--max-seq-len, at most 2048.", _BENCH, "main bench", flag="depth", numbers="0,2048", least=0,
+        usual=_usual_depths,
     )  # fmt: skip
     repetitions: int | None = option(
         None, "Measured rounds, each on decoders loaded anew; default: 6, or up to 24 in 3 minutes while an interval "
-        "is wider than 10%.", _BENCH, "bench", least=1,
+        "is wider than 10%.", _BENCH, "main bench", least=1,
     )  # fmt: skip
     prompt_tokens: tuple[int, ...] = option(
-        (512,), "Lengths of the prefill test; default 512, or 512,2048 with --cut.", _BENCH, "bench",
+        (512,), "Lengths of the prefill test; default 512, or 512,2048 with --cut.", _BENCH, "main bench",
         numbers="128,512", least=1, usual=lambda values, _, __: (512,) if values["cut"] == NO_CUT else (512, 2048),
     )  # fmt: skip
     generate_tokens: int | None = option(
-        None, "Length of the decode test; default: 128, fewer for a large model on a CPU.", _BENCH, "bench", least=1,
+        None, "Length of the decode test; default: 128, fewer for a large model on a CPU.", _BENCH,
+        "main bench", least=1,
     )  # fmt: skip
     threads: tuple[int, ...] | None = option(
-        None, "Threads of the engine; several are timed in turn. Default: the engine's choice.", _BENCH, "bench",
+        None, "Threads of the engine; several are timed in turn. Default: the engine's choice.", _BENCH, "main bench",
         numbers="1,2", least=1, applies=_NOT_COMPILED,
     )  # fmt: skip
     batches: tuple[int, ...] = option(
-        (1,), "ort: sequences side by side; default 1.", _BENCH, "bench", flag="batch", numbers="1,4", least=1,
+        (1,), "ort: sequences side by side; default 1.", _BENCH, "main bench", flag="batch", numbers="1,4", least=1,
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -408,6 +413,8 @@ OPTIONS: dict[str, Option] = {f.name: f.metadata["option"] for f in dataclasses.
 
 
 def flag_of(name: str) -> str:
-    """The option as the command line has it."""
+    """The option as the command line has it, or as `--config FILE` has it."""
     record = OPTIONS.get(name)
+    if record and record.key:
+        return f"key {name}"
     return f"--{((record.flag if record else '') or name).replace('_', '-')}"

@@ -57,7 +57,7 @@ class Case:
 
     @property
     def builder_keys(self) -> tuple[str, ...]:
-        """The keys of `--builder-option`."""
+        """The keys of `builder_option`."""
         return tuple(word.partition("=")[0] for word in self.options.builder_option)
 
     @property
@@ -83,11 +83,11 @@ def _wrong_builder_option(case: Case) -> str | bool:
     for word, key in zip(case.options.builder_option, case.builder_keys, strict=True):
         values = BUILDER_OPTIONS.get(key, ())
         if not values:
-            return f"--builder-option {word}: expected KEY=VALUE with one of the keys {', '.join(BUILDER_OPTIONS)}"
+            return f"key builder_option {word}: expected KEY=VALUE with one of the keys {', '.join(BUILDER_OPTIONS)}"
         if word.partition("=")[2] not in values:
-            return f"--builder-option {word}: the values of {key} are {', '.join(values)}"
+            return f"key builder_option {word}: the values of {key} are {', '.join(values)}"
         if case.builder_keys.count(key) > 1:
-            return f"--builder-option {key} is given twice"
+            return f"key builder_option {key} is given twice"
     return False
 
 
@@ -140,7 +140,7 @@ def _unknown_to_engine(case: Case) -> str | bool:
     options = case.options
     for value, allowed, flag in (
         (options.precision, case.engine.precisions, "--precision"),
-        (options.decoder_source, case.engine.sources, "--decoder-source"),
+        (options.decoder_source, case.engine.sources, "key decoder_source"),
     ):
         if value not in allowed:
             return f"{flag} {value} is not for engine {case.spoken_engine}; it takes {', '.join(allowed)}"
@@ -152,7 +152,7 @@ def _not_made(case: Case) -> str | bool:
     options, sources = case.options, case.engine.sources
     if options.precision in sources[options.decoder_source]:
         return False
-    others = [f"--decoder-source {name}" for name, made in sources.items() if options.precision in made]
+    others = [f"the key decoder_source = '{name}'" for name, made in sources.items() if options.precision in made]
     return (
         f"the decoder source {options.decoder_source} makes no {options.precision} graph; "
         f"use {' or '.join([*others, '--precision ' + ', '.join(sources[options.decoder_source])])}"
@@ -167,16 +167,16 @@ def _beside_cut(case: Case) -> str | bool:
     if options.cut != AUTO_CUT and not (options.cut.isascii() and options.cut.isdigit()):
         return f"--cut {options.cut!r}: write a layer (20), auto or none"
     for given, flag in (
-        (options.layers, "--layers"), (options.target_speedup, "--target-speedup"), (options.kv_budget, "--kv-budget"),
-        (options.logits == "all", "--logits all"),
-        (options.fit != "independent", f"--fit {options.fit}"), (options.select, "--select"),
+        (options.layers, "--layers"), (options.target_speedup, "key target_speedup"),
+        (options.kv_budget, "--kv-budget"), (options.logits == "all", "key logits all"),
+        (options.fit != "independent", f"--fit {options.fit}"), (options.select, "key select"),
     ):  # fmt: skip
         if given:
             return f"--cut does not go with {flag}; give one of them"
     if options.cut != AUTO_CUT and options.max_perplexity_increase:
         return f"--cut {options.cut} names the cut, and --max-perplexity-increase chooses it; give one of them"
     source = options.decoder_source
-    return source not in CUT_SOURCES and f"--cut needs --decoder-source {' or '.join(CUT_SOURCES)}, not {source}"
+    return source not in CUT_SOURCES and f"--cut needs the key decoder_source {' or '.join(CUT_SOURCES)}, not {source}"
 
 
 def _keys_not_predicted(case: Case) -> str | bool:
@@ -195,7 +195,7 @@ REFUSED: tuple[Refusal, ...] = (
     (UsageError, _kind_not_held),
     (UsageError, _beside_cut),
     (UsageError, _unknown_to_engine),
-    (NblError, _not_made),
+    (UsageError, _not_made),
     # These rows need the model's files.
     (NblError, _model_not_held),
     (UsageError, lambda c: (
@@ -212,16 +212,16 @@ REFUSED: tuple[Refusal, ...] = (
     )),
     (UsageError, lambda c: (
         c.model.maps_tap not in ("", c.options.tap)
-        and f"--tap {c.options.tap}: the maps of {c.options.model} have the tap {c.model.maps_tap}; leave --tap out"
+        and f"key tap {c.options.tap}: the maps of {c.options.model} have the tap {c.model.maps_tap}; leave key tap out"
     )),
     (NblError, lambda c: (
         c.options.tap not in c.model.taps
-        and f"--tap {c.options.tap} is not possible for {c.model.architecture}: no norm stands in front of its "
-        f"attention; use --tap {c.model.taps[0]}"
+        and f"key tap {c.options.tap} is not possible for {c.model.architecture}: no norm stands in front of its "
+        f"attention; use {c.model.taps[0]}"
     )),
     (NblError, lambda c: (
         c.options.decoder_source in c.model.not_from
-        and f"--decoder-source {c.options.decoder_source} is not possible for {c.model.architecture}: "
+        and f"key decoder_source {c.options.decoder_source} is not possible for {c.model.architecture}: "
         f"{c.model.not_from[c.options.decoder_source]}"
     )),
 )  # fmt: skip
@@ -276,7 +276,7 @@ def _chunk_too_short(case: Case) -> str | bool:
     assert case.model.decoder is not None
     least = min(max(_LEAST_CHUNK, 2 * min(options.nears)), case.cache_length)
     chunk = options.chunk(case.model.decoder)
-    return chunk < least and f"--prefill-chunk {chunk} is too short for --cut here; use at least {least}"
+    return chunk < least and f"key prefill_chunk {chunk} is too short for --cut here; use at least {least}"
 
 
 OF_DECODER: tuple[Refusal, ...] = (
@@ -292,11 +292,11 @@ OF_DECODER: tuple[Refusal, ...] = (
     )),
     (NblError, lambda c: (
         c.engine.static and (c.options.prefill_chunk or 0) > c.cache_length
-        and f"--prefill-chunk {c.options.prefill_chunk} is beyond --max-seq-len {c.cache_length}"
+        and f"key prefill_chunk {c.options.prefill_chunk} is beyond --max-seq-len {c.cache_length}"
     )),
     (NblError, lambda c: (
         c.options.context > _positions(c)
-        and f"--context {c.options.context} is beyond the model's {_positions(c)} positions"
+        and f"key context {c.options.context} is beyond the model's {_positions(c)} positions"
     )),
     (NblError, _too_short),
     (NblError, _too_deep),

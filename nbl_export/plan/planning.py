@@ -185,7 +185,7 @@ def count_for_speedup(asked: AskedGoal, selection: Selection, speedup: Callable[
             speed = {"prefill": found.prefill, "decode": found.decode}
             return Reached(count, {"target_speedup": asked.text, "modelled": speed}, (said,))
     raise NblError(
-        f"--target-speedup {asked.text} cannot be met: with {layers - 1} of {layers} attention layers "
+        f"key target_speedup {asked.text} cannot be met: with {layers - 1} of {layers} attention layers "
         f"replaced, {goal.phase} is modelled at x{reached:.2f}; ask for less"
     )
 
@@ -211,7 +211,7 @@ def _unreachable(asked: str | None, step: Mapping[str, Any], share: float) -> st
             f"no layer can be replaced within the default limit of {_percent(share)}: {alone}; ask for a number with "
             "--layers N, or allow more with --max-perplexity-increase"
         )
-    return f"--max-perplexity-increase {asked} cannot be met: {alone}; allow more, or try --select greedy"
+    return f"--max-perplexity-increase {asked} cannot be met: {alone}; allow more, or try the key select = 'greedy'"
 
 
 def _test(selection: Selection, texts: Texts, share: float, task: Task) -> list[dict[str, Any]]:

@@ -66,7 +66,7 @@ def linear_maps(found: Finished, ui: Ui) -> LinearMaps:
         return LinearMaps(made, "The bias of each map is folded into its matrix.")
     change = "The maps act on the normed input instead of the residual stream, and are fitted anew in closed form."
     if found.fit == "distilled":
-        change += " What distillation had gained is lost: --fit distilled --maps linear keeps it."
+        change += " What distillation had gained is lost: --fit distilled with the key maps = 'linear' keeps it."
     return LinearMaps(made, change)
 
 

@@ -39,7 +39,7 @@ class EvalRequest:
             raise UsageError("nothing to evaluate: give --tasks, --perplexity or --long-context")
         unknown = [v for v in self.variants if v not in VARIANTS]
         if unknown or not self.variants:
-            raise UsageError(f"--variants takes {', '.join(VARIANTS)}, not {unknown[0] if unknown else 'nothing'!r}")
+            raise UsageError(f"key variants takes {', '.join(VARIANTS)}, not {unknown[0] if unknown else 'nothing'!r}")
 
     @property
     def window(self) -> int:
@@ -74,6 +74,10 @@ class Prepared:
     request: EvalRequest
     subjects: tuple[Subject, ...]
     harness: str
+
+    def harness_of(self, subject: Subject) -> str:
+        """The harness' version if the subject is a benchmark; "" for a text."""
+        return self.harness if subject.name in self.request.tasks else ""
 
     @property
     def identity(self) -> list[Any]:

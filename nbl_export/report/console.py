@@ -24,12 +24,11 @@ from nbl_export.report.words import size
 from nbl_export.trust.terminal import Console, visible
 
 __all__ = ["FORMATS", "check_output", "checks_table", "describe_table", "doctor_table",
-           "engines_table", "eval_table", "format_of", "graph_table", "ladder_table", "render", "routes_table",
+           "engines_table", "eval_table", "graph_table", "ladder_table", "render", "routes_table",
            "scores_table", "speed_table", "write"]  # fmt: skip
 
 _LOGITS = {"last": "of the last token", "all": "of all tokens", None: "no output of that name"}
 FORMATS = ("table", "md", "json")
-_ENDINGS = {".md": "md", ".json": "json"}
 
 
 # -- a run directory, a graph, engines ------------------------------------------------------------------------------
@@ -215,29 +214,17 @@ def _figures(row: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 # -- the formats of `bench` ------------------------------------------------------------------------------------
 
 
-def format_of(asked: str | None, output: Path | None, *, as_json: bool = False) -> str:
-    """The format that is asked for, by name or by the ending of the file; a table otherwise.
-
-    Raises:
-        UsageError: there is no such format, or two are asked for.
-    """
-    if asked is not None and asked not in FORMATS:
-        raise UsageError(f"--format is one of {', '.join(FORMATS)}, not {asked!r}")
-    if as_json and asked not in (None, "json"):
-        raise UsageError(f"--json and --format {asked} are two formats; leave one out")
-    if as_json:
-        return "json"
-    return asked or _ENDINGS.get(output.suffix.lower() if output else "", "table")
-
-
-def check_output(output: Path | None) -> None:
+def check_output(output: Path | None, as_json: bool) -> None:
     """Refuse a file that could not be written, before anything is measured.
 
     Raises:
+        UsageError: its name and its format differ.
         NblError: it is a directory, or is to lie in none.
     """
     if output is None:
         return
+    if output.suffix.lower() == (".md" if as_json else ".json"):
+        raise UsageError(f"--output {output}: {'leave --json out' if as_json else 'add --json'}, or name another file")
     if output.is_dir():
         raise NblError(f"--output {output} is a directory; name a file")
     if not output.absolute().parent.is_dir():

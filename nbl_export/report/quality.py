@@ -124,7 +124,7 @@ def _uses(report: Mapping[str, Any]) -> Iterator[Block]:
         "Training also reads the text that the maps are fitted on. "
         "One part of the text judges both the choice of layers and the training. "
         f"The tool's defaults{distilled} were tried with SmolLM2-135M and Qwen2.5-Coder-0.5B on C4, WikiText-2, "
-        "news, text of the package exllamav3 and other parts of Python's documentation. "
+        "news, the default text (offline) and other parts of Python's documentation. "
         "On such text they may look better than elsewhere."
     )
 
@@ -132,10 +132,11 @@ def _uses(report: Mapping[str, Any]) -> Iterator[Block]:
 def _benchmarks(quality: Mapping[str, Any]) -> Iterator[Block]:
     if not quality.get("table"):
         return
+    harness = f" by lm-evaluation-harness {quality['lm_eval']}" if quality["lm_eval"] else ""
     yield Heading("Benchmarks")
     yield Paragraph(
-        f"lm-evaluation-harness {quality['lm_eval']} on the exported graphs, or on the torch models in rows that say "
-        "“torch”. ± is one standard error. The difference is NBL − original on the same items, with the error of the "
+        f"Measured on the exported graphs{harness}, or on the torch models in rows that say “torch”. "
+        "± is one standard error. The difference is NBL − original on the same items, with the error of the "
         "paired difference."
     )
     columns = ("Task", "Metric", *Column.numbers("Items", "Original", "NBL", "Difference"))
@@ -246,8 +247,7 @@ def _commands(report: Mapping[str, Any]) -> Iterator[str]:
     options = JobOptions.from_json(over(report["options"], {"layers": str(taken)}))
     if options.select is None and report["select"] != DEFAULT_SELECT:
         options = dataclasses.replace(options, select=report["select"])  # the order of this curve
-    select = "" if options.select is None else f" --select {options.select}"
     for point in [p for p in curve["points"] if p["layers"] > taken][:2]:
-        yield f"nbl-export plan . --layers {point['layers']}{select} && nbl-export report ."
+        yield f"nbl-export plan . --layers {point['layers']} && nbl-export report ."
     if report["fit"] == "independent" and taken:
         yield describe_command(dataclasses.replace(options, fit="distilled", tap="normed"), Path("distilled"))

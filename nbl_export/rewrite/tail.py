@@ -275,6 +275,7 @@ def _pruned(path: Path) -> ir.Model:
         PruneTail()(model)
     except RefusalError as error:
         raise RefusalError(
-            error.layer, f"{error.reason} (nodes behind the last attention cannot be pruned; use --logits all)"
+            error.layer,
+            f"{error.reason} (nodes behind the last attention cannot be pruned; use the key logits = 'all')",
         ) from error
     return model

@@ -12,7 +12,7 @@ from typing import Any
 
 from nbl_export.errors import NblError
 from nbl_export.model import memory
-from nbl_export.model.architectures import ARCHITECTURES
+from nbl_export.model.architectures import ARCHITECTURES, supported_near
 from nbl_export.model.checkpoint.shape import read_shape
 from nbl_export.model.checkpoint.source import Source, resolve
 from nbl_export.options.model_facts import ModelFacts
@@ -87,7 +87,7 @@ def architecture_facts(architecture: str) -> ModelFacts:
         NblError: the architecture is unknown, which an edited manifest can cause.
     """
     if architecture not in ARCHITECTURES:
-        raise NblError(f"architecture {architecture!r} is not supported; supported are {', '.join(ARCHITECTURES)}")
+        raise NblError(f"architecture {architecture!r} is not supported; {supported_near(architecture)}")
     record = ARCHITECTURES[architecture]
     return ModelFacts(architecture=architecture, taps=record.taps, not_from=record.not_from)
 

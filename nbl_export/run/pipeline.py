@@ -11,6 +11,7 @@ from nbl_export.errors import NblError, ParityError
 from nbl_export.files import key_of
 from nbl_export.model.device import guarded
 from nbl_export.options.options import CHECKPOINT_FIT, NO_ORIGINAL, JobOptions
+from nbl_export.options.settle import hub_id, read_asked
 from nbl_export.records.requests import PERPLEXITY, EvalRequest, Prepared, Subject
 from nbl_export.run.deployed import result
 from nbl_export.run.estimate import foreseen
@@ -61,7 +62,7 @@ def run_job(
         NblError: an error that the user can correct; raised before any computation if possible.
         ParityError: the NBL graph does not compute what the original graph computes with these layers.
     """
-    _work(asked, recorded, output, ui, force, "report")
+    _work(read_asked(asked), recorded, output, ui, force, "report")
     _tell(output, ui)
     return output
 
@@ -80,7 +81,7 @@ def run_calibration(model: str, given: dict[str, Any], output: Path, ui: Ui, *, 
     refuse_foreign(output)
     recorded = {} if force else RunDirectory.peek(output).manifest.get("options", {})
     # A new run has the closed form, whose moments serve every number of layers.
-    _work(given, JobOptions.from_json({**recorded, "model": model}), output, ui, force, "calibrate")
+    _work(given, JobOptions.from_json({**recorded, "model": hub_id(model)}), output, ui, force, "calibrate")
     return output
 
 
@@ -151,15 +152,17 @@ def _check_evaluation(run: RunDirectory, request: EvalRequest) -> None:
     if max(asked, default=0) > positions:
         raise NblError(f"--ppl-context {max(asked)} is beyond the model's {positions} positions")
     if run.manifest["options"].get("fit") == CHECKPOINT_FIT and any(v.endswith("original") for v in request.variants):
-        raise NblError(f"{run.path} has no original to evaluate: {NO_ORIGINAL}; use --variants nbl or torch-nbl")
+        raise NblError(
+            f"{run.path} has no original to evaluate: {NO_ORIGINAL}; use the key variants = 'nbl' or 'torch-nbl'"
+        )
     if run.manifest.get("cut") and "torch-nbl" in request.variants:
         raise NblError(f"{run.path} has predicted keys, which the harness runs in graphs of --engine ort alone; use "
-                       "--variants nbl of such a run")  # fmt: skip
+                       "the key variants = 'nbl'")  # fmt: skip
     engine = run.manifest["options"]["engine"]
     if load_engine(engine).capabilities.static and not all(v.startswith("torch-") for v in request.variants):
         raise NblError(
             f"{run.path} is a run for engine {engine}, and ONNX Runtime cannot evaluate its graphs; evaluate the torch "
-            "models (--variants torch-original,torch-nbl), or a run with --engine ort"
+            "models (key variants = 'torch-original,torch-nbl'), or a run with --engine ort"
         )
 
 
@@ -180,7 +183,7 @@ def _prepare(request: EvalRequest, positions: int, ui: Ui) -> Prepared:
         subjects.append(Subject(length.COPYING, None, request.limit, {"name": "random tokens"}, copying))
     names = tuple(dict.fromkeys(request.tasks))
     with tasks.quiet_harness(), ui.task("tasks") as progress:
-        version = tasks.harness_version()
+        version = tasks.harness_version() if names else ""
         for done, name in enumerate(names):
             progress(done, len(names))
             found = tasks.load_benchmark(name, request.data, request.shots)
@@ -249,5 +252,6 @@ def _refuse_failed(place: Place) -> None:
 
 
 _EXPORTERS_FAULT = (
-    "the exporter's graph is already wrong, before any layer is replaced: try another --decoder-source or --precision; "
+    "the exporter's graph is already wrong, before any layer is replaced: try another --precision or key "
+    "decoder_source; "
 )

@@ -97,7 +97,7 @@ class TorchModel:
 
     @lazy(lambda model: model._options.compute_dtype)
     def narrow(self) -> bool:
-        """Whether the model's products are in bfloat16 (`--compute-dtype`)."""
+        """Whether the model's products are in bfloat16 (`compute_dtype`)."""
         from nbl_export.model import bfloat16, device
 
         place = device.chosen("cpu", 0) if self.shortage.value else self.model.value.device

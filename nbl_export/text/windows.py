@@ -6,7 +6,7 @@ Each window has one purpose, so no final figure is measured on text that chose s
     second text        | unused | deciding | choosing x 2 | final | deciding |
 
 second     text that nobody calibrates on
-choosing   chooses layers (`--select greedy|efficient`), also as passages that occur twice, and judges distilled maps
+choosing   chooses layers (`select` greedy or efficient), also as passages that occur twice, and judges distilled maps
 deciding   decides how many layers a goal takes
 final      gives the figures of `verify`, the report and the card; no choice uses this part
 unused     was read while the tool's defaults were chosen; the second text's final part was not
@@ -79,7 +79,7 @@ def pack_ids(
     if windows - held < 1:
         raise NblError(
             f"calibration text {text.name} is too short: {len(ids)} tokens, "
-            f"{(1 + held) * context} are needed for a context of {context}; give more text or a smaller --context"
+            f"{(1 + held) * context} are needed for a context of {context}; give more text or a smaller key context"
         )
     rows = torch.tensor(ids[: windows * context], dtype=torch.long).view(windows, context)
     used = min(wanted, windows - held)

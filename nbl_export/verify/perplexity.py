@@ -127,7 +127,7 @@ def _logits(decoder: Any, ids_BT: np.ndarray) -> np.ndarray:
     if logits_BTV.shape[1] != ids_BT.shape[1] - 1:
         raise NblError(
             "this graph gives logits of the last position only, and the perplexity increase needs the logits of all "
-            "positions: keep all_logits.onnx beside the graph, or export with --logits all"
+            "positions: keep all_logits.onnx beside the graph, or export with the key logits = 'all'"
         )
     return logits_BTV
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import typer.main
 
-from nbl_export.cli.app import app
+from nbl_export.cli.app import KEYS, app
 from nbl_export.options.options import JobOptions
 from nbl_export.plan.greedy import RULE
 
@@ -25,11 +25,12 @@ def read(path: Path) -> Any:
 
 
 def known_options(program: list[str]) -> set[str]:
-    """The options of a command: of nbl-export's command line, or of a script by its own words."""
+    """The options of a command: nbl-export's flags and keys, or of a script by its own words."""
     root: Any = typer.main.get_command(app)
     if program[0] == "nbl-export":
         command = root.commands.get(program[1], root)
-        return {name for parameter in command.params for name in parameter.opts}
+        keys = {f"--{key.replace('_', '-')}" for key in KEYS}  # a raw result may have typed them
+        return {name for parameter in command.params for name in parameter.opts} | keys
     script = ROOT / program[1]
     words = set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', script.read_text(encoding="utf-8")))
     if "OPTIONS of the main job" in script.read_text(encoding="utf-8"):

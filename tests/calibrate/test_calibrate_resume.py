@@ -15,7 +15,7 @@ import pytest
 from nbl_export.files import file_sha256
 from nbl_export.run.stages import calibrate
 
-from ..command import snapshot
+from ..command import keys, snapshot
 from ..damage import cut, flip
 from ..fork_server import ForkServer
 
@@ -38,7 +38,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
 
 @pytest.fixture(scope="module")
 def command(same: tuple[object, ...]) -> tuple[object, ...]:
-    return ("calibrate", *same[:4], "--calibration-tokens", 1536, "--context", 64)
+    return ("calibrate", *same[:4], "--calibration-tokens", 1536, *keys(context=64))
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_damaged_partial_file_is_not_used(
 
 @pytest.mark.parametrize(
     "change",
-    [("--tap", "normed"), *(pytest.param(c, marks=pytest.mark.fuzz) for c in (("--context", 32),)),
+    [keys(context=64, tap="normed"), *(pytest.param(c, marks=pytest.mark.fuzz) for c in (keys(context=32),)),
      ("--force",)],
 )  # fmt: skip
 def test_partial_file_of_other_options_is_not_used(

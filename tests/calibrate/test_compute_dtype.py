@@ -17,7 +17,7 @@ from nbl_export.mixers import lmmse
 from nbl_export.model import bfloat16
 from nbl_export.model.checkpoint.load import load_model
 
-from ..command import assert_refused, nbl, snapshot, stage_lines
+from ..command import assert_refused, configured, keys, nbl, snapshot, stage_lines
 from ..tiny import HIDDEN, VOCAB
 
 Checkpoint = Callable[[str], Path]
@@ -41,7 +41,7 @@ def test_auto_is_what_the_processor_has(native: bool) -> None:
     if native:
         assert bfloat16.chosen("bfloat16", CPU) is True
     else:
-        with pytest.raises(NblError, match=r"--compute-dtype bfloat16: this processor has no bfloat16 products"):
+        with pytest.raises(NblError, match=r"key compute_dtype bfloat16: this processor has no bfloat16 products"):
             bfloat16.chosen("bfloat16", CPU)
 
 
@@ -80,16 +80,17 @@ def test_bfloat16_where_there_is_none_is_refused_before_any_work(
     before = snapshot(run)
     for given in (same, ("calibrate", *same[:4])):
         for output in (run, tmp_path / "new"):
-            done = nbl(*given, "--compute-dtype", "bfloat16", "--output", output)
-            assert_refused(done, 1, "--compute-dtype bfloat16: this processor has no bfloat16 products", "use auto")
+            done = nbl(*given, *keys(compute_dtype="bfloat16"), "--output", output)
+            assert_refused(done, 1, "key compute_dtype bfloat16: this processor has no bfloat16 products", "use auto")
     assert snapshot(run) == before and not (tmp_path / "new").exists()
-    assert_refused(nbl(*same, "--compute-dtype", "half", "--output", run), 1, "auto, float32, bfloat16, not 'half'")
+    half = configured(compute_dtype="half")
+    assert_refused(nbl(*same, *half, "--output", run), 2, "auto, float32, bfloat16, not 'half'")
 
 
 def test_the_manifest_says_what_products_were_and_auto_moves_with_the_run(
     native: bool, same: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = ("calibrate", *same[:4], "--calibration-tokens", "512", "--context", "64", "--output", tmp_path / "run")
+    given = ("calibrate", *same[:4], "--calibration-tokens", "512", *keys(context=64), "--output", tmp_path / "run")
     assert nbl(*given).status == 0
     found: dict[str, Any] = json.loads((tmp_path / "run" / "nbl.json").read_text(encoding="utf-8"))
     assert found["calibration"]["products"] == ("bfloat16" if native else "float32")

@@ -19,7 +19,7 @@ from nbl_export.files import file_sha256
 from nbl_export.model import one_layer
 from nbl_export.model.checkpoint.load import load_model
 
-from ..command import assert_refused, nbl
+from ..command import assert_refused, keys, nbl
 from ..tiny import LAYERS
 
 Checkpoint = Callable[[str], Path]
@@ -42,7 +42,7 @@ def sharded(checkpoint: Checkpoint, tmp_path: Path) -> Callable[[str, torch.dtyp
 @pytest.fixture
 def given(text: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[object, ...]:
     monkeypatch.setattr(collect, "_BATCH_TOKENS", 128)
-    return ("--calibration", text, "--calibration-tokens", 1100, "--context", 64, "--tap", "normed")
+    return ("--calibration", text, "--calibration-tokens", 1100, *keys(context=64, tap="normed"))
 
 
 def short_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:

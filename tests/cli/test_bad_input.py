@@ -79,10 +79,10 @@ MODELS: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "config is a list": (lambda m: (m / "config.json").write_text("[]"), ("config.json", "not a model configuration")),
     "config contradicts": (lambda m: edit(m / "config.json", num_key_value_heads=3), ("shapes that config.json",)),
     "config of 0 layers": (lambda m: edit(m / "config.json", num_hidden_layers=0), ("no usable", "1 to 1024 layers")),
-    "bert": (lambda m: edit(m / "config.json", model_type="bert"), ("'bert'", "not supported", "llama, mistral")),
+    "bert": (lambda m: edit(m / "config.json", model_type="bert"), ("'bert'", "not supported", "README.md lists")),
     "a type that is a list": (lambda m: edit(m / "config.json", model_type=["llama"]), ("['llama']", "not supported")),
-    "no type": (lambda m: edit(m / "config.json", model_type=None), ("not supported", "llama, mistral")),
-    "gpt2": (lambda m: edit(m / "config.json", model_type="gpt2"), ("'gpt2'", "not supported", "llama, mistral")),
+    "no type": (lambda m: edit(m / "config.json", model_type=None), ("not supported", "README.md lists")),
+    "gpt2": (lambda m: edit(m / "config.json", model_type="gpt2"), ("'gpt2'", "not supported", "README.md lists")),
     "index names a missing file": (index("a.safetensors"), ("lacks a.safetensors", "index", "fetch the model again")),
     "index names a file outside": (index("../x.safetensors"), ("index.json", "outside", "not to be trusted")),
     "index names the directory above": (index(".."), ("index.json", "outside", "not to be trusted")),
@@ -147,7 +147,7 @@ def test_gguf_of_another_architecture(text: Path, run: Path, tmp_path: Path) -> 
     writer.write_tensors_to_file()
     writer.close()
     given = ("--model", tmp_path / "m.gguf", "--calibration", text)
-    assert_refused_everywhere(run, 1, given, "m.gguf", "'gptneox'", "llama, mistral")
+    assert_refused_everywhere(run, 1, given, "m.gguf", "'gptneox'", "which README.md lists")
     (tmp_path / "n.gguf").touch()
     assert_refused_everywhere(run, 1, ("--model", tmp_path, "--calibration", text), "2 GGUF files", "name one")
 
@@ -168,9 +168,12 @@ def test_model_is_a_file(run: Path, text: Path) -> None:
     ("options", "parts"),
     [
         (("--calibration-tokens", "x"), ("--calibration-tokens",)),
-        (("--context", "1"), ("--context",)),
-        (("--seed", "-1"), ("--seed",)),
-        (("--depth", "0"), ("--depth",)),  # the main job takes it from a configuration file
+        (("--seed", "1"), ("--seed is a key of a file: write seed = ... to FILE.toml, and give --config",)),
+        (("--device", "gpu"), ("--device is auto, cpu, cuda, not 'gpu'",)),
+        (("--layers", "7,7"), ("--layers '7,7': layer 7 is named twice",)),
+        (("--precision", "fp16"), ("use the key decoder_source = 'mobius'",)),
+        (("--quantize", "gptq"), ("--quantize is gone: leave it out",)),
+        (("--max-perplexity-increase", "0.1"), ("may mean 10% or 0.1%; write one of them",)),
         (("--config", "/nowhere.toml"), ("--config", "/nowhere.toml", "cannot be read")),
         (("--no-such-option",), ("--no-such-option",)),
         (("stray",), ("stray",)),
@@ -230,7 +233,7 @@ def test_calibration_text_that_is_too_short(checkpoint: Any, run: Path, tmp_path
     given = ("--model", checkpoint("llama"), *TINY, "--calibration", tmp_path / "t.txt")
     before = snapshot(run)
     refused = nbl(*given, "--output", run)
-    assert_refused(refused, 1, "t.txt is too short", "tokens", "give more text or a smaller --context")
+    assert_refused(refused, 1, "t.txt is too short", "tokens", "give more text or a smaller key context")
     assert snapshot(run) == before
     assert nbl("report", run).status == 0
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from nbl_export.cli.options import read_config
+from nbl_export.cli.commands import COMMANDS, EVAL_KEYS, FOR_DEVELOPERS
+from nbl_export.cli.options import read_config, read_keys
 from nbl_export.errors import NblError
 from nbl_export.options.command import describe_command
 from nbl_export.options.option import MAIN
@@ -39,17 +40,22 @@ def test_the_first_page_is_short_and_the_rest_is_behind_it() -> None:
     first, everything = nbl("--help"), nbl("--help-all")
     assert (first.status, everything.status) == (0, 0)
     assert len(first.out.splitlines()) <= 60
+    for name in COMMANDS:
+        found = [re.search(rf"^  {name} ", page.out, re.MULTILINE) is not None for page in (first, everything)]
+        assert found == [name not in FOR_DEVELOPERS, True], name
     for name, said in OPTIONS.items():
-        shown = re.search(rf"^  {flag(name)}\b", first.out, re.MULTILINE) is not None
+        word = name if said.key else flag(name)
+        shown = re.search(rf"^  {word}\b", first.out, re.MULTILINE) is not None
         assert shown == (said.first and MAIN in said.commands), name
-        assert (re.search(rf"^  {flag(name)}\b", everything.out, re.MULTILINE) is not None) == (MAIN in said.commands)
+        assert (re.search(rf"^  {word}\b", everything.out, re.MULTILINE) is not None) == (MAIN in said.commands)
 
 
 @pytest.mark.parametrize("command", sorted({c for said in OPTIONS.values() for c in said.commands} - {MAIN}))
 def test_every_command_takes_the_options_that_the_record_has_for_it(command: str) -> None:
     shown = nbl(command, "--help").out
     for name, said in OPTIONS.items():
-        assert (re.search(rf"^  {flag(name)}\b", shown, re.MULTILINE) is not None) == (command in said.commands), name
+        takes = command in said.commands and not said.key and command != "rewrite"
+        assert (re.search(rf"^  {flag(name)}\b", shown, re.MULTILINE) is not None) == takes, name
 
 
 def test_the_page_of_options_is_up_to_date() -> None:
@@ -91,7 +97,7 @@ def test_a_file_says_what_flags_say(tmp_path: Path) -> None:
         ("depth = 'many'", ("--depth", "0,2048")),
         ("depth = ['many']", ("'depths' is of the wrong kind",)),
         ("threads = []", ("threads needs a number",)),
-        ("tap = 'side'", ("--tap is residual or normed",)),
+        ("tap = 'side'", ("key tap is residual or normed",)),
         ("layers = " + "[" * 5000, ("cannot be read",)),
     ],
 )
@@ -133,6 +139,13 @@ def test_another_run_s_manifest_is_a_configuration_and_flags_win(finished: Path,
     )
 
 
+def test_keys_of_an_evaluation_are_texts(tmp_path: Path) -> None:
+    file = written(tmp_path, "variants = 'nbl'\ndata = ['a,b']")
+    assert read_keys(file, EVAL_KEYS) == {"variants": ("nbl",), "data": ("a,b",)} and read_keys(None, EVAL_KEYS) == {}
+    for text in ("limit = 'x'", "data = 3", "variants = []"):
+        assert_refused(nbl("eval", tmp_path, "--config", written(tmp_path, text)), 2, "none of the keys variants, data")
+
+
 # -- the recorded command ------------------------------------------------------------------------------------------
 
 
@@ -143,11 +156,10 @@ def test_the_recorded_command_has_every_option_that_is_not_the_default() -> None
         kind = "tuple" if isinstance(default, tuple) else type(default).__name__
         chosen = {
             "tap": "normed", "fit": "drop", "select": "cca", "logits": "all", "distill_minutes": 0.5,
-            "compute_dtype": "float32", "device": "cpu", "maps": "linear",
+            "compute_dtype": "float32", "device": "cpu", "maps": "linear", "destination": "genai",
         }  # fmt: skip
         value = (5, 6) if said.numbers else chosen.get(name, changed.get(kind, 7 if said.least is not None else "7"))
         given: dict[str, Any] = {name: value}
         options = dataclasses.replace(JobOptions("m"), **given)
         words = shlex.split(describe_command(options, Path("out")))
-        if MAIN in said.commands or "bench" in said.commands:
-            assert flag(name) in words, (name, words)
+        assert flag(name) in words or any(word.startswith(f"{name} = ") for word in words), (name, words)

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nbl_export.evaluation.lm import OnnxLM, near_of
+from nbl_export.evaluation.lm import OnnxLM
+from nbl_export.evaluation.reader import near_of
 from nbl_export.evaluation.scorer import GraphScorer, Request
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.names import ALL_LOGITS_FILE

@@ -11,7 +11,7 @@ import pytest
 
 from nbl_export.verify.ladder import TOLERANCES
 
-from ..command import assert_refused, nbl, snapshot
+from ..command import assert_refused, keys, nbl, snapshot
 from ..damage import cut, edit
 from ..evaluation_tiny import QUESTIONS, write_rows, write_tasks
 
@@ -30,7 +30,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def words(data: Path, text: Path) -> tuple[object, ...]:
     """Options of the evaluation below."""
     return (
-        "--tasks", "lambada_openai,arc_easy,piqa,wikitext", "--data", data, "--variants", EVERYTHING,
+        "--tasks", "lambada_openai,arc_easy,piqa,wikitext", *keys(data=str(data), variants=EVERYTHING),
         "--perplexity", f"held={text}", "--ppl-context", 32, "--limit", 5,
     )  # fmt: skip
 
@@ -126,7 +126,7 @@ def test_what_was_measured_is_kept(run: Path, data: Path, words: tuple[object, .
     again = nbl("eval", run, *words)
     assert again.status == 0 and "evaluate: reused" in again.err
     assert read(run) == before
-    more = nbl("eval", run, "--tasks", "piqa,lambada_openai", "--data", data, "--limit", 1)
+    more = nbl("eval", run, "--tasks", "piqa,lambada_openai", *keys(data=str(data)), "--limit", 1)
     assert more.status == 0, more.err
     measured = [line for line in more.err.splitlines() if line.startswith("  ")]
     assert [line.split(": ")[:2] for line in measured] == [
@@ -139,9 +139,9 @@ def test_what_was_measured_is_kept(run: Path, data: Path, words: tuple[object, .
 
 def test_another_model_invalidates(run: Path, data: Path) -> None:
     (layer,) = json.loads((run / "nbl.json").read_text())["replaced_layers"]
-    assert nbl("rewrite", run, "--layers", f"{(layer + 1) % 3},").status == 0
+    assert nbl("rewrite", run, *keys(layers=f"{(layer + 1) % 3},")).status == 0
     assert "eval" not in json.loads((run / "nbl.json").read_text())["stages"]
-    done = nbl("eval", run, "--tasks", "piqa", "--data", data, "--limit", 5)
+    done = nbl("eval", run, "--tasks", "piqa", *keys(data=str(data)), "--limit", 5)
     assert done.status == 0, done.err
     value = read(run)
     assert measured(done.err) == ["nbl"]  # the original's graph is the same
@@ -158,7 +158,7 @@ def measured(err: str) -> list[str]:
     [
         ((), 2, ("nothing to evaluate", "--tasks")),
         (("--tasks", "arc_eazy"), 2, ("arc_eazy", "arc_easy")),
-        (("--tasks", "piqa", "--variants", "nbl,other"), 2, ("--variants", "'other'")),
+        (("--tasks", "piqa", *keys(variants="nbl,other")), 2, ("key variants", "'other'")),
         (("--perplexity", "no-file-named"), 2, ("--perplexity", "NAME=FILE")),
         (("--perplexity", "a=x.txt,a=y.txt"), 2, ("two texts have the same name",)),
         (("--perplexity", "a=/nowhere.txt"), 1, ("/nowhere.txt",)),
@@ -176,7 +176,7 @@ def test_bad_options_change_nothing(
 def test_a_bad_task_file_is_refused_before_anything_is_computed(finished: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "arc_easy" / "test.jsonl", [QUESTIONS[0], {"question": "Where?"}])
     before = snapshot(finished)
-    refused = nbl("eval", finished, "--tasks", "arc_easy", "--data", tmp_path)
+    refused = nbl("eval", finished, "--tasks", "arc_easy", *keys(data=str(tmp_path)))
     assert refused.status == 1
     assert "line 2" in refused.err and "no field 'choices'" in refused.err
     assert snapshot(finished) == before
@@ -209,7 +209,7 @@ def test_a_damaged_eval_json_is_not_written_over(case: str, run: Path, data: Pat
     """Its figures may have taken hours."""
     DAMAGED[case](run)
     before = snapshot(run)
-    refused = nbl("eval", run, "--tasks", "piqa", "--data", data, "--limit", 1)
+    refused = nbl("eval", run, "--tasks", "piqa", *keys(data=str(data)), "--limit", 1)
     assert refused.status == 1
     assert "eval.json" in refused.err and "move it away" in refused.err and "Traceback" not in refused.err
     assert snapshot(run) == before

@@ -119,7 +119,7 @@ def test_a_task_that_is_none(data: Path) -> None:
         load_benchmark("arc_eazy", data)
     with pytest.raises(UsageError, match="ai2_arc is a group without a figure of its own"):
         load_benchmark("ai2_arc", data)
-    with pytest.raises(NblError, match=r"hellaswag: its data set cannot be fetched .*give --data DIR with hellaswag/"):
+    with pytest.raises(NblError, match=r"hellaswag: its data set cannot be fetched .*the key data = 'DIR' with hella"):
         load_benchmark("hellaswag", data)
     with pytest.raises(NblError, match="is not a directory"):
         load_benchmark("piqa", data / "nowhere")

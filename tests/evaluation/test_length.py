@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from nbl_export.errors import NblError
+from nbl_export.evaluation import length
+from nbl_export.evaluation.length import run_length
 from nbl_export.evaluation.measure import Metric, Outcome, run_windows
 from nbl_export.evaluation.results import entry, summarize
 from nbl_export.evaluation.scorer import Request, TokenScores
@@ -18,12 +20,7 @@ from nbl_export.records.quality import grows_with_length
 from nbl_export.text.corpus import Text
 from nbl_export.verify.ladder import TOLERANCES
 
-from ..command import nbl
-
-pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'nbl-export[eval]'")
-
-from nbl_export.evaluation import length
-from nbl_export.evaluation.length import run_length
+from ..command import in_new_process, keys, nbl
 
 LIMIT = 2 * TOLERANCES["fp32"].limit
 WINDOW = 1024
@@ -172,7 +169,9 @@ EVERYTHING = "original,nbl,torch-original,torch-nbl"
 def evaluated(finished: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with quality at length of every variant. Never write to it."""
     run = Path(shutil.copytree(finished, tmp_path_factory.mktemp("long") / "run"))
-    done = nbl("eval", run, "--long-context", f"held={text}", "--limit", 2, "--variants", EVERYTHING)
+    no_harness = "sys.modules['lm_eval'] = None"
+    asked = ("--long-context", f"held={text}", "--limit", 2, *keys(variants=EVERYTHING))
+    done = in_new_process("eval", run, *asked, code=no_harness)
     assert done.status == 0, done.err
     assert "Loss by position" in done.out and "256–511" in done.out and "retrieval:held" in done.out
     return run
@@ -201,9 +200,9 @@ def test_the_report_and_a_second_command_use_it(evaluated: Path, text: Path, tmp
     page = (evaluated / "report.md").read_text()
     assert "### Quality at length" in page and "| held, torch | 128–255 |" in page and "Benchmarks" not in page
     run = Path(shutil.copytree(evaluated, tmp_path / "run"))
-    again = nbl("eval", run, "--long-context", f"held={text}", "--limit", 2, "--variants", EVERYTHING)
+    again = nbl("eval", run, "--long-context", f"held={text}", "--limit", 2, *keys(variants=EVERYTHING))
     assert again.status == 0 and "evaluate: reused" in again.err
-    more = nbl("eval", run, "--long-context", f"held={text}", "--limit", 2, "--ppl-context", 480, "--variants", "nbl")
+    more = nbl("eval", run, "--long-context", f"held={text}", "--limit", 2, "--ppl-context", 480, *keys(variants="nbl"))
     assert more.status == 0, more.err
     assert [row["tokens"] for row in read(run)["length"][-3]["rows"]] == [128, 256, 480]
     assert len(read(run)["results"]) == 12 + 3
@@ -213,7 +212,7 @@ def test_an_interrupted_evaluation_goes_on_and_updates_the_report(
     finished: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Path(shutil.copytree(finished, tmp_path / "run"))
-    words = ("eval", run, "--long-context", f"held={text}", "--limit", 1, "--variants", "original")
+    words = ("eval", run, "--long-context", f"held={text}", "--limit", 1, *keys(variants="original"))
 
     def interrupted(test: str, *rest: Any, **more: Any) -> Any:
         if test == "retrieval":

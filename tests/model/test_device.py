@@ -31,7 +31,7 @@ from nbl_export.run.progress import Ui
 from nbl_export.targets.onnx.engine import OrtEngine
 from nbl_export.verify import exporter
 
-from ..command import TINY, assert_refused, nbl
+from ..command import TINY, assert_refused, keys, nbl
 from ..fake_cuda import GPU, OnGpu, fake_cuda
 from ..jobs import until
 from ..tiny import VOCAB, random_map
@@ -226,7 +226,7 @@ def test_layers_go_through_a_gpu_that_is_too_small(
     share: float, sums: bool, said: str, where: str, checkpoint: Checkpoint, text: Path, tmp_path: Path
 ) -> None:
     directory = checkpoint("llama")
-    asked = ("calibrate", "--model", directory, "--calibration", text, "--calibration-tokens", 512, "--context", 64)
+    asked = ("calibrate", "--model", directory, "--calibration", text, "--calibration-tokens", 512, *keys(context=64))
     with fake_cuda(free_for(directory, share, sums)) as gpu:
         done = nbl(*asked, "--output", tmp_path / "run")
     assert done.status == 0 and said in done.err, done.err

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ from nbl_export.model.checkpoint.hf_classes import restored, save_linearized
 from nbl_export.model.linearize import linearize
 from nbl_export.plan.maps_file import load_maps
 
-from ..command import BARE, assert_refused, nbl
+from ..command import BARE, assert_refused, keys, nbl, repeated
 from ..mixers.toy_memory import MEMORY, Memory
 from ..tiny import EVERY, HIDDEN, cases, record_of
 
@@ -149,10 +148,8 @@ def test_a_run_on_it_saves_the_same_checkpoint_and_is_reused(
     from safetensors.numpy import load_file
 
     run = Path(shutil.copytree(again, tmp_path / "run"))
-    recorded = shlex.split(json.loads((run / "nbl.json").read_text())["command"].split(" && ")[0])[
-        1:-1
-    ]  # it says --fit given
-    for arguments in (("--model", saved, "--calibration", text, *BARE, "--output"), (*BARE[:2], *recorded)):
+    recorded = repeated(json.loads((run / "nbl.json").read_text())["command"])[:-1]  # it says --fit given
+    for arguments in (("--model", saved, "--calibration", text, *BARE, "--output"), recorded):
         done = nbl(*arguments, run)
         assert done.status == 0 and "verify: reused" in done.err, done.err
     assert nbl("convert", run, "--to", "transformers", "--output", run.with_name("nbl-checkpoint")).status == 0
@@ -174,14 +171,14 @@ def test_commands_that_need_the_attention_are_refused(saved: Path, again: Path, 
     assert_refused(done, 1, "nothing to calibrate here", "no longer contains")
     assert not (tmp_path / "new").exists()
     evaluated = nbl("eval", run, "--perplexity", f"here={text}", "--limit", "1")
-    assert_refused(evaluated, 1, run, "has no original to evaluate", "--variants nbl")
+    assert_refused(evaluated, 1, run, "has no original to evaluate", "variants = 'nbl'")
     assert {p.name for p in run.iterdir()} == {p.name for p in again.iterdir()}
 
 
 def test_its_graph_can_be_evaluated(again: Path, text: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(again, tmp_path / "run"))
     done = nbl("eval", run, "--perplexity", f"here={text}", "--ppl-context", "64", "--limit", "2",
-               "--variants", "nbl,torch-nbl")  # fmt: skip
+               *keys(variants="nbl,torch-nbl"))  # fmt: skip
     assert done.status == 0, done.err
 
 

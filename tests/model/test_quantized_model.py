@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from nbl_export.model.checkpoint import load
 
 from ..codes import GROUP, METHODS, dequantised, quantise
-from ..command import TINY, assert_refused, nbl
+from ..command import TINY, assert_refused, configured, keys, nbl
 from ..jobs import until
 from ..tiny import HIDDEN, save_checkpoint
 
 Same = tuple[object, ...]
-INT4 = ("--precision", "int4", "--builder-option", "accuracy_level=1")
+INT4 = ("--precision", "int4", *configured(builder_option="accuracy_level=1"))
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_it_is_recorded_found_again_and_shown(model: Path, even: Same, tmp_path:
     moved = theirs.rename(tmp_path / "other")
     gone = nbl(*words)
     assert_refused(gone, 1, str(theirs))
-    changed = nbl("rewrite", tmp_path / "run", "--quantized-model", moved)
+    changed = nbl("rewrite", tmp_path / "run", *keys(quantized_model=str(moved)))
     assert changed.status == 0 and "decoder graph: reused" in changed.err, changed.err  # same files, another place
 
 
@@ -172,8 +172,8 @@ def test_scales_in_the_norms_are_for_maps_on_the_residual_stream(model: Path, ev
     words = (*even, *INT4, "--quantized-model", theirs)
     with until("verify"):
         assert nbl(*words, "--output", tmp_path / "run").status == 0
-    refused = nbl(*words, "--tap", "normed", "--output", tmp_path / "other")
-    assert_refused(refused, 1, "model.layers.0.input_layernorm.weight", "--tap residual")
+    refused = nbl(*words, *configured(builder_option="accuracy_level=1", tap="normed"), "--output", tmp_path / "other")
+    assert_refused(refused, 1, "model.layers.0.input_layernorm.weight", "tap = 'residual'")
 
 
 @pytest.mark.parametrize("norm", ["input_layernorm", "post_attention_layernorm"])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import shlex
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +17,7 @@ import pytest
 
 from nbl_export.errors import UsageError
 from nbl_export.options.command import describe_command
-from nbl_export.options.options import JobOptions, flag_of
+from nbl_export.options.options import OPTIONS, JobOptions, flag_of
 from nbl_export.options.settle import settle
 from nbl_export.run import pipeline
 from nbl_export.run import settled as run_settled
@@ -26,7 +25,7 @@ from nbl_export.run.facts import capabilities_of
 from nbl_export.run.progress import Ui
 from nbl_export.run_directory import RunDirectory
 
-from ..command import assert_refused, in_new_process, nbl
+from ..command import assert_refused, in_new_process, keys, nbl, repeated
 from .test_settle import assert_settled, settled
 
 Recorded = Callable[..., Path]
@@ -69,7 +68,10 @@ def line(*words: object) -> Callable[[], object]:
 
 
 def flags(asked: Mapping[str, Any]) -> list[str]:
-    return [word for name, value in asked.items() for word in (flag_of(name), str(value))]
+    """As a user types them: keys in a file."""
+    in_file = {name: value for name, value in asked.items() if OPTIONS[name].key}
+    words = [word for name, value in asked.items() if name not in in_file for word in (flag_of(name), str(value))]
+    return [*keys(**in_file), *words]
 
 
 def written(directory: Path, asked: Mapping[str, Any]) -> Path:
@@ -134,7 +136,7 @@ def test_roads_to_a_new_run(tmp_path: Path, stopped: None, olive: Callable[..., 
     }
     for name, road in roads.items():
         assert_settled(reached(road(ASKED)), EXPECTED)
-        with pytest.raises(UsageError, match=r"^--distill-steps is for --fit distilled; leave --distill-steps out$"):
+        with pytest.raises(UsageError, match=r"^key distill_steps is for --fit distilled; leave key distill_st"):
             road(IDLE)()
         if name != "flags":  # typer refuses it
             with pytest.raises(UsageError, match="precison is no option; did you mean precision"):
@@ -152,25 +154,27 @@ def test_roads_to_a_changed_run(recorded: Recorded, tmp_path: Path, stopped: Non
     new = tmp_path / "new"
     found = reached(line("--config", directory / "nbl.json", "--fit", "independent", "--output", new))
     assert_settled(found, {"model": "/nowhere/m", "tap": "residual", "distill_steps": None})
-    for words in (("plan", directory, "--layers", "0,2", "--select", "cca"), ("build", directory, "--max-batch", "2")):
-        with pytest.raises(UsageError, match=f"^{words[-2]} is for "):
-            line(*words)()
+    with pytest.raises(UsageError, match=r"^key select is for "):
+        line("plan", directory, "--layers", "0,2", *keys(select="cca"))()
+    with pytest.raises(UsageError, match=r"^key max_batch is for "):
+        line("build", directory, *keys(max_batch=2))()
+    with pytest.raises(UsageError, match=r"toml: context is no option of plan$"):
+        line("plan", directory, *keys(context=32))()
     assert (directory / "nbl.json").read_bytes() == before and not new.exists()
 
 
 def test_a_refusal_reaches_the_user(recorded: Recorded, tmp_path: Path) -> None:
     """Before the model is looked for, which is nowhere; and the directory stays as it is."""
     out = tmp_path / "out"
-    part = "--distill-steps is for --fit distilled; leave --distill-steps out"
-    assert_refused(nbl("--model", "nowhere", "--layers", 2, "--distill-steps", 40, "--output", out), 2, part)
+    part = "key distill_steps is for --fit distilled; leave key distill_steps out"
+    assert_refused(nbl("--model", "nowhere", "--layers", 2, *keys(distill_steps=40), "--output", out), 2, part)
     assert_refused(nbl("--model", "nowhere", "--layers", 2, "--output", out), 1, "no model at nowhere")
     directory = recorded()
     before = (directory / "nbl.json").read_bytes()
     assert_refused(nbl("plan", directory, "--layers", 3), 1, "--layers 3 would replace all 3 attention layers")
     assert_refused(nbl("plan", directory, "--kv-budget", "64MiB"), 1, "the cache already fits")
-    assert_refused(
-        nbl("rewrite", directory, "--decoder-source", "given"), 2, "--decoder-source given is not for engine"
-    )
+    given = nbl("rewrite", directory, *keys(decoder_source="given"))
+    assert_refused(given, 2, "key decoder_source given is not for engine")
     assert (directory / "nbl.json").read_bytes() == before and not out.exists()
 
 
@@ -203,13 +207,12 @@ def test_options_are_settled_without_torch(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_the_recorded_command_settles_alike(asked: dict[str, Any], tmp_path: Path, stopped: None) -> None:
     options = settled(asked)
-    words = shlex.split(describe_command(options, tmp_path / "out"))
-    assert reached(line(*words[1:])) == options
+    assert reached(line(*repeated(describe_command(options, tmp_path / "out")))) == options
 
 
 def test_the_command_for_maps_without_a_bias_is_accepted(stopped: None) -> None:
     from nbl_export.run.deployed import remake_command
 
     options = settled({"layers": "2", "select": "cca"})
-    words = shlex.split(remake_command(options, (0, 2)))
-    assert_settled(reached(line(*words[1:])), {"layers": "0,2", "maps": "linear", "tap": "normed", "select": None})
+    found = reached(line(*repeated(remake_command(options, (0, 2)))))
+    assert_settled(found, {"layers": "0,2", "maps": "linear", "tap": "normed", "select": None})

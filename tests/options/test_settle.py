@@ -232,7 +232,7 @@ def test_every_row_is_tried() -> None:
 
 
 def _with_tap(asked: Asked, model: ModelFacts | None) -> Asked:
-    """The tap that --maps linear needs, which an NBL checkpoint does not settle."""
+    """The tap that linear maps need, which an NBL checkpoint does not settle."""
     return {**asked, **({"tap": "normed"} if asked.get("maps") == "linear" and model is NBL else {})}
 
 
@@ -280,20 +280,24 @@ WRONG: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
     ({"for": "sglang"}, None, ("--for sglang: SGLang has no linear layers",)),
     ({"for": "vllm"}, KEYS, ("--for vllm is not possible: it does not hold predicted keys",)),
     ({"provider": "rocm"}, None, ("unknown provider 'rocm'",)),
-    ({"decoder_source": "thin-air"}, None, ("--decoder-source thin-air", "genai, mobius")),
-    ({"engine": "openvino", "decoder_source": "genai"}, None, ("--decoder-source genai is not for engine openvino",)),
+    ({"decoder_source": "thin-air"}, None, ("key decoder_source thin-air", "genai, mobius")),
+    ({"engine": "openvino", "decoder_source": "genai"}, None, ("key decoder_source genai is not for engine openvino",)),
     ({"layers": "1", "kv_budget": "1KiB"}, None, ("--layers and --kv-budget both set how many layers",)),
-    ({"layers": "1", "target_speedup": "1.1"}, None, ("--layers and --target-speedup", "give one of them")),
-    ({"maps": "linear", "tap": "residual"}, None, ("--maps linear acts on the normed input; add --tap normed",)),
-    ({"builder_option": "block_size"}, None, ("--builder-option block_size: the values of block_size are 16",)),
-    ({"builder_option": "speed=9"}, None, ("--builder-option speed=9: expected KEY=VALUE", "fuse_mlp_gate_up")),
+    ({"layers": "1", "target_speedup": "1.1"}, None, ("--layers and key target_speedup", "give one of them")),
+    ({"maps": "linear", "tap": "residual"}, None, ("acts on the normed input; add the key tap = 'normed'",)),
+    ({"builder_option": "block_size"}, None, ("key builder_option block_size: the values of block_size are 16",)),
+    ({"builder_option": "speed=9"}, None, ("key builder_option speed=9: expected KEY=VALUE", "fuse_mlp_gate_up")),
     ({"precision": "int4", "builder_option": ("block_size=16", "block_size=32")}, None, ("block_size is given twice",)),
     ({"precision": "gguf"}, None, ("--precision gguf is not for engine ort", "fp32, fp16, int8, int4")),
+    ({"precision": "fp16"}, None, ("genai makes no fp16 graph", "decoder_source = 'mobius'", "fp32, int8, int4")),
+    ({"precision": "int4", "decoder_source": "mobius"}, None, ("mobius makes no int4", "--precision fp32, fp16")),
+    ({"layers": "0,0"}, None, ("--layers", "layer 0 is named twice")),
+    ({"layers": "0-1,1"}, None, ("--layers", "layer 1 is named twice")),
     ({"fit": "given"}, PLAIN, ("--fit given is for a checkpoint with maps (nbl-export convert)",)),
     ({"fit": "distilled"}, NBL, ("--fit distilled needs the original model: the checkpoint no longer contains",)),
     ({"fit": "drop"}, NBL, ("--fit drop needs the original model: the checkpoint no longer contains",)),
     ({"engine": "openvino"}, KEYS, ("m has layers of kind predicted, which engine openvino does not run",)),
-    ({"tap": "normed"}, NBL, ("--tap normed: the maps of m have the tap residual; leave --tap out",)),
+    ({"tap": "normed"}, NBL, ("key tap normed: the maps of m have the tap residual; leave key tap out",)),
     *(
         ({"layers": text}, None, ("--layers", part))
         for text, part in (("abc", "'abc' is not a layer"), ("7-3", "7-3 runs backwards; write 3-7"),
@@ -303,26 +307,22 @@ WRONG: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
 ]  # fmt: skip
 # The same for what does not fit a model: an error that is not of usage.
 UNFIT: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
-    ({"precision": "fp16"}, None, ("genai makes no fp16 graph", "--decoder-source mobius", "fp32, int8, int4")),
-    ({"precision": "int4", "decoder_source": "mobius"}, None, ("mobius makes no int4", "--precision fp32, fp16")),
     ({"layers": "3"}, PLAIN, ("--layers 3", "at least one stays", "at most 2")),
     ({"layers": "0-2"}, PLAIN, ("at least one stays", "at most 2")),
     ({"layers": "99"}, PLAIN, ("--layers 99", "at most 2")),
-    ({"layers": "0,0"}, PLAIN, ("--layers", "layer 0 is named twice")),
-    ({"layers": "0-1,1"}, PLAIN, ("--layers", "layer 1 is named twice")),
     ({"layers": "0,3"}, PLAIN, ("layer 3 does not exist", "0 to 2")),
     ({"layers": "0-99999999999"}, PLAIN, ("layer 99999999999 does not exist",)),
     ({"kv_budget": "64MiB"}, PLAIN, ("--kv-budget 64MiB: the cache already fits", "nothing needs to be replaced")),
     ({"kv_budget": "1B"}, PLAIN, ("--kv-budget 1B cannot be met", "256 bytes")),
-    ({"tap": "normed"}, OLMO, ("--tap normed is not possible for olmo2: no norm stands in front", "--tap residual")),
-    ({"context": 513}, PLAIN, ("--context 513 is beyond the model's 512 positions",)),
+    ({"tap": "normed"}, OLMO, ("key tap normed is not possible for olmo2: no norm stands in front", "use residual")),
+    ({"context": 513}, PLAIN, ("key context 513 is beyond the model's 512 positions",)),
     ({"depths": (512,), "prompt_tokens": (8,)}, PLAIN, ("the shortest test ends at 520 tokens, the model has 512",)),
     ({"depths": (500,), "generate_tokens": 13, "prompt_tokens": 16}, PLAIN, ("ends at 513 tokens",)),
     ({"engine": "trt", "depths": (0, 385)}, PLAIN, ("--depth 385 leaves no room", "512 slots", "at most --depth 384")),
     ({"engine": "trt", "max_seq_len": 513}, PLAIN, ("--max-seq-len 513 is beyond the model's 512 positions",)),
     ({"engine": "trt", "max_seq_len": 31}, PLAIN, ("--max-seq-len 31 is too short", "at least 32")),
-    ({"engine": "trt", "max_seq_len": 64, "prefill_chunk": 65}, PLAIN, ("--prefill-chunk 65 is beyond --max-seq-len",)),
-    ({"engine": "trt", "cut": "1", "prefill_chunk": 511}, PLAIN, ("--prefill-chunk 511 is too short", "at least 512")),
+    ({"engine": "trt", "max_seq_len": 64, "prefill_chunk": 65}, PLAIN, ("prefill_chunk 65 is beyond --max-seq-len",)),
+    ({"engine": "trt", "cut": "1", "prefill_chunk": 511}, PLAIN, ("prefill_chunk 511 is too short", "at least 512")),
 ]  # fmt: skip
 
 
@@ -356,7 +356,7 @@ def test_a_value_that_fits_is_accepted() -> None:
 
 def test_a_source_that_exports_no_such_architecture() -> None:
     model = dataclasses.replace(PLAIN, not_from={"genai": "it has no such layer"})
-    with pytest.raises(NblError, match="--decoder-source genai is not possible for llama: it has no such layer"):
+    with pytest.raises(NblError, match="key decoder_source genai is not possible for llama: it has no such layer"):
         settled({}, model)
     settled({"decoder_source": "mobius"}, model)
 
@@ -364,19 +364,19 @@ def test_a_source_that_exports_no_such_architecture() -> None:
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"tap": "side"}, "--tap is residual or normed, not 'side'"),
+        ({"tap": "side"}, "key tap is residual or normed, not 'side'"),
         ({"fit": "lora"}, "--fit is independent, distilled, drop, not 'lora'"),
-        ({"maps": "quadratic"}, "--maps is affine or linear, not 'quadratic'"),
-        ({"compute_dtype": "half"}, "--compute-dtype is auto, float32, bfloat16, not 'half'"),
-        ({"logits": "some"}, "--logits is last or all, not 'some'"),
-        ({"select": "best"}, "--select is cca, error, greedy, efficient, not 'best'"),
+        ({"maps": "quadratic"}, "key maps is affine or linear, not 'quadratic'"),
+        ({"compute_dtype": "half"}, "key compute_dtype is auto, float32, bfloat16, not 'half'"),
+        ({"logits": "some"}, "key logits is last or all, not 'some'"),
+        ({"select": "best"}, "key select is cca, error, greedy, efficient, not 'best'"),
         ({"repetitions": 0}, "repetitions must be at least 1"),
-        ({"label_weight": 1.5, "fit": "distilled"}, "--label-weight is 1 at most"),
+        ({"label_weight": 1.5, "fit": "distilled"}, "key label_weight is 1 at most"),
         ({"distill_minutes": 0.0, "fit": "distilled"}, "--distill-minutes is more than 0"),
     ],
 )
 def test_an_impossible_value_is_refused(asked: Asked, said: str) -> None:
-    with pytest.raises(ValueError, match=f"^{said}"):
+    with pytest.raises(UsageError, match=f"^{said}"):
         settled(asked)
 
 
@@ -389,6 +389,12 @@ def test_names_and_values_are_read_alike() -> None:
         "layers": "8", "depths": (0, 16), "prompt_tokens": (32,), "calibration": ("a.txt",), "precision": "fp16",
     }  # fmt: skip
     assert read_asked(asked) == read_asked(found) == found
+    assert read_asked({"max_perplexity_increase": 0.05}) == {"max_perplexity_increase": "5%"}
+    with pytest.raises(UsageError, match=r"5: write a share below 1 \(0.05\) or a percentage"):
+        read_asked({"max_perplexity_increase": 5})
+    for page in ("https://huggingface.co/org/m-1.5B", "https://hf.co/org/m-1.5B/tree/main?x=1"):
+        assert read_asked({"model": page}) == {"model": "org/m-1.5B"}
+    assert read_asked({"model": "https://huggingface.co/datasets/org/m"})["model"].startswith("https:")
     with pytest.raises(UsageError, match="precison is no option; did you mean precision"):
         settled({"precison": "fp16"})
     with pytest.raises(UsageError, match="'label_weight' is of the wrong kind"):

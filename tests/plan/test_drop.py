@@ -12,7 +12,7 @@ import torch
 from nbl_export.mixers.none import Nothing
 from nbl_export.model.linearize import linearize
 
-from ..command import nbl
+from ..command import configured, nbl
 from ..tiny import HIDDEN, LAYERS, VOCAB
 
 IDS = torch.arange(2, 42)
@@ -47,7 +47,7 @@ def test_drop_leaves_the_residual_alone() -> None:
 @pytest.mark.parametrize("tap", ["residual", "normed"])
 def test_dropped_attention_ships_verified(tap: str, same: tuple[object, ...], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    done = nbl(*same, "--layers", "1,2", "--fit", "drop", "--tap", tap, "--output", run)
+    done = nbl(*same, "--layers", "1,2", "--fit", "drop", *configured(tap=tap), "--output", run)
     assert done.status == 0, done.err
     facts = json.loads((run / "nbl.json").read_text())
     assert (facts["status"], facts["fit"], facts["tap"]) == ("verified", {"kind": "drop"}, tap)

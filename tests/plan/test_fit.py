@@ -1,4 +1,4 @@
-"""--tap and --fit through the whole job: what is recorded, what ships, what runs again."""
+"""Tap and --fit through the whole job: what is recorded, what ships, what runs again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nbl_export.distill.training import DistillSettings
 from nbl_export.options.options import JobOptions
 from nbl_export.plan import planning
 
-from ..command import Outcome, nbl
+from ..command import Outcome, configured, nbl
 from ..jobs import until
 
 Same = tuple[object, ...]
@@ -33,7 +33,7 @@ def run(same: Same, output: Path, *options: object, last: str = "verify") -> Out
 
 @pytest.mark.parametrize("tap", ["residual", "normed"])
 def test_distilled_maps_ship_and_are_no_worse(tap: str, same: Same, tmp_path: Path) -> None:
-    run(same, tmp_path / "run", "--tap", tap, "--fit", "distilled", "--distill-steps", "6")
+    run(same, tmp_path / "run", "--fit", "distilled", *configured(tap=tap, distill_steps=6))
     facts = read(tmp_path / "run" / "nbl.json")
     assert facts["status"] == "verified"  # the graph holds the distilled maps: verification compares with these
     assert (facts["tap"], facts["fit"]["kind"]) == (tap, "distilled")
@@ -52,11 +52,12 @@ def test_a_limit_on_quality_is_kept_by_trained_maps(
     same: Same, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run without a number of layers: more layers begin than stay, and a changed training begins with all again."""
-    output, distilled = tmp_path / "run", ("--fit", "distilled", "--distill-steps")
+    output = tmp_path / "run"
 
     def made(steps: int) -> tuple[Any, str]:
         with until("rewrite"):
-            done = nbl(*same, "--max-perplexity-increase", "100000%", *distilled, steps, "--output", output)
+            limit = ("--max-perplexity-increase", "100000%", "--fit", "distilled")
+            done = nbl(*same, *limit, *configured(distill_steps=steps), "--output", output)
         assert done.status == 0, done.err
         return read(output / "nbl.json"), done.err
 
@@ -76,13 +77,13 @@ def test_a_limit_on_quality_is_kept_by_trained_maps(
 
 
 def test_changing_the_fit_runs_from_the_plan_and_back(same: Same, tmp_path: Path) -> None:
-    same = (*same, "--tap", "normed")
+    same, distilled = (*same, *configured(tap="normed")), configured(tap="normed", distill_steps=4)
     first = run(same, tmp_path / "run")
     before = load_file(tmp_path / "run" / "maps.safetensors")
     assert "distill" not in first.err
-    changed = run(same, tmp_path / "run", "--fit", "distilled", "--distill-steps", "4")
+    changed = run(same, tmp_path / "run", "--fit", "distilled", *distilled)
     assert "calibrate: reused" in changed.err and "distill: done" in changed.err and "verify: done" in changed.err
-    again = run(same, tmp_path / "run", "--fit", "distilled", "--distill-steps", "4")
+    again = run(same, tmp_path / "run", "--fit", "distilled", *distilled)
     assert "distill: reused" in again.err and "verify: reused" in again.err
     run(same, tmp_path / "run")
     back = load_file(tmp_path / "run" / "maps.safetensors")
@@ -91,16 +92,16 @@ def test_changing_the_fit_runs_from_the_plan_and_back(same: Same, tmp_path: Path
 
 
 def test_labels_train_otherwise_and_are_recorded(same: Same, tmp_path: Path) -> None:
-    distilled = ("--fit", "distilled", "--distill-steps", "4")
-    run(same, tmp_path / "run", *distilled, last="distill")
+    distilled = ("--fit", "distilled")
+    run(same, tmp_path / "run", *distilled, *configured(distill_steps=4), last="distill")
     before = read(tmp_path / "run" / "distill.json")["train_kl"]
-    changed = run(same, tmp_path / "run", *distilled, "--label-weight", "0.5", last="distill")
+    changed = run(same, tmp_path / "run", *distilled, *configured(distill_steps=4, label_weight=0.5), last="distill")
     assert "plan: reused" in changed.err and "distill: done" in changed.err
     after = read(tmp_path / "run" / "distill.json")["train_kl"]
     assert after[0] == before[0] and after[1:] != before[1:]  # of the same maps and text at first
     assert read(tmp_path / "run" / "nbl.json")["fit"]["label_weight"] == 0.5
-    refused = nbl(*same, *distilled, "--label-weight", "1.5", "--output", tmp_path / "run")
-    assert refused.status == 2 and "--label-weight" in refused.err
+    refused = nbl(*same, *distilled, *configured(label_weight=1.5), "--output", tmp_path / "run")
+    assert refused.status == 2 and "key label_weight is 1 at most" in refused.err
 
 
 def test_the_command_line_trains_as_the_library_does() -> None:

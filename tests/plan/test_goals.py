@@ -22,7 +22,7 @@ from nbl_export.options.goals import (
     check_request,
     goal_of,
 )
-from nbl_export.options.options import JobOptions
+from nbl_export.options.options import JobOptions, flag_of
 from nbl_export.plan.inputs import AskedGoal, Maps, PlanInputs
 from nbl_export.plan.planning import count_for_budget, count_for_speedup, count_foreseen, count_trained, count_within
 from nbl_export.run.stages.plan import declare
@@ -68,7 +68,7 @@ def test_goals_are_read(name: str, text: str, expected: Any) -> None:
 )
 def test_goals_that_cannot_be_read_are_usage_errors(name: str, texts: tuple[str, ...]) -> None:
     for text in texts:
-        with pytest.raises(UsageError, match=re.escape(f"--{name.replace('_', '-')} {text!r}")):
+        with pytest.raises(UsageError, match=re.escape(f"{flag_of(name)} {text!r}")):
             check_request(options(**{name: text}))
 
 
@@ -299,7 +299,7 @@ def test_target_speedup_takes_as_few_layers_as_bring_it(text: str, expected: int
 )
 def test_a_speedup_out_of_reach_says_how_far_it_got(text: str, parts: str) -> None:
     """9 is refused by the smallest maps for all layers, without an order; 2.03 by the order."""
-    with pytest.raises(NblError, match=f"--target-speedup {text} cannot be met: {parts}"):
+    with pytest.raises(NblError, match=f"key target_speedup {text} cannot be met: {parts}"):
         sped_up(text)
 
 

@@ -27,7 +27,7 @@ from nbl_export.targets.checks import judge_maps
 from nbl_export.targets.onnx_files import held_maps
 from nbl_export.verify.ladder import run_rows
 
-from ..command import nbl
+from ..command import configured, keys, nbl
 from ..mixers.test_lmmse import moments, sample
 from ..rewrite.test_rewrite import rows, worst
 from ..tiny import HEAD_DIM, HIDDEN, random_map
@@ -92,12 +92,12 @@ def test_training_leaves_the_bias_at_zero(checkpoint: Callable[[str], Path]) -> 
 
 def test_a_run(same: tuple[object, ...], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    done = nbl(*same, "--layers", "1,2", "--maps", "linear", "--output", run)
+    done = nbl(*same, "--layers", "1,2", *configured(maps="linear"), "--output", run)
     assert done.status == 0, done.err
     facts = json.loads((run / "nbl.json").read_text())
     assert facts["tap"] == "normed" and facts["options"]["maps"] == "linear"
-    assert "--maps linear" in facts["command"]
+    assert 'maps = "linear"' in facts["command"]
     assert not any(m.product() is None for m in load_maps(run / "maps.safetensors", (1, 2)).values())
-    changed = nbl("plan", run, "--maps", "affine")
+    changed = nbl("plan", run, *keys(maps="affine"))
     assert changed.status == 0, changed.err
     assert all(m.product() is None for m in load_maps(run / "maps.safetensors", (1, 2)).values())

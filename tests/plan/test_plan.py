@@ -19,7 +19,7 @@ from nbl_export.plan.maps_file import load_maps, maps_in, save_maps
 from nbl_export.plan.order import choose
 from nbl_export.records.plan import LayerScore, Plan
 
-from ..command import nbl
+from ..command import keys, nbl
 from ..tiny import LAYERS
 
 SCORES = tuple(LayerScore(i, bound, 0.5, 0.1) for i, bound in enumerate((5.0, 1.0, 3.0, 1.0, 9.0)))
@@ -165,7 +165,7 @@ def test_a_plan_reads_the_moments_of_one_layer_at_a_time(run: Path, monkeypatch:
     gc.freeze()  # what is there already is not looked through again and again
     try:
         for select in ("cca", "greedy"):
-            done = nbl("plan", run, "--layers", "1", "--select", select)
+            done = nbl("plan", run, "--layers", "1", *keys(select=select))
             assert done.status == 0, done.err
     finally:
         gc.unfreeze()

@@ -15,7 +15,7 @@ from nbl_export.publish import card
 from nbl_export.publish import card as base_model
 from nbl_export.publish.card import BaseModel
 
-from ..command import assert_refused, in_new_process, nbl, snapshot
+from ..command import assert_refused, in_new_process, keys, nbl, snapshot
 from ..fake_hub import fake_hub
 
 README = Path("model") / "README.md"
@@ -87,7 +87,7 @@ def test_what_it_says(run: Path) -> None:
 
 TEMPLATE = """{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}
 {% endfor %}{% if add_generation_prompt %}A: {% endif %}"""
-POSITIONS = ("--decoder-source", "mobius", "--precision", "fp16")  # also caches in half precision
+POSITIONS = keys(decoder_source="mobius", precision="fp16")  # also caches in half precision
 
 
 @pytest.mark.parametrize(("options", "chat"), [(POSITIONS, False), ((), True)], ids=["positions", "chat"])

@@ -28,7 +28,7 @@ from nbl_export.records.destinations import DESTINATIONS
 from nbl_export.targets.checkpoint import edge_llm, nemotron_nas
 from nbl_export.targets.onnx.ngram import write_ngram
 
-from ..command import BARE, TINY, assert_refused, nbl
+from ..command import TINY, assert_refused, configured, keys, nbl
 from ..damage import name_code, named_code
 from ..jobs import until
 from ..tiny import HIDDEN, SPLIT, random_map, save_checkpoint
@@ -43,7 +43,7 @@ NAS = {"intermediate_size": 256, **SPLIT}  # what the Nemotron-NAS form holds
 def runs(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Finished runs: maps without a bias, with a bias on the normed input, and on the residual stream."""
     model = save_checkpoint("llama", tmp_path_factory.mktemp("nas") / "model", **NAS)
-    kinds = {"linear": ("--maps", "linear"), "normed": ("--tap", "normed"), "residual": ()}
+    kinds = {"linear": configured(maps="linear"), "normed": configured(tap="normed"), "residual": ()}
     found = {}
     for name, options in kinds.items():
         found[name] = tmp_path_factory.mktemp("runs") / name
@@ -73,7 +73,7 @@ def test_linear_maps_are_written_as_they_are(runs: dict[str, Path], tmp_path: Pa
 def test_other_maps_are_made_linear_and_what_that_costs_is_said(
     kind: str, runs: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Both ways give the least-squares map without an intercept, which the run with --maps linear has fitted."""
+    """Both ways give the least-squares map without an intercept, which a run with linear maps has fitted."""
     done = nbl("convert", runs[kind], "--to", "nemotron-nas", "--output", tmp_path / "nas")
     assert done.status == 0, done.err
     assert "Perplexity on held-back text: original" in done.err
@@ -162,7 +162,8 @@ def test_a_job_for_mlx_keeps_layer_0(select: str, text: Path, tmp_path: Path) ->
     weights = load_file(model / "model.safetensors")
     weights["model.layers.0.self_attn.o_proj.weight"][:] = 0  # so layer 0 would go first
     save_file(weights, model / "model.safetensors", {"format": "pt"})
-    words = ("--model", model, "--calibration", text, *BARE, "--for", "mlx-lm", "--layers", "2", "--select", select)
+    chosen = keys(context=64, select=select)
+    words = ("--model", model, "--calibration", text, *chosen, "--for", "mlx-lm", "--layers", "2")
     with until("plan"):
         done = nbl(*words, "--output", tmp_path / "run")
     assert done.status == 0, done.err
@@ -175,7 +176,7 @@ def test_without_the_text_the_command_of_a_run_that_can_is_named(runs: dict[str,
     run = Path(shutil.copytree(runs["residual"], tmp_path / "run"))
     (run / "text.safetensors").unlink()
     done = nbl("convert", run, "--to", "nemotron-nas", "--output", tmp_path / "nas")
-    assert_refused(done, 1, "the text of the run, cannot be read", "--maps linear", "--layers 1,2")
+    assert_refused(done, 1, "the text of the run, cannot be read", 'maps = "linear"', "--layers 1,2")
 
 
 def linear(*layers: int) -> dict[int, Linear]:

@@ -27,7 +27,7 @@ from nbl_export.targets.onnx_files import check_file, check_untouched, held_maps
 from nbl_export.verify.ladder import TOLERANCES
 from nbl_export.verify.last_token import BATCH_LENGTHS, check_last
 
-from ..command import assert_refused, nbl
+from ..command import assert_refused, configured, nbl
 from ..tiny import HEAD_DIM, HIDDEN, LAYERS, VOCAB
 
 Exported = Callable[..., Path]
@@ -218,7 +218,7 @@ def test_scores_take_the_graph_with_all_logits(exported: Exported, random_maps: 
     directory = ship(exported("llama"), tmp_path, random_maps(2))["nbl"]
     GraphScorer(lm.open_graph(directory)[0], 64)
     (directory / ALL_LOGITS_FILE).unlink()
-    with pytest.raises(NblError, match=r"keep all_logits\.onnx beside the graph, export with --logits all"):
+    with pytest.raises(NblError, match=r"keep all_logits\.onnx beside the graph, export with the key logits = 'all'"):
         GraphScorer(lm.open_graph(directory)[0], 64)
 
 
@@ -230,7 +230,7 @@ def test_a_tail_that_cannot_be_pruned_changes_nothing(exported: Exported, tmp_pa
     model.graph.outputs.append(hidden)
     ir.save(model, directory / "model.onnx")
     before = (directory / "model.onnx").read_bytes()
-    with pytest.raises(RefusalError, match="use --logits all"):
+    with pytest.raises(RefusalError, match="use the key logits = 'all'"):
         keep_last_token(directory)
     assert (directory / "model.onnx").read_bytes() == before
     assert not (directory / ALL_LOGITS_FILE).exists()
@@ -251,7 +251,7 @@ def test_last_by_default_and_recorded(finished: Path) -> None:
 
 def test_all_logits_on_request(run: Path, same: tuple[object, ...]) -> None:
     """A run of the default kind is made anew from the decoder on; nothing of the pruned graphs is left."""
-    done = nbl(*same, "--output", run, "--logits", "all")
+    done = nbl(*same, "--output", run, *configured(logits="all"))
     assert done.status == 0, done.err
     assert "calibrate: reused" in done.err
     for name in ("original", "model"):
@@ -259,4 +259,4 @@ def test_all_logits_on_request(run: Path, same: tuple[object, ...]) -> None:
         assert OnnxDecoder(run / name, HEAD_DIM).contract.logits == "all"
     assert not [r for r in json.loads((run / "verify.json").read_text())["checks"] if r["check"] == "last_token"]
     assert json.loads((run / "report.json").read_text())["logits"] == "all"
-    assert_refused(nbl(*same, "--output", run, "--logits", "some"), 1, "--logits")
+    assert_refused(nbl(*same, "--output", run, *configured(logits="some")), 2, "key logits")

@@ -1,4 +1,4 @@
-"""How the graph's matrices and the maps are quantised: what --builder-option does, and refuses."""
+"""How the graph's matrices and the maps are quantised: what builder_option does, and refuses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import onnx
 import pytest
 
-from ..command import assert_refused, nbl
+from ..command import assert_refused, configured, nbl
 from ..jobs import until
 
 Same = tuple[object, ...]
@@ -37,7 +37,7 @@ def test_builder_options_reach_matrices_and_maps(
     given: tuple[str, ...], expected: dict[str, int], zero_points: bool, same: Same, tmp_path: Path
 ) -> None:
     """Blocks of 64 do not divide a hidden size of 96: the embedding, which the head shares, has rows of 128."""
-    words = [word for option in given for word in ("--builder-option", option)]
+    words = configured(builder_option=given)
     with until("verify"):
         done = nbl(*same, "--precision", "int4", *words, "--output", tmp_path / "run")
     assert done.status == 0, done.err  # verified: the maps are read back out of what was packed
@@ -48,24 +48,24 @@ def test_builder_options_reach_matrices_and_maps(
         assert expected.items() <= settings(node).items()
         assert (len(node.input) > 3 and node.input[3] != "") == zero_points
     command = json.loads((tmp_path / "run" / "nbl.json").read_text(encoding="utf-8"))["command"]
-    assert all(f"--builder-option {option}" in command for option in given)
+    assert all(f'"{option}"' in command for option in given)
 
 
 @pytest.mark.parametrize(
     ("given", "parts"),
     [
-        (("--builder-option", "speed=high"), ("--builder-option speed=high", "block_size", "algo_config")),
-        (("--builder-option", "hf_remote=true"), ("--builder-option hf_remote=true", "KEY=VALUE")),
-        (("--builder-option", "block_size"), ("--builder-option block_size", "16, 32")),
-        (("--builder-option", "block_size=33"), ("block_size=33", "16, 32")),
-        (("--builder-option", "block_size=32", "--builder-option", "block_size=64"), ("block_size", "twice")),
-        (("--builder-option", "block_size=32", "--decoder-source", "mobius"), ("--decoder-source genai",)),
+        ({"builder_option": "speed=high"}, ("key builder_option speed=high", "block_size", "algo_config")),
+        ({"builder_option": "hf_remote=true"}, ("key builder_option hf_remote=true", "KEY=VALUE")),
+        ({"builder_option": "block_size"}, ("key builder_option block_size", "16, 32")),
+        ({"builder_option": "block_size=33"}, ("block_size=33", "16, 32")),
+        ({"builder_option": ["block_size=32", "block_size=64"]}, ("block_size", "twice")),
+        ({"builder_option": "block_size=32", "decoder_source": "mobius"}, ("decoder_source genai",)),
     ],
-    ids=lambda value: " ".join(value),
+    ids=str,
 )
 def test_what_does_not_fit_is_refused(
-    given: tuple[str, ...], parts: tuple[str, ...], same: Same, tmp_path: Path
+    given: dict[str, Any], parts: tuple[str, ...], same: Same, tmp_path: Path
 ) -> None:
-    refused = nbl(*same, *given, "--output", tmp_path / "run")
+    refused = nbl(*same, *configured(**given), "--output", tmp_path / "run")
     assert_refused(refused, 2, *parts)
     assert not (tmp_path / "run").exists()

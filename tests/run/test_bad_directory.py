@@ -21,7 +21,7 @@ import pytest
 
 from nbl_export.mixers.linear import Linear
 
-from ..command import TINY, assert_refused, nbl, snapshot, stage_lines
+from ..command import TINY, assert_refused, configured, nbl, snapshot, stage_lines
 from ..damage import cut, edit, flip
 from ..jobs import until
 
@@ -344,5 +344,5 @@ def test_machine_that_gives_up(
 
     monkeypatch.setattr(collect.Collection, "add", fail)
     before = snapshot(run)
-    assert_refused(nbl(*same, "--tap", "normed", "--output", run), 1, words)
+    assert_refused(nbl(*same, *configured(tap="normed"), "--output", run), 1, words)
     assert snapshot(run) == before

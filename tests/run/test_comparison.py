@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from nbl_export.errors import UsageError
 from nbl_export.records.paired import figures
-from nbl_export.report.console import FORMATS, format_of, render
+from nbl_export.report.console import render
 
 from ..command import Outcome, assert_refused, nbl, snapshot
 
@@ -26,10 +25,11 @@ def measured(*arguments: object) -> Any:
 # -- what is measured ------------------------------------------------------------------------------------------
 
 
-def test_a_run_directory_stands_for_its_model_and_its_original_is_the_base(run: Path) -> None:
+def test_a_run_directory_stands_for_its_model_and_its_original_is_the_base(run: Path, tmp_path: Path) -> None:
     before = snapshot(run)
-    done = nbl("bench", run, *SHORT, "--format", "json")
-    found = json.loads(done.out)
+    done = nbl("bench", run, *SHORT, "--json", "--output", tmp_path / "found.json")
+    assert done.status == 0, done.err
+    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
     base = f"{run} (original)"
     assert found["base"] == base and list(found["variants"]) == [base, str(run)]
     assert found["variants"][str(run)]["path"] == str(run / "model")
@@ -61,8 +61,8 @@ def test_directories_are_held_against_the_one_named_and_else_the_first(finished:
         (("RUN", "--against", "NONE"), 1, ("NONE", "does not exist")),
         (("RUN", "RUN"), 1, ("named twice",)),
         (("RUN", "--against", "RUN/model"), 1, ("named twice",)),
-        (("RUN", "--format", "xml"), 2, ("--format", "json")),
-        (("RUN", "--format", "md", "--json"), 2, ("--json",)),
+        (("RUN", "--output", "x.json"), 2, ("--output x.json: add --json, or name another file",)),
+        (("RUN", "--output", "x.md", "--json"), 2, ("--output x.md: leave --json out",)),
         (("RUN", "--output", "RUN"), 1, ("is a directory",)),
         (("RUN", "--output", "NONE/x.md"), 1, ("there is no directory", "make it first")),
         (("RUN/model", "RUN/original", "--depth", "600"), 1, ("nothing to measure", "512")),
@@ -79,11 +79,12 @@ def test_what_cannot_be_measured_is_refused(
     assert_refused(nbl("bench", *map(placed, arguments)), status, *map(placed, parts))
 
 
-def test_a_run_that_failed_verification_is_not_measured_unless_forced(run: Path) -> None:
+def test_a_run_that_failed_verification_is_not_measured_unless_forced(run: Path, tmp_path: Path) -> None:
     manifest = json.loads((run / "nbl.json").read_text(encoding="utf-8"))
     (run / "nbl.json").write_text(json.dumps({**manifest, "status": "failed"}), encoding="utf-8")
-    assert_refused(nbl("bench", run, "--format", "md", *SHORT), 1, "failed verification", "--force")
-    assert nbl("bench", run, "--format", "md", *SHORT, "--force").status == 0
+    words = ("bench", run, "--output", tmp_path / "speed.md", *SHORT)
+    assert_refused(nbl(*words), 1, "failed verification", "--force")
+    assert nbl(*words, "--force").status == 0
 
 
 # -- formats ---------------------------------------------------------------------------------------------------
@@ -97,15 +98,6 @@ def test_a_table_has_ratios_and_latency(finished: Path) -> None:
     assert lines[0][:6] == ["decoder", "test", "tokens/s", "± sd", "over original", "interval"]
     assert [line[0] for line in lines[2:]] == [row["variant"] for row in value["rows"]]
     assert json.loads(render(value, "json")) == json.loads(json.dumps(value))
-
-
-def test_the_ending_of_the_file_says_the_format() -> None:
-    endings = {".MD": "md", ".json": "json", ".txt": "table", "": "table"}
-    assert {end: format_of(None, Path(f"x{end}")) for end in endings} == endings
-    assert format_of("json", Path("x.md")) == "json" and format_of(None, None) == "table"
-    assert all(format_of(name, None) == name for name in FORMATS)
-    with pytest.raises(UsageError, match="md, json"):
-        format_of("yaml", None)
 
 
 def test_the_file_is_written_and_named(finished: Path, tmp_path: Path) -> None:

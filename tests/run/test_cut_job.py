@@ -15,7 +15,7 @@ from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
 from nbl_export.plan.maps_file import load_maps
 
-from ..command import BARE, assert_refused, nbl, snapshot
+from ..command import BARE, assert_refused, keys, nbl, snapshot
 from ..jobs import until
 
 CUT = ("--near", "4", "--max-perplexity-increase", "10000%")
@@ -103,9 +103,9 @@ def test_another_cut_of_the_same_run_uses_its_sums(chosen: Path) -> None:
     (("--cut", "1", "--near", "100000"), 1, "--near 100000 is beyond the model's"),
     (("--cut", "1", "--layers", "1"), 2, "--cut does not go with --layers; give one of them"),
     (("--cut", "1", "--fit", "distilled"), 2, "--cut does not go with --fit distilled"),
-    (("--cut", "1", "--logits", "all"), 2, "--cut does not go with --logits all"),
+    (("--cut", "1", *keys(logits="all")), 2, "--cut does not go with key logits all"),
     (("--cut", "1", "--max-perplexity-increase", "5%"), 2, "--cut 1 names the cut"),
-    (("--cut", "1", "--decoder-source", "mobius"), 2, "--cut needs --decoder-source genai or static, not mobius"),
+    (("--cut", "1", *keys(decoder_source="mobius")), 2, "--cut needs the key decoder_source genai or static"),
     (("--cut", "1", "--engine", "openvino"), 2, "--cut is for --engine ort"),
     (("--near", "8", "--layers", "1"), 2, "--near is for --cut"),
 ])  # fmt: skip

@@ -15,7 +15,7 @@ from nbl_export.files import file_sha256
 from nbl_export.text import corpus
 from nbl_export.text.mixture import HUB_MIX
 
-from ..command import Outcome, assert_refused, nbl, stage_lines, text_is_read
+from ..command import Outcome, assert_refused, keys, nbl, stage_lines, text_is_read
 from ..damage import flip
 from ..fake_datasets import MIX_ROWS, FakeDatasets
 from ..fake_hub import FakeHub, fake_hub
@@ -46,7 +46,7 @@ def calibrate(checkpoint: Callable[[str], Path], tmp_path: Path) -> Calibrate:
     """(name of the run directory, more options) -> what the command says."""
 
     def run(name: str, *more: object) -> Outcome:
-        given = ("--model", checkpoint("llama"), "--calibration-tokens", 1024, "--context", 64)
+        given = ("--model", checkpoint("llama"), "--calibration-tokens", 1024, *keys(context=64))
         return nbl("calibrate", *given, *more, "--output", tmp_path / name)
 
     return run

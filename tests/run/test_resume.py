@@ -21,7 +21,7 @@ from nbl_export.run import pipeline
 from nbl_export.run_directory import RunDirectory
 from nbl_export.targets.base import Availability
 
-from ..command import assert_refused, configured, nbl, snapshot, stage_lines
+from ..command import assert_refused, configured, keys, nbl, snapshot, stage_lines
 from ..fork_server import ForkServer
 
 Same = tuple[object, ...]
@@ -76,17 +76,16 @@ def quick(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "STAGES", (text, *stages))
 
 
-BENCH = ("--depth", "--prompt-tokens", "--threads", "--batch")
 CHANGES: dict[str, set[str]] = {
     "--layers 0,2": {"plan", *GRAPH},
     "--layers 2": {"plan", *GRAPH},
-    "--logits all": {"plan", "decoder graph", *GRAPH},  # what the top of the stack saves is another
+    "logits=all": {"plan", "decoder graph", *GRAPH},  # what the top of the stack saves is another
     "--layers 1": set(),  # what a quarter of three layers is
     "--precision int8": {"decoder graph", *GRAPH},
-    "--decoder-source mobius": {"decoder graph", *GRAPH},
-    "--precision int4 --builder-option block_size=64": {"decoder graph", *GRAPH},
+    "decoder_source=mobius": {"decoder graph", *GRAPH},
+    "--precision int4 builder_option=block_size=64": {"decoder graph", *GRAPH},
     "--calibration-tokens 512": ALL - {"decoder graph"},
-    "--context 32": ALL - {"decoder graph"},
+    "context=32": ALL - {"decoder graph"},
     "--depth 0,8": MEASURING,
     "--depth 0": set(),
     "--prompt-tokens 8": MEASURING,
@@ -101,10 +100,11 @@ CHANGES: dict[str, set[str]] = {
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("change", CHANGES)
-def test_changed_options_run_the_stages_they_touch(change: str, same: Same, run: Path, tmp_path: Path) -> None:
-    words = tuple(change.split())
-    if words[0] in BENCH:  # which the main job takes from a configuration file only
-        words = configured(tmp_path, **{words[0].removeprefix("--"): words[1]})
+def test_changed_options_run_the_stages_they_touch(change: str, same: Same, run: Path) -> None:
+    flags, _, file = change.rpartition(" ") if "=" in change else (change, "", "")
+    name, _, value = file.partition("=")
+    in_file = {name: int(value) if value.isdigit() else value} if file else {}
+    words = (*flags.split(), *(configured(**in_file) if file else ()))
     done = nbl(*same, *words, "--output", run)
     assert (done.status, ran(done)) == (0, CHANGES[change]), done.err
     again = nbl(*same, *words, "--output", run)
@@ -170,7 +170,7 @@ def test_linked_directories_are_refused(same: Same, run: Path, tmp_path: Path) -
 
 def test_change_and_subcommand_for_real(same: Same, run: Path) -> None:
     """Options given to a subcommand are recorded, and the main job with the same ones reuses its work."""
-    done = nbl("rewrite", run, "--layers", "0,2")
+    done = nbl("rewrite", run, *keys(layers="0,2"))
     assert stage_lines(done) == {
         "calibrate": "reused", "plan": "done", "decoder graph": "reused", "rewrite": "done",
     }, done.err  # fmt: skip
@@ -193,7 +193,7 @@ def test_model_is_gone_after_the_run(same: Same, run: Path, checkpoint: Any, tmp
     assert snapshot(run) == before
     for arguments in (
         ("bench", run, "--repetitions", 2), ("report", run),
-        ("plan", run, "--layers", 2, "--select", "cca"), ("rewrite", run)
+        ("plan", run, "--layers", 2, *keys(select="cca")), ("rewrite", run)
     ):  # fmt: skip
         done = nbl(*arguments)
         assert done.status == 0, done.err
@@ -211,7 +211,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
         yield started
 
 
-MORE, NORMED = ("--calibration-tokens", 2048), ("--tap", "normed")
+MORE, NORMED = ("--calibration-tokens", 2048), configured(tap="normed")
 ENDLESS = ("--config", Path(__file__).parents[1] / "endless.toml")
 FAREWELL = "nbl-export: interrupted; finished stages are kept, and the same command continues after them"
 
@@ -441,7 +441,7 @@ os.replace = replace_and_die
 @pytest.mark.fuzz
 def test_kill_while_results_move_into_place(same: Same, run: Path, finished: Path, server: ForkServer) -> None:
     """With older results of other options in that place."""
-    assert nbl("rewrite", run, "--layers", "0,2", "--precision", "int8").status == 0
+    assert nbl("rewrite", run, *keys(layers="0,2", precision="int8")).status == 0
     before, after = "pass", "replace(source, target)"
     for name, last in (
         ("maps.safetensors", after), ("original", before), ("model", after), ("verify.json", after),

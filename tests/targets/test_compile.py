@@ -20,7 +20,7 @@ from nbl_export.targets.tensorrt import static_form
 from nbl_export.targets.tensorrt.engine import TRT_RTX
 from nbl_export.targets.tensorrt.record import read_record
 
-from ..command import assert_refused, in_new_process, nbl, stage_lines
+from ..command import assert_refused, in_new_process, keys, nbl, stage_lines
 from ..fake_engine import StandIn
 from ..static_tiny import LAYERS, SPEC, maps_of, save_checkpoint
 from ..verifying import verify_tiny
@@ -28,7 +28,7 @@ from ..verifying import verify_tiny
 _PROBE = TRT_RTX.probe()
 needs_rtx = pytest.mark.skipif(not _PROBE.available, reason=_PROBE.reason)
 SLOTS = 128
-SMALL = ("--calibration-tokens", "1024", "--context", "64")
+SMALL = ("--calibration-tokens", "1024", *keys(context=64))
 
 
 @pytest.fixture(scope="session")
@@ -137,7 +137,7 @@ def test_the_same_command_reuses_and_a_changed_batch_only_compiles(run: Path, co
     again = nbl(*command, "--output", run)
     assert again.status == 0, again.err
     assert set(stage_lines(again).values()) == {"reused"}
-    changed = nbl("build", run, "--max-batch", 2)
+    changed = nbl("build", run, *keys(max_batch=2))
     assert (changed.status, changed.out.strip()) == (0, str(run / "engine" / "model")), changed
     assert set(stage_lines(changed).values()) == {"reused"}
     assert "\nbuild: done" in changed.err
@@ -153,7 +153,7 @@ def test_a_build_machine_needs_neither_torch_nor_the_checkpoint(run: Path) -> No
     manifest["places"] = {"model": "/gone", "calibration": ["/gone"]}
     (run / "nbl.json").write_text(json.dumps(manifest), encoding="utf-8")
     shutil.rmtree(run / "engine")
-    done = in_new_process("build", run, "--prefill-chunk", 16, code=code)
+    done = in_new_process("build", run, *keys(prefill_chunk=16), code=code)
     assert done.status == 0, done.err
     assert read_record(run / "engine" / "model").prefill_chunk == 16
 
@@ -194,7 +194,7 @@ def exchange_keys_and_values(path: Path) -> None:
 
 @needs_rtx
 def test_all_logits_on_request(run: Path, command: tuple[object, ...]) -> None:
-    done = nbl(*command, "--output", run, "--logits", "all")
+    done = nbl(*command, "--output", run, *keys(context=64, logits="all"))
     assert done.status == 0, done.err
     assert stage_lines(done)["calibrate"] == "reused"
     assert not list(run.rglob("all_logits.onnx"))
@@ -207,8 +207,8 @@ def test_all_logits_on_request(run: Path, command: tuple[object, ...]) -> None:
 
 @needs_rtx
 def test_what_cannot_be_compiled_is_refused_before_any_work(command: tuple[object, ...], tmp_path: Path) -> None:
-    done = nbl(*command, "--prefill-chunk", SLOTS + 1, "--output", tmp_path / "run")
-    assert_refused(done, 1, "--prefill-chunk 129", "--max-seq-len 128")
+    done = nbl(*command, *keys(context=64, prefill_chunk=SLOTS + 1), "--output", tmp_path / "run")
+    assert_refused(done, 1, "key prefill_chunk 129", "--max-seq-len 128")
     assert not (tmp_path / "run").exists()
 
 

@@ -122,7 +122,7 @@ def test_one_row_of_an_engine_for_many_has_kernels_of_its_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "chunk", "flag"), [(0, 8, "--max-batch"), (1, 0, "--prefill-chunk"), (1, 65, "--prefill-chunk")]
+    ("batch", "chunk", "flag"), [(0, 8, "key max_batch"), (1, 0, "key prefill_chunk"), (1, 65, "key prefill_chunk")]
 )
 def test_impossible_profiles_are_refused(batch: int, chunk: int, flag: str) -> None:
     with pytest.raises(NblError, match=flag):
@@ -136,7 +136,7 @@ def test_the_narrowest_profile_takes_a_step() -> None:
     assert [profile_for(long, 2, n) for n in (1, 2, 16)] == [1, 0, 0]
     with pytest.raises(NblError, match=r"3 rows of 1 tokens .* 2 rows of 16 tokens or 2 rows of 1 tokens"):
         profile_for(profiles, 3, 1)
-    with pytest.raises(NblError, match="--prefill-chunk"):
+    with pytest.raises(NblError, match="key prefill_chunk"):
         profile_for(profiles, 1, 17)
 
 

@@ -381,8 +381,8 @@ def test_only_a_warning_that_the_graph_is_changed_stops_the_build(
 @pytest.mark.parametrize(
     ("settings", "precision", "reason"),
     [
-        (BuildSettings(1, SLOTS + 1), "fp16", "--prefill-chunk 97"),
-        (BuildSettings(0, 8), "fp16", "--max-batch 0"),
+        (BuildSettings(1, SLOTS + 1), "fp16", "key prefill_chunk 97"),
+        (BuildSettings(0, 8), "fp16", "key max_batch 0"),
         (BuildSettings(1, 8, ("9.0",)), "fp16", "compute capability 9.0, .* --engine trt$"),
         (BuildSettings(1, 8, ("7.5",)), "int4", "7.5 has no int4"),
     ],

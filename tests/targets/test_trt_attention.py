@@ -185,7 +185,7 @@ def test_casts_are_taken_away_before_attention_may_be_decomposed() -> None:
 @pytest.mark.parametrize(
     ("reason", "message"),
     [
-        ("Error Code 2: OutOfMemory (Requested size was 9 bytes.)", "too little memory .*OutOfMemory.* --max-batch"),
+        ("Error Code 2: OutOfMemory (Requested size was 9 bytes.)", "too little memory .*OutOfMemory.* key max_batch"),
         ("No space left on device", "does not build model: No space left"),
     ],
 )

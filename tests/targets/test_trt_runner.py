@@ -218,7 +218,7 @@ def test_a_changed_batch_is_bound_and_captured_again(tmp_path: Path) -> None:
             assert np.array_equal(decoder.step(ids), same.step(ids)), (batch, start)
         assert session.cache_bytes == batch * SPEC.cache_bytes_per_token(2, 4) * SLOTS
     assert trt.device.captured == 4
-    with pytest.raises(NblError, match=r"not built for 3 rows .* --max-batch"):
+    with pytest.raises(NblError, match=r"not built for 3 rows .* key max_batch"):
         decoder.begin(3)
 
 

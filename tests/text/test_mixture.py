@@ -18,7 +18,7 @@ from nbl_export.text import corpus, mixture, windows
 from nbl_export.text.corpus import Text
 from nbl_export.text.mixture import WeightedSource, absolute_sources, mix, parse_sources, read_texts
 
-from ..command import assert_refused, nbl
+from ..command import assert_refused, keys, nbl
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_damaged_compressed_text_is_named(content: bytes, tmp_path: Path) -> Non
 def test_two_texts_through_the_command(checkpoint: Callable[[str], Path], text: Path, tmp_path: Path) -> None:
     """Both are on record with their hashes; the recorded command gives the same run from anywhere."""
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": "Some other words. " * 900}).encode()))
-    given = ("calibrate", "--model", checkpoint("llama"), "--calibration-tokens", 1024, "--context", 64)
+    given = ("calibrate", "--model", checkpoint("llama"), "--calibration-tokens", 1024, *keys(context=64))
     done = nbl(
         *given, "--calibration", f"{text}:3", "--calibration", tmp_path / "b.jsonl.gz", "--output", tmp_path / "r"
     )

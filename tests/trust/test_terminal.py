@@ -146,12 +146,14 @@ def test_no_format_of_a_comparison_obeys_a_name(form: str, tmp_path: Path, genai
 
     evil = tmp_path / EVIL.replace("/", "")
     shutil.copytree(genai_dirs["nbl"], evil)
-    done = nbl("bench", evil, genai_dirs["original"], "--format", form, "--depth", 0, "--repetitions", 1,
+    written = ("--output", tmp_path / "compared") if form == "md" else ("--json",) if form == "json" else ()
+    done = nbl("bench", evil, genai_dirs["original"], *written, "--depth", 0, "--repetitions", 1,
                "--prompt-tokens", 8, "--generate-tokens", 2)  # fmt: skip
     assert done.status == 0, done.err
-    assert not ACTING.search(done.out + done.err)
+    said = (tmp_path / "compared").read_text(encoding="utf-8") if form == "md" else done.out
+    assert not ACTING.search(said + done.err)
     if form == "json":
-        assert any("\x1b" in name for name in json.loads(done.out)["variants"])
+        assert any("\x1b" in name for name in json.loads(said)["variants"])
 
 
 class Runner:

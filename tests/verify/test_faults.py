@@ -29,7 +29,7 @@ from nbl_export.targets.checks import MAPS
 from nbl_export.verify import exporter
 from nbl_export.verify.ladder import TOLERANCES
 
-from ..command import TINY, nbl
+from ..command import TINY, configured, nbl
 from ..jobs import until
 from ..tiny import HIDDEN, VOCAB
 
@@ -48,7 +48,7 @@ def runs(checkpoint: Callable[[str], Path], text: Path, tmp_path_factory: pytest
         out = tmp_path_factory.mktemp("coded") / "run"
         with until(last):
             done = nbl("--model", checkpoint(architecture), "--calibration", text, *TINY, "--precision", precision,
-                       "--layers", layers, "--tap", tap, "--logits", "all", "--output", out)  # fmt: skip
+                       "--layers", layers, *configured(tap=tap, logits="all"), "--output", out)  # fmt: skip
         assert done.status == 0, done.err
         return out
 

@@ -113,7 +113,9 @@ def check_same(found: source.Source, original: Path, tap: str) -> None:
             continue
         if _differ(theirs[name], ours[name], name):
             advice = (
-                "it was quantised with scales in its norms: use --tap residual" if inside else "is it the same one?"
+                "it was quantised with scales in its norms: use the key tap = 'residual'"
+                if inside
+                else "is it the same one?"
             )
             raise NblError(f"--quantized-model {found.name} has other numbers in {name} than the model; {advice}")
 

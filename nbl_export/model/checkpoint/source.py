@@ -9,7 +9,7 @@ NBL checkpoint        -> converted to a stock checkpoint in RUN/checkpoint, once
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from nbl_export.files import key_of, safetensors_tensors
 from nbl_export.graph.given import refuse_graph
 from nbl_export.graph.names import MANIFEST, TEXT_FILES
 from nbl_export.mixers import kinds
-from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, REFUSED, check_config, is_hybrid
+from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, REFUSED, check_config, is_hybrid, supported_near
 from nbl_export.model.checkpoint import pretrained
 from nbl_export.model.checkpoint.stated_cut import StatedCut, stated_cut
 from nbl_export.model.checkpoint.weights import INDEX, weight_files
@@ -29,8 +29,8 @@ from nbl_export.trust.contained import check_folder, check_inside, refuse_specia
 from nbl_export.trust.model_settings import CONFIG_BYTES, check_checkpoint, check_layers, read_object
 from nbl_export.trust.user_lists import sha256_of
 
-__all__ = ["Linearized", "Source", "check_architecture", "gguf_of", "linearized_of", "read_config", "resolve",
-           "weight_files"]  # fmt: skip
+__all__ = ["Linearized", "Source", "check_architecture", "gguf_of", "hub_config", "is_hub_id", "linearized_of",
+           "read_config", "resolve", "weight_files"]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -97,8 +97,8 @@ def resolve(model: str) -> Source:
     if path.exists():
         advice = f"; give its directory, {path.parent}" if path.suffix == ".safetensors" else ""
         raise NblError(f"{path} is not a model: expected a directory with safetensors, or a .gguf file{advice}")
-    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
-        raise NblError(f"no model at {path}: give a local directory, a .gguf file or a hub id (org/name)")
+    if not is_hub_id(model):
+        raise NblError(f"no model at {model}: give a local directory, a .gguf file or a hub id (org/name)")
     return _hub_source(model)
 
 
@@ -118,14 +118,33 @@ def gguf_of(path: Path) -> Path | None:
     return found[0] if found else None
 
 
+def is_hub_id(model: str) -> bool:
+    """Whether a name that is no file here can be a repository of the hub."""
+    return not (Path(model).is_absolute() or model.startswith((".", "~"))) and model.count("/") == 1
+
+
+def hub_config(repo: str) -> Path:
+    """The config.json of a model of the hub, and no other file.
+
+    Raises:
+        NblError: the hub does not have it, or cannot be reached.
+    """
+    return _fetched(repo, lambda hub: hub.hf_hub_download(repo, "config.json"))
+
+
 def _hub_source(repo: str) -> Source:
+    directory = _fetched(repo, lambda hub: hub.snapshot_download(repo, allow_patterns=list(_HUB_FILES)))
+    return _directory_source(repo, directory, directory.name)
+
+
+def _fetched(repo: str, fetch: Callable[[Any], str]) -> Path:
     try:
         import huggingface_hub
         from huggingface_hub.utils import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError as error:
         raise MissingPackageError("huggingface_hub", "export", f"fetching {repo}") from error
     try:
-        directory = Path(huggingface_hub.snapshot_download(repo, allow_patterns=list(_HUB_FILES)))
+        return Path(fetch(huggingface_hub))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         if getattr(getattr(error, "response", None), "status_code", None) in (401, 403, 404):
             reason = "the hub does not have it, or it is gated (huggingface-cli login)"
@@ -134,7 +153,6 @@ def _hub_source(repo: str) -> Source:
         raise NblError(
             f"no model {repo}: no such local directory, and {reason}; check the name, the network or HF_HUB_OFFLINE"
         ) from error
-    return _directory_source(repo, directory, directory.name)
 
 
 def _directory_source(name: str, directory: Path, revision: str | None) -> Source:
@@ -205,12 +223,12 @@ def check_architecture(config: Mapping[str, Any], where: Path) -> None:
     if is_hybrid(config):
         raise NblError(f"{where} is a hybrid model ({model_type}), which is not supported: {HYBRID}")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        advice = "; its language model, saved by itself, may be one of these" if "text_config" in config else ""
+        advice = "; its language model, saved by itself, may be one of them" if "text_config" in config else ""
         reason = REFUSED.get(str(model_type))
         why = "" if reason is None else f": {reason}"
         raise NblError(
-            f"{where} has architecture {model_type!r}, which is not supported{why}; supported are "
-            f"{', '.join(ARCHITECTURES)}{advice}"
+            f"{where} has architecture {model_type!r}, which is not supported{why}; "
+            f"{supported_near(model_type)}{advice}"
         )
 
 

@@ -67,11 +67,12 @@ def _evaluate(inputs: EvalInputs, place: Place, keep: Callable[[dict[str, Any]],
     known = results.read_entries(place.run.path / EVAL_FILE)
     models = {variant: _model_key(inputs, place, variant) for variant in VARIANTS}
     kept = {k: e for k, e in known.items() if e.get("model") == models.get(e.get("variant", ""))}
-    facts = {"lm_eval": prepared.harness}
+    facts = {"lm_eval": prepared.harness or results.read_harness(place.run.path / EVAL_FILE)}
     for variant in (v for v in VARIANTS if v in prepared.request.variants):
-        keys = {key_of(prepared.harness, models[variant], s.asked): s for s in prepared.subjects}
+        keys = {key_of(prepared.harness_of(s), models[variant], s.asked): s for s in prepared.subjects}
         missing = {key: subject for key, subject in keys.items() if key not in kept}
-        lm = _open(inputs, place, variant) if missing else None
+        tasks = any(prepared.harness_of(subject) for subject in missing.values())
+        lm = _open(inputs, place, variant, tasks=tasks) if missing else None
         for key, subject in missing.items():
             with place.ui.task(f"{variant}: {subject.name}") as progress:
                 outcome = _measure(subject, lm, progress, behind_prompt=place.plan.predicts)
@@ -100,18 +101,18 @@ def _model_key(inputs: EvalInputs, place: Place, variant: str) -> str:
     return key_of(fingerprint, maps, place.plan.layers, place.plan.tap)
 
 
-def _open(inputs: EvalInputs, place: Place, variant: str) -> Any:
-    """A variant as a model of the harness."""
+def _open(inputs: EvalInputs, place: Place, variant: str, *, tasks: bool) -> Any:
+    """A variant as a model of the harness if it has tasks, else as a reader of texts."""
+    from nbl_export.evaluation.reader import graph_reader, torch_reader
     from nbl_export.evaluation.tasks import quiet_harness
 
     with quiet_harness():
+        if tasks:
+            from nbl_export.evaluation.lm import OnnxLM, torch_lm
         if not variant.startswith("torch-"):
-            from nbl_export.evaluation.lm import OnnxLM
-
             name = DECODERS[variant]
             place.run.check(MADE_BY[name])
-            return OnnxLM(path=str(place.run.path / name))
-        from nbl_export.evaluation.lm import torch_lm
+            return OnnxLM(path=str(place.run.path / name)) if tasks else graph_reader(place.run.path / name)
         from nbl_export.model.checkpoint.load import load_tokenizer
         from nbl_export.model.linearize import linearize
 
@@ -119,7 +120,8 @@ def _open(inputs: EvalInputs, place: Place, variant: str) -> Any:
         if variant == "torch-nbl":
             inputs.model.forget()  # `linearize` changes the model in place
             model = linearize(model, place.maps(), place.plan.tap)
-        return torch_lm(model, load_tokenizer(inputs.checkpoint.value), inputs.spec.max_positions)
+        tokenizer = load_tokenizer(inputs.checkpoint.value)
+        return torch_lm(model, tokenizer, inputs.spec.max_positions) if tasks else torch_reader(model, tokenizer)
 
 
 def _measure(subject: Subject, lm: Any, progress: Callable[[int, int], None], *, behind_prompt: bool) -> Any:

@@ -39,7 +39,7 @@ def finish_directory(checkpoint: Path, out: Path) -> None:
     """
     for name in (GRAPH_FILE, GENAI_CONFIG):
         if not (out / name).is_file():
-            raise NblError(f"the exporter wrote no {name}; try the other --decoder-source")
+            raise NblError(f"the exporter wrote no {name}; try the other decoder_source, a key of --config")
     add_text_files(checkpoint, out)
 
 

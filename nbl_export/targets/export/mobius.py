@@ -76,7 +76,8 @@ def refuse_lost_biases(checkpoint: Path) -> None:
     """
     if _config(checkpoint).get("mlp_bias"):
         raise NblError(
-            f"{checkpoint} has biases in its MLPs (mlp_bias), which mobius (0.1) leaves out; use --decoder-source genai"
+            f"{checkpoint} has biases in its MLPs (mlp_bias), which mobius (0.1) leaves out; use the key "
+            "decoder_source = 'genai'"
         )
 
 

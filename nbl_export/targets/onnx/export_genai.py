@@ -49,7 +49,7 @@ def build(checkpoint: Path, out: Path, settings: ExportSettings, provider: str =
     if precision not in (PRECISIONS if provider == "cpu" else PROVIDERS[provider].precisions):
         raise NblError(
             f"the GenAI builder makes no {precision} graph for the CPU; use --precision {', '.join(PRECISIONS)}, "
-            "or --decoder-source mobius for fp16"
+            "or the key decoder_source = 'mobius' for fp16"
         )
     try:
         from onnxruntime_genai.models.builder import create_model, parse_extra_options

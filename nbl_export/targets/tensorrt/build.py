@@ -304,7 +304,7 @@ def _refusal(said: Sequence[Message]) -> _Refusal:
     if why := first(_NO_KERNEL):
         return _Refusal(why, True)
     if why := first(_NO_MEMORY):
-        smaller = "free memory of the GPU, or use a smaller --max-batch, --prefill-chunk or --max-seq-len"
+        smaller = "free memory of the GPU, or use a smaller --max-seq-len, key max_batch or key prefill_chunk"
         return _Refusal(f"the GPU has too little memory ({why}); {smaller}", False)
     left = skipped(said)
     if why := first(_PERHAPS_NO_KERNEL):

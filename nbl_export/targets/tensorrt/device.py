@@ -139,8 +139,8 @@ class Device:
             address = int(self._call(self._rt.cudaMalloc, size))
         except NblError as error:
             raise NblError(
-                f"the GPU gives no further {size / 2**20:,.1f} MiB ({error}); use a smaller --max-seq-len, --max-batch "
-                "or --prefill-chunk"
+                f"the GPU gives no further {size / 2**20:,.1f} MiB ({error}); use a smaller --max-seq-len, key "
+                "max_batch or key prefill_chunk"
             ) from error
         self._buffers.append(address)
         return address

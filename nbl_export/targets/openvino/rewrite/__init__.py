@@ -114,7 +114,8 @@ def keep_last_token_ir(directory: Path) -> None:
         prune_tail(model)
     except RefusalError as error:
         raise RefusalError(
-            error.layer, f"{error.reason} (nodes behind the last attention cannot be pruned; use --logits all)"
+            error.layer,
+            f"{error.reason} (nodes behind the last attention cannot be pruned; use the key logits = 'all')",
         ) from error
     with scratch_in(directory) as pruned:
         save_ir(model, pruned, precision, group)

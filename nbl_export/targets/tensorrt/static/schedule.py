@@ -69,9 +69,9 @@ def engine_profiles(max_batch: int, chunk: int, cache_length: int, *, two_rows: 
         NblError: there are no rows, or the cache cannot hold the chunk.
     """
     if max_batch < 1:
-        raise NblError(f"--max-batch {max_batch} is not possible: at least one row")
+        raise NblError(f"key max_batch {max_batch} is not possible: at least one row")
     if not 1 <= chunk <= cache_length:
-        raise NblError(f"--prefill-chunk {chunk} is not possible: use 1 to --max-seq-len, {cache_length}")
+        raise NblError(f"key prefill_chunk {chunk} is not possible: use 1 to --max-seq-len, {cache_length}")
     widest = max(2, chunk)
     token, rows, shared = (1, 1, 1), (1, max_batch, max_batch), (1, max_batch, max(2, max_batch))
     found = [Profile("prefill", shared if two_rows else rows, (1, widest, widest)), Profile("decode", shared, token)]
@@ -104,7 +104,7 @@ def profile_for(profiles: Sequence[Profile], batch: int, tokens: int) -> int:
         limits = " or ".join(f"{p.batch[2]} rows of {p.tokens[2]} tokens" for p in profiles)
         raise NblError(
             f"the engine was not built for {batch} rows of {tokens} tokens at once, it takes up to {limits}; build it "
-            "again with another --max-batch or --prefill-chunk"
+            "again with another key max_batch or key prefill_chunk"
         )
     return min(fitting)[1]
 
