@@ -23,11 +23,12 @@ _REVISION = "0123456789abcdef0123456789abcdef01234567"
 class FakeHub:
     """What was asked. `refuse_with` is the status of every answer, where it is set.
 
-    cards: repository -> README.md. datasets: repository -> path -> bytes.
+    cards, configs: repository -> README.md, config.json of a model. datasets: repository -> path -> bytes.
     """
 
     url: str
     cards: dict[str, str] = field(default_factory=dict)
+    configs: dict[str, str] = field(default_factory=dict)
     datasets: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refuse_with: int | None = None
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, path, authorization
@@ -98,7 +99,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._give(self.hub.datasets[data["repo"]][data["path"]])
             return
         repo = self.path.partition("/resolve/")[0].strip("/")
-        card = self.hub.cards.get(repo) if self.path.endswith("/README.md") else None
+        known = {"README.md": self.hub.cards, "config.json": self.hub.configs}
+        card = known.get(self.path.rpartition("/")[2], {}).get(repo)
         if card is None:
             self._answer({"error": "not found"}, 404, X_Error_Code="EntryNotFound")
             return

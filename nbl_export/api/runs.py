@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from nbl_export.api.asked import Options
-    from nbl_export.measure.estimate import Needs
+    from nbl_export.measure.estimate import Gain, Needs
 
 __all__ = ["Answers", "Estimate", "Loss", "Point", "Run", "Speed", "estimate", "export", "open"]
 
@@ -101,7 +101,7 @@ class Estimate:
     Attributes:
         memory_bytes: the least that it can run with, beside Python and its libraries.
         replaced: the number of layers that time, disk and gain are counted for.
-        prefill_gain: modelled speedup of a prompt.
+        gains: the first token of prompts, original and NBL, by counted work.
         refused: why the job cannot end here, in a sentence; "" if nothing speaks against it.
     """
 
@@ -109,7 +109,7 @@ class Estimate:
     memory_bytes: float
     disk_bytes: float
     replaced: int
-    prefill_gain: float
+    gains: tuple[Gain, ...]
     stages: tuple[Needs, ...]
     refused: str
 
@@ -301,17 +301,18 @@ def estimate(model: str | PathLike[str], **options: Unpack[Options]) -> Estimate
     """What the main job will take on this machine, and what it gains. Reads no weight.
 
     Args:
-        model: a config.json, a checkpoint directory or a GGUF file.
+        model: hub id, checkpoint directory, config.json or GGUF file.
 
     Raises:
         NblError: the model does not state its sizes, or an option does not fit.
     """
-    from nbl_export.measure.estimate import Needs
+    from nbl_export.measure.estimate import Gain, Needs
     from nbl_export.run.estimate import estimate as estimated
 
     found = estimated(str(model), dict(_plain(options)))
     values = {field.name: found[field.name] for field in dataclasses.fields(Estimate)}
-    return Estimate(**{**values, "stages": tuple(Needs(**row) for row in found["stages"])})
+    gains, stages = (tuple(kind(**row) for row in found[name]) for kind, name in ((Gain, "gains"), (Needs, "stages")))
+    return Estimate(**{**values, "gains": gains, "stages": stages})
 
 
 def _plain(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -35,7 +35,7 @@ from nbl_export.options.options import AUTO_CUT, CHECKPOINT_FIT, LIKE_LLAMA, PRE
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.text.windows import deciding_tokens, final_tokens, judging_tokens
 
-__all__ = ["Job", "Needs"]
+__all__ = ["Gain", "Job", "Needs"]
 
 # Measured: "smollm2" and "qwen" are stages-*.json, the 3B and 8B shapes are shapes-*.json in bench/results.
 _BFLOAT16 = 2.0  # products in bfloat16 over float32: AVX512_BF16 has twice the products a cycle
@@ -47,6 +47,7 @@ _WRITTEN = 4e8  # bytes a second that an export reads or writes: smollm2 and qwe
 _DECODED = 4.0  # prompt tokens that take as long as a decoded token, for each byte of a weight's element: smollm2
 _BATCH = 4096  # tokens that run at once, with three float32 activations of the MLP: `calibrate` of the 3B shape
 
+_PROMPTS = (512, 2048)  # tokens of the prompts whose first token is told
 _CUTS_TRIED = 9  # cuts that are foreseen before one is decided: SmolLM2 in cuts.json
 _SUMS = 14 / 3  # x D^2 additions and multiplications of a token's moments: Y'X, and 2/3 of X'X and Y'Y (`sums.gram`)
 
@@ -64,6 +65,25 @@ class Needs:
     seconds: float
     memory_bytes: float
     disk_bytes: float
+
+
+@dataclass(frozen=True)
+class Gain:
+    """The first token of a prompt, by counted work.
+
+    Attributes:
+        kind: what `layers` layers have.
+        is_asked: of the job itself; else of a job with the default cut.
+        original_seconds, nbl_seconds: at the rate of this machine; None if the engine does not run here.
+    """
+
+    kind: str
+    layers: int
+    is_asked: bool
+    tokens: int
+    speedup: float
+    original_seconds: float | None
+    nbl_seconds: float | None
 
 
 @dataclass(frozen=True)
@@ -239,35 +259,38 @@ class Job:
         left_out |= set() if self.runs_here else {"bench"}
         return tuple(needs for needs in stages if needs.stage not in left_out)
 
-    def prefill_gain(self, tokens: int | None = None) -> float:
-        """Modelled speedup of a prompt if the named layers, or `count` layers in the middle, are replaced.
+    def gains(self) -> tuple[Gain, ...]:
+        """What the kind of the job gives for prompts, and what predicted keys would give, if they are another kind.
 
-        With a cut: if the upper `count` layers have predicted keys.
-
-        Args:
-            tokens: of the prompt; None for the first length that is measured.
+        The named layers, or `count` layers in the middle, are replaced. The upper `count` layers have predicted keys.
         """
-        costs = cost_model(self.options, self.engine, self.shape.decoder, self.shape.mlp)
-        costs = dataclasses.replace(costs, tokens=tokens or costs.tokens)
-        return self._gain_of_cut(costs) if self.cuts else self._gain_of_layers(costs)
+        other, most = self._with_cut(), self.shape.decoder.max_positions
+        jobs = [(self, True), *([(other, False)] if other else [])]
+        return tuple(one._gain(tokens, own) for one, own in jobs for tokens in sorted({min(n, most) for n in _PROMPTS}))
 
-    def _gain_of_cut(self, costs: CostModel) -> float:
+    def _gain(self, tokens: int, is_asked: bool) -> Gain:
+        costs = cost_model(self.options, self.engine, self.shape.decoder, self.shape.mlp)
+        costs = dataclasses.replace(costs, tokens=tokens)
+        work = [costs.prefill_flops(sizes) for sizes in ({}, self._cut_sizes() if self.cuts else self._layer_sizes())]
+        seconds = [flops / self.product_flops_per_second if self.runs_here else None for flops in work]
+        kind = "predicted keys" if self.cuts else "linear maps" if self.options.fit != "drop" else "no attention"
+        return Gain(kind, self.count, is_asked, tokens, work[0] / work[1], *seconds)
+
+    def _cut_sizes(self) -> dict[int, LayerSizes]:
         layers = self.shape.decoder.num_layers
         cut, work = layers - self.count, TokenWork(self._map_elements, self._map_elements)
         reads = Read(rows=Rows.LAST, tokens=self.options.nears[0]), Read(cut, Rows.ALL)
-        one = LayerSizes(reads, (TokenWork(0, 0), work), attends=True)
-        return costs.speedup_of_sizes(dict.fromkeys(range(cut, layers), one)).prefill
+        return dict.fromkeys(range(cut, layers), LayerSizes(reads, (TokenWork(0, 0), work), attends=True))
 
-    def _gain_of_layers(self, costs: CostModel) -> float:
+    def _layer_sizes(self) -> dict[int, LayerSizes]:
         decoder, options = self.shape.decoder, self.options
         first = (decoder.num_layers - self.count) // 2
         named = asked_layers(options, decoder) if options.layers else self.count
         layers = range(first, first + self.count) if isinstance(named, int) else named
         elements = 0 if options.fit == "drop" else decoder.hidden_size**2
-        one = LayerSizes((Read(),), (TokenWork(elements, elements),))
-        return costs.speedup_of_sizes(dict.fromkeys(layers, one)).prefill
+        return dict.fromkeys(layers, LayerSizes((Read(),), (TokenWork(elements, elements),)))
 
-    def with_cut(self) -> Job | None:
+    def _with_cut(self) -> Job | None:
         """The same job with the default cut; None if it has one, or if its engine or model takes none."""
         decoder = self.shape.decoder
         possible = PREDICTED in self.engine.kinds and decoder.architecture in LIKE_LLAMA and not decoder.sliding_window

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nbl_export.report.table import Column, Shown, Table, facts
-from nbl_export.report.words import number, size
+from nbl_export.report.words import number, plural, size
 
 __all__ = ["estimate_table", "spoken_totals"]
 
@@ -25,7 +25,22 @@ def spoken_totals(job: Mapping[str, Any]) -> str:
 
 
 def _figures(row: Mapping[str, Any]) -> tuple[str, str, str]:
-    return _spoken_time(row["seconds"]), size(row["memory_bytes"]), size(row["disk_bytes"])
+    return _spoken_time(row["seconds"]), size(row["memory_bytes"] or None), size(row["disk_bytes"] or None)
+
+
+def _first_tokens(gains: Sequence[Mapping[str, Any]]) -> Table:
+    rows = []
+    for gain in gains:
+        count, kind = gain["layers"], gain["kind"] if gain["is_asked"] else f"{gain['kind']} (--cut auto)"
+        who = f"{count} {plural('layer', count)} with {kind}"
+        times = (_milliseconds(gain["original_seconds"]), _milliseconds(gain["nbl_seconds"]))
+        rows.append((who, f"{gain['tokens']:,}", *times, f"{gain['speedup']:.2f}×"))
+    return Table.of(("replaced", *Column.numbers("prompt", "original", "NBL", "faster")), rows,
+                    "First token of a prompt, by counted work")  # fmt: skip
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{float(f'{1000 * seconds:.2g}'):,.0f} ms"
 
 
 def estimate_table(job: Mapping[str, Any]) -> Shown:
@@ -38,7 +53,6 @@ def estimate_table(job: Mapping[str, Any]) -> Shown:
                     f"{number(job['parameters'] / 1e6)} million parameters"),
         ("job", f"--engine {options['engine']} --precision {options['precision']} --fit {options['fit']}, about "
                 f"{job['replaced']} layers replaced, {options['calibration_tokens']:,} tokens of calibration"),
-        ("modelled gain", f"prefill of {job['tokens']} tokens {job['prefill_gain']:.2f}×"),
         ("this machine", f"{number(machine['product_flops_per_second'] / 1e9)} billion operations a second in float32"
                          f"{bfloat16}; {size(machine['memory_bytes'])} of memory available, "
                          f"{size(machine['disk_bytes'])} of disk left here"),
@@ -47,4 +61,4 @@ def estimate_table(job: Mapping[str, Any]) -> Shown:
     columns = ("stage", *Column.numbers("time", "memory", "disk"))
     refused = (f"The job would be refused: {job['refused']}.",) if job["refused"] else ()
     stages = Table.of(columns, rows, "Stages, estimated", totals=1)
-    return head, stages, f"The job takes {spoken_totals(job)}.", *refused
+    return head, _first_tokens(job["gains"]), stages, f"The job takes {spoken_totals(job)}.", *refused

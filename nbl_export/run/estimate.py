@@ -23,7 +23,7 @@ from nbl_export.measure.machine_speed import product_flops_per_second
 from nbl_export.model.checkpoint.shape import Shape, read_shape
 from nbl_export.model.memory import available_bytes, holds
 from nbl_export.options.options import JobOptions
-from nbl_export.options.settle import settle
+from nbl_export.options.settle import hub_id, settle
 from nbl_export.report.estimate import spoken_totals
 from nbl_export.report.words import size
 from nbl_export.run.facts import architecture_facts, capabilities_of
@@ -32,15 +32,14 @@ from nbl_export.run.stages.common import LeftOut, Stage
 
 __all__ = ["estimate", "foreseen", "spoken_machine"]
 
-_PROMPT = 2048  # tokens of the prompt whose gain is told
-
 
 def estimate(model: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     """What a whole job will take, by stages, and the gain of a prompt; reads no weight.
 
     Raises:
-        NblError: there is no such model, it does not state its sizes, or an option does not fit.
+        NblError: there is no such model here or on the hub, it does not state its sizes, or an option does not fit.
     """
+    model = hub_id(model)
     shape = read_shape(model)
     known = dataclasses.replace(
         architecture_facts(shape.decoder.architecture), decoder=shape.decoder,
@@ -60,8 +59,7 @@ def estimate(model: str, asked: Mapping[str, Any]) -> dict[str, Any]:
         "stages": [dataclasses.asdict(stage) for stage in stages],
         **_totals(stages),
         "replaced": job.count,
-        "prefill_gain": job.prefill_gain(),
-        "tokens": options.prompt_length,
+        "gains": [dataclasses.asdict(gain) for gain in job.gains()],
         "refused": _shortage(stages, job.available_bytes, free, Path.cwd()),
     }  # fmt: skip
 
@@ -90,14 +88,12 @@ def foreseen(job: Job, stages: Sequence[Stage[Any]], output: Path) -> str:
 
 
 def _spoken_gain(job: EstimatedJob) -> str:
-    """What the kind of a job can give for a prompt, and what predicted keys would give."""
-    decoder, other = job.shape.decoder, job.with_cut()
-    tokens = min(_PROMPT, decoder.max_positions)
-    kinds = [(job, "predicted keys" if job.options.predicts else "no attention" if job.options.fit == "drop" else
-              "a linear map in place of attention")]  # fmt: skip
-    kinds += [(other, "predicted keys (--cut auto)")] if other else []
-    gains = (f"{one.prefill_gain(tokens):.2f}x if {one.count} layers have {kind}" for one, kind in kinds)
-    return f"gain of a prompt of {tokens:,} tokens, by counted work: about {', '.join(gains)}, of {decoder.num_layers}"
+    """What the kind of a job can give for the longer prompt, and what predicted keys would give."""
+    found, count = job.gains(), job.shape.decoder.num_layers
+    tokens = max(gain.tokens for gain in found)
+    gains = (f"{gain.speedup:.2f}x if {gain.layers} layers have {gain.kind}{'' if gain.is_asked else ' (--cut auto)'}"
+             for gain in found if gain.tokens == tokens)  # fmt: skip
+    return f"gain of a prompt of {tokens:,} tokens, by counted work: about {', '.join(gains)}, of {count}"
 
 
 def _job(shape: Shape, options: JobOptions) -> EstimatedJob:

@@ -140,10 +140,13 @@ def test_an_export_out_of_mapped_files_needs_no_memory_for_them() -> None:
 
 
 def test_a_gain_is_that_of_the_named_layers_or_of_the_middle() -> None:
-    gain = job(SMOLLM2, layers="10").prefill_gain()
-    assert 1 < gain == job(SMOLLM2, layers="10-19").prefill_gain() < job(SMOLLM2, layers="20-29").prefill_gain()
-    assert gain < job(SMOLLM2, layers="10", fit="drop").prefill_gain()
-    assert job(SMOLLM2).prefill_gain() == job(SMOLLM2, layers="8").prefill_gain()  # a quarter
+    def speedup(**asked: Any) -> float:
+        return job(SMOLLM2, **asked).gains()[0].speedup
+
+    gain = speedup(layers="10")
+    assert 1 < gain == speedup(layers="10-19") < speedup(layers="20-29")
+    assert gain < speedup(layers="10", fit="drop")
+    assert speedup() == speedup(layers="8")  # a quarter
 
 
 def test_a_cache_budget_sets_the_count() -> None:

@@ -18,6 +18,7 @@ from nbl_export.run.estimate import estimate
 from nbl_export.run.facts import capabilities_of
 
 from ..command import assert_refused, in_new_process, nbl
+from ..fake_hub import fake_hub
 from ..jobs import opened
 from ..model.test_shape import written
 
@@ -51,7 +52,29 @@ atexit.register(lambda: sys.stderr.write(",".join({"torch", "transformers", "onn
     assert found["seconds"] == pytest.approx(sum(stage["seconds"] for stage in found["stages"]))
     assert found["memory_bytes"] == max(stage["memory_bytes"] for stage in found["stages"])
     assert found["disk_bytes"] == pytest.approx(sum(stage["disk_bytes"] for stage in found["stages"]))
-    assert (found["replaced"], found["prefill_gain"] > 1) == (8, True)
+    assert found["replaced"] == 8
+    said = [(gain["kind"], gain["layers"], gain["tokens"], gain["is_asked"]) for gain in found["gains"]]
+    assert said == [
+        ("linear maps", 8, 512, True), ("linear maps", 8, 2048, True),
+        ("predicted keys", 11, 512, False), ("predicted keys", 11, 2048, False),
+    ]  # fmt: skip
+    assert all(gain["original_seconds"] / gain["nbl_seconds"] == gain["speedup"] > 1 for gain in found["gains"])
+
+
+@pytest.mark.parametrize("name", ["org/model", "https://huggingface.co/org/model/tree/main"])
+def test_a_model_of_the_hub_by_its_configuration_alone(name: str, tmp_path: Path) -> None:
+    with fake_hub() as hub:
+        hub.configs["org/model"] = written(tmp_path).read_text(encoding="utf-8")
+        environment = hub.environment(tmp_path / "home")
+        done = in_new_process("estimate", name, "--precision", "int4", "--layers", 8, "--json", **environment)
+        gone = in_new_process("estimate", "org/other", **environment)
+    assert done.status == 0, done.err
+    found = json.loads(done.out)
+    assert (found["model"], found["parameters"]) == ("org/model", 8029995008)
+    assert {path.partition("?")[0] for _, path, _ in hub.requests} == {
+        f"/org/{name}/resolve/main/config.json" for name in ("model", "other")
+    }  # fmt: skip
+    assert_refused(gone, 1, "no model org/other: no such local directory, and the hub does not have it")
 
 
 def test_the_table_has_a_row_for_each_stage(checkpoint: Callable[[str], Path]) -> None:
@@ -61,6 +84,7 @@ def test_the_table_has_a_row_for_each_stage(checkpoint: Callable[[str], Path]) -
         assert word in shown.out
     assert "The job takes about" in shown.out
     assert "refused" not in shown.out
+    assert re.search(r"1 layer with linear maps +│ +512 │ +[\d.]+ ms │ +[\d.]+ ms │ +1\.\d\d×", shown.out), shown.out
 
 
 def with_memory(monkeypatch: pytest.MonkeyPatch, gib: int) -> None:
@@ -88,7 +112,7 @@ def test_a_job_with_a_cut_has_sums_of_its_candidates(tmp_path: Path, monkeypatch
     auto, low, high = (estimate(model, asked) for asked in ({}, {"cut": "16"}, {"cut": "28"}))
     sums = [{row["stage"]: row["disk_bytes"] for row in found["stages"]}["calibrate"] for found in (auto, low, high)]
     assert sums[0] > sums[1] > sums[2] > 0
-    assert low["prefill_gain"] > high["prefill_gain"] > 1
+    assert low["gains"][-1]["speedup"] > high["gains"][-1]["speedup"] > 1
 
 
 def test_what_kinds_can_give_an_engine_of_a_gpu(tmp_path: Path) -> None:
@@ -99,7 +123,7 @@ def test_what_kinds_can_give_an_engine_of_a_gpu(tmp_path: Path) -> None:
         return estimating._spoken_gain(estimating._job(shape, settle({"model": "m", **asked}, capabilities_of)))
 
     told = said(engine="trt", layers="8")
-    assert re.search(r"2,048 tokens.* about 1\.0[45]x if 8 layers have a linear map .*, 1\.[45]\dx if 11 .*--cut", told)
+    assert re.search(r"2,048 tokens.* about 1\.0[45]x if 8 layers have linear maps, 1\.[45]\dx if 11 .*--cut", told)
     told = said(engine="trt", cut="24")
     assert re.search(r"about 1\.25x if 8 layers have predicted keys, of 32", told) and "--cut" not in told
     assert "--cut" not in said(engine="openvino", layers="8")

@@ -14,7 +14,14 @@ from nbl_export.errors import NblError
 from nbl_export.graph.gguf_header import Header, read_header
 from nbl_export.graph.given import refuse_graph
 from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, check_config, mlp_of
-from nbl_export.model.checkpoint.source import check_architecture, gguf_of, linearized_of, read_config
+from nbl_export.model.checkpoint.source import (
+    check_architecture,
+    gguf_of,
+    hub_config,
+    is_hub_id,
+    linearized_of,
+    read_config,
+)
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.mlp import MlpSpec
 from nbl_export.trust.contained import check_folder, check_inside, refuse_special
@@ -65,14 +72,16 @@ class Shape:
 
 
 def read_shape(model: str | Path) -> Shape:
-    """Sizes of a config.json, a checkpoint directory or a GGUF file.
+    """Sizes of a config.json, a checkpoint directory, a GGUF file or a model of the hub.
 
     Raises:
         NblError: there is no such model, its architecture is not supported, or it does not state its sizes.
     """
     path = Path(model).expanduser()
+    if not path.exists() and is_hub_id(str(model)):
+        return _of_config(read_object(hub_config(str(model)), CONFIG_BYTES), Path(model, "config.json"))
     if not path.exists():
-        raise NblError(f"no model at {path}: give a config.json, a checkpoint directory or a .gguf file")
+        raise NblError(f"no model at {model}: give a hub id, a checkpoint directory, a config.json or a .gguf file")
     if path.is_dir():
         check_folder(path)
     else:
