@@ -32,7 +32,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy of the sources in which the one line with the version says another one."""
     source = tmp_path_factory.mktemp("source")
     shutil.copytree(ROOT / "nbl_export", source / "nbl_export", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "setup.py", "README.md"):
         shutil.copyfile(ROOT / name, source / name)
     init = source / "nbl_export" / "version.py"
     text, count = re.subn(r'(__version__ = )".*"', rf'\1"{VERSION}"', init.read_text(encoding="utf-8"))
@@ -66,10 +66,15 @@ def test_metadata(wheel: Path) -> None:
     )
     assert (found["Name"], found["Version"]) == ("nbl-export", VERSION)
     assert found["Description-Content-Type"].startswith("text/markdown")
-    assert str(found.get_payload()).strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
+    readme, said = (ROOT / "README.md").read_text(encoding="utf-8"), str(found.get_payload())
+    links = [target for _, target in re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", said)]
+    assert links and all(link.startswith("https://") for link in links), links
+    assert len(said.split()) > 0.95 * len(readme.split()) and "![" not in said
+    assert found["Project-URL"] == "Method, https://arxiv.org/abs/2505.21077"
+    assert wheel.stat().st_size < 1_000_000
     assert {"export", "cpu", "gpu", "eval"} <= set(found.get_all("Provides-Extra", []))
     plain = [r for r in found.get_all("Requires-Dist", []) if "extra ==" not in r]
-    assert plain and not any(re.match("torch|transformers|onnx", r) for r in plain)
+    assert plain and not any(re.match("torch|transformers|onnx|matplotlib", r) for r in plain)
 
 
 def test_installed_alone_it_runs(site: Path, tmp_path: Path) -> None:
@@ -105,6 +110,6 @@ def test_bash_completes_commands_and_options(tmp_path: Path) -> None:
         asked = f'source {script}; {typed}; echo "${{COMPREPLY[@]}}"'
         return call("bash", "-c", asked, PATH=f"{tmp_path}:{os.environ['PATH']}", PYTHONPATH=str(ROOT)).split()
 
-    assert complete("nbl-export", "ver") == ["verify"]
-    assert {"card", "calibrate"} <= set(complete("nbl-export", "ca"))
+    assert complete("nbl-export", "gen") == ["generate"]
+    assert complete("nbl-export", "ca") == ["card"]  # calibrate is for developers
     assert complete("nbl-export", "card", "--transf") == ["--transformers-js"]

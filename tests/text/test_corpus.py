@@ -117,7 +117,6 @@ def test_default_text_mixes_its_files_from_the_start(monkeypatch: pytest.MonkeyP
     for name in "ab":
         (tmp_path / f"{name}.utf8").write_text((f"{name} " * 60 + "\n") * 400)
     monkeypatch.setattr(corpus, "_package_files", lambda: [tmp_path / "a.utf8", tmp_path / "b.utf8"])
-    monkeypatch.setattr(corpus.metadata, "version", lambda _name: "1")
     firsts = [document[0] for document in corpus.installed_text().documents[:6]]
     assert firsts == ["a", "b"] * 3
 

@@ -43,10 +43,9 @@ def package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / f"{name}.utf8").write_text((f"{name} " * 60 + "\n") * 400)
     monkeypatch.setattr(corpus, "_package_files", lambda: [tmp_path / "a.utf8", tmp_path / "b.utf8"])
-    monkeypatch.setattr(corpus.metadata, "version", lambda _name: "1")
 
 
-PACKAGE = "exllamav3 1: a, b"
+PACKAGE = "default text (offline): a, b"
 DOCUMENTATION = "python pydoc_data/topics.py"
 
 
@@ -136,7 +135,7 @@ def test_a_dataset_that_fails_is_named_with_what_takes_its_place(
     assert read_texts(()).name == (PACKAGE if installed else DOCUMENTATION)
     (said,) = caplog.messages
     assert f"hub dataset {HUB_MIX[1]} cannot be read ({reason})" in said
-    assert ("using text of the package exllamav3 instead" if installed else "using Python's own documentation") in said
+    assert ("using the default text (offline) instead" if installed else "using Python's own documentation") in said
 
 
 @pytest.mark.usefixtures("server", "package")
@@ -206,7 +205,7 @@ def test_documentation_says_why_it_is_used(
     server.refuse_with = 503
     assert read_texts(()).name == DOCUMENTATION
     (said,) = caplog.messages
-    assert f"the hub {server.url} does not answer and the package exllamav3 is not installed" in said
+    assert f"the hub {server.url} does not answer and the default text (offline) is not installed" in said
     assert caplog.records[0].levelno == logging.WARNING
 
 
