@@ -2,8 +2,9 @@
 
     python bench/vllm_throughput.py VLLM_PYTHON original=DIRECTORY NAME=DIRECTORY... > bench/results/vllm-<model>.json
 
-VLLM_PYTHON is the Python of an environment with vLLM and nbl-export (`make test-vllm` makes one). Each round loads each
-checkpoint in a process of its own, in turn, and generates for all prompts at once: continuous batching as in a server.
+VLLM_PYTHON is the Python of an environment with vLLM and nbl-export (`make test-vllm` makes one). Each checkpoint is
+loaded once, in a process of its own, and the rounds take them in turn. A round generates for all prompts at once:
+continuous batching as in a server.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from typing import Any
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS, ROUNDS, SEQUENCE = 32, 256, 64, 6, 2048
@@ -21,29 +23,49 @@ CHILD = """
 import json, random, sys, time
 from vllm import LLM, SamplingParams
 directory, prompts, length, new = sys.argv[1], *map(int, sys.argv[2:])
-llm = LLM(directory, dtype="bfloat16", max_model_len=2048, block_size=32, enforce_eager=True,
+llm = LLM(directory, dtype="bfloat16", max_model_len=max(2048, length + new), block_size=32, enforce_eager=True,
           enable_prefix_caching=False, max_num_seqs=prompts)
 random.seed(0)
 rows = [{"prompt_token_ids": [random.randrange(100, 40000) for _ in range(length)]} for _ in range(prompts)]
 wanted = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
 llm.generate(rows[:4], SamplingParams(temperature=0, max_tokens=4), use_tqdm=False)
-started = time.perf_counter()
-llm.generate(rows, wanted, use_tqdm=False)
-seconds = time.perf_counter() - started
 cache = llm.llm_engine.vllm_config.cache_config
-print("ANSWER", json.dumps({"seconds": seconds, "cache_tokens": cache.num_gpu_blocks * cache.block_size}))
+tokens = cache.num_gpu_blocks * cache.block_size
+print("ANSWER", json.dumps({"cache_tokens": tokens}), flush=True)
+for _ in sys.stdin:
+    started = time.perf_counter()
+    llm.generate(rows, wanted, use_tqdm=False)
+    seconds = time.perf_counter() - started
+    print("ANSWER", json.dumps({"seconds": seconds, "cache_tokens": tokens}), flush=True)
 """
 
 
-def once(python: str, directory: str) -> dict[str, Any]:
-    words = [python, "-c", CHILD, directory, *map(str, (PROMPTS, PROMPT_TOKENS, NEW_TOKENS))]
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **settings}, cwd="/")
-    answer = next((line for line in done.stdout.splitlines() if line.startswith("ANSWER ")), None)
-    if answer is None:
-        sys.exit(f"{directory} does not run in vLLM: {done.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(answer.removeprefix("ANSWER "))
-    return found
+class Loaded:
+    """A checkpoint in vLLM, in a process of its own."""
+
+    def __init__(self, python: str, directory: str, asked: tuple[int, int, int]) -> None:
+        self._directory = directory
+        # In one process: an engine that waits in a process of its own would take a core.
+        settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        self._child = subprocess.Popen([python, "-c", CHILD, directory, *map(str, asked)], text=True, cwd="/",
+                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                       env={**os.environ, **settings})  # fmt: skip
+        self._answer()
+
+    def once(self) -> dict[str, Any]:
+        """Generate for all prompts."""
+        assert self._child.stdin is not None
+        self._child.stdin.write("\n")
+        self._child.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._child.stdout is not None
+        for line in self._child.stdout:
+            if line.startswith("ANSWER "):
+                found: dict[str, Any] = json.loads(line.removeprefix("ANSWER "))
+                return found
+        sys.exit(f"{self._directory} does not run in vLLM; its messages are above")
 
 
 def main() -> None:
@@ -51,6 +73,10 @@ def main() -> None:
     parser.add_argument("python")
     parser.add_argument("checkpoints", nargs="+", help="NAME=DIRECTORY, the original first")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--minutes", type=float, default=60, help="begin no round after this time, loading included")
+    parser.add_argument("--prompts", type=int, default=PROMPTS)
+    parser.add_argument("--prompt-tokens", type=int, default=PROMPT_TOKENS)
+    parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
     options = parser.parse_args()
     import dataclasses
 
@@ -58,13 +84,18 @@ def main() -> None:
     from nbl_export.records.paired import paired_ratio
 
     named = dict(text.split("=", 1) for text in options.checkpoints)
+    end = time.monotonic() + 60 * options.minutes
+    asked = (options.prompts, options.prompt_tokens, options.new_tokens)
+    loaded = {name: Loaded(options.python, directory, asked) for name, directory in named.items()}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in named}
     for turn in range(options.rounds):
+        if time.monotonic() > end:
+            break
         for name in list(named) if turn % 2 == 0 else list(named)[::-1]:
-            found[name].append(once(options.python, named[name]))
+            found[name].append(loaded[name].once())
             print(turn, name, found[name][-1], file=sys.stderr, flush=True)
     base = next(iter(named))
-    total = PROMPTS * (PROMPT_TOKENS + NEW_TOKENS)
+    total = options.prompts * (options.prompt_tokens + options.new_tokens)
     rows = {}
     for name, runs in found.items():
         seconds = [run["seconds"] for run in runs]
@@ -74,11 +105,11 @@ def main() -> None:
             "seconds": seconds, "tokens_per_second": total / statistics.median(seconds),
             "ratio": dataclasses.asdict(ratio), "cache_tokens": tokens, "sequences": tokens // SEQUENCE,
         }  # fmt: skip
-    asked = {"prompts": PROMPTS, "prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS, "sequence": SEQUENCE}
+    facts = {**dict(zip(("prompts", "prompt_tokens", "new_tokens"), asked, strict=True)), "sequence": SEQUENCE}
     version = subprocess.run(
         [options.python, "-c", "import vllm; print(vllm.__version__)"], capture_output=True, text=True, check=True
     ).stdout.split()[-1]
-    about = {"machine": machine(), "versions": {"vllm": version}, "asked": {**asked, "cache": "1 GiB"}}
+    about = {"machine": machine(), "versions": {"vllm": version}, "asked": {**facts, "cache": "1 GiB"}}
     print(json.dumps({**about, "rows": rows}, indent=1))
 
 

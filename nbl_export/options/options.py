@@ -119,7 +119,7 @@ def _usual_depths(values: Mapping[str, Any], _engine: Capabilities | None, model
 def _cuts(values: Mapping[str, Any], engine: Capabilities | None) -> bool:
     """Whether keys are predicted unless something else is asked for: not for engines that nobody has run."""
     place = _place(values)
-    held = place is None or place.kinds is None or PREDICTED in place.kinds
+    held = place is None or place.kinds is None or (PREDICTED in place.kinds and not place.names_cut)
     return held and (engine is None or (PREDICTED in engine.kinds and not engine.cross))
 
 

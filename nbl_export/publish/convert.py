@@ -30,7 +30,8 @@ __all__ = ["FORMS", "convert"]
 FORMS = ("transformers", "nemotron-nas", "mlx", "edge-llm", "ngram")
 _READ_BY = {name: place.form for name, place in DESTINATIONS.items() if place.form}
 _INSTEAD = (
-    "use --to transformers, convert a run of linear layers (--layers N), or deploy DIR/model with ONNX Runtime GenAI"
+    "use --to transformers or vllm, convert a run of linear layers (--layers N), or deploy DIR/model with ONNX Runtime "
+    "GenAI"
 )
 _OF_LLAMA_CPP = ("gguf", "ollama")
 

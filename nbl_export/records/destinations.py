@@ -28,6 +28,7 @@ class Destination:
         bare: the form has one matrix a layer, without a bias, on the normed input.
         architectures: that it runs; empty for those of the run.
         keeps_first: layer 0 must keep its attention.
+        names_cut: keys are predicted if a cut is named, since GPUs have not run them there.
     """
 
     title: str
@@ -39,6 +40,7 @@ class Destination:
     bare: bool = False
     architectures: tuple[str, ...] = ()
     keeps_first: bool = False
+    names_cut: bool = False
 
     def refuses(self, kinds: Iterable[str], held: frozenset[str], architecture: str, layers: Iterable[int]) -> str:
         """Why it cannot have a model, as a part of a sentence; "" if it can.
@@ -67,8 +69,8 @@ DESTINATIONS = {
         "transformers", form="transformers", kinds=LINEAR_KINDS | {PREDICTED_KEYS}, weights=_STORED
     ),
     "vllm": Destination(
-        "vLLM", form="transformers", kinds=LINEAR_KINDS, weights=_STORED,
-        architectures=("llama", "mistral", "qwen2", "qwen3", "phi3"),
+        "vLLM", form="transformers", kinds=LINEAR_KINDS | {PREDICTED_KEYS}, weights=_STORED,
+        architectures=("llama", "mistral", "qwen2", "qwen3", "phi3"), names_cut=True,
     ),
     "tensorrt-llm": Destination(
         "TensorRT-LLM", form="nemotron-nas", kinds=LINEAR_KINDS, weights="fp32", bare=True, architectures=_NAS

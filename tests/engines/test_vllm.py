@@ -19,6 +19,7 @@ import torch
 from nbl_export.model.checkpoint.hf_classes import save_linearized
 from nbl_export.model.checkpoint.load import load_model
 
+from ..cuts import predicted_maps
 from ..tiny import greedy, random_map, save_checkpoint
 
 pytestmark = pytest.mark.vllm
@@ -29,6 +30,7 @@ CHILD = Path(__file__).with_name("vllm_child.py")
 SIZES = {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 32}
 NEW = 12
 IDS = [torch.randint(3, 380, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in range(5, 85, 10)]
+CHUNKS: dict[str, Any] = {"enable_chunked_prefill": True, "max_num_batched_tokens": 32, "max_num_seqs": 8}
 PLAIN = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "block_size": 32}
 
 
@@ -49,12 +51,42 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return make
 
 
-def expected(directory: Path) -> list[list[int]]:
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """(architecture, cut, W, before) -> NBL checkpoint of a tiny model with random predicted keys."""
+
+    @functools.cache
+    def make(architecture: str, layer: int, near: int, before: bool = True) -> Path:
+        home = tmp_path_factory.mktemp("cut")
+        sizes = {**SIZES, "num_key_value_heads": 1} if architecture == "qwen2" else SIZES
+        original = save_checkpoint(architecture, home / "original", **sizes)
+        maps = predicted_maps(layer, near, 32 * sizes["num_key_value_heads"], before=before)
+        save_linearized(load_model(original), original, maps, "residual", home / "saved")
+        return home / "saved"
+
+    return make
+
+
+def expected(directory: Path, prompts: list[list[int]] = IDS) -> list[list[int]]:
     """Greedy tokens of transformers."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    return [greedy(model, ids, NEW) for ids in IDS]
+    tokens = served if getattr(model.config, "nbl_cut", None) else greedy
+    return [tokens(model, ids, NEW) for ids in prompts]
+
+
+def served(model: Any, ids: list[int], new_tokens: int) -> list[int]:
+    """Greedy tokens with a cache: the prompt is one step, and each token behind it climbs."""
+    from transformers import DynamicCache
+
+    step, found, cache = ids, [], DynamicCache()
+    with torch.no_grad():
+        for _ in range(new_tokens):
+            logits = model(torch.tensor([step]), past_key_values=cache, use_cache=True).logits
+            step = [int(logits[0, -1].argmax())]
+            found += step
+    return found
 
 
 def run(job: dict[str, Any], **environment: str) -> Any:
@@ -90,11 +122,39 @@ def test_a_batch_gives_the_tokens_of_transformers(
 
 
 def test_prefix_caching_and_chunked_prefill(saved: Callable[..., Path]) -> None:
-    """Chunks of 16 tokens; the second and third time, prompts come from the cache."""
+    """The second and third time, prompts come from the cache."""
     directory = saved("llama", (0, 2))
-    chunks: dict[str, Any] = {"enable_chunked_prefill": True, "max_num_batched_tokens": 32, "max_num_seqs": 8}
-    found = run(job(directory, 3, enable_prefix_caching=True, **chunks))
+    found = run(job(directory, 3, enable_prefix_caching=True, **CHUNKS))
     assert found["tokens"] == expected(directory) and found["same"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layer", "near", "before", "chunks"),
+    [("llama", 1, 6, True, {}), ("llama", 2, 20, False, CHUNKS), ("mistral", 1, 33, True, CHUNKS),
+     ("qwen2", 2, 6, True, CHUNKS)],
+)  # fmt: skip
+def test_predicted_keys_are_those_of_transformers(
+    architecture: str, layer: int, near: int, before: bool, chunks: dict[str, Any], cut: Callable[..., Path]
+) -> None:
+    """Prompts below and above W + 1. A chunk may end at the cut beside another prompt's tokens, which climb."""
+    directory = cut(architecture, layer, near, before)
+    found = run(job(directory, 3, enable_prefix_caching=bool(chunks), **chunks))
+    assert found["tokens"] == expected(directory) and found["same"]
+
+
+def test_a_prompt_reads_predicted_keys_from_the_cache(cut: Callable[..., Path]) -> None:
+    """Prompts share two blocks, which are far in all of them; the third time, their own ends are there too."""
+    directory = cut("llama", 1, 6)
+    shared = IDS[-1][:64]
+    prompts = [shared + IDS[n][:11] for n in range(1, 6)]
+    found = run({**job(directory, 3, enable_prefix_caching=True), "ids": prompts, "apart": True})
+    assert found["tokens"] == expected(directory, prompts) and found["same"]
+
+
+def test_two_ranks_predict_their_own_heads(cut: Callable[..., Path]) -> None:
+    directory = cut("llama", 1, 6)
+    options: dict[str, Any] = {"tensor_parallel_size": 2}
+    assert run(job(directory, **options), VLLM_CPU_OMP_THREADS_BIND="0|1")["tokens"] == expected(directory)
 
 
 def test_the_cache_holds_more_tokens_by_exactly_the_layers_that_have_none(saved: Callable[..., Path]) -> None:

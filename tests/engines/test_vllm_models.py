@@ -9,22 +9,30 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from transformers import DynamicCache
 
 from nbl_export.mixers.linear import Linear
 from nbl_export.mixers.none import Nothing
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
 
-from ..tiny import HIDDEN, LAYERS
+from ..cuts import predicted_maps
+from ..tiny import HEAD_DIM, HIDDEN, KV_HEADS, LAYERS
 from . import fake_vllm
 
 IDS = torch.arange(3, 40)
-NAME = "nbl_export.targets.checkpoint.vllm.models"
+NAMES = [f"nbl_export.targets.checkpoint.vllm.{name}" for name in ("models", "cut", "prefix")]
+W = 5
+
+
+ABOVE = {"nbl_replaced_layers": [1, 2], "nbl_kinds": ["predicted"] * 2,
+         "nbl_cut": {"layer": 1, "near": W, "before": True, "epsilon": 1e-5}}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +40,11 @@ def models() -> Iterator[ModuleType]:
     """`nbl_export.targets.checkpoint.vllm.models`, imported from stand-ins and forgotten afterwards."""
     with pytest.MonkeyPatch.context() as patch:
         fake_vllm.install(patch)
-        patch.delitem(sys.modules, NAME, raising=False)
-        yield importlib.import_module(NAME)
-        del sys.modules[NAME]
+        for name in NAMES:
+            patch.delitem(sys.modules, name, raising=False)
+        yield importlib.import_module(NAMES[0])
+        for name in NAMES:
+            del sys.modules[name]
 
 
 @pytest.fixture
@@ -129,6 +139,65 @@ def test_a_draft_has_a_prefix_that_its_checkpoint_lacks(
     assert "draft.model.layers.1.self_attn.attn" not in config.compilation_config.static_forward_context
 
 
+# Steps of three prompts of 30, 4 and 17 tokens, and of what is generated behind them: (request, rows) of each step.
+SCHEDULES = {
+    "whole": [[(0, 30), (1, 4), (2, 17)]],
+    "chunks": [[(0, 9)], [(0, 4), (1, 4)], [(0, 12), (2, 1)], [(2, 15), (0, 2)], [(0, 3), (2, 1)]],
+    "one_by_one": [[(n, 1)] for n, count in enumerate((30, 4, 17)) for _ in range(count)],
+}
+
+
+@pytest.mark.parametrize(("cut", "before"), [(1, True), (2, True), (1, False)])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_predicted_keys_do_not_depend_on_the_schedule(
+    schedule: str, cut: int, before: bool, models: ModuleType, checkpoint: Callable[[str], Path]
+) -> None:
+    maps = predicted_maps(cut, W, KV_HEADS * HEAD_DIM, before=before)
+    model = cut_model(models, checkpoint, maps)
+    right = linearize(load_model(checkpoint("llama")), maps)
+    prompts, blocks = (30, 4, 17), torch.randperm(36, generator=torch.Generator().manual_seed(0)).view(3, 12).tolist()
+    texts = [torch.from_numpy(np.random.default_rng(n).integers(2, 300, n + 3)) for n in prompts]
+    runner, done = fake_vllm.Blocks(model), [0, 0, 0]
+    for step in [*SCHEDULES[schedule], *[[(0, 1), (1, 1), (2, 1)]] * 3]:
+        parts = [(texts[r][done[r] : done[r] + n], done[r], prompts[r], blocks[r]) for r, n in step]
+        for (r, n), logits in zip(step, runner.step(parts), strict=True):
+            done[r] += n
+            if done[r] >= prompts[r]:
+                wanted = expected_logits(right, texts[r], prompts[r], done[r])
+                torch.testing.assert_close(logits[-1], wanted, rtol=1e-4, atol=1e-4)
+    assert done == [33, 7, 20]
+
+
+def test_the_prefix_cache_keeps_predicted_keys_alone(models: ModuleType) -> None:
+    prefix: Any = sys.modules[NAMES[2]]
+    spec, request = prefix.CutSpec.of(fake_vllm.Spec(), W), SimpleNamespace()
+    for prompt, computed, kept in ((30, 12, 12), (30, 40, 30 - W), (W - 1, 9, 0)):
+        request.num_prompt_tokens = prompt
+        prefix.CutManager(spec).cache_blocks(request, computed, replay_boundaries=())
+        assert request.kept == kept
+    found = [prefix.CutManager.find_longest_cache_hit([], tokens - 1, kv_cache_spec=spec) for tokens in (30, W - 1)]
+    assert found == [30 - W, 0]
+
+
+def cut_model(models: ModuleType, checkpoint: Callable[[str], Path], maps: dict[int, Any], **settings: Any) -> Any:
+    one = next(iter(maps.values()))
+    facts = {"layer": one.cut, "near": one.near, "before": one.before, "epsilon": one.epsilon}
+    asked = {"nbl_replaced_layers": list(maps), "nbl_kinds": ["predicted"] * len(maps), "nbl_cut": facts, **settings}
+    config = fake_vllm.vllm_config(load_model(checkpoint("llama")), **asked)
+    model = models.NblLlamaForCausalLM(vllm_config=config).eval()
+    model.load_weights([(name.replace("self_attn.", "self_attn.mixer."), value) for name, value in tensors(maps)])
+    return model
+
+
+def expected_logits(model: Any, ids: torch.Tensor, prompt: int, tokens: int) -> torch.Tensor:
+    """Logits behind `tokens` tokens, of which the prompt is one step."""
+    cache = DynamicCache()
+    with torch.inference_mode():
+        for at in (slice(0, prompt), *(slice(n, n + 1) for n in range(prompt, tokens))):
+            logits = model(ids[None, at], past_key_values=cache, use_cache=True).logits
+    return logits[0, -1]
+
+
 @pytest.mark.parametrize("lost", ["model.layers.2.self_attn.linear.bias", "model.layers.0.self_attn.linear.bias"])
 def test_a_checkpoint_without_a_map_is_refused(
     lost: str, built: Callable[..., Any], random_maps: Callable[..., dict[int, Linear]]
@@ -150,6 +219,12 @@ def test_a_checkpoint_without_a_map_is_refused(
         ({"nbl_replaced_layers": [1], "nbl_kinds": ["memory"]}, "of the kinds ['memory']"),
         ({"nbl_replaced_layers": [1], "nbl_parallel": "row"}, "nbl_parallel 'row'"),
         ({"nbl_replaced_layers": [1, 2], "nbl_kinds": ["predicted"] * 2}, "vLLM runs linear layers"),
+        ({**ABOVE, "nbl_replaced_layers": [2], "nbl_kinds": ["predicted"]}, "which is no cut"),
+        ({**ABOVE, "nbl_cut": {"layer": 1}}, "which is no cut"),
+        ({**ABOVE, "model_type": "nbl-qwen3"}, "nbl-qwen3 has no predicted keys in vLLM"),
+        ({**ABOVE, "pipeline_parallel_size": 2}, "do not go with pipeline stages; start vLLM without"),
+        ({**ABOVE, "cudagraph": "FULL"}, "do not go with CUDA graphs; start vLLM with --enforce-eager"),
+        ({**ABOVE, "method": "eagle3"}, "do not go with a draft model"),
         ({"nbl_replaced_layers": [2], "elsewhere": (0, 1)}, "the pipeline stage of layers 2 to 2 has no attention"),
     ],
 )

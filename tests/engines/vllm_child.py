@@ -1,6 +1,7 @@
 """Runs in vLLM's environment: a job as JSON in argv[1]; the answer is the line on stdout that begins with ANSWER.
 
 {"directory": ..., "ids": [[...]], "new_tokens": n, "options": {...}}   -> tokens, blocks, block_size, drafted, accepted
+                                                  "apart": true gives one prompt at a time, "times" all of them again
 {"serve": [words of vllm serve], "port": n, "chat": text, "ids": [...]} -> what an OpenAI client gets
 """
 
@@ -21,8 +22,9 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
     counted = "speculative_config" in job["options"]
     wanted = SamplingParams(temperature=0, max_tokens=job["new_tokens"], ignore_eos=True)
     prompts = [{"prompt_token_ids": ids} for ids in job["ids"]]
+    calls = [[prompt] for prompt in prompts] if job.get("apart") else [prompts]
     found = [
-        [list(o.outputs[0].token_ids) for o in llm.generate(prompts, wanted, use_tqdm=False)]
+        [list(o.outputs[0].token_ids) for call in calls for o in llm.generate(call, wanted, use_tqdm=False)]
         for _ in range(job.get("times", 1))
     ]
     cache = llm.llm_engine.vllm_config.cache_config

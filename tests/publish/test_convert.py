@@ -144,7 +144,7 @@ def test_a_target_that_is_there_and_a_directory_that_is_no_run(runs: dict[str, P
         ("nas", ("mlx-lm", "--layers", "0,1"), 1, "it takes its mask from layer 0, which is replaced"),
         ("qwen2", ("mlx-lm",), 1, "it runs llama, mistral, and qwen2 is another architecture"),
         ("granite", ("vllm",), 1, "and granite is another architecture"),
-        ("llama", ("vllm", "--cut", "1"), 2, "it does not hold predicted keys; leave --cut out"),
+        ("llama", ("mlx-lm", "--cut", "1"), 2, "it does not hold predicted keys; leave --cut out"),
     ],
 )  # fmt: skip
 def test_a_destination_that_cannot_have_a_model_is_refused_before_work(

@@ -46,21 +46,22 @@ def test_the_default_job_chooses_a_cut(chosen: Path) -> None:
     assert "the last 4 tokens and the first pass layers 1 to 2" in page and "NaN" not in page
 
 
-@pytest.mark.parametrize("form", ["vllm", "nemotron-nas", "mlx", "edge-llm"])
+@pytest.mark.parametrize("form", ["nemotron-nas", "mlx", "edge-llm"])
 def test_forms_that_do_not_hold_predicted_keys_are_refused(form: str, chosen: Path, tmp_path: Path) -> None:
     done = nbl("convert", chosen, "--to", form, "--output", tmp_path / "out")
     assert_refused(done, 1, "has predicted keys, which --to", "--layers N")
     assert not (tmp_path / "out").exists()
     routes = {route["name"]: route["reason"] for route in json.loads(nbl("convert", chosen, "--json").out)}
-    assert [name for name, reason in routes.items() if not reason] == ["genai", "transformers"]
-    assert routes["vllm"] == "it does not hold predicted keys; make another run with --for vllm"
+    assert [name for name, reason in routes.items() if not reason] == ["genai", "transformers", "vllm"]
+    assert routes["mlx-lm"] == "it does not hold predicted keys; make another run with --for mlx-lm"
 
 
+@pytest.mark.parametrize("form", ["transformers", "vllm"])
 def test_transformers_loads_what_a_run_with_a_cut_is_converted_to(
-    chosen: Path, checkpoint: Any, tmp_path: Path
+    form: str, chosen: Path, checkpoint: Any, tmp_path: Path
 ) -> None:
     saved = tmp_path / "nbl"
-    done = nbl("convert", chosen, "--to", "transformers", "--output", saved)
+    done = nbl("convert", chosen, "--to", form, "--output", saved)
     assert done.status == 0, done.err
     expected = linearize(load_model(checkpoint("llama")), load_maps(chosen / "maps.safetensors", (1, 2)))
     text = torch.arange(2, 40)[None]

@@ -1,4 +1,4 @@
-"""vLLM's model classes with linear layers instead of attention in some layers.
+"""vLLM's model classes with linear layers instead of attention in some layers, or with predicted keys above a cut.
 
 A stock class builds its model. Then the attention of each replaced layer goes, and its name leaves vLLM's list of
 attention layers, from which caches are allocated. No forward is copied:
@@ -10,6 +10,7 @@ attention layers, from which caches are allocated. No forward is copied:
 Values of config.json: nbl_replaced_layers, nbl_kinds ("linear", or "none" for attention left out; not given: all are
 linear), nbl_tap, and nbl_parallel. "replicated" (default) keeps the whole matrix on
 each tensor-parallel rank and needs no communication; "column" splits its outputs and gathers them.
+With nbl_cut, all layers from the cut up are of the kind "predicted" and keep their attention (`cut`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from vllm.model_executor.models.phi3 import Phi3ForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.model_executor.models.utils import PPMissingLayer
+
+from nbl_export.targets.checkpoint.vllm.cut import put_cut
 
 __all__ = ["Dropped", "Joined", "LinearAttention", "Linearized", "NblLlamaForCausalLM", "NblMistralForCausalLM",
            "NblPhi3ForCausalLM", "NblQwen2ForCausalLM", "NblQwen3ForCausalLM"]  # fmt: skip
@@ -80,6 +83,11 @@ class Linearized:
         if config.nbl_tap not in ("residual", "normed") or config.nbl_parallel not in ("replicated", "column"):
             raise ValueError(f"config.json has nbl_tap {config.nbl_tap!r} and nbl_parallel {config.nbl_parallel!r}")
         kinds = dict(zip(replaced, config.nbl_kinds or ["linear"] * len(replaced), strict=True))
+        if config.nbl_cut:
+            _check_cut(config, kinds, vllm_config)
+            self._maps = put_cut(self.model.layers, config.nbl_cut, vllm_config)  # type: ignore[attr-defined]
+            self.model.do_not_compile = True  # type: ignore[attr-defined]  # rows of a step are known when it runs
+            return
         if not set(kinds.values()) <= {"linear", "none"}:
             raise ValueError(f"config.json has layers of the kinds {config.nbl_kinds}; vLLM runs linear layers")
         here = {i: layer for i, layer in enumerate(self.model.layers)  # type: ignore[attr-defined]
@@ -102,6 +110,26 @@ class Linearized:
         if missing:
             raise ValueError(f"the checkpoint has no {missing[0]}, which its config.json names; convert the run again")
         return loaded
+
+
+def _check_cut(config: Any, kinds: dict[int, str], vllm_config: Any) -> None:
+    """Raises ValueError: vLLM does not serve this cut as it was started."""
+    facts, speculative = config.nbl_cut, vllm_config.speculative_config
+    parts = {"layer", "near", "before", "epsilon"}
+    above = dict.fromkeys(range(facts.get("layer", 0), config.num_hidden_layers), "predicted")
+    if set(facts) != parts or facts["layer"] < 1 or kinds != above:
+        raise ValueError(f"config.json has nbl_cut {facts} and layers {kinds}, which is no cut; convert the run again")
+    if config.model_type not in ("nbl-llama", "nbl-mistral", "nbl-qwen2"):
+        raise ValueError(f"{config.model_type} has no predicted keys in vLLM; convert a run of linear layers")
+    refused = {
+        "pipeline stages": vllm_config.parallel_config.pipeline_parallel_size > 1,
+        "a KV connector": vllm_config.kv_transfer_config is not None,
+        "a draft model": speculative is not None and speculative.method not in ("ngram", "suffix"),
+        "CUDA graphs": vllm_config.compilation_config.cudagraph_mode.name != "NONE",
+    }
+    for what in (name for name, asked in refused.items() if asked):
+        advice = "start vLLM with --enforce-eager" if what == "CUDA graphs" else "start vLLM without"
+        raise ValueError(f"predicted keys do not go with {what}; {advice}")
 
 
 def _exchange(layer: Any, kind: str, config: Any, vllm_config: VllmConfig) -> None:
