@@ -43,6 +43,7 @@ TABLES: Mapping[str, Table] = {
     "second": quality.second,
     "second-tasks": quality.second_tasks,
     "vllm": serving.vllm,
+    "vllm-cut": serving.vllm_cut,
     "ngram": serving.ngram,
     "shapes": second.shapes,
     "intervals": speed.intervals,

@@ -23,6 +23,17 @@ def vllm(read: Read) -> Rows:
     return rows
 
 
+def vllm_cut(read: Read) -> Rows:
+    """Throughput of vLLM with predicted keys on long prompts."""
+    found = read("vllm-cut-smollm2")
+    asked, (original, ours) = found["asked"], found["rows"].values()
+    speeds = (f"{row['tokens_per_second']:,.0f}" for row in (original, ours))
+    name = f"{asked['prompts']} prompts of {asked['prompt_tokens']:,} tokens, {asked['new_tokens']} new ones each"
+    interval = level([ours["ratio"]]).replace("loads", "rounds")
+    titles = ("tokens per second", "original", "cut at layer 20", f"NBL over original ({interval})")
+    return [titles, "lrrr", (name, *speeds, cell(ours["ratio"]))]
+
+
 def ngram(read: Read) -> Rows:
     """N-gram decoding over plain decoding in ONNX Runtime GenAI, by kind of prompt."""
     rows = read("ngram-smollm2")["rows"]

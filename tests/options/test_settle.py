@@ -279,7 +279,7 @@ WRONG: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
     ({"for": "genai", "provider": "cuda"}, None, ("--for genai needs --provider cpu, not cuda",)),
     ({"for": "mars"}, None, ("--for mars: destinations are genai, cuda, openvino",)),
     ({"for": "sglang"}, None, ("--for sglang: SGLang has no linear layers",)),
-    ({"for": "mlx-lm"}, KEYS, ("--for mlx-lm is not possible: it does not hold predicted keys",)),
+    ({"for": "edge-llm"}, KEYS, ("--for edge-llm is not possible: it does not hold predicted keys",)),
     ({"provider": "rocm"}, None, ("unknown provider 'rocm'",)),
     ({"decoder_source": "thin-air"}, None, ("key decoder_source thin-air", "genai, mobius")),
     ({"engine": "openvino", "decoder_source": "genai"}, None, ("key decoder_source genai is not for engine openvino",)),
