@@ -34,8 +34,9 @@ demo: $(VENV)/.export
 	$(BIN)/nbl-export --model "$(MODEL)" $(DEMO_CUT) --calibration-tokens 16384 \
 	  --config bench/demo.toml --output runs/demo
 	@echo "report: $(CURDIR)/runs/demo/report.html"
-	@echo "This was a first look: a cut named beforehand, 16,384 calibration tokens, a short benchmark. The full job:"
-	@echo "$(BIN)/nbl-export --output runs/full --model $(MODEL)"
+	@echo "Ask both decoders, then run the full job, which chooses the cut and measures longer:"
+	@echo "  $(BIN)/nbl-export generate runs/demo Hello --both"
+	@echo "  $(BIN)/nbl-export --model $(MODEL) --output runs/full"
 
 TOGETHER := -n auto --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 

@@ -283,7 +283,7 @@ def light_jobs(request: pytest.FixtureRequest) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark, "measure_footprint", here)
-        for drawing in ("throughput", "depths", "length", "layers", "curve"):
+        for drawing in ("throughput", "curve"):
             patch.setattr(plots, drawing, lambda *_: "<svg></svg>")
         yield
 

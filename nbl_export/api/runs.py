@@ -238,7 +238,7 @@ class Run:
         from nbl_export.report.outcome import outcome
 
         found = self._found()
-        return "\n".join([repr(self), *(f"  {name:<9}{said}" for name, said in (outcome(found) if found else ()))])
+        return "\n".join([repr(self), *(f"  {name:<13}{said}" for name, said in (outcome(found) if found else ()))])
 
     def _repr_html_(self) -> str | None:
         """The first screen of the report; None (and so the text) before verification."""

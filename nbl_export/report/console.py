@@ -43,7 +43,7 @@ def describe_table(found: dict[str, Any]) -> Shown:
         ("precision", ", ".join(filter(None, (found["precision"], found["codes"])))),
         ("logits", f"{_LOGITS[logits]}, in both decoders" if logits in ("last", "all") else "not built yet"),
         ("replaced layers", spoken_cut(found) or _layers(found["replaced_layers"])),
-        *(outcome(found["result"])[1:] if found["result"] else ()),
+        *(row for row in (outcome(found["result"]) if found["result"] else ()) if row[0] != "layers"),
         ("status", found["status"] + ("" if "report" in found["stages"] else "; not finished: give the command again")),
         ("stages", ", ".join(f"{n} {s:.1f} s" for n, s in found["stages"].items()) or "none finished"),
         ("command", found["command"]),
@@ -176,21 +176,10 @@ def _check(check: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def speed_table(result: dict[str, Any]) -> Shown:
-    """Benchmark rows in llama-bench's columns, with latency; ratios with their intervals."""
-    numbers = ("tokens/s", "± stdev", "TTFT ms", "TPOT p50 ms", "p95", "p99")
-    rows = (_speeds(row, swept=speed.is_swept(result)) for row in result["rows"])
-    table = Table.of(("test", "variant", *Column.numbers(*numbers)), rows, "Speed")
-    ratios = [speed.ratios(result, "Paired ratios of tokens/s")] if result["ratios"] else []
+    """The report's table of speeds, and whether other work ran beside."""
     where = result["bench"]["background"]
     said = [f"Speed was {spoken_background(where)}."] if where["busy"] or where["gave_up"] else []
-    return table, *ratios, *said
-
-
-def _speeds(row: Mapping[str, Any], *, swept: bool) -> tuple[str, ...]:
-    seconds = (row["ttft_seconds"], *((row["tpot_seconds"] or {}).get(q) for q in ("p50", "p95", "p99")))
-    speeds = (row[f"tokens_per_second_{name}"] for name in ("median", "stdev"))
-    latency = ("" if s is None else f"{1000 * s:.2f}" for s in seconds)
-    return spoken_test(row, swept=swept), row["variant"], *(f"{s:.2f}" for s in speeds), *latency
+    return speed.speeds(result, "Speed"), *said
 
 
 def eval_table(result: dict[str, Any]) -> Shown:

@@ -65,10 +65,10 @@ class Items:
 
 @dataclass(frozen=True)
 class Strip:
-    """All layers in a row, the replaced ones marked. Decoration: the text beside it says the same."""
+    """All layers in a row, the replaced ones in the colour of their kind. Decoration: text beside it says the same."""
 
     num_layers: int
-    replaced: tuple[int, ...]
+    kinds: Mapping[int, str]
 
 
 @dataclass(frozen=True)

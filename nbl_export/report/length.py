@@ -11,17 +11,12 @@ from typing import Any
 
 from nbl_export.records.quality import spoken_interval
 from nbl_export.report import words
-from nbl_export.report.document import Block, Figure, Figures, Heading, Paragraph
+from nbl_export.report.document import Block, Heading, Paragraph
 from nbl_export.report.table import Column, Table
 
 __all__ = ["in_short", "length", "notes", "tables"]
 
 Found = Sequence[Mapping[str, Any]]
-
-_CAPTION = (
-    "Above: increase of perplexity by position in a window; whiskers show 95% intervals. "
-    "Below: share of keys that were found, and of random tokens that were copied."
-)
 
 
 def length(found: Found) -> Iterator[Block]:
@@ -37,7 +32,6 @@ def length(found: Found) -> Iterator[Block]:
         "Brackets hold a 95% interval over windows, keys or sequences, paired by item."
     )
     yield from map(Paragraph, notes(found))
-    yield Figures((Figure("length", _CAPTION),))
     for table in tables(found):
         yield Heading(table.title)
         yield table

@@ -1,11 +1,10 @@
-"""What the report says of the model: verdict, headline figures, scores of layers, verification, and how it was made."""
+"""What the report says of the model: verdict, headline figures, verification, how it was made, and what experts ask."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from nbl_export.records.paired import spoken_ratio
 from nbl_export.records.plan import spoken_layers
 from nbl_export.records.quality import spoken_far, spoken_loss
 from nbl_export.records.results import FAILED, VERIFIED, YES_NO, spoken_background
@@ -19,21 +18,19 @@ from nbl_export.report.document import (
     Code,
     Details,
     Document,
-    Figure,
-    Figures,
     Heading,
     Items,
-    Pair,
     Paragraph,
     Section,
     Strip,
 )
 from nbl_export.report.length import in_short
-from nbl_export.report.outcome import judged, limit_of, spoken_cut
-from nbl_export.report.speed import is_swept
+from nbl_export.report.outcome import headline, judged, limit_of, spoken_cut, verdict, worst_loss
+from nbl_export.report.quality import uses
+from nbl_export.report.speed import intervals
 from nbl_export.report.table import Cell, Column, Table, Tone
 
-__all__ = ["acceptance", "head", "layers", "origin", "title", "verification"]
+__all__ = ["acceptance", "experts", "head", "origin", "title", "verification"]
 
 _CHOSEN_BY = {
     "cca": "the smallest CCA bounds",
@@ -43,7 +40,7 @@ _CHOSEN_BY = {
 }
 _TONES: Mapping[str, Tone] = {"faster": "ok", "slower": "bad"}
 _JUDGED: Mapping[str, Tone] = {"within": "ok", "above": "bad", "near": ""}
-_SHOWN_RATIOS = 4  # of one card; the table has all
+_SHOWN = 4  # tests of one card; the table has all
 
 
 def title(report: Mapping[str, Any]) -> str:
@@ -54,16 +51,20 @@ def title(report: Mapping[str, Any]) -> str:
 
 def head(report: Mapping[str, Any]) -> tuple[Block, ...]:
     """Verdict, replaced layers and headline figures."""
+    said, replaced = verdict(report), report["replaced_layers"]
+    usual = ["none" if report["fit"] == "drop" else "linear"] * len(replaced)
     return (
         _meta(report),
         _badge(report),
         *_failures(report),
-        Paragraph(_lead(report), "lead"),
-        Strip(report["num_layers"], tuple(report["replaced_layers"])),
+        *([Paragraph(said, "lead")] if said else ()),
         *_busy(report),
         *_apart(report),
-        Cards((_loss(report), _speed(report, "pp", "Prefill"), _speed(report, "tg", "Decode"), _cache(report))),
-    )
+        Cards((_speed(report, "pp", "First token"), _loss(report), _speed(report, "tg", "Further tokens"),
+               _cache(report))),
+        Paragraph(_lead(report)),
+        Strip(report["num_layers"], dict(zip(replaced, report["kinds"] or usual, strict=False))),
+    )  # fmt: skip
 
 
 def _meta(report: Mapping[str, Any]) -> Paragraph:
@@ -116,24 +117,18 @@ def _lead(report: Mapping[str, Any]) -> str:
         f"{len(replaced)} of {total} attention layers {'is' if one else 'are'} {done}: "
         f"{words.plural('layer', len(replaced))} {spoken_layers(replaced)} ({chosen}). "
     )
-    text = f"{report['calibration']['tokens']:,} tokens of {report['calibration']['name']}"
     if report["without_original"]:
-        said += "A linear layer needs no KV cache. Layers and maps came with the checkpoint."
-    elif is_drop:
-        said += f"Without attention a layer needs no KV cache. This is a baseline, chosen by scores on {text}."
-    else:
-        fitted = "The linear layer was" if one else "The linear layers were"
-        said += f"A linear layer needs no KV cache. {fitted} fitted on {text}."
-    return said
+        return f"{said}A linear layer needs no KV cache. Layers and maps came with the checkpoint."
+    if is_drop:
+        return f"{said}Without attention a layer needs no KV cache. This is a baseline."
+    return f"{said}A linear layer needs no KV cache."
 
 
 def _of_cut(report: Mapping[str, Any], cut: str) -> str:
     chosen = "chosen by quality" if (report["goal"] or {}).get("path") else "as requested"
     return (
-        f"{cut[0].upper()}{cut[1:]} ({chosen}), by a linear map of the stream that enters layer "
-        f"{report['cut']['layer']}, fitted on {report['calibration']['tokens']:,} tokens of "
-        f"{report['calibration']['name']}. A prompt of at most {report['cut']['near'] + 1} tokens, and each generated "
-        "token, is computed as in the original."
+        f"{cut[0].upper()}{cut[1:]} ({chosen}). A prompt of at most {report['cut']['near'] + 1} tokens, and each "
+        "generated token, is computed as in the original."
     )
 
 
@@ -156,18 +151,16 @@ def _apart(report: Mapping[str, Any]) -> tuple[Block, ...]:
 
 
 def _speed(report: Mapping[str, Any], kind: str, name: str) -> Card:
-    ratios = sorted((r for r in report["ratios"] if r["kind"] == kind), key=lambda r: r["depth"])
-    if not ratios:
+    """Of the longest prompt: its time if there is a difference, and a line for each test."""
+    tests = headline(report, kind)
+    if not tests:
         return Card(name, "not measured", tone="words")
-    lines = ["NBL over original"]
-    for ratio in ratios[:_SHOWN_RATIOS]:
-        test = words.test(ratio, swept=is_swept(report))
-        ends = f"{spoken_ratio(ratio['low'])} to {spoken_ratio(ratio['high'])}"
-        said = f"{ratio['text']} ({ends})" if lines[1:] else f"{ends}, {ratio['interval']}"
-        lines.append(f"{test}: {said}")
-    if len(ratios) > _SHOWN_RATIOS:
-        lines.append(f"and {len(ratios) - _SHOWN_RATIOS} more below")
-    return Card(name, ratios[0]["text"], tuple(lines), _TONES.get(ratios[0]["verdict"], "words"))
+    first, lines = tests[0], [test.line for test in tests[:_SHOWN]]
+    if len(tests) > _SHOWN:
+        lines.append(f"and {len(tests) - _SHOWN} more below")
+    said, time = first.verdict.removesuffix(", noisy"), first.latency(first.nbl)
+    figure = said if said not in _TONES else first.spoken_ratio if time == "–" else time
+    return Card(name, figure, tuple(lines), _TONES.get(first.verdict, "" if said in _TONES else "words"))
 
 
 def _cache(report: Mapping[str, Any]) -> Card:
@@ -177,48 +170,21 @@ def _cache(report: Mapping[str, Any]) -> Card:
 
 
 def _loss(report: Mapping[str, Any]) -> Card:
-    """The text that suffers most: a smaller figure of another text misleads. Its colour is that of the user's goal."""
-    rows, title = report["quality_loss"], "Quality loss: perplexity"
+    """Of the text that suffers most. Its colour is that of the user's goal."""
+    rows = report["quality_loss"]
     if not rows:
         return Card("Quality loss", "not measured", tone="words")
-    worst = next((r for r in rows if r["increase"] is None), None) or max(rows, key=lambda r: r["increase"])
+    worst = worst_loss(rows)
     ends = " → ".join(words.number(worst[name], "not finite") for name in ("perplexity_original", "perplexity_nbl"))
-    lines = [f"{judged(report)} the limit of {limit_of(report)[0]}"]
+    lines = [f"{judged(report)} the limit of {limit_of(report)[0]}; in brackets 95% intervals"]
     lines += [f"{spoken_loss(row)['increase']} on {row['text']}{f': {ends}' * (row is worst)}" for row in rows]
     lines += [spoken_far(report["far"])] if report["far"] else []
     lines += in_short((report["quality"] or {}).get("length", ()))
-    lines.append("above: the larger one of short texts; in brackets: 95% intervals")
-    return Card(title, spoken_loss(worst)["increase"].partition(" (")[0], tuple(lines), _JUDGED[judged(report)])
+    figure = spoken_loss(worst)["increase"].partition(" (")[0]
+    return Card("Quality loss: perplexity, worst text", figure, tuple(lines), _JUDGED[judged(report)])
 
 
-# -- layers ----------------------------------------------------------------------------------------------------
-
-_SCORES = (
-    "How well a linear layer can replace each layer's attention, on the calibration text; smaller is better. "
-    "The CCA bound ranks layers and says nothing about the size of an error. "
-    "The bound is often far above 1, while the NMSE of a fitted map is at most 1. "
-    "The relative error is that of the residual output, the NMSE that of the attention output alone."
-)
-_DRAWINGS = Figures((
-    Figure("bound", "CCA bound of every layer."),
-    Figure("relative_error", "Error of the residual output of every layer, relative to its size."),
-))  # fmt: skip
-
-
-def layers(report: Mapping[str, Any]) -> tuple[Section, ...]:
-    """Drawings of the scores, and their table; nothing if no layer has a score."""
-    if not report["scores"]:
-        return ()
-    columns = ("Layer", "Attention", *Column.numbers("CCA bound", "NMSE", "Relative error"))
-    table = Table.of(columns, [
-        (str(score["layer"]), "replaced" if score["layer"] in report["replaced_layers"] else "kept",
-         *(words.number(score[name]) for name in ("bound", "nmse", "relative_error")))
-        for score in report["scores"]
-    ])  # fmt: skip
-    return (Section("Layers", (Paragraph(_SCORES), _DRAWINGS, Details("Scores of all layers", (table,)))),)
-
-
-# -- verification ----------------------------------------------------------------------------------------------
+# -- verification ---------------------------------------------------------------------------------------------
 
 _CHECK = (
     "Check",
@@ -231,16 +197,21 @@ _CHECK = (
 
 
 def verification(report: Mapping[str, Any]) -> Section:
-    """Every check with its verdict."""
+    """What is proven, and warnings."""
     proof = (Items(tuple(report["proof"])),) if report["proof"] else ()
+    warnings = (Paragraph(f"Note: {said}.") for said in report["warnings"])
+    passed = sum(check["passed"] for check in report["checks"])
+    every = Paragraph(f"{passed} of {len(report['checks'])} checks passed; all of them stand under “For experts”.")
+    return Section("Verification", (*proof, *warnings, every))
+
+
+def _checks(checks: Iterable[Mapping[str, Any]], precision: str) -> tuple[Block, ...]:
+    table = Table.of(_CHECK, map(_check, checks))
     note = (
-        f"Each check compares one figure with a tolerance that was fixed beforehand for {report['precision']}. "
+        f"Each check compares one figure with a tolerance that was fixed beforehand for {precision}. "
         "A mark stands for a check that has no figure."
     )
-    table = Table.of(_CHECK, map(_check, report["checks"]))
-    warnings = (Paragraph(f"Note: {said}.") for said in report.get("warnings", ()))
-    every = Details(f"All {len(table.rows)} checks", (table,))
-    return Section("Verification", (*proof, *warnings, Paragraph(note), every))
+    return Heading(f"All {len(table.rows)} checks"), Paragraph(note), table
 
 
 def _check(check: Mapping[str, Any]) -> tuple[Cell | str, ...]:
@@ -279,7 +250,7 @@ def acceptance(found: Mapping[str, Any]) -> Document:
     told = (("Messages of the libraries", found["messages"]),
             ("Versions", [f"{name} {version}" for name, version in found["versions"].items()]))  # fmt: skip
     lists = (Section(title, (Items(tuple(texts)),)) for title, texts in told if texts)
-    checks = verification({"proof": [], "precision": found["precision"], "checks": found["checks"]})
+    checks = Section("Verification", _checks(found["checks"], found["precision"]))
     return Document(f"Acceptance of {found['model']}", head, (checks, *lists))
 
 
@@ -287,15 +258,55 @@ def acceptance(found: Mapping[str, Any]) -> Document:
 
 
 def origin(report: Mapping[str, Any]) -> Section:
-    """What another needs to make the same model."""
+    """The command, the text and the machine."""
+    text = report["calibration"]
+    fitted = "" if report["without_original"] else f"Calibrated on {text['tokens']:,} tokens of {text['name']}. "
+    took = sum(report["stage_seconds"].values())
+    made = f"{fitted}The stages took {words.duration(took)}." if took else fitted
+    return Section("How it was made", (Code(report["command"]), Paragraph(made), *_machine(report)))
+
+
+_SCORES = (
+    "How well a linear layer can replace each layer's attention, on the calibration text; smaller is better. "
+    "The CCA bound ranks layers and says nothing about the size of an error. "
+    "The bound is often far above 1, while the NMSE of a fitted map is at most 1. "
+    "The relative error is that of the residual output, the NMSE that of the attention output alone."
+)
+_TRAINING = ("distill_tokens", "lora_rank", "label_weight")
+
+
+def experts(report: Mapping[str, Any]) -> Section:
+    """One fold: intervals, checks, scores, uses of text, and what another needs to make the same model."""
+    blocks = (*intervals(report), *uses(report), *_checks(report["checks"], report["precision"]), *_layers(report),
+              *_text(report), *_settings(report), *_versions(report), *_stages(report))  # fmt: skip
+    return Section("For experts", (Details("Checks, scores, texts, settings, versions", blocks),))
+
+
+def _layers(report: Mapping[str, Any]) -> tuple[Block, ...]:
+    """The table of the scores; nothing if no layer has a score."""
+    if not report["scores"]:
+        return ()
+    columns = ("Layer", "Attention", *Column.numbers("CCA bound", "NMSE", "Relative error"))
+    table = Table.of(columns, [
+        (str(score["layer"]), "replaced" if score["layer"] in report["replaced_layers"] else "kept",
+         *(words.number(score[name]) for name in ("bound", "nmse", "relative_error")))
+        for score in report["scores"]
+    ])  # fmt: skip
+    return Heading("Scores of all layers"), Paragraph(_SCORES), table
+
+
+def _settings(report: Mapping[str, Any]) -> tuple[Block, ...]:
+    """The options that are set; those of training only if maps were trained."""
+    unused = () if report["fit"] == "distilled" else _TRAINING
     given = ((name, value) for name, value in (report["options"] or {}).items() if value not in (None, [], ()))
-    settings = ((name.replace("_", " "), value) for name, value in given)
-    versions = [*_facts("Settings", settings), *_facts("Versions", (report["versions"] or {}).items())]
-    if report["bench"] and report["bench"]["versions"]:
-        other = [pair for pair in report["bench"]["versions"].items() if pair not in (report["versions"] or {}).items()]
-        versions += _facts("Versions at the benchmark", other) if other else ()
-    left = (*_stages(report), *_text(report), *_machine(report))
-    return Section("How it was made", (Heading("Command"), Code(report["command"]), Pair(left, tuple(versions))))
+    return _facts("Settings", ((name.replace("_", " "), value) for name, value in given if name not in unused))
+
+
+def _versions(report: Mapping[str, Any]) -> Iterator[Block]:
+    versions = report["versions"] or {}
+    yield from _facts("Versions", versions.items())
+    other = [pair for pair in ((report["bench"] or {}).get("versions") or {}).items() if pair not in versions.items()]
+    yield from _facts("Versions at the benchmark", other) if other else ()
 
 
 def _stages(report: Mapping[str, Any]) -> tuple[Block, ...]:

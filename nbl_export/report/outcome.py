@@ -1,10 +1,15 @@
-"""The result of a run in a few lines: what it replaced, what that gains, what it costs, and what to do next."""
+"""The result of a run in a few lines: whether it is worth it, what it gains, what it costs, and what to do next.
+
+rows, ratios of report.json ─► timed ─► a `Timed` for each test ─► verdict, lines, cards, table of speeds
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +17,147 @@ from nbl_export.options.goals import DEFAULT_INCREASE
 from nbl_export.records.paired import spoken_ratio
 from nbl_export.records.plan import spoken_layers
 from nbl_export.records.quality import FAR_SHARE, far_ends, spoken_far, spoken_loss
+from nbl_export.records.results import FAILED
 from nbl_export.report import words
 
-__all__ = ["judged", "limit_of", "next_steps", "outcome", "spoken_cut"]
+__all__ = ["Timed", "headline", "judged", "limit_of", "next_steps", "outcome", "spoken_cut", "timed", "verdict",
+           "worst_loss"]  # fmt: skip
 
-_SHOWN = 4  # ratios of a line; the report has all
-_PHASES = {"pp": "prefill", "tg": "decode"}
+_SHOWN = 4  # tests of a line; the report has all
+_WIDE = 1.25  # ends of an interval that are further apart say little
+_APART = 0.05  # so much may the ratio of medians differ from the median of ratios
+_TEST = ("kind", "tokens", "depth", "batch", "threads")
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A test, with the row of each decoder and the ratio of report.json; None if one of them was not timed."""
+
+    original: Mapping[str, Any] | None
+    nbl: Mapping[str, Any] | None
+    ratio: Mapping[str, Any] | None
+
+    @property
+    def row(self) -> Mapping[str, Any]:
+        """Facts of the test."""
+        return self.original or self.nbl or {}
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether the interval is wide, or the medians of both decoders have another ratio."""
+        if self.ratio is None or self.original is None or self.nbl is None:
+            return False
+        medians = self.nbl["tokens_per_second_median"] / self.original["tokens_per_second_median"]
+        wide = self.ratio["high"] > _WIDE * self.ratio["low"]
+        return bool(wide or abs(medians / self.ratio["ratio"] - 1) > _APART)
+
+    @property
+    def verdict(self) -> str:
+        """faster, slower, no clear difference, ...; a noisy difference is called so."""
+        found = self.ratio["verdict"] if self.ratio else ""
+        return f"{found}, noisy" if found in ("faster", "slower") and self.is_noisy else found
+
+    def latency(self, variant: Mapping[str, Any] | None) -> str:
+        """Time of the first token of a prompt, or of each further token."""
+        if variant is None:
+            return "–"
+        return words.milliseconds(variant["ttft_seconds"] or (variant["tpot_seconds"] or {}).get("p50"))
+
+    @property
+    def spoken_ratio(self) -> str:
+        """The ratio, or that there is no clear difference."""
+        return str(self.ratio["text"]) if self.ratio else "–"
+
+    @property
+    def interval(self) -> str:
+        """Ends of the ratio's interval."""
+        return f"{spoken_ratio(self.ratio['low'])} to {spoken_ratio(self.ratio['high'])}" if self.ratio else "–"
+
+    @property
+    def line(self) -> str:
+        """The test, latency of both, and how much faster NBL is."""
+        both = [self.latency(row) for row in (self.original, self.nbl)]
+        times = "" if "–" in both else f"{both[0]} → {both[1]}, "
+        noisy = ", noisy" * self.verdict.endswith("noisy")
+        return f"{words.test(self.row, swept=False)}: {times}{self.spoken_ratio} ({self.interval}){noisy}"
+
+
+def timed(report: Mapping[str, Any], kind: str = "") -> list[Timed]:
+    """Tests of a kind (pp, tg, or all) as they were run."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in report["rows"]:
+        if not kind or row["kind"] == kind:
+            found.setdefault(tuple(row[name] for name in _TEST), {})[row["variant"]] = row
+    ratios = {tuple(ratio[name] for name in _TEST): ratio for ratio in report["ratios"]}
+    return [Timed(rows.get("original"), rows.get("nbl"), ratios.get(test)) for test, rows in found.items()]
+
+
+def headline(report: Mapping[str, Any], kind: str) -> list[Timed]:
+    """Tests of a kind that have a ratio, at the first number of threads and batch: least depth, then longest first."""
+    found = [test for test in timed(report, kind) if test.ratio]
+    first = found[:1] and [found[0].row[name] for name in ("batch", "threads")]
+    found = [test for test in found if [test.row[name] for name in ("batch", "threads")] == first]
+    return sorted(found, key=lambda test: (test.row["depth"], -test.row["tokens"]))
 
 
 def outcome(report: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """Layers, speed, cache and loss, a line each, of the value of report.json."""
+    """Verdict, layers, speed, cache and loss, a line each, of the value of report.json."""
     replaced, total = report["replaced_layers"], report["num_layers"]
     which = f"{len(replaced)} of {total} replaced" + (f": {spoken_layers(replaced)}" if replaced else "")
     cache = report["cache_bytes_per_token"]
     ends = f"{words.size(cache['original'])} to {words.size(cache['nbl'])} a token"
+    said = verdict(report)
     return (
+        *((("verdict", said),) if said else ()),
         ("layers", spoken_cut(report) or which),
-        *((name, _speed(report, kind)) for kind, name in _PHASES.items()),
+        ("first token", _speed(report, "pp")),
+        ("others", _speed(report, "tg")),
         ("cache", f"{words.change(cache['original'], cache['nbl'])}, {ends}"),
         *(("" if k else "loss", said) for k, said in enumerate(tuple(_losses(report)) or ("not measured",))),
     )
+
+
+def verdict(report: Mapping[str, Any]) -> str:
+    """For which prompts the run is worth its loss, of what was measured; "" of a failed run, or of the original."""
+    if report["status"] == FAILED or not report["replaced_layers"]:
+        return ""
+    gain, is_worth = _gain(report)
+    quality, limit = judged(report), limit_of(report)[0]
+    loses = "What it loses was not measured."
+    if quality:
+        loss = spoken_loss(worst_loss(report["quality_loss"]))["increase"]
+        which = " on the worst text" if len(report["quality_loss"]) > 1 else ""
+        loses = f"Loses: perplexity {loss}{which}, {quality} the limit of {limit}."
+    if is_worth and quality == "above":
+        gain = "Faster, but not worth it at this limit."
+    return f"{gain} {loses}"
+
+
+def worst_loss(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The row of the text that suffers most: a smaller figure of another text misleads."""
+    return next((row for row in rows if row["increase"] is None), None) or max(rows, key=lambda row: row["increase"])
+
+
+def _gain(report: Mapping[str, Any]) -> tuple[str, bool]:
+    """What gains, and whether anything does."""
+    prompts = [test for test in headline(report, "pp") if not test.row["depth"]]
+    further = headline(report, "tg")[:1]
+    if not report["ratios"]:
+        return "Speed was not measured.", False
+    faster = [test.row["tokens"] for test in itertools.takewhile(lambda test: test.verdict == "faster", prompts)]
+    if faster:
+        also = " and for further tokens" if further and further[0].verdict == "faster" else ""
+        but = ", but further tokens come slower" if further and further[0].verdict == "slower" else ""
+        return f"Worth it for prompts of {faster[-1]:,} tokens and more{also}{but}.", True
+    if some := [f"{test.row['tokens']:,}" for test in prompts if test.verdict == "faster"]:
+        return f"Worth it for prompts of {', '.join(some)} tokens alone.", True
+    if further and further[0].verdict == "faster":
+        return "Worth it for long answers, not for prompts.", True
+    if any(test.verdict == "faster, noisy" for test in (*prompts, *further)):
+        return "Not shown to be worth it: the measurement is noisy.", False
+    if report["cache_bytes_per_token"]["nbl"] < report["cache_bytes_per_token"]["original"]:
+        return "Worth it for a smaller cache alone: no test is clearly faster.", False
+    return "Not worth it here: no test is clearly faster.", False
 
 
 def spoken_cut(report: Mapping[str, Any]) -> str:
@@ -46,14 +172,7 @@ def spoken_cut(report: Mapping[str, Any]) -> str:
 
 
 def _speed(report: Mapping[str, Any], kind: str) -> str:
-    ratios = sorted((r for r in report["ratios"] if r["kind"] == kind), key=lambda r: (r["depth"], r["tokens"]))
-    said = [f"{r['text']} ({spoken_ratio(r['low'])} to {spoken_ratio(r['high'])}) of {r['tokens']:,} tokens{_behind(r)}"
-            for r in ratios[:_SHOWN]]  # fmt: skip
-    return ", ".join(said) or "not measured"
-
-
-def _behind(ratio: Mapping[str, Any]) -> str:
-    return f" behind {ratio['depth']:,}" if ratio["depth"] else ""
+    return "; ".join(test.line for test in headline(report, kind)[:_SHOWN]) or "not measured"
 
 
 def _losses(report: Mapping[str, Any]) -> Iterator[str]:

@@ -87,6 +87,7 @@ def summarize(
         "far": verify.get("far"),
         "texts": verify.get("texts", []),
         "answers": verify.get("answers", []),
+        "passage": verify.get("passage", ""),
         "fit": manifest.get("fit", {}).get("kind"),
         "without_original": manifest.get("fit", {}).get("kind") == "given",
         "quality": {k: quality.get(k, []) for k in ("lm_eval", "table", "length", "agreement")} if quality else None,
@@ -152,12 +153,12 @@ def document(report: Mapping[str, Any]) -> Document:
     sections = (
         *quality.answers(report),
         quality.quality(report),
-        *quality.curve(report),
         speed.speed(report),
         *speed.engines(report),
-        *model.layers(report),
+        *quality.curve(report),
         model.verification(report),
         model.origin(report),
+        model.experts(report),
     )
     return Document(model.title(report), model.head(report), sections)
 
@@ -177,19 +178,10 @@ def _drawings(report: Mapping[str, Any]) -> dict[str, str]:
     rows, ratios = _main(report["rows"]), _main(report["ratios"])
     if rows:
         drawn["throughput"] = plots.throughput(rows, ratios)
-    if len({r["depth"] for r in ratios}) > 1:
-        drawn["depths"] = plots.depths(ratios)
     if report["curve"]:
         drawn["curve"] = plots.curve(
             report["curve"]["points"], len(report["replaced_layers"]), (report.get("cut") or {}).get("near")
         )
-    long = report["quality"]["length"] if report["quality"] else []
-    if any(row["differences"] for one in long for row in one["rows"]):
-        drawn["length"] = plots.length(long)
-    for key, label in (("bound", "CCA bound"), ("relative_error", "relative error")):
-        values = [(s["layer"], s[key]) for s in report["scores"] if s[key] is not None]
-        if values:
-            drawn[key] = plots.layers(key, values, report["replaced_layers"], label)
     return drawn
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,12 @@ from nbl_export.records.paired import spoken_ratio
 from nbl_export.records.quality import promise, spoken_far, spoken_loss
 from nbl_export.records.results import VERIFIED
 from nbl_export.report import words
-from nbl_export.report.document import Block, Code, Figure, Figures, Heading, Pair, Paragraph, Section
+from nbl_export.report.document import Block, Code, Details, Figure, Figures, Heading, Pair, Paragraph, Section
 from nbl_export.report.length import length
 from nbl_export.report.outcome import limit_of
 from nbl_export.report.table import Column, Table
 
-__all__ = ["answers", "curve", "losses", "quality", "spoken_curve"]
+__all__ = ["answers", "curve", "losses", "quality", "spoken_curve", "uses"]
 
 _VARIANTS = {"original": "Original", "nbl": "NBL"}
 _MEANS = (
@@ -30,22 +32,36 @@ _MEANS = (
 
 
 def answers(report: Mapping[str, Any]) -> tuple[Section, ...]:
-    """What both decoders wrote behind the prompts of the check `text`, side by side; nothing if it did not run."""
-    found = report["answers"]
+    """What both decoders wrote in the check `text`, side by side; nothing if it did not run."""
+    found, passage = report["answers"], report["passage"]
     if not found:
         return ()
     same = sum(one["original"] == one["nbl"] for one in found)
-    note = (
-        "Greedy text of both decoders behind the beginnings that verification uses. They are pieces of held-back text. "
-        "So this report holds words of the calibration text: pass it on only if others may read them. "
-        f"{same} of {len(found)} texts {'is' if same == 1 else 'are'} the same. "
-        'Ask your own questions: nbl-export generate DIR "..." --both.'
+    begun = (
+        "Greedy answers of both decoders, 48 tokens at most, in the model's chat template. The questions are about a "
+        "text of this tool."
+        if passage
+        else "Greedy text of both decoders behind pieces of held-back text, since the model has no chat template. "
+        "So this report holds words of the calibration text: pass it on only if others may read them."
     )
-    blocks: list[Block] = [Paragraph(note)]
+    are = f"{same} of {len(found)} texts {'is' if same == 1 else 'are'} the same."
+    own = Code(f'nbl-export generate {directory(report)} "..." --both')
+    blocks: list[Block] = [Paragraph(f"{begun} {are} Ask your own questions:"), own]
+    blocks += [Details("The text in question", (Paragraph(passage, "said"),))] if passage else []
     for one in found:
-        blocks += [Heading("Prompt"), Paragraph(one["prompt"].strip(), "said")]
+        blocks += [Heading(one["prompt"])] if passage else [Heading("Prompt"), Paragraph(one["prompt"].strip(), "said")]
         blocks.append(Pair(*((Heading(name), Paragraph(one[key].strip(), "said")) for key, name in _VARIANTS.items())))
     return (Section("What both write", tuple(blocks)),)
+
+
+def directory(report: Mapping[str, Any]) -> str:
+    """The run directory by its name, for commands."""
+    try:
+        given = shlex.split(report["command"])
+    except ValueError:  # quotes that do not close
+        given = []
+    names = [after for option, after in itertools.pairwise(given) if option in ("--output", "-o")]
+    return shlex.quote(names[-1]) if names else "DIR"
 
 
 def quality(report: Mapping[str, Any]) -> Section:
@@ -80,7 +96,6 @@ def _losses(report: Mapping[str, Any]) -> Iterator[Block]:
         yield Paragraph(_far(report["far"]))
     said, share = limit_of(report)
     yield Paragraph(f"A limit of {said} means that {promise(share)}.")
-    yield from _uses(report)
 
 
 def _far(row: Mapping[str, Any]) -> str:
@@ -110,7 +125,8 @@ def _loss(loss: Mapping[str, Any]) -> tuple[str, ...]:
     return loss["text"], tokens, *ends, said["increase"], said["kl"], said["top1"]
 
 
-def _uses(report: Mapping[str, Any]) -> Iterator[Block]:
+def uses(report: Mapping[str, Any]) -> Iterator[Block]:
+    """Which text served what; for experts."""
     if not report["texts"]:
         return
     yield Heading("Text by use")
@@ -216,7 +232,6 @@ def _curve_note(report: Mapping[str, Any], curve: Mapping[str, Any]) -> Iterator
         return
     yield "The choice of layers measured each of these sets, before any training of the maps."
     yield "Increases of perplexity are of the text that chose the layers, so they are somewhat too low."
-    yield "The commands run in the directory of this report."
     of = f" for {curve['engine']} in {curve['precision']}" if "engine" in curve else ""
     yield f"Speed is modelled{of}: a prefill of {curve['tokens']} tokens, then one decode step."
     goal = report.get("goal") or {}
@@ -236,18 +251,23 @@ def _of_cuts(report: Mapping[str, Any], curve: Mapping[str, Any]) -> Iterator[st
     yield f"The chosen cut keeps the increase within {report['goal']['max_perplexity_increase']} on every text."
 
 
+def _again(report: Mapping[str, Any], options: str) -> str:
+    """Another plan in a copy of the run: in the run itself it would undo what this report says."""
+    run = directory(report)
+    return f"cp -r {run} other && nbl-export plan other {options} && nbl-export report other"
+
+
 def _commands(report: Mapping[str, Any]) -> Iterator[str]:
-    """Commands for the next counts of the curve, run in the run directory, and for distillation in a new one."""
+    """Commands for the next counts of the curve in copies of the run, and for distillation in a new one."""
     if report.get("cut"):
         lower = [p for p in report["curve"]["points"] if p["layers"] > len(report["replaced_layers"])][:2]
-        yield from (f"nbl-export plan . --cut {min(p['replaced_layers'])} --near {p['near']} && nbl-export report ."
-                    for p in lower)  # fmt: skip
+        yield from (_again(report, f"--cut {min(p['replaced_layers'])} --near {p['near']}") for p in lower)
         return
     taken, curve = len(report["replaced_layers"]), report["curve"]
     options = JobOptions.from_json(over(report["options"], {"layers": str(taken)}))
     if options.select is None and report["select"] != DEFAULT_SELECT:
         options = dataclasses.replace(options, select=report["select"])  # the order of this curve
     for point in [p for p in curve["points"] if p["layers"] > taken][:2]:
-        yield f"nbl-export plan . --layers {point['layers']} && nbl-export report ."
+        yield _again(report, f"--layers {point['layers']}")
     if report["fit"] == "independent" and taken:
         yield describe_command(dataclasses.replace(options, fit="distilled", tap="normed"), Path("distilled"))

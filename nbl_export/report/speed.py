@@ -12,17 +12,15 @@ from nbl_export.records.paired import FEWEST_LOADS, LEVEL_UNTIL_NARROW, exact_le
 from nbl_export.records.results import spoken_background
 from nbl_export.report import words
 from nbl_export.report.document import Block, Figure, Figures, Heading, Paragraph, Section
+from nbl_export.report.outcome import timed
 from nbl_export.report.table import Cell, Column, Table
 
-__all__ = ["engines", "is_swept", "ratios", "speed"]
+__all__ = ["engines", "intervals", "is_swept", "speed", "speeds"]
 
 _VARIANTS = {"original": "original", "nbl": "NBL"}
-_SMALL_BYTES = 1 << 20  # files below this size say nothing
 _FIGURES = Figures((
     Figure("throughput", "Tokens per second, median of the rounds. Whiskers go from the slowest to the fastest round. "
            "In bold the paired ratio."),
-    Figure("depths", "Paired ratio against depth; whiskers show its interval. Above the line NBL is faster. "
-           "If whiskers reach the line, there is no clear difference."),
 ))  # fmt: skip
 
 
@@ -30,8 +28,7 @@ def speed(report: Mapping[str, Any]) -> Section:
     """What the benchmark measured, or that it measured nothing."""
     if not report["bench"]:
         return Section("Speed", (Paragraph("Speed and memory were not measured."),))
-    blocks = (_setting(report), _FIGURES, *_ratios(report), *_rates(report), *_reads(report), *_latency(report),
-              *_device(report), *_energy(report), *_sizes(report))  # fmt: skip
+    blocks = (_setting(report), _FIGURES, *_speeds(report), *_energy(report), *_sizes(report))
     return Section("Speed", blocks)
 
 
@@ -53,26 +50,55 @@ def _setting(report: Mapping[str, Any]) -> Paragraph:
     arithmetic = f" The engine {' in the original, and '.join(said)}." if said else ""
     return Paragraph(
         f"{bench['engine']} on {bench['provider']}, {words.listed(bench['threads'] or 'default')} threads.{arithmetic} "
-        f"The two variants took turns, round by round. Speed was {spoken_background(bench['background'])}.{logits} "
-        "In the name of a test, pp is prefill, tg is decode, and the number counts tokens. "
-        "Depth is the number of tokens that the cache held before."
+        f"The two variants took turns, round by round. Speed was {spoken_background(bench['background'])}.{logits}"
     )
 
 
-def _ratios(report: Mapping[str, Any]) -> Iterator[Block]:
-    yield Heading("Paired ratios")
-    yield ratios(report)
+def speeds(report: Mapping[str, Any], title: str = "") -> Table:
+    """Tokens a second, latency, and the ratio of both decoders, a row a test."""
+    swept = is_swept(report)
+    columns = (
+        Column("Test", "wrap"),
+        *Column.numbers("Tokens/s original", "Tokens/s NBL", "Latency original", "Latency NBL", "Ratio"),
+        "Verdict",
+    )
+    rows = []
+    for test in timed(report):
+        both = (test.original, test.nbl)
+        rates = (words.number(row and row["tokens_per_second_median"]) for row in both)
+        verdict = Cell.verdict(test.verdict, good="faster", bad="slower")
+        said = (words.test(test.row, swept=swept), *rates, *map(test.latency, both))
+        ratio = f"{spoken_ratio(test.ratio['ratio'])} ({test.interval})" if test.ratio else "–"
+        rows.append((*said, ratio, verdict))
+    return Table.of(columns, rows, title)
+
+
+def _speeds(report: Mapping[str, Any]) -> Iterator[Block]:
+    yield speeds(report)
     yield Paragraph(
-        "Both decoders are loaded anew for every round, because timings depend on where a load lies in memory. "
-        "A ratio is the median over the loads of NBL tokens/s divided by original tokens/s. "
-        "Its interval is that of the sign test, which makes no assumption about the noise. "
-        "If the interval contains 1, there is no clear difference. "
-        f"Up to eight loads the interval is the range of all ratios. {_level(report)} "
-        f"Fewer than {FEWEST_LOADS} loads give no verdict."
+        "Tokens/s and latency are medians. Latency is the time of the first token of a prompt, or of each further "
+        "token. The ratio is the median over the loads of NBL tokens/s divided by original tokens/s, with its interval."
     )
     yield from _slots(report)
     for skipped in report["bench"].get("skipped") or ():
         yield Paragraph(f"Not measured: {words.test(skipped, swept=is_swept(report))}. {skipped['reason']}.")
+
+
+def intervals(report: Mapping[str, Any]) -> Iterator[Block]:
+    """How the ratios and their intervals come about; for experts."""
+    if not report["ratios"]:
+        return
+    kinds = dict.fromkeys(ratio["interval"] for ratio in report["ratios"])
+    yield Heading("Intervals of speed")
+    yield Paragraph(
+        f"Intervals: {', '.join(kinds)}. Both decoders are loaded anew for every round, because timings depend on "
+        "where a load lies in memory. An interval is that of the sign test, which makes no assumption about the noise. "
+        "If the interval contains 1, there is no clear difference. Up to eight loads the interval is the range of all "
+        f"ratios. {_level(report)} Fewer than {FEWEST_LOADS} loads give no verdict. A difference is called noisy if "
+        "the ends of its interval are more than a quarter apart, or if the medians of both decoders say another ratio."
+    )
+    yield from _reads(report)
+    yield from _device(report)
 
 
 def _slots(report: Mapping[str, Any]) -> Iterator[Block]:
@@ -94,18 +120,6 @@ def _slots(report: Mapping[str, Any]) -> Iterator[Block]:
     )
 
 
-def ratios(report: Mapping[str, Any], title: str = "") -> Table:
-    """NBL tokens/s over the original's, a row a test."""
-    columns = (
-        "Test", "Verdict", *Column.numbers("Ratio", "From", "To", "Loads above 1"), "Interval"
-    )  # fmt: skip
-    return Table.of(columns, [
-        (words.test(r, swept=is_swept(report)), Cell.verdict(r["verdict"], good="faster", bad="slower"),
-         *(spoken_ratio(r[name]) for name in ("ratio", "low", "high")), f"{r['wins']} of {r['loads']}", r["interval"])
-        for r in report["ratios"]
-    ], title)  # fmt: skip
-
-
 def _level(report: Mapping[str, Any]) -> str:
     """How often such an interval contains the true median."""
     if report["bench"].get("repetitions") is None:
@@ -118,34 +132,8 @@ def _level(report: Mapping[str, Any]) -> str:
                     for n in counts)  # fmt: skip
 
 
-def _rates(report: Mapping[str, Any]) -> Iterator[Block]:
-    yield Heading("Tokens per second")
-    yield Table.of(("Test", "Variant", *Column.numbers("Median", "Mean", "Std. dev.", "Rounds")), [
-        (*_of(report, r), words.number(r["tokens_per_second_median"]), words.number(r["tokens_per_second_mean"]),
-         words.number(r["tokens_per_second_stdev"] if len(r["samples"]) > 1 else None),
-         str(len(r["samples"])))
-        for r in report["rows"]
-    ])  # fmt: skip
-
-
 def _of(report: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[str, str]:
     return words.test(row, swept=is_swept(report)), _VARIANTS[row["variant"]]
-
-
-def _latency(report: Mapping[str, Any]) -> Iterator[Block]:
-    rows = [r for r in report["rows"] if r["ttft_seconds"] or r["tpot_seconds"]]
-    if not rows:
-        return
-    yield Heading("Latency")
-    yield Table.of(("Test", "Variant", *Column.numbers("TTFT", "TPOT p50", "p95", "p99")), [
-        (*_of(report, r), words.milliseconds(r["ttft_seconds"]),
-         *(words.milliseconds((r["tpot_seconds"] or {}).get(name)) for name in ("p50", "p95", "p99")))
-        for r in rows
-    ])  # fmt: skip
-    yield Paragraph(
-        "TTFT is the time to the first token: prefill of the prompt and the choice of a token, median of the rounds. "
-        "TPOT is the time of each further token: percentiles over all tokens of all rounds."
-    )
 
 
 def _device(report: Mapping[str, Any]) -> Iterator[Block]:
@@ -167,17 +155,18 @@ def _device(report: Mapping[str, Any]) -> Iterator[Block]:
 
 
 def _reads(report: Mapping[str, Any]) -> Iterator[Block]:
-    """What decoding reads a second, and its share of what the machine reads; a share above all of it is left out."""
+    """What decoding reads a second, and its share of what the machine reads; nothing if a cache serves a part of it."""
     found = report["bench"].get("reads")
     if not found:
         return
     able, threads = found["machine_bytes_per_second"], found["threads"]
     before, after = (found["bytes_per_second"][name] for name in _VARIANTS)
-    shares = f": {words.percent(before / able)} and {words.percent(after / able)} of it"
+    if max(before, after) > able:
+        return
     yield Paragraph(
-        f"{words.test(found, swept=is_swept(report))} reads weights and caches at {_gigabytes(before)} in the original "
-        f"and {_gigabytes(after)} in NBL. With {threads} {words.plural('thread', threads)} this machine reads "
-        f"{_gigabytes(able)}, measured after the benchmark{shares if max(before, after) <= able else ''}."
+        f"{words.test(found, swept=is_swept(report))}: weights and caches are read at {_gigabytes(before)} in the "
+        f"original and {_gigabytes(after)} in NBL. With {threads} {words.plural('thread', threads)} this machine reads "
+        f"{_gigabytes(able)}: {words.percent(before / able)} and {words.percent(after / able)} of it are used."
     )
 
 
@@ -212,15 +201,7 @@ def _sizes(report: Mapping[str, Any]) -> Iterator[Block]:
         if before is None and key == "device_memory_bytes":
             continue
         rows.append((name, words.size(before), words.size(after), words.change(before, after)))
-    disk = {variant: report["disk_bytes"].get(variant) or {} for variant in _VARIANTS}
-    for kind, before in disk["original"].items():
-        after = disk["nbl"].get(kind, 0)
-        if max(before, after) < _SMALL_BYTES:
-            continue
-        rows.append((f"On disk: {kind}", words.size(before), words.size(after), words.change(before, after)))
-    before, after = report["load_seconds"].get("original"), report["load_seconds"].get("nbl")
-    rows.append(("Load time", words.duration(before), words.duration(after), words.change(before, after)))
-    yield Heading("Memory, size and load time")
+    yield Heading("Memory and size")
     yield compared(rows)
 
 

@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nbl_export.records.paired import spoken_test
-
 __all__ = ["change", "duration", "figure", "listed", "milliseconds", "number", "percent", "plural", "positions",
            "signed", "size", "test"]  # fmt: skip
 
@@ -75,13 +73,17 @@ def listed(values: Sequence[object] | object) -> str:
 
 
 def test(row: Mapping[str, Any], *, swept: bool) -> str:
-    """A test in words that do not break before its depth.
+    """A test in words: "prompt of 512 tokens behind 2,048, 4 sequences".
 
     Args:
         row: of the report's rows, ratios or skipped tests.
         swept: the benchmark had several numbers of threads, so the number is part of the words.
     """
-    return spoken_test(row, swept=swept).replace(" at depth ", "\u00a0at\u00a0depth\u00a0")
+    kind, tokens = row["test"][:2], int(row["test"][2:])
+    said = f"prompt of {tokens:,} tokens" if kind == "pp" else f"{tokens:,} new tokens"
+    said += f" behind {row['depth']:,}" if row["depth"] else ""
+    said += f", {row['batch']} sequences" if row.get("batch", 1) > 1 else ""
+    return said + (f", {row['threads']} {plural('thread', row['threads'])}" if swept and row.get("threads") else "")
 
 
 def positions(ends: Sequence[int]) -> list[str]:

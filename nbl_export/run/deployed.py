@@ -227,7 +227,8 @@ def open_finished(output: Path, ui: Ui, *, force: bool = False) -> Iterator[Fini
 
 # -- as JSON values --------------------------------------------------------------------------------------------
 
-_RESULT = ("num_layers", "replaced_layers", "cut", "fit", "goal", "ratios", "cache_bytes_per_token", "quality_loss")
+_RESULT = ("status", "num_layers", "replaced_layers", "cut", "fit", "goal", "rows", "ratios", "cache_bytes_per_token",
+           "quality_loss", "far")  # fmt: skip
 
 
 def result(run: RunDirectory) -> dict[str, Any] | None:

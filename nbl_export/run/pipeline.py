@@ -73,7 +73,7 @@ def _tell(output: Path, ui: Ui) -> None:
 
     if found := result(RunDirectory.existing(output)):
         for name, said in (*outcome(found), *next_steps(found, output)):
-            ui.say(f"  {name:<9}{said}")
+            ui.say(f"  {name:<13}{said}")
 
 
 def run_calibration(model: str, given: dict[str, Any], output: Path, ui: Ui, *, force: bool = False) -> Path:
@@ -212,6 +212,8 @@ def _advance(job: Job, until: str, *, ignore_failure: bool = False, needs: str =
         if is_done and (stage.name != "verify" or ignore_failure or place.passed):  # a failed verification runs again
             ui.say(f"{stage.title}: reused")
         else:
+            if undone := [name for name in readers(stage.name) if name in run.stages and _place(name) > _place(until)]:
+                ui.say(f"  this undoes {', '.join(undone)} of {run.path}; to keep them, stop now and work on a copy")
             if not stage.by_part:
                 job.note()  # of what the result is made
             _run(place, stage, inputs, key)

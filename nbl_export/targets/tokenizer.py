@@ -54,14 +54,18 @@ class Text:
         read_settings(directory / "tokenizer_config.json")
         self.end_ids = _end_ids(directory)
 
+    def asked(self, prompt: str) -> list[int] | None:
+        """Token ids of a user's turn in the chat template; None without a template."""
+        text = applied(self.directory, prompt)
+        return None if text is None else list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
     def encode(self, prompt: str, *, chat: bool) -> list[int]:
         """Token ids of a prompt; with `chat` and a template in the directory, the prompt is the user's turn in it.
 
         A template writes its own begin-of-text, so only a plain prompt gets special tokens.
         """
-        text = applied(self.directory, prompt) if chat else None
-        found = self._tokenizer.encode(prompt if text is None else text, add_special_tokens=text is None)
-        return [int(i) for i in found.ids]
+        found = self.asked(prompt) if chat else None
+        return list(self._tokenizer.encode(prompt, add_special_tokens=True).ids) if found is None else found
 
     def whole(self, tokens: Sequence[int]) -> str:
         """Text of tokens without special ones."""

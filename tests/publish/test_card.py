@@ -72,7 +72,7 @@ def test_what_it_says(run: Path) -> None:
     assert "| Licence | not stated by the base model" in text
     (layer,) = report["replaced_layers"]
     assert f"| Replaced layers | {layer} (counted from 0) |" in text
-    for heading in ("### Tokens per second", "## Quality loss"):
+    for heading in ("## Speed", "## Quality loss"):
         table = re.search(rf"{heading}\n(.*?)\n#", page, re.DOTALL)
         assert table is not None and table[1].count("|") > 10
         assert table[1].strip() in text

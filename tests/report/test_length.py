@@ -1,18 +1,17 @@
-"""Quality at length in the report: tables, drawing, warning; of graphs, of torch models, or of one decoder alone."""
+"""Quality at length in the report: tables and warning; of graphs, of torch models, or of one decoder alone."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
-from nbl_export.report import length, plots
+from nbl_export.report import length
 from nbl_export.report.console import eval_table
 from nbl_export.report.document import written
 from nbl_export.report.page import render
 from nbl_export.report.quality import quality
 
-from .test_report import BENCH, MANIFEST, VERIFY, Outline
+from .test_report import BENCH, MANIFEST, VERIFY
 
 RISES = {128: 0.1, 1024: 0.2, 4096: 0.3}
 
@@ -44,10 +43,10 @@ def measured(values: list[dict[str, Any]]) -> dict[str, Any]:
     return {"lm_eval": "1", "table": [], "length": values, "agreement": []}
 
 
-def test_the_report_has_tables_drawing_and_warning(tmp_path: Path) -> None:
+def test_the_report_has_tables_and_a_warning(tmp_path: Path) -> None:
     report = render(MANIFEST, VERIFY, BENCH, tmp_path, quality=measured(found()))
     page, text = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
-    assert 'id="length-' in page and "Note: it grows." in page
+    assert "Note: it grows." in page
     assert "### Loss by position" in text and "### Retrieval and copying" in text
     assert "| wiki | 1024–4095 | 8 | 7.39 | 9.97 | +33% (28 to 38) |" in text
     assert "| retrieval:wiki | 4,096 | 8 | 88% | 12% | 2.00 | 4.00 | +2.00 (1.95 to 2.05) |" in text
@@ -63,20 +62,7 @@ def test_a_command_shows_the_same() -> None:
     assert note == "Note: it grows."
 
 
-def test_the_drawing_shows_increases_and_shares() -> None:
-    for pair in (("nbl", "original"), ("torch-nbl", "torch-original")):
-        drawing = plots.length(found(*pair))
-        texts = [text.strip() for text in Outline(drawing).text if text.strip()]
-        assert {"0–127", "128–1023", "1024–4095", "retrieval:wiki", "copying", "NBL", "original"} <= set(texts)
-        bars = re.findall(r'<path [^>]*clip-path[^>]*style="fill: var\(--(nbl|original)', drawing)
-        assert bars == ["original", "original", "nbl", "nbl"] * 2
-        shares = [text for text in texts if re.fullmatch(r"\d+%", text)]
-        assert {"88%", "12%", "75%", "100%"} <= set(shares)
-        heights = [float(y) for y in re.findall(r'<use [^>]*y="([\d.]+)"[^>]*style="fill: var\(--nbl', drawing)]
-        assert len(heights) == 3 and heights == sorted(heights, reverse=True)  # the loss grows
-
-
-def test_one_decoder_alone_has_figures_without_differences(tmp_path: Path) -> None:
+def test_one_decoder_alone_has_figures_without_differences() -> None:
     alone = found()
     for one in alone:
         for line in one["rows"]:
@@ -84,12 +70,3 @@ def test_one_decoder_alone_has_figures_without_differences(tmp_path: Path) -> No
             line["differences"] = []
     text = "\n".join(table.markdown() for table in length.tables(alone))
     assert "| wiki | 1024–4095 | 8 | – | 9.97 | – |" in text
-    render(MANIFEST, VERIFY, BENCH, tmp_path, quality=measured(alone))
-    assert 'id="length-' not in (tmp_path / "report.html").read_text()
-
-
-def test_of_several_texts_each_has_a_line() -> None:
-    two = found()
-    drawing = plots.length([two[0], {**two[0], "task": "position:code"}, *two[1:]])
-    assert plots.length([*found(), *found()]) == plots.length(found())
-    assert {"wiki", "code"} <= {text.strip() for text in Outline(drawing).text}

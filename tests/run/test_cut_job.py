@@ -93,6 +93,7 @@ def test_another_cut_of_the_same_run_uses_its_sums(chosen: Path) -> None:
     before = (chosen / "cuts.safetensors").read_bytes()
     done = nbl("plan", chosen, "--cut", "2", "--near", "3")
     assert done.status == 0, done.err
+    assert done.err.index("this undoes rewrite, verify, ") < done.err.index("plan: done")
     manifest = json.loads((chosen / "nbl.json").read_text(encoding="utf-8"))
     assert manifest["cut"] == {"layer": 2, "near": 3} and (chosen / "cuts.safetensors").read_bytes() == before
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +12,9 @@ import pytest
 import torch
 
 from nbl_export.records.inputs import Lazy
-from nbl_export.run.stages.verify import loss_texts, make_probe
+from nbl_export.run.stages.verify import ask, loss_texts, make_probe
+from nbl_export.targets.tokenizer import Text
+from nbl_export.text.questions import PASSAGE, QUESTIONS
 from nbl_export.verify.ladder import DECODE_STEPS, Probe
 from nbl_export.verify.last_token import BATCH_LENGTHS
 
@@ -54,3 +59,18 @@ def test_a_short_text_is_one_window() -> None:
     inputs: Any = SimpleNamespace(context=128, cache_length=4096, final=final)
     ((_, windows),) = loss_texts(inputs, 64)
     assert windows.shape == (1, 384)
+
+
+def test_a_model_with_a_chat_template_is_asked_questions(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoint("llama"), tmp_path / "model"))
+    assert ask(folder, 0, 4096) == ask(None, 0, 4096) == ()
+    template = folder / "chat_template.jinja"
+    template.write_text("user {{ messages[0].content }} end", encoding="utf-8")
+    asked, text = ask(folder, 16, 4096), Text(folder)
+    turns = [f"user {PASSAGE}\n\n{question} end" for question in QUESTIONS]
+    assert list(asked) == [tuple(text.encode(turn, chat=False)) for turn in turns]
+    most = max(map(len, asked))
+    assert ask(folder, min(map(len, asked)), 4096) == ()  # computed as in the original
+    assert ask(folder, 0, most) == () and ask(folder, 0, most + 48) == asked
+    template.write_text("{{ raise_exception('no') }}", encoding="utf-8")
+    assert ask(folder, 0, 4096) == ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from nbl_export.errors import NblError
 from nbl_export.files import write_json
 from nbl_export.mixers import cache_layers
 from nbl_export.mixers.predicted import cut_of
@@ -25,17 +27,19 @@ from nbl_export.run.stages.common import Place
 from nbl_export.run_directory import ACCEPTANCE_FILE, DECODERS, VERIFY_FILE
 from nbl_export.targets.base import Target
 from nbl_export.targets.tokenizer import TOKENIZER, Text
+from nbl_export.text import questions
 from nbl_export.text.windows import repeated
 from nbl_export.verify.on_target import expect, save
 from nbl_export.verify.perplexity import quality_loss
 from nbl_export.verify.structure import Setting
 from nbl_export.verify.verifier import Verifier
 
-__all__ = ["VerifyInputs", "check", "declare", "loss_texts", "run", "uses_of"]
+__all__ = ["VerifyInputs", "ask", "check", "declare", "loss_texts", "run", "uses_of"]
 
 _PREFILL_TOKENS = (64, 37)
 _PROMPT_TOKENS = 24
 _NEW_TOKENS = 32
+_ANSWER_TOKENS = 48
 _TWICE_ROWS = 2  # with passages that occur twice, for answers from far back
 _LONG_TOKENS = 2048
 _BEYOND_WINDOW = 512
@@ -119,7 +123,11 @@ def check(inputs: VerifyInputs, place: Place, out: Path) -> dict[str, Any]:
     setting, maps = setting_of(inputs, place), place.maps()
     cut = cut_of(maps)
     near = None if cut is None else cut.near
-    verifier = Verifier(setting, make_probe(inputs, near), maps)
+    probe, holder = make_probe(inputs, near), _tokenizer(inputs, place)
+    asked = ask(holder, near or 0, inputs.cache_length)
+    if asked:
+        probe = dataclasses.replace(probe, prompts=asked, new_tokens=_ANSWER_TOKENS)
+    verifier = Verifier(setting, probe, maps)
     shipped = {subject: place.run.path / name for subject, name in DECODERS.items()}
     with _run_by_a_cpu(setting, shipped, place) as run:
         verifier.run(shipped, run)
@@ -136,8 +144,8 @@ def check(inputs: VerifyInputs, place: Place, out: Path) -> dict[str, Any]:
             del both
         if setting.engine.capabilities.cross:
             save(expect(setting.precision, verifier.probe, verifier.references, near), out / ACCEPTANCE_FILE)
-    answers = _answers(verifier, place.run.path / DECODERS["original"], inputs.checkpoint)
-    return {**conclude(inputs, place, verifier, quality_losses, far), "answers": answers}
+    said = {"answers": _answers(verifier, holder, asked=bool(asked)), "passage": questions.PASSAGE if asked else ""}
+    return {**conclude(inputs, place, verifier, quality_losses, far), **said}
 
 
 def _check_exporter(verifier: Verifier, inputs: VerifyInputs, original: Path) -> None:
@@ -160,18 +168,36 @@ def _check_exporter(verifier: Verifier, inputs: VerifyInputs, original: Path) ->
     inputs.model.forget()
 
 
-def _answers(verifier: Verifier, original: Path, checkpoint: Lazy[Path]) -> list[dict[str, str]]:
+def _tokenizer(inputs: VerifyInputs, place: Place) -> Path | None:
+    """A directory with tokenizer.json: the shipped original's, or the checkpoint; None without one."""
+    shipped = place.run.path / DECODERS["original"]
+    holder = shipped if (shipped / TOKENIZER).is_file() else inputs.checkpoint.value
+    return holder if (holder / TOKENIZER).is_file() else None
+
+
+def ask(holder: Path | None, near: int, cache_length: int) -> tuple[tuple[int, ...], ...]:
+    """Questions in the model's chat template; none without one, or if they are too short for a cut, or too long."""
+    if holder is None:
+        return ()
+    text, fits = Text(holder), range(near + 1, cache_length - _ANSWER_TOKENS + 1)
+    with contextlib.suppress(NblError):  # a template that cannot be applied
+        found = [tuple(text.asked(turn) or ()) for turn in questions.turns()]
+        return tuple(found) if all(len(ids) in fits for ids in found) else ()
+    return ()
+
+
+def _answers(verifier: Verifier, holder: Path | None, *, asked: bool) -> list[dict[str, str]]:
     """Prompts of the check `text`, and what both shipped decoders wrote behind them.
 
     Nothing without tokenizer.json, or if a decoder failed before it wrote.
     """
-    holder = original if (original / TOKENIZER).is_file() or not verifier.said else checkpoint.value
-    if set(verifier.said) != set(DECODERS) or not (holder / TOKENIZER).is_file():
+    if set(verifier.said) != set(DECODERS) or holder is None:
         return []
-    text = Text(holder)
+    text, prompts = Text(holder), verifier.probe.prompts
+    shown = questions.QUESTIONS if asked else tuple(map(text.whole, prompts))
     return [
-        {"prompt": text.whole(prompt)} | {name: text.behind(prompt, said[k]) for name, said in verifier.said.items()}
-        for k, prompt in enumerate(verifier.probe.prompts)
+        {"prompt": shown[k]} | {name: text.behind(prompt, said[k]) for name, said in verifier.said.items()}
+        for k, prompt in enumerate(prompts)
     ]
 
 
