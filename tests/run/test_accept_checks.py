@@ -157,18 +157,15 @@ def test_a_cut_file_and_a_missing_file_are_refused(values: Path, tmp_path: Path)
 
 def test_every_check_passes(values: Path) -> None:
     found = results(checked(values))
-    assert [result["check"] for result in found] == ["structure", *["nbl"] * 7, "last_token", "text", "slots", "clock"]
+    assert [result["check"] for result in found] == ["structure", *["nbl"] * 7, "last_token", "text", "clock"]
     assert [result for result in found if not result["passed"]] == []
     assert found[0]["detail"].endswith("runs on a stand-in; 3 layers, of which 2 name a fused attention kernel")
     assert "ms (1 ms of the GPU in the mean), reading" in found[-1]["detail"]
     (best,) = [result for result in found if "likeliest" in result["metric"]]
     assert (best["value"], best["tolerance"]) == (0.0, 0.1) and "likeliest tokens are the reference's" in best["detail"]
-    logits = [result for result in found if "logit difference" in result["metric"] and result["check"] != "slots"]
+    logits = [result for result in found if "logit difference" in result["metric"]]
     assert all(0 < result["value"] < result["tolerance"] == 0.02 for result in logits)  # fp16 rounds
     assert "96 tokens" in logits[5]["detail"] and "decode" in logits[5]["metric"]
-    cache_length = found[10]
-    assert (cache_length["value"], cache_length["tolerance"]) == (0.0, 0.0)
-    assert cache_length["detail"] == "slots of another text; of 64; of -64"
 
 
 FAULTS = {
@@ -176,7 +173,7 @@ FAULTS = {
     "late decode": ("nbl", "relative rms logit difference, decode", "one sequence of 96 tokens"),
     "nan": ("nbl", "relative rms logit difference, prefill", "one sequence of 56 tokens"),
     "chunks": ("last_token", "chunk behind a cache", "chunks of 20, 20, 16 tokens"),
-    "leak": ("slots", "stale slots", "are read: the mask lets later slots through"),
+    "leak": ("last_token", "chunk behind a cache", "on slots of another text"),
     "early clock": ("clock", "reading its token takes", "reading its token afterwards"),
     "memory": ("nbl", "comes to its end", "MemoryError:  (while running one sequence of 56 tokens)"),
     "close": ("structure", "comes to its end", "cudaFree: cudaErrorInvalidValue (while closing the decoder nbl)"),
@@ -193,29 +190,6 @@ def test_each_fault_is_named_by_its_check(fault: str, values: Path) -> None:
         assert len(failed) == 1, failed
 
 
-@pytest.mark.parametrize(("noise", "passed"), [([0, 1, -2, 1, 0, 3, -4, 2], True), ([0, 1, -2, 1, 0, 5, 0, 0], False)])
-def test_slots_are_judged_by_twice_the_largest_of_four_equal_runs(noise: list[int], passed: bool) -> None:
-    """A GPU whose kernels do not repeat a step: five equal runs differ by up to 2, and stale slots by up to 4."""
-
-    class Runner:
-        runs = iter(noise)
-
-        def begin(self, _tokens: int) -> None:
-            self.now = next(self.runs)
-
-        def append(self, _ids: Any) -> None: ...
-
-        def rewind(self, _length: int) -> None: ...
-
-        def fill(self, _value: float) -> None: ...
-
-        def last_logits(self) -> np.ndarray:
-            return np.full(3, self.now, np.float32)
-
-    found = on_target._stale_slots(Runner(), "nbl", [range(56), range(20)])
-    assert (found.passed, found.tolerance, found.value) == (passed, 4.0, max(map(abs, noise[5:])))
-
-
 def test_the_nbl_engine_may_be_twice_as_far_as_the_original(values: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault within the limit of the precision shows beside the original's own distance."""
     far = max(r["value"] for r in results(checked(values)) if r["check"] == "nbl" and "logit" in r["metric"])
@@ -230,7 +204,7 @@ def test_the_nbl_engine_may_be_twice_as_far_as_the_original(values: Path, monkey
         dataclasses.asdict(CheckResult(check, "original", name, value, 1.0, False))
         for check, name, value in (
             ("original", metric, 0.1), ("original", metric, 0.3), ("original", metric, math.nan),
-            ("slots", "logit difference by stale slots", 9.0),
+            ("last_token", metric, 9.0),
         )
     ]  # fmt: skip
     assert accepting._yardstick(found) == 0.3 and accepting._yardstick(found[2:]) is None

@@ -163,9 +163,6 @@ class Ledger:
     def begin(self, batch: int) -> None:
         self.cache = np.zeros((batch, self.cache_length), int)
 
-    def fill(self, value: float) -> None:
-        self.cache[:] = int(value)
-
     def run(self, ids_BT: np.ndarray, writes: Sequence[int], counts: Sequence[int]) -> np.ndarray:
         self.ran.append(ids_BT.shape[1])
         logits = np.zeros((*ids_BT.shape, VOCAB), np.float32)

@@ -171,15 +171,6 @@ class TrtSession:
         for address, size in self._caches.values():
             self._device.zero(address, size)
 
-    def fill(self, value: float) -> None:
-        """Put a value into every slot."""
-        for info in (i for i in self.contract.inputs if i.name in self._caches):
-            wide = np.full((self._batch, *map(int, info.shape[1:])), value, np.float32)
-            bits = (wide.view(np.uint32) >> 16).astype(np.uint16)  # of bfloat16, if the value has few digits
-            host = bits if info.dtype == "bfloat16" else wide.astype(_HOST_DTYPES[info.dtype])
-            self._device.upload(self._caches[info.name][0], host)
-            self._device.synchronize()
-
     def _bind(self, batch: int) -> None:
         caches = [info for info in self.contract.inputs if info.name.startswith("past_key_values.")]
         self._batch, self._shapes = 0, {}  # until all is bound

@@ -48,9 +48,6 @@ class Session(Protocol):
     def begin(self, batch: int) -> None:
         """Zero the caches for a batch."""
 
-    def fill(self, value: float) -> None:
-        """Put a value into every slot of the caches, to test that only written slots count."""
-
     def run(self, ids_BT: np.ndarray, writes: Sequence[int], counts: Sequence[int]) -> np.ndarray:
         """Run one step; returns logits [B, T, V], or [B, 1, V] of each row's last token, as the engine gives them.
 
@@ -266,10 +263,6 @@ class StaticRunner(Speaking):
     def device_seconds(self) -> float | None:
         """See `Session.device_seconds`."""
         return self._session.device_seconds()
-
-    def fill(self, value: float) -> None:
-        """Put a value into every slot of the caches, right after `begin`."""
-        self._session.fill(value)
 
     def last_logits(self) -> np.ndarray:
         """Logits [V] float32 after the last token of the first sequence; valid only right after `append`."""

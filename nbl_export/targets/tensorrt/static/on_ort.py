@@ -68,11 +68,6 @@ class OrtSession:
         self._bytes = sum(array.nbytes for array in zeros.values())
         self._caches = {name: self._ort.OrtValue.ortvalue_from_numpy(array) for name, array in zeros.items()}
 
-    def fill(self, value: float) -> None:
-        """Put a value into every slot."""
-        for cache in self._caches.values():
-            cache.update_inplace(np.full(cache.shape(), value, cache.numpy().dtype))
-
     def run(self, ids_BT: np.ndarray, writes: Sequence[int], counts: Sequence[int]) -> np.ndarray:
         """Run one step; returns logits in the graph's type."""
         controls = {"input_ids": ids_BT, "write_indices": np.array(writes, np.int64),
