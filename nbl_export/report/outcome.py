@@ -54,7 +54,7 @@ class Timed:
     @property
     def verdict(self) -> str:
         """faster, slower, no clear difference, ...; a noisy difference is called so."""
-        found = self.ratio["verdict"] if self.ratio else ""
+        found = str(self.ratio["verdict"]) if self.ratio else ""
         return f"{found}, noisy" if found in ("faster", "slower") and self.is_noisy else found
 
     def latency(self, variant: Mapping[str, Any] | None) -> str:
@@ -153,6 +153,8 @@ def _gain(report: Mapping[str, Any]) -> tuple[str, bool]:
         return f"Worth it for prompts of {', '.join(some)} tokens alone.", True
     if further and further[0].verdict == "faster":
         return "Worth it for long answers, not for prompts.", True
+    if all(test.verdict == "too few loads" for test in (*prompts, *further)):
+        return "Too few loads for a verdict on speed.", False
     if any(test.verdict == "faster, noisy" for test in (*prompts, *further)):
         return "Not shown to be worth it: the measurement is noisy.", False
     if report["cache_bytes_per_token"]["nbl"] < report["cache_bytes_per_token"]["original"]:

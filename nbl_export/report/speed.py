@@ -65,7 +65,7 @@ def speeds(report: Mapping[str, Any], title: str = "") -> Table:
     rows = []
     for test in timed(report):
         both = (test.original, test.nbl)
-        rates = (words.number(row and row["tokens_per_second_median"]) for row in both)
+        rates = (words.number(row["tokens_per_second_median"] if row else None) for row in both)
         verdict = Cell.verdict(test.verdict, good="faster", bad="slower")
         said = (words.test(test.row, swept=swept), *rates, *map(test.latency, both))
         ratio = f"{spoken_ratio(test.ratio['ratio'])} ({test.interval})" if test.ratio else "–"

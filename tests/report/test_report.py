@@ -400,6 +400,13 @@ def test_the_verdict_is_of_what_was_measured(
     assert said.startswith(f"{expected} Loses: perplexity +") and f"{limit} the limit of 5%" in said
 
 
+def test_few_loads_give_no_verdict_on_speed() -> None:
+    bench = clear(pp8=2.0)
+    for row in bench["timings"]:
+        row |= {name: row[name][:1] for name in ("samples_ns", "loads", "first_token_ns")}
+    assert verdict(summarize(MANIFEST, VERIFY, bench)).startswith("Too few loads for a verdict on speed. Loses: ")
+
+
 def test_no_verdict_of_a_failed_run_or_of_the_original() -> None:
     assert verdict(summarize(MANIFEST, changed(VERIFY, passed=False), BENCH)) == ""
     assert verdict(summarize(changed(MANIFEST, replaced_layers=[]), VERIFY, BENCH)) == ""
