@@ -46,11 +46,12 @@ from nbl_export.files import (
     write_json,
 )
 from nbl_export.graph.names import GENAI_CONFIG, IR_FILE, MANIFEST
+from nbl_export.mixers import kinds
 from nbl_export.options.command import describe_command
 from nbl_export.options.options import JobOptions
-from nbl_export.records.decoder import DecoderSpec
-from nbl_export.records.from_json import read_record
-from nbl_export.records.plan import LayerScore, Plan
+from nbl_export.records import shapes
+from nbl_export.records.from_json import check_shape, require
+from nbl_export.records.plan import Plan
 from nbl_export.trust.contained import check_folder
 from nbl_export.trust.lock import locked
 from nbl_export.trust.model_settings import drop_code
@@ -270,13 +271,23 @@ class RunDirectory:
         return self.path / f"{stage}.partial.safetensors"
 
     def read_json(self, name: str) -> Any:
-        """A JSON result of a finished stage."""
+        """A JSON result of a finished stage, whose values have the kinds that the stage writes.
+
+        Raises:
+            CorruptError: the file is damaged, or somebody edited it.
+        """
+        path = self.path / name
         try:
-            return read_json(self.path / name)
-        except (OSError, ValueError) as error:
-            raise CorruptError(f"{self.path / name} cannot be read ({error}); run its stage again") from error
+            found = read_json(path)
+            check_shape(found, _RESULTS[name])
+        except (OSError, ValueError, TypeError) as error:
+            raise CorruptError(
+                f"{path} cannot be used ({error}); delete it to have it made again, or start over with --force"
+            ) from error
+        return found
 
 
+_RESULTS = {VERIFY_FILE: shapes.VERIFICATION, BENCH_FILE: shapes.BENCHMARK, EVAL_FILE: shapes.EVALUATION}
 _OURS = (
     TEXT_FILE, MOMENTS_FILE, "calibrate.partial.safetensors", START_FILE, MAPS_FILE,
     DISTILL_FILE, "distill.partial.safetensors", *DECODERS.values(), VERIFY_FILE,
@@ -318,55 +329,20 @@ def _check_manifest(manifest: Any) -> None:
     Raises:
         KeyError, TypeError, ValueError, AttributeError or OverflowError: a value is missing or of the wrong kind.
     """
-    _require(manifest, schema=int, status=str, command=str, stages=dict, sources=list)
-    _require(manifest["model"], name=str, fingerprint=str)
-    if "text" in manifest["stages"]:
-        _require(manifest["text"], name=str, sha256=str, second=str, parts=dict)
-    if manifest["stages"].keys() - {"text"}:
-        _require(manifest["calibration"], name=str, sha256=str)
-    for record in manifest["stages"].values():
-        _require(record, key=str, seconds=(int, float), files=dict)
-        if any(Path(name).is_absolute() or ".." in Path(name).parts for name in record["files"]):
-            raise ValueError("a stage names a file outside the run")
-    _require(manifest["options"], model=str, engine=str, precision=str)
-    JobOptions.from_json(manifest["options"])
-    spec = read_record(DecoderSpec, manifest["decoder"])
-    places = manifest.get("places", {})
-    _require({"model": None, **places}, model=(str, type(None)))
-    if manifest["options"].get("quantized_model") is not None:
-        _require(manifest["quantized"], name=str, fingerprint=str, place=(str, type(None)))
-    _require({"logits": None, **manifest}, logits=(str, type(None)))
-    texts = places.get("calibration", [])
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise TypeError("'places' is of the wrong kind")
-    if "plan" in manifest["stages"]:
-        for score in manifest["scores"]:
-            read_record(LayerScore, score)
-        kinds = dict(zip(manifest["replaced_layers"], manifest["kinds"], strict=True))
-        plan = Plan.of(spec.num_layers, kinds)
-        read_record(Plan, {"kinds": plan.kinds, "tap": manifest["tap"], "select": manifest["select"]})
-    _check_curve(manifest.get("curve"))
-    if manifest.get("goal") is not None:
-        _require({"max_perplexity_increase": "", "default": False, **manifest["goal"]},
-                 max_perplexity_increase=str, default=bool)  # fmt: skip
-
-
-def _check_curve(curve: Any) -> None:
-    if curve is None:
-        return
-    _require({"engine": "", "precision": "", **curve}, texts=list, engine=str, precision=str, tokens=int, points=list)
-    number = (int, float)
-    for point in curve["points"]:
-        _require(point, layers=int, replaced_layers=list, increases=list, prefill=number, decode=number)
-        if len(point["increases"]) != len(curve["texts"]):
-            raise ValueError("'curve' has not one increase for each text")
-        for share in point["increases"]:
-            _require({"increases": share}, increases=number)
-    for text in curve["texts"]:
-        _require({"texts": text}, texts=str)
-
-
-def _require(values: dict[str, Any], **kinds: Any) -> None:
-    for name, kind in kinds.items():
-        if not isinstance(values[name], kind):
-            raise TypeError(f"{name!r} is of the wrong kind")
+    check_shape(manifest, shapes.MANIFEST)
+    stages, layers = manifest["stages"], manifest["decoder"]["num_layers"]
+    if any(Path(name).is_absolute() or ".." in Path(name).parts for s in stages.values() for name in s["files"]):
+        raise ValueError("a stage names a file outside the run")
+    options = JobOptions.from_json(manifest["options"])
+    needed = [*["text"] * ("text" in stages), *["calibration"] * bool(stages.keys() - {"text"})]
+    needed += ["quantized"] * (options.quantized_model is not None)
+    needed += ["scores", "replaced_layers", "kinds", "tap", "select"] * ("plan" in stages)
+    if missing := [name for name in needed if manifest.get(name) is None]:
+        raise KeyError(missing[0])
+    require(manifest.get("num_layers", layers) == layers, "'num_layers' is not the decoder's")
+    if manifest.get("replaced_layers") is not None:
+        known, used = kinds(), Plan.from_facts(manifest).mixers
+        require(set(used) <= set(known), f"'kinds' are of {', '.join(known)}")
+    curve = manifest.get("curve") or {"points": []}
+    fits = all(len(point["increases"]) == len(curve["texts"]) for point in curve["points"])
+    require(fits, "'curve' has not one increase for each text")

@@ -131,18 +131,17 @@ def bench(
 
     The decoders are those of one run, or of several directories.
     """
-    from nbl_export.report import console
+    from nbl_export.report import console, page
     from nbl_export.run import compare
     from nbl_export.run.deployed import trust_engines
     from nbl_export.run.pipeline import run_stages
-    from nbl_export.run_directory import REPORT_JSON
 
     if trust_engine:
         trust_engines([*directories, *([against] if against else [])])
     console.check_output(output, as_json)
     if compare.is_stage(directories, against, output):
         run = run_stages(directories[0], "report", ui(as_json), changes=asked, force=force, needs="bench")
-        result = run.read_json(REPORT_JSON)
+        result = page.of_run(run)
         return show(result, console.speed_table(result), as_json)
     value = compare.compare(directories, against, JobOptions("", **asked), ui(as_json), force=force)
     form = "json" if as_json else "md" if output else "table"

@@ -1,6 +1,6 @@
 """The model card: README.md of a model folder, as the hub shows it.
 
-    report.json, nbl.json, the base model's card ─► card.md.jinja ─► DIR/model/README.md
+    results of the run, the base model's card ─► card.md.jinja ─► DIR/model/README.md
 
 Speed and quality loss are the report's own blocks, so card and report cannot disagree. The manifest notes what was
 written, so that an edited card is never overwritten.
@@ -24,14 +24,14 @@ from nbl_export.files import file_sha256, friendly_os_errors
 from nbl_export.model.architectures import ARCHITECTURES
 from nbl_export.options.command import describe_command
 from nbl_export.options.public import public_options
-from nbl_export.records.from_json import edited
 from nbl_export.records.results import VERIFIED
 from nbl_export.report.document import written
 from nbl_export.report.model import head
+from nbl_export.report.page import of_run
 from nbl_export.report.quality import quality
 from nbl_export.report.speed import speed
 from nbl_export.report.table import escaped
-from nbl_export.run_directory import REPORT_JSON, RunDirectory
+from nbl_export.run_directory import RunDirectory
 from nbl_export.targets import load_engine
 from nbl_export.targets.providers import PROVIDERS
 from nbl_export.trust.model_settings import read_object, read_text
@@ -63,8 +63,7 @@ def write_card(directory: Path, hub_id: str | None = None, *, force: bool = Fals
         if not force and _is_edited(run, target):
             raise NblError(f"{target} is not as nbl-export wrote it; move it away, or use --force to replace it")
         base = find(run.manifest, hub_id)
-        with edited(run.path / REPORT_JSON, "run nbl-export report DIR again"):
-            text = render(run.manifest, run.read_json(REPORT_JSON), base, chat=_has_template(run.path / "model"))
+        text = render(run.manifest, of_run(run), base, chat=_has_template(run.path / "model"))
         with friendly_os_errors(target), run.scratch() as scratch:
             (scratch / "README.md").write_text(text, encoding="utf-8")
             os.replace(scratch / "README.md", target)

@@ -16,13 +16,23 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.files import write_json
+from nbl_export.records.from_json import edited
 from nbl_export.records.paired import figures
 from nbl_export.records.results import FAILED, status_of
 from nbl_export.report import model, quality, speed
 from nbl_export.report.document import Document, html, markdown
-from nbl_export.run_directory import REPORT_HTML, REPORT_JSON, REPORT_MD
+from nbl_export.report.outcome import outcome
+from nbl_export.run_directory import (
+    BENCH_FILE,
+    EVAL_FILE,
+    REPORT_HTML,
+    REPORT_JSON,
+    REPORT_MD,
+    VERIFY_FILE,
+    RunDirectory,
+)
 
-__all__ = ["codes_of", "document", "first_screen", "render", "summarize"]
+__all__ = ["codes_of", "document", "first_screen", "of_run", "render", "summarize"]
 
 _COPIED = ("model", "options", "command", "versions", "calibration", "num_layers", "replaced_layers", "kinds", "cut",
            "tap", "select", "logits", "goal", "curve", "torch_device")  # fmt: skip
@@ -60,6 +70,23 @@ def render(
 
 
 # -- values --------------------------------------------------------------------------------------------------
+
+
+def of_run(run: RunDirectory) -> dict[str, Any]:
+    """The value of report.json, from what the other stages left. So nobody needs to read report.json.
+
+    Raises:
+        CorruptError: a result is missing, or its values contradict each other.
+    """
+    verify = run.read_json(VERIFY_FILE)
+    bench, quality = (run.read_json(name) if stage in run.stages else None for stage, name in _MEASURED.items())
+    with edited(run.path, "remove its verify.json, bench.json and eval.json, or start over with --force"):
+        found = summarize(run.manifest, verify, bench, quality)
+        document(found), outcome(found)  # reads every value
+    return found
+
+
+_MEASURED = {"bench": BENCH_FILE, "eval": EVAL_FILE}
 
 
 def summarize(

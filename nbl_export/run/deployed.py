@@ -17,22 +17,12 @@ from nbl_export.options.command import describe_command
 from nbl_export.options.options import CHECKPOINT_FIT, JobOptions
 from nbl_export.plan.maps_file import load_maps
 from nbl_export.records.decoder import DecoderSpec
-from nbl_export.records.from_json import edited
 from nbl_export.records.inputs import Lazy
 from nbl_export.records.plan import Plan
 from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
 from nbl_export.run.settled import of_run
-from nbl_export.run_directory import (
-    BENCH_FILE,
-    CHECKPOINT,
-    DECODERS,
-    MADE_BY,
-    MAPS_FILE,
-    MOMENTS_FILE,
-    VERIFY_FILE,
-    RunDirectory,
-)
+from nbl_export.run_directory import CHECKPOINT, DECODERS, MADE_BY, MAPS_FILE, MOMENTS_FILE, RunDirectory
 from nbl_export.targets import all_targets, load_engine, owner_of
 from nbl_export.targets.base import Target
 from nbl_export.targets.runners import TextRunner
@@ -237,15 +227,9 @@ def result(run: RunDirectory) -> dict[str, Any] | None:
     Raises:
         CorruptError: a file of the run has not the values that its stage writes.
     """
-    from nbl_export.report import outcome, page
+    from nbl_export.report import page
 
-    if "verify" not in run.stages:
-        return None
-    bench = run.read_json(BENCH_FILE) if "bench" in run.stages else None
-    with edited(run.path, "run verify and bench again"):
-        found = page.summarize(run.manifest, run.read_json(VERIFY_FILE), bench)
-        outcome.outcome(found)  # reads every value that it says
-    return found
+    return page.of_run(run) if "verify" in run.stages else None
 
 
 def describe(directory: Path) -> dict[str, Any]:

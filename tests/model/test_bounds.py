@@ -27,7 +27,7 @@ from nbl_export.targets.base import ExportSettings
 from nbl_export.targets.export.finish import check_bounds
 from nbl_export.targets.onnx import export_genai
 
-from ..tiny import HEAD_DIM, HIDDEN, INNER, save_gguf
+from ..tiny import HEAD_DIM, HIDDEN, INNER, VOCAB, save_gguf
 from .test_hostile_checkpoint import changed
 
 Checkpoint = Callable[[str], Path]
@@ -102,7 +102,7 @@ def scalar(tmp_path: Path) -> Path:
 def test_a_gguf_without_tensors_takes_no_memory(tmp_path: Path, kind: str) -> None:
     file = empty_gguf(tmp_path / "model.gguf")
     assert file.stat().st_size < 133
-    assert "lacks the weights model.embed_tokens.weight" in refused(file, kind)
+    assert "its widest weight has 0" in refused(file, kind)
 
 
 @pytest.mark.parametrize(
@@ -130,27 +130,26 @@ def test_a_map_wider_than_the_decoder_takes_no_memory(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["spec", "load"])
 def test_a_checkpoint_without_weights_takes_no_memory(scalar: Path, kind: str) -> None:
-    if kind == "load":
-        assert "lacks the weights lm_head.weight and 578 more" in refused(scalar, kind)
-        return
-    assert "states 64 layers, and its weights have 0" in refused(scalar, kind)
-    changed(scalar, "config.json", num_hidden_layers=0)
-    assert "lacks the weights lm_head.weight and 2 more" in refused(scalar, kind)
+    if kind == "spec":
+        assert "states 64 layers, and its weights have 0" in refused(scalar, kind)
+        changed(scalar, "config.json", num_hidden_layers=0)
+    assert "its widest weight has 1" in refused(scalar, kind)
 
 
 @pytest.mark.parametrize("name", ["vocab_size", "intermediate_size", "head_dim", "num_attention_heads"])
-@pytest.mark.parametrize("number", [1 << 24, 1 << 40, 1 << 62])
+@pytest.mark.parametrize("number", [200, 1 << 29, 1 << 62])
 def test_a_size_beyond_the_files_takes_no_memory(
     checkpoint: Checkpoint, tmp_path: Path, name: str, number: int
 ) -> None:
     model = Path(shutil.copytree(checkpoint("llama"), tmp_path / "model"))
     changed(model, "config.json", **{name: number})
-    reasons = "weights do not have the shapes that config.json states|[Oo]verflow|is not a multiple of"
+    reasons = "its widest weight has" if number > VOCAB else "weights do not have the shapes that config.json states"
+    reasons += "|is not a multiple of"  # of heads, by transformers
     for asked in (lambda: read_spec(resolve(str(model))), lambda: load_model(model), lambda: check_bounds(model)):
         with pytest.raises(NblError, match=reasons) as refusal:
             asked()
         assert "\n" not in str(refusal.value)
-    if number == 1 << 24 and name != "num_attention_heads":  # transformers refuses heads by themselves
+    if number == 1 << 29:
         assert re.search(reasons, refused(model, "load"))
 
 
@@ -255,7 +254,7 @@ def test_the_most_positions_take_little_memory(checkpoint: Checkpoint, tmp_path:
 
 def test_weights_of_quantised_checkpoints_are_left_to_their_reader(checkpoint: Checkpoint, tmp_path: Path) -> None:
     model = Path(shutil.copytree(checkpoint("llama"), tmp_path / "model"))
-    changed(model, "config.json", quantization_config={"quant_method": "gptq", "bits": 4}, vocab_size=1 << 40)
+    changed(model, "config.json", quantization_config={"quant_method": "gptq", "bits": 4}, vocab_size=99)
     check_weights(model)
 
 

@@ -248,6 +248,8 @@ MANIFESTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "a decoder without heads": (lambda p: edit_decoder(p, num_kv_heads=0), ("not a manifest", "at least 1")),
     "a decoder of a name": (lambda p: edit_decoder(p, hidden_size="64"), ("not a manifest", "'hidden_size'")),
     "no such layer": (lambda p: edit(p, replaced_layers=[7]), ("not a manifest", "restore it", "--force")),
+    "a kind of nobody": (lambda p: edit(p, kinds=["lin"]), ("not a manifest", "'kinds' are of linear")),
+    "more layers than the decoder": (lambda p: edit(p, num_layers=1 << 40), ("not a manifest", "'num_layers'")),
     "no scores": (lambda p: edit(p, scores=None), ("not a manifest", "restore it", "--force")),
     "future": (lambda p: edit(p, schema=99), ("has schema 99", "this version reads 1", "--force")),
     "future without stages": (lambda p: edit(p, schema=2, stages=None), ("has schema 2", "this version reads 1")),

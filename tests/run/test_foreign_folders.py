@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nbl_export.errors import CorruptError, NblError
+from nbl_export.report import console, page
+from nbl_export.run.deployed import describe
+from nbl_export.run_directory import RunDirectory
 from nbl_export.text.corpus import Text
 from nbl_export.text.windows import pack
 from nbl_export.trust.contained import check_folder
@@ -89,21 +93,54 @@ def test_no_sizes_are_read_through_a_link_out(checkpoint: Callable[[str], Path],
         assert_refused(nbl("estimate", path), 1, copy / "config.json", "is a link out of its directory")
 
 
-@pytest.mark.parametrize("name", ["verify.json", "bench.json"])
-def test_results_that_were_edited_and_hashed_again(name: str, run: Path) -> None:
+@pytest.mark.parametrize(("name", "key"), [("verify.json", "top1_agreement"), ("bench.json", "loads")])
+def test_results_that_were_edited_and_hashed_again(name: str, key: str, run: Path) -> None:
     """The hash does not tell; a report is refused in one sentence, and nothing is lost."""
     value = json.loads((run / name).read_text(encoding="utf-8"))
-    for row in value.get("quality_loss", ()):
-        row.pop("top1_agreement")
-    if name == "bench.json":
-        value["timings"] = [{}]
+    for row in (*value.get("quality_loss", ()), *value.get("timings", ())):
+        row.pop(key)
     (run / name).write_text(json.dumps(value), encoding="utf-8")
     rehash(run, run / name)
     (run / "report.json").unlink()
     before = snapshot(run)
-    advice = ("bench.json", "delete it") if name == "bench.json" else (run, "values that do not fit", "--force")
-    assert_refused(nbl("report", run), 1, *advice)
+    assert_refused(nbl("report", run), 1, run / name, f"'{key}' is missing", "delete it", "--force")
     assert snapshot(run) == before
+
+
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Containers and keys of every value, of a list the first one."""
+    keys = list(value) if isinstance(value, dict) else range(min(len(value), 1)) if isinstance(value, list) else ()
+    for key in keys:
+        yield value, key
+        yield from _places(value[key])
+
+
+@pytest.mark.parametrize("name", ["nbl.json", "verify.json", "bench.json"])
+def test_any_value_of_another_kind_is_refused_or_shown(name: str, run: Path) -> None:
+    """Every value is missing, or of each other kind: what a command says of the run ends in a sentence of ours."""
+    file, refused = run / name, 0
+    whole = json.loads(file.read_text(encoding="utf-8"))
+    for place in range(len(list(_places(whole)))):
+        for wrong in (None, [], {}, "x", [[]], -1, 1e300):
+            changed = json.loads(json.dumps(whole))
+            container, key = list(_places(changed))[place]
+            if type(container[key]) is type(wrong):
+                continue
+            container[key] = wrong
+            if wrong is None and isinstance(container, dict):
+                del container[key]
+            file.write_text(json.dumps(changed), encoding="utf-8")
+            try:
+                opened = RunDirectory.existing(run)
+                console.checks_table(opened.read_json("verify.json"))
+                console.describe_table(describe(run))
+                console.scores_table(opened.manifest)
+                report = page.of_run(opened)
+                if report["bench"]:
+                    console.speed_table(report)
+            except NblError:
+                refused += 1
+    assert refused > 99
 
 
 def test_an_architecture_that_is_none(run: Path) -> None:

@@ -13,13 +13,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import MissingPackageError, NblError
+from nbl_export.files import safetensors_tensors
 from nbl_export.graph.gguf_header import read_header
+from nbl_export.model.checkpoint.weights import INDEX, WEIGHTS, weight_files
 from nbl_export.trust.model_settings import check_checkpoint
 
 __all__ = ["check_weights", "config_of", "model_of", "model_with", "quiet_transformers", "reason_of", "tokenizer_of"]
@@ -58,13 +61,35 @@ def _checked(model: Path) -> Iterator[dict[str, Any]]:
 def config_of(model: Path) -> Any:
     """The configuration of a checkpoint or of a GGUF file.
 
+    transformers makes rotary tables by its sizes before it compares a weight. So no size is larger than what is there.
+
     Raises:
-        NblError: the folder is unsafe. Whatever transformers raises on a damaged model.
+        NblError: the folder is unsafe, or a size is beyond the weights. Whatever transformers raises on a damaged
+            model.
     """
     with _checked(model) as given:
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(trust_remote_code=False, local_files_only=True, **given)
+        config = AutoConfig.from_pretrained(trust_remote_code=False, local_files_only=True, **given)
+    widest = _widest(model)
+    for name, size in vars(config).items():
+        if widest is not None and _WIDTH.search(name) and isinstance(size, int | float) and not size <= widest:
+            raise NblError(f"{model} states {name} {size}, and its widest weight has {widest}; fetch the model again")
+    return config
+
+
+_WIDTH = re.compile("_(?:size|dim|heads)$")  # in names of sizes that some weight has
+
+
+def _widest(model: Path) -> int | None:
+    """The largest size of a tensor that holds numbers; None for a folder without weights."""
+    if model.is_file():
+        shapes: Iterable[Any] = (tensor.shape.tolist() for tensor in reader(model).tensors)
+    elif not any((model / name).exists() for name in (INDEX, WEIGHTS)):
+        return None
+    else:
+        shapes = (facts["shape"] for file in weight_files(model) for facts in safetensors_tensors(file).values())
+    return max((max(shape) for shape in shapes if shape and 0 not in shape), default=0)
 
 
 def check_weights(model: Path) -> None:

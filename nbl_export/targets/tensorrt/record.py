@@ -13,6 +13,7 @@ from typing import Any
 
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.files import read_json
+from nbl_export.records import from_json
 from nbl_export.records.decoder import GraphContract, TensorInfo
 from nbl_export.targets.tensorrt.static.schedule import Profile
 from nbl_export.trust.contained import check_folder, check_inside
@@ -76,13 +77,7 @@ class EngineRecord:
     def from_json(cls, values: dict[str, Any]) -> EngineRecord:
         if values.pop("schema", None) != _SCHEMA:
             raise ValueError("another schema")
-        values["profiles"] = tuple(
-            Profile(p["name"], tuple(p["batch"]), tuple(p["tokens"])) for p in values["profiles"]
-        )
-        for name in ("inputs", "outputs"):
-            values[name] = tuple(TensorInfo(i["name"], i["dtype"], tuple(i["shape"])) for i in values[name])
-        values["compute_capabilities"] = tuple(values["compute_capabilities"])
-        return cls(**values)
+        return from_json.read_record(cls, values)
 
 
 def read_record(directory: Path) -> EngineRecord:
