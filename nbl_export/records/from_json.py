@@ -67,7 +67,7 @@ def _read(value: Any, hint: Any, name: str) -> Any:
         if not isinstance(value, bool) and isinstance(value, int | kind) and abs(value) < 1 << 63:
             return value
     elif dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        return read_record(kind, value)
+        return read_record(typing.cast(type, kind), value)
     elif isinstance(value, kind):
         return value
     raise TypeError(f"{name!r} is of the wrong kind")
@@ -93,10 +93,10 @@ def check_shape(value: Any, shape: Any, name: str = "all of it") -> None:
                 check_shape(one, inner, known)
 
 
-def _members(value: dict[str, Any], key: Any) -> Iterable[tuple[str, Any]]:
+def _members(value: Any, key: Any) -> Iterable[tuple[str, Any]]:
     """Names and values that a key of a shape means."""
     if key is str:
-        return value.items()
+        return list(value.items())
     if not key.endswith("?"):
         if key not in value:
             raise TypeError(f"{key!r} is missing")

@@ -29,9 +29,9 @@ from nbl_export.measure.benchmark import BenchSetting, decode_tokens, plan_scena
 from nbl_export.measure.energy import Meter
 from nbl_export.measure.footprint import Footprint, measure_footprint
 from nbl_export.measure.instruments import Instruments, Reading, read_usage
-from nbl_export.measure.rounds import Variant
+from nbl_export.measure.rounds import Rule, Variant
 from nbl_export.options.options import JobOptions
-from nbl_export.records.paired import figures
+from nbl_export.records.paired import PairedRatio, figures
 from nbl_export.records.results import Scenario, Timing
 
 SETTING = BenchSetting(100, 4096, "ort")
@@ -256,6 +256,8 @@ def test_rounds_go_on_while_one_interval_is_wide(tmp_path: Path) -> None:
     (tmp_path / "steady").mkdir()
     steady, _, _ = run_fake(tmp_path / "steady", scenarios, None)
     assert [t["loads"] for t in steady["timings"]] == [list(range(6))] * 4
+    narrow, wide = (PairedRatio(1.0, low, 1.0, 0.95, 6, 0) for low in (0.95, 0.8))
+    assert Rule().ends(6, 1.0, [narrow, narrow]) and not Rule().ends(6, 1.0, [narrow, wide])
 
 
 def test_rounds_do_not_go_on_for_longer_than_the_limit(tmp_path: Path) -> None:

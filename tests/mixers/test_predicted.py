@@ -10,7 +10,7 @@ import torch
 
 from nbl_export.errors import NblError
 from nbl_export.mixers.base import OWN, Port, apply
-from nbl_export.mixers.predicted import PREDICTED, Predicted
+from nbl_export.mixers.predicted import PREDICTED, Predicted, cut_of
 from nbl_export.mixers.predicted_module import features
 from nbl_export.mixers.rows import Need, rows_needed
 from nbl_export.plan.maps_file import load_maps, save_maps
@@ -58,6 +58,13 @@ def test_a_prompt_climbs_with_its_last_rows_and_the_first() -> None:
     needs = rows_needed(reads, 5)
     assert needs == (Need(None), Need(None), Need(None), Need(3, first=True), Need(3, first=True), Need(1))
     assert [need.count(100) for need in needs] == [100, 100, 100, 4, 4, 1]
+
+
+@pytest.mark.parametrize("other", [(1, 4), (0, 3)])
+def test_maps_of_a_model_have_one_cut(other: tuple[int, int]) -> None:
+    assert cut_of({2: predicted(), 1: predicted()}).near == 3  # type: ignore[union-attr]
+    with pytest.raises(NblError, match="several cuts or numbers of near tokens"):
+        cut_of({1: predicted(), 2: predicted(*other)})
 
 
 def test_moments_of_one_layer_do_not_fit_it() -> None:

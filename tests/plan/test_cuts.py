@@ -15,7 +15,7 @@ import torch
 from nbl_export.errors import NblError
 from nbl_export.mixers.predicted import Predicted, candidate_cuts
 from nbl_export.model.mixes import Loss
-from nbl_export.plan.cuts import CutInputs, choose_cut, joined
+from nbl_export.plan.cuts import CutInputs, _spread, choose_cut, joined
 from nbl_export.plan.order import quiet
 from nbl_export.records.inputs import Lazy
 from nbl_export.text.far import SHORT
@@ -124,6 +124,17 @@ def test_each_text_can_refuse_a_cut_alone(text: str, least: float) -> None:
     assert point["far"] == pytest.approx(0.01 if text != FAR else 0.105)
 
 
+def test_prompts_of_both_lengths_order_the_candidates() -> None:
+    """One near token saves more of a short prompt, and two more of both together."""
+    saved = {(1, 512): 1.0, (1, 2048): 0.0}
+
+    def of(chosen: Mapping[int, Predicted], tokens: int) -> float:
+        return saved.get((next(iter(chosen.values())).near, tokens), 0.9)
+
+    _, _, facts = choose_cut(inputs(World(rises()), cuts=(6,), saved=Lazy(None, lambda: of)), quiet, lambda _line: None)
+    assert facts["cut"] == {"layer": 6, "near": 2}
+
+
 def test_more_near_tokens_are_tried_unless_the_loss_is_hopeless() -> None:
     """A cut of 9% is tried with two near tokens, one of 11% is not."""
     for increase, cut in ((0.09, 4), (0.11, 5)):
@@ -210,3 +221,7 @@ def test_rows_are_joined_in_order_and_long_ones_stay() -> None:
     assert joined(torch.arange(14).view(7, 2), 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
     assert joined(torch.arange(6).view(1, 6), 4).shape == (1, 6)
     assert joined(torch.arange(2).view(1, 2), 4).shape == (1, 2)
+
+
+def test_rows_that_decide_are_of_the_whole_text() -> None:
+    assert _spread(torch.arange(14), 3).tolist() == [0, 4, 8] and _spread(torch.arange(2), 3).tolist() == [0, 1]

@@ -11,6 +11,7 @@ from nbl_export.records import quality
 from nbl_export.records.quality import (
     _student,
     _weighed,
+    far_row,
     increase_interval,
     interval_ends,
     mean_interval,
@@ -134,6 +135,12 @@ def test_what_windows_cannot_say() -> None:
     assert mean_interval([0.5, 0.5, 0.5]).ends == [0.5, 0.5]
     assert increase_interval([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]).ends == [0.0, 0.0]
     assert mean_interval([0.98, 1.0, 1.0], (0.0, 1.0)).high == 1.0
+
+
+def test_rows_of_answers_count_equally_however_many_they_have() -> None:
+    row = far_row([(10, 20.0, 21.0, 10.0), (100, 200.0, 250.0, 100.0)])
+    assert row is not None and row["lost"] == pytest.approx((0.1 + 0.5) / 2) and row["tokens"] == 110
+    assert row["perplexity_nbl"] == pytest.approx(math.exp((2.1 + 2.5) / 2))
 
 
 def test_half_an_interval_of_the_windows_needed_is_the_distance_to_the_share() -> None:

@@ -119,9 +119,10 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
 def test_any_value_of_another_kind_is_refused_or_shown(name: str, run: Path) -> None:
     """Every value is missing, or of each other kind: what a command says of the run ends in a sentence of ours."""
     file, refused = run / name, 0
+    others: tuple[Any, ...] = (None, [], {}, "x", [[]], -1, 1e300)
     whole = json.loads(file.read_text(encoding="utf-8"))
     for place in range(len(list(_places(whole)))):
-        for wrong in (None, [], {}, "x", [[]], -1, 1e300):
+        for wrong in others:
             changed = json.loads(json.dumps(whole))
             container, key = list(_places(changed))[place]
             if type(container[key]) is type(wrong):
