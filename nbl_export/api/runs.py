@@ -184,17 +184,14 @@ class Run:
 
     def curve(self) -> list[Point]:
         """Other numbers of layers, which were measured while layers were chosen; empty if layers were named."""
-        from nbl_export.records.from_json import edited
         from nbl_export.run_directory import RunDirectory
 
-        run = RunDirectory.existing(self.path)
-        with edited(self.path, "run plan again"):
-            curve = run.manifest.get("curve") or {"texts": [], "points": []}
-            return [
-                Point(tuple(p["replaced_layers"]), dict(zip(curve["texts"], p["increases"], strict=True)),
-                      p["prefill"], p["decode"])
-                for p in curve["points"]
-            ]  # fmt: skip
+        curve = RunDirectory.existing(self.path).manifest.get("curve") or {"texts": [], "points": []}
+        return [
+            Point(tuple(p["replaced_layers"]), dict(zip(curve["texts"], p["increases"], strict=True)),
+                  p["prefill"], p["decode"])
+            for p in curve["points"]
+        ]  # fmt: skip
 
     def compare(self, prompt: str, new_tokens: int = 128, *, raw: bool = False, force: bool = False) -> Answers:
         """Answers of both decoders, one after the other.

@@ -38,7 +38,6 @@ import itertools
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -85,10 +84,6 @@ class Point:
         """Increase of perplexity on the worst text, as a share."""
         return max(self.increases)
 
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Point:
-        return cls(tuple(map(int, values["layers"])), *(tuple(map(float, values[name])) for name in ("kl", "rises")))
-
 
 @dataclass(frozen=True)
 class GreedyOrder:
@@ -101,10 +96,6 @@ class GreedyOrder:
     def layers(self) -> tuple[int, ...]:
         """The layers, first replaced first."""
         return self.steps[-1].layers if self.steps else ()
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> GreedyOrder:
-        return cls(*(tuple(Point.from_json(v) for v in values[name]) for name in ("steps", "beyond")))
 
 
 class _Front:

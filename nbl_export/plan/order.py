@@ -20,6 +20,7 @@ from nbl_export.mixers.base import Mixer
 from nbl_export.model.mixes import Mixes
 from nbl_export.plan.greedy import EVERY, RULE, GreedyOrder, Judge, Point, Search
 from nbl_export.plan.inputs import Maps, OrderInputs, Task
+from nbl_export.records.from_json import read_record
 from nbl_export.records.inputs import Lazy, identity_of
 from nbl_export.records.plan import LayerScore, Plan
 
@@ -156,7 +157,7 @@ class Selection:
             if not found or found["key"] != self.key:
                 return GreedyOrder()
             self._names = [str(name) for name in found["texts"]]
-            return GreedyOrder.from_json(dict(found))
+            return read_record(GreedyOrder, {name: found[name] for name in ("steps", "beyond")})
         except (KeyError, TypeError, ValueError):
             return GreedyOrder()  # a damaged order is computed again
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from nbl_export.records.from_json import require
+from nbl_export.records.from_json import read_record, require
 
 __all__ = ["FAILED", "VERIFIED", "YES_NO", "CheckResult", "Scenario", "Timing", "spoken_background",
            "status_of"]  # fmt: skip
@@ -97,16 +97,8 @@ class Timing:
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Timing:
         """The timing of a row of bench.json."""
-        return cls(
-            Scenario(row["kind"], row["tokens"], row["depth"], row.get("batch", 1), row.get("threads")),
-            row["variant"],
-            tuple(row["samples_ns"]),
-            tuple(row.get("loads", ())),
-            tuple(row.get("first_token_ns", ())),
-            tuple(tuple(run) for run in row.get("token_ns", ())),
-            tuple(row.get("energy_uj", ())),
-            tuple(row.get("device_ns", ())),
-        )
+        test, own = ({name: row[name] for name in kind.__dataclass_fields__ if name in row} for kind in (Scenario, cls))
+        return read_record(cls, {**own, "scenario": read_record(Scenario, test)})
 
     def to_json(self) -> dict[str, Any]:
         """A row of bench.json: raw nanoseconds and microjoules, and the latencies derived from them."""

@@ -32,7 +32,7 @@ from nbl_export.run_directory import (
     RunDirectory,
 )
 
-__all__ = ["codes_of", "document", "first_screen", "of_run", "render", "summarize"]
+__all__ = ["ADVICE", "codes_of", "document", "first_screen", "of_run", "render", "results_of", "summarize"]
 
 _COPIED = ("model", "options", "command", "versions", "calibration", "num_layers", "replaced_layers", "kinds", "cut",
            "tap", "select", "logits", "goal", "curve", "torch_device")  # fmt: skip
@@ -78,15 +78,20 @@ def of_run(run: RunDirectory) -> dict[str, Any]:
     Raises:
         CorruptError: a result is missing, or its values contradict each other.
     """
-    verify = run.read_json(VERIFY_FILE)
-    bench, quality = (run.read_json(name) if stage in run.stages else None for stage, name in _MEASURED.items())
-    with edited(run.path, "remove its verify.json, bench.json and eval.json, or start over with --force"):
-        found = summarize(run.manifest, verify, bench, quality)
+    results = results_of(run)
+    with edited(run.path, ADVICE):
+        found = summarize(run.manifest, *results)
         document(found), outcome(found)  # reads every value
     return found
 
 
-_MEASURED = {"bench": BENCH_FILE, "eval": EVAL_FILE}
+ADVICE = "remove its verify.json, bench.json and eval.json, or start over with --force"
+
+
+def results_of(run: RunDirectory) -> list[Any]:
+    """Content of verify.json, and of bench.json and eval.json, or None for a stage that has not run."""
+    stages = {"verify": VERIFY_FILE, "bench": BENCH_FILE, "eval": EVAL_FILE}
+    return [run.read_json(name) if stage in run.stages else None for stage, name in stages.items()]
 
 
 def summarize(

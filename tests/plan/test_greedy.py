@@ -22,6 +22,7 @@ from nbl_export.model.switched import SwitchedModel
 from nbl_export.plan import greedy
 from nbl_export.plan.greedy import EVERY, Effects, GreedyOrder, Judge, Point, Search
 from nbl_export.plan.order import Selection
+from nbl_export.records.from_json import read_record
 from nbl_export.run.stages.plan import order_of
 from nbl_export.run_directory import TEXT_FILE
 from nbl_export.text.parts import read
@@ -171,7 +172,7 @@ def test_an_order_goes_on_as_if_made_at_once_and_a_shorter_one_is_its_front(chec
     switched = SwitchedModel(load_model(checkpoint("llama")), MAPS, "residual")
     whole = Search(judged(switched), GreedyOrder(), None, quiet).extend(2)
     first = Search(judged(switched), GreedyOrder(), None, quiet).extend(1)
-    kept = GreedyOrder.from_json(json.loads(json.dumps(dataclasses.asdict(first))))
+    kept = read_record(GreedyOrder, json.loads(json.dumps(dataclasses.asdict(first))))
     assert kept == first
     assert first.layers == whole.layers[:1]
     assert Search(judged(switched), kept, None, quiet).extend(2).steps == whole.steps

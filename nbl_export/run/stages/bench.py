@@ -22,7 +22,7 @@ from nbl_export.records.inputs import Lazy
 from nbl_export.records.results import Timing
 from nbl_export.run.job import Job
 from nbl_export.run.stages.common import LeftOut, Place
-from nbl_export.run_directory import BENCH_FILE, DECODERS, EVAL_FILE, VERIFY_FILE
+from nbl_export.run_directory import BENCH_FILE, DECODERS
 from nbl_export.targets.base import Target
 
 __all__ = ["BenchInputs", "declare", "run"]
@@ -133,11 +133,7 @@ def run_report(_inputs: ReportInputs, place: Place, out: Path) -> dict[str, Any]
     """Write the report as HTML, Markdown and JSON."""
     from nbl_export.report import page
 
-    def left(stage: str, name: str) -> Any:
-        return place.run.read_json(name) if stage in place.run.stages else None
-
-    verify = place.run.read_json(VERIFY_FILE)
-    benchmark, quality = left("bench", BENCH_FILE), left("eval", EVAL_FILE)
-    with edited(place.run.path, "remove its verify.json, bench.json and eval.json, or start over with --force"):
-        page.render({**place.run.manifest, "status": place.verdict}, verify, benchmark, out, quality)
+    verify, bench, quality = page.results_of(place.run)
+    with edited(place.run.path, page.ADVICE):
+        page.render({**place.run.manifest, "status": place.verdict}, verify, bench, out, quality)
     return {"status": place.verdict}
