@@ -88,7 +88,7 @@ def check_publishable(run: RunDirectory, *, force: bool) -> None:
         raise NblError(f"{run.path} is not finished: run its command again ({run.manifest['command']})")
     if run.manifest["status"] != VERIFIED and not force:
         raise NblError(f"{run.path} failed verification; see its verify.json, or use --force to go on all the same")
-    for stage in ("rewrite", "verify", "report"):
+    for stage in sorted(run.stages.keys() & {"rewrite", "verify", "bench", "eval", "report"}):
         run.check(stage)
 
 

@@ -16,6 +16,7 @@ from nbl_export.publish import card as base_model
 from nbl_export.publish.card import BaseModel
 
 from ..command import assert_refused, in_new_process, keys, nbl, snapshot
+from ..damage import flip
 from ..fake_hub import fake_hub
 
 README = Path("model") / "README.md"
@@ -248,6 +249,9 @@ def test_only_finished_and_verified_runs(run: Path) -> None:
     written(run, "--force")
     change(run, **{**whole, "options": {**whole["options"], "engine": "trt-rtx"}})
     assert_refused(nbl("card", run), 1, "trt-rtx", "--engine ort")
+    change(run, **whole)
+    flip(run / "bench.json")
+    assert_refused(nbl("card", run, "--force"), 1, run / "bench.json", "is corrupted")
 
 
 def test_what_is_no_run(run: Path, tmp_path: Path) -> None:
