@@ -97,8 +97,11 @@ class Timing:
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Timing:
         """The timing of a row of bench.json."""
-        test, own = ({name: row[name] for name in kind.__dataclass_fields__ if name in row} for kind in (Scenario, cls))
-        return read_record(cls, {**own, "scenario": read_record(Scenario, test)})
+
+        def taken(kind: Any) -> dict[str, Any]:
+            return {name: row[name] for name in kind.__dataclass_fields__ if name in row}
+
+        return read_record(cls, {**taken(cls), "scenario": read_record(Scenario, taken(Scenario))})
 
     def to_json(self) -> dict[str, Any]:
         """A row of bench.json: raw nanoseconds and microjoules, and the latencies derived from them."""
