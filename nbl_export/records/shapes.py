@@ -38,7 +38,7 @@ MANIFEST = {
     "calibration?": {**_TEXT, "tokens?": int, "context?": int, "parts?": [_TEXT], "device?": str, "products?": str},
     "calibrated_cuts?": [int],
     "quantized?": {
-        "name": str, "title": str, "fingerprint": str, "place?": str, "method": str, "group_size": int,
+        "name": str, "title": str, "fingerprint": str, "place?": str, "method": str | None, "group_size": int | None,
     },
     "torch_device?": str, "logits?": str, "tap?": str, "select?": str, "fit?": {"kind": str},
     "scores?": [LayerScore], "replaced_layers?": [int], "kinds?": [str], "cut?": {"layer": int, "near": int},
