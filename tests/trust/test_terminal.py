@@ -93,6 +93,9 @@ TABLES: dict[str, Callable[[Path], Any]] = {
     "doctor_table": lambda _: console.doctor_table(
         {"e": {"title": EVIL, "available": False, "reason": EVIL}}, EVIL, EVIL
     ),
+    "routes_table": lambda _: console.routes_table(
+        [{"name": EVIL, "title": EVIL, "take": EVIL, "reason": said} for said in ("", EVIL)]
+    ),
     "graph_table": lambda run: console.graph_table(graph_facts(run)),
     "ladder_table": lambda run: console.ladder_table(of_run("verify.json")(run)["checks"], "Acceptance, e" + EVIL),
 }
