@@ -209,7 +209,7 @@ def test_a_run_of_a_hub_model_knows_its_name(run: Path, tmp_path: Path) -> None:
     change(run, model=model, options=options, places={**facts["places"], "model": None})
     text = written(run)
     assert metadata(text)["base_model"] == "org/tiny"
-    assert f"revision {revision}" in text and "nbl-export --model org/tiny " in text
+    assert f"revision {revision}" in text and " --model org/tiny " in text
     assert_refused(nbl("card", run, "--base-model", "org/other"), 1, "org/tiny", "org/other")
     (run / README).unlink()
     for name in ("x/y](https://evil.example) <img src=x>\n\n# Official", "../x", "x/y/z", "a/" + "b" * 200):

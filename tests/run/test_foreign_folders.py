@@ -148,7 +148,7 @@ def test_an_architecture_that_is_none(run: Path) -> None:
     manifest = json.loads((run / "nbl.json").read_text(encoding="utf-8"))
     manifest["decoder"]["architecture"] = "llama\n"
     (run / "nbl.json").write_text(json.dumps(manifest), encoding="utf-8")
-    assert_refused(nbl("report", run), 1, "is not supported", "mistral")
+    assert_refused(nbl("report", run), 1, "is not supported", "such as llama")
 
 
 def test_a_tokenizer_with_settings_of_a_wrong_kind() -> None:
