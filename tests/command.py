@@ -31,8 +31,8 @@ __all__ = [
 
 # A run that is as small as the options allow: a few seconds.
 _TINY = {
-    "layers": "1", "context": 64, "depth": "0", "repetitions": 1, "prompt-tokens": "16", "generate-tokens": 4,
-    "compute-dtype": "float32",
+    "layers": "1", "fit": "independent", "context": 64, "depth": "0", "repetitions": 1, "prompt-tokens": "16",
+    "generate-tokens": 4, "compute-dtype": "float32",
 }  # as tiny.toml has it  # fmt: skip
 TINY = ("--config", str(Path(__file__).parent / "tiny.toml"), "--calibration-tokens", "1024")
 BARE = ("--config", str(Path(__file__).parent / "bare.toml"), *TINY[2:])  # for an NBL checkpoint

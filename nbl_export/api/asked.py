@@ -23,6 +23,8 @@ class Options(TypedDict, total=False):
     destination: str | None
     engine: str
     provider: str
+    precision: str
+    decoder_source: str
     layers: str | int | Sequence[int] | None
     max_perplexity_increase: str | float | None
     target_speedup: str | float | None
@@ -44,12 +46,10 @@ class Options(TypedDict, total=False):
     compute_dtype: str
     device: str
     seed: int
-    precision: str
     max_seq_len: int | None
     max_batch: int | None
     prefill_chunk: int | None
     logits: str | None
-    decoder_source: str
     builder_option: str | Sequence[str]
     quantized_model: Path | None
     depths: int | Sequence[int]

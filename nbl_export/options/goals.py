@@ -82,9 +82,11 @@ def check_request(options: JobOptions) -> None:
     asked = [flag_of(name) for name in ("layers", *GOALS) if getattr(options, name) is not None]
     if len(asked) > 1:
         raise UsageError(f"{' and '.join(asked)} both set how many layers are replaced; give one of them")
-    if options.layers is not None:
-        _read_layers(options.layers)
-    goal_of(options)
+    if options.layers is not None and _read_layers(options.layers) == 0:
+        raise UsageError("--layers 0 replaces nothing; ask for at least 1, or write 0, for the layer of that number")
+    goal = goal_of(options)
+    if isinstance(goal, PerplexityIncrease) and not goal.share:
+        raise UsageError("--max-perplexity-increase 0% allows no replaced layer; allow more, such as 1%")
     if not options.has_bias and options.tap != "normed":
         raise UsageError(f"key maps {options.maps} acts on the normed input; add the key tap = 'normed'")
 

@@ -33,6 +33,7 @@ DEVICES = ("auto", "cpu", "cuda")  # of torch
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # ends a line, or moves a terminal's cursor
 _STATIC = "static"  # decoder source whose caches have a fixed length
 DEFAULT_SLOTS, GPU_DECODE = 2048, 128  # slots of a compiled engine, and tokens of the decode test on a GPU
+SMALLEST = "int4"  # precision
 AUTO_CUT, NO_CUT = "auto", "none"  # the deepest cut that quality allows, or no cut
 NEARS = (64, 128, 256)  # tokens at the end of a prompt that climb above a cut, if none is asked for
 CHECKPOINT_FIT = "given"  # fit of the maps that an NBL checkpoint has
@@ -87,10 +88,12 @@ _OF_ROUNDING = ("accuracy_level", "algo_config", "block_size")
 
 
 def _usual_fit(values: Mapping[str, Any], engine: Capabilities | None, model: ModelFacts) -> str:
-    """Maps are trained for a limit on quality, where keys are not predicted; other goals need the closed form."""
-    closed = any(values[name] for name in ("layers", "target_speedup", "kv_budget")) or values["cut"] != NO_CUT
+    """Maps are trained where keys are not predicted; goals of speed and memory need the closed form."""
+    closed = any(values[name] for name in ("target_speedup", "kv_budget")) or values["cut"] != NO_CUT
     if model.maps_tap:
         return CHECKPOINT_FIT
+    if engine is None and not closed:
+        return ""  # it depends on the engine and the model, so that a command states it
     predicts = _cuts(values, engine) and _predicts(model)
     return "independent" if closed or predicts or values["select"] in ("cca", "error") else "distilled"
 
@@ -135,6 +138,28 @@ def _usual_engine(values: Mapping[str, Any], _engine: Capabilities | None, _mode
 def _usual_provider(values: Mapping[str, Any], _engine: Capabilities | None, _model: ModelFacts) -> str:
     place = _place(values)
     return place.provider if place else "cpu"
+
+
+def _sources(engine: Capabilities, model: ModelFacts, precision: str = "") -> list[str]:
+    """Decoder sources that export the model, in a precision if one is given; the usual source first."""
+    found = engine.sources.items()
+    return [name for name, made in found if name not in model.not_from and (not precision or precision in made)]
+
+
+def _usual_precision(values: Mapping[str, Any], engine: Capabilities | None, model: ModelFacts) -> str | None:
+    """int4, which is rounded one matrix after the other, for a model that does not fit into memory in float32."""
+    if engine is None:
+        return None
+    asked, possible = values["decoder_source"], _sources(engine, model, SMALLEST)
+    rounds = SMALLEST in engine.rounded and (asked in possible or (possible and asked not in engine.sources))
+    return SMALLEST if rounds and not model.fits else engine.precisions[0]
+
+
+def _usual_source(values: Mapping[str, Any], engine: Capabilities | None, model: ModelFacts) -> str:
+    """The first source that exports the model in its precision, else the first that exports it at all."""
+    if engine is None:
+        return "genai"
+    return next(iter((*_sources(engine, model, values["precision"]), *_sources(engine, model), engine.source)))
 
 
 def _usual_maps(values: Mapping[str, Any], _engine: Capabilities | None, _model: ModelFacts) -> str:
@@ -198,6 +223,16 @@ class JobOptions:
     provider: str = option(
         "cpu", "ort: for cpu (default) or cuda.", _ENGINE, first=True, metavar="PROVIDER",
         applies=_ORT, usual=_usual_provider,
+    )  # fmt: skip
+    precision: str = option(
+        "fp32", "ort: fp32 (default), fp16, int8, int4; openvino: fp16 (default), fp32, int8, int4; trt, trt-rtx: bf16 "
+        "(default), fp16, int4. ort, openvino: int4 is the default if float32 does not fit into memory.",
+        _ENGINE, "main rewrite", first=True, metavar="PRECISION", usual=_usual_precision,
+    )  # fmt: skip
+    decoder_source: str = option(
+        "genai", "What exports the decoder graph; ort: genai (default) or mobius (default if genai cannot); "
+        "openvino: openvino; trt, trt-rtx: static.", _ENGINE, "main rewrite", metavar="SOURCE", usual=_usual_source,
+        key=True,
     )  # fmt: skip
     layers: str | None = option(
         None, 'How many layers ("8") or which ("0,7,24-29"); default: --cut.', _REPLACED,
@@ -277,11 +312,6 @@ class JobOptions:
     seed: int = option(
         0, "Seed of distillation.", _DISTILL, least=0, applies=_TRAINED, key=True,
     )  # fmt: skip
-    precision: str = option(
-        "fp32", "ort: fp32 (default), fp16, int8, int4; openvino: fp16 (default), fp32, int8, int4; trt, "
-        "trt-rtx: bf16 (default), fp16, int4.", _ENGINE, "main rewrite", first=True,
-        metavar="PRECISION", usual=lambda _, engine, __: engine and engine.precisions[0],
-    )  # fmt: skip
     max_seq_len: int | None = option(
         None, "trt, trt-rtx: most tokens of a sequence; default 2048.", _ENGINE, least=1, applies=_COMPILED,
     )  # fmt: skip
@@ -296,11 +326,6 @@ class JobOptions:
     logits: str | None = option(
         None, "Logits of the last token (default), as generation needs, or all.", _ENGINE, choices=("last", "all"),
         metavar="last|all", key=True,
-    )  # fmt: skip
-    decoder_source: str = option(
-        "genai", "What exports the decoder graph; ort: genai (default) or mobius; openvino: openvino; trt, trt-rtx: "
-        "static.", _ENGINE, "main rewrite", metavar="SOURCE", usual=lambda _, engine,
-        __: engine.source if engine else "genai", key=True,
     )  # fmt: skip
     builder_option: tuple[str, ...] = option(
         (), "How the GenAI builder quantises: algo_config (int4 on a CPU: k_quant_mixed), block_size, accuracy_level, "

@@ -152,7 +152,8 @@ def _not_made(case: Case) -> str | bool:
     options, sources = case.options, case.engine.sources
     if options.precision in sources[options.decoder_source]:
         return False
-    others = [f"the key decoder_source = '{name}'" for name, made in sources.items() if options.precision in made]
+    others = [f"the key decoder_source = '{name}'" for name, made in sources.items()
+              if options.precision in made and name not in case.model.not_from]  # fmt: skip
     return (
         f"the decoder source {options.decoder_source} makes no {options.precision} graph; "
         f"use {' or '.join([*others, '--precision ' + ', '.join(sources[options.decoder_source])])}"

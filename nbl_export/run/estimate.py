@@ -22,7 +22,7 @@ from nbl_export.measure.estimate import Needs
 from nbl_export.measure.machine_speed import product_flops_per_second
 from nbl_export.model.checkpoint.shape import Shape, read_shape
 from nbl_export.model.memory import available_bytes, holds
-from nbl_export.options.options import JobOptions
+from nbl_export.options.options import SMALLEST, JobOptions
 from nbl_export.options.settle import hub_id, settle
 from nbl_export.report.estimate import spoken_totals
 from nbl_export.report.words import size
@@ -84,6 +84,10 @@ def foreseen(job: Job, stages: Sequence[Stage[Any]], output: Path) -> str:
     if refused := _shortage(needs, estimated.available_bytes, shutil.disk_usage(place).free, output):
         raise NblError(refused)
     said = f"estimate: {spoken_totals(total)}"
+    if job.options.precision == SMALLEST and not estimated.fits:
+        said += (
+            f"\n  weights in {SMALLEST}: in float32 they take {size(estimated.weights)}; --precision sets another type"
+        )
     return f"{said}\n  {_spoken_gain(estimated)}" if estimated.engine.static and "plan" in left else said
 
 

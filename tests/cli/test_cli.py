@@ -238,18 +238,6 @@ def test_main_job(
         assert read(tmp_path / "run" / which / "genai_config.json")["model"]["context_length"] == 512
 
 
-def test_no_layers_is_the_original_again(same: Same, tmp_path: Path) -> None:
-    with until("verify"):
-        done = nbl(*same, "--layers", "0", "--output", tmp_path / "run")
-    assert done.status == 0, done.err
-    original, model = (snapshot(tmp_path / "run" / name) for name in ("original", "model"))
-    model.pop("nbl.json")
-    assert model == original
-    facts = read(tmp_path / "run" / "nbl.json")
-    assert (facts["status"], facts["replaced_layers"]) == ("verified", [])
-    assert all(p["kl_mean"] == 0 for p in read(tmp_path / "run" / "verify.json")["quality_loss"])
-
-
 def test_paths_with_spaces_and_other_scripts(
     checkpoint: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -197,7 +197,8 @@ def test_options_are_settled_without_torch(tmp_path: Path) -> None:
     "asked",
     [
         {}, ASKED, {"fit": "distilled"}, {"fit": "distilled", "tap": "residual"}, {"provider": "cuda"},
-        {"engine": "openvino", "precision": "fp32"},
+        {"engine": "openvino", "precision": "fp32"}, {"engine": "openvino", "fit": "independent", "layers": "2"},
+        {"for": "mlx-lm", "layers": "2"}, {"precision": "fp16"},
         {"maps": "linear", "layers": "2", "select": "cca"},
         {"fit": "distilled", "distill_steps": 4, "seed": 2, "label_weight": 0.5},
         {"engine": "trt-rtx", "precision": "int4", "max_seq_len": 64},

@@ -107,10 +107,3 @@ def test_labels_train_otherwise_and_are_recorded(same: Same, tmp_path: Path) -> 
 def test_the_command_line_trains_as_the_library_does() -> None:
     given, own = JobOptions(model="m"), DistillSettings()
     assert (given.label_weight, given.lora_rank) == (own.label_weight, own.lora_rank)
-
-
-def test_nothing_replaced_needs_no_distillation(same: Same, tmp_path: Path) -> None:
-    with until("rewrite"):
-        done = nbl(*same, "--layers", "0", "--fit", "distilled", "--output", tmp_path / "run")
-    assert done.status == 0, done.err
-    assert "distill" not in done.err
