@@ -90,7 +90,7 @@ def _refuse_unread(found: Finished, asked: str, form: str) -> None:
     if place.refuses(kinds, frozenset(), "", ()):
         spoken = spoken_kind(PREDICTED if PREDICTED in kinds else min(kinds))
         raise NblError(f"{found.run.path} has {spoken}, which --to {asked} does not hold; {_INSTEAD}")
-    if reason := place.refuses(kinds, frozenset(), found.run.manifest["model"]["architecture"], found.maps):
+    if reason := place.refuses(kinds, frozenset(), found.run.manifest["decoder"]["architecture"], found.maps):
         raise NblError(f"--to {asked} cannot have {found.run.path}: {reason}; nbl-export convert DIR lists who can")
     if name == "llama.cpp":
         from nbl_export.targets.checkpoint.nemotron_nas import check_vocabulary

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,7 @@ def routes(directory: Path) -> list[Route]:
         NblError: the directory is no run, or its layers are not chosen yet.
     """
     run = RunDirectory.existing(directory)
-    if "replaced_layers" not in run.manifest:
+    if "plan" not in run.stages:
         raise NblError(f"{directory} is not finished: run its command again ({run.manifest['command']})")
     with contextlib.suppress(Exception):  # a machine without torch, or a folder that is not whole: the table decides
         from nbl_export.model.checkpoint.pretrained import config_of
@@ -69,12 +70,14 @@ def _route(name: str, directory: Path, manifest: Mapping[str, Any], config: Any)
         other = f"the run is for {engine}" + (f" with --provider {provider}" if provider != "cpu" else "")
         reason = "" if same else f"{other}; make another with --for {name}"
         return Route(name, place.title, f"{directory / folder}/", reason)
-    reason = place.refuses(manifest["kinds"], frozenset(), manifest["model"]["architecture"], layers)
-    if reason and not place.refuses(("linear",), frozenset(), manifest["model"]["architecture"], ()):
+    architecture = manifest["decoder"]["architecture"]
+    reason = place.refuses(manifest["kinds"], frozenset(), architecture, layers)
+    if reason and not place.refuses(("linear",), frozenset(), architecture, ()):
         reason += f"; make another run with --for {name}"
     elif not reason and config is not None:
         reason = _unfit(name, config, directory / DECODERS["original"], layers)
-    return Route(name, place.title, f"nbl-export convert {directory} --to {name} --output NEW", reason)
+    command = f"nbl-export convert {shlex.quote(str(directory))} --to {name} --output NEW"
+    return Route(name, place.title, command, reason)
 
 
 def _unfit(name: str, config: Any, directory: Path, layers: Iterable[int]) -> str:
