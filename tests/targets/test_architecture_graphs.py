@@ -255,7 +255,7 @@ def test_the_main_job(
 @pytest.mark.parametrize(
     ("architecture", "options", "said"),
     [
-        ("olmo2", configured(decoder_source="genai"), "decoder_source genai is not possible for olmo2: the GenAI builder"),
+        ("olmo2", configured(decoder_source="genai"), "decoder_source genai is not possible for olmo2: the GenAI"),
         ("gemma2", configured(decoder_source="mobius"), "key decoder_source mobius is not possible for gemma2"),
     ],
 )
