@@ -157,8 +157,9 @@ def _usual_precision(values: Mapping[str, Any], engine: Capabilities | None, mod
 
 def _usual_source(values: Mapping[str, Any], engine: Capabilities | None, model: ModelFacts) -> str:
     """The first source that exports the model in its precision, else the first that exports it at all."""
-    if engine is None:
-        return "genai"
+    if engine is None:  # for a command, which states what does not follow from engine and precision
+        asked = str(values["decoder_source"])
+        return "genai" if asked == "mobius" and values["precision"] != "fp16" else asked
     return next(iter((*_sources(engine, model, values["precision"]), *_sources(engine, model), engine.source)))
 
 
