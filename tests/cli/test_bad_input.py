@@ -171,7 +171,7 @@ def test_model_is_a_file(run: Path, text: Path) -> None:
         (("--seed", "1"), ("--seed is a key of a file: write seed = ... to FILE.toml, and give --config",)),
         (("--device", "gpu"), ("--device is auto, cpu, cuda, not 'gpu'",)),
         (("--layers", "7,7"), ("--layers '7,7': layer 7 is named twice",)),
-        (("--precision", "fp16"), ("use the key decoder_source = 'mobius'",)),
+        (("--precision", "fp7"), ("--precision fp7 is not for engine ort",)),
         (("--quantize", "gptq"), ("--quantize is gone: leave it out",)),
         (("--max-perplexity-increase", "0.1"), ("may mean 10% or 0.1%; write one of them",)),
         (("--config", "/nowhere.toml"), ("--config", "/nowhere.toml", "cannot be read")),

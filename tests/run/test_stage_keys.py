@@ -39,7 +39,7 @@ CUT: dict[str, Any] = {"layers": None, "select": None, "cut": "auto"}
 ASKED = {"eval": EVAL}
 # Another value of each option.
 OTHER: dict[str, Any] = {
-    "layers": "2", "cut": "1", "max_perplexity_increase": "5%", "target_speedup": "1.1",
+    "destination": "mlx-lm", "layers": "2", "cut": "1", "max_perplexity_increase": "5%", "target_speedup": "1.1",
     "kv_budget": "300B", "fit": "drop", "select": "error", "tap": "normed", "maps": "linear",
     "distill_minutes": 1.0,
     "distill_steps": 7, "distill_tokens": 7, "lora_rank": 7, "label_weight": 0.7, "calibration_tokens": 1024,
@@ -50,7 +50,7 @@ OTHER: dict[str, Any] = {
     "generate_tokens": 7, "threads": (1,), "batches": (2,), "engine": "openvino",
 }  # fmt: skip
 _PLAN = ("layers", "cut", "max_perplexity_increase", "target_speedup", "kv_budget", "fit", "select",
-         "tap", "maps", "compute_dtype", "logits")  # fmt: skip
+         "tap", "maps", "compute_dtype", "logits", "destination")  # fmt: skip
 _DECODER = ("precision", "provider", "logits", "decoder_source", "builder_option", "quantized_model")
 _GRAPHS = tuple(dict.fromkeys((*_PLAN, *_DECODER)))
 _BENCH = ("depths", "repetitions", "prompt_tokens", "generate_tokens", "threads", "batches")
