@@ -88,8 +88,8 @@ _OF_ROUNDING = ("accuracy_level", "algo_config", "block_size")
 
 
 def _usual_fit(values: Mapping[str, Any], engine: Capabilities | None, model: ModelFacts) -> str:
-    """Maps are trained where keys are not predicted; goals of speed and memory need the closed form."""
-    closed = any(values[name] for name in ("target_speedup", "kv_budget")) or values["cut"] != NO_CUT
+    """Maps are trained where keys are not predicted; goals of speed and memory, and large models, need closed form."""
+    closed = any(values[name] for name in ("target_speedup", "kv_budget")) or values["cut"] != NO_CUT or not model.fits
     if model.maps_tap:
         return CHECKPOINT_FIT
     if engine is None and not closed:

@@ -157,6 +157,7 @@ def test_the_recorded_command_has_every_option_that_is_not_the_default() -> None
         chosen = {
             "tap": "normed", "fit": "drop", "select": "cca", "logits": "all", "distill_minutes": 0.5,
             "compute_dtype": "float32", "device": "cpu", "maps": "linear", "destination": "genai",
+            "decoder_source": "mobius",
         }  # fmt: skip
         value = (5, 6) if said.numbers else chosen.get(name, changed.get(kind, 7 if said.least is not None else "7"))
         given: dict[str, Any] = {name: value}

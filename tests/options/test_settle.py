@@ -83,7 +83,7 @@ OF_MODEL: list[tuple[ModelFacts, Asked, Asked]] = [
     (PLAIN, {}, {"fit": "independent", "cut": "auto"}),
     (PLAIN, {"engine": "trt", "prompt_tokens": (64,)}, {"depths": (0, 384)}),  # 512 positions
     (dataclasses.replace(PLAIN, architecture="gemma3"), {"seed": None}, {"fit": "distilled", "cut": "none"}),
-    (LARGE, {"seed": None}, {"fit": "distilled", "cut": "none", "precision": "int4", "decoder_source": "genai"}),
+    (LARGE, {"seed": None}, {"fit": "independent", "cut": "none", "precision": "int4", "decoder_source": "genai"}),
     (LARGE, {"engine": "openvino"}, {"precision": "int4"}),
     (LARGE, {"engine": "trt"}, {"precision": "bf16"}),
     (LARGE, {"decoder_source": "mobius"}, {"precision": "fp32"}),

@@ -58,7 +58,8 @@ atexit.register(lambda: sys.stderr.write(",".join({"torch", "transformers", "onn
         ("linear maps", 8, 512, True), ("linear maps", 8, 2048, True),
         ("predicted keys", 11, 512, False), ("predicted keys", 11, 2048, False),
     ]  # fmt: skip
-    assert all(gain["original_seconds"] / gain["nbl_seconds"] == gain["speedup"] > 1 for gain in found["gains"])
+    ratios = [gain["original_seconds"] / gain["nbl_seconds"] for gain in found["gains"]]
+    assert min(ratios) > 1 and ratios == pytest.approx([gain["speedup"] for gain in found["gains"]])
 
 
 @pytest.mark.parametrize("name", ["org/model", "https://huggingface.co/org/model/tree/main"])
