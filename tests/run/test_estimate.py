@@ -94,11 +94,14 @@ def with_memory(monkeypatch: pytest.MonkeyPatch, gib: int) -> None:
 
 
 def test_options_are_settled_as_in_the_main_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model of 8B is calibrated for predicted keys only where it fits into memory."""
+    """A model of 8B that does not fit into memory gets a job that does: int4, one layer at a time."""
     model = written(tmp_path)
-    for gib, fit in ((20, "distilled"), (200, "independent")):
+    for gib, precision in ((20, "int4"), (200, "fp32")):
         with_memory(monkeypatch, gib)
-        assert estimate(str(model), {})["options"]["fit"] == fit
+        monkeypatch.setattr(estimating, "available_bytes", lambda gib=gib: gib << 30)
+        with_disk(monkeypatch, 1 << 40)
+        found = estimate(str(model), {})
+        assert (found["options"]["precision"], found["refused"]) == (precision, "")
     assert estimate(str(model), {"engine": "openvino"})["options"]["fit"] == "distilled"
     assert estimate(str(model), {"layers": "8"})["options"]["fit"] == "independent"
     assert_refused(nbl("estimate", model, "--layers", "40"), 1, "all 32 attention layers")
