@@ -151,12 +151,6 @@ def test_a_prompt_reads_predicted_keys_from_the_cache(cut: Callable[..., Path]) 
     assert found["tokens"] == expected(directory, prompts) and found["same"]
 
 
-def test_two_ranks_predict_their_own_heads(cut: Callable[..., Path]) -> None:
-    directory = cut("llama", 1, 6)
-    options: dict[str, Any] = {"tensor_parallel_size": 2}
-    assert run(job(directory, **options), VLLM_CPU_OMP_THREADS_BIND="0|1")["tokens"] == expected(directory)
-
-
 def test_the_cache_holds_more_tokens_by_exactly_the_layers_that_have_none(saved: Callable[..., Path]) -> None:
     layers, kept = 3, 1
     whole, ours = (run(job(saved("llama", replaced)))["blocks"] for replaced in ((), (0, 2)))
