@@ -241,7 +241,7 @@ def test_cuda_is_refused_before_any_work(checkpoint: Checkpoint, text: Path, run
     asked = ("--model", checkpoint("llama"), "--calibration", text, "--output", tmp_path / "new", "--device")
     assert_refused(nbl(*asked, "cuda"), 1, "--device cuda: ", "use --device cpu")
     assert not (tmp_path / "new").exists()
-    assert_refused(nbl(*asked, "gpu"), 1, "--device is auto, cpu, cuda, not 'gpu'")
+    assert_refused(nbl(*asked, "gpu"), 2, "--device is auto, cpu, cuda, not 'gpu'")
     (run / "verify.json").unlink()
     assert_refused(nbl("verify", run, "--device", "cuda"), 1, "--device cuda: ", "use --device cpu")
 
