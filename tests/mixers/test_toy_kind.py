@@ -1,8 +1,9 @@
 """A kind with a memory of one token, added by one file (`toy_memory`), through every part that asks a mixer.
 
 moments ─ fit ─ maps file ─┬─ torch model
-                           ├─ ONNX: prefill, cached steps, a padded batch, one token behind the last reader, GenAI
-                           └─ OpenVINO: the same without GenAI
+                           └─ ONNX: prefill, cached steps, a padded batch, one token behind the last reader, GenAI
+
+An IR takes linear layers alone, so it refuses this kind.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ from nbl_export.rewrite.builder import GraphBuilder
 from nbl_export.rewrite.describe import graph_facts
 from nbl_export.targets import exporter_of
 from nbl_export.targets.onnx.facts import read_facts
-from nbl_export.targets.openvino.session import IrDecoder
 from nbl_export.verify.exporter import row_logits
 from tests.genai import said_in_a_batch
 from tests.tiny import HEAD_DIM, HIDDEN, LAYERS, VOCAB, random_map
@@ -43,11 +43,6 @@ from .toy_memory import MEMORY, Memory
 SUBSETS = [s for n in (1, 2) for s in itertools.combinations(range(LAYERS), n)]
 PAD = 1  # id of padding
 CLOSE = 1e-4  # logits of float32 engines, of about 1
-DECODERS: dict[str, Callable[[Path], Any]] = {
-    "genai": lambda directory: OnnxDecoder(directory, HEAD_DIM),
-    "mobius": lambda directory: OnnxDecoder(directory, HEAD_DIM),
-    "openvino": lambda directory: IrDecoder(directory, exact=True),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +91,7 @@ def worst_of_batch(decoder: Any, right: list[np.ndarray]) -> float:
     return float(max(away))
 
 
-CASES = [*(("genai", s) for s in SUBSETS), *((source, s) for source in ("mobius", "openvino") for s in ((1,), (0, 2)))]
+CASES = [*(("genai", s) for s in SUBSETS), ("mobius", (1,)), ("mobius", (0, 2))]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -108,14 +103,14 @@ def test_graph_computes_what_torch_computes(
     chosen = {i: KINDS[kind](i) for i in replaced}
     exporter_of(source).linearize(exported("llama", source), tmp_path / "nbl", chosen)
     right = torch_logits(checkpoint("llama"), chosen)
-    decoder = DECODERS[source](tmp_path / "nbl")
+    decoder = OnnxDecoder(tmp_path / "nbl", HEAD_DIM)
     assert worst_of_batch(decoder, right) < CLOSE
     assert decoder.contract.state_layers == (replaced if kind == "memory" else ())
     kept = LAYERS - len(replaced)
     assert decoder.contract.cache_bytes_per_token(HEAD_DIM) == kept * 2 * 2 * HEAD_DIM * 4
     assert decoder.cache_bytes == decoder.contract.cache_bytes_per_token(HEAD_DIM) * 2 * decoder.cache_length
     exporter_of(source).keep_last_token(tmp_path / "nbl")
-    last = DECODERS[source](tmp_path / "nbl")
+    last = OnnxDecoder(tmp_path / "nbl", HEAD_DIM)
     last.begin(2)
     found = last.step(*padded())
     assert found.shape[1] == 1
@@ -125,7 +120,7 @@ def test_graph_computes_what_torch_computes(
 def test_dense_ids_number_caches_alone(checkpoint: Any, exported: Any, tmp_path: Path) -> None:
     chosen: dict[int, Mixer] = {1: memory(1)}
     rewrite(exported("llama", "mobius"), tmp_path / "nbl", chosen, dense=True)
-    decoder = DECODERS["mobius"](tmp_path / "nbl")
+    decoder = OnnxDecoder(tmp_path / "nbl", HEAD_DIM)
     assert (decoder.contract.cache_layers, decoder.contract.state_layers) == ((0, 1), (1,))
     assert worst_of_batch(decoder, torch_logits(checkpoint("llama"), chosen)) < CLOSE
 
@@ -153,12 +148,11 @@ def test_padding_on_the_left_is_no_row_before(exported: Any, tmp_path: Path) -> 
     assert np.abs(seen[0][0, 3:] - seen[1][0]).max() < 1e-6
 
 
-@pytest.mark.parametrize("source", ["genai", "openvino"])
-def test_tap_normed(checkpoint: Any, exported: Any, tmp_path: Path, source: str) -> None:
+def test_tap_normed(checkpoint: Any, exported: Any, tmp_path: Path) -> None:
     chosen: dict[int, Mixer] = {1: memory(1)}
-    exporter_of(source).linearize(exported("llama", source), tmp_path / "nbl", chosen, "normed")
+    rewrite(exported("llama"), tmp_path / "nbl", chosen, "normed")
     right = torch_logits(checkpoint("llama"), chosen, "normed")
-    assert worst_of_batch(DECODERS[source](tmp_path / "nbl"), right) < CLOSE
+    assert worst_of_batch(OnnxDecoder(tmp_path / "nbl", HEAD_DIM), right) < CLOSE
 
 
 @pytest.fixture(scope="module")
@@ -169,12 +163,10 @@ def fitted(checkpoint: Any) -> dict[int, Mixer]:
     return {layer: MEMORY.fit(moments[layer], layer) for layer in range(LAYERS)}
 
 
-@pytest.mark.parametrize(("source", "precision"), [("genai", "fp32"), ("genai", "int4"), ("openvino", "fp32")])
-def test_verification_passes(
-    checkpoint: Any, fitted: dict[int, Mixer], tmp_path: Path, source: str, precision: str
-) -> None:
-    """The whole ladder, with greedy text of GenAI or OpenVINO against torch."""
-    results = verify_tiny(checkpoint("llama"), source, precision, tmp_path, (0, 2), mixer_of=fitted.__getitem__)
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_verification_passes(checkpoint: Any, fitted: dict[int, Mixer], tmp_path: Path, precision: str) -> None:
+    """The whole ladder, with greedy text of GenAI against torch."""
+    results = verify_tiny(checkpoint("llama"), "genai", precision, tmp_path, (0, 2), mixer_of=fitted.__getitem__)
     assert [r for r in results if not r.passed] == []
     assert {"structure", "original", "nbl", "text", "last_token"} <= {r.check for r in results}
 
@@ -184,11 +176,10 @@ def test_verification_of_layers_that_add_nothing(checkpoint: Any, tmp_path: Path
     assert [r for r in results if not r.passed] == []
 
 
-@pytest.mark.parametrize("source", ["genai", "openvino"])
-def test_verification_of_a_map_below_a_memory(checkpoint: Any, tmp_path: Path, source: str) -> None:
+def test_verification_of_a_map_below_a_memory(checkpoint: Any, tmp_path: Path) -> None:
     kinds = (random_map, memory)
     results = verify_tiny(
-        checkpoint("llama"), source, "fp32", tmp_path, (0, 1), mixer_of=lambda layer: kinds[layer](layer)
+        checkpoint("llama"), "genai", "fp32", tmp_path, (0, 1), mixer_of=lambda layer: kinds[layer](layer)
     )
     assert [r for r in results if not r.passed] == []
 

@@ -16,6 +16,7 @@ from nbl_export.errors import RefusalError
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE
 from nbl_export.mixers.base import Running
 from nbl_export.mixers.linear import Linear
+from nbl_export.mixers.predicted import Predicted
 from nbl_export.targets.checks import judge_maps, stored_maps
 from nbl_export.targets.openvino import check as ir_files
 from nbl_export.targets.openvino.engine import OPENVINO
@@ -23,6 +24,7 @@ from nbl_export.targets.openvino.ir.anatomy import states_of
 from nbl_export.targets.openvino.ir.files import precision_of, read_ir, save_ir, stored_matrices
 from nbl_export.targets.openvino.session import IrDecoder
 
+from ..mixers.toy_memory import Memory
 from ..tiny import HEAD_DIM, HIDDEN, LAYERS, VOCAB, made_by, random_map
 
 SUBSETS = [s for n in (1, 2) for s in itertools.combinations(range(LAYERS), n)]
@@ -178,6 +180,9 @@ def test_maps_that_compression_leaves_in_float32_are_refused(
         ("llama", "residual", {1: Linear(np.eye(8, dtype=np.float32), np.zeros(8, np.float32))},
          "96 wide, the map 8"),
         ("llama", "residual", {i: random_map(i) for i in range(3)}, "no attention layer would keep its cache"),
+        ("llama", "residual", {1: Memory(np.eye(HIDDEN), np.eye(HIDDEN), np.zeros(HIDDEN))}, "no memory layer"),
+        ("llama", "residual", {1: Predicted(np.eye(HIDDEN), np.zeros(HIDDEN), HIDDEN, 1, 8, 1e-6)},
+         "no predicted layer"),
     ],
 )  # fmt: skip
 def test_what_is_not_understood_is_refused(

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE
-from nbl_export.mixers.base import state_of
-from nbl_export.records.decoder import DecoderSpec, GraphContract
+from nbl_export.records.decoder import GraphContract
 from nbl_export.records.results import CheckResult
 from nbl_export.targets.checks import HeldMaps, Wanted, checked
 from nbl_export.targets.openvino.ir.files import (
@@ -31,39 +29,21 @@ _SPOKEN = {"last": "of the last token", "all": "of all tokens"}
 _STEPS = 1.01  # nncf's int4 spans [-8, 8) steps: the mirror image of a group's largest value is one step off
 
 
-def check_ir_files(directory: Path, contract: GraphContract, wanted: Wanted, itemsize: int) -> list[CheckResult]:
-    """See `Target.check_files`.
+def check_ir_files(contract: GraphContract, wanted: Wanted, itemsize: int) -> list[CheckResult]:
+    """Check that exactly the right layers have states, of the predicted size, and that the logits are as planned.
 
     Args:
         itemsize: bytes of a cache element as shipped; `contract` is of the float32 arithmetic.
     """
-    states = tuple(sorted(i for i, mixer in wanted.maps.items() if state_of(mixer) is not None))
-    held = (wanted.cache_layers, states)
-    return check_ir_states(wanted.subject, wanted.spec, held, contract, itemsize, wanted.logits)
-
-
-def check_ir_states(
-    subject: str,
-    spec: DecoderSpec,
-    held: tuple[Sequence[int], Sequence[int]],
-    contract: GraphContract,
-    itemsize: int,
-    logits: str,
-) -> list[CheckResult]:
-    """Check that exactly the right layers have states, of the predicted size, and that the logits are as planned.
-
-    Args:
-        held: layers with keys and values, and layers with a state of constant size.
-    """
-    kept = held[0]
+    spec, kept = wanted.spec, tuple(wanted.cache_layers)
     detail = f"states of {len(contract.cache_layers)} of {spec.num_layers} layers, logits {_SPOKEN[contract.logits]}"
-    same = (contract.cache_layers, contract.state_layers, contract.logits) == (*map(tuple, held), logits)
+    same = (contract.cache_layers, contract.logits) == (kept, wanted.logits)
     predicted = spec.cache_bytes_per_token(len(kept), itemsize)
     stated = contract.cache_bytes_per_token(spec.head_dim) // 4 * itemsize
     sizes = f"{stated} bytes a token, {predicted} predicted"
     return [
-        checked(subject, "contract", same, detail),
-        checked(subject, "cache bytes per token", stated == predicted, sizes),
+        checked(wanted.subject, "contract", same, detail),
+        checked(wanted.subject, "cache bytes per token", stated == predicted, sizes),
     ]
 
 

@@ -104,7 +104,7 @@ class OpenVinoEngine(Target):
 
     def check_files(self, directory: Path, contract: GraphContract, wanted: Wanted) -> list[CheckResult]:
         """States, maps, and a pair of IRs as one."""
-        return check.check_ir_files(directory, contract, wanted, self.capabilities.cache_itemsize(wanted.precision))
+        return check.check_ir_files(contract, wanted, self.capabilities.cache_itemsize(wanted.precision))
 
     def check_untouched(self, directory: Path, original: Path) -> list[CheckResult]:
         """Constants of the IR."""

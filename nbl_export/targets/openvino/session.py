@@ -34,8 +34,8 @@ import numpy as np
 from nbl_export.errors import CorruptError, MissingPackageError, NblError
 from nbl_export.graph.names import IR_FILE
 from nbl_export.mixers.base import Running
-from nbl_export.records.decoder import GraphContract, TensorInfo, is_state
-from nbl_export.targets.openvino.ir.anatomy import context_length, memories_of, states_of
+from nbl_export.records.decoder import GraphContract, TensorInfo
+from nbl_export.targets.openvino.ir.anatomy import context_length, states_of
 from nbl_export.targets.openvino.ir.files import precision_of, read_ir
 from nbl_export.targets.openvino.ir.parts import parts_of
 from nbl_export.targets.openvino.signals import kept_signal_stack
@@ -103,7 +103,6 @@ class Session:
                 self._compiled = [core.compile_model(part, "CPU", settings) for part in parts]
             self._requests = [compiled.create_infer_request() for compiled in self._compiled]
             self.mask_BK = np.zeros((1, 0), np.int64)
-            self._told: tuple[int, dict[str, np.ndarray]] | None = None  # length, and states of constant size there
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
             raise CorruptError(f"OpenVINO cannot compile {directory / file}: {reason}") from error
@@ -125,7 +124,7 @@ class Session:
             self._requests = [compiled.create_infer_request() for compiled in self._compiled]
         for request in self._requests:
             request.reset_state()
-        self.mask_BK, self._told = np.zeros((batch, 0), np.int64), None
+        self.mask_BK = np.zeros((batch, 0), np.int64)
 
     def run(self, ids_BT: np.ndarray, valid_BT: np.ndarray) -> np.ndarray:
         """Append tokens; returns float32 logits [B, T, V], or [B, 1, V] from a pruned graph. Padding is on the left.
@@ -161,40 +160,21 @@ class Session:
         return known
 
     def cut(self, length: int) -> None:
-        """Drop everything behind the first `length` tokens, padding included.
-
-        A decoder with states of constant size goes back to its start, or to where it was told to go while it was there.
-
-        Raises:
-            NblError: it was not.
-        """
+        """Drop everything behind the first `length` tokens, padding included."""
         if length == 0:
             self.begin(len(self.mask_BK))
             return
-        if length == self.mask_BK.shape[1]:
-            self._told = (length, self.states(constant=True))
-            return
-        told, (place, constant) = self._told, self._told or (0, {})
-        if place != length and any(is_state(a.name) for a in self.contract.inputs):
-            raise NblError(
-                f"{self.directory} has a layer with a state, which cannot go back to the first {length} tokens"
-            )
-        cut = {name: np.ascontiguousarray(state[:, :, :length]) for name, state in self.states(constant=False).items()}
-        self.put_states(cut | constant, self.mask_BK[:, :length])
-        self._told = told
+        if length < self.mask_BK.shape[1]:
+            cut = {name: np.ascontiguousarray(state[:, :, :length]) for name, state in self.states().items()}
+            self.put_states(cut, self.mask_BK[:, :length])
 
-    def states(self, *, constant: bool | None = None) -> dict[str, np.ndarray]:
-        """Copies of the states by name; codes of 8 bits come as floats.
-
-        Args:
-            constant: those of constant size alone, or the others; None for all.
-        """
-        found = [state for request in self._requests for state in request.query_state()]
-        return {s.name: np.array(s.state.data) for s in found if constant in (None, is_state(s.name))}
+    def states(self) -> dict[str, np.ndarray]:
+        """Copies of the states by name; codes of 8 bits come as floats."""
+        found = (state for request in self._requests for state in request.query_state())
+        return {state.name: np.array(state.state.data) for state in found}
 
     def put_states(self, states: Mapping[str, np.ndarray], mask_BK: np.ndarray) -> None:
         """Go back to states and mask of the same batch."""
-        self._told = None
         tensor = load_openvino().Tensor
         for state in (state for request in self._requests for state in request.query_state()):
             state.state = tensor(states[state.name])
@@ -203,8 +183,7 @@ class Session:
     @property
     def cache_bytes(self) -> int:
         """Bytes of keys and values as OpenVINO hands them out; codes of 8 bits are handed out as floats."""
-        states = [state for request in self._requests for state in request.query_state()]
-        return sum(int(s.state.get_byte_size()) for s in states if not is_state(s.name))
+        return sum(int(s.state.get_byte_size()) for request in self._requests for s in request.query_state())
 
     def close(self) -> None:
         """Free the model and its states."""
@@ -231,8 +210,7 @@ def _contract(model: Any, path: Path) -> GraphContract:
         for layer, pair in states.items()
         for part, s in zip(("key", "value"), pair, strict=True)
     ]
-    memories = (TensorInfo(name, "float32", ("batch", "tokens", "width")) for name in memories_of(model))
-    return GraphContract((*inputs, *caches, *memories), tuple(outputs), tuple(states))
+    return GraphContract((*inputs, *caches), tuple(outputs), tuple(states))
 
 
 def _info(port: Any) -> TensorInfo:

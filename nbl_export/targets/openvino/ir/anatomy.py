@@ -9,8 +9,7 @@
 
 A decoder has two states a layer. The layer is a number in the states' names, which every exporter writes, and the order
 of the graph confirms it. The join is the first addition behind the states whose other operand is an ancestor of the
-layer's keys: a mask, a bias and the epsilon of a norm are not. So names of nodes do not matter. A layer with a short
-memory has one state of constant size instead. The rewrite has made that layer, so names of nodes lead to its join.
+layer's keys: a mask, a bias and the epsilon of a norm are not. So names of nodes do not matter.
 
 Sizes of the decoder in an IR directory.
 """
@@ -25,12 +24,10 @@ from typing import Any
 
 from nbl_export.errors import CorruptError, RefusalError
 from nbl_export.files import read_json
-from nbl_export.graph.names import node_name
-from nbl_export.records.decoder import is_state
 from nbl_export.targets.openvino.ir.files import precision_of, read_ir
 
-__all__ = ["Block", "Dataflow", "IrFacts", "LayerStates", "State", "context_length", "memories_of", "read_ir_facts",
-           "states_of", "variable_of"]  # fmt: skip
+__all__ = ["Block", "Dataflow", "IrFacts", "LayerStates", "State", "context_length", "read_ir_facts", "states_of",
+           "variable_of"]  # fmt: skip
 
 _RANK = 3  # of the residual stream
 _NUMBER = re.compile(r"\d{1,9}")
@@ -86,8 +83,6 @@ def states_of(model: Any) -> Mapping[int, LayerStates]:
         )
     layers: dict[int, dict[bool, State]] = {}
     for name, read in reads.items():
-        if is_state(name):
-            continue
         number = _NUMBER.search(name)
         if number is None or name not in assigns:
             raise RefusalError(None, f"its state {name} is not a key/value cache of a layer")
@@ -99,27 +94,24 @@ def states_of(model: Any) -> Mapping[int, LayerStates]:
     return {layer: LayerStates(pair[False], pair[True]) for layer, pair in sorted(layers.items())}
 
 
-def memories_of(model: Any) -> dict[str, int]:
-    """States of constant size: name of the variable -> its layer."""
-    names = (variable_of(node) for node in model.get_ops() if node.get_type_name() == "ReadValue")
-    return {name: int(m.group()) for name in sorted(names) if is_state(name) and (m := _NUMBER.search(name))}
-
-
 @dataclass(frozen=True)
-class Join:
-    """Where a layer's output for the sequence, of attention or of a mixer, meets the residual stream.
+class Block:
+    """The attention block of a layer.
 
     Attributes:
-        join: the addition of the output to the residual stream.
+        join: the addition of attention's output to the residual stream.
         branch: number of join's input that the output feeds.
-        last: the node in front of which one token can be taken, and the number of its input: attention's last product
-            (o_proj), or the join itself.
+        last: attention's last product (o_proj), in front of which one token can be taken, and the number of its input.
+        states: its keys and values.
+        normed: the value that the first products of the attention multiply; None if there are several, or if it is x.
     """
 
     layer: int
     join: Any
     branch: int
     last: tuple[Any, int]
+    states: LayerStates
+    normed: Any | None
 
     @property
     def residual(self) -> Any:
@@ -127,24 +119,12 @@ class Join:
         return self.join.input_value(1 - self.branch)
 
 
-@dataclass(frozen=True)
-class Block(Join):
-    """The attention block of a layer.
-
-    Attributes:
-        normed: the value that the first products of the attention multiply; None if there are several, or if it is x.
-    """
-
-    states: LayerStates
-    normed: Any | None
-
-
 class Dataflow:
     """The order of a model's nodes, and which nodes depend on which."""
 
     def __init__(self, model: Any) -> None:
         self.nodes: Sequence[Any] = model.get_ordered_ops()
-        self.states, self._memories = states_of(model), memories_of(model)
+        self.states = states_of(model)
         self._names = [node.get_name() for node in self.nodes]
         self._place = {name: k for k, name in enumerate(self._names)}
         self._reads = [[value.get_node().get_name() for value in node.input_values()] for node in self.nodes]
@@ -171,28 +151,6 @@ class Dataflow:
         """Whether a value depends on no input and no state."""
         return value.get_node().get_name() not in self._moving
 
-    @property
-    def readers(self) -> tuple[int, ...]:
-        """Layers in which a token reads other tokens, ascending: attention, or a mixer with a state."""
-        return tuple(sorted({*self.states, *self._memories.values()}))
-
-    def reader(self, layer: int) -> Join:
-        """The join of one of the `readers`.
-
-        Raises:
-            RefusalError: the layer's dataflow is not understood.
-        """
-        if layer in self.states:
-            return self.block(layer)
-        prefix = node_name(layer, "")
-        for node in self.nodes:
-            if node.get_type_name() != "Add" or node.get_friendly_name().startswith(prefix):
-                continue
-            for place, value in enumerate(node.input_values()):
-                if value.get_node().get_friendly_name().startswith(prefix):
-                    return Join(layer, node, place, (node, place))
-        raise RefusalError(layer, "it has a state, but its output does not meet a residual stream")
-
     def block(self, layer: int) -> Block:
         """The attention block of a layer.
 
@@ -202,12 +160,7 @@ class Dataflow:
         if layer not in self.states:
             raise RefusalError(layer, f"the IR has states for layers {list(self.states)} only")
         states = self.states[layer]
-        join, normed = self._joined(layer, [s.read for s in states], states.key.assign)
-        return Block(layer, join.join, join.branch, join.last, states, normed)
-
-    def _joined(self, layer: int, reads: Iterable[Any], assign: Any) -> tuple[Join, Any | None]:
-        """Where what comes from states meets the residual stream, and what the first products multiply."""
-        behind, earlier = self.below(reads), self.above(assign)
+        behind, earlier = self.below([state.read for state in states]), self.above(states.key.assign)
         for node in self.nodes:
             if node.get_name() not in behind or not _adds_vectors(node):
                 continue
@@ -216,12 +169,11 @@ class Dataflow:
                 continue
             residual = node.input_value(inside.index(False))
             if residual.get_node().get_name() in earlier and not self.is_constant(residual):
-                return self._described(layer, node, inside.index(True), residual, behind)
+                return self._described(layer, node, inside.index(True), states, behind)
         raise RefusalError(layer, "no addition joins its attention with the residual stream")
 
-    def _described(
-        self, layer: int, join: Any, branch: int, residual: Any, behind: set[str]
-    ) -> tuple[Join, Any | None]:
+    def _described(self, layer: int, join: Any, branch: int, states: LayerStates, behind: set[str]) -> Block:
+        residual = join.input_value(1 - branch)
         end, start = self._place[join.get_name()], self._place[residual.get_node().get_name()]
         inner = self.below([residual.get_node()])
         products = [
@@ -238,7 +190,7 @@ class Dataflow:
         same = {(value.get_node().get_name(), value.get_index()) for value in first}
         own = (residual.get_node().get_name(), residual.get_index())
         normed = first[0] if len(same) == 1 and own not in same else None
-        return Join(layer, join, branch, last[0]), normed
+        return Block(layer, join, branch, last[0], states, normed)
 
 
 def _adds_vectors(node: Any) -> bool:

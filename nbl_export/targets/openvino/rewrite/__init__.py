@@ -56,7 +56,7 @@ def rewrite_ir_model(model: Any, maps: Mapping[int, Mixer], tap: str = "residual
     missing = set(maps) - set(before)
     if missing:
         raise RefusalError(min(missing), f"the IR has states for layers {list(before)} only")
-    bypass_attention(model, Dataflow(model), maps, tap)
+    bypass_attention(Dataflow(model), maps, tap)
     drop_states(model, maps)
     after = list(states_of(model))
     if after != [layer for layer in before if layer not in maps]:

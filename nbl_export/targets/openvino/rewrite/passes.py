@@ -3,8 +3,8 @@
     before   x -- norm -- qkv -- states -- attention -- o_proj -+      after   x -- MatMul(W') -- Add(b) -+
              x ------------------------------------------------ join           x -------------------- join
 
-The nodes are the mixer's own (`mixers`, `builder`). If it adds nothing, the readers of the join get x. The old block
-loses its reader and is not saved (see `drop_states`).
+The nodes are the mixer's own (`mixers`): products and additions of rows. If it adds nothing, the readers of the join
+get x. The old block loses its reader and is not saved (see `drop_states`).
 """
 
 from __future__ import annotations
@@ -12,32 +12,54 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import numpy as np
+
 from nbl_export.errors import RefusalError
-from nbl_export.mixers.base import OWN, Mixer, Port, state_of, tapped
+from nbl_export.graph.names import constant_name, node_name, product_name
+from nbl_export.mixers.base import OWN, Mixer, Port, tapped
 from nbl_export.targets.openvino.ir.anatomy import Block, Dataflow, State, states_of
-from nbl_export.targets.openvino.rewrite.builder import IrBuilder
 
 __all__ = ["bypass_attention", "drop_states"]
 
 
-def bypass_attention(model: Any, flow: Dataflow, mixers: Mapping[int, Mixer], tap: str) -> None:
+def bypass_attention(flow: Dataflow, mixers: Mapping[int, Mixer], tap: str) -> None:
     """Replace the attention of layers by mixers, in place.
 
     Raises:
-        RefusalError: a block is not understood, has another width, or lacks the tap, or a mixer gives keys.
+        RefusalError: a block is not understood, has another width, or lacks the tap, or a mixer is not linear.
     """
     for block in [flow.block(layer) for layer in sorted(mixers)]:
         mixer = mixers[block.layer]
         _check_width(block, mixer)
-        if mixer.gives != (Port.OUTPUT,):
-            raise RefusalError(block.layer, f"an IR takes no {mixer.kind} layer, which gives keys and values")
-        build = IrBuilder(model, block.layer, tapped(block, tap), remembers=state_of(mixer) is not None)
-        output = mixer.emit(build, {OWN: build.x}).get(Port.OUTPUT)
+        if mixer.gives != (Port.OUTPUT,) or mixer.holds is not None:
+            raise RefusalError(block.layer, f"an IR takes linear layers, and no {mixer.kind} layer")
+        build: Any = _Linear(block.layer)
+        output = mixer.emit(build, {OWN: tapped(block, tap)}).get(Port.OUTPUT)
         if output is None:
             for reader in block.join.output(0).get_target_inputs():
                 reader.replace_source_output(block.residual)
         else:
             block.join.input(block.branch).replace_source_output(output)
+
+
+class _Linear:
+    """What a linear mixer puts into an IR, at one layer (the part of `mixers.base.Builder` that it needs)."""
+
+    def __init__(self, layer: int) -> None:
+        from openvino import opset13
+
+        self._ops, self._layer = opset13, layer
+
+    def matmul(self, x: Any, matrix: np.ndarray, name: str) -> Any:
+        weight = self._constant(name, np.ascontiguousarray(matrix, np.float32))  # [outputs, inputs]
+        return self._ops.matmul(x, weight, False, True, name=product_name(self._layer, name)).output(0)
+
+    def add(self, x: Any, other: np.ndarray, name: str) -> Any:
+        term = self._constant(name, other.astype(np.float32).reshape(1, 1, -1))
+        return self._ops.add(x, term, name=node_name(self._layer, "Add")).output(0)
+
+    def _constant(self, name: str, array: np.ndarray) -> Any:
+        return self._ops.constant(array, name=constant_name(self._layer, name))
 
 
 def _check_width(block: Block, mixer: Mixer) -> None:

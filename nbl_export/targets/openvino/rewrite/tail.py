@@ -1,18 +1,21 @@
-"""Leaves all rows but the last one out behind the last layer in which a token reads another."""
+"""Leaves all rows but the last one out behind the last attention."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from nbl_export.errors import RefusalError
-from nbl_export.targets.openvino.ir.anatomy import Dataflow, Join
-from nbl_export.targets.openvino.rewrite.nodes import TOKENS, integers
+from nbl_export.targets.openvino.ir.anatomy import Block, Dataflow
 
 __all__ = ["prune_tail"]
 
+_TOKENS = 1  # axis of the tokens, in [batch, tokens, width]
+
 
 def prune_tail(model: Any) -> None:
-    """Gather the last row in front of o_proj and residual join of that layer, in place.
+    """Gather the last row in front of o_proj and residual join of the last layer with attention, in place.
 
         before   x ------------------------ join -- mlp -- ... -- lm_head -> logits [B, T, V]
                  attention -- o_proj -------^
@@ -28,41 +31,44 @@ def prune_tail(model: Any) -> None:
     from openvino import opset13 as ops
 
     flow = Dataflow(model)
-    join = flow.reader(flow.readers[-1])
-    _check_tail(flow, join)
-    last, data = join.last
-    ends = (last.input(data), join.join.input(1 - join.branch))
+    block = flow.block(max(flow.states))
+    _check_tail(flow, block)
+    last, data = block.last
+    ends = (last.input(data), block.join.input(1 - block.branch))
     for end, title in zip(ends, ("attention", "residual"), strict=True):
-        taken = ops.gather(end.get_source_output(), integers([-1]), integers(TOKENS), name=f"/nbl/last/{title}")
+        taken = ops.gather(
+            end.get_source_output(), ops.constant([-1], dtype=np.int64), ops.constant(_TOKENS, dtype=np.int64),
+            name=f"/nbl/last/{title}",
+        )  # fmt: skip
         end.replace_source_output(taken.output(0))
-    _resize(flow, join)
+    _resize(flow, block)
     model.validate_nodes_and_infer_types()
 
 
-def _resize(flow: Dataflow, join: Join) -> None:
-    """Give experts behind a join, which restore the shape of an early hidden state, that of the row that is left."""
+def _resize(flow: Dataflow, block: Block) -> None:
+    """Give experts behind a block, which restore the shape of an early hidden state, that of the row that is left."""
     from openvino import opset13 as ops
 
-    behind = flow.below([join.join])
+    behind = flow.below([block.join])
     for node in flow.nodes:
         for port in node.inputs() if node.get_name() in behind else ():
             value = port.get_source_output()
-            if value.get_node().get_name() not in behind and _is_shape(value, join):
+            if value.get_node().get_name() not in behind and _is_shape(value, block):
                 kind = value.get_element_type().to_string()
-                port.replace_source_output(ops.shape_of(join.residual, kind).output(0))
+                port.replace_source_output(ops.shape_of(block.residual, kind).output(0))
 
 
-def _is_shape(value: Any, join: Join) -> bool:
+def _is_shape(value: Any, block: Block) -> bool:
     """Whether a value is the shape of a hidden state, of any number of rows."""
     node = value.get_node()
     if node.get_type_name() != "ShapeOf":
         return False
-    own, other = node.get_input_partial_shape(0), join.residual.get_partial_shape()
+    own, other = node.get_input_partial_shape(0), block.residual.get_partial_shape()
     return bool(own.rank == other.rank and own[-1] == other[-1])
 
 
-def _check_tail(flow: Dataflow, block: Join) -> None:
-    """Every node behind the two ends of a join depends on the inputs of the model through these ends alone."""
+def _check_tail(flow: Dataflow, block: Block) -> None:
+    """Every node behind the two ends of a block depends on the inputs of the model through these ends alone."""
     last, data = block.last
     tail = flow.below([last, block.join])
     ends = {(last.get_name(), data), (block.join.get_name(), 1 - block.branch)}
