@@ -180,7 +180,7 @@ def test_a_run_that_began_without_the_hub_goes_on_without_it(
     monkeypatch.setattr(corpus, "_package_files", list)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert calibrate("run").status == 0
-    assert "HF_HUB_OFFLINE is set and the package" in caplog.text
+    assert "HF_HUB_OFFLINE is set and the default text (offline)" in caplog.text
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     assert stage_lines(calibrate("run")) == {"calibrate": "reused"}
     assert (server.requests, list(library.asked)) == ([], [])
