@@ -15,6 +15,8 @@ from typing import Any
 
 from exchange import main
 
+from nbl_export.evaluation.results import read_entries
+from nbl_export.evaluation.results import summarize as summarize_tasks
 from nbl_export.report.page import summarize
 from nbl_export.run_directory import BENCH_FILE, EVAL_FILE, VERIFY_FILE, RunDirectory
 
@@ -30,7 +32,7 @@ def row_of(title: str, run: RunDirectory) -> dict[str, Any]:
     """One column of the README's table, with the numbers that it follows from."""
     verify, bench = (_read(run, name) if stage in run.stages else None for stage, name in _RESULTS.items())
     report = summarize(run.manifest, verify or {}, bench)
-    scores = _read(run, EVAL_FILE) if "eval" in run.stages else {}
+    scores = summarize_tasks(read_entries(run.path / EVAL_FILE))
     return {
         "title": title,
         "cut": report["cut"],
@@ -44,7 +46,7 @@ def row_of(title: str, run: RunDirectory) -> dict[str, Any]:
         "rows": [{name: row[name] for name in _OF_ROW} for row in report["rows"]],
         "background": (report["bench"] or {}).get("background"),
         "cache_bytes_per_token": report["cache_bytes_per_token"],
-        "tasks": scores.get("table", []),
+        "tasks": scores["table"],
         "seconds": {name: stage["seconds"] for name, stage in run.stages.items() if name != "eval"},
     }
 

@@ -37,6 +37,7 @@ TABLES: Mapping[str, Table] = {
     "search": speed.search,
     "int4-methods": speed.int4_methods,
     "choices": quality.choices,
+    "cut-tasks": quality.cut_tasks,
     "tasks": quality.tasks,
     "architectures": proof.architectures,
     "runtimes": proof.runtimes,

@@ -103,6 +103,27 @@ def _tasks(found: Mapping[str, Any], fits: Mapping[str, str]) -> Rows:
     return rows
 
 
+_METRICS = {"acc": "accuracy", "perplexity": "perplexity", "token_perplexity": "perplexity"}
+
+
+def cut_tasks(read: Read) -> Rows:
+    """What tasks lose by the default jobs, on the shipped graphs and behind prompts, as they are served."""
+    rows: Rows = [("job", "task", "documents", "original", "NBL"), "llrrr"]
+    for run in read("cuts")["rows"]:
+        for found in run["tasks"]:
+            if found["metric"] not in _METRICS:
+                continue
+            figures, (change, *_) = found["figures"], found["differences"]
+            made = {"value": figures["nbl"]["value"], "change": change["value"], "change_stderr": change["stderr"]}
+            spoken = accuracy_of if found["metric"] == "acc" else _perplexity_of
+            shots, kind = found["num_fewshot"], _METRICS[found["metric"]]
+            title = TASKS.get(found["task"], found["task"].removeprefix("perplexity:"))
+            name = f"{title}, {kind}{f', {shots} examples' if shots else ''}"
+            shown = spoken(figures["original"], "original"), spoken(made, "nbl")
+            rows.append((run["title"], name, f"{found['items']:,}", *shown))
+    return rows
+
+
 def accuracy_of(figure: Mapping[str, float], row: str) -> str:
     value = f"{100 * figure['value']:.1f}%"
     if row == "original":

@@ -117,6 +117,7 @@ def _rows(group: Group) -> Iterator[dict[str, Any]]:
     for name, metric in next(iter(group.values()))["metrics"].items():
         yield {
             **_facts(group),
+            "num_fewshot": next(iter(group.values()))["config"].get("num_fewshot"),
             "metric": name,
             "higher_is_better": metric["higher_is_better"],
             "figures": {v: {k: e["metrics"][name][k] for k in ("value", "stderr")} for v, e in group.items()},

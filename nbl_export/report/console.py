@@ -20,7 +20,7 @@ from nbl_export.records.results import spoken_background
 from nbl_export.report import length, quality, speed
 from nbl_export.report.outcome import outcome, spoken_cut
 from nbl_export.report.table import Column, Shown, Table, facts
-from nbl_export.report.words import size
+from nbl_export.report.words import size, task
 from nbl_export.trust.terminal import Console, visible
 
 __all__ = ["FORMATS", "check_output", "checks_table", "describe_table", "doctor_table",
@@ -197,7 +197,7 @@ def _figures(row: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
         paired = against.get(variant, {})
         numbers = (found["value"], found["stderr"], paired.get("value"), paired.get("stderr"))
         shown = ("" if n is None else f"{n:.4g}" for n in numbers)
-        yield row["task"], row["metric"], str(row["items"]), variant, *shown
+        yield task(row), row["metric"], str(row["items"]), variant, *shown
 
 
 # -- the formats of `bench` ------------------------------------------------------------------------------------

@@ -162,7 +162,7 @@ def _benchmarks(quality: Mapping[str, Any]) -> Iterator[Block]:
 def _scores(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     """A row for the graphs and one for the torch models, if either was measured."""
     metric = f"{found['metric'].replace('_', ' ')} {'↑' if found['higher_is_better'] else '↓'}"
-    for prefix, name in (("", found["task"]), ("torch-", f"{found['task']}, torch")):
+    for prefix, name in (("", words.task(found)), ("torch-", f"{words.task(found)}, torch")):
         before, after = (found["figures"].get(f"{prefix}{variant}") for variant in ("original", "nbl"))
         if before or after:
             paired = next((d for d in found["differences"] if d["new"] == f"{prefix}nbl"), None)

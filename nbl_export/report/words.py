@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 __all__ = ["change", "duration", "figure", "listed", "milliseconds", "number", "percent", "plural", "positions",
-           "signed", "size", "test"]  # fmt: skip
+           "signed", "size", "task", "test"]  # fmt: skip
 
 
 def number(value: float | None, missing: str = "–") -> str:
@@ -30,6 +30,12 @@ def signed(found: Mapping[str, Any] | None) -> str:
         return "–"
     value = found["value"]
     return f"{'+' if value > 0 else '−' if value < 0 else ''}{number(abs(value))}{_plus_minus(found['stderr'])}"
+
+
+def task(row: Mapping[str, Any]) -> str:
+    """A task of the harness, and the examples in its prompt if there are some."""
+    shots = row.get("num_fewshot")
+    return f"{row['task']}, {shots} {plural('example', shots)}" if shots else str(row["task"])
 
 
 def _plus_minus(stderr: float | None) -> str:

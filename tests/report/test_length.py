@@ -70,3 +70,22 @@ def test_one_decoder_alone_has_figures_without_differences() -> None:
             line["differences"] = []
     text = "\n".join(table.markdown() for table in length.tables(alone))
     assert "| wiki | 1024–4095 | 8 | – | 9.97 | – |" in text
+
+
+def test_a_task_with_examples_has_a_row_of_its_own(tmp_path: Path) -> None:
+    def of(shots: int | None) -> dict[str, Any]:
+        figures = {"original": {"value": 0.5, "stderr": 0.1}, "nbl": {"value": 0.4, "stderr": 0.1}}
+        about = {"task": "arc_easy", "num_fewshot": shots, "metric": "acc", "items": 9, "higher_is_better": True}
+        return {**about, "figures": figures, "differences": []}
+
+    found = {"lm_eval": "1", "table": [of(None), of(0), of(1), of(5)], "length": [], "agreement": []}
+    names = ["arc_easy", "arc_easy", "arc_easy, 1 example", "arc_easy, 5 examples"]
+    (table,) = eval_table(found)
+    assert [row[0].text for row in table.rows[::2]] == names  # type: ignore[union-attr]
+    render(MANIFEST, VERIFY, BENCH, tmp_path, quality=found)
+    shown = [
+        line
+        for line in (tmp_path / "report.md").read_text().replace("\\_", "_").splitlines()
+        if line.startswith("| arc_easy")
+    ]
+    assert [line.split(" | ")[0].removeprefix("| ") for line in shown] == names
