@@ -63,12 +63,12 @@ _TEXTS = ("unseen part of the calibration text", "Python's documentation")
 def headline(read: Read) -> Rows:
     """What jobs with predicted keys give, for the README: those of which speed and all losses were measured."""
     rows: Rows = [("model", "prompt of 2,048 tokens", "of 512", *(f"perplexity, {name}" for name in _TEXTS),
-                   "answers from far back keep"), "llllll"]  # fmt: skip
+                   "WikiText-2", "answers from far back keep"), "lllllll"]  # fmt: skip
     for run in read("cuts")["rows"]:
         if run["measured"] and run["far"] is not None:
             speeds = (measured(run, test) for test in ("pp2048", "pp512"))
             losses = (_increase(loss) for loss in run["losses"])
-            rows.append((run["title"].removesuffix(", default"), *speeds, *losses, _kept(run["far"])))
+            rows.append((run["title"].removesuffix(", default"), *speeds, *losses, _perplexity(run), _kept(run["far"])))
     return rows
 
 
