@@ -38,6 +38,7 @@ TABLES: Mapping[str, Table] = {
     "int4-methods": speed.int4_methods,
     "choices": quality.choices,
     "cut-tasks": quality.cut_tasks,
+    "ranks": quality.ranks,
     "tasks": quality.tasks,
     "architectures": proof.architectures,
     "runtimes": proof.runtimes,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from nbl_export.records.plan import spoken_layers
 from nbl_export.records.quality import spoken_interval
 
@@ -122,6 +124,30 @@ def cut_tasks(read: Read) -> Rows:
             shown = spoken(figures["original"], "original"), spoken(made, "nbl")
             rows.append((run["title"], name, f"{found['items']:,}", *shown))
     return rows
+
+
+_SEEN = {"answers from far back": ("far", "gain", ("own", "second", "twice")),
+         "ordinary perplexity of both texts": ("rise", "tokens", ("own", "second"))}  # fmt: skip
+_OF_TASKS = ("keys", "copying", "WikiText-2", "LAMBADA", "ARC-Easy", "PIQA")
+
+
+def ranks(read: Read) -> Rows:
+    """Spearman's rank correlation over sets of layers: what a choice sees against what a task loses."""
+    sets = read("ranks-smollm2")["sets"].values()
+    rows: Rows = [("what the choice sees", *_OF_TASKS), "l" + "r" * len(_OF_TASKS)]
+    for title, (above, below, groups) in _SEEN.items():
+        seen = [np.mean([_share(one[group], above, below) for group in groups]) for one in sets]
+        lost = ([_share(one[task], "rise", "tokens") for one in sets] for task in _OF_TASKS)
+        rows.append((title, *(f"{_spearman(seen, values):+.2f}".replace("-", "−") for values in lost)))
+    return rows
+
+
+def _share(records: Sequence[Mapping[str, float]], above: str, below: str) -> float:
+    return sum(record[above] for record in records) / sum(record[below] for record in records)
+
+
+def _spearman(first: Sequence[float], second: Sequence[float]) -> float:
+    return float(np.corrcoef(*(np.argsort(np.argsort(values)) for values in (first, second)))[0, 1])
 
 
 def accuracy_of(figure: Mapping[str, float], row: str) -> str:

@@ -1,0 +1,134 @@
+"""How losses that a choice sees rank cuts and linear layers, beside what tasks lose.
+
+    python bench/ranks.py GGUF RUN DATA LINEAR_RUN > bench/results/ranks-smollm2.json
+
+RUN is a job with predicted keys, LINEAR_RUN one with linear layers in closed form, and DATA has the tasks' files. The
+sets are cuts by number of near tokens, and the last 2, 4 and 8 of the linear layers. All run in torch in float32, with
+near keys their own and far keys predicted at every position. A figure is the sum of what the loss of the judged tokens
+rises by, in nats, and their number. `far` and `gain` are those of answers from far back (`text.far`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from bed import log
+
+from nbl_export.calibrate import cuts
+from nbl_export.evaluation import length
+from nbl_export.evaluation.measure import windows
+from nbl_export.model.checkpoint import load, source
+from nbl_export.model.switched import SwitchedModel
+from nbl_export.plan.cuts import joined
+from nbl_export.plan.maps_file import load_maps
+from nbl_export.text import parts
+from nbl_export.text.corpus import read_text
+from nbl_export.text.far import SHORT, contexts, is_far
+from nbl_export.text.windows import repeated
+
+CUTS = {15: (64,), 17: (64, 128), 18: (64,), 19: (64,), 20: (64, 128), 22: (64,)}
+LINEAR = (2, 4, 8)  # of the last layers
+ROWS, LENGTH, SHOTS = 4, 1024, 8
+JUDGED = ("own", "second", "twice")  # texts whose answers from far back count
+Item = tuple[torch.Tensor, torch.Tensor | None]  # token ids, positions that are judged
+
+
+def sets_of(model: Any, run: Path, linear: Path) -> dict[str, dict[int, Any]]:
+    """Name -> maps."""
+    sums, _ = cuts.load(run / "cuts.safetensors")
+    found: dict[str, dict[int, Any]] = {}
+    for cut, nears in CUTS.items():
+        maps = cuts.maps_of(model, sums, cut, 1, before=True)
+        for near in nears:
+            found[f"cut {cut}, {near} near"] = {i: dataclasses.replace(m, near=near) for i, m in maps.items()}
+    layers = sorted(json.loads((linear / "nbl.json").read_text(encoding="utf-8"))["replaced_layers"])
+    held = load_maps(linear / "maps.safetensors", layers)
+    for count in LINEAR:
+        found[f"linear {count}"] = {i: held[i] for i in layers[-count:]}
+    return found
+
+
+def items_of(tokenizer: Any, run: Path, data: Path) -> Iterator[tuple[str, Item]]:
+    """Texts of the run, then tasks with their answers."""
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def answered(context: str, answer: str) -> Item:
+        before, after = ids(context), ids(answer)
+        return torch.tensor(before + after), torch.arange(len(before), len(before) + len(after)) - 1
+
+    rows = {name: joined(parts.read(run / "text.safetensors", f"{name}deciding"), LENGTH) for name in ("", "second.")}
+    for name, title in (("", "own"), ("second.", "second")):
+        yield from ((title, (row, None)) for row in rows[name][:: max(1, len(rows[name]) // ROWS)][:ROWS])
+    yield from (("twice", (repeated(row, len(row)).flatten(), None)) for row in rows[""][: ROWS // 2])
+    for line in _lines(data / "lambada_openai" / "test.jsonl")[: 20 * ROWS]:
+        context, word = line["text"].rsplit(" ", 1)
+        yield "LAMBADA", answered(context, f" {word}")
+    wiki = windows(read_text(str(data / "wiki.valid.raw")), tokenizer, LENGTH, ROWS)
+    for test, title in ((length.RETRIEVAL, "keys"), (length.COPYING, "copying")):
+        for item in length._items(test, wiki, tokenizer, LENGTH, ROWS):
+            if item.ends == (LENGTH,):
+                end = len(item.ids) - 1
+                yield title, (torch.tensor(item.ids), torch.arange(end - sum(item.counts), end))
+    yield from (("WikiText-2", (torch.tensor(row), torch.arange(LENGTH // 2, LENGTH - 1, 2))) for row in wiki)
+    for task, split, title in (("arc_easy", "test", "ARC-Easy"), ("piqa", "validation", "PIQA")):
+        shown = "".join(f"{q}{a}\n\n" for q, a in map(_spoken, _lines(data / task / "train.jsonl")[:SHOTS]))
+        for line in _lines(data / task / f"{split}.jsonl")[: 5 * ROWS]:
+            question, answer = _spoken(line)
+            yield title, answered(shown + question, answer)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _spoken(row: dict[str, Any]) -> tuple[str, str]:
+    if "goal" in row:
+        return f"Question: {row['goal']}\nAnswer:", f" {row[('sol1', 'sol2')[row['label']]]}"
+    right = row["choices"]["text"][row["choices"]["label"].index(row["answerKey"])]
+    return f"Question: {row['question']}\nAnswer:", f" {right}"
+
+
+@torch.no_grad()
+def measure(model: Any, sets: dict[str, dict[int, Any]], items: Iterator[tuple[str, Item]]) -> dict[str, Any]:
+    """Set -> group -> one record for each item."""
+    original = SwitchedModel(model, {}, "residual")
+    mixes = {name: SwitchedModel(model, maps, "residual") for name, maps in sets.items()}
+    found: dict[str, dict[str, list[dict[str, float]]]] = {name: {} for name in sets}
+    for group, (ids_T, positions) in items:
+        run = original.runs(ids_T[None], again=True)
+        far, begin = None, SHORT - 1
+        judged = torch.arange(begin, len(ids_T) - 1, 2) if positions is None else positions
+        base_N = original.cross_entropies(run.original[0][judged], ids_T[judged + 1])
+        if positions is None:
+            index = torch.from_numpy(contexts(begin, len(ids_T) - 1))
+            short = original.runs(ids_T[index], again=False).original[:, begin:].flatten(0, 1)[judged - begin]
+            gain_N = original.cross_entropies(short, ids_T[judged + 1]) - base_N
+            far = is_far(gain_N)
+        for name, mix in mixes.items():
+            (last,) = run.of(mix).last([tuple(sets[name])])
+            rise_N = original.cross_entropies(last[0][judged], ids_T[judged + 1]) - base_N
+            record = {"rise": rise_N.sum().item(), "tokens": len(rise_N)}
+            if far is not None:
+                record |= {"far": rise_N[far].sum().item(), "gain": gain_N[far].sum().item()}
+            found[name].setdefault(group, []).append(record)
+        log(group)
+    return found
+
+
+if __name__ == "__main__":
+    gguf, run, data, linear = map(Path, sys.argv[1:])
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = load.materialise(source.resolve(str(gguf)), Path(scratch) / "checkpoint")
+        model = load.load_model(folder)
+        sets = sets_of(model, run, linear)
+        found = measure(model, sets, items_of(load.load_tokenizer(folder), run, data))
+    print(json.dumps({"model": gguf.name, "sets": found}))
