@@ -340,7 +340,7 @@ def _check_manifest(manifest: Any) -> None:
     if missing := [name for name in needed if manifest.get(name) is None]:
         raise KeyError(missing[0])
     require(manifest.get("num_layers", layers) == layers, "'num_layers' is not the decoder's")
-    if manifest.get("replaced_layers") is not None:
+    if "plan" in stages:
         known, used = kinds(), Plan.from_facts(manifest).mixers
         require(set(used) <= set(known), f"'kinds' are of {', '.join(known)}")
     curve = manifest.get("curve") or {"points": []}

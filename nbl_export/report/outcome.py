@@ -86,7 +86,7 @@ def timed(report: Mapping[str, Any], kind: str = "") -> list[Timed]:
     """Tests of a kind (pp, tg, or all) as they were run."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in report["rows"]:
-        if not kind or row["kind"] == kind:
+        if row["variant"] in ("original", "nbl") and (not kind or row["kind"] == kind):
             found.setdefault(tuple(row[name] for name in _TEST), {})[row["variant"]] = row
     ratios = {tuple(ratio[name] for name in _TEST): ratio for ratio in report["ratios"]}
     return [Timed(rows.get("original"), rows.get("nbl"), ratios.get(test)) for test, rows in found.items()]

@@ -85,7 +85,10 @@ def test(row: Mapping[str, Any], *, swept: bool) -> str:
         row: of the report's rows, ratios or skipped tests.
         swept: the benchmark had several numbers of threads, so the number is part of the words.
     """
-    kind, tokens = row["test"][:2], int(row["test"][2:])
+    kind, count = row["test"][:2], row["test"][2:]
+    if not (count.isascii() and count.isdigit()):
+        return str(row["test"])
+    tokens = int(count)
     said = f"prompt of {tokens:,} tokens" if kind == "pp" else f"{tokens:,} new tokens"
     said += f" behind {row['depth']:,}" if row["depth"] else ""
     said += f", {row['batch']} sequences" if row.get("batch", 1) > 1 else ""

@@ -188,7 +188,7 @@ def test_another_input_is_another_key() -> None:
     others: dict[str, Any] = {
         "kind": MapKind(bias=False), "select": Lazy("greedy", lambda: "greedy"),
         "moments": Lazy("o", lambda: moments_of), "mixes": Lazy("o", lambda: Switched), "texts": Lazy("o", list),
-        "saved": Lazy("o", lambda: lambda maps, tokens: 0.0),
+        "saved": Lazy("o", lambda: lambda maps, tokens: 0.0), "kept": (0,),
     }  # fmt: skip
     assert {f.name for f in dataclasses.fields(OrderInputs)} == others.keys() | {"num_layers", "hidden_size"}
     keys = [Selection(dataclasses.replace(start, **{name: other})).key for name, other in others.items()]

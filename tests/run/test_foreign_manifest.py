@@ -49,7 +49,9 @@ def test_a_command_of_a_stranger_is_no_advice(tmp_path: Path, name: str) -> None
     with pytest.raises(NblError, match="is not finished: run its command again") as refusal:
         SPEAKERS[name](manifest(tmp_path / "run", layers="2"))
     assert "evil" not in str(refusal.value)
-    assert f"(nbl-export --model m --engine ort --layers 2 --output {tmp_path / 'run'})" in str(refusal.value)
+    assert f"(nbl-export --model m --engine ort --layers 2 --fit independent --output {tmp_path / 'run'})" in str(
+        refusal.value
+    )
 
 
 def test_a_model_of_a_stranger_is_one_word_of_the_command(tmp_path: Path) -> None:

@@ -50,7 +50,17 @@ def poisoned(value: Any) -> Any:
     return value + EVIL if isinstance(value, str) else value
 
 
-LOOKED_UP = {"logits", "phase", "method", "kind", "variants", "decoders", "num_layers", "cache_bytes_per_token"}
+LOOKED_UP = {
+    "logits",
+    "phase",
+    "method",
+    "kind",
+    "variant",
+    "variants",
+    "decoders",
+    "num_layers",
+    "cache_bytes_per_token",
+}
 MADE_UP = {"original", "nbl", "a task"}
 
 
