@@ -136,7 +136,7 @@ def ranks(read: Read) -> Rows:
     sets = read("ranks-smollm2")["sets"].values()
     rows: Rows = [("what the choice sees", *_OF_TASKS), "l" + "r" * len(_OF_TASKS)]
     for title, (above, below, groups) in _SEEN.items():
-        seen = [np.mean([_share(one[group], above, below) for group in groups]) for one in sets]
+        seen = [float(np.mean([_share(one[group], above, below) for group in groups])) for one in sets]
         lost = ([_share(one[task], "rise", "tokens") for one in sets] for task in _OF_TASKS)
         rows.append((title, *(f"{_spearman(seen, values):+.2f}".replace("-", "−") for values in lost)))
     return rows
@@ -147,7 +147,8 @@ def _share(records: Sequence[Mapping[str, float]], above: str, below: str) -> fl
 
 
 def _spearman(first: Sequence[float], second: Sequence[float]) -> float:
-    return float(np.corrcoef(*(np.argsort(np.argsort(values)) for values in (first, second)))[0, 1])
+    one, other = (np.argsort(np.argsort(values)) - (len(first) - 1) / 2 for values in (first, second))
+    return float((one @ other) / (one @ one))
 
 
 def accuracy_of(figure: Mapping[str, float], row: str) -> str:
