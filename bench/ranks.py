@@ -99,10 +99,10 @@ def _spoken(row: dict[str, Any]) -> tuple[str, str]:
 
 @torch.no_grad()
 def measure(model: Any, sets: dict[str, dict[int, Any]], items: Iterator[tuple[str, Item]]) -> dict[str, Any]:
-    """Set -> group -> one record for each item."""
+    """Set -> group -> sums over its items."""
     original = SwitchedModel(model, {}, "residual")
     mixes = {name: SwitchedModel(model, maps, "residual") for name, maps in sets.items()}
-    found: dict[str, dict[str, list[dict[str, float]]]] = {name: {} for name in sets}
+    found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in sets}
     for group, (ids_T, positions) in items:
         run = original.runs(ids_T[None], again=True)
         far, begin = None, SHORT - 1
@@ -119,7 +119,8 @@ def measure(model: Any, sets: dict[str, dict[int, Any]], items: Iterator[tuple[s
             record = {"rise": rise_N.sum().item(), "tokens": len(rise_N)}
             if far is not None:
                 record |= {"far": rise_N[far].sum().item(), "gain": gain_N[far].sum().item()}
-            found[name].setdefault(group, []).append(record)
+            sums = found[name].setdefault(group, dict.fromkeys(record, 0.0))
+            sums.update({figure: sums[figure] + value for figure, value in record.items()})
         log(group)
     return found
 

@@ -142,8 +142,8 @@ def ranks(read: Read) -> Rows:
     return rows
 
 
-def _share(records: Sequence[Mapping[str, float]], above: str, below: str) -> float:
-    return sum(record[above] for record in records) / sum(record[below] for record in records)
+def _share(sums: Mapping[str, float], above: str, below: str) -> float:
+    return sums[above] / sums[below]
 
 
 def _spearman(first: Sequence[float], second: Sequence[float]) -> float:
