@@ -23,5 +23,5 @@ def test_a_run_says_what_its_decoders_read(finished: Path) -> None:
     assert (found["test"], found["depth"], found["threads"]) == (first["test"], first["depth"], bench["threads"][0])
     assert set(found["bytes_per_second"]) == {"original", "nbl"}
     assert min(*found["bytes_per_second"].values(), found["machine_bytes_per_second"]) > 0
-    is_said = f"{found['test']} reads weights and caches at " in (finished / "report.md").read_text(encoding="utf-8")
+    is_said = "weights and caches are read at " in (finished / "report.md").read_text(encoding="utf-8")
     assert is_said == (max(found["bytes_per_second"].values()) <= found["machine_bytes_per_second"])
