@@ -35,7 +35,7 @@ COPYING = "copying"
 TESTS = (*OF_TEXT, COPYING)
 
 _FIRST = 128  # tokens of the first part of a window; each following part ends at twice as many
-_ITEMS = 8  # keys, or random sequences, of each length
+_ITEMS, _MOST = 8, 16  # keys, or random sequences, of each length: without a limit, and at most
 _SEED = 0
 _NEEDLE = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
 _QUESTION = "\n\nWhat is the pass key? The pass key is"
@@ -65,14 +65,14 @@ def run_length(
         text: None for copying.
         lm: has a tokenizer, and `token_scores` of a request.
         window: tokens of a window of the text, and of the longest item.
-        limit: most windows, or keys or sequences of each length.
+        limit: most windows, or keys or sequences of each length, of these at most 16.
         behind_prompt: of a window, the first half is a prompt, and only the last position range is scored.
 
     Raises:
         NblError: the text is shorter than one window, or a window has no room for a key.
     """
     started = time.monotonic()
-    few = limit if test == POSITION else min(limit or _ITEMS, _ITEMS)
+    few = limit if test == POSITION else min(limit or _ITEMS, _MOST)
     rows = windows(text, lm.tokenizer, window, few) if text else []
     items = list(_items(test, rows, lm.tokenizer, window, few or 0))
     if behind_prompt and test == POSITION:

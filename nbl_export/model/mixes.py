@@ -105,12 +105,13 @@ class Mixes(ABC):
     @torch.no_grad()
     def losses(
         self, ids_T: torch.Tensor, original_TD: torch.Tensor, replaced_sets: Mapping[Any, torch.Tensor],
-        positions_N: torch.Tensor | None = None,
+        positions_N: torch.Tensor | None = None, each: list[torch.Tensor] | None = None,
     ) -> dict[Any, Loss]:  # fmt: skip
         """Each mix's loss on one window, from last hidden states; the original's logits are computed once.
 
         Args:
             positions_N: those that are judged; None judges all.
+            each: gets the original's losses at these positions, as those of `cross_entropies`, in parts.
         """
         judged_N = torch.arange(len(ids_T) - 1) if positions_N is None else positions_N
         changes = {name: last_TD - original_TD for name, last_TD in replaced_sets.items()}
@@ -118,7 +119,10 @@ class Mixes(ABC):
         for rows in judged_N.split(_LOGIT_ROWS):
             target_N = ids_T[rows + 1].to(original_TD.device)
             base_NV = self.head.logits(original_TD[rows])
-            base = torch.nn.functional.cross_entropy(base_NV, target_N, reduction="sum").item()
+            base_N = torch.nn.functional.cross_entropy(base_NV, target_N, reduction="none")
+            base = base_N.sum(dtype=torch.float64).item()
+            if each is not None:
+                each.append(base_N.cpu())
             share_NV = base_NV.softmax(1)
             for name, change_TD in changes.items():
                 apart_NKV = self.head.changes(base_NV, change_TD[rows][:, None]).float()

@@ -231,19 +231,26 @@ class _Judge:
             for done, row in enumerate(rows, start=1):
                 run = mixes.runs(row.ids_T[None], again=False) if row.run is None else row.run.of(mixes)
                 (last_WTD,) = run.last([tuple(maps)])
-                positions_N, gain_N = self._far(row, mixes, run.original[0])
                 given = row.ids_T, run.original[0], {0: last_WTD[0]}
+                each: list[torch.Tensor] = []  # the original's losses
                 if row.text is not None:
                     ordinary = torch.arange(0, len(row.ids_T) - 1, every)
-                    found.setdefault(row.text, []).append(mixes.losses(*given, ordinary)[0])
+                    found.setdefault(row.text, []).append(mixes.losses(*given, ordinary, each)[0])
+                known_N = torch.cat(each) if each and every == 1 else None
+                positions_N, gain_N = self._far(row, mixes, run.original[0], known_N)
                 if len(positions_N) >= FEWEST:
                     loss = mixes.losses(*given, positions_N)[0]
                     answers.append((loss.positions, loss.original_sum, loss.nbl_sum, gain_N.sum().item()))
                 progress(done, len(rows))
         return found, far_row(answers)
 
-    def _far(self, row: _Row, mixes: Mixes, original_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions of the answers from far back in a row, and what they gain by the whole text."""
+    def _far(
+        self, row: _Row, mixes: Mixes, original_TD: torch.Tensor, known_N: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions of the answers from far back in a row, and what they gain by the whole text.
+
+        known_N: the original's losses at all positions, if they were computed before.
+        """
         import torch
 
         if row.far is None:
@@ -252,11 +259,10 @@ class _Judge:
                 return torch.arange(0), torch.zeros(0)
             index = torch.from_numpy(contexts(begin, end))
             last_ND = mixes.runs(row.ids_T[index], again=False).original[:, SHORT - 1 :].flatten(0, 1)
-            target_N = row.ids_T[begin + 1 :]
-            short, whole = (
-                mixes.cross_entropies(h, target_N) for h in (last_ND[: end - begin], original_TD[begin:end])
-            )
-            gain, far = short - whole, is_far(short - whole)
+            short, target_N = last_ND[: end - begin], row.ids_T[begin + 1 :]
+            whole_N = mixes.cross_entropies(original_TD[begin:end], target_N) if known_N is None else known_N[begin:end]
+            gain = mixes.cross_entropies(short, target_N) - whole_N
+            far = is_far(gain)
             row.far = begin + far.nonzero()[:, 0], gain[far]
         return row.far
 

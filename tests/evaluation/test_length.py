@@ -99,15 +99,16 @@ def test_a_key_is_in_the_first_half_and_only_its_digits_are_scored() -> None:
     assert (again.metrics, again.loglikelihoods) == (found.metrics, found.loglikelihoods)
 
 
-def test_the_second_half_of_a_copy_is_the_first() -> None:
-    found, spy = measured("copying", limit=3)
-    assert found.items == 3 and len(spy.requests) == 6
+@pytest.mark.parametrize(("limit", "items"), [(3, 3), (None, 8), (16, 16), (500, 16)])
+def test_the_second_half_of_a_copy_is_the_first(limit: int | None, items: int) -> None:
+    found, spy = measured("copying", limit=limit)
+    assert found.items == items and len(spy.requests) == 2 * items
     for request in spy.requests:
         ids = request.context + request.continuation
         half = len(ids) // 2
         assert ids[:half] == ids[half:] and len(request.continuation) == half - 1
         assert min(ids) > 2 and max(ids) < 128 and len(set(ids)) > 64
-    assert len({r.context for r in spy.requests}) == 6
+    assert len({r.context for r in spy.requests}) == 2 * items
 
 
 def test_a_window_without_room_for_a_key_is_refused() -> None:

@@ -54,8 +54,13 @@ class World:
     def mixes(self, chosen: Mapping[int, Predicted], _tap: str) -> Any:
         world, first = self, next(iter(chosen.values()), None)
 
-        def losses(ids_T: torch.Tensor, _base: Any, _last: Any, positions_N: torch.Tensor) -> dict[int, Loss]:
+        def losses(
+            ids_T: torch.Tensor, _base: Any, _last: Any, positions_N: torch.Tensor,
+            each: list[torch.Tensor] | None = None,
+        ) -> dict[int, Loss]:  # fmt: skip
             assert first is not None
+            if each is not None:
+                each.append(torch.zeros(len(positions_N)))
             name = FAR if positions_N[0] else next(n for n, token in TOKEN.items() if token == int(ids_T.max()))
             world.judged.append((first.cut, first.near, name, positions_N.tolist()))
             noise = (
