@@ -45,7 +45,7 @@ def sets_of(model: Any, run: Path, linear: Path) -> dict[str, dict[int, Any]]:
     sums, _ = cuts.load(run / "cuts.safetensors")
     found: dict[str, dict[int, Any]] = {}
     for cut, nears in CUTS.items():
-        maps = cuts.maps_of(model, sums, cut, 1, before=True)
+        maps = cuts.maps_of(model, sums, cut, 1)
         for near in nears:
             found[f"cut {cut}, {near} near"] = {i: dataclasses.replace(m, near=near) for i, m in maps.items()}
     layers = sorted(json.loads((linear / "nbl.json").read_text(encoding="utf-8"))["replaced_layers"])

@@ -18,9 +18,7 @@ __all__ = ["CLOSE", "apart", "by_hand", "chunks_of", "predicted", "predicted_map
 CLOSE = 1e-5
 
 
-def predicted_maps(
-    cut: int, near: int, keys: int, size: int = HIDDEN, layers: int = LAYERS, *, before: bool = True
-) -> dict[int, Predicted]:
+def predicted_maps(cut: int, near: int, keys: int, size: int = HIDDEN, layers: int = LAYERS) -> dict[int, Predicted]:
     """Random maps of the layers from `cut` up.
 
     Args:
@@ -29,7 +27,7 @@ def predicted_maps(
     found = {}
     for layer in range(cut, layers):
         rng = np.random.default_rng(layer)
-        weight = (rng.standard_normal((2 * keys, size * (1 + before))) / 6).astype(np.float32)
+        weight = (rng.standard_normal((2 * keys, 2 * size)) / 6).astype(np.float32)
         found[layer] = Predicted(weight, rng.standard_normal(2 * keys).astype(np.float32), size, cut, near, EPSILON)
     return found
 
@@ -77,8 +75,7 @@ def by_hand(
 def predicted(mixer: Predicted, x_BTD: torch.Tensor) -> torch.Tensor:
     """Keys and values [B, T, 2 K] by the map's numbers."""
     x = x_BTD / (x_BTD.square().mean(2, keepdim=True) + mixer.epsilon).sqrt()
-    if mixer.before:
-        x = torch.cat([x, x.roll(1, 1)], 2)
+    x = torch.cat([x, x.roll(1, 1)], 2)
     return x @ torch.from_numpy(mixer.weight).T + torch.from_numpy(mixer.bias)
 
 

@@ -138,7 +138,7 @@ class CutSums:
     def _on_stream(self, cut: int) -> Any:
         def take(_layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x_BTD = (args[0] if args else kwargs["hidden_states"]).float()
-            self._add_features(cut, features(x_BTD, self.shape.epsilon, before=True)[:, 1:].flatten(0, 1))
+            self._add_features(cut, features(x_BTD, self.shape.epsilon)[:, 1:].flatten(0, 1))
 
         return take
 
@@ -215,30 +215,29 @@ def _sha256(held: Mapping[str, torch.Tensor]) -> str:
     return arrays_sha256({name: value.numpy() for name, value in held.items()})
 
 
-def fit(sums: CutSums, cut: int, near: int, *, before: bool) -> dict[int, Predicted]:
+def fit(sums: CutSums, cut: int, near: int) -> dict[int, Predicted]:
     """The LMMSE maps of all layers above a cut; X'X is factored once.
 
     Raises:
         NblError: the sums hold NaN or infinity, or the stream at the cut does not vary.
     """
     shape, held = sums.shape, {name: value.cpu() for name, value in sums.sums.items()}
-    inputs, above = shape.inputs * (1 + before), shape.above(cut)
-    mean_x = held[f"cuts.{cut}.sum"][:inputs] / sums.count
-    cxx = held[f"cuts.{cut}.xx"][:inputs, :inputs] / sums.count - torch.outer(mean_x, mean_x)
+    mean_x = held[f"cuts.{cut}.sum"] / sums.count
+    cxx = held[f"cuts.{cut}.xx"] / sums.count - torch.outer(mean_x, mean_x)
     lower = cholesky(cxx, cut, RIDGE)
     found = {}
-    for layer in above:
+    for layer in shape.above(cut):
         mean_y = held[f"layers.{layer}.sum"] / sums.count
-        cyx = held[f"cuts.{cut}.yx"][layer - cut - 1, :, :inputs] / sums.count - torch.outer(mean_y, mean_x)
+        cyx = held[f"cuts.{cut}.yx"][layer - cut - 1] / sums.count - torch.outer(mean_y, mean_x)
         if not torch.isfinite(cyx).all():
             raise NblError(f"layer {layer}: its activations hold NaN or infinity; check the checkpoint's weights")
         weight = torch.cholesky_solve(cyx.T, lower).T
-        bias = mean_y + held[f"layers.{layer}.ref"] - weight @ (mean_x + held[f"cuts.{cut}.ref"][:inputs])
+        bias = mean_y + held[f"layers.{layer}.ref"] - weight @ (mean_x + held[f"cuts.{cut}.ref"])
         numbers = shape.inputs, cut, near, shape.epsilon
         found[layer] = Predicted(weight.float().numpy(), bias.float().numpy(), *numbers)
     return found
 
 
-def maps_of(model: Any, sums: CutSums, cut: int, near: int, *, before: bool) -> dict[int, Predicted]:
+def maps_of(model: Any, sums: CutSums, cut: int, near: int) -> dict[int, Predicted]:
     """The maps of a cut for the model that the sums are of: the exact one of layer `cut`, and the fitted ones."""
-    return {cut: own_map(model, cut, near, before=before), **fit(sums, cut, near, before=before)}
+    return {cut: own_map(model, cut, near), **fit(sums, cut, near)}

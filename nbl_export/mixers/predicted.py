@@ -6,7 +6,7 @@
 Layers from the cut c up keep their weights, their attention and their cache. Of a step of T tokens, the first one and
 the last W climb above the cut: their keys and values are the layer's own. The keys and values of all others are a
 linear map of the stream that enters layer c, before rotary embedding, fitted as every map is (`lmmse`). The map reads
-the token's own row and, with `before`, the row of the token before it: a head that copies needs the token before.
+the token's own row and the row of the token before it: a head that copies needs the token before.
 
 A step of at most W + 1 tokens is the original's. So is every decode step: it reads a cache that holds predicted keys.
 The norm is the RMS norm without a weight, which the map includes. Layer c reads its own stream, so its map is exact.
@@ -43,7 +43,7 @@ class Predicted:
     """The map of one layer's keys and values, float32.
 
     Attributes:
-        weight: [2 K, F], keys before values; F is D, or 2 D with the token before, whose columns come last.
+        weight: [2 K, 2 D], keys before values; the columns of the token before come last.
         bias: [2 K].
         inputs: D, the width of the stream.
         cut: the stream that it reads; layers from this one up have a map each.
@@ -64,7 +64,7 @@ class Predicted:
     def __post_init__(self) -> None:
         require(self.weight.ndim == 2 and self.bias.shape == (len(self.weight),), "weight is a matrix, bias its rows")
         require(len(self.weight) % 2 == 0, "keys and values have one width")
-        require(self.weight.shape[1] in (self.inputs, 2 * self.inputs), "the map reads one row or two")
+        require(self.weight.shape[1] == 2 * self.inputs, "the map reads two rows")
         require(self.cut >= 0 and 1 <= self.near <= MOST_POSITIONS, "there is no such cut or number of near tokens")
 
     @property
@@ -74,11 +74,6 @@ class Predicted:
     @property
     def size(self) -> int:
         return self.inputs
-
-    @property
-    def before(self) -> bool:
-        """Whether the map reads the token before, too."""
-        return self.weight.shape[1] > self.inputs
 
     def tensors(self) -> dict[str, np.ndarray]:
         """The map, and its numbers."""
@@ -99,11 +94,10 @@ class Predicted:
         x = build.norm(streams[self.cut], np.ones(self.inputs, np.float32), self.epsilon, "norm")
         given = {}
         for port, name, half in zip(self.gives, ("keys", "values"), np.split(self.weight, 2), strict=True):
-            made = build.matmul(x, half[:, : self.inputs], name)
-            if self.before:
-                earlier = build.matmul(x, half[:, self.inputs :], f"{name}_before")
-                parts = [build.slice(earlier, 0, 1, f"{name}_first"), build.slice(earlier, 0, -1, f"{name}_others")]
-                made = build.add(made, build.concat(parts, f"{name}_shifted"), f"{name}_both")
+            own = build.matmul(x, half[:, : self.inputs], name)
+            earlier = build.matmul(x, half[:, self.inputs :], f"{name}_before")
+            parts = [build.slice(earlier, 0, 1, f"{name}_first"), build.slice(earlier, 0, -1, f"{name}_others")]
+            made = build.add(own, build.concat(parts, f"{name}_shifted"), f"{name}_both")
             given[port] = build.add(made, np.split(self.bias, 2)[port is Port.VALUES], f"{name}_bias")
         return given
 

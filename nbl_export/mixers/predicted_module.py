@@ -24,25 +24,21 @@ class PredictedModule(MixerModule):
 
     def __init__(self, like: Any) -> None:
         super().__init__()
-        self.cut, self.near, self.before, self.epsilon = like.cut, like.near, like.before, like.epsilon
+        self.cut, self.near, self.epsilon = like.cut, like.near, like.epsilon
         self.reads = (like.cut,)
         self.linear = nn.Linear(like.weight.shape[1], len(like.weight))
 
-    def features(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        """What the map reads, [B, T, F]: normed rows and, with `before`, the normed row of the token before."""
-        return features(x_BTD, self.epsilon, before=self.before)
-
     def predict(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [B, T, K] each, before rotary embedding, from the stream at the cut."""
-        keys, values = self.linear(self.features(x_BTD)).chunk(2, -1)
+        keys, values = self.linear(features(x_BTD, self.epsilon)).chunk(2, -1)
         return keys, values
 
 
-def features(x_BTD: torch.Tensor, epsilon: float, *, before: bool) -> torch.Tensor:
-    """Rows under the RMS norm without a weight, and beside each, with `before`, the row of the token before.
+def features(x_BTD: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """What a map reads, [B, T, 2 D]: rows under the RMS norm without a weight, and beside each the row before it.
 
     The first token stands before itself.
     """
     x = x_BTD.float()
     x = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)).to(x_BTD.dtype)
-    return torch.cat([x, torch.cat([x[:, :1], x[:, :-1]], 1)], 2) if before else x
+    return torch.cat([x, torch.cat([x[:, :1], x[:, :-1]], 1)], 2)

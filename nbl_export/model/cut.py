@@ -186,11 +186,10 @@ def check_served(modules: Mapping[int, MixerModule], layers: int) -> tuple[int, 
 
 
 @torch.no_grad()
-def own_map(model: Any, layer: int, near: int, *, before: bool) -> Predicted:
+def own_map(model: Any, layer: int, near: int) -> Predicted:
     """The map of the layer at the cut, which is exact: its own products, with the weight of its norm in them.
 
-    Args:
-        before: whether the map has columns for the token before; they are zeros.
+    The columns of the token before are zeros.
 
     Raises:
         NblError: the layer's attention is not like llama's.
@@ -202,8 +201,7 @@ def own_map(model: Any, layer: int, near: int, *, before: bool) -> Predicted:
     products = (block.self_attn.k_proj, block.self_attn.v_proj)
     weight = torch.cat([product.weight.float() * norm.weight.float() for product in products])
     bias = torch.cat([_bias(product) for product in products])
-    if before:
-        weight = torch.cat([weight, torch.zeros_like(weight)], 1)
+    weight = torch.cat([weight, torch.zeros_like(weight)], 1)
     epsilon = float(norm.variance_epsilon)
     return Predicted(weight.cpu().numpy(), bias.cpu().numpy(), len(norm.weight), layer, near, epsilon)
 

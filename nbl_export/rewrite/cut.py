@@ -85,8 +85,8 @@ class CutPrompt(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=True)
 
 
-def _numbers(mixer: Predicted) -> tuple[int, bool, float]:
-    return mixer.inputs, mixer.before, mixer.epsilon
+def _numbers(mixer: Predicted) -> tuple[int, float]:
+    return mixer.inputs, mixer.epsilon
 
 
 def _refuse_others(cut: int, layers: Sequence[int], what: str) -> None:
@@ -219,8 +219,6 @@ class _Step:
         normed: ir.Value = make(kind, "norm", x, ones, kind=dtype, axis=-1, stash_type=1, epsilon=mixer.epsilon)
         axis, behind = number("row", [1]), number("near_begins", [-mixer.near])
         far: ir.Value = make("Slice", "far", normed, axis, behind, axis, kind=dtype)
-        if not mixer.before:
-            return far
         until = number("before_ends", [-mixer.near - 1])
         before = make("Slice", "before", normed, number("begin", [0]), until, axis, kind=dtype)
         features: ir.Value = make("Concat", "features", far, before, kind=dtype, axis=2)

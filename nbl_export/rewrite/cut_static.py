@@ -208,8 +208,6 @@ def _features(make: _Maker, step: _Step, x: ir.Value, mixer: Predicted) -> ir.Va
     normed = make("RMSNormalization", "norm", x, ones, axis=-1, epsilon=mixer.epsilon)
     axis, one = make.integers("row", [1]), make.integers("begin", [1])
     far = make("Slice", "far", normed, one, step.end, axis)
-    if not mixer.before:
-        return far
     end = make.ints("Sub", "before_end", step.end, one)
     return make(
         "Concat", "features", far, make("Slice", "before", normed, make.integers("none", [0]), end, axis), axis=2

@@ -42,7 +42,7 @@ def watched(model: Any) -> Iterator[dict[str, list[torch.Tensor]]]:
 
     def stream(index: int) -> Any:
         def take(_layer: Any, args: Any) -> None:
-            both = features(args[0].double(), EPSILON, before=True)[:, 1:]
+            both = features(args[0].double(), EPSILON)[:, 1:]
             seen.setdefault(f"x{index}", []).append(both.flatten(0, 1))
 
         return take
@@ -157,30 +157,27 @@ def test_a_stage_that_is_killed_again_and_again_counts_each_batch_once(
     assert collected(model, tmp_path / "killed", windows(5)) == 0  # another text
 
 
-@pytest.mark.parametrize("before", [False, True])
-def test_a_planted_relation_is_found(before: bool, checkpoint: Callable[[str], Path]) -> None:
+def test_a_planted_relation_is_found(checkpoint: Callable[[str], Path]) -> None:
     model = load_model(checkpoint("llama"))
     rng, seen = np.random.default_rng(0), dict[str, torch.Tensor]()
-    planted = torch.from_numpy(rng.normal(size=(2 * WIDTH, HIDDEN * (1 + before)))).float()
+    planted = torch.from_numpy(rng.normal(size=(2 * WIDTH, 2 * HIDDEN))).float()
     bias = torch.from_numpy(rng.normal(size=2 * WIDTH)).float()
     layers = model.get_decoder().layers
     layers[1].register_forward_pre_hook(lambda _l, args: seen.update(x=args[0]))
     for half, product in enumerate((layers[2].self_attn.k_proj, layers[2].self_attn.v_proj)):
         product.register_forward_hook(
-            lambda _m, _a, _out, half=half: (features(seen["x"], EPSILON, before=before) @ planted.T + bias).chunk(
-                2, -1
-            )[half]
+            lambda _m, _a, _out, half=half: (features(seen["x"], EPSILON) @ planted.T + bias).chunk(2, -1)[half]
         )
     sums = CutSums.of(model, (1,))
     with sums.attached(model):
         run(model, windows(16))
-    found = fit(sums, 1, 7, before=before)
+    found = fit(sums, 1, 7)
     assert list(found) == [2]
-    assert (found[2].cut, found[2].near, found[2].before, found[2].epsilon) == (1, 7, before, EPSILON)
+    assert (found[2].cut, found[2].near, found[2].epsilon) == (1, 7, EPSILON)
     np.testing.assert_allclose(found[2].weight, planted, atol=1e-3)
     np.testing.assert_allclose(found[2].bias, bias, atol=1e-3)
-    maps = maps_of(model, sums, 1, 7, before=before)
-    np.testing.assert_array_equal(maps[1].weight, own_map(model, 1, 7, before=before).weight)
+    maps = maps_of(model, sums, 1, 7)
+    np.testing.assert_array_equal(maps[1].weight, own_map(model, 1, 7).weight)
     np.testing.assert_array_equal(maps[2].weight, found[2].weight)
 
 
@@ -230,4 +227,4 @@ def test_sums_that_are_not_finite_are_refused(checkpoint: Callable[[str], Path])
         run(model, windows(6))
     sums.sums["cuts.1.yx"][0, 3, 5] = torch.nan
     with pytest.raises(NblError, match="layer 2: its activations hold NaN"):
-        fit(sums, 1, 4, before=False)
+        fit(sums, 1, 4)

@@ -53,14 +53,14 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="module")
 def cut(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """(architecture, cut, W, before) -> NBL checkpoint of a tiny model with random predicted keys."""
+    """(architecture, cut, W) -> NBL checkpoint of a tiny model with random predicted keys."""
 
     @functools.cache
-    def make(architecture: str, layer: int, near: int, before: bool = True) -> Path:
+    def make(architecture: str, layer: int, near: int) -> Path:
         home = tmp_path_factory.mktemp("cut")
         sizes = {**SIZES, "num_key_value_heads": 1} if architecture == "qwen2" else SIZES
         original = save_checkpoint(architecture, home / "original", **sizes)
-        maps = predicted_maps(layer, near, 32 * sizes["num_key_value_heads"], before=before)
+        maps = predicted_maps(layer, near, 32 * sizes["num_key_value_heads"])
         save_linearized(load_model(original), original, maps, "residual", home / "saved")
         return home / "saved"
 
@@ -129,15 +129,14 @@ def test_prefix_caching_and_chunked_prefill(saved: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "layer", "near", "before", "chunks"),
-    [("llama", 1, 6, True, {}), ("llama", 2, 20, False, CHUNKS), ("mistral", 1, 33, True, CHUNKS),
-     ("qwen2", 2, 6, True, CHUNKS)],
-)  # fmt: skip
+    ("architecture", "layer", "near", "chunks"),
+    [("llama", 1, 6, {}), ("llama", 2, 20, CHUNKS), ("mistral", 1, 33, CHUNKS), ("qwen2", 2, 6, CHUNKS)],
+)
 def test_predicted_keys_are_those_of_transformers(
-    architecture: str, layer: int, near: int, before: bool, chunks: dict[str, Any], cut: Callable[..., Path]
+    architecture: str, layer: int, near: int, chunks: dict[str, Any], cut: Callable[..., Path]
 ) -> None:
     """Prompts below and above W + 1. A chunk may end at the cut beside another prompt's tokens, which climb."""
-    directory = cut(architecture, layer, near, before)
+    directory = cut(architecture, layer, near)
     found = run(job(directory, 3, enable_prefix_caching=bool(chunks), **chunks))
     assert found["tokens"] == expected(directory) and found["same"]
 

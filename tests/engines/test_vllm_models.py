@@ -32,7 +32,7 @@ W = 5
 
 
 ABOVE = {"nbl_replaced_layers": [1, 2], "nbl_kinds": ["predicted"] * 2,
-         "nbl_cut": {"layer": 1, "near": W, "before": True, "epsilon": 1e-5}}  # fmt: skip
+         "nbl_cut": {"layer": 1, "near": W, "epsilon": 1e-5}}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -147,12 +147,12 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize(("cut", "before"), [(1, True), (2, True), (1, False)])
+@pytest.mark.parametrize("cut", [1, 2])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_predicted_keys_do_not_depend_on_the_schedule(
-    schedule: str, cut: int, before: bool, models: ModuleType, checkpoint: Callable[[str], Path]
+    schedule: str, cut: int, models: ModuleType, checkpoint: Callable[[str], Path]
 ) -> None:
-    maps = predicted_maps(cut, W, KV_HEADS * HEAD_DIM, before=before)
+    maps = predicted_maps(cut, W, KV_HEADS * HEAD_DIM)
     model = cut_model(models, checkpoint, maps)
     right = linearize(load_model(checkpoint("llama")), maps)
     prompts, blocks = (30, 4, 17), torch.randperm(36, generator=torch.Generator().manual_seed(0)).view(3, 12).tolist()
@@ -181,7 +181,7 @@ def test_the_prefix_cache_keeps_predicted_keys_alone(models: ModuleType) -> None
 
 def cut_model(models: ModuleType, checkpoint: Callable[[str], Path], maps: dict[int, Any], **settings: Any) -> Any:
     one = next(iter(maps.values()))
-    facts = {"layer": one.cut, "near": one.near, "before": one.before, "epsilon": one.epsilon}
+    facts = {"layer": one.cut, "near": one.near, "epsilon": one.epsilon}
     asked = {"nbl_replaced_layers": list(maps), "nbl_kinds": ["predicted"] * len(maps), "nbl_cut": facts, **settings}
     config = fake_vllm.vllm_config(load_model(checkpoint("llama")), **asked)
     model = models.NblLlamaForCausalLM(vllm_config=config).eval()

@@ -20,18 +20,17 @@ from .test_lmmse import moments
 SIZE, KEYS = 12, 4
 
 
-def predicted(cut: int = 1, near: int = 3, *, before: bool = True) -> Predicted:
+def predicted(cut: int = 1, near: int = 3) -> Predicted:
     rng = np.random.default_rng(5)
-    weight = rng.normal(size=(2 * KEYS, SIZE * (1 + before))).astype(np.float32)
+    weight = rng.normal(size=(2 * KEYS, 2 * SIZE)).astype(np.float32)
     return Predicted(weight, rng.normal(size=2 * KEYS).astype(np.float32), SIZE, cut, near, 1e-3)
 
 
-@pytest.mark.parametrize("before", [False, True])
-def test_numpy_and_torch_agree_and_a_file_keeps_the_numbers(tmp_path: Path, before: bool) -> None:
-    mixer = predicted(before=before)
+def test_numpy_and_torch_agree_and_a_file_keeps_the_numbers(tmp_path: Path) -> None:
+    mixer = predicted()
     save_maps({2: mixer}, tmp_path / "maps.safetensors")
     again = load_maps(tmp_path / "maps.safetensors", (2,))[2]
-    assert (again.cut, again.near, again.before, again.inputs) == (1, 3, before, SIZE)  # type: ignore[attr-defined]
+    assert (again.cut, again.near, again.inputs) == (1, 3, SIZE)  # type: ignore[attr-defined]
     assert again.epsilon == np.float32(1e-3)  # type: ignore[attr-defined]
     x_BTD = np.random.default_rng(1).normal(size=(2, 5, SIZE)).astype(np.float32)
     given, state = apply(mixer, {OWN: 0 * x_BTD, 1: x_BTD})
@@ -40,7 +39,7 @@ def test_numpy_and_torch_agree_and_a_file_keeps_the_numbers(tmp_path: Path, befo
     for port, value in zip((Port.KEYS, Port.VALUES), found, strict=True):
         np.testing.assert_allclose(given[port], value.detach().numpy(), atol=1e-5)
     large = torch.from_numpy(300 * x_BTD).half()  # its squares are beyond float16
-    wide, narrow = (features(x, 1e-3, before=before) for x in (large.float(), large))
+    wide, narrow = (features(x, 1e-3) for x in (large.float(), large))
     torch.testing.assert_close(narrow, wide.half())
 
 

@@ -37,9 +37,9 @@ def ids(count: int, rows: int = 1, seed: int = 5) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).integers(2, VOCAB, (rows, count)))
 
 
-def maps_from(model: Any, cut: int, *, before: bool = True, near: int = W) -> dict[int, Predicted]:
+def maps_from(model: Any, cut: int, near: int = W) -> dict[int, Predicted]:
     """The exact map of the cut's layer, and random maps above it."""
-    made = {cut: own_map(model, cut, near, before=before)}
+    made = {cut: own_map(model, cut, near)}
     for layer in range(cut + 1, LAYERS):
         rng = np.random.default_rng(layer)
         weight = rng.normal(size=made[cut].weight.shape).astype(np.float32) / 8
@@ -52,8 +52,8 @@ def maps_from(model: Any, cut: int, *, before: bool = True, near: int = W) -> di
 @torch.inference_mode()
 def test_steps_of_any_size_are_the_originals_with_an_edited_cache(name: str, checkpoint: Callable[[str], Path]) -> None:
     model = load_model(checkpoint(name))
-    for cut, before in ((0, True), (1, False), (1, True), (2, True)):
-        maps = maps_from(model, cut, before=before)
+    for cut in range(LAYERS):
+        maps = maps_from(model, cut)
         climbing = linearize(load_model(checkpoint(name)), maps)
         cache, ours = DynamicCache(), DynamicCache()
         for tokens in (W + 2, 1, 19, W + 1, 7, 3 * W):
@@ -162,13 +162,12 @@ def test_the_map_of_the_cuts_own_layer_is_exact(checkpoint: Callable[[str], Path
         layer = model.get_decoder().layers[1]
         with torch.inference_mode():
             x = model(ids(20), use_cache=False, output_hidden_states=True).hidden_states[1]
-            for before in (False, True):
-                mixer = own_map(model, 1, W, before=before)
-                assert (mixer.cut, mixer.near, mixer.before, mixer.inputs) == (1, W, before, HIDDEN)
-                found = predicted(mixer, x)
-                normed = layer.input_layernorm(x)
-                right = torch.cat([layer.self_attn.k_proj(normed), layer.self_attn.v_proj(normed)], 2)
-                torch.testing.assert_close(found, right, rtol=1e-5, atol=2e-6 * float(right.abs().max()))
+            mixer = own_map(model, 1, W)
+            assert (mixer.cut, mixer.near, mixer.inputs) == (1, W, HIDDEN)
+            found = predicted(mixer, x)
+            normed = layer.input_layernorm(x)
+            right = torch.cat([layer.self_attn.k_proj(normed), layer.self_attn.v_proj(normed)], 2)
+            torch.testing.assert_close(found, right, rtol=1e-5, atol=2e-6 * float(right.abs().max()))
 
 
 def test_weights_of_maps_are_the_models(checkpoint: Callable[[str], Path]) -> None:
@@ -185,7 +184,7 @@ def test_what_cannot_stand_above_a_cut_is_refused(checkpoint: Callable[[str], Pa
     with pytest.raises(NblError, match="layer 2: above the cut at layer 1"):
         linearize(model, {1: maps[1]})
     with pytest.raises(NblError, match="one cut"):
-        linearize(model, {**maps, 2: own_map(model, 2, W, before=True)})
+        linearize(model, {**maps, 2: own_map(model, 2, W)})
     assert not any("mixer" in name for name in model.state_dict())
     for name, reason in REFUSED.items():
         other = load_model(checkpoint(name))

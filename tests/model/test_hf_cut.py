@@ -23,7 +23,7 @@ from nbl_export.model.linearize import linearize
 from ..tiny import narrowed
 from .test_cut import W, ids, maps_from
 
-STATED = {"layer": 1, "near": W, "before": True, "epsilon": 0.01}
+STATED = {"layer": 1, "near": W, "epsilon": 0.01}
 Checkpoint = Callable[[str], Path]
 
 
@@ -64,13 +64,13 @@ def padded() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("way", ["copied", "saved"])
-@pytest.mark.parametrize(("name", "cut", "before"), [("llama", 1, True), ("qwen2", 2, False)])
+@pytest.mark.parametrize(("name", "cut"), [("llama", 1), ("qwen2", 2)])
 @torch.inference_mode()
 def test_what_is_loaded_is_the_linearized_model(
-    name: str, cut: int, before: bool, way: str, checkpoint: Checkpoint, tmp_path: Path
+    name: str, cut: int, way: str, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     original = load_model(checkpoint(name))
-    maps: dict[int, Mixer] = dict(maps_from(original, cut, before=before))
+    maps: dict[int, Mixer] = dict(maps_from(original, cut))
     model = loaded(save(way, checkpoint(name), maps, tmp_path / "nbl"))
     expected = settled(linearize(load_model(checkpoint(name)), maps))
     prompts = [{"input_ids": ids(30)}, padded()]
@@ -121,9 +121,9 @@ def saved(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> P
      ({"layer": 2}, "keys of layer 1 are predicted below it"),
      ({"near": 0}, "near is 1 to 511"), ({"near": 512}, "near is 1 to 511"), ({"near": 1 << 70}, "'near' is of the"),
      ({"near": "5"}, "'near' is of the wrong kind"), ({"near": [5]}, "'near' is of the wrong kind"),
-     ({"before": 1}, "'before' is of the wrong kind"), ({"epsilon": 0}, "epsilon is between 0 and 1"),
+     ({"epsilon": 0}, "epsilon is between 0 and 1"),
      ({"epsilon": 1.5}, "epsilon is between 0 and 1"), ({"epsilon": None}, "'epsilon' is of the wrong kind"),
-     ({"far": 3}, "a cut has layer, near, before, epsilon")],
+     ({"far": 3}, "a cut has layer, near, epsilon")],
     ids=str,
 )  # fmt: skip
 def test_a_value_that_cannot_be(change: dict[str, Any], said: str, saved: Path, tmp_path: Path) -> None:

@@ -206,6 +206,6 @@ def test_a_missing_head_is_named(checkpoint: Checkpoint, tmp_path: Path) -> None
 
 def test_a_map_that_reads_another_layer_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
     directory = checkpoint("llama")
-    far = replace(own_map(load_model(directory), 2, 8, before=False), cut=1)
+    far = replace(own_map(load_model(directory), 2, 8), cut=1)
     with pytest.raises(NblError, match="layer 2 reads an earlier layer"):
         StreamedModel(directory, {2: far}, "residual", tmp_path)

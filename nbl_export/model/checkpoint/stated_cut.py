@@ -1,6 +1,6 @@
 """The cut that config.json of an NBL checkpoint states, beside the layers that it replaces and their kinds.
 
-    "nbl_cut": {"layer": 20, "near": 64, "before": true, "epsilon": 1e-05}
+    "nbl_cut": {"layer": 20, "near": 64, "epsilon": 1e-05}
 
 The facts are those of `mixers.predicted`. The stored weights of a map give its numbers, and the model its shape.
 """
@@ -28,18 +28,16 @@ class StatedCut:
     Attributes:
         layer: its input is the stream that the maps read.
         near: W, the tokens at the end of a step that climb, beside the first one.
-        before: whether the maps read the token before, too.
         epsilon: of the norm.
     """
 
     layer: int
     near: int
-    before: bool
     epsilon: float
 
     def like(self, size: int, keys: int) -> Predicted:
         """A map of this cut without numbers, for `Kind.blank`; `size` is D, `keys` is K."""
-        weight = np.broadcast_to(np.float32(0), (2 * keys, size * (1 + self.before)))  # takes no memory
+        weight = np.broadcast_to(np.float32(0), (2 * keys, 2 * size))  # takes no memory
         return Predicted(weight, weight[:, 0], size, self.layer, self.near, self.epsilon)
 
 
@@ -47,8 +45,7 @@ def facts_of(maps: Mapping[int, Mixer]) -> dict[str, Any] | None:
     """The value of `nbl_cut` for the maps of a model; None if none of them predicts keys."""
     if (cut := cut_of(maps)) is None:
         return None
-    one = next(iter(cut.maps.values()))
-    return {"layer": cut.layer, "near": cut.near, "before": one.before, "epsilon": one.epsilon}
+    return {"layer": cut.layer, "near": cut.near, "epsilon": next(iter(cut.maps.values())).epsilon}
 
 
 def stated_cut(value: Any, kinds: Mapping[int, str], layers: int, positions: Any) -> StatedCut | None:

@@ -158,7 +158,7 @@ def _maps(job: Job) -> Callable[[int, int], Maps]:
 
     @functools.cache
     def fitted(cut: int) -> dict[int, Predicted]:
-        return cuts.maps_of(job.torch.model.value, sums, cut, 1, before=True)
+        return cuts.maps_of(job.torch.model.value, sums, cut, 1)
 
     return lambda cut, near: {i: dataclasses.replace(mixer, near=near) for i, mixer in fitted(cut).items()}
 

@@ -104,7 +104,7 @@ class Cut:
     """
 
     def __init__(self, facts: Any, layers: tuple[int, int], size: int) -> None:
-        self.near, self._before, self._epsilon = facts["near"], facts["before"], facts["epsilon"]
+        self.near, self._epsilon = facts["near"], facts["epsilon"]
         self.lowest, self.highest = layers
         self._held = torch.empty(0, size)  # of each block
         self._features = torch.empty(0)
@@ -114,13 +114,10 @@ class Cut:
         rows = step.nbl_rows
         x_ND = _normed(hidden + residual, self._epsilon)
         if rows.climb is not None:
-            parts = [x_ND[rows.far]]
-            if self._before:
-                parts.append(x_ND[rows.far - 1])
-                parts[1][rows.fresh] = self._held[rows.fresh_blocks]
-            self._features = torch.cat(parts, 1)
-        if self._before:
-            self._hold(rows, x_ND)
+            before = x_ND[rows.far - 1]
+            before[rows.fresh] = self._held[rows.fresh_blocks]
+            self._features = torch.cat([x_ND[rows.far], before], 1)
+        self._hold(rows, x_ND)
         return (hidden, residual) if rows.climb is None else (hidden[rows.climb], residual[rows.climb])
 
     def _hold(self, rows: Rows, x_ND: torch.Tensor) -> None:
@@ -195,7 +192,7 @@ def put_cut(layers: Any, facts: Any, vllm_config: Any) -> list[str]:
         prefix = attention.attn.layer_name.removesuffix(".attn")
         attention.mixer = nn.Module()
         attention.mixer.linear = ReplicatedLinear(
-            size * (1 + facts["before"]), 2 * attention.total_num_kv_heads * attention.attn.head_size, bias=True,
+            2 * size, 2 * attention.total_num_kv_heads * attention.attn.head_size, bias=True,
             quant_config=vllm_config.quant_config, prefix=f"{prefix}.mixer.linear", return_bias=False,
         )  # fmt: skip
         layer.cut, layer.index = cut, index

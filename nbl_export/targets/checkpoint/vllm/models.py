@@ -115,7 +115,7 @@ class Linearized:
 def _check_cut(config: Any, kinds: dict[int, str], vllm_config: Any) -> None:
     """Raises ValueError: vLLM does not serve this cut as it was started."""
     facts, speculative = config.nbl_cut, vllm_config.speculative_config
-    parts = {"layer", "near", "before", "epsilon"}
+    parts = {"layer", "near", "epsilon"}
     above = dict.fromkeys(range(facts.get("layer", 0), config.num_hidden_layers), "predicted")
     if set(facts) != parts or facts["layer"] < 1 or kinds != above:
         raise ValueError(f"config.json has nbl_cut {facts} and layers {kinds}, which is no cut; convert the run again")
