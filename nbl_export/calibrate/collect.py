@@ -23,12 +23,10 @@ import torch
 
 from nbl_export.calibrate.sums import REFERENCE_ROWS, Accumulator, Sums
 from nbl_export.errors import NblError
-from nbl_export.mixers import DEFAULT
-from nbl_export.mixers.base import Kind, Port
 from nbl_export.mixers.lmmse import Moments
 from nbl_export.model import bfloat16
 from nbl_export.model.checkpoint.pretrained import config_of
-from nbl_export.model.linearize import port_output, port_width, run_from
+from nbl_export.model.linearize import block_output, run_from
 from nbl_export.model.one_layer import WeightReader, one_layer
 
 __all__ = ["Collection", "Wanted", "attach", "batches", "collect", "collect_layers", "refuse_not_finite", "run_batch"]
@@ -53,22 +51,20 @@ class Collection:
     Args:
         model: a causal LM of transformers, float32.
         taps: some of `records.plan.TAPS`.
-        kind: of the mixers that the sums are for.
         narrow: the model's products in bfloat16; products of the sums are float32.
     """
 
-    def __init__(self, model: Any, taps: Sequence[str], kind: Kind = DEFAULT, *, narrow: bool = False) -> None:
+    def __init__(self, model: Any, taps: Sequence[str], *, narrow: bool = False) -> None:
         self._model, self._decoder, self._narrow = model, model.get_decoder(), narrow
         self._device, size = next(model.parameters()).device, int(model.config.hidden_size)
-        self.taps, self.num_layers, self.kind = tuple(taps), int(model.config.num_hidden_layers), kind
-        self.sizes = (kind.feature_count(size), port_width(self._decoder, kind.target))
+        self.taps, self.num_layers, self.sizes = tuple(taps), int(model.config.num_hidden_layers), (size, size)
         self.found = {tap: {i: Accumulator(self.sizes) for i in range(self.num_layers)} for tap in self.taps}
         self._handles: list[Any] = []
 
     def __enter__(self) -> Collection:
         for tap, accumulators in self.found.items():
             for layer, accumulator in accumulators.items():
-                self._handles += attach(self._decoder, layer, accumulator, tap, self.kind)
+                self._handles += attach(self._decoder, layer, accumulator, tap)
         return self
 
     def __exit__(self, _k: type[BaseException] | None, _v: BaseException | None, _t: TracebackType | None) -> None:
@@ -113,7 +109,6 @@ def collect(
     ids_WT: torch.Tensor,
     progress: Callable[[int, int], None],
     taps: Sequence[str] = ("residual",),
-    kind: Kind = DEFAULT,
     *,
     narrow: bool = False,
 ) -> dict[str, dict[int, Moments]]:
@@ -123,12 +118,11 @@ def collect(
         model: a causal LM of transformers, float32.
         ids_WT: token ids [windows, context].
         progress: called with tokens done and the total.
-        kind: of the mixers that the moments are for.
 
     Raises:
         NblError: a layer's activations are not finite.
     """
-    with Collection(model, taps, kind, narrow=narrow) as collection:
+    with Collection(model, taps, narrow=narrow) as collection:
         collection.refer(ids_WT)
         done = 0
         for batch in batches(ids_WT):
@@ -145,43 +139,29 @@ def refuse_not_finite(sums: Sums, layer: int) -> None:
         raise NblError(f"layer {layer}: its activations hold NaN or infinity; check the checkpoint's weights")
 
 
-def attach(decoder: Any, layer: int, accumulator: Accumulator, tap: str, kind: Kind = DEFAULT) -> list[Any]:
+def attach(decoder: Any, layer: int, accumulator: Accumulator, tap: str) -> list[Any]:
     """Hook an accumulator to a decoder layer.
 
-    X are the features that the kind asks for, of the stream that it asks for, at the tap. Y are the values of the ports
-    that a mixer of the kind gives, one after another.
+    X is the layer's input at the tap, Y what its attention adds to the residual stream.
 
     Returns:
         The handles of the hooks.
-
-    Raises:
-        NblError: the layer has no such port.
     """
     seen: dict[str, torch.Tensor] = {}
-    given: dict[Port, torch.Tensor] = {}
+    read: Any = decoder.layers[layer]
+    module, multiplier = block_output(read, decoder.config)
 
     def on_input(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen["x"] = args[0] if args else kwargs["hidden_states"]
 
-    def on_port(port: Port, multiplier: float) -> Callable[[Any, Any, Any], None]:
-        def take(_module: Any, _args: Any, output: Any) -> None:
-            y = output[0] if isinstance(output, tuple) else output
-            given[port] = y if multiplier == 1.0 else y * multiplier
-            if len(given) == len(kind.target):
-                y_BTE = torch.cat([given.pop(each) for each in kind.target], -1).float()
-                x_BTD = seen.pop("x").float()
-                with bfloat16.products(y_BTE.device, False):
-                    accumulator.update(kind.features(x_BTD).flatten(0, 1), y_BTE.flatten(0, 1))
+    def on_output(_module: Any, _args: Any, output: Any) -> None:
+        y = output[0] if isinstance(output, tuple) else output
+        y_BTD, x_BTD = (y if multiplier == 1.0 else y * multiplier).float(), seen.pop("x").float()
+        with bfloat16.products(y_BTD.device, False):
+            accumulator.update(x_BTD.flatten(0, 1), y_BTD.flatten(0, 1))
 
-        return take
-
-    read: Any = decoder.layers[kind.source(layer)]
     tapped = read if tap == "residual" else read.self_attn
-    ends = {port: port_output(decoder.layers[layer], decoder.config, port) for port in kind.target}
-    return [
-        tapped.register_forward_pre_hook(on_input, with_kwargs=True),
-        *(module.register_forward_hook(on_port(port, multiplier)) for port, (module, multiplier) in ends.items()),
-    ]
+    return [tapped.register_forward_pre_hook(on_input, with_kwargs=True), module.register_forward_hook(on_output)]
 
 
 @dataclass(frozen=True)
@@ -190,12 +170,10 @@ class Wanted:
 
     Attributes:
         taps: some of `records.plan.TAPS`.
-        kind: of the mixers that the sums are for.
         narrow: the model's products in bfloat16; products of the sums are float32.
     """
 
     taps: Sequence[str]
-    kind: Kind = DEFAULT
     narrow: bool = False
 
 
@@ -219,20 +197,18 @@ def collect_layers(
         device: has one layer and one batch at a time, and the sums of the layer.
 
     Raises:
-        NblError: a weight is missing or damaged, a layer's activations are not finite, or the kind reads other layers.
+        NblError: a weight is missing or damaged, or a layer's activations are not finite.
     """
-    if wanted.kind.source(1) != 1:
-        raise NblError(f"kind {wanted.kind.name} reads an earlier layer, so the whole model has to fit into memory")
     config, weights = config_of(directory), WeightReader(directory)
     shapes = [tuple(ids_WT[:1, :REFERENCE_ROWS].shape), *(tuple(part.shape) for part in parts)]
     states = _States(scratch / "hidden", shapes, config.hidden_size)
-    sizes = (wanted.kind.feature_count(config.hidden_size), int(config.hidden_size))
+    sizes = (int(config.hidden_size),) * 2
     inputs = [ids_WT[:1, :REFERENCE_ROWS], *parts]
     tokens = sum(part.numel() for part in parts)
     for index in range(config.num_hidden_layers):
         decoder = one_layer(config, index, weights).to(device)
         found = {tap: Accumulator(sizes) for tap in wanted.taps}
-        handles = [handle for tap, a in found.items() for handle in attach(decoder, 0, a, tap, wanted.kind)]
+        handles = [handle for tap, a in found.items() for handle in attach(decoder, 0, a, tap)]
         done = 0
         with torch.inference_mode(), bfloat16.products(torch.device(device), wanted.narrow):
             for k, ids in enumerate(inputs):

@@ -10,7 +10,6 @@ addition at which all paths from the layer's caches have come together. Its othe
 Node names play no part. Norm, rotary embedding and attention may be one operator each or dozens. Reading the shape of
 a cache is not dataflow, because all layers share the past length and the masks made from it.
 
-A layer with a state is one that the rewrite has made, so the names of its nodes lead to the join (`find_reader`).
 """
 
 from __future__ import annotations
@@ -21,12 +20,11 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
-from nbl_export.graph.caches import graph_caches, graph_states
+from nbl_export.graph.caches import graph_caches
 from nbl_export.graph.emitter import values_read
-from nbl_export.graph.names import node_name
 
 __all__ = ["PRODUCTS", "AttentionBlock", "Join", "Written", "cache_layers", "find_attention", "find_block",
-           "find_reader", "find_written", "graph_caches", "is_constant", "reading_layers"]  # fmt: skip
+           "find_written", "graph_caches", "is_constant"]  # fmt: skip
 
 # Operators that multiply activations by weights, or that quantise activations for such a product.
 PRODUCTS = ("MatMul", "Gemm", "MatMulNBits", "MatMulBnb4", "MatMulInteger", "QLinearMatMul", "FusedMatMul",
@@ -150,29 +148,6 @@ def find_written(block: AttentionBlock) -> Written:
     if rotary is None or rotary.op_type != "RotaryEmbedding":
         raise RefusalError(block.layer, "its keys are not rotated by RotaryEmbedding, so it takes no others")
     return Written(rotary, keys, values)
-
-
-def reading_layers(graph: ir.Graph) -> tuple[int, ...]:
-    """Layers in which a token reads other tokens, ascending: attention, or a mixer with a state."""
-    return tuple(sorted({*graph_caches(graph), *graph_states(graph)}))
-
-
-def find_reader(graph: ir.Graph, layer: int) -> Join:
-    """Locate the join of one of the `reading_layers`.
-
-    Raises:
-        RefusalError: the layer's dataflow is not understood.
-    """
-    if layer not in graph_states(graph):
-        return find_block(graph, layer)
-    prefix = node_name(layer, "")
-    for node in graph:
-        for index, value in enumerate(node.inputs[:2]):
-            maker = None if value is None else value.producer()
-            own = maker is not None and str(maker.name).startswith(prefix)
-            if own and _adds(node) and not str(node.name).startswith(prefix):
-                return Join(layer, node, index)
-    raise RefusalError(layer, "it has a state, but its output does not meet a residual stream")
 
 
 def is_constant(value: ir.Value, depth: int = _DEPTH) -> bool:

@@ -6,8 +6,6 @@
 A cache output leads back to its input through data moves and one merge: the node that adds the new tokens.
 The merge of layer i + 1 needs the attention of layer i. So the merges in graph order are the layers in order, two a
 layer. Names only number the layers, because a rewritten graph has gaps. Names that contradict the order are refused.
-
-A layer with a short memory has states of constant size instead (`graph_states`). The rewrite names them.
 """
 
 from __future__ import annotations
@@ -21,10 +19,10 @@ import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.emitter import values_read
-from nbl_export.graph.names import OWN_NODES, state_names
-from nbl_export.records.decoder import HYBRID, is_state
+from nbl_export.graph.names import OWN_NODES
+from nbl_export.records.decoder import HYBRID
 
-__all__ = ["LayerCaches", "graph_caches", "graph_states", "is_static", "present_names"]
+__all__ = ["LayerCaches", "graph_caches", "is_static", "present_names"]
 
 LayerCaches = tuple[tuple[ir.Value, ...], tuple[ir.Value, ...]]  # pasts (key, value), presents (key, value)
 
@@ -39,8 +37,7 @@ _MERGES = ("Concat", "ScatterND", "ScatterElements", "TensorScatter")
 _MOVES = ("Identity", "Cast", "Transpose", "Reshape", "Unsqueeze", "Squeeze", "Slice", "Expand",
           "QuantizeLinear", "DequantizeLinear")  # fmt: skip
 _LEAST_RANK = 3
-_PAST = re.compile(r"^past_key_values\.(\d{1,9})\.")
-_BUILDERS_STATE = re.compile(r"^past\.\d+\.(conv|recurrent)$")
+_STATE = re.compile(r"^past(_key_values)?\.\d+\.(conv|recurrent)(_state)?$")  # of the GenAI builder
 _DIGITS = re.compile(r"\d{1,9}")
 
 
@@ -64,6 +61,8 @@ def graph_caches(graph: ir.Graph) -> dict[int, LayerCaches]:
         RefusalError: the graph has no caches, a layer has other than two, or names contradict the order of the graph.
     """
     _refuse_control_flow(graph)
+    for value in (value for value in graph.inputs if _STATE.match(str(value.name))):
+        raise RefusalError(None, f"its input {value.name} is the state of a layer without attention: {HYBRID}")
     order = {node: index for index, node in enumerate(graph)}
     found = sorted(_pairs(graph), key=lambda pair: (order[pair.merge], pair.slot))
     if not found:
@@ -85,24 +84,6 @@ def present_names(graph: ir.Graph, without: Collection[int] = ()) -> dict[str, s
     return {str(a.name): str(b.name) for pasts, presents in caches for a, b in zip(pasts, presents, strict=True)}
 
 
-def graph_states(graph: ir.Graph) -> dict[int, LayerCaches]:
-    """Inputs and outputs of the states by layer, ascending; empty if no layer has a state.
-
-    Raises:
-        RefusalError: a state is an input or an output only.
-    """
-    inputs, outputs = ({str(v.name): v for v in values} for values in (graph.inputs, graph.outputs))
-    found: dict[int, LayerCaches] = {}
-    for layer in sorted({int(m[1]) for name in inputs if is_state(name) and (m := _PAST.match(name))}):
-        pairs = state_names(layer)
-        missing = [name for pair in pairs.items() for name, values in zip(pair, (inputs, outputs), strict=True)
-                   if name not in values]  # fmt: skip
-        if missing:
-            raise RefusalError(layer, f"it has a state, but the graph lacks {missing[0]}")
-        found[layer] = tuple(inputs[name] for name in pairs), tuple(outputs[name] for name in pairs.values())
-    return found
-
-
 def _refuse_control_flow(graph: ir.Graph) -> None:
     """Refuse branches that read values of the outer graph and so hide the dataflow; tables by length are accepted.
 
@@ -119,7 +100,7 @@ def _refuse_control_flow(graph: ir.Graph) -> None:
 
 
 def _pairs(graph: ir.Graph) -> Iterator[_Pair]:
-    for present in (v for v in graph.outputs if not is_state(str(v.name))):
+    for present in graph.outputs:
         found = {id(pair.past): pair for pair in _trace(present, present, None, set())}
         if len(found) > 1:
             names = " and ".join(str(pair.past.name) for pair in found.values())
@@ -206,8 +187,6 @@ def _refuse_unpaired(graph: ir.Graph, found: Sequence[_Pair], layers: Sequence[i
         raise RefusalError(layer, f"it does not have one key and one value cache, both as input and output ({name})")
     paired = {pair.past for pair in found}
     for value in graph.inputs:
-        if _BUILDERS_STATE.match(str(value.name)):
-            raise RefusalError(None, f"its input {value.name} is the state of a layer without attention: {HYBRID}")
         named = re.search(r"past_?key|key_?cache|value_?cache", str(value.name))
-        if named and value not in paired and _can_hold_a_cache(value) and not is_state(str(value.name)):
+        if named and value not in paired and _can_hold_a_cache(value):
             raise RefusalError(None, f"its input {value.name} is named like a cache, but no output continues it")

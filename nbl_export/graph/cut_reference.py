@@ -57,18 +57,16 @@ class CutDecoder:
         graph = load_graph(file).graph
         self._layers = {layer: _Layer.of(graph, layer) for layer in cut.maps}
         others = {layer: mixer for layer, mixer in mixers.mixers.items() if layer not in cut.maps}
-        self._mixers = Running(others, mixers.stored)
-        session = MixedSession(file, self._mixers, tap, exact=exact, shown=(cut.layer,))
+        session = MixedSession(file, Running(others, mixers.stored), tap, exact=exact, shown=(cut.layer,))
         self._stream = session.streams[cut.layer]
         self._apart = is_static(graph)
         self._decoder: Any = _Slots(session) if self._apart else OnnxDecoder(directory, head_dim, session=session)
         self._sequences: list[Any] = []
 
     def begin(self, batch: int) -> None:
-        """Start a batch with empty caches and states."""
+        """Start a batch with empty caches."""
         self._decoder.begin(1)
-        self._mixers.begin()
-        self._sequences = [self._mark_one()] * batch
+        self._sequences = [self._decoder.mark()] * batch
 
     def step(self, ids_BT: np.ndarray, valid_BT: np.ndarray | None = None) -> np.ndarray:
         """Append tokens; returns float32 logits [B, T, V], NaN for tokens that do not climb and for padding.
@@ -80,20 +78,15 @@ class CutDecoder:
         shortest = int(valid_BT.sum(1).min())
         found = np.full((0,), np.nan, np.float32)
         for row, length in enumerate(valid_BT.sum(1)):
-            decoded, states = self._sequences[row]
-            self._decoder.rewind(decoded)
-            self._mixers.rewind(states)
+            self._decoder.rewind(self._sequences[row])
             ids_1T = ids_BT[row : row + 1, :length]
             stops = (length if self._apart else shortest) > self._cut.near + 1
             logits_TV = self._stopping(ids_1T) if stops else self._decoder.step(ids_1T)[0]
             if not row:
                 found = np.full((*ids_BT.shape, logits_TV.shape[1]), np.nan, np.float32)
             found[row, :length] = logits_TV
-            self._sequences[row] = self._mark_one()
+            self._sequences[row] = self._decoder.mark()
         return found
-
-    def _mark_one(self) -> Any:
-        return self._decoder.mark(), self._mixers.mark()
 
     def _stopping(self, ids_1T: np.ndarray) -> np.ndarray:
         """Logits [T, V] of a step of more than W + 1 tokens."""
@@ -114,8 +107,7 @@ class CutDecoder:
         """
         streams = {OWN: x_1TD, self._cut.layer: x_1TD}
         for layer, mixer in self._maps.items():
-            given, _ = apply(mixer, streams)
-            self._layers[layer].fill(self._decoder, given, place)
+            self._layers[layer].fill(self._decoder, apply(mixer, streams), place)
 
 
 class _Slots:

@@ -1,6 +1,6 @@
 """A decoder graph on plain ONNX Runtime: prefill and cached steps of a right-padded batch, logits as numpy.
 
-For verification, not for speed: caches and states are copied through numpy. Only the graph's inputs and outputs matter.
+For verification, not for speed: caches are copied through numpy. Only the graph's inputs and outputs matter.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import numpy as np
 
 from nbl_export.graph.names import GRAPH_FILE
 from nbl_export.graph.session import PAST, contract_of_session, open_session
-from nbl_export.records.decoder import is_state
 
 __all__ = ["OnnxDecoder"]
 
@@ -45,7 +44,6 @@ class OnnxDecoder:
         self.contract = contract_of_session(self.session)
         named = [a.name for a in self.contract.inputs if PAST.match(a.name)]
         self._caches = {n: n.replace(*_FED) for n in named} if caches is None else dict(caches)
-        self._states = {a.name: a.name.replace(*_FED) for a in self.contract.inputs if is_state(a.name)}
         self._past: dict[str, np.ndarray] = {}
         self._mask_BT = np.zeros((0, 0), np.int64)
 
@@ -57,8 +55,6 @@ class OnnxDecoder:
             for a in self.contract.inputs
             if a.name in self._caches
         }
-        states = (a for a in self.contract.inputs if a.name in self._states)
-        self._past |= {a.name: np.zeros((batch, *map(int, a.shape[1:])), a.dtype) for a in states}
 
     def step(self, ids_BT: np.ndarray, valid_BT: np.ndarray | None = None) -> np.ndarray:
         """Append tokens; returns float32 logits [B, T, V], or [B, 1, V] from a pruned graph.
@@ -83,7 +79,7 @@ class OnnxDecoder:
         outputs = [a.name for a in self.contract.outputs]
         found = dict(zip(outputs, self.session.run(outputs, {**ours, **self._past}), strict=True))
         self._mask_BT = mask
-        self._past = {name: found[output] for name, output in {**self._caches, **self._states}.items()}
+        self._past = {name: found[output] for name, output in self._caches.items()}
         return found
 
     def overwrite(self, cache: str, last_BHTD: np.ndarray) -> None:
@@ -108,7 +104,7 @@ class OnnxDecoder:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes that the caches of the running batch hold now, without states of constant size."""
+        """Bytes that the caches of the running batch hold now."""
         return sum(self._past[name].nbytes for name in self._caches)
 
 

@@ -14,7 +14,6 @@ import onnx_ir as ir
 
 from nbl_export.files import read_json
 from nbl_export.graph.anatomy import PRODUCTS, AttentionBlock, graph_caches, is_constant
-from nbl_export.graph.caches import graph_states
 from nbl_export.graph.names import GENAI_CONFIG
 
 __all__ = ["QUANTISES", "architecture_of", "decoder_facts", "hidden_size", "logits_of", "replaced_layers"]
@@ -42,7 +41,7 @@ def decoder_facts(graph: ir.Graph, blocks: list[AttentionBlock], directory: Path
             head = head or attended[0] // heads
     return {
         "architecture": stated.get("architecture"),
-        "num_layers": max([*caches, *graph_states(graph), -1, (stated.get("num_layers") or 0) - 1]) + 1,
+        "num_layers": max([*caches, -1, (stated.get("num_layers") or 0) - 1]) + 1,
         "hidden_size": hidden_size(blocks[0]) if blocks else None,
         "num_heads": heads,
         "num_kv_heads": kv_heads,

@@ -89,12 +89,10 @@ class MixedSession:
     def run(self, outputs: Sequence[str], feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """Run the parts in order, and behind each part the mixer of the next part's layer."""
         known = dict(feeds)
-        ids_BT, mask = feeds["input_ids"], feeds.get("attention_mask")
-        valid_BT = np.ones_like(ids_BT) if mask is None else mask[:, -ids_BT.shape[1] :]
         for place, part in enumerate(self._parts):
             if place:
                 layer, x, y = self._between[place - 1]
-                known[y] = self._mixers(layer, known[x], valid_BT).astype(known[x].dtype)
+                known[y] = self._mixers(layer, known[x]).astype(known[x].dtype)
             names = [value.name for value in part.get_outputs()]
             read = {value.name: known[value.name] for value in part.get_inputs()}
             known.update(zip(names, part.run(names, read), strict=True))

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nbl_export.records.decoder import STATE_SUFFIXES
-
 __all__ = ["ALL_LOGITS_FILE", "ALL_LOGITS_IR", "CUT_ROWS", "DETOKENIZER_IR", "GENAI_CONFIG", "GRAPH_FILE", "IR_FILE",
            "IR_WEIGHTS", "MANIFEST", "OWN_NODES", "STATIC_GRAPH_FILE", "TEXT_FILES", "TOKENIZER_IR", "all_logits_file",
-           "constant_name", "goes_with_graph", "graph_file", "node_name", "product_name", "state_names"]  # fmt: skip
+           "constant_name", "goes_with_graph", "graph_file", "node_name", "product_name"]  # fmt: skip
 
 GRAPH_FILE = "model.onnx"
 STATIC_GRAPH_FILE = "decoder.onnx"  # the static form at the deployed precision, for a compiler
@@ -57,12 +55,3 @@ def node_name(layer: int, title: str) -> str:
 def product_name(layer: int, part: str) -> str:
     """Name of the node that multiplies by a mixer's matrix."""
     return node_name(layer, "MatMul" if part == "weight" else f"MatMul{part.title()}")
-
-
-def state_names(layer: int) -> dict[str, str]:
-    """The input of each state of a layer -> its output, by the names that ONNX Runtime GenAI knows in any decoder.
-
-    GenAI takes states in pairs. The first holds rows that the layer remembers, the second nothing.
-    """
-    stems = (f"{layer}{suffix}" for suffix in STATE_SUFFIXES)
-    return {f"past_key_values.{stem}": f"present.{stem}" for stem in stems}

@@ -1,11 +1,11 @@
 """What a layer does with the sequence, besides or instead of attention: the protocols `Mixer`, `Kind` and `Builder`.
 
-    Kind     the registration: features for calibration ─► moments ─► fit ─► Mixer;  tensors of a file ─► Mixer
+    Kind     the registration: moments ─► fit ─► Mixer;  tensors of a file ─► Mixer
     Mixer    one fitted layer: emits itself into a graph, is a torch module, has tensors and work, and says
 
-             reads    which rows of which streams (`rows`)
-             gives    a port: the block's output, or keys and values for the layer's own attention
-             holds    what stays between steps: the layer's cache, a state, or nothing
+             reads         which rows of which streams (`rows`)
+             gives         a port: the block's output, or keys and values for the layer's own attention
+             holds_cache   whether the layer's cache stays between steps
 
     Builder  what a mixer may put into a graph: one implementer each for ONNX, OpenVINO and NumPy (`apply`)
 
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
     from nbl_export.mixers.lmmse import Moments
 
-__all__ = ["CACHE", "OWN", "Builder", "Cache", "Kind", "Mixer", "Port", "Running", "StateSpec", "Stored", "Streams",
-           "TokenWork", "TrainedMixer", "apply", "cacheless", "state_of", "tapped"]  # fmt: skip
+__all__ = ["OWN", "Builder", "Kind", "Mixer", "Port", "Running", "Stored", "Streams", "TokenWork", "TrainedMixer",
+           "apply", "cacheless", "tapped"]  # fmt: skip
 
 Value = Any  # a value of the graph that a builder makes
 OWN = None  # the layer's own input at its tap, among streams
@@ -50,26 +50,6 @@ class Port(Enum):
     OUTPUT = "output"
     KEYS = "keys"
     VALUES = "values"
-
-
-@dataclass(frozen=True)
-class Cache:
-    """The keys and values of all tokens, as the layer's own attention holds them."""
-
-
-CACHE = Cache()
-
-
-@dataclass(frozen=True)
-class StateSpec:
-    """The last `tokens` rows of its input that a layer remembers between steps, each `width` wide.
-
-    Before the first token these rows are zeros. So are the rows of padding: whoever hands x to the layer sets its rows
-    of padding to zero. So a padded row of a batch gives the result of the row alone.
-    """
-
-    tokens: int
-    width: int
 
 
 @dataclass(frozen=True)
@@ -103,16 +83,6 @@ class Builder(Protocol):
     def norm(self, x: Value, weight: np.ndarray, epsilon: float, name: str) -> Value:
         """The RMS norm of each token, times a weight [width]."""
 
-    def state(self, spec: StateSpec, name: str) -> Value:
-        """The rows that the layer remembers from the step before, [B, tokens, width]; zeros before the first token."""
-
-    def keep(self, spec: StateSpec, value: Value, name: str) -> None:
-        """Remember, for the next step, the last `tokens` rows up to each row's last valid token; `name` as in `state`.
-
-        Args:
-            value: the state and then the rows of this step, [B, tokens + T, width].
-        """
-
 
 class Mixer(Protocol):
     """One fitted layer: values of the streams that it reads, [B, T, D] each, to the values of its ports."""
@@ -130,8 +100,8 @@ class Mixer(Protocol):
         """The ports of the layer that its values enter."""
 
     @property
-    def holds(self) -> StateSpec | Cache | None:
-        """What stays between steps."""
+    def holds_cache(self) -> bool:
+        """Whether the layer's attention and its cache of keys and values stay."""
 
     @property
     def size(self) -> int:
@@ -197,31 +167,10 @@ class Kind(Protocol):
     @property
     def holds_cache(self) -> bool:
         """Whether a layer of this kind holds the cache of its attention."""
-        return Port.OUTPUT not in self.target
-
-    @property
-    def target(self) -> tuple[Port, ...]:
-        """What calibration collects as Y: values of these ports in the original, one after another."""
-        return (Port.OUTPUT,)
-
-    def source(self, layer: int) -> int:
-        """The stream that calibration collects as X, for a layer: the layer's own input, or an earlier stream."""
-        return layer
-
-    def feature_count(self, size: int) -> int:
-        """F: the number of features of a layer that is `size` wide."""
-        return size
-
-    def features(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        """What calibration collects of windows from their first token on: [B, T, F].
-
-        Second moments of these features and of attention's output are all that `fit` and `score` get. The first D
-        features are x itself.
-        """
-        return x_BTD
+        return False
 
     def fit(self, moments: Moments, layer: int, *, bias: bool = True) -> Mixer:
-        """The best mixer of this kind for a layer.
+        """The best mixer of this kind for a layer, by second moments of its input and of attention's output.
 
         Args:
             bias: False if the format to be written stores no bias; a kind without a bias ignores it.
@@ -231,7 +180,7 @@ class Kind(Protocol):
         """
 
     def score(self, moments: Moments, layer: int, *, bias: bool = True) -> LayerScore:
-        """How well the best linear function of the features can replace a layer's attention."""
+        """How well the best linear function of the input can replace a layer's attention."""
         from nbl_export.mixers import lmmse
 
         return lmmse.score(moments, layer, bias=bias)
@@ -262,39 +211,29 @@ class Kind(Protocol):
 
 def cacheless(mixers: Mapping[int, Mixer]) -> tuple[int, ...]:
     """Layers whose mixer does not hold the cache of their attention, ascending."""
-    return tuple(layer for layer, mixer in sorted(mixers.items()) if mixer.holds != CACHE)
-
-
-def state_of(mixer: Mixer) -> StateSpec | None:
-    """The state that a mixer holds, if it holds one."""
-    return mixer.holds if isinstance(mixer.holds, StateSpec) else None
+    return tuple(layer for layer, mixer in sorted(mixers.items()) if not mixer.holds_cache)
 
 
 Stored = Mapping[str, np.ndarray]  # matrices and vectors that a graph holds of a mixer, by the names of `emit`
 
 
 def apply(
-    mixer: Mixer,
-    streams: Mapping[int | None, np.ndarray],
-    state: np.ndarray | None = None,
-    stored: Stored | None = None,
-) -> tuple[dict[Port, np.ndarray], np.ndarray | None]:
-    """The values of a mixer's ports, in NumPy and float32, and its state after these tokens.
+    mixer: Mixer, streams: Mapping[int | None, np.ndarray], stored: Stored | None = None
+) -> dict[Port, np.ndarray]:
+    """The values of a mixer's ports, in NumPy and float32.
 
     Args:
         streams: values [B, T, D] of the streams that it reads.
-        state: after the tokens before; None before the first token.
         stored: used instead of the mixer's own numbers.
     """
-    x_BTD = streams[OWN]
-    build = _Arrays(state, len(x_BTD), stored or {})
+    build = _Arrays(stored or {})
     found = mixer.emit(build, {stream: value.astype(np.float32) for stream, value in streams.items()})
-    nothing = {Port.OUTPUT: np.zeros(x_BTD.shape, np.float32)} if mixer.gives == (Port.OUTPUT,) else {}
-    return {**nothing, **found}, build.kept
+    nothing = {Port.OUTPUT: np.zeros(streams[OWN].shape, np.float32)} if mixer.gives == (Port.OUTPUT,) else {}
+    return {**nothing, **found}
 
 
 class Running:
-    """Mixers of some layers in NumPy, which read their own input and give the block's output, and their states.
+    """Mixers of some layers in NumPy, which read their own input and give the block's output.
 
     Args:
         mixers: by layer.
@@ -304,39 +243,17 @@ class Running:
     def __init__(self, mixers: Mapping[int, Mixer], stored: Mapping[int, Stored] | None = None) -> None:
         self.mixers, self.stored = mixers, stored or {}
         self.layers = tuple(sorted(mixers))
-        self._states: dict[tuple[int, int], np.ndarray | None] = {}
 
-    def begin(self) -> None:
-        """Start a batch with empty states."""
-        self._states = {}
-
-    def mark(self) -> Any:
-        """The states, for `rewind`."""
-        return dict(self._states)
-
-    def rewind(self, mark: Any) -> None:
-        """Go back to the states `mark`."""
-        self._states = dict(mark)
-
-    def __call__(self, layer: int, x_BTD: np.ndarray, valid_BT: np.ndarray) -> np.ndarray:
-        """The output of a layer's mixer in float32; a state remembers each row's valid tokens alone."""
-        mixer, stored = self.mixers[layer], self.stored.get(layer)
-        if state_of(mixer) is None:
-            return apply(mixer, {OWN: x_BTD}, None, stored)[0][Port.OUTPUT]
-        found = np.zeros(x_BTD.shape, np.float32)
-        for row, valid_T in enumerate(valid_BT.astype(bool)):
-            past = self._states.get((layer, row))
-            given, self._states[layer, row] = apply(mixer, {OWN: x_BTD[row : row + 1, valid_T]}, past, stored)
-            found[row, valid_T] = given[Port.OUTPUT]
-        return found
+    def __call__(self, layer: int, x_BTD: np.ndarray) -> np.ndarray:
+        """The output of a layer's mixer in float32."""
+        return apply(self.mixers[layer], {OWN: x_BTD}, self.stored.get(layer))[Port.OUTPUT]
 
 
 class _Arrays:
     """The builder whose values are arrays."""
 
-    def __init__(self, past: np.ndarray | None, batch: int, stored: Stored) -> None:
-        self._past, self._batch, self._stored = past, batch, stored
-        self.kept: np.ndarray | None = None
+    def __init__(self, stored: Stored) -> None:
+        self._stored = stored
 
     def matmul(self, x: np.ndarray, matrix: np.ndarray, name: str) -> np.ndarray:
         product: np.ndarray = x @ self._stored.get(name, matrix).T
@@ -355,13 +272,6 @@ class _Arrays:
         found: np.ndarray = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + np.float32(epsilon))
         found *= self._stored.get(name, weight)
         return found
-
-    def state(self, spec: StateSpec, name: str) -> np.ndarray:
-        blank = np.zeros((self._batch, spec.tokens, spec.width), np.float32)
-        return blank if self._past is None else self._past
-
-    def keep(self, spec: StateSpec, value: np.ndarray, name: str) -> None:
-        self.kept = value[:, -spec.tokens :]
 
 
 def tapped(block: Any, tap: str) -> Value:

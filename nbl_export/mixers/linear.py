@@ -32,7 +32,7 @@ class Linear:
     kind = "linear"
     reads = (Read(),)
     gives = (Port.OUTPUT,)
-    holds = None
+    holds_cache = False
 
     def __post_init__(self) -> None:
         require(self.weight.ndim == 2 and self.bias.ndim == 1, "weight is a matrix, bias a vector")

@@ -1,11 +1,9 @@
 """Torch modules of mixers, in place of a self-attention module of transformers: (hidden_states, ...) -> (output, None).
 
-A mixer that gives keys and values has `PortModule`s in place of the layer's k_proj and v_proj. Streams of other layers
-are in `MixerModule.streams` while the decoder runs (`model.linearize`).
+Streams of other layers are in `MixerModule.streams` while the decoder runs (`model.linearize`).
 
 A module tells transformers' cache of each token, by one number: transformers reads the past length and the width of
-masks from the cache of the first layer of each kind. A mixer with a state keeps its input rows in the same cache, as
-its values. So cropping and reordering a cache treat these rows as they treat keys.
+masks from the cache of the first layer of each kind.
 
 A map in training has the closed-form start, and a low-rank delta in the map's own units:
 
@@ -28,22 +26,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from nbl_export.mixers.base import OWN, Port, StateSpec
+from nbl_export.mixers.base import Port
 
-__all__ = ["MixerModule", "NothingModule", "PortModule", "TrainedLinear", "Wrapped", "valid_rows"]
+__all__ = ["MixerModule", "NothingModule", "TrainedLinear", "Wrapped", "valid_rows"]
 
 
 _OVERSAMPLED = 16  # extra singular vectors, so that the wanted singular vectors are exact
 
 
 class MixerModule(nn.Module):
-    """Base of the modules; a subclass gives `mix`, or `port` if it gives keys and values.
+    """Base of the modules; a subclass gives `mix`, unless it gives keys and values.
 
     Args:
         multiplier: the layer's factor of attention's output. A mixer includes it, so the module's output is divided.
 
     Attributes:
-        state: what the mixer remembers.
         gives: as in `base.Mixer`.
         reads: streams of other layers that the mixer reads.
         near: for predicted keys, the tokens at the end of a step that climb above the cut (`model.cut`).
@@ -51,7 +48,6 @@ class MixerModule(nn.Module):
         layer_idx: index of the layer in the cache; None to use no cache.
     """
 
-    state: StateSpec | None = None
     gives: tuple[Port, ...] = (Port.OUTPUT,)
     reads: tuple[int, ...] = ()
     near: int | None = None
@@ -62,51 +58,20 @@ class MixerModule(nn.Module):
         self.layer_idx: int | None = None
         self.streams: dict[int | None, torch.Tensor] = {}
 
-    def mix(self, x_BTD: torch.Tensor, past_BSD: torch.Tensor | None) -> torch.Tensor:
-        """The mixer's output; `past_BSD` holds the rows of its state, None without a state."""
-        raise NotImplementedError
-
-    def port(self, port: Port) -> torch.Tensor:
-        """The value of keys or values, [B, T, heads x head size], of the tokens of this step."""
+    def mix(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """The mixer's output."""
         raise NotImplementedError
 
     def forward(self, hidden_states: torch.Tensor, *_args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
-        if self.state is not None:
-            hidden_states = _without_padding(hidden_states, kwargs.get("attention_mask"))
-        past = self.remember(hidden_states, kwargs.get("cache", kwargs.get("past_key_values")))
-        out = self.mix(hidden_states, past)
+        self.count_tokens(hidden_states, kwargs.get("cache", kwargs.get("past_key_values")))
+        out = self.mix(hidden_states)
         return (out if self.multiplier == 1.0 else out / self.multiplier), None
 
-    def remember(self, x_BTD: torch.Tensor, cache: Any) -> torch.Tensor | None:
-        """Put T more tokens into the cache, and return the state before them; None for a mixer without a state."""
-        rows = None
+    def count_tokens(self, x_BTD: torch.Tensor, cache: Any) -> None:
+        """Put T more tokens into the cache."""
         if cache is not None and self.layer_idx is not None:
             seen = x_BTD.new_zeros(x_BTD.shape[0], 1, x_BTD.shape[1], 1)
-            rows = cache.update(seen, seen if self.state is None else x_BTD[:, None], self.layer_idx)[1]
-        if self.state is None:
-            return None
-        tokens = self.state.tokens
-        blank = x_BTD.new_zeros(x_BTD.shape[0], tokens, self.state.width)
-        if rows is None:
-            return blank
-        return torch.cat([blank, rows[:, 0, : rows.shape[2] - x_BTD.shape[1]]], 1)[:, -tokens:]
-
-
-class PortModule(nn.Module):
-    """A projection of attention whose output a mixer gives: normed hidden states [B, T, D] -> [B, T, K]."""
-
-    def __init__(self, mixer: MixerModule, port: Port) -> None:
-        super().__init__()
-        self._mixer, self._port = (mixer,), port  # a tuple hides the module, which both ports share
-
-    def forward(self, normed_BTD: torch.Tensor) -> torch.Tensor:
-        self._mixer[0].streams[OWN] = normed_BTD
-        return self._mixer[0].port(self._port)
-
-
-def _without_padding(x_BTD: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """x with rows of zeros for tokens of padding: those that a mask [B, 1, T, S] keeps from reading themselves."""
-    return x_BTD if mask is None else x_BTD * valid_rows(mask, x_BTD.shape[1])[..., None]
+            cache.update(seen, seen, self.layer_idx)
 
 
 def valid_rows(mask: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -122,7 +87,7 @@ class Wrapped(MixerModule):
         super().__init__(multiplier)
         self.linear: Any = linear
 
-    def mix(self, x_BTD: torch.Tensor, past_BSD: torch.Tensor | None) -> torch.Tensor:
+    def mix(self, x_BTD: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.linear(x_BTD)
         return out
 
@@ -130,7 +95,7 @@ class Wrapped(MixerModule):
 class NothingModule(MixerModule):
     """Zeros."""
 
-    def mix(self, x_BTD: torch.Tensor, past_BSD: torch.Tensor | None) -> torch.Tensor:
+    def mix(self, x_BTD: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(x_BTD)
 
 

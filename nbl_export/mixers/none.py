@@ -25,7 +25,7 @@ class Nothing:
     kind = "none"
     reads = (Read(),)
     gives = (Port.OUTPUT,)
-    holds = None
+    holds_cache = False
 
     def tensors(self) -> dict[str, np.ndarray]:
         """An empty tensor [0, D], from which a file tells the layer and its width."""

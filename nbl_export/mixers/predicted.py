@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nbl_export.errors import NblError
-from nbl_export.mixers.base import CACHE, Builder, Kind, Mixer, Port, Streams, TokenWork, Value
+from nbl_export.mixers.base import Builder, Kind, Mixer, Port, Streams, TokenWork, Value
 from nbl_export.mixers.rows import Read, Reads, Rows
 from nbl_export.records.decoder import MOST_POSITIONS
 from nbl_export.records.from_json import require
@@ -59,7 +59,7 @@ class Predicted:
     epsilon: float
     kind = "predicted"
     gives = (Port.KEYS, Port.VALUES)
-    holds = CACHE
+    holds_cache = True
 
     def __post_init__(self) -> None:
         require(self.weight.ndim == 2 and self.bias.shape == (len(self.weight),), "weight is a matrix, bias its rows")
@@ -152,7 +152,7 @@ class _Predicted(Kind):
 
     name = "predicted"
     fitted = False
-    target = (Port.KEYS, Port.VALUES)
+    holds_cache = True
 
     def fit(self, moments: Moments, layer: int, *, bias: bool = True) -> Mixer:
         raise NblError(f"layer {layer}: predicted keys are fitted by cut, not by layer")

@@ -74,7 +74,7 @@ class Climb:
         """Put the far rows into the cache, behind the first row."""
         far = x_BTD.shape[1] - self._near
         if Port.OUTPUT in self._module.gives:
-            self._module.remember(x_BTD[:, 1:far], cache)
+            self._module.count_tokens(x_BTD[:, 1:far], cache)
             return
         attention, index = self._layer.self_attn, self._layer.self_attn.layer_idx
         stream_BTD = self._module.streams[self._module.reads[0]]
@@ -179,7 +179,7 @@ def check_served(modules: Mapping[int, MixerModule], layers: int) -> tuple[int, 
         raise NblError("predicted keys of one model have one cut and one number of near tokens")
     (cut, near), = found  # fmt: skip
     for index in range(cut, layers):
-        if index not in modules or modules[index].state is not None:
+        if index not in modules:
             raise NblError(f"layer {index}: above the cut at layer {cut}, it needs predicted keys or a linear map")
     assert near is not None
     return cut, near

@@ -16,24 +16,21 @@ No other module knows the attributes of a decoder layer.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from nbl_export.errors import NblError
 from nbl_export.mixers.base import Mixer, Port
-from nbl_export.mixers.modules import MixerModule, PortModule
+from nbl_export.mixers.modules import MixerModule
 from nbl_export.model.all_positions import Everywhere
 from nbl_export.model.architectures import architecture_of
 from nbl_export.model.cut import Climb, check_cut, check_served
 
-__all__ = ["BESIDE", "PassThrough", "architecture_of", "block_modules", "linearize", "multiplier_of",
-           "port_output", "port_width", "projection", "replace_attention", "replaced", "run_from", "stored_in",
-           "switched"]  # fmt: skip
+__all__ = ["BESIDE", "PassThrough", "architecture_of", "block_modules", "block_output", "linearize",
+           "multiplier_of", "replace_attention", "replaced", "run_from", "stored_in", "switched"]  # fmt: skip
 
-_PROJECTIONS = {Port.KEYS: "k_proj", Port.VALUES: "v_proj"}
 BESIDE = "mixer"  # name, in attention, of a module that does not replace attention
 
 
@@ -41,7 +38,7 @@ def linearize(model: Any, maps: Mapping[int, Mixer], tap: str = "residual") -> A
     """Put mixers into their layers, in place, and return the model.
 
     A mixer that gives the block's output replaces the layer's attention. With the tap "normed" the layer's norm stays
-    before the mixer. A mixer that gives keys and values replaces the products that make them.
+    before the mixer. A mixer that gives keys and values stands beside it (`cut`).
     """
     multiplier = multiplier_of(model.config)
     replace_attention(model, {i: mixer.module(multiplier) for i, mixer in maps.items()}, tap)
@@ -83,14 +80,10 @@ def _places(decoder: Any, modules: Mapping[int, MixerModule], tap: str, *, serve
         if Port.OUTPUT in module.gives:
             yield layer, "self_attn", module
             yield from ((layer, name, nn.Identity()) for name in block_modules(decoder.config, tap))
-        elif module.near is not None:
+        else:
             check_cut(layer, decoder.config, index)
             if not served:
                 yield layer.self_attn, "forward", Everywhere(layer.self_attn, module)
-        else:
-            for port in module.gives:
-                projection(layer, port)
-                yield layer.self_attn, _PROJECTIONS[port], PortModule(module, port)
     if served and (found := check_served(modules, len(decoder.layers))) is not None:
         cut, near = found
         for index, layer in list(enumerate(decoder.layers))[cut:]:
@@ -164,34 +157,9 @@ def multiplier_of(config: Any) -> float:
     return 1.0 if name is None else float(getattr(config, name))
 
 
-def port_output(layer: Any, config: Any, port: Port) -> tuple[nn.Module, float]:
-    """The module whose output is a port's value in the original, and its factor: value = multiplier * output.
-
-    Raises:
-        NblError: keys are no product of their own, or they are normed.
-    """
-    if port is not Port.OUTPUT:
-        return projection(layer, port), 1.0
-    name = architecture_of(config).norm_after or "self_attn"
-    return getattr(layer, name), multiplier_of(config)
-
-
-def projection(layer: Any, port: Port) -> Any:
-    """The product that makes a layer's keys or values.
-
-    Raises:
-        NblError: keys are no product of their own, or they are normed.
-    """
-    found = getattr(layer.self_attn, _PROJECTIONS[port], None)
-    if found is None or getattr(layer.self_attn, "k_norm", None) is not None:
-        raise NblError("this architecture's attention makes keys and values in another way than two products")
-    return found
-
-
-def port_width(decoder: Any, ports: Sequence[Port]) -> int:
-    """Numbers of a token in the values of these ports."""
-    size, layer = int(decoder.config.hidden_size), decoder.layers[0]
-    return sum(size if port is Port.OUTPUT else projection(layer, port).weight.shape[0] for port in ports)
+def block_output(layer: Any, config: Any) -> tuple[nn.Module, float]:
+    """The module whose output is what attention adds in the original, and its factor: value = multiplier * output."""
+    return getattr(layer, architecture_of(config).norm_after or "self_attn"), multiplier_of(config)
 
 
 def block_modules(config: Any, tap: str) -> tuple[str, ...]:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from nbl_export.records.from_json import require
 
-__all__ = ["HYBRID", "MOST_LAYERS", "MOST_POSITIONS", "STATE_SUFFIXES", "DecoderSpec", "GraphContract", "TensorInfo",
-           "is_state"]  # fmt: skip
+__all__ = ["HYBRID", "MOST_LAYERS", "MOST_POSITIONS", "DecoderSpec", "GraphContract", "TensorInfo"]
 
 
 MOST_LAYERS = 1024  # real decoders have at most a few hundred
@@ -15,12 +14,6 @@ MOST_POSITIONS = 1 << 24  # real decoders have at most ten million
 HYBRID = (  # why hybrid models are not supported
     "only about a quarter of the layers of a hybrid model are attention, so replacing them gains about 1% of a prompt"
 )
-STATE_SUFFIXES = (".conv_state", ".recurrent_state")  # end the names of states of constant size, beside caches
-
-
-def is_state(name: str) -> bool:
-    """Whether an input or output is a state: it does not grow with the tokens, as a key/value cache does."""
-    return name.endswith(STATE_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -86,11 +79,6 @@ class GraphContract:
         shape = next((o.shape for o in self.outputs if o.name == "logits"), ())
         return "last" if len(shape) == 3 and shape[1] == 1 else "all"
 
-    @property
-    def state_layers(self) -> tuple[int, ...]:
-        """Layers with a state of constant size, ascending."""
-        return tuple(sorted({int(info.name.split(".")[1]) for info in self.inputs if is_state(info.name)}))
-
     def cache_bytes_per_token(self, head_dim: int) -> int:
         """Cache bytes of one token of one sequence, from the shapes of the cache inputs.
 
@@ -101,7 +89,7 @@ class GraphContract:
         """
         total = 0
         for info in self.inputs:
-            if not info.name.startswith("past_key_values.") or is_state(info.name):
+            if not info.name.startswith("past_key_values."):
                 continue
             heads, stated = info.shape[1], info.shape[3]
             require(isinstance(heads, int), f"{info.name} has no fixed number of heads")

@@ -25,7 +25,7 @@ from nbl_export.graph.names import (
     goes_with_graph,
     graph_file,
 )
-from nbl_export.mixers.base import Mixer, cacheless, state_of
+from nbl_export.mixers.base import Mixer, cacheless
 from nbl_export.mixers.predicted import cut_of
 from nbl_export.records.plan import spoken_layers
 from nbl_export.rewrite.blocks import RewriteBlocks, SkipNormToAdd, Sweep
@@ -71,19 +71,12 @@ def rewrite_model(model: ir.Model, maps: Mapping[int, Mixer], tap: str = "residu
     if missing:
         left = spoken_layers(list(before))
         raise RefusalError(min(missing), f"it has no attention, so it is replaced already; layers {left} have some")
-    _refuse_several_states(list(maps.values()))
     gone = cacheless(maps)
     run_passes(passes_for(maps, tap), model)
     after = [value for pasts, _ in graph_caches(model.graph).values() for value in pasts]
     if after != [value for layer in before if layer not in gone for value in before[layer][0]]:
         names = [value.name for value in after]
         raise RefusalError(None, f"caches {names} remain, where those of layers {spoken_layers(gone)} should be gone")
-
-
-def _refuse_several_states(mixers: Sequence[Mixer]) -> None:
-    """ONNX Runtime GenAI takes states of one shape."""
-    if len({mixer.holds for mixer in mixers if state_of(mixer) is not None}) > 1:
-        raise RefusalError(None, "its layers would have states of several sizes; ONNX Runtime GenAI takes one")
 
 
 def rewrite(source: Path, out: Path, maps: Mapping[int, Mixer], tap: str = "residual", *, dense: bool = False) -> None:

@@ -1,10 +1,7 @@
-"""Lets the values of mixers enter the ports of their layers (`mixers.base.Port`); the tap names the value x.
+"""Puts mixers in place of attention; the tap names the value x.
 
-    before   x -- norm -- qkv -- GroupQueryAttention -- o_proj -+      output   x -- MatMul(W') -- Add(b) -+
-             x -------------------------------------------- join                x -------------------- join
-
-    keys and values   stream c ------- mixer -- keys, values -+
-                      x -- norm -- qkv -- Slice -- queries ---+- GroupQueryAttention -- o_proj -- join
+    before   x -- norm -- qkv -- GroupQueryAttention -- o_proj -+      after   x -- MatMul(W') -- Add(b) -+
+             x -------------------------------------------- join               x -------------------- join
 
 The nodes are the mixer's own (`mixers`). If it gives no output, the join goes, and its readers get x.
 This pass removes no nodes, because exporters share rotary tables, masks and shape values across layers. The old block
@@ -14,16 +11,17 @@ only loses its reader (see `DropCaches`, `SkipNormToAdd` and `Sweep`). Refuses a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from nbl_export.errors import RefusalError
-from nbl_export.graph.anatomy import AttentionBlock, find_attention, find_block
-from nbl_export.graph.emitter import element_type, new_node, register
-from nbl_export.graph.names import constant_name, node_name
-from nbl_export.mixers.base import OWN, Mixer, Port, state_of, tapped
-from nbl_export.rewrite.builder import GraphBuilder, ValidTokens
+from nbl_export.graph.anatomy import AttentionBlock, find_block
+from nbl_export.graph.emitter import element_type, new_node
+from nbl_export.graph.names import node_name
+from nbl_export.mixers.base import OWN, Builder, Mixer, Port, tapped
+from nbl_export.rewrite.builder import GraphBuilder
 
 __all__ = ["SKIP_NORMS", "SUM", "RewriteBlocks", "SkipNormToAdd", "Sweep", "bias_of"]
 
@@ -42,68 +40,18 @@ class RewriteBlocks(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
-        read = {read.stream for mixer in self.mixers.values() for read in mixer.reads} - {OWN}
-        blocks = {
-            layer: find_block(graph, layer) for layer in sorted({*self.mixers, *(s for s in read if s is not None)})
-        }
-        streams: dict[int | None, ir.Value] = {}
-        valid: ValidTokens | None = None
-        for layer, block in blocks.items():
-            if layer in read:
-                streams[layer] = block.residual  # before the layer's own mixer can take its join away
-            mixer = self.mixers.get(layer)
-            if mixer is None:
-                continue
+        for block in [find_block(graph, layer) for layer in sorted(self.mixers)]:
+            layer, mixer = block.layer, self.mixers[block.layer]
             _check_same_size(block, mixer)
-            dtype, state = element_type(graph, block.residual), state_of(mixer)
-            if state is not None and valid is None:
-                valid = ValidTokens(graph, dtype)
             x = tapped(block, self.tap)
-            build = GraphBuilder(graph, layer, dtype, x.shape, None if state is None else valid)
-            streams[OWN] = x if state is None else build.masked(x)
-            _give(graph, block, build, mixer, mixer.emit(build, streams))
+            build = GraphBuilder(graph, layer, element_type(graph, block.residual), x.shape)
+            given = mixer.emit(cast(Builder, build), {OWN: x})
+            if Port.OUTPUT in given:
+                graph.insert_before(block.join, build.nodes)
+                block.join.replace_input_with(block.branch_index, given[Port.OUTPUT])
+            else:
+                _pass_on(graph, block)
         return ir.passes.PassResult(model, modified=bool(self.mixers))
-
-
-def _give(
-    graph: ir.Graph, block: AttentionBlock, build: GraphBuilder, mixer: Mixer, given: Mapping[Port, ir.Value]
-) -> None:
-    """Let a mixer's values enter their ports."""
-    if Port.OUTPUT not in mixer.gives:
-        _give_keys(graph, block, build, given)
-    elif Port.OUTPUT in given:
-        graph.insert_before(block.join, build.nodes)
-        block.join.replace_input_with(block.branch_index, given[Port.OUTPUT])
-    else:
-        _pass_on(graph, block)
-
-
-def _give_keys(graph: ir.Graph, block: AttentionBlock, build: GraphBuilder, given: Mapping[Port, ir.Value]) -> None:
-    """Give a layer's attention keys and values; its queries stay."""
-    attention = find_attention(block)
-    packed = attention.inputs[0]
-    if packed is None or attention.inputs[1] is not None:
-        raise RefusalError(block.layer, "its queries, keys and values are no packed input of GroupQueryAttention")
-    bounds = [
-        register(graph, ir.tensor([number], ir.DataType.INT64, name=constant_name(block.layer, f"queries.{name}")))
-        for name, number in (("start", 0), ("end", _query_width(block, attention, packed)), ("axis", 2))
-    ]
-    title = node_name(block.layer, "Queries")
-    queries = new_node("Slice", [packed, *bounds], title, element_type(graph, block.residual))
-    graph.insert_before(attention, [*build.nodes, queries])
-    for index, value in enumerate((queries.outputs[0], given[Port.KEYS], given[Port.VALUES])):
-        attention.replace_input_with(index, value)
-
-
-def _query_width(block: AttentionBlock, attention: ir.Node, packed: ir.Value) -> int:
-    """Numbers of a token's queries, from the size of a head or from the width of the packed value."""
-    heads, kv_heads = (attention.attributes[name].as_int() for name in ("num_heads", "kv_num_heads"))
-    size, width = (None if v.shape is None else v.shape[-1] for v in (block.pasts[0], packed))
-    if isinstance(size, int):
-        return heads * size
-    if isinstance(width, int):
-        return width * heads // (heads + 2 * kv_heads)
-    raise RefusalError(block.layer, f"neither its cache nor {packed.name} states the size of a head")
 
 
 def _check_same_size(block: AttentionBlock, mixer: Mixer) -> None:

@@ -24,7 +24,7 @@ import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.anatomy import find_attention, find_block, graph_caches
-from nbl_export.graph.caches import graph_states, is_static
+from nbl_export.graph.caches import is_static
 from nbl_export.graph.emitter import Maker, choose, element_type, graph_input, new_node, register, values_read
 from nbl_export.graph.names import CUT_ROWS
 from nbl_export.mixers.base import Mixer
@@ -53,7 +53,7 @@ class CutPrompt(ir.passes.InPlacePass):
         self.mixers = mixers
 
     def requires(self, model: ir.Model) -> None:
-        """One cut, and above it maps for all attention, and no states."""
+        """One cut, and above it maps for all attention."""
         cut = cut_of(self.mixers)
         if cut is None:
             return
@@ -64,9 +64,9 @@ class CutPrompt(ir.passes.InPlacePass):
             if layer < cut.layer:
                 raise RefusalError(layer, f"it predicts keys below the cut at layer {cut.layer}")
         caches = graph_caches(model.graph)
-        _refuse_others(cut.layer, [i for i in caches if i not in self.mixers], "attention without predicted keys")
-        states = [i for i, mixer in self.mixers.items() if i not in cut.maps and mixer.holds is not None]
-        _refuse_others(cut.layer, [*graph_states(model.graph), *states], "a state")
+        if above := [i for i in caches if i >= cut.layer and i not in self.mixers]:
+            what = "it has attention without predicted keys, and stands above the cut of the prompt at layer"
+            raise RefusalError(min(above), f"{what} {cut.layer}")
         if cut.layer not in caches:
             raise RefusalError(cut.layer, "it has no attention, so a prompt cannot be cut below it")
 
@@ -87,12 +87,6 @@ class CutPrompt(ir.passes.InPlacePass):
 
 def _numbers(mixer: Predicted) -> tuple[int, float]:
     return mixer.inputs, mixer.epsilon
-
-
-def _refuse_others(cut: int, layers: Sequence[int], what: str) -> None:
-    above = [layer for layer in layers if layer >= cut]
-    if above:
-        raise RefusalError(min(above), f"it has {what}, and stands above the cut of the prompt at layer {cut}")
 
 
 def _cut(graph: ir.Graph, x: ir.Value, mixer: Predicted) -> Climb:

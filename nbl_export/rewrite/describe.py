@@ -10,7 +10,6 @@ import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.anatomy import PRODUCTS, AttentionBlock, find_block, graph_caches, is_constant
-from nbl_export.graph.caches import graph_states
 from nbl_export.graph.facts import QUANTISES, decoder_facts, logits_of, replaced_layers
 from nbl_export.graph.given import check_graph_place, home_of, onnx_tools
 from nbl_export.rewrite.tail import PruneTail
@@ -55,7 +54,7 @@ def graph_facts(model: ir.Model, directory: Path | None = None) -> dict[str, Any
         except RefusalError as error:
             blocks[layer] = error
     found = [block for block in blocks.values() if isinstance(block, AttentionBlock)]
-    held = {past for pairs in (caches, graph_states(graph)) for pasts, _ in pairs.values() for past in pasts}
+    held = {past for pasts, _ in caches.values() for past in pasts}
     kinds = dict(_kinds(graph).most_common())
     facts = {
         "producer": " ".join(str(p) for p in (model.producer_name, model.producer_version) if p) or None,

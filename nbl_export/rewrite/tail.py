@@ -1,4 +1,4 @@
-"""Above the last layer in which a token reads another, such as kept attention, only the last valid token is computed.
+"""Above the last kept attention, only the last valid token is computed.
 
     before   x ------------------------------ join -- mlp -- ... -- lm_head -> logits [B, T, V]
              attention -- o_proj -------------^
@@ -33,7 +33,7 @@ import numpy as np
 import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
-from nbl_export.graph.anatomy import find_reader, is_constant, reading_layers
+from nbl_export.graph.anatomy import cache_layers, find_block, is_constant
 from nbl_export.graph.caches import is_static
 from nbl_export.graph.emitter import new_node, values_read
 from nbl_export.graph.files import read_graph
@@ -56,7 +56,7 @@ class PruneTail(ir.passes.InPlacePass):
             raise RefusalError(None, "it has no output named logits; only its last position could be pruned")
         if logits.shape is not None and len(logits.shape) == 3 and logits.shape[1] == 1:
             return ir.passes.PassResult(model, modified=False)
-        block = find_reader(graph, reading_layers(graph)[-1])
+        block = find_block(graph, cache_layers(graph)[-1])
         tail = _tail_of(graph, block.join)
         _check_tail(block.layer, block.join, tail)
         last = _LastClimbing(graph) if _LastClimbing.is_in(graph) else LastValid(graph)

@@ -16,7 +16,7 @@ from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import GraphContract
 from nbl_export.records.results import CheckResult
 from nbl_export.targets.checks import HeldMaps, Wanted
-from nbl_export.targets.runners import GraphDecoder, MixedDecoder, TextRunner
+from nbl_export.targets.runners import GraphDecoder, StepDecoder, TextRunner
 
 __all__ = ["Availability", "BuildSettings", "DecoderFacts", "ExportSettings", "Target", "default_threads"]
 
@@ -222,7 +222,7 @@ class Target:
         """Like `open_graph`, in the arithmetic that the graph's own types state: no activation is rounded."""
         return self.open_graph(directory, head_dim, file)
 
-    def open_mixed(self, directory: Path, head_dim: int, mixers: Running, tap: str, *, exact: bool) -> MixedDecoder:
+    def open_mixed(self, directory: Path, head_dim: int, mixers: Running, tap: str, *, exact: bool) -> StepDecoder:
         """The graph with all logits, with mixers in place of attention, computed without the rewrite.
 
         Args:
@@ -237,9 +237,9 @@ class Target:
         from nbl_export.mixers.predicted import cut_of
 
         if cut_of(mixers.mixers) is not None:
-            return MixedDecoder(CutDecoder(directory, head_dim, mixers, tap, exact=exact), mixers)
+            return CutDecoder(directory, head_dim, mixers, tap, exact=exact)
         session = MixedSession(directory / all_logits_file(directory), mixers, tap, exact=exact)
-        return MixedDecoder(OnnxDecoder(directory, head_dim, session=session), mixers)
+        return OnnxDecoder(directory, head_dim, session=session)
 
     def pruned_file(self, directory: Path) -> str | None:
         """The graph that ships, if the graph with all logits stays beside it."""

@@ -8,8 +8,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from nbl_export.graph.names import constant_name, product_name, state_names
-from nbl_export.mixers.base import Builder, Mixer, state_of
+from nbl_export.graph.names import constant_name, product_name
+from nbl_export.mixers.base import Builder, Mixer
 from nbl_export.mixers.predicted import cut_of
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.results import YES_NO, CheckResult
@@ -38,11 +38,9 @@ class Wanted:
     maps: Mapping[int, Mixer]
 
 
-def held_names(cache_ids: Iterable[int], mixers: Mapping[int, Mixer] | None = None) -> set[str]:
-    """Names of the inputs that a decoder holds between steps: caches, and states of layers with a short memory."""
-    caches = {f"past_key_values.{i}.{part}" for i in cache_ids for part in ("key", "value")}
-    remember = [layer for layer, mixer in (mixers or {}).items() if state_of(mixer) is not None]
-    return caches.union(*map(state_names, remember))
+def held_names(cache_ids: Iterable[int]) -> set[str]:
+    """Names of the inputs that a decoder holds between steps: its caches."""
+    return {f"past_key_values.{i}.{part}" for i in cache_ids for part in ("key", "value")}
 
 
 def checked(subject: str, metric: str, passed: bool, detail: str = "") -> CheckResult:

@@ -18,7 +18,7 @@ import onnx
 from nbl_export.graph.exact import graphs_of
 from nbl_export.graph.files import check_structure, skeleton
 from nbl_export.graph.names import graph_file
-from nbl_export.records.decoder import ITEMSIZE, DecoderSpec, GraphContract, is_state
+from nbl_export.records.decoder import ITEMSIZE, DecoderSpec, GraphContract
 from nbl_export.records.quantised import unpacked
 from nbl_export.records.results import CheckResult
 from nbl_export.targets.checks import HeldMaps, Wanted, checked, held_names
@@ -42,7 +42,7 @@ def check_files(directory: Path, contract: GraphContract, wanted: Wanted, *, den
     """
     cache = next(a for a in contract.inputs if a.name.startswith("past_key_values."))
     ids = range(len(wanted.cache_layers)) if dense else wanted.cache_layers
-    held = held_names(ids, wanted.maps)
+    held = held_names(ids)
     return check_file(wanted.subject, directory, wanted.spec, held, contract, ITEMSIZE[cache.dtype], wanted.logits)
 
 
@@ -67,7 +67,7 @@ def check_file(
     """Structure: the file is valid ONNX; its inputs and outputs are those of the plan and of `logits` (last or all).
 
     Args:
-        held: names of the inputs of caches and states (`held_names`).
+        held: names of the inputs of caches (`held_names`).
     """
     proto = onnx.load(str(directory / graph_file(directory)), load_external_data=False)
     bare = skeleton(proto)
@@ -82,7 +82,7 @@ def check_file(
     in_session = ([v.name for v in session.inputs], [v.name for v in session.outputs])
     has = {n for n in in_file[0] if n.startswith("past_key_values.")}
     gives = {n.replace("present", "past_key_values") for n in in_file[1] if n.startswith("present.")}
-    found, kept = (sum(not is_state(n) for n in names) // 2 for names in (has, held))
+    found, kept = (len(names) // 2 for names in (has, held))
     detail = f"caches {found} of {spec.num_layers} layers, logits {_SPOKEN[session.logits]}"
     kept_word = has == set(held) == gives and in_file == in_session and session.logits == logits
     results.append(checked(subject, "contract", kept_word, detail))

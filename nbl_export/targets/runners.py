@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from nbl_export.mixers.base import Running
 from nbl_export.records.decoder import GraphContract
 
-__all__ = ["GraphDecoder", "MixedDecoder", "TextRunner"]
+__all__ = ["GraphDecoder", "StepDecoder", "TextRunner"]
 
 
 class TextRunner(Protocol):
@@ -49,8 +48,18 @@ class TextRunner(Protocol):
         """Greedy continuation as token ids; ignores the end of text."""
 
 
-class GraphDecoder(Protocol):
-    """A graph with its caches, one step at a time, for verification."""
+class StepDecoder(Protocol):
+    """A decoder with its caches, one step at a time, for verification."""
+
+    def begin(self, batch: int) -> None:
+        """Start a batch with empty caches."""
+
+    def step(self, ids_BT: np.ndarray, valid_BT: np.ndarray | None = None) -> np.ndarray:
+        """Append tokens; returns logits [B, T, V], or [B, 1, V] of the last token. valid_BT is 0 for padding."""
+
+
+class GraphDecoder(StepDecoder, Protocol):
+    """A graph, whose inputs, outputs and caches are checked too."""
 
     @property
     def contract(self) -> GraphContract:
@@ -63,30 +72,3 @@ class GraphDecoder(Protocol):
     @property
     def cache_bytes(self) -> int:
         """Bytes that the caches of the running batch take."""
-
-    def begin(self, batch: int) -> None:
-        """Start a batch with empty caches."""
-
-    def step(self, ids_BT: np.ndarray, valid_BT: np.ndarray | None = None) -> np.ndarray:
-        """Append tokens; returns logits [B, T, V], or [B, 1, V] of the last token. valid_BT is 0 for padding."""
-
-
-class MixedDecoder:
-    """A decoder with mixers in place of attention, whose states are empty when a batch begins.
-
-    Args:
-        decoder: asks the mixers for the output of their layers.
-    """
-
-    def __init__(self, decoder: Any, mixers: Running) -> None:
-        self._decoder, self._mixers = decoder, mixers
-
-    def begin(self, batch: int) -> None:
-        """Start a batch with empty caches and states."""
-        self._mixers.begin()
-        self._decoder.begin(batch)
-
-    def step(self, ids_BT: np.ndarray, valid_BT: np.ndarray | None = None) -> np.ndarray:
-        """See `GraphDecoder.step`."""
-        found: np.ndarray = self._decoder.step(ids_BT, valid_BT)
-        return found

@@ -2,7 +2,6 @@
 
     prefill of one sequence                 batch of lengths 1, 5 and 12, padded on the right, then two decode steps
     chunk of 7 after a cache of 13          single decode steps after it
-    two long chunks and decode steps        if layers have a state
     all but the last again, W longer        if a prompt stops at a cut, and prefills of W + 1 and of W + 2 tokens
 
 Both graphs run the same chunks. The figure of a step is that of the worst row. The shipped logits [B, 1, V] are
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from nbl_export.records.results import YES_NO, CheckResult
-from nbl_export.verify.ladder import LONG_CHUNK, apart
+from nbl_export.verify.ladder import apart
 
 __all__ = ["BATCH_LENGTHS", "check_last"]
 
@@ -29,13 +28,7 @@ Chunk = tuple[np.ndarray, np.ndarray]  # token ids [B, T], and 1 at each valid t
 
 
 def check_last(
-    subject: str,
-    every: Any,
-    last: Any,
-    row: Sequence[int],
-    limit: float,
-    long: Sequence[int] = (),
-    near: int | None = None,
+    subject: str, every: Any, last: Any, row: Sequence[int], limit: float, near: int | None = None
 ) -> list[CheckResult]:
     """Compare the graph `last` with the graph `every` (both an `OnnxDecoder` or `StaticDecoder` of engines).
 
@@ -45,20 +38,10 @@ def check_last(
     Args:
         row: at least 32 token ids of real text, and `near` more.
         limit: of the rms of the logit difference over the rms of the logits.
-        long: further ids, in chunks so long that windows at the top leave rows out.
         near: W, if longer steps stop at a cut.
     """
-    cases = [*_cases(row), *_long_case(long), *([] if near is None else _cut_cases(row, near))]
+    cases = [*_cases(row), *([] if near is None else _cut_cases(row, near))]
     return [_judge(subject, name, every, last, chunks, limit) for name, chunks in cases]
-
-
-def _long_case(long: Sequence[int]) -> Iterator[tuple[str, list[Chunk]]]:
-    ids = np.asarray(long, np.int64)[None, : 2 * LONG_CHUNK + _STEPS]
-    if (end := ids.shape[1] - _STEPS) <= 0:
-        return
-    bounds = [*range(0, end, LONG_CHUNK), *range(end, end + _STEPS + 1)]
-    chunks = [ids[:, a:b] for a, b in itertools.pairwise(bounds)]
-    yield f"{end} tokens in chunks of {LONG_CHUNK}, then decode", [(chunk, np.ones_like(chunk)) for chunk in chunks]
 
 
 def _cut_cases(row: Sequence[int], near: int) -> Iterator[tuple[str, list[Chunk]]]:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from nbl_export.mixers import cache_layers
-from nbl_export.mixers.base import state_of
 from nbl_export.mixers.predicted import cut_of
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.plan import Plan
@@ -93,10 +92,8 @@ def check_directory(
     results.append(judge_maps(wanted.subject, engine.held_maps(shipped), wanted.maps))
     if file is not None:
         results.append(engine.check_pruned(wanted.subject, shipped))
-        remembers = any(state_of(mixer) is not None for mixer in wanted.maps.values())
-        long, cut = probe.long if remembers else (), cut_of(wanted.maps)
-        near = None if cut is None else cut.near
-        results += check_last(wanted.subject, decoder, last, probe.rows[0], exact_limit(decoder), long, near)
+        near = None if (cut := cut_of(wanted.maps)) is None else cut.near
+        results += check_last(wanted.subject, decoder, last, probe.rows[0], exact_limit(decoder), near)
     return [*results, _measured_cache(wanted.subject, decoder, head_dim)]
 
 

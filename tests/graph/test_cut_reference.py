@@ -20,7 +20,6 @@ from nbl_export.model.checkpoint.source import resolve
 from nbl_export.targets import exporter_of
 
 from ..cuts import CLOSE, apart, chunks_of, predicted_maps, torch_logits
-from ..mixers.test_toy_kind import memory
 from ..tiny import HEAD_DIM, HIDDEN, KV_HEADS, random_map
 
 NEAR = 4
@@ -58,7 +57,7 @@ def padded(chunks: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return ids, valid
 
 
-@pytest.mark.parametrize("below", [{}, {0: memory(0)}], ids=["attention", "a state"])
+@pytest.mark.parametrize("below", [{}, {0: random_map(0)}], ids=["attention", "a map"])
 def test_a_batch_is_its_sequences_alone(below: dict[int, Mixer], exported: Callable[..., Path]) -> None:
     decoder, chunks, steps = (
         opened(exported, {**below, **predicted_maps(1, NEAR, KEYS)}),

@@ -23,7 +23,7 @@ from nbl_export.model.linearize import linearize
 from nbl_export.plan.maps_file import load_maps
 
 from ..command import BARE, assert_refused, keys, nbl, repeated
-from ..mixers.toy_memory import MEMORY, Memory
+from ..mixers.toy_thin import RANK, THIN, Thin
 from ..tiny import EVERY, HIDDEN, cases, record_of
 
 IDS = torch.arange(2, 40)[None]
@@ -88,9 +88,9 @@ def test_a_checkpoint_says_the_kind_of_each_layer(
 ) -> None:  # fmt: skip
     import transformers
 
-    monkeypatch.setattr(mixers, "_KINDS", {**mixers._KINDS, MEMORY.name: MEMORY})
+    monkeypatch.setattr(mixers, "_KINDS", {**mixers._KINDS, THIN.name: THIN})
     square = random_maps(1)[1]
-    for other in (Nothing(HIDDEN), Memory(square.weight, square.weight.T.copy(), square.bias)):
+    for other in (Nothing(HIDDEN), Thin(square.weight[:RANK].copy(), square.weight[:, :RANK].copy(), square.bias)):
         maps = {**random_maps(0), 2: other}
         original, directory = load.load_model(checkpoint("llama")), tmp_path / other.kind
         with torch.inference_mode():

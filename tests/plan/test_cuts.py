@@ -28,7 +28,7 @@ TOKEN = {OWN: 1, SECOND: 2, TWICE: 3}  # of each text
 
 
 def mixer(cut: int, near: int) -> Predicted:
-    return Predicted(np.zeros((2, 4), np.float32), np.zeros(2, np.float32), 4, cut, near, 1e-6)
+    return Predicted(np.zeros((2, 8), np.float32), np.zeros(2, np.float32), 4, cut, near, 1e-6)
 
 
 def maps(cut: int, near: int) -> dict[int, Predicted]:

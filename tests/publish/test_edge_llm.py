@@ -33,7 +33,7 @@ from ..tiny import HIDDEN, LAYERS, random_map, save_checkpoint
 
 IDS = torch.arange(3, 40)[None]
 MAPS: dict[int, Mixer] = {1: random_map(1), 2: Nothing(HIDDEN)}
-PREDICTED = Predicted(np.zeros((4, HIDDEN), np.float32), np.zeros(4, np.float32), HIDDEN, 1, 8, 1e-5)
+PREDICTED = Predicted(np.zeros((4, 2 * HIDDEN), np.float32), np.zeros(4, np.float32), HIDDEN, 1, 8, 1e-5)
 
 
 def saved(architecture: str, maps: dict[int, Mixer], tap: str, home: Path, **changes: Any) -> Path:

@@ -24,7 +24,6 @@ from nbl_export.targets.openvino.ir.anatomy import states_of
 from nbl_export.targets.openvino.ir.files import precision_of, read_ir, save_ir, stored_matrices
 from nbl_export.targets.openvino.session import IrDecoder
 
-from ..mixers.toy_memory import Memory
 from ..tiny import HEAD_DIM, HIDDEN, LAYERS, VOCAB, made_by, random_map
 
 SUBSETS = [s for n in (1, 2) for s in itertools.combinations(range(LAYERS), n)]
@@ -180,8 +179,7 @@ def test_maps_that_compression_leaves_in_float32_are_refused(
         ("llama", "residual", {1: Linear(np.eye(8, dtype=np.float32), np.zeros(8, np.float32))},
          "96 wide, the map 8"),
         ("llama", "residual", {i: random_map(i) for i in range(3)}, "no attention layer would keep its cache"),
-        ("llama", "residual", {1: Memory(np.eye(HIDDEN), np.eye(HIDDEN), np.zeros(HIDDEN))}, "no memory layer"),
-        ("llama", "residual", {1: Predicted(np.eye(HIDDEN), np.zeros(HIDDEN), HIDDEN, 1, 8, 1e-6)},
+        ("llama", "residual", {1: Predicted(np.zeros((HIDDEN, 2 * HIDDEN)), np.zeros(HIDDEN), HIDDEN, 1, 8, 1e-6)},
          "no predicted layer"),
     ],
 )  # fmt: skip

@@ -29,12 +29,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from nbl_export.errors import NblError
 from nbl_export.mixers import kind_of
-from nbl_export.mixers.base import Mixer, Port
+from nbl_export.mixers.base import Mixer
 from nbl_export.model.architecture_record import Architecture
 from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED
 from nbl_export.model.checkpoint.pretrained import model_with, quiet_transformers, tokenizer_of
 from nbl_export.model.checkpoint.stated_cut import facts_of, stated_cut
-from nbl_export.model.linearize import BESIDE, architecture_of, linearize, multiplier_of, port_width, replace_attention
+from nbl_export.model.cut import check_cut
+from nbl_export.model.linearize import BESIDE, architecture_of, linearize, multiplier_of, replace_attention
 from nbl_export.trust.model_settings import drop_code
 
 __all__ = ["CLASSES", "empty_linearized", "linearized", "restored", "save_linearized", "stock_config"]
@@ -54,7 +55,11 @@ def _exchange(model: Any) -> None:
     kinds = dict(zip(replaced, config.nbl_kinds or ["linear"] * len(replaced), strict=True))
     size, multiplier = config.hidden_size, multiplier_of(config)
     cut = stated_cut(config.nbl_cut, kinds, count, config.max_position_embeddings)
-    like = None if cut is None else cut.like(size, port_width(model.get_decoder(), (Port.KEYS,)))
+    like = None
+    if cut is not None:
+        layer = model.get_decoder().layers[cut.layer]
+        check_cut(layer, config, cut.layer)
+        like = cut.like(size, layer.self_attn.k_proj.out_features)
     blanks = {i: kind_of(kind).blank(size, multiplier, like) for i, kind in kinds.items()}
     replace_attention(model, blanks, config.nbl_tap)
 

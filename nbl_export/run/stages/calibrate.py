@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import CorruptError
-from nbl_export.mixers import kind_of
 from nbl_export.model.device import is_gpu, spoken
 from nbl_export.options.options import CHECKPOINT_FIT, NO_ORIGINAL
 from nbl_export.records.decoder import DecoderSpec
@@ -47,7 +46,6 @@ class CalibrateInputs:
     Attributes:
         windows: token windows that maps are fitted on.
         shortage: why the model does not fit into memory, or "".
-        mixer: kind of mixer, whose features are summed.
         device: of the torch model. choose: gives the device for work of a size in bytes.
     """
 
@@ -59,7 +57,6 @@ class CalibrateInputs:
     model: Lazy[Any]
     checkpoint: Lazy[Path]
     shortage: Lazy[str]
-    mixer: Lazy[str]
     device: Lazy[Any]
     choose: Lazy[Callable[[int], Any]]
 
@@ -71,7 +68,6 @@ def declare(job: Job) -> CalibrateInputs | cut.CutCalibration | LeftOut:
         return LeftOut(NO_ORIGINAL)
     if options.predicts:
         return cut.calibration(job)
-    features = kind_of(options.kind).feature_count(job.decoder.hidden_size)  # kinds of equal features share moments
     return CalibrateInputs(
         fingerprint=job.fingerprint,
         windows=job.text.windows,
@@ -81,7 +77,6 @@ def declare(job: Job) -> CalibrateInputs | cut.CutCalibration | LeftOut:
         model=job.torch.model,
         checkpoint=job.torch.checkpoint,
         shortage=job.torch.shortage,
-        mixer=Lazy(features, lambda: options.kind),
         device=job.torch.device,
         choose=job.torch.choose_device,
     )
@@ -120,8 +115,8 @@ def _run_whole(inputs: CalibrateInputs, place: Place, parts: Sequence[Any], fact
     partial = _Partial(place.run.partial("calibrate"), facts)
     total = windows.numel()
     taps, narrow = facts["identity"]["taps"], facts["identity"]["products"] == "bfloat16"
-    model, kind = inputs.model.value, kind_of(inputs.mixer.value)
-    with place.ui.task(f"{total} tokens") as progress, collect.Collection(model, taps, kind, narrow=narrow) as found:
+    model = inputs.model.value
+    with place.ui.task(f"{total} tokens") as progress, collect.Collection(model, taps, narrow=narrow) as found:
         done = partial.restore(found)
         if done:
             place.ui.say(f"  resuming after {done} of {len(parts)} batches")
@@ -162,8 +157,8 @@ def _device(inputs: CalibrateInputs, place: Place) -> tuple[Any, bool]:
 
 
 def _sizes(inputs: CalibrateInputs) -> tuple[int, int]:
-    """Features of a mixer, and hidden size."""
-    return kind_of(inputs.mixer.value).feature_count(inputs.spec.hidden_size), inputs.spec.hidden_size
+    """Of a row of X and of Y."""
+    return inputs.spec.hidden_size, inputs.spec.hidden_size
 
 
 def _run_layers(
@@ -173,8 +168,8 @@ def _run_layers(
     from nbl_export.calibrate.moments_file import MomentsWriter
 
     count, identity = inputs.windows.value.numel(), facts["identity"]
-    target, spec, kind = out / MOMENTS_FILE, inputs.spec, kind_of(inputs.mixer.value)
-    wanted = collect.Wanted(identity["taps"], kind, identity["products"] == "bfloat16")
+    target, spec = out / MOMENTS_FILE, inputs.spec
+    wanted = collect.Wanted(identity["taps"], identity["products"] == "bfloat16")
     with (
         place.run.scratch() as scratch,
         place.ui.task(f"{count} tokens, layer by layer") as progress,

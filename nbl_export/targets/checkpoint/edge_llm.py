@@ -49,7 +49,7 @@ def check(config: Any, maps: Mapping[int, Mixer]) -> None:
     form = "--to edge-llm"
     if config.model_type not in ARCHITECTURES:
         raise NblError(f"{form} holds {', '.join(ARCHITECTURES)}, and {config.model_type} is another architecture")
-    if held := [mixer.kind for mixer in maps.values() if mixer.holds is not None]:
+    if held := [mixer.kind for mixer in maps.values() if mixer.holds_cache]:
         raise NblError(f"{form} has no place for layers of kind {held[0]}")
     if getattr(config, "sliding_window", None):
         raise NblError(f"{form} has no place for attention with a sliding window")

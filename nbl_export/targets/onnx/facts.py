@@ -13,7 +13,6 @@ from nbl_export.files import read_json
 from nbl_export.graph.genai_config import read_genai_config
 from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE
 from nbl_export.graph.trust import read_proto
-from nbl_export.records.decoder import is_state
 from nbl_export.targets.base import DecoderFacts
 from nbl_export.targets.providers import PROVIDERS
 from nbl_export.trust.contained import check_inside
@@ -45,7 +44,7 @@ def _cache_bytes(graph: Path, head_dim: int) -> int:
         head_dim: used if the graph only names that dimension of its caches.
     """
     inputs = read_proto(graph).graph.input
-    caches = [v.type.tensor_type for v in inputs if v.name.startswith("past_key_values.") and not is_state(v.name)]
+    caches = [v.type.tensor_type for v in inputs if v.name.startswith("past_key_values.")]
     sizes = ((t.shape.dim[1].dim_value, t.shape.dim[3].dim_value or head_dim, t.elem_type) for t in caches)
     return sum(heads * size * (2 if kind in _HALVES else 4) for heads, size, kind in sizes)
 

@@ -22,7 +22,7 @@ from nbl_export.targets.openvino import check
 from nbl_export.targets.openvino.ir.anatomy import read_ir_facts
 from nbl_export.targets.openvino.session import IrDecoder, OpenVinoRunner, Session, load_openvino
 from nbl_export.targets.openvino.signals import kept_signal_stack
-from nbl_export.targets.runners import MixedDecoder
+from nbl_export.targets.runners import StepDecoder
 
 __all__ = ["CAPABILITIES", "OPENVINO", "OpenVinoEngine"]
 
@@ -135,10 +135,9 @@ class OpenVinoEngine(Target):
         """The same graph in float32 arithmetic."""
         return IrDecoder(directory, file or _most_logits(directory), exact=True)
 
-    def open_mixed(self, directory: Path, head_dim: int, mixers: Running, tap: str, *, exact: bool) -> MixedDecoder:
+    def open_mixed(self, directory: Path, head_dim: int, mixers: Running, tap: str, *, exact: bool) -> StepDecoder:
         """The IR in parts, with mixers in place of attention."""
-        decoder = IrDecoder(directory, _most_logits(directory), exact=exact, mixers=mixers, tap=tap)
-        return MixedDecoder(decoder, mixers)
+        return IrDecoder(directory, _most_logits(directory), exact=exact, mixers=mixers, tap=tap)
 
     def pruned_file(self, directory: Path) -> str | None:
         """The IR that ships, if the IR with all logits stays beside it."""

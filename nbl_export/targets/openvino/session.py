@@ -141,20 +141,20 @@ class Session:
         positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -ids_BT.shape[1] :]
         feeds = dict(zip(_INPUTS, (ids_BT, mask, positions, np.arange(len(ids_BT), dtype=np.int32)), strict=True))
         try:
-            found = self._infer(feeds, valid_BT)
+            found = self._infer(feeds)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[-200:]
             raise NblError(f"{self.directory} failed on a chunk of {ids_BT.shape[1]} tokens: {reason}") from error
         self.mask_BK = mask
         return np.asarray(found["logits"], np.float32)
 
-    def _infer(self, known: dict[str, np.ndarray], valid_BT: np.ndarray) -> dict[str, np.ndarray]:
+    def _infer(self, known: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run the parts in order, and behind each part the mixer of the next part's layer."""
         for place, (request, names) in enumerate(zip(self._requests, self._names, strict=True)):
             if place:
                 assert self._mixers is not None
                 layer = self._mixers.layers[place - 1]
-                known[f"nbl.mixed.{layer}"] = self._mixers(layer, known[f"nbl.tap.{layer}"], valid_BT)
+                known[f"nbl.mixed.{layer}"] = self._mixers(layer, known[f"nbl.tap.{layer}"])
             found = request.infer({name: known[name] for name in names & known.keys()}, share_inputs=False)
             known |= {name: np.array(value) for port, value in found.items() for name in port.get_names()}
         return known

@@ -27,7 +27,7 @@ from nbl_export.mixers.predicted import cut_of
 from nbl_export.targets.base import Availability, BuildSettings, DecoderFacts, ExportSettings, Target
 from nbl_export.targets.export.finish import check_bounds
 from nbl_export.targets.gpu import CUDA, LEAST_COMPUTE, Gpu, find_gpu, outdated, unpackaged
-from nbl_export.targets.runners import MixedDecoder
+from nbl_export.targets.runners import StepDecoder
 from nbl_export.targets.tensorrt.kernels import trust_folder
 from nbl_export.targets.tensorrt.library import LIBRARIES, Library, load_library
 from nbl_export.targets.tensorrt.record import RECORD_FILE, read_record
@@ -146,13 +146,13 @@ class TensorRtEngine(Target):
         path = directory / (file or all_logits_file(directory))
         return open_decoder(path, _checked_chunk(path))
 
-    def open_mixed(self, directory: Path, head_dim: int, mixers: Running, tap: str, *, exact: bool) -> MixedDecoder:
+    def open_mixed(self, directory: Path, head_dim: int, mixers: Running, tap: str, *, exact: bool) -> StepDecoder:
         """The same copy, with mixers in place of attention."""
         if cut_of(mixers.mixers) is not None:
             return super().open_mixed(directory, head_dim, mixers, tap, exact=exact)
         from nbl_export.targets.tensorrt.static.on_ort import open_mixed
 
-        return MixedDecoder(open_mixed(directory / all_logits_file(directory), mixers, tap, _CHECKED_CHUNK), mixers)
+        return open_mixed(directory / all_logits_file(directory), mixers, tap, _CHECKED_CHUNK)
 
     def open_checked(self, directory: Path, threads: int | None = None) -> StaticRunner:
         """A text runner on the same copy, with the logits that the deployed graph gives."""

@@ -28,7 +28,7 @@ from nbl_export.records.results import CheckResult
 from nbl_export.targets.base import Availability, DecoderFacts, ExportSettings, Target
 from nbl_export.targets.checks import HeldMaps, Wanted, checked
 from nbl_export.targets.export.finish import add_text_files
-from nbl_export.targets.runners import MixedDecoder
+from nbl_export.targets.runners import StepDecoder
 from nbl_export.targets.tokenizer import Speaking
 
 __all__ = ["MARKER", "TOY"]
@@ -108,11 +108,11 @@ class ToyEngine(Target):
             lambda product, _: (products[product], 0.0),
         )  # fmt: skip
 
-    def open_mixed(self, directory: Path, head_dim: int, mixers: Running, tap: str, *, exact: bool) -> MixedDecoder:
+    def open_mixed(self, directory: Path, head_dim: int, mixers: Running, tap: str, *, exact: bool) -> StepDecoder:
         """The original model, with the mixers' own modules."""
         decoder = ToyDecoder(directory)
         linearize(decoder.model, mixers.mixers, tap)
-        return MixedDecoder(decoder, mixers)
+        return decoder
 
     def open_graph(
         self, directory: Path, head_dim: int, file: str | None = None, threads: int | None = None

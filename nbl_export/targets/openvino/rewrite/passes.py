@@ -31,7 +31,7 @@ def bypass_attention(flow: Dataflow, mixers: Mapping[int, Mixer], tap: str) -> N
     for block in [flow.block(layer) for layer in sorted(mixers)]:
         mixer = mixers[block.layer]
         _check_width(block, mixer)
-        if mixer.gives != (Port.OUTPUT,) or mixer.holds is not None:
+        if mixer.gives != (Port.OUTPUT,):
             raise RefusalError(block.layer, f"an IR takes linear layers, and no {mixer.kind} layer")
         build: Any = _Linear(block.layer)
         output = mixer.emit(build, {OWN: tapped(block, tap)}).get(Port.OUTPUT)
