@@ -1,11 +1,17 @@
 """What a job will take: seconds, memory and disk of each stage, from the sizes of the model and one rate.
 
-    seconds   tokens that a stage passes through the model, times the work of a token, over the rate of a product
-    memory    the least that a stage can run with, beside Python and its libraries; a job is refused by this
+    seconds   counted work of the stage, over the additions and multiplications a second of a float32 product
+    memory    the least that the stage can run with, beside Python and its libraries; a job is refused by this
     disk      what the stage leaves in the run directory
 
-Sizes follow from shapes. Seconds are within a factor of 2 of the measured jobs of bench/results, which ran on ONNX
-Runtime's CPU provider: stages-smollm2.json and stages-qwen.json in float32, shapes-3b.json and shapes-8b.json in int4.
+    stage       counted work
+    calibrate   one pass of the calibration text, and the products of the sums
+    plan        passes of the texts that choose and decide, and of the short contexts of their answers from far back
+    distill     three passes of each step: the teacher, the student and its gradients
+    verify      passes of both graphs and of the short contexts, over the final text
+    bench       prompts and decoded tokens of both graphs
+
+Sizes follow from shapes. Seconds are within a factor of 2 of the measured jobs of bench/results.
 """
 
 from __future__ import annotations
@@ -37,18 +43,18 @@ from nbl_export.text.windows import deciding_tokens, final_tokens, judging_token
 
 __all__ = ["Gain", "Job", "Needs"]
 
-# Measured: "smollm2" and "qwen" are stages-*.json, the 3B and 8B shapes are shapes-*.json in bench/results.
-_BFLOAT16 = 2.0  # products in bfloat16 over float32: AVX512_BF16 has twice the products a cycle
+# Measured: "smollm2" and "qwen" are stages-*.json, the 8B shape is shapes-8b.json in bench/results.
 _FIT = 28.0  # x D^3 of float32 work to score or fit one map, in float64: plan of the 8B shape
-_STEP = 3.5  # passes over each of the 1,024 tokens of a training step: distill-qwen.json, 8.2 s a step
 _TESTS = 3  # tests of a limit on quality: smollm2 took 3, qwen 2
 _PROBED = 36_000  # tokens of all probes of verification: smollm2 and qwen, without the final text
 _WRITTEN = 4e8  # bytes a second that an export reads or writes: smollm2 and qwen
 _DECODED = 4.0  # prompt tokens that take as long as a decoded token, for each byte of a weight's element: smollm2
-_BATCH = 4096  # tokens that run at once, with three float32 activations of the MLP: `calibrate` of the 3B shape
 
+_BATCH = 4096  # tokens that calibrate at once, with three float32 activations of the MLP
 _PROMPTS = (512, 2048)  # tokens of the prompts whose first token is told
-_CUTS_TRIED = 9  # cuts that are foreseen before one is decided, at most: both default jobs of cuts.json took 5
+_STEP = 1024  # tokens of a training step
+_TWICE = 8192  # tokens of passages that decide a cut, beside the deciding texts
+_SHORT = 2  # times the judged tokens: the short contexts of answers from far back (`text.far`)
 _SUMS = 14 / 3  # x D^2 additions and multiplications of a token's moments: Y'X, and 2/3 of X'X and Y'Y (`sums.gram`)
 
 
@@ -93,7 +99,7 @@ class Job:
     Attributes:
         options: settled.
         product_flops_per_second: additions and multiplications a second of a float32 product here.
-        bfloat16: products are in bfloat16 while layers are calibrated and chosen.
+        tiles: layers are calibrated and chosen by bfloat16 products of AMX, at twice this rate.
         available_bytes: memory.
         runs_here: the engine runs on this machine's processor, so that bench runs.
     """
@@ -102,7 +108,7 @@ class Job:
     options: JobOptions
     engine: Capabilities
     product_flops_per_second: float
-    bfloat16: bool
+    tiles: bool
     available_bytes: int
     runs_here: bool = True
 
@@ -166,15 +172,24 @@ class Job:
 
     # -- time ----------------------------------------------------------------------------------------------------
 
-    def _prefill(self, tokens: int, depth: int = 0) -> float:
-        """Work of tokens in the original, with the logits of each."""
-        plain = CostModel(self.shape.decoder, self.shape.mlp, 4, 4, 4, all_logits=True, tail_pruned=False)
+    def _pass(self, tokens: int, depth: int = 0) -> float:
+        """Work of tokens in the original, with the logits of the last one."""
+        plain = CostModel(self.shape.decoder, self.shape.mlp, 4, 4, 4, tail_pruned=False)
         return plain.prefill({}, tokens, depth).flops
 
     @functools.cached_property
-    def token(self) -> float:
-        """Work of one token in windows of the context."""
-        return self._prefill(self.options.context) / self.options.context
+    def _hidden(self) -> float:
+        """Work of one token in windows of the context, without its logits."""
+        return self._pass(self.options.context) / self.options.context
+
+    @property
+    def _token(self) -> float:
+        """The same, with its logits."""
+        return self._hidden + 2.0 * self.shape.head_parameters
+
+    @property
+    def _torch_rate(self) -> float:
+        return self.product_flops_per_second * (2 if self.tiles else 1)
 
     @property
     def trains(self) -> bool:
@@ -183,77 +198,88 @@ class Job:
 
     @property
     def _tested(self) -> float:
-        """Tokens that test a limit on quality, in the original and in half of the replaced model."""
+        """Work of the tests of a limit on quality: deciding texts in the original and half of the replaced model."""
         options = self.options
         decided = (options.layers, options.target_speedup, options.kv_budget) != (None, None, None)
-        return 0 if decided else 1.5 * _TESTS * deciding_tokens(options.context)
+        return 0 if decided else 1.5 * _TESTS * deciding_tokens(options.context) * self._token
 
     def _planned(self) -> float:
-        """Tokens that choose layers."""
+        """Work of the choice of layers."""
         options, layers, judged = self.options, self.shape.decoder.num_layers, judging_tokens(self.options.context)
-        if options.predicts:  # layers from the cut up run twice as long as in the original
-            return self._tested / _TESTS + judged * _CUTS_TRIED if options.cut == AUTO_CUT else 0.0
-        tokens = 0.0 if self.trains else self._tested
+        work = 0.0 if self.trains else self._tested
         if options.select not in ("cca", "error") and not names_layers(options.layers):
-            tokens += judged * (layers / 2 + 0.75 * self.count)  # each layer alone; one or two candidates of each step
-        return tokens
+            tokens = judged * (layers / 2 + 0.75 * self.count)  # each layer alone; one or two candidates of each step
+            work += tokens * self._token
+        return work + _FIT * self.shape.decoder.hidden_size * self.moments / 16
 
-    def _in_torch(self, tokens: float) -> float:
-        """Seconds of tokens that pass through the torch model."""
-        return tokens * self.token / self.product_flops_per_second / (_BFLOAT16 if self.bfloat16 else 1)
+    def _cut_chosen(self) -> float:
+        """Work of the choice of a cut: layers above it run twice, with their own keys and with predicted ones."""
+        if self.options.cut != AUTO_CUT:
+            return 0.0
+        judged, deciding = judging_tokens(self.options.context), deciding_tokens(self.options.context) + _TWICE
+        tried = math.ceil(math.log2(len(self.cuts) + 1)) + 1  # by halves, and one with more near tokens
+        above = self.count / self.shape.decoder.num_layers
+        passes = (1 + _SHORT) * (judged + deciding) + 2 * above * (tried * judged + deciding)
+        logits = 2 * (tried * judged / 2 + deciding) + 2 * (judged + deciding)
+        return passes * self._hidden + logits * (self._token - self._hidden)
 
     def _trained(self) -> float:
         """Seconds of training."""
         minutes, steps = self.options.distill_minutes, self.options.distill_steps
         if minutes is None and steps is None:
             minutes, steps = (default_minutes(self.shape.parameters), None) if self._tested else (None, DEFAULT_STEPS)
-        return min(60 * (minutes or math.inf), self._in_torch(_STEP * 1024) * (steps or math.inf))
+        step = 3 * _STEP * self._token / self._torch_rate
+        return min(60 * (minutes or math.inf), step * (steps or math.inf))
+
+    def _verified(self) -> float:
+        """Work of the checks, and of the final text in both graphs; with a cut, half of a window is judged."""
+        passes = 2 + _SHORT * (0.5 if self.cuts else 1)
+        return (passes * final_tokens(self.options.context) + _PROBED) * self._token
 
     def _timed(self) -> float:
         """Seconds of the benchmark."""
         options, work = self.options, 0.0
         for depth in options.depths:
-            work += self._prefill(depth) + 2 * sum(self._prefill(n, depth) for n in options.prompt_tokens)
-            work += (options.generate_tokens or 64) * _DECODED * WEIGHT_BYTES[options.precision] * self.token
+            work += self._pass(depth) + 2 * sum(self._pass(n, depth) for n in options.prompt_tokens)
+            work += (options.generate_tokens or 64) * _DECODED * WEIGHT_BYTES[options.precision] * self._token
         load = 2 * (self.graph / _WRITTEN + work / self.product_flops_per_second)  # of both graphs
-        usual = min(max(LOOKS[0] * load, Rule().seconds), LOOKS[-1] * load)
-        return options.repetitions * load if options.repetitions else usual
+        usual = max([LOOKS[0], *(count for count in LOOKS if count * load <= Rule().seconds)])
+        return (options.repetitions or usual) * load
 
     # -- the whole -----------------------------------------------------------------------------------------------
 
     def needs(self) -> tuple[Needs, ...]:
         """Each stage that the job runs, in order."""
-        s, d, graph, options = self.shape, self.shape.decoder, self.graph, self.options
-        rate, read_tokens = self.product_flops_per_second, options.calibration_tokens
+        s, d, graph, options, rate = (
+            self.shape,
+            self.shape.decoder,
+            self.graph,
+            self.options,
+            self.product_flops_per_second,
+        )
+        read = options.calibration_tokens
         is_rounded, has_maps = options.precision not in ("fp32", "fp16", "bf16"), options.fit == CHECKPOINT_FIT
-        layer = (6.0 if self.bfloat16 else 4.0) * s.layer_parameters  # one at a time is in memory, if memory is short
-        maps, converted = 4.0 * self.count * d.hidden_size**2, self.weights if s.is_gguf or s.maps_tap else 0.0
-        exported = self.weights
+        converted, exported = self.weights if s.is_gguf or s.maps_tap else 0.0, self.weights
         if options.precision in self.engine.mapped.get(options.decoder_source, ()):
             exported = 12.0 * s.head_parameters if options.precision in self.engine.rounded else 0.0
+        if self.cuts:
+            sums, kept, planned = 2 * read * self._cut_sums, 8.0 * self._cut_sums, self._cut_chosen()
+            held, choosing, maps = self.weights + kept, self.weights, 4.0 * self.count * self._map_elements
+        else:
+            sums, kept, planned = _SUMS * read * self.moments / 16, self.moments, self._planned()
+            layer = 4.0 * s.layer_parameters  # one at a time is in memory, if memory is short
+            held = max(layer + 4.5 * kept / d.num_layers + 12.0 * _BATCH * s.mlp.active, s.is_gguf * self.weights)
+            choosing, maps = 80.0 * d.hidden_size**2, 4.0 * self.count * d.hidden_size**2
         stages = (
-            Needs("calibrate", self._in_torch(read_tokens) + _SUMS * read_tokens * self.moments / 16 / rate,
-                  max(layer + 4.5 * self.moments / d.num_layers + 12.0 * _BATCH * s.mlp.active,
-                      self.weights if s.is_gguf else 0.0), self.moments + converted),
-            Needs("plan", self._in_torch(self._planned()) + _FIT * d.hidden_size * self.moments / 16 / rate,
-                  80.0 * d.hidden_size**2, maps),
-            Needs("distill", self._trained() + self._in_torch(self._tested), self.weights, maps),
+            Needs("calibrate", read * self._hidden / self._torch_rate + sums / rate, held, kept + converted),
+            Needs("plan", planned / self._torch_rate, choosing, maps),
+            Needs("distill", self._trained() + self._tested / self._torch_rate, self.weights, maps),
             Needs("decoder", (self.weights * (2 if is_rounded else 1) + graph) / _WRITTEN,
                   graph + exported, graph + (converted if has_maps else 0.0)),
             Needs("rewrite", graph / _WRITTEN, 0.0, graph),
-            Needs("verify", (2 * final_tokens(options.context) + _PROBED) * self.token / rate,
-                  graph if is_rounded else 0.0, 0.0),
+            Needs("verify", self._verified() / rate, graph if is_rounded else 0.0, 0.0),
             Needs("bench", self._timed(), graph, 0.0),
         )  # fmt: skip
-        if self.cuts:
-            summed = self._in_torch(read_tokens) + 2 * read_tokens * self._cut_sums / rate
-            kept, maps = 8.0 * self._cut_sums, 4.0 * self.count * self._map_elements
-            chosen = self._in_torch(self._planned()) + _CUTS_TRIED * 2 * (2.0 * d.hidden_size) ** 3 / rate
-            stages = (
-                Needs("calibrate", summed, self.weights + kept, kept + converted),
-                Needs("plan", chosen, self.weights, maps),
-                *stages[2:],
-            )  # fmt: skip
         left_out = {"calibrate", "plan"} if has_maps else set()
         left_out |= set() if self.trains else {"distill"}
         left_out |= set() if self.runs_here else {"bench"}

@@ -46,7 +46,7 @@ def _milliseconds(seconds: float | None) -> str:
 def estimate_table(job: Mapping[str, Any]) -> Shown:
     """Model and machine, a row for each stage, and the reason of a refusal."""
     decoder, options, machine = job["decoder"], job["options"], job["machine"]
-    bfloat16 = ", twice as many in bfloat16" if machine["bfloat16"] else ""
+    tiles = ", twice as many in bfloat16" if machine["tiles"] else ""
     head = facts([
         ("model", job["model"]),
         ("decoder", f"{decoder['architecture']}, {decoder['num_layers']} layers, hidden size {decoder['hidden_size']}, "
@@ -54,7 +54,7 @@ def estimate_table(job: Mapping[str, Any]) -> Shown:
         ("job", f"--engine {options['engine']} --precision {options['precision']} --fit {options['fit']}, about "
                 f"{job['replaced']} layers replaced, {options['calibration_tokens']:,} tokens of calibration"),
         ("this machine", f"{number(machine['product_flops_per_second'] / 1e9)} billion operations a second in float32"
-                         f"{bfloat16}; {size(machine['memory_bytes'])} of memory available, "
+                         f"{tiles}; {size(machine['memory_bytes'])} of memory available, "
                          f"{size(machine['disk_bytes'])} of disk left here"),
     ])  # fmt: skip
     rows = [(row["stage"], *_figures(row)) for row in (*job["stages"], {"stage": "whole job", **job})]

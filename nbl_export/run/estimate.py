@@ -54,7 +54,7 @@ def estimate(model: str, asked: Mapping[str, Any]) -> dict[str, Any]:
         "decoder": dataclasses.asdict(shape.decoder),
         "parameters": shape.parameters,
         "options": {name: getattr(options, name) for name in names},
-        "machine": {"product_flops_per_second": job.product_flops_per_second, "bfloat16": job.bfloat16,
+        "machine": {"product_flops_per_second": job.product_flops_per_second, "tiles": job.tiles,
                     "memory_bytes": job.available_bytes, "disk_bytes": free},
         "stages": [dataclasses.asdict(stage) for stage in stages],
         **_totals(stages),
@@ -102,10 +102,8 @@ def _spoken_gain(job: EstimatedJob) -> str:
 
 def _job(shape: Shape, options: JobOptions) -> EstimatedJob:
     engine = capabilities_of(options.engine, options.provider)
-    bfloat16 = options.compute_dtype != "float32" and _has_bfloat16()
-    return EstimatedJob(
-        shape, options, engine, product_flops_per_second(), bfloat16, available_bytes(), not engine.cross
-    )
+    tiles = options.compute_dtype != "float32" and _has_products("amx_tile")
+    return EstimatedJob(shape, options, engine, product_flops_per_second(), tiles, available_bytes(), not engine.cross)
 
 
 def _totals(needs: Sequence[Needs]) -> dict[str, float]:
@@ -157,16 +155,16 @@ def spoken_machine() -> str:
     """Processor, memory and fast number types of this machine in a line."""
     from nbl_export.measure.benchmark import machine
 
-    found, narrow = machine(), "with" if _has_bfloat16() else "without"
+    found, narrow = machine(), "with" if _has_products("avx512_bf16", "amx_tile") else "without"
     cores, memory = found["cores"], size(found["memory_bytes"])
     return f"processor: {found['cpu']}, cores: {cores}, {narrow} bfloat16 products; memory: {memory}"
 
 
 @functools.cache
-def _has_bfloat16() -> bool:
-    """Whether the processor has bfloat16 products, as `model.bfloat16.fast` says, without torch."""
+def _has_products(*names: str) -> bool:
+    """Whether the processor has one of these instructions for bfloat16 products, as `model.bfloat16.fast` says."""
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:  # not Linux
         return False
-    return any(name in flags for name in ("avx512_bf16", "amx_tile"))
+    return any(name in flags for name in names)
