@@ -104,11 +104,11 @@ class Everyone:
 
 def answering(tokenizer: Any, max_length: int) -> Any:
     """A model of the harness that answers from given scores; without scores it records the requests."""
-    from nbl_export.evaluation.lm import OnnxLM
+    from nbl_export.evaluation.lm import DecoderLM
 
-    class Answers(OnnxLM):  # uses OnnxLM's tokenisation without a graph
+    class Answers(DecoderLM):  # uses its tokenisation without a decoder
         def __init__(self) -> None:
-            super(OnnxLM, self).__init__()
+            super(DecoderLM, self).__init__()
             self.tokenizer, self.max_length = tokenizer, max_length
             self.progress = lambda _done, _total: None
             self.asked: list[Any] = []

@@ -63,7 +63,7 @@ def run_length(
 
     Args:
         text: None for copying.
-        lm: has a tokenizer, and `token_scores` of a request.
+        lm: has a tokenizer and a scorer.
         window: tokens of a window of the text, and of the longest item.
         limit: most windows, or keys or sequences of each length, of these at most 16.
         behind_prompt: of a window, the first half is a prompt, and only the last position range is scored.
@@ -80,7 +80,7 @@ def run_length(
     found: dict[str, list[float]] = {}
     said: list[tuple[float, ...]] = []
     for item in items:
-        scores, cuts = lm.token_scores(item.request), np.cumsum(item.counts)[:-1]
+        scores, cuts = lm.scorer.token_scores(item.request), np.cumsum(item.counts)[:-1]
         parts = list(zip(np.split(scores.loglikelihoods, cuts), np.split(scores.greedy, cuts), strict=True))
         said.append(tuple(float(loss.sum()) for loss, _ in parts))
         for end, (loss, greedy) in zip(item.ends, parts, strict=True):

@@ -1,6 +1,4 @@
-"""An exported decoder graph as a model of lm-evaluation-harness: `--model nbl-onnx --model_args path=DIR/model`.
-
-`torch_lm` is the harness' own class over a loaded torch model.
+"""A decoder as a model of lm-evaluation-harness; an exported graph is `--model nbl-onnx --model_args path=DIR/model`.
 
 Tokenisation is that of the harness' own class for transformers (`lm_eval.models.huggingface.HFLM`), so scores are
 comparable. The tokenizer adds special tokens, unless the text already begins with one.
@@ -8,7 +6,6 @@ comparable. The tokenizer adds special tokens, unless the text already begins wi
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,51 +16,28 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
 from nbl_export.errors import NblError
-from nbl_export.evaluation.reader import near_of, open_graph, torch_reader
-from nbl_export.evaluation.scorer import GraphScorer, Request, TokenScores
-from nbl_export.model.checkpoint.load import load_tokenizer
+from nbl_export.evaluation.reader import TextReader, graph_reader
+from nbl_export.evaluation.scorer import Request
 
-__all__ = ["OnnxLM", "torch_lm"]
+__all__ = ["DecoderLM", "OnnxLM"]
 
 _NEW_TOKENS = 256
 _ROWS = 16
-_TORCH_ROWS = 4  # small, because the harness computes log-probabilities of every position of a batch
 
 
-@register_model("nbl-onnx")
-class OnnxLM(TemplateLM):
-    """Scores and greedy text of one graph on the CPU.
+class DecoderLM(TemplateLM):
+    """Scores and greedy text of a decoder.
 
-    Args:
-        path: a model directory, such as `model` or `original` of a run.
-        batch_size: most sequences of a batch; "auto" is 16. A batch is also bounded by the size of its logits.
-        max_length: most tokens read at once; None means the model's positions.
-        threads: of ONNX Runtime; None lets ONNX Runtime choose.
+    Attributes:
         progress: called with (done, total) requests; None draws the harness' own progress bars.
-
-    Raises:
-        NblError: there is no such graph, or the graph gives logits of the last position only.
     """
 
-    def __init__(
-        self,
-        path: str,
-        batch_size: int | str | None = "auto",
-        max_length: int | None = None,
-        threads: int | None = None,
-        progress: Callable[[int, int], None] | None = None,
-        **_of_other_models: Any,  # the harness passes device and max_batch_size to every model
-    ) -> None:
+    def __init__(self, reader: TextReader, name: str = "") -> None:
         super().__init__()
-        decoder, positions = open_graph(Path(path), int(threads) if threads else None)
-        self.tokenizer = load_tokenizer(Path(path))
-        self.max_length = min(int(max_length or positions), positions)
-        rows = _ROWS if str(batch_size).startswith("auto") or batch_size is None else int(batch_size)
-        self.scorer = GraphScorer(decoder, self.max_length, rows, near_of(Path(path)))
-        self.batch_size = rows
-        self.max_gen_toks = _NEW_TOKENS
-        self._path = Path(path).absolute()
-        self.progress = progress
+        self.tokenizer, self.scorer, self.max_length = reader.tokenizer, reader.scorer, reader.scorer.max_length
+        self.batch_size, self.max_gen_toks = reader.scorer.rows, _NEW_TOKENS
+        self._name = name
+        self.progress: Callable[[int, int], None] | None = None
 
     # -- tokens ----------------------------------------------------------------------------------------
 
@@ -92,7 +66,7 @@ class OnnxLM(TemplateLM):
     @property
     def tokenizer_name(self) -> str:
         """The key of the harness' cache of chat prompts."""
-        return str(self._path).replace("/", "__")
+        return self._name
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as one text, by the model's own template."""
@@ -122,10 +96,6 @@ class OnnxLM(TemplateLM):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, answer)
         return found
-
-    def token_scores(self, request: Request) -> TokenScores:
-        """Scores of the tokens of one continuation, which may be long."""
-        return self.scorer.token_scores(request)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, in windows of the full length; each token is predicted once."""
@@ -178,41 +148,28 @@ class OnnxLM(TemplateLM):
         return ended
 
 
-def torch_lm(model: Any, tokenizer: Any, max_length: int) -> Any:
-    """`lm_eval.models.huggingface.HFLM` over `model`, on the model's device.
+@register_model("nbl-onnx")
+class OnnxLM(DecoderLM):
+    """One graph on the CPU.
 
-    The class draws no progress bars; it calls its `progress` with (done, total) requests. Its `token_scores` is that of
-    `OnnxLM`.
+    Args:
+        path: a model directory, such as `model` or `original` of a run.
+        batch_size: most sequences of a batch; "auto" is 16. A batch is also bounded by the size of its logits.
+        max_length: most tokens read at once; None means the model's positions.
+        threads: of ONNX Runtime; None lets ONNX Runtime choose.
+
+    Raises:
+        NblError: there is no such graph, or the graph gives logits of the last position only.
     """
-    from lm_eval.models.huggingface import HFLM
 
-    class QuietHFLM(HFLM):
-        progress: Any = None
-        _asked = _read = 0
-
-        loglikelihood = functools.partialmethod(HFLM.loglikelihood, disable_tqdm=True)
-        loglikelihood_rolling = functools.partialmethod(HFLM.loglikelihood_rolling, disable_tqdm=True)
-        generate_until = functools.partialmethod(HFLM.generate_until, disable_tqdm=True)
-
-        def token_scores(self, request: Request) -> TokenScores:
-            return torch_reader(model, tokenizer).token_scores(request)
-
-        def _loglikelihood_tokens(self, requests: Any, **settings: Any) -> Any:
-            self._asked, self._read = len(requests), 0
-            return super()._loglikelihood_tokens(requests, **{**settings, "disable_tqdm": True})
-
-        def _model_call(self, inps: Any, **kwargs: Any) -> Any:
-            logits = super()._model_call(inps, **kwargs)
-            self._read += len(inps)
-            if self.progress is not None and self._read <= self._asked:
-                self.progress(self._read, self._asked)
-            return logits
-
-    return QuietHFLM(
-        pretrained=model,
-        tokenizer=tokenizer,
-        backend="causal",
-        batch_size=_TORCH_ROWS,
-        max_length=max_length,
-        device=str(model.device),
-    )
+    def __init__(
+        self,
+        path: str,
+        batch_size: int | str | None = "auto",
+        max_length: int | None = None,
+        threads: int | None = None,
+        **_of_other_models: Any,  # the harness passes device and max_batch_size to every model
+    ) -> None:
+        rows = _ROWS if str(batch_size).startswith("auto") or batch_size is None else int(batch_size)
+        asked = (int(threads) if threads else None, int(max_length) if max_length else None)
+        super().__init__(graph_reader(Path(path), *asked, rows), str(Path(path).absolute()).replace("/", "__"))

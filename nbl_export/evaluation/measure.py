@@ -118,7 +118,7 @@ def run_windows(
     started = time.monotonic()
     items: list[tuple[float, int]] = []
     for ids in windows:
-        scores = lm.token_scores(Request(tuple(ids[:prompt]), tuple(ids[prompt:])))
+        scores = lm.scorer.token_scores(Request(tuple(ids[:prompt]), tuple(ids[prompt:])))
         items.append((float(scores.loglikelihoods.sum()), len(ids) - prompt))
         progress(len(items), len(windows))
     metrics = {"token_perplexity": Metric.of("weighted_perplexity", items, higher_is_better=False)}

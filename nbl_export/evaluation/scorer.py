@@ -82,7 +82,7 @@ class GraphScorer:
     ) -> None:  # fmt: skip
         self._decoder = decoder
         self.max_length = max_length
-        self.near, self._rows = near, rows if near is None else 1
+        self.near, self.rows = near, rows if near is None else 1
         decoder.begin(1)
         logits_BTV = decoder.step(np.zeros((1, 2), np.int64))
         if logits_BTV.shape[1] != 2:
@@ -164,7 +164,7 @@ class GraphScorer:
         batch: list[Request] = []
         for request in sorted(requests, key=lambda r: (-len(r.inputs), r.inputs)):
             longest = len(batch[0].inputs) if batch else 0
-            if batch and (len(batch) == self._rows or longest * (len(batch) + 1) > self._tokens):
+            if batch and (len(batch) == self.rows or longest * (len(batch) + 1) > self._tokens):
                 yield batch
                 batch = []
             batch.append(request)
@@ -199,8 +199,8 @@ class GraphScorer:
         limits = max(1, self.max_length - new_tokens)
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         found: dict[int, list[int]] = {}
-        for begin in range(0, len(order), self._rows):
-            indices = order[begin : begin + self._rows]
+        for begin in range(0, len(order), self.rows):
+            indices = order[begin : begin + self.rows]
             texts = self._continue([list(prompts[i])[-limits:] for i in indices], new_tokens, ended)
             found.update(zip(indices, texts, strict=True))
         return [found[i] for i in range(len(prompts))]

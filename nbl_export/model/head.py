@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import DynamicCache
 
 from nbl_export.model import bfloat16
 from nbl_export.model.linearize import architecture_of
 
-__all__ = ["Head", "divergence", "log_probabilities", "logits_of", "token_scores"]
-
-_LOGIT_ROWS = 256  # positions whose logits are held at once
+__all__ = ["Head", "TorchDecoder", "divergence", "log_probabilities", "logits_of"]
 
 
 def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -31,18 +30,31 @@ def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     return logits.float()
 
 
-@torch.inference_mode()
-def token_scores(model: Any, ids: Sequence[int], count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of each of the last `count` tokens: log-likelihood in nats, and whether it is the most likely token; [count]."""
-    ids_T = torch.tensor(ids, device=model.device)
-    hidden_TD = model.get_decoder()(input_ids=ids_T[None, :-1], use_cache=False).last_hidden_state[0]
-    found = []
-    for rows in torch.arange(len(ids) - 1 - count, len(ids) - 1).split(_LOGIT_ROWS):
-        logits_NV, target_N = logits_of(model, hidden_TD[rows]), ids_T[rows + 1]
-        loss_N = torch.nn.functional.cross_entropy(logits_NV, target_N, reduction="none")
-        found.append(torch.stack((-loss_N.double(), (logits_NV.argmax(1) == target_N).double())))
-    likely, greedy = torch.cat(found, 1).cpu().numpy()
-    return likely, greedy > 0
+class TorchDecoder:
+    """A torch model that runs one sequence step by step, with the methods of `graph.decoder.OnnxDecoder`."""
+
+    def __init__(self, model: Any) -> None:
+        self._model, self._cache = model, DynamicCache()
+
+    def begin(self, batch: int) -> None:
+        """Start a sequence with an empty cache."""
+        assert batch == 1
+        self._cache = DynamicCache()
+
+    @torch.inference_mode()
+    def step(self, ids_1T: np.ndarray) -> np.ndarray:
+        """Append tokens; returns float32 logits [1, T, V]."""
+        ids = torch.from_numpy(ids_1T).to(self._model.device)
+        found = self._model.get_decoder()(input_ids=ids, past_key_values=self._cache, use_cache=True)
+        return np.asarray(logits_of(self._model, found.last_hidden_state).cpu().numpy())
+
+    def mark(self) -> Any:
+        """The length of the sequence, for `rewind`."""
+        return self._cache.get_seq_length()
+
+    def rewind(self, mark: Any) -> None:
+        """Go back to the length `mark`."""
+        self._cache.crop(mark)
 
 
 @torch.inference_mode()

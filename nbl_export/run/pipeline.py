@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ STAGES: tuple[Stage[Any], ...] = (
     Stage("bench", "bench", ("rewrite", "build"), bench.declare, bench.run, by_engine=True),
     Stage("report", "report", ("plan", "verify", "eval", "build", "bench"), bench.declare_report, bench.run_report),
 )
+_GRAPHS = ("decoder", "rewrite", "verify")
 
 
 def readers(name: str) -> tuple[str, ...]:
@@ -119,11 +120,13 @@ def run_stages(
     Args:
         force: go on although verification failed.
         needs: a stage that must not be skipped.
-        asked: the request of the stage `eval`, which is skipped without one.
+        asked: the request of the stage `eval`, which is skipped without one. If torch alone computes it, graphs are
+            not made for it.
     """
+    spared = _GRAPHS if asked and all(v.startswith("torch-") for v in asked.request.variants) else ()
     with RunDirectory.open_run(output, create=False) as run:
         job = Job(settle_run(run, changes or {}, ui.say), run, ui, asked)
-        _advance(job, until, ignore_failure=force, needs=needs)
+        _advance(job, until, ignore_failure=force, needs=needs, spared=spared)
         return run
 
 
@@ -197,8 +200,11 @@ def _place(until: str) -> int:
     return [stage.name for stage in STAGES].index(until) + 1
 
 
-def _advance(job: Job, until: str, *, ignore_failure: bool = False, needs: str = "") -> None:
-    run, ui = job.run, job.ui
+def _advance(
+    job: Job, until: str, *, ignore_failure: bool = False, needs: str = "", spared: Collection[str] = ()
+) -> None:
+    """Run stages in order up to one; unfinished ones among `spared` do not run, nor do their readers but for eval."""
+    run, ui, left = job.run, job.ui, set[str]()
     for stage in STAGES[: _place(until)]:
         declared, place = stage.declared(job), Place(run, ui, readers(stage.name))
         if isinstance(declared, LeftOut):
@@ -209,6 +215,9 @@ def _advance(job: Job, until: str, *, ignore_failure: bool = False, needs: str =
             continue
         inputs, key = declared
         is_done = run.is_done(stage.name, key)
+        if (stage.name in spared and not is_done) or (left & set(stage.reads) and stage.name != "eval"):
+            left.add(stage.name)
+            continue
         if is_done and (stage.name != "verify" or ignore_failure or place.passed):  # a failed verification runs again
             ui.say(f"{stage.title}: reused")
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,16 +122,11 @@ class Target:
         """
         raise NotImplementedError
 
-    def linearize(
-        self, original: Path, out: Path, maps: Mapping[int, Mixer], tap: str = "residual",
-        open_model: Callable[[], Any] | None = None,
-    ) -> None:  # fmt: skip
+    def linearize(self, original: Path, out: Path, maps: Mapping[int, Mixer], tap: str = "residual") -> None:
         """Write the NBL version of `original` to `out`, which must not exist.
 
         Args:
             maps: layer -> its mixer. tap: what mixers act on (`records.plan.TAPS`).
-            open_model: gives the torch model that `original` was made from, which may be changed; for targets that
-                export again instead of rewriting a graph. None if there is no torch model.
 
         Raises:
             RefusalError: the graph is not understood.

@@ -148,6 +148,21 @@ def test_another_model_invalidates(run: Path, data: Path) -> None:
     assert {e["variant"] for e in value["results"]} == {"original", "torch-original", "nbl"}
 
 
+def test_torch_variants_need_no_graphs(run: Path, data: Path) -> None:
+    manifest = json.loads((run / "nbl.json").read_text())
+    gone = ("decoder", "rewrite", "verify", "eval", "bench", "report")
+    manifest["stages"] = {name: stage for name, stage in manifest["stages"].items() if name not in gone}
+    (run / "nbl.json").write_text(json.dumps({**manifest, "status": "incomplete"}))
+    for name in ("original", "model"):
+        shutil.rmtree(run / name)
+    for name in ("eval.json", "verify.json", "bench.json"):
+        (run / name).unlink()
+    done = nbl("eval", run, "--tasks", "piqa", *keys(data=str(data), variants="torch-original,torch-nbl"))
+    assert done.status == 0, done.err
+    assert measured(done.err) == ["torch-original", "torch-nbl"] and not (run / "original").exists()
+    assert len(read(run)["results"]) == 2
+
+
 def measured(err: str) -> list[str]:
     """Variants of which a figure was told; a slow machine tells progress too."""
     return [line.split(":")[0].strip() for line in err.splitlines() if line.startswith("  ") and " items, " in line]

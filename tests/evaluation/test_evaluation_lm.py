@@ -1,4 +1,4 @@
-"""The harness' view of a graph: the same answers as the harness' own class gives for the torch model."""
+"""The harness' view of a decoder: the same answers as the harness' own class gives for the torch model."""
 
 from __future__ import annotations
 
@@ -30,49 +30,54 @@ PAIRS = (
 TEXTS = ("A short text.", "The with statement is used to wrap the execution of a block. " * 30)
 
 
-@pytest.fixture(scope="module")
-def graph(genai_dirs: dict[str, Path]) -> Any:
-    from nbl_export.evaluation.lm import OnnxLM
+@pytest.fixture(scope="module", params=["graph", "torch"])
+def ours(request: Any, genai_dirs: dict[str, Path], torch_model: Any) -> Any:
+    from nbl_export.evaluation.lm import DecoderLM, OnnxLM
+    from nbl_export.evaluation.reader import torch_reader
 
+    if request.param == "torch":
+        return DecoderLM(torch_reader(torch_model.model, torch_model.tokenizer, 128))
     return OnnxLM(path=str(genai_dirs["nbl"]), max_length=128)
 
 
 @pytest.fixture(scope="module")
 def torch_model(checkpoint: Callable[[str], Path], random_maps: Callable[..., dict[int, Linear]]) -> Any:
-    from nbl_export.evaluation.lm import torch_lm
+    from lm_eval.models.huggingface import HFLM
+
     from nbl_export.model.checkpoint.load import load_model, load_tokenizer
     from nbl_export.model.linearize import linearize
 
     directory = checkpoint("llama")
-    return torch_lm(linearize(load_model(directory), random_maps(1)), load_tokenizer(directory), 128)
+    model, tokenizer = linearize(load_model(directory), random_maps(1)), load_tokenizer(directory)
+    return HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=4, max_length=128, device="cpu")
 
 
-def test_loglikelihoods(graph: Any, torch_model: Any) -> None:
+def test_loglikelihoods(ours: Any, torch_model: Any) -> None:
     requests = [request(*pair) for pair in PAIRS]
-    ours, theirs = graph.loglikelihood(requests), torch_model.loglikelihood(requests)
-    for (_, continuation), (a, greedy), (b, expected) in zip(PAIRS, ours, theirs, strict=True):
-        assert abs(a - b) <= LIMIT * len(graph.tok_encode(continuation)), continuation
+    found, theirs = ours.loglikelihood(requests), torch_model.loglikelihood(requests)
+    for (_, continuation), (a, greedy), (b, expected) in zip(PAIRS, found, theirs, strict=True):
+        assert abs(a - b) <= LIMIT * len(ours.tok_encode(continuation)), continuation
         assert greedy == expected
 
 
-def test_rolling_loglikelihoods_also_of_texts_longer_than_the_model_reads(graph: Any, torch_model: Any) -> None:
+def test_rolling_loglikelihoods_also_of_texts_longer_than_the_model_reads(ours: Any, torch_model: Any) -> None:
     requests = [request(text) for text in TEXTS]
-    tokens = [len(graph.tok_encode(text)) for text in TEXTS]
+    tokens = [len(ours.tok_encode(text)) for text in TEXTS]
     assert tokens[1] > 3 * 128
-    ours, theirs = graph.loglikelihood_rolling(requests), torch_model.loglikelihood_rolling(requests)
-    assert all(abs(a - b) <= LIMIT * n for a, b, n in zip(ours, theirs, tokens, strict=True)), (ours, theirs)
+    found, theirs = ours.loglikelihood_rolling(requests), torch_model.loglikelihood_rolling(requests)
+    assert all(abs(a - b) <= LIMIT * n for a, b, n in zip(found, theirs, tokens, strict=True)), (found, theirs)
 
 
-def test_generated_text(graph: Any, torch_model: Any) -> None:
+def test_generated_text(ours: Any, torch_model: Any) -> None:
     whole = {"until": [], "max_gen_toks": 12, "do_sample": False}
     requests = [request(text, whole) for text in ("The import statement", "An expression", "If the name is bound")]
-    ours = graph.generate_until(requests)
-    assert ours == torch_model.generate_until(requests)
-    stop = ours[0][3:5]
-    cut = graph.generate_until([request("The import statement", {**whole, "until": [stop]})])
-    assert cut == [ours[0].partition(stop)[0]]
+    found = ours.generate_until(requests)
+    assert found == torch_model.generate_until(requests)
+    stop = found[0][3:5]
+    cut = ours.generate_until([request("The import statement", {**whole, "until": [stop]})])
+    assert cut == [found[0].partition(stop)[0]]
     with pytest.raises(NblError, match="decodes greedily"):
-        graph.generate_until([request("A", {"do_sample": True, "temperature": 1.0, "until": []})])
+        ours.generate_until([request("A", {"do_sample": True, "temperature": 1.0, "until": []})])
 
 
 def test_other_directories_are_refused(finished: Path, tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ class Spy:
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
+        self.scorer = self
 
     def token_scores(self, request: Request) -> TokenScores:
         self.requests.append(request)

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from nbl_export.errors import NblError
+from nbl_export.evaluation.reader import graph_reader
 from nbl_export.evaluation.scorer import GraphScorer, Request
 from nbl_export.mixers.linear import Linear
 from nbl_export.verify.ladder import TOLERANCES
 
 from ..tiny import VOCAB
 
-lm = pytest.importorskip("nbl_export.evaluation.lm", reason="lm-evaluation-harness is not installed")
 LIMIT = 2 * TOLERANCES["fp32"].limit  # a log softmax moves by at most twice what its logits move by
 
 
@@ -38,7 +38,7 @@ REQUESTS = (
 
 @pytest.fixture(scope="module")
 def scorers(genai_dirs: dict[str, Path]) -> dict[str, GraphScorer]:
-    return {name: GraphScorer(lm.open_graph(path, 1)[0], 512) for name, path in genai_dirs.items()}
+    return {name: graph_reader(path, 1, 512).scorer for name, path in genai_dirs.items()}
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_the_variants_differ_by_far_more_than_the_limit(scorers: dict[str, Graph
 def test_a_request_that_is_too_long_loses_its_beginning(
     genai_dirs: dict[str, Path], scorers: dict[str, GraphScorer]
 ) -> None:
-    short = GraphScorer(lm.open_graph(genai_dirs["nbl"], 1)[0], 16)
+    short = graph_reader(genai_dirs["nbl"], 1, 16).scorer
     (cut,) = short.score([Request(CONTEXT, ids(3, 5))])
     (same,) = scorers["nbl"].score([Request(CONTEXT[-12:], ids(3, 5))])
     assert cut[0] == pytest.approx(same[0], abs=1e-4)

@@ -15,11 +15,12 @@ from nbl_export.calibrate import collect
 from nbl_export.calibrate.sums import Accumulator, sums_bytes
 from nbl_export.distill.training import DistillSettings, TrainingText, distill
 from nbl_export.errors import NblError
+from nbl_export.evaluation.scorer import GraphScorer, Request
 from nbl_export.mixers.base import Mixer
 from nbl_export.model import device
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.checkpoint.pretrained import config_of
-from nbl_export.model.head import token_scores
+from nbl_export.model.head import TorchDecoder
 from nbl_export.model.linearize import replaced
 from nbl_export.model.one_layer import WeightReader, float32_bytes, layer_bytes, one_layer
 from nbl_export.model.switched import SwitchedModel
@@ -97,7 +98,8 @@ def referred(model: Any, _directory: Path, _scratch: Path) -> Any:
 
 def scored(model: Any, _directory: Path, _scratch: Path) -> Any:
     with replaced(model, MAPS, "residual"):
-        return token_scores(model, ROW, 20)
+        found = GraphScorer(TorchDecoder(model), 512, rows=1).token_scores(Request(tuple(ROW[:-20]), tuple(ROW[-20:])))
+    return found.loglikelihoods, found.greedy
 
 
 WORK = (collected, streamed, losses, ordered, distilled, referred, scored)

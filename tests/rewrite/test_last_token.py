@@ -13,7 +13,7 @@ import onnx_ir as ir
 import pytest
 
 from nbl_export.errors import NblError, RefusalError
-from nbl_export.evaluation.scorer import GraphScorer
+from nbl_export.evaluation.reader import graph_reader
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.names import ALL_LOGITS_FILE, GRAPH_FILE, all_logits_file
 from nbl_export.mixers.linear import Linear
@@ -214,12 +214,11 @@ def test_runtimes_do_not_look_at_the_second_graph(exported: Exported, random_map
 
 
 def test_scores_take_the_graph_with_all_logits(exported: Exported, random_maps: Maps, tmp_path: Path) -> None:
-    lm = pytest.importorskip("nbl_export.evaluation.lm", reason="lm-evaluation-harness is not installed")
     directory = ship(exported("llama"), tmp_path, random_maps(2))["nbl"]
-    GraphScorer(lm.open_graph(directory)[0], 64)
+    graph_reader(directory)
     (directory / ALL_LOGITS_FILE).unlink()
     with pytest.raises(NblError, match=r"keep all_logits\.onnx beside the graph, export with the key logits = 'all'"):
-        GraphScorer(lm.open_graph(directory)[0], 64)
+        graph_reader(directory)
 
 
 def test_a_tail_that_cannot_be_pruned_changes_nothing(exported: Exported, tmp_path: Path) -> None:

@@ -91,10 +91,8 @@ def _said(outcome: Any) -> str:
 def _model_key(inputs: EvalInputs, place: Place, variant: str) -> str:
     """Fingerprint of a variant: of the graph's files, or of the checkpoint and the maps."""
     stages, fingerprint = place.run.stages, inputs.fingerprint
-    if variant == "original":
-        return key_of(stages["decoder"]["files"])
-    if variant == "nbl":
-        return key_of(stages["rewrite"]["files"])
+    if not variant.startswith("torch-"):
+        return key_of(stages.get(MADE_BY[DECODERS[variant]], {}).get("files"))
     if variant == "torch-original":
         return key_of(fingerprint)
     maps = [files.get(MAPS_FILE) for s in ("plan", "distill") if (files := stages.get(s, {}).get("files", {}))]
@@ -103,25 +101,32 @@ def _model_key(inputs: EvalInputs, place: Place, variant: str) -> str:
 
 def _open(inputs: EvalInputs, place: Place, variant: str, *, tasks: bool) -> Any:
     """A variant as a model of the harness if it has tasks, else as a reader of texts."""
-    from nbl_export.evaluation.reader import graph_reader, torch_reader
     from nbl_export.evaluation.tasks import quiet_harness
 
     with quiet_harness():
-        if tasks:
-            from nbl_export.evaluation.lm import OnnxLM, torch_lm
-        if not variant.startswith("torch-"):
-            name = DECODERS[variant]
-            place.run.check(MADE_BY[name])
-            return OnnxLM(path=str(place.run.path / name)) if tasks else graph_reader(place.run.path / name)
-        from nbl_export.model.checkpoint.load import load_tokenizer
-        from nbl_export.model.linearize import linearize
+        reader = _reader(inputs, place, variant)
+        if not tasks:
+            return reader
+        from nbl_export.evaluation.lm import DecoderLM
 
-        model = inputs.model.value
-        if variant == "torch-nbl":
-            inputs.model.forget()  # `linearize` changes the model in place
-            model = linearize(model, place.maps(), place.plan.tap)
-        tokenizer = load_tokenizer(inputs.checkpoint.value)
-        return torch_lm(model, tokenizer, inputs.spec.max_positions) if tasks else torch_reader(model, tokenizer)
+        return DecoderLM(reader)
+
+
+def _reader(inputs: EvalInputs, place: Place, variant: str) -> Any:
+    from nbl_export.evaluation.reader import graph_reader, torch_reader
+
+    if not variant.startswith("torch-"):
+        name = DECODERS[variant]
+        place.run.check(MADE_BY[name])
+        return graph_reader(place.run.path / name)
+    from nbl_export.model.checkpoint.load import load_tokenizer
+    from nbl_export.model.linearize import linearize
+
+    model = inputs.model.value
+    if variant == "torch-nbl":
+        inputs.model.forget()  # `linearize` changes the model in place
+        model = linearize(model, place.maps(), place.plan.tap)
+    return torch_reader(model, load_tokenizer(inputs.checkpoint.value), inputs.spec.max_positions)
 
 
 def _measure(subject: Subject, lm: Any, progress: Callable[[int, int], None], *, behind_prompt: bool) -> Any:

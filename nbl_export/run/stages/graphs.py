@@ -104,13 +104,12 @@ class RewriteInputs:
     engine: replaces the layers.
     """
 
-    model: Lazy[Any]
     engine: Lazy[Target]
 
 
 def declare_rewrite(job: Job) -> RewriteInputs:
     """The inputs of the stage."""
-    return RewriteInputs(job.torch.model, Lazy(job.engine.capabilities.dense_caches, lambda: job.engine))
+    return RewriteInputs(Lazy(job.engine.capabilities.dense_caches, lambda: job.engine))
 
 
 def run_rewrite(inputs: RewriteInputs, place: Place, out: Path) -> dict[str, Any]:
@@ -118,9 +117,7 @@ def run_rewrite(inputs: RewriteInputs, place: Place, out: Path) -> dict[str, Any
     plan, target = place.plan, out / DECODERS["nbl"]
     original = place.run.path / DECODERS["original"]
     engine = inputs.engine.value
-    opened = lambda: inputs.model.value.cpu()  # noqa: E731  exporters trace on the CPU
-    engine.linearize(original, target, place.maps(), plan.tap, opened)
-    inputs.model.forget()  # a target may have changed it
+    engine.linearize(original, target, place.maps(), plan.tap)
     facts = {k: place.run.manifest[k] for k in _DEPLOYED_FACTS}
     facts["cut"] = place.run.manifest.get("cut")
     if engine.capabilities.dense_caches:

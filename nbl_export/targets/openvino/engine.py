@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -87,10 +87,7 @@ class OpenVinoEngine(Target):
         check_bounds(checkpoint)
         build(checkpoint, out, settings.precision, settings.precision in _ROUNDED)
 
-    def linearize(
-        self, original: Path, out: Path, maps: Mapping[int, Any], tap: str = "residual",
-        open_model: Callable[[], Any] | None = None,
-    ) -> None:  # fmt: skip
+    def linearize(self, original: Path, out: Path, maps: Mapping[int, Any], tap: str = "residual") -> None:
         """Rewrite the IR."""
         from nbl_export.targets.openvino.rewrite import rewrite_ir
 

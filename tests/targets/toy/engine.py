@@ -8,9 +8,8 @@ Its engine keeps token ids and no caches: each step runs the whole text again.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -67,13 +66,9 @@ class ToyEngine(Target):
         add_text_files(checkpoint, out)
         _mark(out, ())
 
-    def linearize(
-        self, original: Path, out: Path, maps: Mapping[int, Mixer], tap: str = "residual",
-        open_model: Callable[[], Any] | None = None,
-    ) -> None:  # fmt: skip
+    def linearize(self, original: Path, out: Path, maps: Mapping[int, Mixer], tap: str = "residual") -> None:
         """Export again: the torch model with its maps. `original` gives the tokenizer."""
-        assert open_model is not None
-        save_linearized(open_model(), original, maps, tap, out)
+        save_linearized(load_model(original), original, maps, tap, out)
         add_text_files(original, out)
         _mark(out, tuple(sorted(maps)))
 
