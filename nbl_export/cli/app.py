@@ -22,7 +22,7 @@ from nbl_export.cli import options as opt
 from nbl_export.cli.commands import COMMANDS, EVAL_KEYS, FOR_DEVELOPERS
 from nbl_export.cli.options import GENERAL, ui
 from nbl_export.errors import NblError, UsageError
-from nbl_export.options.options import LEFT, OPTIONS
+from nbl_export.options.options import OPTIONS
 from nbl_export.options.settle import over
 from nbl_export.trust.terminal import Formatter, visible
 from nbl_export.version import __version__
@@ -61,8 +61,6 @@ class Group(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         word = args[0]
-        if word in LEFT:
-            raise UsageError(f"{word} is gone: {LEFT[word]}")
         if self.get_command(ctx, word) is None and ("/" in word or Path(word).exists()):  # a model was meant
             raise UsageError(f"{word} is no command; give the model with --model {word}")
         return super().resolve_command(ctx, args)
@@ -211,8 +209,6 @@ def explain(error: Exception) -> NoReturn:
     usage = getattr(error, "format_message", None)
     flag = str(getattr(error, "option_name", ""))
     name = flag.lstrip("-").replace("-", "_")
-    if left := LEFT.get(name):
-        fail(f"{flag} is gone: {left}", 2)
     if name in KEYS and "o such option" in str(usage and usage()):
         fail(f"{flag} is a key of a file: write {name} = ... to FILE.toml, and give --config FILE.toml", 2)
     if isinstance(error, NblError):

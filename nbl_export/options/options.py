@@ -20,7 +20,7 @@ from nbl_export.records.destinations import DESTINATIONS, PREDICTED_KEYS, Destin
 from nbl_export.records.from_json import read_record, require
 from nbl_export.records.plan import MAPS, TAPS
 
-__all__ = ["AUTO_CUT", "BUILDER_OPTIONS", "CHECKPOINT_FIT", "DEFAULT_SLOTS", "GPU_DECODE", "LEFT", "LIKE_LLAMA",
+__all__ = ["AUTO_CUT", "BUILDER_OPTIONS", "CHECKPOINT_FIT", "DEFAULT_SLOTS", "GPU_DECODE", "LIKE_LLAMA",
            "NO_CUT", "NO_ORIGINAL", "OPTIONS", "PANELS", "PREDICTED", "JobOptions", "flag_of"]  # fmt: skip
 
 # Source of the maps: closed form for each layer; joint training from there; zero, which drops attention; or an NBL
@@ -49,30 +49,6 @@ BUILDER_OPTIONS: dict[str, tuple[str, ...]] = {
     "block_size": ("16", "32", "64", "128", "256"),
     "fuse_mlp_gate_up": ("true", "false"),  # one product for both
     "shared_embeddings": ("true", "false"),  # embedding and lm_head as one quantised matrix, where the model ties them
-}
-
-# Options and commands that left -> what to use. The message is "--option is gone: " and the sentence.
-_NGRAM = "nbl-export convert DIR --to ngram writes the original with n-gram decoding (docs/drafts.md)"
-_WINDOWS = "predicted keys replace windows: leave it out, or --cut N sets the first layer of them"
-_GGUF = "llama.cpp's convert_hf_to_gguf.py makes a GGUF file of convert --to nemotron-nas (docs/serving.md)"
-LEFT: dict[str, str] = {
-    "base": _GGUF,
-    "format": "bench writes Markdown to --output FILE.md, and JSON with --json",
-    "gguf": _GGUF,
-    "draft": _NGRAM,
-    "draft_layers": _NGRAM,
-    "lossless": _NGRAM,
-    "max_layers": "leave it out; the report of each job has a curve of other numbers of layers",
-    "profile": "ONNX Runtime has a profiler of its own (docs/engines/onnxruntime.md, Time by operator)",
-    "quantize": "leave it out; int4 is rounded by k_quant_mixed (docs/quantisation.md)",
-    "rank": "leave it out; maps have full rank",
-    "recipe": "nbl-export rewrite-graph GRAPH --maps DIR puts the maps of another run into a graph of the same model",
-    "requantize": "leave it out; int8 and int4 round the weights of a GGUF file like any others",
-    "sweep": "leave it out; the report of each job has a curve of other numbers of layers",
-    "token_table": "leave it out; linearized leading layers are computed like all others",
-    "type": _GGUF,
-    "window": _WINDOWS,
-    "window_layers": _WINDOWS,
 }
 
 PANELS = ("What is replaced", "Distillation", "Calibration", "Torch", "Engine", "Benchmark")

@@ -21,7 +21,7 @@ from nbl_export.errors import UsageError
 from nbl_export.options.goals import GOALS, asked_layers, check_request, check_size
 from nbl_export.options.model_facts import ModelFacts
 from nbl_export.options.option import Option
-from nbl_export.options.options import AUTO_CUT, LEFT, NO_CUT, OPTIONS, JobOptions, flag_of
+from nbl_export.options.options import AUTO_CUT, NO_CUT, OPTIONS, JobOptions, flag_of
 from nbl_export.options.rules import FIRST, OF_DECODER, REFUSED, Case, Refusal
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.destinations import destination_named
@@ -150,8 +150,6 @@ def read_asked(values: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in values.items():
         flag = key.replace("-", "_")
-        if flag in LEFT:
-            raise UsageError(f"{flag_of(flag)} is gone: {LEFT[flag]}")
         if flag not in names:
             near = difflib.get_close_matches(flag, names, 1)
             raise UsageError(f"{key} is no option" + (f"; did you mean {near[0]}?" if near else ""))

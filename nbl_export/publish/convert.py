@@ -17,7 +17,7 @@ from typing import Any
 
 from nbl_export.errors import NblError, ParityError, UsageError
 from nbl_export.files import move_into_place, refuse_occupied
-from nbl_export.options.options import LEFT, NO_ORIGINAL, PREDICTED
+from nbl_export.options.options import NO_ORIGINAL, PREDICTED
 from nbl_export.publish.linear_maps import TAP, linear_maps, loss_of_change
 from nbl_export.records.destinations import DESTINATIONS, destination_named, spoken_kind
 from nbl_export.records.results import CheckResult
@@ -64,7 +64,8 @@ def convert(output: Path, form: str, target: Path, ui: Ui, *, force: bool = Fals
 def _form_of(asked: str) -> str:
     """The form that a destination reads, or that `asked` is itself."""
     if asked.lower() in _OF_LLAMA_CPP:
-        raise UsageError(f"--to {asked} is gone: {LEFT['gguf']}")
+        raise UsageError(f"--to {asked} is llama.cpp's own: its convert_hf_to_gguf.py makes a GGUF file of "
+                         "convert --to nemotron-nas (docs/serving.md)")  # fmt: skip
     if asked in FORMS:
         return asked
     with contextlib.suppress(UsageError):

@@ -69,8 +69,6 @@ def _parse(piece: str) -> WeightedSource:
     if match is None or Path(piece).expanduser().exists():
         if not piece.strip():
             raise UsageError("--calibration: the name of a text is empty")
-        if piece == "self" and not Path(piece).exists():
-            raise UsageError("--calibration self is gone: leave it out, and the default text is read")
         return WeightedSource(piece)
     try:
         weight = float(match[2])

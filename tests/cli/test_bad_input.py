@@ -172,7 +172,6 @@ def test_model_is_a_file(run: Path, text: Path) -> None:
         (("--device", "gpu"), ("--device is auto, cpu, cuda, not 'gpu'",)),
         (("--layers", "7,7"), ("--layers '7,7': layer 7 is named twice",)),
         (("--precision", "fp7"), ("--precision fp7 is not for engine ort",)),
-        (("--quantize", "gptq"), ("--quantize is gone: leave it out",)),
         (("--max-perplexity-increase", "0.1"), ("may mean 10% or 0.1%; write one of them",)),
         (("--config", "/nowhere.toml"), ("--config", "/nowhere.toml", "cannot be read")),
         (("--no-such-option",), ("--no-such-option",)),

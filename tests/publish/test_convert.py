@@ -102,7 +102,7 @@ def test_a_folded_bias_is_the_nearest_map(runs: dict[str, Path]) -> None:
     ("form", "part"),
     [
         ("onnx", "--to is transformers, nemotron-nas, mlx, edge-llm"),
-        ("gguf", "--to gguf is gone: llama.cpp's convert_hf_to_gguf.py"),
+        ("gguf", "--to gguf is llama.cpp's own: its convert_hf_to_gguf.py"),
     ],
 )
 def test_forms_that_are_none(form: str, part: str, tmp_path: Path) -> None:
