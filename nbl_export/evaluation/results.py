@@ -3,7 +3,6 @@
     results      one entry for each (task, limit, variant), with a key of all its inputs
     table        one row for each task and metric: every variant's figure, and NBL minus original on the same items
     length       one row for each test of `length` and position or length, with paired 95% intervals; see `_length`
-    agreement    graph against torch: largest difference of a request's log-likelihood, and answers that are the same
 
 The scores of all items are one string for each metric, so that the file stays readable.
 """
@@ -29,7 +28,6 @@ SCHEMA = 1
 Entry = dict[str, Any]
 Group = dict[str, Entry]  # variant -> entry
 _PAIRS = (("nbl", "original"), ("torch-nbl", "torch-original"))
-_TWINS = (("original", "torch-original"), ("nbl", "torch-nbl"))
 
 
 def entry(key: str, task: str, limit: int | None, variant: str, outcome: Outcome, **facts: Any) -> Entry:
@@ -99,13 +97,12 @@ def summarize(entries: Mapping[str, Entry], **facts: Any) -> dict[str, Any]:
         "results": results,
         "table": [row for place, group in groups.items() if not long[place] for row in _rows(group)],
         "length": [_length(group) for place, group in groups.items() if long[place]],
-        "agreement": [_agreement(*pair) for group in groups.values() for pair in _pairs(group, _TWINS)],
     }
 
 
-def _pairs(group: Group, wanted: tuple[tuple[str, str], ...]) -> list[tuple[Entry, Entry]]:
-    """The pairs of `wanted` variants that were both measured."""
-    return [(group[a], group[b]) for a, b in wanted if a in group and b in group]
+def _pairs(group: Group) -> list[tuple[Entry, Entry]]:
+    """NBL and its original, of the graphs and of the torch models, if both were measured."""
+    return [(group[a], group[b]) for a, b in _PAIRS if a in group and b in group]
 
 
 def _facts(group: Group) -> dict[str, Any]:
@@ -121,7 +118,7 @@ def _rows(group: Group) -> Iterator[dict[str, Any]]:
             "metric": name,
             "higher_is_better": metric["higher_is_better"],
             "figures": {v: {k: e["metrics"][name][k] for k in ("value", "stderr")} for v, e in group.items()},
-            "differences": [d for new, old in _pairs(group, _PAIRS) for d in _difference(new, old, name)],
+            "differences": [d for new, old in _pairs(group) for d in _difference(new, old, name)],
         }
 
 
@@ -140,7 +137,7 @@ def _length(group: Group) -> dict[str, Any]:
     rows: `tokens`, the end of the positions or the length of the items, with the figures of each variant (loss in nats,
     share of correct tokens or keys), and the paired differences of the loss. warnings: one sentence each.
     """
-    first, pairs = next(iter(group.values())), _pairs(group, _PAIRS)
+    first, pairs = next(iter(group.values())), _pairs(group)
     ends = [int(name.split()[1]) for name in first["metrics"] if name.startswith("loss ")]
     return {
         **_facts(group),
@@ -202,16 +199,3 @@ def _warning(new: Entry, old: Entry, ends: list[int]) -> str | None:
     return (
         f"the loss grows with length: {f'on {text}, ' if text else ''}{said}; use short texts, or replace other layers"
     )
-
-
-def _agreement(graph: Entry, torch: Entry) -> dict[str, Any]:
-    """Distance between two computations of one model; None for generated text."""
-    ours, theirs = graph["scores"], torch["scores"]
-    seen = same = None
-    if ours["loglikelihoods"]:
-        a, b = (np.array(s["loglikelihoods"].replace(",", " ").split(), np.float64) for s in (ours, theirs))
-        seen = {"largest": float(np.abs(a - b).max())}
-    if "acc" in ours and "acc" in theirs:
-        same = sum(a == b for a, b in zip(ours["acc"].split(), theirs["acc"].split(), strict=True))
-    return {"task": graph["task"], "limit": graph["limit"], "graph": graph["variant"], "torch": torch["variant"],
-            "loglikelihood": seen, "same_answers": same, "items": graph["items"]}  # fmt: skip

@@ -107,5 +107,4 @@ EVALUATION = {
             }],
         }],
     }],
-    "agreement": list,
 }  # fmt: skip

@@ -40,7 +40,7 @@ def found(new: str = "nbl", old: str = "original") -> list[dict[str, Any]]:
 
 
 def measured(values: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"lm_eval": "1", "table": [], "length": values, "agreement": []}
+    return {"lm_eval": "1", "table": [], "length": values}
 
 
 def test_the_report_has_tables_and_a_warning(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_a_task_with_examples_has_a_row_of_its_own(tmp_path: Path) -> None:
         about = {"task": "arc_easy", "num_fewshot": shots, "metric": "acc", "items": 9, "higher_is_better": True}
         return {**about, "figures": figures, "differences": []}
 
-    found = {"lm_eval": "1", "table": [of(None), of(0), of(1), of(5)], "length": [], "agreement": []}
+    found = {"lm_eval": "1", "table": [of(None), of(0), of(1), of(5)], "length": []}
     names = ["arc_easy", "arc_easy", "arc_easy, 1 example", "arc_easy, 5 examples"]
     (table,) = eval_table(found)
     assert [row[0].text for row in table.rows[::2]] == names  # type: ignore[union-attr]
