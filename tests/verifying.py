@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from nbl_export.mixers.base import Mixer
-from nbl_export.mixers.predicted import Cut, cut_of
+from nbl_export.mixers.cut import Cut, cut_of
 from nbl_export.model.checkpoint.load import load_model, read_spec
 from nbl_export.model.checkpoint.source import resolve
 from nbl_export.records.plan import Plan

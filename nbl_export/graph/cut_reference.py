@@ -29,7 +29,8 @@ from nbl_export.graph.mixed import MixedSession
 from nbl_export.graph.names import all_logits_file
 from nbl_export.graph.session import PAST, contract_of_session
 from nbl_export.mixers.base import OWN, Port, Running, Stored, apply
-from nbl_export.mixers.predicted import Predicted, cut_of
+from nbl_export.mixers.cut import cut_of
+from nbl_export.mixers.predicted import Predicted
 
 __all__ = ["CutDecoder", "Rotary"]
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from nbl_export.measure.cost import WEIGHT_BYTES, CostModel, LayerSizes, cost_model
 from nbl_export.measure.rounds import LOOKS, Rule
 from nbl_export.mixers.base import TokenWork
-from nbl_export.mixers.predicted import candidate_cuts
+from nbl_export.mixers.cut import candidate_cuts
 from nbl_export.mixers.rows import Read, Rows
 from nbl_export.model.checkpoint.shape import Shape
 from nbl_export.model.memory import WEIGHTS_SHARE
@@ -37,8 +37,9 @@ from nbl_export.options.goals import (
     layers_for_budget,
     names_layers,
 )
-from nbl_export.options.options import AUTO_CUT, CHECKPOINT_FIT, LIKE_LLAMA, PREDICTED, JobOptions
+from nbl_export.options.options import AUTO_CUT, CHECKPOINT_FIT, LIKE_LLAMA, JobOptions
 from nbl_export.records.capabilities import Capabilities
+from nbl_export.records.plan import CUT_KIND
 from nbl_export.text.windows import deciding_tokens, final_tokens, judging_tokens
 
 __all__ = ["Gain", "Job", "Needs"]
@@ -319,7 +320,7 @@ class Job:
     def _with_cut(self) -> Job | None:
         """The same job with the default cut; None if it has one, or if its engine or model takes none."""
         decoder = self.shape.decoder
-        possible = PREDICTED in self.engine.kinds and decoder.architecture in LIKE_LLAMA and not decoder.sliding_window
+        possible = CUT_KIND in self.engine.kinds and decoder.architecture in LIKE_LLAMA and not decoder.sliding_window
         if self.options.predicts or not possible or self.shape.maps_tap:
             return None
         options = dataclasses.replace(self.options, cut=AUTO_CUT, layers=None, fit="independent", near=None)

@@ -17,7 +17,6 @@ Published relatives: POP (arXiv 2602.03295) applies the layer's own products to 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,13 +28,12 @@ from nbl_export.mixers.base import Builder, Kind, Mixer, Port, Streams, TokenWor
 from nbl_export.mixers.rows import Read, Reads, Rows
 from nbl_export.records.decoder import MOST_POSITIONS
 from nbl_export.records.from_json import require
+from nbl_export.records.plan import CUT_KIND
 
 if TYPE_CHECKING:
     from nbl_export.mixers.lmmse import Moments
 
-__all__ = ["PREDICTED", "Cut", "Predicted", "candidate_cuts", "cut_of"]
-
-_MOST = 16  # candidate cuts: the lowest is at half of the layers, the highest leaves an eighth above it
+__all__ = ["PREDICTED", "Predicted"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class Predicted:
     cut: int
     near: int
     epsilon: float
-    kind = "predicted"
+    kind = CUT_KIND
     gives = (Port.KEYS, Port.VALUES)
     holds_cache = True
 
@@ -112,45 +110,10 @@ class Predicted:
         return TokenWork(0, 0), TokenWork(self.weight.size, self.weight.size)
 
 
-@dataclass(frozen=True)
-class Cut:
-    """Where a prompt stops.
-
-    Attributes:
-        layer: its input is the stream that the maps read.
-        near: W, the tokens at the end of a step that climb, beside the first one.
-        maps: by layer, of the layers whose far keys are predicted.
-    """
-
-    layer: int
-    near: int
-    maps: Mapping[int, Predicted]
-
-
-def cut_of(mixers: Mapping[int, Mixer]) -> Cut | None:
-    """The cut of a model's mixers; None if none of them predicts keys.
-
-    Raises:
-        NblError: they have several cuts.
-    """
-    maps = {layer: mixer for layer, mixer in sorted(mixers.items()) if isinstance(mixer, Predicted)}
-    found = {(mixer.cut, mixer.near) for mixer in maps.values()}
-    if len(found) > 1:
-        raise NblError(f"the maps have several cuts or numbers of near tokens: {sorted(found)}")
-    return Cut(*found.pop(), maps) if found else None
-
-
-def candidate_cuts(num_layers: int) -> tuple[int, ...]:
-    """The cuts that are calibrated and judged, ascending."""
-    low, high = max(1, num_layers // 2), max(1, num_layers - max(1, num_layers // 8))
-    step = max(1, math.ceil((high - low + 1) / _MOST))
-    return tuple(range(low, high + 1, step)) if num_layers > 1 else ()
-
-
 class _Predicted(Kind):
     """Maps of one cut are fitted together (`calibrate.cuts`), since they share the moments of their inputs."""
 
-    name = "predicted"
+    name = CUT_KIND
     fitted = False
     holds_cache = True
 

@@ -16,12 +16,12 @@ from nbl_export.options.model_facts import ModelFacts
 from nbl_export.options.option import Applies, Option, option
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import DecoderSpec
-from nbl_export.records.destinations import DESTINATIONS, PREDICTED_KEYS, Destination
+from nbl_export.records.destinations import DESTINATIONS, Destination
 from nbl_export.records.from_json import read_record, require
-from nbl_export.records.plan import MAPS, TAPS
+from nbl_export.records.plan import CUT_KIND, MAPS, TAPS, USUAL_KIND
 
 __all__ = ["AUTO_CUT", "BUILDER_OPTIONS", "CHECKPOINT_FIT", "DEFAULT_SLOTS", "GPU_DECODE", "LIKE_LLAMA",
-           "NO_CUT", "NO_ORIGINAL", "OPTIONS", "PANELS", "PREDICTED", "JobOptions", "flag_of"]  # fmt: skip
+           "NO_CUT", "NO_ORIGINAL", "OPTIONS", "PANELS", "JobOptions", "flag_of"]  # fmt: skip
 
 # Source of the maps: closed form for each layer; joint training from there; zero, which drops attention; or an NBL
 # checkpoint.
@@ -56,7 +56,6 @@ _REPLACED, _DISTILL, _CALIBRATE, _TORCH, _ENGINE, _BENCH = PANELS
 
 # -- usual values, and when options have an effect ------------------------------------------------------------------
 
-PREDICTED = PREDICTED_KEYS  # the kind of --cut
 CUT_SOURCES = ("genai", _STATIC)  # decoder sources whose graphs can be cut
 LIKE_LLAMA = ("llama", "mistral", "qwen2")  # architectures whose keys can be predicted
 # The builder reads these for MatMulNBits alone (onnxruntime_genai 0.18, models/builder.py).
@@ -98,8 +97,8 @@ def _usual_depths(values: Mapping[str, Any], _engine: Capabilities | None, model
 def _cuts(values: Mapping[str, Any], engine: Capabilities | None) -> bool:
     """Whether keys are predicted unless something else is asked for: not for engines that nobody has run."""
     place = _place(values)
-    held = place is None or place.kinds is None or (PREDICTED in place.kinds and not place.names_cut)
-    return held and (engine is None or (PREDICTED in engine.kinds and not engine.cross))
+    held = place is None or place.kinds is None or (CUT_KIND in place.kinds and not place.names_cut)
+    return held and (engine is None or (CUT_KIND in engine.kinds and not engine.cross))
 
 
 def _place(values: Mapping[str, Any]) -> Destination | None:
@@ -166,7 +165,7 @@ _FITTED = (*_ORIGINAL, Applies("fitted maps (--fit independent or distilled)", l
 _TRAINED = (Applies("--fit distilled", lambda c: c.options.fit == "distilled"),)
 _PREDICTING = (
     Applies("--engine ort with --provider cpu, trt or trt-rtx, and the original model",
-            lambda c: c.options.cut == NO_CUT or (PREDICTED in c.engine.kinds and not c.is_nbl)),
+            lambda c: c.options.cut == NO_CUT or (CUT_KIND in c.engine.kinds and not c.is_nbl)),
 )  # fmt: skip
 _OF_CUT = (Applies("--cut", lambda c: c.options.cut != NO_CUT),)
 _ORT = (Applies("--engine ort", lambda c: bool(c.engine.providers)),)
@@ -358,7 +357,7 @@ class JobOptions:
     @property
     def kind(self) -> str:
         """The kind of mixer (`nbl_export.mixers`) that replaces attention."""
-        return "none" if self.fit == "drop" else "linear"
+        return "none" if self.fit == "drop" else USUAL_KIND
 
     @property
     def has_bias(self) -> bool:

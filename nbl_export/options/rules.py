@@ -23,11 +23,11 @@ from nbl_export.options.options import (
     GPU_DECODE,
     LIKE_LLAMA,
     NO_ORIGINAL,
-    PREDICTED,
     JobOptions,
 )
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.destinations import DESTINATIONS
+from nbl_export.records.plan import CUT_KIND
 
 __all__ = ["FIRST", "OF_DECODER", "REFUSED", "Case", "Refusal"]
 
@@ -119,7 +119,7 @@ def _not_there(case: Case, architecture: str, layers: tuple[int, ...]) -> str | 
     options, place = case.options, DESTINATIONS.get(case.options.destination or "")
     if place is None:
         return False
-    kinds = case.model.kinds or ({PREDICTED} if options.predicts else {options.kind})
+    kinds = case.model.kinds or ({CUT_KIND} if options.predicts else {options.kind})
     why = place.refuses(kinds, case.engine.kinds, architecture, layers)
     use = "; leave --cut out" if why and options.predicts else ""
     return bool(why) and f"--for {options.destination} is not possible: {why}{use}"
@@ -208,7 +208,7 @@ REFUSED: tuple[Refusal, ...] = (
         and f"{c.options.model} has layers of kind {min(missing)}, which engine {c.spoken_engine} does not run"
     )),
     (UsageError, lambda c: (
-        PREDICTED in c.model.kinds
+        CUT_KIND in c.model.kinds
         and f"{c.options.model} has predicted keys, which a job makes from the original model alone; give that model"
     )),
     (UsageError, lambda c: (

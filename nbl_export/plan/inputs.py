@@ -10,6 +10,7 @@ from typing import Any
 from nbl_export.mixers.base import Mixer
 from nbl_export.options.goals import CacheBudget, PerplexityIncrease, TargetSpeedup
 from nbl_export.records.inputs import Lazy
+from nbl_export.records.plan import USUAL_KIND
 from nbl_export.text.parts import Texts
 
 __all__ = ["AskedGoal", "MapKind", "OrderInputs", "PlanInputs"]
@@ -25,7 +26,7 @@ class MapKind:
     kind: its name in `nbl_export.mixers`. bias: whether maps have one.
     """
 
-    kind: str = "linear"
+    kind: str = USUAL_KIND
     tap: str = "residual"
     bias: bool = True
 

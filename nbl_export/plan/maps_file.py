@@ -13,13 +13,12 @@ import numpy as np
 from nbl_export.errors import CorruptError
 from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import Mixer
-from nbl_export.records.plan import TAPS
+from nbl_export.records.plan import TAPS, USUAL_KIND
 
 __all__ = ["load_maps", "maps_in", "save_maps"]
 
 _FORMAT = "nbl-maps-1"
 _MOST_ELEMENTS = 8  # of a tensor, in squares of the decoder's width; Gemma 7B predicts keys by 5.4
-_UNNAMED = "linear"  # the kind whose tensors do not name it
 _TENSOR = re.compile(r"layers\.(\d{1,9})\.(?:(\w+)\.)?(\w+)")
 
 
@@ -32,7 +31,7 @@ def save_maps(maps: Mapping[int, Mixer], path: Path, tap: str = "residual") -> N
     from safetensors.numpy import save_file
 
     tensors = {
-        f"layers.{i}.{'' if mixer.kind == _UNNAMED else f'{mixer.kind}.'}{name}": np.ascontiguousarray(array)
+        f"layers.{i}.{'' if mixer.kind == USUAL_KIND else f'{mixer.kind}.'}{name}": np.ascontiguousarray(array)
         for i, mixer in maps.items()
         for name, array in mixer.tensors().items()
     }
@@ -78,7 +77,7 @@ def load_maps(path: Path, layers: Sequence[int], width: int | None = None) -> di
             matches = [match for name in file.keys() if (match := _TENSOR.fullmatch(name))]  # noqa: SIM118
             for i in layers:
                 ours = {match[3]: match for match in matches if int(match[1]) == i}
-                kind = kind_of(next((match[2] for match in ours.values() if match[2]), _UNNAMED))
+                kind = kind_of(next((match[2] for match in ours.values() if match[2]), USUAL_KIND))
                 maps[i] = kind.from_tensors(_Stored(file, i, {name: match[0] for name, match in ours.items()}, width))
     except (SafetensorError, OSError, LookupError, ValueError, TypeError, OverflowError) as error:
         raise CorruptError(f"{path} is not a maps file for layers {list(layers)} ({error}); run plan again") from error

@@ -22,7 +22,7 @@ from nbl_export.plan.greedy import EVERY, RULE, GreedyOrder, Judge, Point, Searc
 from nbl_export.plan.inputs import Maps, OrderInputs, Task
 from nbl_export.records.from_json import read_record
 from nbl_export.records.inputs import Lazy, identity_of
-from nbl_export.records.plan import LayerScore, Plan
+from nbl_export.records.plan import USUAL_KIND, LayerScore, Plan
 
 __all__ = ["Selection", "choose", "quiet", "ranked"]
 
@@ -97,7 +97,7 @@ class Selection:
             return tuple(i for i in ranked(self.scores, self.select) if i not in self.inputs.kept)[:count]
         return self._extended(count).layers[:count]
 
-    def predicted_count(self, increase: float) -> int:
+    def expected_count(self, increase: float) -> int:
         """The most layers whose increase of perplexity on the choosing windows is at most `increase` on every text.
 
         0 if the model's output does not give the order.
@@ -200,7 +200,7 @@ def ranked(scores: Sequence[LayerScore], select: str) -> tuple[int, ...]:
 
 def choose(
     scores: Sequence[LayerScore], request: int | tuple[int, ...], tap: str = "residual", select: str = "cca",
-    order: Sequence[int] | None = None, kind: str = "linear",
+    order: Sequence[int] | None = None, kind: str = USUAL_KIND,
 ) -> Plan:  # fmt: skip
     """The plan for a count or for named layers, all of one kind.
 

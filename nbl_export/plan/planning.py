@@ -125,7 +125,7 @@ def _count_to_train(asked: AskedGoal, selection: Selection) -> Reached:
     """The layers that training begins with."""
     assert isinstance(asked.goal, PerplexityIncrease)
     share, text = asked.goal.share, asked.text or _percent(asked.goal.share)
-    count = max(1, selection.predicted_count(HOPE * share))
+    count = max(1, selection.expected_count(HOPE * share))
     facts = {"max_perplexity_increase": text, "default": asked.text is None, "order": list(selection.order(count))}
     layers = selection.inputs.num_layers
     said = f"training begins with {count} of {layers} layers, and gives back what is beyond {text}"
@@ -217,7 +217,7 @@ def _unreachable(asked: str | None, step: Mapping[str, Any], share: float) -> st
 def _test(selection: Selection, texts: Texts, share: float, task: Task) -> list[dict[str, Any]]:
     """Tested counts in ascending order: up to the first failure, or down to the first success."""
     last = selection.inputs.num_layers - 1
-    start = min(last, max(1, selection.predicted_count(share) - 1))
+    start = min(last, max(1, selection.expected_count(share) - 1))
 
     def steps(counts: Iterable[int]) -> list[dict[str, Any]]:
         return _steps(selection.mixes, texts, [selection.order(count) for count in counts], share, task)

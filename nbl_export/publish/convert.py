@@ -17,9 +17,10 @@ from typing import Any
 
 from nbl_export.errors import NblError, ParityError, UsageError
 from nbl_export.files import move_into_place, refuse_occupied
-from nbl_export.options.options import NO_ORIGINAL, PREDICTED
+from nbl_export.options.options import NO_ORIGINAL
 from nbl_export.publish.linear_maps import TAP, linear_maps, loss_of_change
 from nbl_export.records.destinations import DESTINATIONS, destination_named, spoken_kind
+from nbl_export.records.plan import CUT_KIND
 from nbl_export.records.results import CheckResult
 from nbl_export.run.deployed import Finished, open_finished
 from nbl_export.run.progress import Ui
@@ -89,7 +90,7 @@ def _refuse_unread(found: Finished, asked: str, form: str) -> None:
     place = DESTINATIONS[name]
     kinds = {mixer.kind for mixer in found.maps.values()}
     if place.refuses(kinds, frozenset(), "", ()):
-        spoken = spoken_kind(PREDICTED if PREDICTED in kinds else min(kinds))
+        spoken = spoken_kind(CUT_KIND if CUT_KIND in kinds else min(kinds))
         raise NblError(f"{found.run.path} has {spoken}, which --to {asked} does not hold; {_INSTEAD}")
     if reason := place.refuses(kinds, frozenset(), found.run.manifest["decoder"]["architecture"], found.maps):
         raise NblError(f"--to {asked} cannot have {found.run.path}: {reason}; nbl-export convert DIR lists who can")

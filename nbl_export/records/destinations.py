@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 from nbl_export.errors import UsageError
 from nbl_export.records.capabilities import LINEAR_KINDS
+from nbl_export.records.plan import CUT_KIND, USUAL_KIND
 
-__all__ = ["DESTINATIONS", "PREDICTED_KEYS", "Destination", "destination_named", "spoken_kind"]
-
-PREDICTED_KEYS = "predicted"  # kind of mixer of `--cut`
+__all__ = ["DESTINATIONS", "Destination", "destination_named", "spoken_kind"]
 
 
 @dataclass(frozen=True)
@@ -66,10 +65,10 @@ DESTINATIONS = {
     "trt": Destination("TensorRT", "trt"),
     "trt-rtx": Destination("TensorRT for RTX", "trt-rtx"),
     "transformers": Destination(
-        "transformers", form="transformers", kinds=LINEAR_KINDS | {PREDICTED_KEYS}, weights=_STORED
+        "transformers", form="transformers", kinds=LINEAR_KINDS | {CUT_KIND}, weights=_STORED
     ),
     "vllm": Destination(
-        "vLLM", form="transformers", kinds=LINEAR_KINDS | {PREDICTED_KEYS}, weights=_STORED,
+        "vLLM", form="transformers", kinds=LINEAR_KINDS | {CUT_KIND}, weights=_STORED,
         architectures=("llama", "mistral", "qwen2", "qwen3", "phi3"), names_cut=True,
     ),
     "tensorrt-llm": Destination(
@@ -93,7 +92,7 @@ _ALSO = {
     "tensorrt-edge-llm": "edge-llm",
 }  # fmt: skip
 _NEVER = {"sglang": "SGLang has no linear layers and no predicted keys; use vllm, or transformers"}
-_SPOKEN = {PREDICTED_KEYS: "predicted keys", "linear": "linear layers", "none": "layers without attention"}
+_SPOKEN = {CUT_KIND: "predicted keys", USUAL_KIND: "linear layers", "none": "layers without attention"}
 
 
 def destination_named(name: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from nbl_export.records.from_json import require
 
-__all__ = ["ATTENTION", "MAPS", "TAPS", "LayerScore", "Plan", "spoken_layers"]
+__all__ = ["ATTENTION", "CUT_KIND", "MAPS", "TAPS", "USUAL_KIND", "LayerScore", "Plan", "spoken_layers"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ MAPS = ("affine", "linear")
 
 
 ATTENTION = "attention"  # the kind of a layer that stays as it is
+USUAL_KIND = "linear"  # of a replaced layer whose kind nobody names
+CUT_KIND = "predicted"  # of a layer above a cut, whose attention stays
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Plan:
     @property
     def predicts(self) -> bool:
         """Whether prompts stop at a cut (`mixers.predicted`)."""
-        return "predicted" in self.kinds
+        return CUT_KIND in self.kinds
 
     @property
     def num_layers(self) -> int:

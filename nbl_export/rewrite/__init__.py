@@ -26,7 +26,7 @@ from nbl_export.graph.names import (
     graph_file,
 )
 from nbl_export.mixers.base import Mixer, cacheless
-from nbl_export.mixers.predicted import cut_of
+from nbl_export.mixers.cut import cut_of
 from nbl_export.records.plan import spoken_layers
 from nbl_export.rewrite.blocks import RewriteBlocks, SkipNormToAdd, Sweep
 from nbl_export.rewrite.caches import DropCaches, DropUnreadCaches, make_dense

@@ -28,7 +28,8 @@ from nbl_export.graph.caches import is_static
 from nbl_export.graph.emitter import Maker, choose, element_type, graph_input, new_node, register, values_read
 from nbl_export.graph.names import CUT_ROWS
 from nbl_export.mixers.base import Mixer
-from nbl_export.mixers.predicted import Predicted, cut_of
+from nbl_export.mixers.cut import cut_of
+from nbl_export.mixers.predicted import Predicted
 from nbl_export.rewrite.blocks import SKIP_NORMS, SUM, bias_of
 from nbl_export.rewrite.cut_attention import Climb, cut_attention
 from nbl_export.rewrite.cut_static import cut_static, name_rows

@@ -13,6 +13,7 @@ from nbl_export.errors import NblError
 from nbl_export.model.checkpoint.source import Source
 from nbl_export.options.options import JobOptions
 from nbl_export.records.destinations import DESTINATIONS
+from nbl_export.records.plan import USUAL_KIND
 from nbl_export.run_directory import DECODERS, RunDirectory
 from nbl_export.targets import load_engine
 
@@ -72,7 +73,7 @@ def _route(name: str, directory: Path, manifest: Mapping[str, Any], config: Any)
         return Route(name, place.title, f"{directory / folder}/", reason)
     architecture = manifest["decoder"]["architecture"]
     reason = place.refuses(manifest["kinds"], frozenset(), architecture, layers)
-    if reason and not place.refuses(("linear",), frozenset(), architecture, ()):
+    if reason and not place.refuses((USUAL_KIND,), frozenset(), architecture, ()):
         reason += f"; make another run with --for {name}"
     elif not reason and config is not None:
         reason = _unfit(name, config, directory / DECODERS["original"], layers)

@@ -23,7 +23,7 @@ from nbl_export.files import (
 from nbl_export.graph.given import check_graph_place, companions, home_of, onnx_tools
 from nbl_export.graph.names import MANIFEST, STATIC_GRAPH_FILE
 from nbl_export.mixers.base import Mixer, cacheless
-from nbl_export.mixers.predicted import cut_of
+from nbl_export.mixers.cut import cut_of
 from nbl_export.options.goals import parse_layers
 from nbl_export.plan.maps_file import load_maps, maps_in
 from nbl_export.records.decoder import MOST_LAYERS

@@ -229,7 +229,7 @@ class Target:
         from nbl_export.graph.cut_reference import CutDecoder
         from nbl_export.graph.decoder import OnnxDecoder
         from nbl_export.graph.mixed import MixedSession
-        from nbl_export.mixers.predicted import cut_of
+        from nbl_export.mixers.cut import cut_of
 
         if cut_of(mixers.mixers) is not None:
             return CutDecoder(directory, head_dim, mixers, tap, exact=exact)

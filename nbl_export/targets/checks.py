@@ -10,7 +10,7 @@ import numpy as np
 
 from nbl_export.graph.names import constant_name, product_name
 from nbl_export.mixers.base import Builder, Mixer
-from nbl_export.mixers.predicted import cut_of
+from nbl_export.mixers.cut import cut_of
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.results import YES_NO, CheckResult
 

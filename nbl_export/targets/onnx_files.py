@@ -86,10 +86,10 @@ def check_file(
     detail = f"caches {found} of {spec.num_layers} layers, logits {_SPOKEN[session.logits]}"
     kept_word = has == set(held) == gives and in_file == in_session and session.logits == logits
     results.append(checked(subject, "contract", kept_word, detail))
-    predicted = spec.cache_bytes_per_token(kept, itemsize)
+    planned = spec.cache_bytes_per_token(kept, itemsize)
     stated = session.cache_bytes_per_token(spec.head_dim)
-    detail = f"{stated} bytes a token, {predicted} predicted"
-    results.append(checked(subject, "cache bytes per token", stated == predicted, detail))
+    detail = f"{stated} bytes a token, {planned} predicted"
+    results.append(checked(subject, "cache bytes per token", stated == planned, detail))
     return results
 
 

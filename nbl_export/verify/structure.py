@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from nbl_export.mixers import cache_layers
-from nbl_export.mixers.predicted import cut_of
+from nbl_export.mixers.cut import cut_of
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.plan import Plan
 from nbl_export.records.results import YES_NO, CheckResult

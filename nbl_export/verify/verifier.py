@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from nbl_export.mixers.base import Mixer, Running
-from nbl_export.mixers.predicted import cut_of
+from nbl_export.mixers.cut import cut_of
 from nbl_export.records.results import CheckResult
 from nbl_export.targets.checks import stored_maps
 from nbl_export.verify import ladder

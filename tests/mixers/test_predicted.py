@@ -10,7 +10,8 @@ import torch
 
 from nbl_export.errors import NblError
 from nbl_export.mixers.base import OWN, Port, apply
-from nbl_export.mixers.predicted import PREDICTED, Predicted, cut_of
+from nbl_export.mixers.cut import cut_of
+from nbl_export.mixers.predicted import PREDICTED, Predicted
 from nbl_export.mixers.predicted_module import features
 from nbl_export.mixers.rows import Need, rows_needed
 from nbl_export.plan.maps_file import load_maps, save_maps

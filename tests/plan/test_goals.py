@@ -98,7 +98,7 @@ class Priced:
     def order(self, count: int) -> tuple[int, ...]:
         return tuple(range(10, 10 + count))
 
-    def predicted_count(self, _increase: float) -> int:
+    def expected_count(self, _increase: float) -> int:
         return self.guess
 
     def window_losses(self, windows: str, replaced_sets: dict[int, tuple[int, ...]], _progress: Any) -> Any:

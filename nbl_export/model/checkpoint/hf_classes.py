@@ -36,6 +36,7 @@ from nbl_export.model.checkpoint.pretrained import model_with, quiet_transformer
 from nbl_export.model.checkpoint.stated_cut import facts_of, stated_cut
 from nbl_export.model.cut import check_cut
 from nbl_export.model.linearize import BESIDE, architecture_of, linearize, multiplier_of, replace_attention
+from nbl_export.records.plan import USUAL_KIND
 from nbl_export.trust.model_settings import drop_code
 
 __all__ = ["CLASSES", "empty_linearized", "linearized", "restored", "save_linearized", "stock_config"]
@@ -52,7 +53,7 @@ def _exchange(model: Any) -> None:
     replaced, count = config.nbl_replaced_layers or [], config.num_hidden_layers
     if not set(replaced) < set(range(count)) or config.nbl_tap not in architecture_of(config).taps:
         raise ValueError(f"config.json replaces layers {replaced} of {count} at the tap {config.nbl_tap!r}")
-    kinds = dict(zip(replaced, config.nbl_kinds or ["linear"] * len(replaced), strict=True))
+    kinds = dict(zip(replaced, config.nbl_kinds or [USUAL_KIND] * len(replaced), strict=True))
     size, multiplier = config.hidden_size, multiplier_of(config)
     cut = stated_cut(config.nbl_cut, kinds, count, config.max_position_embeddings)
     like = None
@@ -145,7 +146,7 @@ def empty_linearized(config: Any, maps: Mapping[int, Mixer], tap: str) -> Any:
     config_class, model_class = CLASSES[config.model_type]
     values = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures")}
     kinds = [maps[i].kind for i in sorted(maps)]
-    given = None if set(kinds) == {"linear"} else kinds  # stock configurations leave out what is None
+    given = None if set(kinds) == {USUAL_KIND} else kinds  # stock configurations leave out what is None
     facts = {"nbl_replaced_layers": sorted(maps), "nbl_tap": tap, "nbl_kinds": given, "nbl_cut": facts_of(maps)}
     made_for = config_class(**values, **facts)
     with torch.device("meta"):
@@ -166,7 +167,7 @@ def restored(model: Any) -> Any:
         NblError: weights of neither attention nor norms are missing.
     """
     config = model.config
-    kinds = config.nbl_kinds or ["linear"] * len(config.nbl_replaced_layers)
+    kinds = config.nbl_kinds or [USUAL_KIND] * len(config.nbl_replaced_layers)
     layers = [i for i, kind in zip(config.nbl_replaced_layers, kinds, strict=True) if not kind_of(kind).holds_cache]
     left_out = (*(f".{i}.self_attn." for i in layers), f".self_attn.{BESIDE}.")
     with torch.device("meta"):

@@ -24,7 +24,7 @@ from nbl_export.model.checkpoint import pretrained
 from nbl_export.model.checkpoint.stated_cut import StatedCut, stated_cut
 from nbl_export.model.checkpoint.weights import INDEX, weight_files
 from nbl_export.records.decoder import HYBRID
-from nbl_export.records.plan import TAPS
+from nbl_export.records.plan import TAPS, USUAL_KIND
 from nbl_export.trust.contained import check_folder, check_inside, refuse_special
 from nbl_export.trust.model_settings import CONFIG_BYTES, check_checkpoint, check_layers, read_object
 from nbl_export.trust.user_lists import sha256_of
@@ -184,7 +184,7 @@ def linearized_of(config: dict[str, Any], where: Path) -> Linearized | None:
     if not numbers or not layers or tap not in TAPS or not _is_part(layers, count):  # type: ignore[arg-type]
         raise NblError(f"{where} replaces layers {layers} of {count} at the tap {tap!r}; save the checkpoint again")
     size = config.get("hidden_size")  # checked later
-    kinds_given = config.get("nbl_kinds") or ["linear"] * len(layers)
+    kinds_given = config.get("nbl_kinds") or [USUAL_KIND] * len(layers)
     if (
         not isinstance(kinds_given, list)
         or len(kinds_given) != len(layers)

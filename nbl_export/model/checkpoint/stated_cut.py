@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 
 from nbl_export.mixers.base import Mixer
-from nbl_export.mixers.predicted import PREDICTED, Predicted, cut_of
+from nbl_export.mixers.cut import cut_of
+from nbl_export.mixers.predicted import Predicted
 from nbl_export.records.decoder import MOST_POSITIONS
 from nbl_export.records.from_json import read_record, require
+from nbl_export.records.plan import CUT_KIND
 
 __all__ = ["StatedCut", "facts_of", "stated_cut"]
 
@@ -59,7 +61,7 @@ def stated_cut(value: Any, kinds: Mapping[int, str], layers: int, positions: Any
     Raises:
         ValueError: the value is no cut of these layers; the message has the value.
     """
-    predicted = [layer for layer, kind in kinds.items() if kind == PREDICTED.name]
+    predicted = [layer for layer, kind in kinds.items() if kind == CUT_KIND]
     if value is None and not predicted:
         return None
     try:

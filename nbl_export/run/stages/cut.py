@@ -16,7 +16,8 @@ from typing import Any
 
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.measure.cost import map_sizes
-from nbl_export.mixers.predicted import Predicted, candidate_cuts
+from nbl_export.mixers.cut import candidate_cuts
+from nbl_export.mixers.predicted import Predicted
 from nbl_export.options.goals import DEFAULT_INCREASE, PerplexityIncrease, goal_of
 from nbl_export.options.options import AUTO_CUT
 from nbl_export.plan.cuts import LENGTH, CutInputs, joined

@@ -14,7 +14,7 @@ import numpy as np
 from nbl_export.errors import NblError
 from nbl_export.files import write_json
 from nbl_export.mixers import cache_layers
-from nbl_export.mixers.predicted import cut_of
+from nbl_export.mixers.cut import cut_of
 from nbl_export.options.options import CHECKPOINT_FIT
 from nbl_export.plan.cuts import LENGTH
 from nbl_export.plan.inputs import Texts

@@ -38,12 +38,12 @@ def check_ir_files(contract: GraphContract, wanted: Wanted, itemsize: int) -> li
     spec, kept = wanted.spec, tuple(wanted.cache_layers)
     detail = f"states of {len(contract.cache_layers)} of {spec.num_layers} layers, logits {_SPOKEN[contract.logits]}"
     same = (contract.cache_layers, contract.logits) == (kept, wanted.logits)
-    predicted = spec.cache_bytes_per_token(len(kept), itemsize)
+    planned = spec.cache_bytes_per_token(len(kept), itemsize)
     stated = contract.cache_bytes_per_token(spec.head_dim) // 4 * itemsize
-    sizes = f"{stated} bytes a token, {predicted} predicted"
+    sizes = f"{stated} bytes a token, {planned} predicted"
     return [
         checked(wanted.subject, "contract", same, detail),
-        checked(wanted.subject, "cache bytes per token", stated == predicted, sizes),
+        checked(wanted.subject, "cache bytes per token", stated == planned, sizes),
     ]
 
 

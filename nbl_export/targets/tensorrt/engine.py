@@ -23,7 +23,7 @@ from typing import Any
 from nbl_export.errors import NblError
 from nbl_export.graph.names import CUT_ROWS, GRAPH_FILE, all_logits_file
 from nbl_export.mixers.base import Running
-from nbl_export.mixers.predicted import cut_of
+from nbl_export.mixers.cut import cut_of
 from nbl_export.targets.base import Availability, BuildSettings, DecoderFacts, ExportSettings, Target
 from nbl_export.targets.export.finish import check_bounds
 from nbl_export.targets.gpu import CUDA, LEAST_COMPUTE, Gpu, find_gpu, outdated, unpackaged

@@ -12,6 +12,7 @@ from typing import Any
 
 from nbl_export.errors import NblError
 from nbl_export.records.capabilities import LINEAR_KINDS, Capabilities
+from nbl_export.records.plan import CUT_KIND
 from nbl_export.targets.gpu import JETSON_TENSORRT, Gpu, find_gpu, has_kernels, is_jetson, release_for, unpackaged
 
 __all__ = ["LIBRARIES", "FusedAttention", "Library", "load_library"]
@@ -90,7 +91,7 @@ _SOURCES = {"static": ("fp32", *_PRECISIONS)}
 
 
 _COMPILED: dict[str, Any] = {
-    "static": True, "proven_by": "ort", "cross": True, "dense_caches": True, "kinds": LINEAR_KINDS | {"predicted"},
+    "static": True, "proven_by": "ort", "cross": True, "dense_caches": True, "kinds": LINEAR_KINDS | {CUT_KIND},
     "cache_bytes": dict.fromkeys(_PRECISIONS, 2),
 }  # fmt: skip
 
