@@ -165,17 +165,13 @@ class GenaiRunner(Speaking):
     def rewind(self, length: int) -> None:
         """Drop everything after the first `length` tokens; costs microseconds, because the cache stays.
 
-        A batch can only go back to its start, or to the end of its first chunk, which runs again. A decoder with states
-        goes back to its start, or to where it was told to go while it was there: its states are then copied.
+        A batch can only go back to its start, or to the end of its first chunk, which runs again.
         """
         if not 0 <= length <= self._length:
             raise ValueError(f"cannot rewind {self._length} tokens to {length}")
         if self._batch > 1 and length not in (0, self._fill.shape[1]):
             raise ValueError(f"cannot rewind a batch to {length}: its first chunk has {self._fill.shape[1]} tokens")
-        copy = getattr(self._generator, "snapshot_state", None)  # GenAI 0.18; costs microseconds without states
         try:
-            if self._batch == 1 and 0 < length == self._length and copy is not None:
-                copy()
             self._generator.rewind_to(length if self._batch == 1 else 0)
         except Exception as error:
             raise NblError(
