@@ -251,14 +251,8 @@ class Job:
 
     def needs(self) -> tuple[Needs, ...]:
         """Each stage that the job runs, in order."""
-        s, d, graph, options, rate = (
-            self.shape,
-            self.shape.decoder,
-            self.graph,
-            self.options,
-            self.product_flops_per_second,
-        )
-        read = options.calibration_tokens
+        s, d, options, graph = self.shape, self.shape.decoder, self.options, self.graph
+        rate, read = self.product_flops_per_second, options.calibration_tokens
         is_rounded, has_maps = options.precision not in ("fp32", "fp16", "bf16"), options.fit == CHECKPOINT_FIT
         converted, exported = self.weights if s.is_gguf or s.maps_tap else 0.0, self.weights
         if options.precision in self.engine.mapped.get(options.decoder_source, ()):
