@@ -28,9 +28,9 @@ from nbl_export.graph.files import load_graph
 from nbl_export.graph.mixed import MixedSession
 from nbl_export.graph.names import all_logits_file
 from nbl_export.graph.session import PAST, contract_of_session
-from nbl_export.mixers.base import OWN, Port, Running, Stored, apply
+from nbl_export.mixers.base import Port, Running, Stored, apply
 from nbl_export.mixers.cut import cut_of
-from nbl_export.mixers.predicted import Predicted
+from nbl_export.mixers.predicted import Predicted, rows_read
 
 __all__ = ["CutDecoder", "Rotary"]
 
@@ -106,8 +106,8 @@ class CutDecoder:
             x_1TD: the stream of the first token and of the far ones.
             place: position of the first.
         """
-        streams = {OWN: x_1TD, self._cut.layer: x_1TD}
         for layer, mixer in self._maps.items():
+            streams: dict[int | None, np.ndarray] = {self._cut.layer: rows_read(x_1TD, mixer.epsilon)}
             self._layers[layer].fill(self._decoder, apply(mixer, streams), place)
 
 

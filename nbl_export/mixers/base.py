@@ -16,7 +16,7 @@ Importing this package loads no torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
@@ -71,17 +71,8 @@ class Builder(Protocol):
     def matmul(self, x: Value, matrix: np.ndarray, name: str) -> Value:
         """x M' for a matrix [O, I]: the last dimension I becomes O."""
 
-    def add(self, x: Value, other: Value | np.ndarray, name: str) -> Value:
-        """The sum of two values, or of a value and a vector [width]."""
-
-    def concat(self, values: Sequence[Value], name: str) -> Value:
-        """Values one after another along T."""
-
-    def slice(self, x: Value, start: int, end: int | None, name: str) -> Value:
-        """Tokens from `start` up to `end` along T, counted as in Python: negative from the end, None for the end."""
-
-    def norm(self, x: Value, weight: np.ndarray, epsilon: float, name: str) -> Value:
-        """The RMS norm of each token, times a weight [width]."""
+    def add(self, x: Value, vector: np.ndarray, name: str) -> Value:
+        """The sum of a value and a vector [width]."""
 
 
 class Mixer(Protocol):
@@ -259,19 +250,8 @@ class _Arrays:
         product: np.ndarray = x @ self._stored.get(name, matrix).T
         return product
 
-    def add(self, x: np.ndarray, other: np.ndarray, name: str) -> np.ndarray:
-        return x + self._stored.get(name, other)
-
-    def concat(self, values: Sequence[np.ndarray], name: str) -> np.ndarray:
-        return np.concatenate(values, axis=1)
-
-    def slice(self, x: np.ndarray, start: int, end: int | None, name: str) -> np.ndarray:
-        return x[:, start:end]
-
-    def norm(self, x: np.ndarray, weight: np.ndarray, epsilon: float, name: str) -> np.ndarray:
-        found: np.ndarray = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + np.float32(epsilon))
-        found *= self._stored.get(name, weight)
-        return found
+    def add(self, x: np.ndarray, vector: np.ndarray, name: str) -> np.ndarray:
+        return x + self._stored.get(name, vector)
 
 
 def tapped(block: Any, tap: str) -> Value:

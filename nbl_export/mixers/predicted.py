@@ -33,7 +33,7 @@ from nbl_export.records.plan import CUT_KIND
 if TYPE_CHECKING:
     from nbl_export.mixers.lmmse import Moments
 
-__all__ = ["PREDICTED", "Predicted"]
+__all__ = ["PREDICTED", "Predicted", "rows_read"]
 
 
 @dataclass(frozen=True)
@@ -85,19 +85,10 @@ class Predicted:
         return None
 
     def emit(self, build: Builder, streams: Streams) -> dict[Port, Value]:
-        """Keys and values of all tokens of a step; those of tokens that climb are not used.
-
-        The first token of a step stands before itself. It climbs, so its map is not used either.
-        """
-        x = build.norm(streams[self.cut], np.ones(self.inputs, np.float32), self.epsilon, "norm")
-        given = {}
-        for port, name, half in zip(self.gives, ("keys", "values"), np.split(self.weight, 2), strict=True):
-            own = build.matmul(x, half[:, : self.inputs], name)
-            earlier = build.matmul(x, half[:, self.inputs :], f"{name}_before")
-            parts = [build.slice(earlier, 0, 1, f"{name}_first"), build.slice(earlier, 0, -1, f"{name}_others")]
-            made = build.add(own, build.concat(parts, f"{name}_shifted"), f"{name}_both")
-            given[port] = build.add(made, np.split(self.bias, 2)[port is Port.VALUES], f"{name}_bias")
-        return given
+        """Keys and values of all tokens of a step, from what the map reads (`rows_read`); some are not used."""
+        parts = zip(self.gives, ("keys", "values"), np.split(self.weight, 2), np.split(self.bias, 2), strict=True)
+        x = streams[self.cut]
+        return {p: build.add(build.matmul(x, weight, name), bias, f"{name}_bias") for p, name, weight, bias in parts}
 
     def module(self, multiplier: float = 1.0) -> Any:
         import torch
@@ -108,6 +99,15 @@ class Predicted:
 
     def work(self) -> tuple[TokenWork, ...]:
         return TokenWork(0, 0), TokenWork(self.weight.size, self.weight.size)
+
+
+def rows_read(x_BTD: np.ndarray, epsilon: float) -> np.ndarray:
+    """What a map reads, [B, T, 2 D]: normed rows of the stream at the cut, and beside each the row before it.
+
+    The first token of a step stands before itself. It climbs, so its map is not used.
+    """
+    x = x_BTD / np.sqrt(np.square(x_BTD).mean(-1, keepdims=True) + np.float32(epsilon))
+    return np.concatenate([x, np.concatenate([x[:, :1], x[:, :-1]], 1)], 2)
 
 
 class _Predicted(Kind):

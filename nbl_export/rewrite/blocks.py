@@ -11,7 +11,6 @@ only loses its reader (see `DropCaches`, `SkipNormToAdd` and `Sweep`). Refuses a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -20,7 +19,7 @@ from nbl_export.errors import RefusalError
 from nbl_export.graph.anatomy import AttentionBlock, find_block
 from nbl_export.graph.emitter import element_type, new_node
 from nbl_export.graph.names import node_name
-from nbl_export.mixers.base import OWN, Builder, Mixer, Port, tapped
+from nbl_export.mixers.base import OWN, Mixer, Port, tapped
 from nbl_export.rewrite.builder import GraphBuilder
 
 __all__ = ["SKIP_NORMS", "SUM", "RewriteBlocks", "SkipNormToAdd", "Sweep", "bias_of"]
@@ -45,7 +44,7 @@ class RewriteBlocks(ir.passes.InPlacePass):
             _check_same_size(block, mixer)
             x = tapped(block, self.tap)
             build = GraphBuilder(graph, layer, element_type(graph, block.residual), x.shape)
-            given = mixer.emit(cast(Builder, build), {OWN: x})
+            given = mixer.emit(build, {OWN: x})
             if Port.OUTPUT in given:
                 graph.insert_before(block.join, build.nodes)
                 block.join.replace_input_with(block.branch_index, given[Port.OUTPUT])

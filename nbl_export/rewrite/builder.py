@@ -28,8 +28,8 @@ class GraphBuilder:
         shape = None if self._shape is None else ir.Shape([*self._shape[:-1], matrix.shape[0]])
         return self._add_node("MatMul", [x, self._constant(name, transposed)], title, shape)
 
-    def add(self, x: ir.Value, other: np.ndarray, name: str) -> ir.Value:
-        return self._add_node("Add", [x, self._constant(name, other)], "Add", x.shape)
+    def add(self, x: ir.Value, vector: np.ndarray, name: str) -> ir.Value:
+        return self._add_node("Add", [x, self._constant(name, vector)], "Add", x.shape)
 
     def _constant(self, name: str, array: np.ndarray) -> ir.Value:
         return add_initializer(self._graph, constant_name(self._layer, name), array, self._dtype)

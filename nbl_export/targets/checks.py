@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from nbl_export.graph.names import constant_name, product_name
-from nbl_export.mixers.base import Builder, Mixer
+from nbl_export.mixers.base import Mixer
 from nbl_export.mixers.cut import cut_of
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.results import YES_NO, CheckResult
@@ -118,18 +118,10 @@ class _Emitted:
         if (cut := cut_of({0: mixer})) is not None:  # one product, put in by `rewrite.cut`
             self.matrices, self.vectors = {"weight": cut.maps[0].weight}, {"bias": cut.maps[0].bias}
             return
-        mixer.emit(cast(Builder, self), dict.fromkeys(read.stream for read in mixer.reads))
+        mixer.emit(self, dict.fromkeys(read.stream for read in mixer.reads))
 
     def matmul(self, x: Any, matrix: np.ndarray, name: str) -> None:
         self.matrices[name] = matrix
 
-    def add(self, x: Any, other: Any, name: str) -> None:
-        if isinstance(other, np.ndarray):
-            self.vectors[name] = other
-
-    def norm(self, x: Any, weight: np.ndarray, epsilon: float, name: str) -> None:
-        self.vectors[name] = weight
-
-    def __getattr__(self, operator: str) -> Callable[..., None]:
-        """An operator without numbers of its own."""
-        return lambda *_: None
+    def add(self, x: Any, vector: np.ndarray, name: str) -> None:
+        self.vectors[name] = vector

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from nbl_export.errors import NblError
-from nbl_export.mixers.base import OWN, Port, apply
+from nbl_export.mixers.base import Port, apply
 from nbl_export.mixers.cut import cut_of
-from nbl_export.mixers.predicted import PREDICTED, Predicted
+from nbl_export.mixers.predicted import PREDICTED, Predicted, rows_read
 from nbl_export.mixers.predicted_module import features
 from nbl_export.mixers.rows import Need, rows_needed
 from nbl_export.plan.maps_file import load_maps, save_maps
@@ -34,7 +34,7 @@ def test_numpy_and_torch_agree_and_a_file_keeps_the_numbers(tmp_path: Path) -> N
     assert (again.cut, again.near, again.inputs) == (1, 3, SIZE)  # type: ignore[attr-defined]
     assert again.epsilon == np.float32(1e-3)  # type: ignore[attr-defined]
     x_BTD = np.random.default_rng(1).normal(size=(2, 5, SIZE)).astype(np.float32)
-    given = apply(mixer, {OWN: 0 * x_BTD, 1: x_BTD})
+    given = apply(mixer, {1: rows_read(x_BTD, mixer.epsilon)})
     found = again.module().predict(torch.from_numpy(x_BTD))
     for port, value in zip((Port.KEYS, Port.VALUES), found, strict=True):
         np.testing.assert_allclose(given[port], value.detach().numpy(), atol=1e-5)
@@ -47,7 +47,7 @@ def test_the_token_before_is_read_one_row_up() -> None:
     x_BTD = np.random.default_rng(1).normal(size=(1, 6, SIZE)).astype(np.float32)
     changed = x_BTD.copy()
     changed[0, 2] = 1
-    keys, others = (apply(predicted(), {OWN: x_BTD, 1: x})[Port.KEYS] for x in (changed, x_BTD))
+    keys, others = (apply(predicted(), {1: rows_read(x, 1e-3)})[Port.KEYS] for x in (changed, x_BTD))
     far = np.abs(keys - others)
     assert (far[0].max(1) > 1e-3).tolist() == [False, False, True, True, False, False]
 
