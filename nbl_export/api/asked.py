@@ -27,7 +27,6 @@ class Options(TypedDict, total=False):
     decoder_source: str
     layers: str | int | Sequence[int] | None
     max_perplexity_increase: str | float | None
-    target_speedup: str | float | None
     kv_budget: str | None
     cut: str | int
     near: int | None

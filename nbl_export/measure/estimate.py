@@ -201,8 +201,9 @@ class Job:
     def _tested(self) -> float:
         """Work of the tests of a limit on quality: deciding texts in the original and half of the replaced model."""
         options = self.options
-        decided = (options.layers, options.target_speedup, options.kv_budget) != (None, None, None)
-        return 0 if decided else 1.5 * _TESTS * deciding_tokens(options.context) * self._token
+        return (
+            0 if options.layers or options.kv_budget else 1.5 * _TESTS * deciding_tokens(options.context) * self._token
+        )
 
     def _planned(self) -> float:
         """Work of the choice of layers."""

@@ -2,7 +2,6 @@
 
 --layers 8                        how many layers, or which layers
 --max-perplexity-increase 5%      as many layers as raise perplexity on held-back text by at most 5%
-target_speedup 1.3[@decode]       as few layers as reach this modelled speedup (`measure.cost`), of prefill or of decode
 --kv-budget 64MiB@4096            as few layers as make the caches of 4096 tokens fit; without @: of one token
 """
 
@@ -17,14 +16,13 @@ from nbl_export.options.options import JobOptions, flag_of
 from nbl_export.records.decoder import DecoderSpec
 
 __all__ = ["DEFAULT_INCREASE", "DEFAULT_SELECT", "DEFAULT_STEPS", "GOALS", "CacheBudget", "PerplexityIncrease",
-           "TargetSpeedup", "asked_layers", "check_request", "check_size", "default_minutes", "goal_of",
+           "asked_layers", "check_request", "check_size", "default_minutes", "goal_of",
            "layers_for_budget", "names_layers", "parse_layers"]  # fmt: skip
 
 DEFAULT_INCREASE = 0.05  # of perplexity, if neither a count nor a goal is given
 DEFAULT_SELECT = "efficient"  # the order of layers, if the model's output can judge
 DEFAULT_STEPS = 320  # of a training, if neither steps nor minutes are given and no limit on quality
-GOALS = ("max_perplexity_increase", "target_speedup", "kv_budget")
-_PHASES = ("prefill", "decode")
+GOALS = ("max_perplexity_increase", "kv_budget")
 _USUAL_MINUTES, _USUAL_PARAMETERS = 10.0, 135e6
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -37,14 +35,6 @@ class PerplexityIncrease:
 
 
 @dataclass(frozen=True)
-class TargetSpeedup:
-    """Factor by which the modelled cost of a phase ("prefill" or "decode") falls."""
-
-    factor: float
-    phase: str
-
-
-@dataclass(frozen=True)
 class CacheBudget:
     """Most bytes of the caches of one sequence of `tokens` tokens."""
 
@@ -52,7 +42,7 @@ class CacheBudget:
     tokens: int
 
 
-Goal = PerplexityIncrease | TargetSpeedup | CacheBudget
+Goal = PerplexityIncrease | CacheBudget
 
 
 def goal_of(options: JobOptions) -> Goal | None:
@@ -63,8 +53,6 @@ def goal_of(options: JobOptions) -> Goal | None:
     """
     if options.max_perplexity_increase is not None:
         return _read_increase(options.max_perplexity_increase)
-    if options.target_speedup is not None:
-        return _read_speedup(options.target_speedup)
     return None if options.kv_budget is None else _read_budget(options.kv_budget)
 
 
@@ -214,13 +202,6 @@ def _read_increase(text: str) -> PerplexityIncrease:
         share, percent = f"{float(found[1]) * 100:g}%", f"{found[1]}%"
         raise UsageError(f"--max-perplexity-increase {text!r} may mean {share} or {percent}; write one of them")
     return PerplexityIncrease(float(found[1]) / 100)
-
-
-def _read_speedup(text: str) -> TargetSpeedup:
-    number, _, phase = text.strip().partition("@")
-    if not re.fullmatch(r"\d+(\.\d+)?", number, re.ASCII) or float(number) <= 1 or (phase or "prefill") not in _PHASES:
-        raise UsageError(f"key target_speedup {text!r} is not a factor above 1; write 1.3 (of prefill) or 1.3@decode")
-    return TargetSpeedup(float(number), phase or "prefill")
 
 
 def _read_budget(text: str) -> CacheBudget:

@@ -63,8 +63,8 @@ _OF_ROUNDING = ("accuracy_level", "algo_config", "block_size")
 
 
 def _usual_fit(values: Mapping[str, Any], engine: Capabilities | None, model: ModelFacts) -> str:
-    """Maps are trained where keys are not predicted; goals of speed and memory, and large models, need closed form."""
-    closed = any(values[name] for name in ("target_speedup", "kv_budget")) or values["cut"] != NO_CUT or not model.fits
+    """Maps are trained where keys are not predicted; a goal of memory, and large models, need closed form."""
+    closed = bool(values["kv_budget"]) or values["cut"] != NO_CUT or not model.fits
     if model.maps_tap:
         return CHECKPOINT_FIT
     if engine is None and not closed:
@@ -75,7 +75,7 @@ def _usual_fit(values: Mapping[str, Any], engine: Capabilities | None, model: Mo
 
 def _usual_cut(values: Mapping[str, Any], engine: Capabilities | None, model: ModelFacts) -> str:
     """The deepest cut for a limit on quality, unless another option asks for layers that are replaced."""
-    others = ("layers", "target_speedup", "kv_budget", "select", "distill_minutes", "distill_steps")
+    others = ("layers", "kv_budget", "select", "distill_minutes", "distill_steps")
     asks = any(values[name] for name in others) or values["fit"] != "independent" or values["maps"] != "affine"
     asks |= values["logits"] == "all"
     lacks = not _cuts(values, engine) or values["decoder_source"] not in CUT_SOURCES or not _predicts(model)
@@ -217,10 +217,6 @@ class JobOptions:
     max_perplexity_increase: str | None = option(
         None, "Most increase of perplexity on other text.", _REPLACED, "main plan", first=True, metavar="5%",
         applies=_ORIGINAL, python="share",
-    )  # fmt: skip
-    target_speedup: str | None = option(
-        None, "Modelled speedup to reach: 1.3 or 1.3@decode.", _REPLACED, "main plan", metavar="FACTOR",
-        applies=_ORIGINAL, python="float", key=True,
     )  # fmt: skip
     kv_budget: str | None = option(
         None, "Most KV cache: 64MiB@4096, or 15KiB a token.", _REPLACED, "main plan", first=True, metavar="SIZE",

@@ -168,7 +168,7 @@ def _beside_cut(case: Case) -> str | bool:
     if options.cut != AUTO_CUT and not (options.cut.isascii() and options.cut.isdigit()):
         return f"--cut {options.cut!r}: write a layer (20), auto or none"
     for given, flag in (
-        (options.layers, "--layers"), (options.target_speedup, "key target_speedup"),
+        (options.layers, "--layers"),
         (options.kv_budget, "--kv-budget"), (options.logits == "all", "key logits all"),
         (options.fit != "independent", f"--fit {options.fit}"), (options.select, "key select"),
     ):  # fmt: skip

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nbl_export.mixers.base import Mixer
-from nbl_export.options.goals import CacheBudget, PerplexityIncrease, TargetSpeedup
+from nbl_export.options.goals import CacheBudget, PerplexityIncrease
 from nbl_export.records.inputs import Lazy
 from nbl_export.records.plan import USUAL_KIND
 from nbl_export.text.parts import Texts
@@ -59,7 +59,7 @@ class OrderInputs:
 class AskedGoal:
     """A goal, and the option's text (None: the default limit). fits: layers and cache bytes that meet a budget."""
 
-    goal: PerplexityIncrease | TargetSpeedup | CacheBudget
+    goal: PerplexityIncrease | CacheBudget
     text: str | None
     fits: tuple[int, int] | None = None
 

@@ -6,7 +6,6 @@
 A goal sets the number of layers m, in the order of replacement:
 
     max-perplexity-increase   m = 1, 2, ... while the increase is shown to be within the goal
-    target-speedup            the first m whose modelled speed-up reaches the goal
     kv-budget                 the first m whose caches fit; needs no order
 
 Perplexity uses the deciding windows of both texts (`held_back`). These windows neither order the layers nor give final
@@ -33,13 +32,13 @@ from typing import Any
 from nbl_export.errors import NblError
 from nbl_export.mixers.base import Mixer
 from nbl_export.model.mixes import Mixes
-from nbl_export.options.goals import CacheBudget, PerplexityIncrease, TargetSpeedup
-from nbl_export.plan.inputs import AskedGoal, Maps, PlanInputs, Task, Texts
+from nbl_export.options.goals import CacheBudget, PerplexityIncrease
+from nbl_export.plan.inputs import AskedGoal, PlanInputs, Task, Texts
 from nbl_export.plan.order import Selection, choose, quiet
 from nbl_export.records.plan import Plan
 from nbl_export.records.quality import loss_row, spoken_interval, windows_needed
 
-__all__ = ["HOPE", "Reached", "count_for_budget", "count_for_speedup", "count_foreseen",
+__all__ = ["HOPE", "Reached", "count_for_budget", "count_foreseen",
            "count_trained", "count_within", "make_plan", "most_within"]  # fmt: skip
 
 HOPE = 2.5  # the increase in closed form that training may bring within a limit, over the limit
@@ -76,8 +75,6 @@ def make_plan(
 def _count(inputs: PlanInputs, selection: Selection, task: Task) -> Reached:
     if isinstance(inputs.goal.goal, CacheBudget):
         return count_for_budget(inputs.goal)
-    if isinstance(inputs.goal.goal, TargetSpeedup):
-        return count_for_speedup(inputs.goal, selection, inputs.speedup.value)
     if inputs.trains.value and selection.judges and (found := _count_to_train(inputs.goal, selection)).count:
         return found
     return count_within(inputs.goal, selection, inputs.deciding.value, task)
@@ -165,29 +162,6 @@ def count_trained(
     while not (path and path[0]["within"]) and len(order) - len(path) > 0:
         path = _steps(mixes, texts, [order[: len(order) - len(path)]], goal["share"], task) + path
     return _reached(path, goal, goal["share"])
-
-
-def count_for_speedup(asked: AskedGoal, selection: Selection, speedup: Callable[[Maps], Any]) -> Reached:
-    """The fewest layers whose modelled speed-up reaches the goal.
-
-    Raises:
-        NblError: all layers but one do not reach it.
-    """
-    goal, layers = asked.goal, selection.inputs.num_layers
-    assert isinstance(goal, TargetSpeedup)
-    smallest = min(selection.maps_of(range(layers)).values(), key=lambda mixer: sum(w.elements for w in mixer.work()))
-    reached = getattr(speedup(dict.fromkeys(range(1, layers), smallest)), goal.phase)
-    for count in range(1, layers if reached >= goal.factor else 1):  # an unreachable goal needs no order
-        found = speedup(selection.maps_of(selection.order(count)))
-        reached = getattr(found, goal.phase)
-        if reached >= goal.factor:
-            said = f"{count} layers: modelled x{found.prefill:.2f} in prefill, x{found.decode:.2f} in decode"
-            speed = {"prefill": found.prefill, "decode": found.decode}
-            return Reached(count, {"target_speedup": asked.text, "modelled": speed}, (said,))
-    raise NblError(
-        f"key target_speedup {asked.text} cannot be met: with {layers - 1} of {layers} attention layers "
-        f"replaced, {goal.phase} is modelled at x{reached:.2f}; ask for less"
-    )
 
 
 def count_for_budget(asked: AskedGoal) -> Reached:

@@ -173,7 +173,7 @@ def remake_command(options: JobOptions, replaced: Sequence[int]) -> str:
     """The command that makes a run with the same layers and with maps without a bias."""
     options = dataclasses.replace(
         options, maps="linear", tap="normed", layers=",".join(map(str, replaced)),
-        select=None, max_perplexity_increase=None, target_speedup=None, kv_budget=None,
+        select=None, max_perplexity_increase=None, kv_budget=None,
     )  # fmt: skip
     return describe_command(options, Path("LINEAR"))
 

@@ -231,7 +231,7 @@ IDLE: list[tuple[str, Asked, ModelFacts | None, str]] = [
     *(
         (name, {name: value}, NBL, "no longer contains the removed attention")
         for name, value in {
-            "layers": "1", "max_perplexity_increase": "5%", "target_speedup": "1.3", "kv_budget": "1KiB",
+            "layers": "1", "max_perplexity_increase": "5%", "kv_budget": "1KiB",
             "select": "cca", "maps": "linear", "compute_dtype": "float32",
         }.items()
     ),
@@ -310,7 +310,6 @@ WRONG: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
     ({"layers": 0}, None, ("--layers 0 replaces nothing; ask for at least 1",)),
     ({"max_perplexity_increase": "0%"}, None, ("--max-perplexity-increase 0% allows no replaced layer",)),
     ({"layers": "1", "kv_budget": "1KiB"}, None, ("--layers and --kv-budget both set how many layers",)),
-    ({"layers": "1", "target_speedup": "1.1"}, None, ("--layers and key target_speedup", "give one of them")),
     ({"maps": "linear", "tap": "residual"}, None, ("acts on the normed input; add the key tap = 'normed'",)),
     ({"builder_option": "block_size"}, None, ("key builder_option block_size: the values of block_size are 16",)),
     ({"builder_option": "speed=9"}, None, ("key builder_option speed=9: expected KEY=VALUE", "fuse_mlp_gate_up")),

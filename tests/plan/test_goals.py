@@ -13,18 +13,10 @@ import numpy as np
 import pytest
 
 from nbl_export.errors import NblError, UsageError
-from nbl_export.mixers.linear import Linear
-from nbl_export.options.goals import (
-    DEFAULT_INCREASE,
-    CacheBudget,
-    PerplexityIncrease,
-    TargetSpeedup,
-    check_request,
-    goal_of,
-)
+from nbl_export.options.goals import DEFAULT_INCREASE, CacheBudget, PerplexityIncrease, check_request, goal_of
 from nbl_export.options.options import JobOptions, flag_of
-from nbl_export.plan.inputs import AskedGoal, Maps, PlanInputs
-from nbl_export.plan.planning import count_for_budget, count_for_speedup, count_foreseen, count_trained, count_within
+from nbl_export.plan.inputs import AskedGoal, PlanInputs
+from nbl_export.plan.planning import count_for_budget, count_foreseen, count_trained, count_within
 from nbl_export.run.stages.plan import declare
 
 from ..command import assert_refused, nbl
@@ -45,9 +37,6 @@ def options(**given: Any) -> JobOptions:
         ("max_perplexity_increase", "5", PerplexityIncrease(0.05)),
         ("max_perplexity_increase", "0.5 %", PerplexityIncrease(0.005)),
         ("max_perplexity_increase", "0%", PerplexityIncrease(0.0)),
-        ("target_speedup", "1.3", TargetSpeedup(1.3, "prefill")),
-        ("target_speedup", "1.3@prefill", TargetSpeedup(1.3, "prefill")),
-        ("target_speedup", "2@decode", TargetSpeedup(2.0, "decode")),
         ("kv_budget", "64MiB@4096", CacheBudget(64 * 2**20, 4096)),
         ("kv_budget", "1.5 kb", CacheBudget(1500.0, 1)),
         ("kv_budget", "1GB@10", CacheBudget(1e9, 10)),
@@ -62,7 +51,6 @@ def test_goals_are_read(name: str, text: str, expected: Any) -> None:
     ("name", "texts"),
     [
         ("max_perplexity_increase", ("0.05", "0", "-1%", "many", "%", "", "1e1%", "٣%")),
-        ("target_speedup", ("1", "0.5", "-2", "fast", "1.3@lunch", "1.3x", "", "nan", "inf")),
         ("kv_budget", ("0", "-1KiB", "64XiB", "64MiB@", "64MiB@0", "64MiB@many", "", "MiB")),
     ],
 )
@@ -248,59 +236,6 @@ def test_trained_maps_are_tested_downwards() -> None:
     assert found.lines[0].startswith("2 layers raise perplexity by") and found.lines[1].startswith("3 layers (with 1)")
     with pytest.raises(NblError, match=r"^--max-perplexity-increase 5% cannot be met: one layer alone \(7\)"):
         count_trained(Priced(0.06, 0.07), (7, 3), goal, [("near", "held back")])  # type: ignore[arg-type]
-
-
-class Sized:
-    """A selection of layers 4, 3, ... of five, whose maps have 9 elements, and that of layer 4 fewer."""
-
-    inputs = SimpleNamespace(num_layers=5)
-
-    def order(self, count: int) -> tuple[int, ...]:
-        return tuple(range(4, 4 - count, -1))
-
-    def maps_of(self, layers: Any) -> Maps:
-        size = {4: 2}
-        return {i: Linear(np.zeros((size.get(i, 3),) * 2), np.zeros(size.get(i, 3))) for i in layers}
-
-
-def sped_up(text: str) -> tuple[int, Any, tuple[str, ...]]:
-    """A decoder whose prefill is 0.25 faster for each replaced layer, and whose decode is 0.1 faster."""
-
-    def speedup(maps: Maps) -> Any:
-        small = sum(m.work()[0].elements == 4 for m in maps.values()) / 100
-        return SimpleNamespace(prefill=1 + 0.25 * len(maps) + small, decode=1 + 0.1 * len(maps))
-
-    goal = goal_of(options(target_speedup=text))
-    assert goal is not None
-    stand_in: Any = Sized()
-    found = count_for_speedup(AskedGoal(goal, text), stand_in, speedup)
-    return found.count, found.facts, found.lines
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("1.2", 1), ("1.26", 1), ("1.27", 2), ("1.8@prefill", 4), ("1.1@decode", 1), ("1.21@decode", 3)],
-)
-def test_target_speedup_takes_as_few_layers_as_bring_it(text: str, expected: int) -> None:
-    count, facts, said = sped_up(text)
-    assert count == expected
-    speeds = {"prefill": pytest.approx(1.01 + 0.25 * count), "decode": pytest.approx(1 + 0.1 * count)}
-    assert facts == {"target_speedup": text, "modelled": speeds}
-    assert said[0].startswith(f"{count} layers: modelled x{1.01 + 0.25 * count:.2f} in prefill")
-
-
-@pytest.mark.parametrize(
-    ("text", "parts"),
-    [
-        ("9", r"with 4 of 5 attention layers replaced, prefill is modelled at x2\.04"),
-        ("2.03", r"with 4 of 5 attention layers replaced, prefill is modelled at x2\.01"),
-        ("9@decode", r"with 4 of 5 attention layers replaced, decode is modelled at x1\.40"),
-    ],
-)
-def test_a_speedup_out_of_reach_says_how_far_it_got(text: str, parts: str) -> None:
-    """9 is refused by the smallest maps for all layers, without an order; 2.03 by the order."""
-    with pytest.raises(NblError, match=f"key target_speedup {text} cannot be met: {parts}"):
-        sped_up(text)
 
 
 def budgeted(directory: Path, text: str) -> tuple[int, Any]:

@@ -14,7 +14,7 @@ import torch
 from nbl_export.errors import NblError
 from nbl_export.mixers.lmmse import Moments
 from nbl_export.model.mixes import Loss
-from nbl_export.options.goals import PerplexityIncrease, TargetSpeedup
+from nbl_export.options.goals import PerplexityIncrease
 from nbl_export.plan import order as order_of
 from nbl_export.plan.inputs import AskedGoal, MapKind, Maps, OrderInputs, PlanInputs
 from nbl_export.plan.order import Selection
@@ -170,13 +170,10 @@ def test_the_curve_has_the_steps_and_goes_on_to_half_of_the_layers() -> None:
     assert last["decode"] == pytest.approx(1.35) and len(last["increases"]) == len(last["kl"]) == 2
 
 
-def test_without_a_count_a_limit_or_a_speedup_decides() -> None:
+def test_without_a_count_a_limit_decides() -> None:
     plan, _, facts, said = planned(plan_inputs(inputs()))
     assert len(plan.layers) == 4  # exp(2 * 0.01 * 4) - 1 is within 10%, one layer more is not
     assert facts["goal"]["default"] and "10% is allowed" in said[0] and "5 layers" in said[1]
-    plan, _, facts, said = planned(plan_inputs(inputs(), None, AskedGoal(TargetSpeedup(1.25, "prefill"), "1.25")))
-    assert len(plan.layers) == 3 and "modelled" in facts["goal"] and said == ["3 layers: modelled x1.30 in prefill, "
-                                                                                "x1.15 in decode"]  # fmt: skip
     asked = AskedGoal(PerplexityIncrease(0.01), "1%")
     with pytest.raises(NblError, match="--max-perplexity-increase 1% cannot be met"):
         planned(plan_inputs(inputs(), None, asked))

@@ -15,7 +15,6 @@ from nbl_export.options.goals import (
     DEFAULT_STEPS,
     CacheBudget,
     PerplexityIncrease,
-    TargetSpeedup,
     asked_layers,
     default_minutes,
     goal_of,
@@ -48,19 +47,15 @@ def declare(job: Job) -> PlanInputs | CutInputs | Lazy[Any]:
         )
     if options.predicts:
         return cut.choice(job)
-    goal = _goal(job)
     setting = {"engine": options.engine, "precision": options.precision, "tokens": options.prompt_length}
     return PlanInputs(
         fit=options.fit,
         order=order_of(job),
         request=None if options.layers is None else asked_layers(options, job.decoder),
-        goal=goal,
+        goal=_goal(job),
         deciding=job.text.deciding,
         trains=Lazy(None, lambda: job.trains),
-        # The curve states what its speed-ups are modelled for, so that only a goal needs them in the key.
-        speedup=Lazy(
-            job.cost.identity if isinstance(goal.goal, TargetSpeedup) else None, lambda: job.cost.value.speedup
-        ),
+        speedup=Lazy(None, lambda: job.cost.value.speedup),
         setting=Lazy(None, lambda: setting),
     )
 
@@ -99,7 +94,7 @@ def _goal(job: Job) -> AskedGoal:
     if isinstance(goal, CacheBudget):
         itemsize = job.engine.capabilities.cache_itemsize(options.precision)
         return AskedGoal(goal, options.kv_budget, layers_for_budget(options, goal, job.decoder, itemsize))
-    return AskedGoal(goal, options.max_perplexity_increase or options.target_speedup)
+    return AskedGoal(goal, options.max_perplexity_increase)
 
 
 def run(inputs: PlanInputs | CutInputs | Lazy[Any], place: Place, out: Path) -> dict[str, Any]:
