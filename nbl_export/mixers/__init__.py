@@ -8,9 +8,8 @@ from nbl_export.mixers.none import NONE
 from nbl_export.mixers.predicted import PREDICTED
 from nbl_export.records.plan import ATTENTION, Plan
 
-__all__ = ["DEFAULT", "cache_layers", "kind_of", "kinds", "register"]
+__all__ = ["cache_layers", "kind_of", "kinds", "register"]
 
-DEFAULT: Kind = LINEAR
 _KINDS: dict[str, Kind] = {kind.name: kind for kind in (LINEAR, NONE, PREDICTED)}
 
 
