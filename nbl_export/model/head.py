@@ -54,7 +54,8 @@ class TorchDecoder:
 
     def rewind(self, mark: Any) -> None:
         """Go back to the length `mark`."""
-        self._cache.crop(mark)
+        if gone := self._cache.get_seq_length() - mark:
+            self._cache.crop(-gone)
 
 
 @torch.inference_mode()
