@@ -19,6 +19,8 @@ from nbl_export.options.options import JobOptions
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.mlp import MlpSpec
 from nbl_export.targets import load_engine
+from nbl_export.text import windows
+from nbl_export.text.windows import CALIBRATION_ROLES, SECOND_ROLES
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 SMOLLM2 = Shape(DecoderSpec("llama", 30, 576, 9, 3, 64, 49152, 8192), MlpSpec(1536), tied=True, is_gguf=True)
@@ -27,6 +29,12 @@ QWEN_3B = Shape(DecoderSpec("qwen2", 36, 2048, 16, 2, 128, 151936, 32768), MlpSp
 LLAMA_8B = Shape(DecoderSpec("llama", 32, 4096, 32, 8, 128, 128256, 131072), MlpSpec(14336), tied=False)
 GIB = 1 << 30
 WITHIN = 2.0
+
+
+@pytest.fixture(autouse=True)
+def whole_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a user's job."""
+    monkeypatch.setattr(windows, "_PART_TOKENS", {CALIBRATION_ROLES: 4096, SECOND_ROLES: 8192})
 
 
 def job(shape: Shape, rate: float = 2e11, memory: int = 23 * GIB, *, tiles: bool = False, **options: Any) -> Job:
@@ -48,7 +56,7 @@ def off(estimated: float, measured: float) -> float:
 RATE = 2.0e11
 DEFAULT = {
     "smollm2": (SMOLLM2, {"calibrate": 122.1, "plan": 238.9, "verify": 159.1, "bench": 131.3}),
-    "qwen": (QWEN, {"calibrate": 227.4, "plan": 784.2}),
+    "qwen": (QWEN, {"calibrate": 227.4, "plan": 784.2, "verify": 528.0, "bench": 304.7}),
 }
 
 

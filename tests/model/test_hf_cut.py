@@ -167,5 +167,5 @@ def assert_refused(directory: Path, said: str) -> None:
 def test_an_architecture_whose_keys_cannot_be_predicted(saved: Path, checkpoint: Checkpoint, tmp_path: Path) -> None:
     config = json.loads((checkpoint("qwen3") / "config.json").read_text(encoding="utf-8"))
     asked = {name: config[name] for name in config if name != "architectures"} | {"model_type": "nbl-qwen3"}
-    with pytest.raises(NblError, match="makes keys and values in another way"):
+    with pytest.raises(NblError, match="its keys cannot be predicted: it norms"):
         loaded(changed(saved, tmp_path / "nbl", **asked))

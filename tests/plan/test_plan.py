@@ -96,7 +96,7 @@ LINEAR, PREDICTED = {"weight": np.eye(4, dtype="f"), "bias": np.ones(4, "f")}, {
 
 
 def predicted(*numbers: float) -> dict[str, np.ndarray]:
-    return {**PREDICTED, "predicted.weight": np.ones((2, 4), "f"), "predicted.numbers": np.array(numbers, "f")}
+    return {**PREDICTED, "predicted.weight": np.ones((2, 8), "f"), "predicted.numbers": np.array(numbers, "f")}
 
 
 @pytest.mark.parametrize(
