@@ -15,7 +15,7 @@ import numpy as np
 
 __all__ = ["READ_BYTES", "best_seconds", "product_flops_per_second", "read_bytes_per_second"]
 
-_ROWS, _WIDTH, _REPETITIONS = 512, 1024, 4
+_ROWS, _WIDTH, _PRODUCTS = 512, 1024, 20
 READ_BYTES = 512 << 20  # more than caches hold
 
 
@@ -24,7 +24,7 @@ def product_flops_per_second() -> float:
     """Additions and multiplications a second of a float32 product, in a tenth of a second."""
     rng = np.random.default_rng(0)
     x, weight = (rng.standard_normal(shape, np.float32) for shape in ((_ROWS, _WIDTH), (_WIDTH, _WIDTH)))
-    return 2.0 * _ROWS * _WIDTH**2 / best_seconds(lambda: x @ weight)
+    return 2.0 * _ROWS * _WIDTH**2 / best_seconds(lambda: x @ weight, _PRODUCTS)
 
 
 @functools.cache
@@ -42,7 +42,7 @@ def read_bytes_per_second(threads: int) -> float:
     return sum(part.nbytes for part in parts) / best_seconds(read)
 
 
-def best_seconds(run: Callable[[], Any], repetitions: int = _REPETITIONS) -> float:
+def best_seconds(run: Callable[[], Any], repetitions: int = 4) -> float:
     """The shortest of some runs, after one that is not counted."""
     run()
     seconds = []
