@@ -202,7 +202,7 @@ def collect_layers(
     config, weights = config_of(directory), WeightReader(directory)
     shapes = [tuple(ids_WT[:1, :REFERENCE_ROWS].shape), *(tuple(part.shape) for part in parts)]
     states = _States(scratch / "hidden", shapes, config.hidden_size)
-    sizes = (int(config.hidden_size),) * 2
+    sizes = (int(config.hidden_size), int(config.hidden_size))
     inputs = [ids_WT[:1, :REFERENCE_ROWS], *parts]
     tokens = sum(part.numel() for part in parts)
     for index in range(config.num_hidden_layers):
