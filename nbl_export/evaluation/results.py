@@ -71,6 +71,8 @@ def read_entries(path: Path) -> dict[str, Entry]:
             raise CorruptError(f"{path} has schema {value['schema']}, this version reads {SCHEMA}; {advice}")
         entries = {str(e["key"]): e for e in value["results"]}
         json.dumps(summarize(entries), allow_nan=False)  # the entries will be written again
+        for found in entries.values():
+            list(map(_unpack, found["scores"].values()))
     except FileNotFoundError:
         return {}
     except (OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:

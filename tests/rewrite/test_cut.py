@@ -229,7 +229,11 @@ def test_refused(exported: Exported, given_graph: Callable[[str], Path], tmp_pat
     cases = [
         (llama, {1: whole[1]}, "2: it has attention without predicted keys"),
         (llama, {2: whole[2]}, "1: it has attention without predicted keys"),
-        (llama, {1: whole[1], 2: replace(cut_at(1, 3)[2], epsilon=0.5)}, "2: its predicted keys have another norm"),
+        (
+            llama,
+            {1: whole[1], 2: replace(predicted_maps(1, 3, KEYS)[2], epsilon=0.5)},
+            "2: its predicted keys have another norm",
+        ),
         (llama, whole | {0: whole[1]}, "0: it predicts keys below the cut"),
         (exported("mistral-window"), whole, "1: its attention has a sliding window"),
         (given_graph("mobius-fp16"), whole, "1: its attention is no GroupQueryAttention"),
