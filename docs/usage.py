@@ -69,7 +69,6 @@ Predicted keys are counted for a third of the layers, linear maps for the layers
 A number of layers is taken from the middle of the model; the last layers gain more.
 MODEL is a hub id, a checkpoint directory, a `config.json` or a GGUF file. No weight is read.
 Of a model of the hub, `config.json` alone is fetched.
-
 The main job says the same totals before it begins. It refuses if memory or disk cannot suffice.
 A job that resumes counts the stages that are left.
 
@@ -83,7 +82,6 @@ A stage takes more memory than the least if more is free.
 Measured stages of jobs with 0.1B, 0.5B, 3B and 8B parameters agree within a factor of 2 in time.
 None took less memory than the estimate.
 These jobs ran on ONNX Runtime. Estimates for OpenVINO follow from the same work and were not compared.
-
 Engines for GPUs are built and timed in a time that is not estimated.
 
 ## Configuration file
@@ -126,19 +124,19 @@ def page() -> str:
     times = Counter(row for rows in commands.values() for row in rows if row not in main)
     often = [row for row, count in times.items() if count > 2]
     lines = [HEAD, "## The main job", ""]
-    for panel in dict.fromkeys(row[0] for row in sorted(main, key=lambda row: row[0] != "")):
-        lines += [f"**{panel}**", ""] if panel else []
-        lines += _table(row for row in main if row[0] == panel)
+    panels = dict.fromkeys(row[0] for row in sorted(main, key=lambda row: row[0] != ""))
+    lines += [*_TABLE, *(line for panel in panels for line in _panel(panel, main)), ""]
     lines += ["**Keys of `--config FILE`**", "", "| key | meaning |", "|---|---|", *_keys(), ""]
-    lines += ["## Options of several commands", "", *_table(often)]
+    lines += ["## Commands", "", "| command | what it does | options of several commands, and of the main job |"]
+    lines += ["|---|---|---|"]
+    for name, rows in commands.items():
+        also = ", ".join(f"`{_flag(row)}`" for of in (often, main) for row in rows if row in of)
+        lines.append(f"| `{name}` | {' '.join(str(group.commands[name].help).split())} | {also} |")
+    lines += ["", "**Options of several commands**", "", *_TABLE, *_lines(often)]
     for name, rows in commands.items():
         own = [row for row in rows if row not in main and row not in often]
-        lines += [f"## {name}", "", " ".join(str(group.commands[name].help).split()), ""]
-        shared = {"Also": often, "Of the main job": main}
-        named = {title: [f"`{_flag(row)}`" for row in rows if row in of] for title, of in shared.items()}
-        lines += [" ".join(f"{title}: {', '.join(names)}." for title, names in named.items() if names), ""]
-        lines += _table(own) if own else []
-    return "\n".join(lines).rstrip() + "\n"
+        lines += ["", f"## {name}", "", *_TABLE, *_lines(own)] if own else []
+    return "\n".join(lines) + "\n"
 
 
 def _rows(command: Any, name: str) -> list[tuple[str, str, str]]:
@@ -160,8 +158,15 @@ def _flag(row: tuple[str, str, str]) -> str:
     return row[1].split(", ")[-1].split(" ")[0]
 
 
-def _table(rows: Iterable[tuple[str, str, str]]) -> list[str]:
-    return ["| option | meaning |", "|---|---|", *(f"| `{option}` | {meaning} |" for _, option, meaning in rows), ""]
+_TABLE = ["| option | meaning |", "|---|---|"]
+
+
+def _panel(panel: str, rows: Iterable[tuple[str, str, str]]) -> list[str]:
+    return [*([f"| **{panel}** | |"] if panel else []), *_lines(row for row in rows if row[0] == panel)]
+
+
+def _lines(rows: Iterable[tuple[str, str, str]]) -> list[str]:
+    return [f"| `{option}` | {meaning} |" for _, option, meaning in rows]
 
 
 def _keys() -> Iterator[str]:

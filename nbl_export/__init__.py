@@ -44,4 +44,4 @@ if not TYPE_CHECKING:  # with it, every name would be known to a type checker
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__} - {"Any", "TYPE_CHECKING", "_switch", "os", "sys"})

@@ -1,16 +1,26 @@
-"""What the pages tell a reader to follow or to type is there: links, targets of make, the README's Python example."""
+"""What the pages tell a reader to follow or to type is there: links, commands, keys, targets of make, the example."""
 
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from nbl_export.cli import app as cli
+from nbl_export.cli import options as cli_options
 from nbl_export.options.goals import DEFAULT_INCREASE
+from nbl_export.options.options import OPTIONS
+from nbl_export.options.settle import settle
 from nbl_export.records.quality import promise
+from nbl_export.run import pipeline
+from nbl_export.run.facts import capabilities_of
+
+from .command import nbl
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "bench").glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -18,6 +28,7 @@ TYPED = ("README.md", "CONTRIBUTING.md")
 
 _FENCE = re.compile(r"^(?P<indent> *)(?P<fence>`{3,}|~{3,}).*?^ *(?P=fence)[`~]* *$", re.DOTALL | re.MULTILINE)
 _CODE = re.compile(r"(`+)(?!`).+?(?<!`)\1(?!`)", re.DOTALL)
+_TOML = re.compile(r"^```toml\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
 
 
@@ -54,6 +65,60 @@ def test_a_broken_link_is_found() -> None:
     assert broken_links(ROOT / "README.md", good) == []
     bad = ["docs/none.md", "#none", "docs/index.md#none"]
     assert broken_links(ROOT / "README.md", " ".join(f"[a]({link})" for link in bad)) == bad
+
+
+def shown_commands(text: str) -> list[list[str]]:
+    """The words of each nbl-export command in a block, or with arguments between backticks; `...` is left out."""
+    blocks = "\n".join(found[0] for found in _FENCE.finditer(text))
+    inline = [" ".join(found[0].strip("`").split()) for found in _CODE.finditer(_FENCE.sub("\n", text))]
+    lines = [*re.sub(r"\\\n\s*", " ", blocks).splitlines(), *(line for line in inline if line.count(" ") > 1)]
+    found = [shown for line in lines for shown in re.findall(r"(?:^|&& )(nbl-export .+?)(?= && |$)", line)]
+    cut = [re.sub(r"( (?!--)\S+) \.\.\.(?= |$)", r"\1", shown.partition(" [")[0]) for shown in found]
+    return [words[1:] for shown in cut if (words := shlex.split(shown, comments=True)) and "COMMAND" not in words]
+
+
+@pytest.fixture
+def refusal(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Why a command is wrong, as its words alone tell; "" if it is right. No command runs."""
+
+    def settled(given: dict[str, Any], *_: object, **__: object) -> Path:
+        settle({"model": "m", **given}, capabilities_of)
+        return Path()
+
+    def asked(_command: object, context: Any) -> None:
+        if context.info_name == "estimate":
+            settled({name: value for name, value in context.params.items() if name in OPTIONS})
+
+    monkeypatch.setattr(pipeline, "run_job", settled)
+    monkeypatch.setattr(cli.Command, "invoke", asked)
+    monkeypatch.setattr(cli_options, "read_config", lambda _path: ({}, None))
+
+    def refused(words: list[str]) -> str:
+        done = nbl(*words)
+        return done.err if done.status else ""
+
+    return refused
+
+
+def test_shown_commands_are_right(refusal: Any) -> None:
+    shown = {page: shown_commands(page.read_text(encoding="utf-8")) for page in PAGES}
+    assert sum(map(len, shown.values())) > 80
+    wrong = {(page.name, " ".join(words)): refusal(words) for page, found in shown.items() for words in found}
+    assert {command: why for command, why in wrong.items() if why} == {}
+
+
+def test_a_wrong_command_is_found(refusal: Any) -> None:
+    block = "```\nnbl-export -m M -o DIR --cut 20 \\\n  --layers 8  # both\n```\n"
+    text = f"{block}`nbl-export bench DIR ...` `nbl-export x y`\n"
+    assert [bool(refusal(words)) for words in shown_commands(text)] == [True, False, True]
+
+
+def test_shown_keys_are_keys(tmp_path: Path) -> None:
+    blocks = [found[1] for page in PAGES for found in _TOML.finditer(page.read_text(encoding="utf-8"))]
+    assert blocks
+    for block in blocks:
+        (tmp_path / "shown.toml").write_text(block, encoding="utf-8")
+        assert cli_options.read_config(tmp_path / "shown.toml")[0]
 
 
 @pytest.mark.parametrize("page", TYPED)

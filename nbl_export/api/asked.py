@@ -31,6 +31,7 @@ class Options(TypedDict, total=False):
     cut: str | int
     near: int | None
     fit: str
+    kind: str
     select: str | None
     maps: str
     tap: str

@@ -100,7 +100,7 @@ def show_all(ctx: typer.Context, asked: bool) -> None:
 app = typer.Typer(
     cls=Group,
     name="nbl-export",
-    help="Replace attention layers of a decoder LLM by linear layers; verify, measure.",
+    help="Shorten the time to the first token of a language model: predict keys or replace attention; verify, measure.",
     context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=True,
     rich_markup_mode=None,
@@ -142,7 +142,8 @@ def root(
     written, recorded = ({}, None) if config is None else opt.read_config(config)
     given = over(written, given)
     if output is None or ("model" not in given and recorded is None):
-        missing = "--model" if "model" not in given and recorded is None else "--output"
+        lacks = [("--model", "model" not in given and recorded is None), ("--output", output is None)]
+        missing = " and ".join(flag for flag, is_missing in lacks if is_missing)
         raise UsageError(f"the main job needs {missing}; see nbl-export --help")
     from nbl_export.run.pipeline import run_job
     from nbl_export.run_directory import REPORT_HTML

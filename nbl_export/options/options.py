@@ -20,7 +20,7 @@ from nbl_export.records.destinations import DESTINATIONS, Destination
 from nbl_export.records.from_json import read_record, require
 from nbl_export.records.plan import CUT_KIND, MAPS, TAPS, USUAL_KIND
 
-__all__ = ["AUTO_CUT", "BUILDER_OPTIONS", "CHECKPOINT_FIT", "DEFAULT_SLOTS", "GPU_DECODE", "LIKE_LLAMA",
+__all__ = ["AUTO_CUT", "BUILDER_OPTIONS", "CHECKPOINT_FIT", "DEFAULT_SLOTS", "DROPPED", "GPU_DECODE", "LIKE_LLAMA",
            "NO_CUT", "NO_ORIGINAL", "OPTIONS", "PANELS", "JobOptions", "flag_of"]  # fmt: skip
 
 # Source of the maps: closed form for each layer; joint training from there; zero, which drops attention; or an NBL
@@ -35,6 +35,7 @@ _STATIC = "static"  # decoder source whose caches have a fixed length
 DEFAULT_SLOTS, GPU_DECODE = 2048, 128  # slots of a compiled engine, and tokens of the decode test on a GPU
 SMALLEST = "int4"  # precision
 AUTO_CUT, NO_CUT = "auto", "none"  # the deepest cut that quality allows, or no cut
+DROPPED = "none"  # kind of mixer of --fit drop
 NEARS = (64, 128, 256)  # tokens at the end of a prompt that climb above a cut, if none is asked for
 CHECKPOINT_FIT = "given"  # fit of the maps that an NBL checkpoint has
 NO_ORIGINAL = "the checkpoint no longer contains the attention weights of its replaced layers"
@@ -65,19 +66,26 @@ _OF_ROUNDING = ("accuracy_level", "algo_config", "block_size")
 def _usual_fit(values: Mapping[str, Any], engine: Capabilities | None, model: ModelFacts) -> str:
     """Maps are trained where keys are not predicted; a goal of memory, and large models, need closed form."""
     closed = bool(values["kv_budget"]) or values["cut"] != NO_CUT or not model.fits
+    closed |= values["kind"] != USUAL_KIND  # few kinds can be trained
     if model.maps_tap:
         return CHECKPOINT_FIT
+    if not closed and (values["distill_minutes"] or values["distill_steps"]):
+        return "distilled"  # whoever says how long asks for it
     if engine is None and not closed:
         return ""  # it depends on the engine and the model, so that a command states it
     predicts = _cuts(values, engine) and _predicts(model)
     return "independent" if closed or predicts or values["select"] in ("cca", "error") else "distilled"
 
 
+def _usual_kind(values: Mapping[str, Any], _engine: Capabilities | None, _model: ModelFacts) -> str:
+    return DROPPED if values["fit"] == "drop" else USUAL_KIND
+
+
 def _usual_cut(values: Mapping[str, Any], engine: Capabilities | None, model: ModelFacts) -> str:
     """The deepest cut for a limit on quality, unless another option asks for layers that are replaced."""
     others = ("layers", "kv_budget", "select", "distill_minutes", "distill_steps")
     asks = any(values[name] for name in others) or values["fit"] != "independent" or values["maps"] != "affine"
-    asks |= values["logits"] == "all"
+    asks |= values["logits"] == "all" or values["kind"] != USUAL_KIND
     lacks = not _cuts(values, engine) or values["decoder_source"] not in CUT_SOURCES or not _predicts(model)
     return NO_CUT if asks or lacks or model.maps_tap else AUTO_CUT
 
@@ -162,6 +170,7 @@ _ORDERED = (
     *_ORIGINAL, Applies("a number of layers or a goal; --layers names the layers here", lambda c: not c.is_named),
 )  # fmt: skip
 _FITTED = (*_ORIGINAL, Applies("fitted maps (--fit independent or distilled)", lambda c: c.options.fit != "drop"))
+_REPLACING = (*_ORIGINAL, Applies("layers (--layers, or --cut none)", lambda c: c.options.cut == NO_CUT))
 _TRAINED = (Applies("--fit distilled", lambda c: c.options.fit == "distilled"),)
 _PREDICTING = (
     Applies("--engine ort with --provider cpu, trt or trt-rtx, and the original model",
@@ -233,6 +242,10 @@ class JobOptions:
     fit: str = option(
         "independent", "independent, distilled (trained; default with a limit, where keys are not predicted), or drop.",
         _REPLACED, "main plan", first=True, choices=FITS, metavar="FIT", usual=_usual_fit,
+    )  # fmt: skip
+    kind: str = option(
+        USUAL_KIND, "Kind of mixer in place of attention: linear (default), or one that you add; not with --cut.",
+        _REPLACED, "main plan", metavar="KIND", usual=_usual_kind, applies=_REPLACING, key=True,
     )  # fmt: skip
     select: str | None = option(
         None, "Order: efficient (default), greedy, error, or the paper's cca.", _REPLACED, "main plan",
@@ -349,11 +362,6 @@ class JobOptions:
             texts = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, str)]
             require(not any(map(_CONTROL.search, texts)), f"{name} is not one line of text")
         require(self.distill_minutes is None or self.distill_minutes > 0, "--distill-minutes is more than 0")
-
-    @property
-    def kind(self) -> str:
-        """The kind of mixer (`nbl_export.mixers`) that replaces attention."""
-        return "none" if self.fit == "drop" else USUAL_KIND
 
     @property
     def has_bias(self) -> bool:

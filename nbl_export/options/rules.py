@@ -20,6 +20,7 @@ from nbl_export.options.options import (
     BUILDER_OPTIONS,
     CHECKPOINT_FIT,
     CUT_SOURCES,
+    DROPPED,
     GPU_DECODE,
     LIKE_LLAMA,
     NO_ORIGINAL,
@@ -147,6 +148,21 @@ def _unknown_to_engine(case: Case) -> str | bool:
     return False
 
 
+def _unknown_kind(case: Case) -> str | bool:
+    """A kind of mixer that the engine does not hold, or that another option asks for."""
+    options, held = case.options, case.engine.kinds - {CUT_KIND, DROPPED}
+    if case.is_nbl or options.predicts or (options.kind == DROPPED and options.fit == "drop"):
+        return False
+    use = {CUT_KIND: "predicted keys are asked for by --cut", DROPPED: "--fit drop leaves attention out"}
+    if options.kind in use:
+        return f"key kind {options.kind}: {use[options.kind]}; leave key kind out"
+    if options.fit == "drop":
+        return f"--fit drop puts nothing in place of attention; leave key kind {options.kind} out"
+    return options.kind not in held and (
+        f"key kind {options.kind} is not for engine {case.spoken_engine}; it takes {', '.join(sorted(held))}"
+    )
+
+
 def _not_made(case: Case) -> str | bool:
     """Precision against decoder source."""
     options, sources = case.options, case.engine.sources
@@ -193,6 +209,7 @@ def _keys_not_predicted(case: Case) -> str | bool:
 
 REFUSED: tuple[Refusal, ...] = (
     (NblError, _keys_not_predicted),
+    (UsageError, _unknown_kind),
     (UsageError, _kind_not_held),
     (UsageError, _beside_cut),
     (UsageError, _unknown_to_engine),

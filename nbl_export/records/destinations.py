@@ -12,7 +12,7 @@ from nbl_export.errors import UsageError
 from nbl_export.records.capabilities import LINEAR_KINDS
 from nbl_export.records.plan import CUT_KIND, USUAL_KIND
 
-__all__ = ["DESTINATIONS", "Destination", "destination_named", "spoken_kind"]
+__all__ = ["DESTINATIONS", "Destination", "destination_named", "is_destination", "spoken_kind"]
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,11 @@ def destination_named(name: str) -> str:
     if found not in DESTINATIONS:
         raise UsageError(f"--for {name}: {_NEVER.get(asked) or 'destinations are ' + ', '.join(DESTINATIONS)}")
     return found
+
+
+def is_destination(name: str) -> bool:
+    """Whether the table has this name, or another name of a destination in it."""
+    return _ALSO.get(name, name) in DESTINATIONS
 
 
 def spoken_kind(kind: str) -> str:

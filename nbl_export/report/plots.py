@@ -53,12 +53,12 @@ def throughput(rows: Sequence[dict[str, Any]], ratios: Sequence[dict[str, Any]])
     panels = [(title, chosen) for title, chosen in panels if chosen]
     heights = [0.4 + len({(r["test"], r["depth"]) for r in chosen}) for _, chosen in panels]
     with style.context(["default", _STYLE]):
-        figure = Figure(figsize=(_WIDTH, 0.7 + 0.66 * sum(heights)), layout="constrained")
+        figure = Figure(figsize=(_WIDTH, 0.45 + 0.25 * len(panels) + 0.66 * sum(heights)), layout="constrained")
         axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
         for axis, (title, chosen) in zip(axes, panels, strict=True):
             _bars(axis, chosen, {(r["test"], r["depth"]): r["text"] for r in ratios})
             axis.set_title(title, loc="left", fontsize=11.5, weight="bold")
-        axes[-1].set_xlabel("tokens per second")
+            axis.set_xlabel("tokens per second")
         return _svg(figure, axes[0], "throughput")
 
 
@@ -99,13 +99,14 @@ def curve(points: Sequence[dict[str, Any]], layers: int, near: int | None = None
         figure = Figure(figsize=(_WIDTH, 3.6), layout="constrained")
         axis = figure.subplots()
         xs, ys = [p["prefill"] for p in points], [1 + max(p["increases"]) for p in points]
-        axis.plot(xs, ys, linestyle="-", marker="o", color=_NBL, markersize=5, label=_NAMES["nbl"])
+        joined = "none" if near else "-"  # two cuts are not more and less of one thing
+        axis.plot(xs, ys, linestyle=joined, marker="o", color=_NBL, markersize=5, label=_NAMES["nbl"])
         for x, y in [
             (x, y) for p, x, y in zip(points, xs, ys, strict=True) if (p["layers"], p.get("near")) == (layers, near)
         ]:
             axis.plot([x], [y], "o", markersize=14, markerfacecolor="none", color=_INK, markeredgewidth=1.6)
-            text = f"{layers} layer{'' if layers == 1 else 's'}"
-            axis.annotate(text, (x, y), xytext=(0, -20), textcoords="offset points", ha="center", color=_TEXT)
+            text = "this run" if near else f"{layers} layer{'' if layers == 1 else 's'}"
+            axis.annotate(text, (x, y), xytext=(11, -4), textcoords="offset points", color=_TEXT)
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter(lambda value, _: _short(value))
         axis.yaxis.set_minor_formatter(lambda value, _: _short(value) if axis.get_ylim()[1] < 10 else "")

@@ -176,7 +176,7 @@ def _scores(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 _OTHER_SETS = "More or fewer layers"
 _CURVE = Figures((
     Figure("curve", "Perplexity over the original's, on the text with the largest increase, against the modelled "
-           "speed-up of prefill. A point is a number of layers. The ring marks this run's number."),
+           "speed-up of prefill. A point is a number of layers, or a cut. The ring marks this run."),
 ))  # fmt: skip
 
 
@@ -185,14 +185,15 @@ def curve(report: Mapping[str, Any]) -> tuple[Section, ...]:
     found = report.get("curve")
     if not found:
         return (Section(_OTHER_SETS, (Paragraph(_no_curve(report)),)),)
-    speeds = ("Prefill",) if report.get("cut") else ("Prefill", "Decode")
+    rises, is_cut = tuple(f"Increase, {name}" for name in found["texts"]), bool(report.get("cut"))
     columns = (
-        *Column.numbers("Layers", *(f"Increase, {name}" for name in found["texts"]), *speeds),
-        Column("Which", "wrap"),
-    )
+        Column.numbers("Cut at", "Near tokens", *rises, "Answers from far back", "Prefill") if is_cut
+        else (*Column.numbers("Layers", *rises, "Prefill", "Decode"), Column("Which", "wrap"))
+    )  # fmt: skip
     table = Table.of(columns, [_set(point) for point in found["points"]])
     note = Paragraph(" ".join(_curve_note(report, found)))
-    return (Section(_OTHER_SETS, (note, _CURVE, table, Heading("Commands"), *map(Code, _commands(report)))),)
+    title = "Other cuts" if is_cut else _OTHER_SETS
+    return (Section(title, (note, _CURVE, table, Heading("Commands"), *map(Code, _commands(report)))),)
 
 
 def _no_curve(report: Mapping[str, Any]) -> str:
@@ -220,8 +221,9 @@ def _rise(share: float) -> str:
 def _set(point: Mapping[str, Any]) -> tuple[str, ...]:
     rises, prefill = (_rise(share) for share in point["increases"]), f"×{spoken_ratio(point['prefill'])}"
     if "near" in point:
-        which = f"cut at {min(point['replaced_layers'])}, {point['near']} near tokens"
-        return str(point["layers"]), *rises, prefill, which
+        far = point.get("far")
+        lost = "–" if far is None else _rise(-far)
+        return str(min(point["replaced_layers"])), str(point["near"]), *rises, lost, prefill
     decode = f"×{spoken_ratio(point['decode'])}"
     return str(point["layers"]), *rises, prefill, decode, words.listed(point["replaced_layers"])
 
@@ -246,6 +248,7 @@ def _curve_note(report: Mapping[str, Any], curve: Mapping[str, Any]) -> Iterator
 def _of_cuts(report: Mapping[str, Any], curve: Mapping[str, Any]) -> Iterator[str]:
     yield "Each point is a cut that was tried, with all layers above it; the choice began with the fastest one."
     yield "Increases of perplexity are of the text that chose the cut, at every position of its rows."
+    yield "So is the change of what answers from far back keep."
     of = f" for {curve['engine']} in {curve['precision']}" if "engine" in curve else ""
     yield f"Speed is modelled{of}: a prompt of {curve['tokens']} tokens. Decoding costs what it costs in the original."
     yield f"The chosen cut keeps the increase within {report['goal']['max_perplexity_increase']} on every text."

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nbl_export.errors import UsageError
+from nbl_export.records.destinations import is_destination
 from nbl_export.targets.base import Target
 from nbl_export.targets.providers import PROVIDERS
 
@@ -35,7 +36,8 @@ def load_engine(name: str, provider: str = "cpu") -> Target:
         UsageError: there is no such engine or provider.
     """
     if name not in ENGINES:
-        raise UsageError(f"unknown engine {name!r}; engines are {', '.join(ENGINES)}")
+        served = f"; --for {name} makes a model for it" if is_destination(name) else ""
+        raise UsageError(f"unknown engine {name!r}; engines are {', '.join(ENGINES)}{served}")
     if provider == "cpu":
         found: Target = _named(ENGINES[name])
         return found

@@ -33,7 +33,8 @@ def test_a_bare_call_shows_the_help() -> None:
         (("bench", "runs/x", "--dept", "1"), "No such option: --dept", "nbl-export bench --help"),
         (("--layer", "1"), "No such option: --layer", "nbl-export --help"),
         (("-m", "m"), "the main job needs --output", "nbl-export --help"),
-        (("-o", "o"), "the main job needs --model", "nbl-export --help"),
+        (("-o", "o"), "the main job needs --model;", "nbl-export --help"),
+        (("--engine", "trt"), "the main job needs --model and --output", "nbl-export --help"),
         (("benhc",), "No such command 'benhc'", "nbl-export --help"),
     ],
 )

@@ -6,7 +6,9 @@ moments ─ fit ─ maps file ─┬─ torch model
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,12 @@ from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
 from nbl_export.rewrite.builder import GraphBuilder
 from nbl_export.targets import exporter_of
+from nbl_export.targets.onnx.engine import CAPABILITIES, OrtEngine
 from nbl_export.verify.exporter import row_logits
 from tests.tiny import HEAD_DIM, HIDDEN, LAYERS, VOCAB
 from tests.verifying import verify_tiny
 
+from ..command import assert_refused, configured, nbl
 from .toy_thin import RANK, THIN, Thin
 
 SUBSETS = [s for n in (1, 2) for s in itertools.combinations(range(LAYERS), n)]
@@ -110,10 +114,22 @@ def fitted(checkpoint: Any) -> dict[int, Mixer]:
     return {layer: THIN.fit(moments[layer], layer) for layer in range(LAYERS)}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int4"])
-def test_verification_passes(checkpoint: Any, fitted: dict[int, Mixer], tmp_path: Path, precision: str) -> None:
+def test_a_whole_job_by_its_name(checkpoint: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The key `kind` takes it from the moments to the report, once an engine names it."""
+    words = ("--model", checkpoint("llama"), "--calibration", text, "--calibration-tokens", "1024")
+    words = (*words, *configured(kind="thin"), "--output", tmp_path / "run")
+    assert_refused(nbl(*words), 2, "key kind thin is not for engine ort; it takes linear")
+    held = dataclasses.replace(CAPABILITIES, kinds=CAPABILITIES.kinds | {"thin"})
+    monkeypatch.setattr(OrtEngine, "capabilities", held)
+    done = nbl(*words)
+    assert done.status == 0, done.err
+    assert json.loads((tmp_path / "run" / "nbl.json").read_text(encoding="utf-8"))["kinds"] == ["thin"]
+    assert "Graph verified" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+
+def test_verification_passes(checkpoint: Any, fitted: dict[int, Mixer], tmp_path: Path) -> None:
     """The whole ladder, with greedy text of GenAI against torch."""
-    results = verify_tiny(checkpoint("llama"), "genai", precision, tmp_path, (0, 2), mixer_of=fitted.__getitem__)
+    results = verify_tiny(checkpoint("llama"), "genai", "int4", tmp_path, (0, 2), mixer_of=fitted.__getitem__)
     assert [r for r in results if not r.passed] == []
     assert {"structure", "original", "nbl", "text", "last_token"} <= {r.check for r in results}
 

@@ -33,7 +33,7 @@ QUIET = Ui(quiet=True)
 # Options that change other options, and one that has no effect beside them.
 ASKED: dict[str, Any] = {"engine": "openvino", "maps": "linear", "layers": "2"}
 EXPECTED: dict[str, Any] = {"tap": "normed", "precision": "fp16", "decoder_source": "openvino", "layers": "2"}
-IDLE = {"distill_steps": 40, "layers": "2"}
+IDLE = {"seed": 3, "layers": "2"}
 
 
 class _Reached(Exception):
@@ -136,7 +136,7 @@ def test_roads_to_a_new_run(tmp_path: Path, stopped: None, olive: Callable[..., 
     }
     for name, road in roads.items():
         assert_settled(reached(road(ASKED)), EXPECTED)
-        with pytest.raises(UsageError, match=r"^key distill_steps is for --fit distilled; leave key distill_st"):
+        with pytest.raises(UsageError, match=r"^key seed is for --fit distilled; leave key seed"):
             road(IDLE)()
         if name != "flags":  # typer refuses it
             with pytest.raises(UsageError, match="precison is no option; did you mean precision"):
@@ -166,8 +166,8 @@ def test_roads_to_a_changed_run(recorded: Recorded, tmp_path: Path, stopped: Non
 def test_a_refusal_reaches_the_user(recorded: Recorded, tmp_path: Path) -> None:
     """Before the model is looked for, which is nowhere; and the directory stays as it is."""
     out = tmp_path / "out"
-    part = "key distill_steps is for --fit distilled; leave key distill_steps out"
-    assert_refused(nbl("--model", "nowhere", "--layers", 2, *keys(distill_steps=40), "--output", out), 2, part)
+    part = "key seed is for --fit distilled; leave key seed out"
+    assert_refused(nbl("--model", "nowhere", "--layers", 2, *keys(seed=3), "--output", out), 2, part)
     assert_refused(nbl("--model", "nowhere", "--layers", 2, "--output", out), 1, "no model at nowhere")
     directory = recorded()
     before = (directory / "nbl.json").read_bytes()

@@ -44,6 +44,8 @@ SETTLED: list[tuple[Asked, Asked]] = [
     ({"max_perplexity_increase": "5%"}, {"cut": "auto", "near": None}),
     ({"cut": "none"}, {"fit": "independent"}),
     ({"fit": "distilled"}, {"tap": "normed", "cut": "none"}),
+    ({"distill_minutes": 5.0}, {"fit": "distilled", "tap": "normed", "cut": "none"}),  # for any model
+    ({"distill_steps": 40, "layers": "2"}, {"fit": "distilled"}),
     ({"select": "greedy"}, {"cut": "none"}),
     ({"maps": "linear"}, {"tap": "normed", "cut": "none"}),
     ({"logits": "all"}, {"cut": "none"}),
@@ -76,6 +78,8 @@ SETTLED: list[tuple[Asked, Asked]] = [
     ({"for": "vllm", "cut": "auto"}, {"engine": "ort", "cut": "auto", "fit": "independent"}),
     ({"for": "gguf"}, {"destination": "llama.cpp", "cut": "none", "maps": "linear", "tap": "normed"}),
     ({"for": "vllm", "engine": "openvino"}, {"engine": "openvino"}),
+    ({"layers": "2"}, {"kind": "linear", "cut": "none"}),
+    ({"fit": "drop"}, {"kind": "none"}),
     ({"seed": None, "distill_steps": None}, {"seed": 0, "distill_steps": None}),
 ]
 OF_MODEL: list[tuple[ModelFacts, Asked, Asked]] = [
@@ -209,8 +213,9 @@ def test_one_count_or_goal_replaces_another() -> None:
 IDLE: list[tuple[str, Asked, ModelFacts | None, str]] = [
     ("select", {"select": "cca", "layers": "0,2"}, None, "a number of layers or a goal"),
     ("maps", {"maps": "linear", "fit": "drop"}, None, "fitted maps"),
-    ("distill_minutes", {"distill_minutes": 1.0, "layers": "2"}, None, "--fit distilled"),
-    ("distill_steps", {"distill_steps": 40, "layers": "2"}, None, "--fit distilled"),
+    ("distill_minutes", {"distill_minutes": 1.0, "cut": "2"}, None, "--fit distilled"),
+    ("distill_minutes", {"distill_minutes": 1.0}, LARGE, "--fit distilled"),
+    ("distill_steps", {"distill_steps": 40, "kind": "new"}, None, "--fit distilled"),
     ("distill_tokens", {"distill_tokens": 2048, "fit": "independent"}, None, "--fit distilled"),
     ("lora_rank", {"lora_rank": 16, "fit": "drop"}, None, "--fit distilled"),  # the default, but asked for
     ("label_weight", {"label_weight": 0.5, "kv_budget": "1KiB"}, None, "--fit distilled"),
@@ -228,11 +233,12 @@ IDLE: list[tuple[str, Asked, ModelFacts | None, str]] = [
     ("cut", {"cut": "1", "engine": "openvino"}, None, "--engine ort with --provider cpu, trt or trt-rtx, and the"),
     ("cut", {"cut": "1"}, NBL, "the original model"),
     ("near", {"near": 8, "layers": "1,"}, None, "--cut"),
+    ("kind", {"kind": "linear"}, None, "layers (--layers, or --cut none)"),
     *(
         (name, {name: value}, NBL, "no longer contains the removed attention")
         for name, value in {
             "layers": "1", "max_perplexity_increase": "5%", "kv_budget": "1KiB",
-            "select": "cca", "maps": "linear", "compute_dtype": "float32",
+            "select": "cca", "maps": "linear", "kind": "linear", "compute_dtype": "float32",
         }.items()
     ),
 ]  # fmt: skip
@@ -291,7 +297,12 @@ def test_an_option_with_effect_is_accepted(asked: Asked) -> None:
 
 # All that is asked for, the model, and parts of the message: refused as usage.
 WRONG: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
+    ({"kind": "new"}, None, ("key kind new is not for engine ort; it takes linear",)),
+    ({"kind": "predicted"}, None, ("key kind predicted", "--cut")),
+    ({"kind": "none"}, None, ("key kind none", "--fit drop leaves attention out")),
+    ({"kind": "linear", "fit": "drop"}, None, ("leave key kind linear out",)),
     ({"engine": "steam"}, None, ("unknown engine 'steam'; engines are ort, openvino, trt, trt-rtx",)),
+    ({"engine": "gguf"}, None, ("unknown engine 'gguf'", "--for gguf makes a model for it")),
     ({"engine": "openvino", "provider": "cuda"}, None, ("--provider is for engine ort, not for openvino",)),
     ({"precision": "fp7"}, None, ("--precision fp7 is not for engine ort", "fp32", "int4")),
     ({"engine": "openvino", "precision": "bf16"}, None, ("engine openvino; it takes fp16, fp32, int8, int4",)),

@@ -687,10 +687,12 @@ def test_what_is_drawn_is_what_was_measured(written: Written, monkeypatch: pytes
     points = [{**point, "increases": [0.1, 0.02, 0.05]} for point in CURVE["points"]]
     assert plots.curve(points, 3).axes[0].lines[0].get_ydata() == pytest.approx([1.1] * 4)  # type: ignore[attr-defined]
     assert spoken_curve({"points": points}).count("+10.0%") == 4
+    of_cuts: Any = plots.curve(points, 3, 64)
+    assert of_cuts.axes[0].lines[0].get_linestyle() == "None"  # two cuts are not more and less of one thing
 
 
 def test_commands_of_a_cut_are_for_lower_ones() -> None:
-    points = [{**point, "near": 4} for point in CURVE["points"]]
+    points = [{**point, "near": 4, "far": 0.05} for point in CURVE["points"]]
     goal = {"max_perplexity_increase": "40%", "default": False, "path": []}
     cut = {
         "cut": {"layer": 3, "near": 4},
@@ -700,3 +702,4 @@ def test_commands_of_a_cut_are_for_lower_ones() -> None:
     }
     said = Written(changed(MANIFEST, **cut)).markdown
     assert re.findall(r"cp -r run other && nbl-export plan other --cut (\d) --near 4", said) == ["2", "1"]
+    assert "| Cut at | Near tokens |" in said and said.count("| −5.00% |") == len(points)

@@ -106,7 +106,7 @@ def test_options_are_settled_as_in_the_main_job(tmp_path: Path, monkeypatch: pyt
     assert estimate(str(model), {"layers": "8"})["options"]["fit"] == "independent"
     assert_refused(nbl("estimate", model, "--layers", "40"), 1, "all 32 attention layers")
     assert_refused(nbl("estimate", model, "--precision", "int3"), 2, "--precision int3 is not for engine ort")
-    assert_refused(nbl("estimate", model, "--layers", "8", "--distill-minutes", "3"), 2, "is for --fit distilled")
+    assert_refused(nbl("estimate", model, "--cut", "20", "--distill-minutes", "3"), 2, "is for --fit distilled")
 
 
 def test_a_job_with_a_cut_has_sums_of_its_candidates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

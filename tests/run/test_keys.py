@@ -85,7 +85,7 @@ GREEDY, EFFICIENT = {"select": "greedy"}, {"select": "efficient"}
 ORDERS: dict[str, tuple[Changes, Changes, Changes]] = {  # options before, options changed, facts changed
     "tap": (GREEDY, {"tap": "normed"}, {}),
     "maps": ({**GREEDY, "tap": "normed"}, {"maps": "linear"}, {}),
-    "dropped attention": (GREEDY, {"fit": "drop"}, {}),
+    "dropped attention": (GREEDY, {"kind": "none"}, {}),
     "products": (GREEDY, {"compute_dtype": "float32"}, {}),
     "weighed work": (GREEDY, EFFICIENT, {}),
     "logits of the weighed work": (EFFICIENT, {"logits": "all"}, {}),

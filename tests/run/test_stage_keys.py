@@ -40,7 +40,7 @@ ASKED = {"eval": EVAL}
 # Another value of each option.
 OTHER: dict[str, Any] = {
     "destination": "mlx-lm", "layers": "2", "cut": "1", "max_perplexity_increase": "5%",
-    "kv_budget": "300B", "fit": "drop", "select": "error", "tap": "normed", "maps": "linear",
+    "kv_budget": "300B", "fit": "drop", "kind": "predicted", "select": "error", "tap": "normed", "maps": "linear",
     "distill_minutes": 1.0,
     "distill_steps": 7, "distill_tokens": 7, "lora_rank": 7, "label_weight": 0.7, "calibration_tokens": 1024,
     "context": 64, "compute_dtype": "float32", "seed": 7, "precision": "int8",
@@ -49,7 +49,7 @@ OTHER: dict[str, Any] = {
     "depths": (7,), "repetitions": 7, "prompt_tokens": (7,),
     "generate_tokens": 7, "threads": (1,), "batches": (2,), "engine": "openvino",
 }  # fmt: skip
-_PLAN = ("layers", "cut", "max_perplexity_increase", "kv_budget", "fit", "select",
+_PLAN = ("layers", "cut", "max_perplexity_increase", "kv_budget", "fit", "kind", "select",
          "tap", "maps", "compute_dtype", "logits", "destination")  # fmt: skip
 _DECODER = ("precision", "provider", "logits", "decoder_source", "builder_option", "quantized_model")
 _GRAPHS = tuple(dict.fromkeys((*_PLAN, *_DECODER)))

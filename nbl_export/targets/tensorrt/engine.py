@@ -98,7 +98,12 @@ class TensorRtEngine(Target):
         return build_engine(self.library, source, out, settings).to_json()
 
     def _advice(self) -> str:
-        return "" if self.library.jit else f"; --engine {self.library.other} builds without a GPU"
+        if self.library.jit:
+            return ""
+        return (
+            f"; --engine {self.library.other} builds without a GPU, and nbl-export build DIR --engine "
+            f"{self.capabilities.name} then compiles its graphs on the machine with the GPU"
+        )
 
     def owns(self, path: Path) -> bool:
         """Whether the directory holds an engine that this library compiled."""
