@@ -102,7 +102,6 @@ class Job:
         product_flops_per_second: additions and multiplications a second of a float32 product here.
         tiles: layers are calibrated and chosen by bfloat16 products of AMX, at twice this rate.
         available_bytes: memory.
-        runs_here: the engine runs on this machine's processor, so that bench runs.
     """
 
     shape: Shape
@@ -111,7 +110,6 @@ class Job:
     product_flops_per_second: float
     tiles: bool
     available_bytes: int
-    runs_here: bool = True
 
     # -- sizes ---------------------------------------------------------------------------------------------------
 
@@ -278,7 +276,7 @@ class Job:
         )  # fmt: skip
         left_out = {"calibrate", "plan"} if has_maps else set()
         left_out |= set() if self.trains else {"distill"}
-        left_out |= set() if self.runs_here else {"bench"}
+        left_out |= {"bench"} if self.engine.cross else set()
         return tuple(needs for needs in stages if needs.stage not in left_out)
 
     def gains(self) -> tuple[Gain, ...]:
@@ -294,7 +292,7 @@ class Job:
         costs = cost_model(self.options, self.engine, self.shape.decoder, self.shape.mlp)
         costs = dataclasses.replace(costs, tokens=tokens)
         work = [costs.prefill_flops(sizes) for sizes in ({}, self._cut_sizes() if self.cuts else self._layer_sizes())]
-        seconds = [flops / self.product_flops_per_second if self.runs_here else None for flops in work]
+        seconds = [None if self.engine.cross else flops / self.product_flops_per_second for flops in work]
         kind = "predicted keys" if self.cuts else "linear maps" if self.options.fit != "drop" else "no attention"
         return Gain(kind, self.count, is_asked, tokens, work[0] / work[1], *seconds)
 

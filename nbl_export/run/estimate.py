@@ -103,7 +103,7 @@ def _spoken_gain(job: EstimatedJob) -> str:
 def _job(shape: Shape, options: JobOptions) -> EstimatedJob:
     engine = capabilities_of(options.engine, options.provider)
     tiles = options.compute_dtype != "float32" and _has_products("amx_tile")
-    return EstimatedJob(shape, options, engine, product_flops_per_second(), tiles, available_bytes(), not engine.cross)
+    return EstimatedJob(shape, options, engine, product_flops_per_second(), tiles, available_bytes())
 
 
 def _totals(needs: Sequence[Needs]) -> dict[str, float]:

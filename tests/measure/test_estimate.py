@@ -40,7 +40,7 @@ def whole_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 def job(shape: Shape, rate: float = 2e11, memory: int = 23 * GIB, *, tiles: bool = False, **options: Any) -> Job:
     options = {"fit": "independent", **options}
     engine = load_engine(options.get("engine", "ort")).capabilities
-    return Job(shape, JobOptions("m", **options), engine, rate, tiles, memory, not engine.cross)
+    return Job(shape, JobOptions("m", **options), engine, rate, tiles, memory)
 
 
 def by_stage(estimated: Job) -> dict[str, Needs]:
