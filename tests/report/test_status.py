@@ -35,7 +35,7 @@ def verified(precision: str, *checks: CheckResult, warnings: tuple[str, ...] = (
 def test_a_failed_check_fails_the_run() -> None:
     assert status_of([asdict(WIRING), asdict(SHIPPED)]) == "verified"
     assert status_of([asdict(WIRING), asdict(TEXT)]) == "failed"
-    opened: Any = SimpleNamespace(read_json=lambda _name: verified("int4", WIRING, TEXT))
+    opened: Any = SimpleNamespace(read_json=lambda _name: verified("int4", WIRING, TEXT), stages={"verify": {}})
     assert Place(opened, Ui(quiet=True)).verdict == "failed"
 
 
