@@ -78,9 +78,23 @@ class Collection:
     def refer(self, ids_WT: torch.Tensor) -> None:
         """Take reference rows and units from the beginning of the whole text."""
         self.add(ids_WT[:1, :REFERENCE_ROWS])
+        for accumulator in self._accumulators():
+            accumulator.clear()
+        self.share_references()
+
+    def share_references(self) -> None:
+        """Give all processes the reference rows and units of rank 0."""
+        for accumulator in self._accumulators():
+            accumulator.share_reference()
+
+    def meet(self) -> None:
+        """Give rank 0 the sums of all processes (`model.processes`); the others begin at zero."""
+        for accumulator in self._accumulators():
+            accumulator.meet()
+
+    def _accumulators(self) -> Iterator[Accumulator]:
         for accumulators in self.found.values():
-            for accumulator in accumulators.values():
-                accumulator.clear()
+            yield from accumulators.values()
 
     @property
     def count(self) -> int:

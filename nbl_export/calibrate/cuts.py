@@ -6,7 +6,8 @@
 
 A sum holds rows 1 .. T - 1 of each window: row 0 has no token before it. The map without the token before takes the
 first D columns. Products are float32 over the rows of a batch, about a reference row, and add up in float64. Equal
-batches in equal order give equal bytes, so a pass that stops and goes on gives those of one that does not stop.
+batches in equal order give equal bytes, so a pass that stops and goes on gives those of one that does not stop. Several
+processes give them too: rank 0 alone has sums, and adds the products of all processes in the order of their batches.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from nbl_export.files import arrays_sha256, replaced
 from nbl_export.mixers.lmmse import RIDGE, cholesky
 from nbl_export.mixers.predicted import Predicted
 from nbl_export.mixers.predicted_module import features
-from nbl_export.model import bfloat16
+from nbl_export.model import bfloat16, processes
 from nbl_export.model.architectures import architecture_of
 from nbl_export.model.cut import check_cut, own_map
 
@@ -84,7 +85,10 @@ class CutSums:
     Attributes:
         count: rows so far.
         sums: by name (`CutShape.tensors`), about the reference rows; a reference row is NaN before the first rows.
+        idle: whether the rows of this process do not count, since other processes have the last batches.
     """
+
+    idle = False
 
     def __init__(self, shape: CutShape, sums: dict[str, torch.Tensor], count: int = 0) -> None:
         self.shape, self.sums, self.count = shape, sums, count
@@ -104,10 +108,11 @@ class CutSums:
         width = int(layers[0].self_attn.k_proj.out_features)
         shape = CutShape(tuple(cuts), len(layers), int(config.hidden_size), width, float(norm.variance_epsilon))
         device = next(model.parameters()).device
-        sums = {
-            name: torch.full(size, torch.nan if name.endswith(".ref") else 0.0, dtype=torch.float64, device=device)
-            for name, size in shape.tensors().items()
-        }
+        sums = {}
+        for name, size in shape.tensors().items():
+            held = name.endswith(".ref") or processes.leads()  # another process has places alone
+            begin = torch.nan if name.endswith(".ref") else 0.0
+            sums[name] = torch.full(size if held else (), begin, dtype=torch.float64, device=device).expand(size)
         return CutSums(shape, sums)
 
     @contextlib.contextmanager
@@ -145,23 +150,26 @@ class CutSums:
     def _add_features(self, cut: int, x_NF: torch.Tensor) -> None:
         x_NF = self._about(f"cuts.{cut}", slice(None), x_NF)
         self._features[cut] = x_NF
-        self.count += len(x_NF) * (cut == self.shape.cuts[0])
-        self.sums[f"cuts.{cut}.sum"] += total(x_NF)
+        if cut == self.shape.cuts[0]:
+            count = torch.zeros(1, dtype=torch.int64, device=x_NF.device)
+            self._add(count, torch.full_like(count, len(x_NF)))
+            self.count += int(count.item())
+        self._add(self.sums[f"cuts.{cut}.sum"], total(x_NF))
         with bfloat16.products(x_NF.device, False):
             for rows in x_NF.split(_BLOCK):
-                self.sums[f"cuts.{cut}.xx"] += gram(rows)
+                self._add(self.sums[f"cuts.{cut}.xx"], gram(rows))
 
     def _on_product(self, layer: int, half: int) -> Any:
         places = slice(half * self.shape.width, (half + 1) * self.shape.width)
 
         def take(_product: Any, _args: Any, output: torch.Tensor) -> None:
             y_NK = self._about(f"layers.{layer}", places, output[:, 1:].float().flatten(0, 1))
-            self.sums[f"layers.{layer}.sum"][places] += total(y_NK)
+            self._add(self.sums[f"layers.{layer}.sum"][places], total(y_NK))
             with bfloat16.products(y_NK.device, False):
                 for cut in (cut for cut in self.shape.cuts if cut < layer):
                     yx_KF = self.sums[f"cuts.{cut}.yx"][layer - cut - 1, places]
                     for y, x in zip(y_NK.split(_BLOCK), self._features[cut].split(_BLOCK), strict=True):
-                        yx_KF += y.T @ x
+                        self._add(yx_KF, y.T @ x)
 
         return take
 
@@ -169,8 +177,19 @@ class CutSums:
         """Rows about their reference row, which is the mean of the first rows ever."""
         reference = self.sums[f"{name}.ref"][places]
         if reference[0].isnan():
-            reference.copy_(rows[:REFERENCE_ROWS].mean(0))
+            processes.from_first(reference.copy_(rows[:REFERENCE_ROWS].mean(0)))
         return rows - reference.float()
+
+    def _add(self, to: torch.Tensor, value: torch.Tensor) -> None:
+        """Add what a batch gives, of each process in turn."""
+        for each in processes.in_order(torch.zeros_like(value) if self.idle else value):
+            to += each
+
+    def share_references(self) -> None:
+        """Give all processes the reference rows of rank 0."""
+        for name, value in self.sums.items():
+            if name.endswith(".ref"):
+                processes.from_first(value)
 
     def save(self, path: Path, facts: Mapping[str, Any]) -> None:
         """Write the sums and some facts of them, such as their identity and the batches done, to a safetensors file."""

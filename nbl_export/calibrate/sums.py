@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from nbl_export.mixers.lmmse import Moments
+from nbl_export.model import processes
 
 __all__ = ["REFERENCE_ROWS", "Accumulator", "Sums", "gram", "mirrored", "sums_bytes", "total"]
 
@@ -130,6 +131,22 @@ class Accumulator:
             torch.zeros(shape, dtype=torch.float64, device=self._x_ref.device)
             for shape in ((x,), (y,), (x, x), (y, x), (y, y))
         )
+
+    def share_reference(self) -> None:
+        """Give all processes the reference rows and units of rank 0; the others begin at zero."""
+        references = (self._x_ref, self._y_ref, self._x_unit, self._y_unit)
+        shared = [processes.from_first(value.clone()) for value in references]
+        if not processes.leads():
+            self.start(*shared)
+
+    def meet(self) -> None:
+        """Give rank 0 the rows of all processes; the others begin at zero."""
+        count = torch.tensor([self.count], dtype=torch.float64, device=self._x_ref.device)
+        for value in (count, self._x_sum, self._y_sum, self._xx, self._yx, self._yy):
+            processes.joined(value)
+        self.count = int(count.item())
+        if not processes.leads():
+            self.clear()
 
     def sums(self) -> Sums:
         """The sums so far, on the CPU."""

@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -22,6 +23,7 @@ from nbl_export.cli import options as opt
 from nbl_export.cli.commands import COMMANDS, EVAL_KEYS, FOR_DEVELOPERS
 from nbl_export.cli.options import GENERAL, ui
 from nbl_export.errors import NblError, UsageError
+from nbl_export.model import processes
 from nbl_export.options.options import OPTIONS
 from nbl_export.options.settle import over
 from nbl_export.trust.terminal import Formatter, visible
@@ -32,7 +34,9 @@ __all__ = ["GOES_ON", "INTERRUPTED", "Command", "Group", "Interrupts", "app", "e
 
 _COMPLETION = ("install_completion", "show_completion")
 INTERRUPTED = 130
+_SHARED = (None, "calibrate", "plan")  # commands that several processes share; None: the main job
 _LONGEST = 1000  # characters of an error
+_RANK_0_SECONDS = 5.0  # for rank 0 to say an error first
 KEYS = (*(name for name, record in OPTIONS.items() if record.key), *EVAL_KEYS)  # which `--config FILE` takes
 GOES_ON = "interrupted; finished stages are kept, and the same command continues after them"
 
@@ -132,6 +136,8 @@ def root(
     if version:
         print(__version__)
         return
+    if context_.invoked_subcommand not in _SHARED:
+        processes.alone()
     if context_.invoked_subcommand is not None:
         opt.refuse_options_before(context_)
         return
@@ -232,5 +238,10 @@ def fail(message: str, status: int) -> NoReturn:
     said = visible(" ".join(message.partition("Exception raised from ")[0].split()))  # torch's C++ stack follows
     if len(said) > _LONGEST:  # for example a very long file name; the beginning and the advice at the end stay
         said = f"{said[: _LONGEST // 2]} ... {said[-_LONGEST // 2 :]}"
+    if rank := processes.rank():  # rank 0 says what all have seen, and torchrun then ends this process
+        time.sleep(_RANK_0_SECONDS)
+        said = f"rank {rank}: {said}"
+    elif processes.count() > 1:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of torchrun, since another process has ended
     sys.stderr.write(f"nbl-export: {said}\n")
     sys.exit(status)

@@ -12,11 +12,12 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from typing import Any
 
 import torch
 
+from nbl_export.model import processes
 from nbl_export.model.head import Head, divergence
 
 __all__ = ["Loss", "Mixes", "Progress", "Runs", "quiet"]
@@ -38,6 +39,12 @@ class Loss:
     kl_sum: float = 0.0
     original_sum: float = 0.0
     nbl_sum: float = 0.0
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Loss:
+        """From the values of its fields in order."""
+        positions, *sums = values
+        return Loss(int(positions), *sums)
 
     def __add__(self, other: Loss) -> Loss:
         return Loss(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
@@ -155,19 +162,23 @@ class Mixes(ABC):
         self, windows_WT: Any, replaced_sets: Mapping[Any, Collection[int]], progress: Progress = quiet
     ) -> dict[Any, list[Loss]]:
         """As `quality_losses`, for each window separately."""
-        found: dict[Any, list[Loss]] = {name: [] for name in replaced_sets}
         windows_WT = torch.as_tensor(windows_WT)
         at_once, total, done = self._at_once(windows_WT), len(windows_WT), 0
-        for ids_BT in windows_WT.split(at_once):
+        found_SWL = torch.zeros(len(replaced_sets), total, len(fields(Loss)), dtype=torch.float64)
+        parts = windows_WT.split(at_once)
+        for part in processes.own(len(parts)):
+            ids_BT = parts[part]
             runs = self.runs(ids_BT, again=False)
-            scaled = _scaled(progress, done, len(ids_BT), total)
+            scaled = _scaled(progress, done, processes.count() * len(ids_BT), total)
             last = dict(zip(replaced_sets, runs.last(list(replaced_sets.values()), scaled), strict=True))
             for k, ids_T in enumerate(ids_BT):
-                for name, loss in self.losses(ids_T, runs.original[k], {n: v[k] for n, v in last.items()}).items():
-                    found[name].append(loss)
-            done += len(ids_BT)
+                losses = self.losses(ids_T, runs.original[k], {n: v[k] for n, v in last.items()})
+                rows = [astuple(losses[name]) for name in replaced_sets]
+                found_SWL[:, part * at_once + k] = torch.tensor(rows, dtype=torch.float64)
+            done = min(total, done + processes.count() * len(ids_BT))
             progress(done, total)
-        return found
+        joined = processes.joined(found_SWL).tolist()
+        return {name: [Loss.of(row) for row in rows] for name, rows in zip(replaced_sets, joined, strict=True)}
 
     def _at_once(self, windows_WT: torch.Tensor) -> int:
         """Windows that run at once."""

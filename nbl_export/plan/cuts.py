@@ -19,10 +19,11 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.errors import NblError
+from nbl_export.model import processes
 from nbl_export.plan.inputs import Maps, Task, Texts
 from nbl_export.records.inputs import Lazy
 from nbl_export.records.plan import Plan
@@ -224,24 +225,35 @@ class _Judge:
         """The losses of the rows of each text, and the answers from far back; `every`: distance of positions."""
         import torch
 
+        from nbl_export.model.mixes import Loss
+
         mixes: Mixes = self._inputs.mixes.value(maps, "residual")
-        found: dict[str, list[Loss]] = {}
-        answers = []
+        table = torch.zeros(len(rows), 8, dtype=torch.float64)  # a row's loss, and that of its answers with their gain
         with self._task(f"a cut at layer {min(maps)}") as progress:
-            for done, row in enumerate(rows, start=1):
+            for k in processes.own(len(rows)):
+                row = rows[k]
                 run = mixes.runs(row.ids_T[None], again=False) if row.run is None else row.run.of(mixes)
                 (last_WTD,) = run.last([tuple(maps)])
                 given = row.ids_T, run.original[0], {0: last_WTD[0]}
                 each: list[torch.Tensor] = []  # the original's losses
                 if row.text is not None:
                     ordinary = torch.arange(0, len(row.ids_T) - 1, every)
-                    found.setdefault(row.text, []).append(mixes.losses(*given, ordinary, each)[0])
+                    loss = mixes.losses(*given, ordinary, each)[0]
+                    table[k, :4] = torch.tensor(astuple(loss), dtype=torch.float64)
                 known_N = torch.cat(each) if each and every == 1 else None
                 positions_N, gain_N = self._far(row, mixes, run.original[0], known_N)
                 if len(positions_N) >= FEWEST:
                     loss = mixes.losses(*given, positions_N)[0]
-                    answers.append((loss.positions, loss.original_sum, loss.nbl_sum, gain_N.sum().item()))
-                progress(done, len(rows))
+                    seen = (loss.positions, loss.original_sum, loss.nbl_sum, gain_N.sum().item())
+                    table[k, 4:] = torch.tensor(seen, dtype=torch.float64)
+                progress(k + 1, len(rows))
+        found: dict[str, list[Loss]] = {}
+        answers = []
+        for row, values in zip(rows, processes.joined(table).tolist(), strict=True):
+            if row.text is not None:
+                found.setdefault(row.text, []).append(Loss.of(values[:4]))
+            if values[4]:
+                answers.append((int(values[4]), *values[5:]))
         return found, far_row(answers)
 
     def _far(

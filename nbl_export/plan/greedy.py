@@ -42,6 +42,7 @@ from dataclasses import dataclass
 import torch
 
 from nbl_export.errors import NblError
+from nbl_export.model import processes
 from nbl_export.model.head import divergence
 from nbl_export.model.mixes import Mixes, Progress, quiet
 
@@ -303,6 +304,16 @@ def _judged(states_WTD: torch.Tensor) -> torch.Tensor:
     return states_WTD[:, _judged_rows(states_WTD)].flatten(0, 1).float()
 
 
+def _own(ids_WT: torch.Tensor, place_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The windows of this process and the places of their judged positions.
+
+    A process without a window runs the first one too, and its place is behind all others.
+    """
+    if mine := [*processes.own(len(ids_WT))]:
+        return ids_WT[mine], place_N.view(len(ids_WT), -1)[mine].flatten()
+    return ids_WT[:1], torch.full(place_N.view(len(ids_WT), -1).shape[1:], -1)
+
+
 class Judge:
     """Runs mixes on judging windows and measures their effects.
 
@@ -314,9 +325,20 @@ class Judge:
     def __init__(self, mixes: Mixes, texts: Sequence[torch.Tensor]) -> None:
         alike = [torch.cat(list(group)) for _, group in itertools.groupby(texts, lambda text: text.shape[1])]
         self._mixes, self.num_layers = mixes, mixes.num_layers
-        self._target_N = torch.cat([ids_WT[:, _judged_rows(ids_WT) + 1].flatten() for ids_WT in alike])
-        self._runs = [mixes.runs(ids_WT, again=True) for ids_WT in alike]
         self.parts = [len(text) * len(_judged_rows(text)) for text in texts]  # judged positions of each text
+        places = torch.arange(sum(self.parts)).split([ids_WT[:, _judged_rows(ids_WT)].numel() for ids_WT in alike])
+        own, places = zip(*(_own(*group) for group in zip(alike, places, strict=True)), strict=True)
+        self._place_N = torch.cat(places)  # of the positions that this process judges
+        self._target_N = torch.cat([ids_WT[:, _judged_rows(ids_WT) + 1].flatten() for ids_WT in own])
+        self._runs = [mixes.runs(ids_WT, again=True) for ids_WT in own]
+
+    def _joined(self, own: torch.Tensor) -> torch.Tensor:
+        """Values at all judged positions, of those of each process."""
+        if processes.count() == 1:
+            return own
+        all_positions = own.new_zeros(sum(self.parts) + 1, *own.shape[1:])
+        all_positions[self._place_N] = own
+        return processes.joined(all_positions[:-1])
 
     def alone(self, progress: Progress) -> Effects:
         """The effects of each layer alone (K: all layers)."""
@@ -346,7 +368,8 @@ class Judge:
         positions, count, _ = change_NKD.shape
         rows = max(1, _BLOCK_BYTES // (4 * count * self._mixes.head.size))
         found = [self._measure(part_N, change_NKD[part_N], pulled) for part_N in torch.arange(positions).split(rows)]
-        return Effects(change_NKD, *(torch.cat(values) for values in zip(*found, strict=True)))
+        values = (change_NKD, *(torch.cat(values) for values in zip(*found, strict=True)))
+        return Effects(*(self._joined(value) for value in values))
 
     def _measure(self, part_N: torch.Tensor, change_NKD: torch.Tensor, pulled: bool) -> tuple[torch.Tensor, ...]:
         """KL, rise of the loss, variance and, if wanted, pull at some positions."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import NblError, ParityError
 from nbl_export.files import key_of
+from nbl_export.model import processes
 from nbl_export.model.device import guarded
 from nbl_export.options.options import CHECKPOINT_FIT, NO_ORIGINAL, JobOptions
 from nbl_export.options.settle import hub_id, read_asked
@@ -17,7 +19,7 @@ from nbl_export.run.deployed import result
 from nbl_export.run.estimate import foreseen
 from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
-from nbl_export.run.settled import refuse_early, settle_job, settle_run
+from nbl_export.run.settled import Settled, refuse_early, settle_job, settle_run
 from nbl_export.run.stages import bench, calibrate, evaluate, graphs, plan, text, verify
 from nbl_export.run.stages.common import Inputs, LeftOut, Place, Stage
 from nbl_export.run_directory import REPORT_JSON, VERIFY_FILE, RunDirectory, refuse_foreign
@@ -27,8 +29,8 @@ __all__ = ["STAGES", "run_calibration", "run_evaluation", "run_job", "run_stages
 
 STAGES: tuple[Stage[Any], ...] = (
     Stage("text", "text", (), text.declare, text.run, by_part=True),
-    Stage("calibrate", "calibrate", ("text",), calibrate.declare, calibrate.run),
-    Stage("plan", "plan", ("text", "calibrate"), plan.declare, plan.run),
+    Stage("calibrate", "calibrate", ("text",), calibrate.declare, calibrate.run, shared=True),
+    Stage("plan", "plan", ("text", "calibrate"), plan.declare, plan.run, shared=True),
     Stage("distill", "distill", ("text", "plan"), plan.declare_distill, plan.run_distill),
     Stage("decoder", "decoder graph", (), graphs.declare_decoder, graphs.run_decoder),
     Stage("rewrite", "rewrite", ("plan", "distill", "decoder"), graphs.declare_rewrite, graphs.run_rewrite),
@@ -88,6 +90,8 @@ def run_calibration(model: str, given: dict[str, Any], output: Path, ui: Ui, *, 
 
 def _work(asked: Mapping[str, Any], recorded: JobOptions | None, output: Path, ui: Ui, force: bool, until: str) -> None:
     """Settle the options, check all inputs, and run the stages up to a stage."""
+    if processes.begin():
+        _follow(lambda run, say: settle_job(asked, recorded, {} if force else run.manifest, say), output)
     refuse_early(asked, recorded, runs_engine=until != "calibrate")
     refuse_foreign(output)
     before = RunDirectory(output) if force else RunDirectory.peek(output)
@@ -123,6 +127,8 @@ def run_stages(
         asked: the request of the stage `eval`, which is skipped without one. If torch alone computes it, graphs are
             not made for it.
     """
+    if processes.begin():
+        _follow(lambda run, say: settle_run(run, changes or {}, say), output)
     spared = _GRAPHS if asked and all(v.startswith("torch-") for v in asked.request.variants) else ()
     with RunDirectory.open_run(output, create=False) as run:
         job = Job(settle_run(run, changes or {}, ui.say), run, ui, asked)
@@ -204,8 +210,10 @@ def _advance(
     job: Job, until: str, *, ignore_failure: bool = False, needs: str = "", spared: Collection[str] = ()
 ) -> None:
     """Run stages in order up to one; unfinished ones among `spared` do not run, nor do their readers but for eval."""
-    run, ui, left = job.run, job.ui, set[str]()
-    for stage in STAGES[: _place(until)]:
+    run, ui, left, stages = job.run, job.ui, set[str](), STAGES[: _place(until)]
+    for index, stage in enumerate(stages):
+        if not any(each.shared for each in stages[index:]):
+            processes.end()
         declared, place = stage.declared(job), Place(run, ui, readers(stage.name))
         if isinstance(declared, LeftOut):
             if stage.name == needs:
@@ -225,16 +233,54 @@ def _advance(
                 ui.say(f"  this undoes {', '.join(undone)} of {run.path}; to keep them, stop now and work on a copy")
             if not stage.by_part:
                 job.note()  # of what the result is made
+            if stage.shared:
+                _call(job, stage, key)
             _run(place, stage, inputs, key)
         run.partial(stage.name).unlink(missing_ok=True)
         if stage.name == "verify" and not ignore_failure:
             _refuse_failed(place)
+    processes.end()
     job.note()
     run.save()
 
 
+def _call(job: Job, stage: Stage[Any], key: str) -> None:
+    """Have the other processes begin a stage too."""
+    if processes.count() > 1:
+        job.torch.checkpoint.value  # noqa: B018  written before others read it
+        _refuse_short(job)
+        processes.tell(f"{stage.name} {key}")
+        processes.tell()  # nobody loads the model before all have seen the memory that is available
+
+
+def _refuse_short(job: Job) -> None:
+    if short := job.torch.shortage.value:
+        raise NblError(f"each process needs the whole model in memory, and its weights are {short}; start fewer")
+
+
+def _follow(settled: Callable[[RunDirectory, Callable[[str], None]], Settled], output: Path) -> None:
+    """In another process than rank 0: take part in the stages that rank 0 begins, and write nothing."""
+    job: Job | None = None
+    while told := processes.tell():
+        name, expected = told.split()
+        ui, run = Ui(quiet=True), RunDirectory.existing(output)
+        job = job or Job(settled(run, ui.say), run, ui)
+        job.run.manifest = run.manifest
+        declared = [stage.declared(job) for stage in STAGES[: _place(name)]][-1]
+        if isinstance(declared, LeftOut) or declared[1] != expected:
+            raise NblError(f"rank {processes.rank()} has other inputs than rank 0; give all the same command and files")
+        job.note()
+        _refuse_short(job)
+        processes.tell()
+        with guarded(name):
+            STAGES[_place(name) - 1].run(declared[0], Place(job.run, ui), Path(os.devnull))
+    processes.end()
+
+
 def _run(place: Place, stage: Stage[Inputs], inputs: Inputs, key: str) -> None:
     place.ui.say(f"{stage.title} ...")
+    if stage.shared and processes.count() > 1:
+        place.ui.say(f"  {processes.count()} processes share the work")
     started = time.monotonic()
     with place.run.scratch() as scratch, guarded(stage.title, by_engine=stage.by_engine):
         facts = stage.run(inputs, place, scratch)

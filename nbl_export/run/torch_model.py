@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import NblError
+from nbl_export.model import processes
 from nbl_export.plan.inputs import Maps
 from nbl_export.records.inputs import lazy
 from nbl_export.run.progress import Ui
@@ -91,9 +92,10 @@ class TorchModel:
         """Why the model does not fit into this machine's memory, in words; "" if it fits."""
         if self.model.is_loaded:
             return ""
+        from nbl_export.model.memory import WEIGHTS_SHARE
         from nbl_export.model.one_layer import shortage_of
 
-        return shortage_of(self.origin())
+        return shortage_of(self.origin(), WEIGHTS_SHARE / processes.local())
 
     @lazy(lambda model: model._options.compute_dtype)
     def narrow(self) -> bool:

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nbl_export.errors import CorruptError
+from nbl_export.errors import CorruptError, NblError
+from nbl_export.model import processes
 from nbl_export.model.device import is_gpu, spoken
 from nbl_export.options.options import CHECKPOINT_FIT, NO_ORIGINAL
 from nbl_export.records.decoder import DecoderSpec
@@ -101,6 +102,8 @@ def run(inputs: CalibrateInputs | cut.CutCalibration, place: Place, out: Path) -
     }  # fmt: skip
     facts = _facts(inputs, len(parts), calibration["products"])
     if by_layer:
+        if processes.count() > 1:
+            raise NblError("several processes cannot share one layer at a time; start the command without torchrun")
         _run_layers(inputs, place, parts, facts, out, device)
     else:
         _run_whole(inputs, place, parts, facts, out)
@@ -117,17 +120,25 @@ def _run_whole(inputs: CalibrateInputs, place: Place, parts: Sequence[Any], fact
     taps, narrow = facts["identity"]["taps"], facts["identity"]["products"] == "bfloat16"
     model = inputs.model.value
     with place.ui.task(f"{total} tokens") as progress, collect.Collection(model, taps, narrow=narrow) as found:
-        done = partial.restore(found)
+        done = int(processes.tell(str(partial.restore(found) if processes.leads() else 0)))
         if done:
             place.ui.say(f"  resuming after {done} of {len(parts)} batches")
+        if done and processes.leads():
+            found.share_references()
         else:
             found.refer(windows)
-        for end, part in enumerate(parts[done:], start=done + 1):
-            found.add(part)
-            progress(found.count, total)
-            if partial.is_due():
-                partial.save(found, end)
-        _write(found, out / MOMENTS_FILE, facts)
+        for first in range(done, len(parts), processes.count()):
+            end = min(first + processes.count(), len(parts))
+            for mine in processes.own(end - first):
+                found.add(parts[first + mine])
+            progress(sum(part.numel() for part in parts[:end]), total)
+            if processes.tell("due" * partial.is_due()):
+                found.meet()
+                if processes.leads():
+                    partial.save(found, end)
+        found.meet()
+        if processes.leads():
+            _write(found, out / MOMENTS_FILE, facts)
 
 
 def _narrow(inputs: CalibrateInputs, device: Any) -> bool:

@@ -71,6 +71,7 @@ class Stage(Generic[Inputs]):
         declare: makes the inputs, a frozen dataclass, from the job. The stage itself sees no option.
         run: writes files to a directory and returns facts for the manifest.
         by_engine: an engine works in it, and torch does not.
+        shared: several processes share its work (`model.processes`).
         by_part: whoever reads its file has the hash of a part of it among its inputs. So no key has the key of this
             stage, and another file makes nothing stale by itself.
     """
@@ -81,6 +82,7 @@ class Stage(Generic[Inputs]):
     declare: Callable[[Job], Inputs | LeftOut]
     run: Callable[[Inputs, Place, Path], dict[str, Any]]
     by_engine: bool = False
+    shared: bool = False
     by_part: bool = False
 
     def declared(self, job: Job) -> tuple[Inputs, str] | LeftOut:

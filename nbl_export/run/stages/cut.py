@@ -18,6 +18,7 @@ from nbl_export.errors import CorruptError, NblError
 from nbl_export.measure.cost import map_sizes
 from nbl_export.mixers.cut import candidate_cuts
 from nbl_export.mixers.predicted import Predicted
+from nbl_export.model import processes
 from nbl_export.options.goals import DEFAULT_INCREASE, PerplexityIncrease, goal_of
 from nbl_export.options.options import AUTO_CUT
 from nbl_export.plan.cuts import LENGTH, CutInputs, joined
@@ -93,19 +94,26 @@ def collect(inputs: CutCalibration, place: Place, out: Path) -> dict[str, Any]:
     narrow = bfloat16.chosen(inputs.compute_dtype, model.device)
     facts = {"model": inputs.fingerprint, "windows": rows_sha256(rows), "cuts": list(inputs.cuts), "narrow": narrow}
     partial, parts = place.run.partial("calibrate"), batches(rows)
-    sums, done = _restored(partial, facts, model.device) or (CutSums.of(model, inputs.cuts), 0)
+    restored = _restored(partial, facts, model.device) if processes.leads() else None
+    sums, done = restored or (CutSums.of(model, inputs.cuts), 0)
+    done = int(processes.tell(str(done)))
+    sums.share_references()
     if done:
         place.ui.say(f"  resuming after {done} of {len(parts)} batches")
     with place.ui.task(f"{rows.numel()} tokens") as progress, sums.attached(model):
         due = time.monotonic() + _SECONDS
-        for end, part in enumerate(parts[done:], start=done + 1):
-            run_batch(model, part, narrow=narrow)
+        for first in range(done, len(parts), processes.count()):
+            end = min(first + processes.count(), len(parts))
+            mine = next(iter(processes.own(end - first)), None)
+            sums.idle = mine is None
+            run_batch(model, parts[first + (mine or 0)], narrow=narrow)
             progress(sum(map(len, parts[:end])) * rows.shape[1], rows.numel())
-            if time.monotonic() >= due:
+            if time.monotonic() >= due and processes.leads():
                 begun = time.monotonic()
                 sums.save(partial, {**facts, "done": end})
                 due = time.monotonic() + max(_SECONDS, _SHARE * (time.monotonic() - begun))
-        sums.save(out / CUTS_FILE, {**facts, "done": len(parts)})
+        if processes.leads():
+            sums.save(out / CUTS_FILE, {**facts, "done": len(parts)})
     products = "bfloat16" if narrow else "float32"
     calibration = {**place.run.manifest["calibration"], "products": products, "device": spoken(model.device)}
     return {"calibration": calibration, "calibrated_cuts": list(inputs.cuts)}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.files import arrays_sha256, file_sha256, key_of, write_json
+from nbl_export.model import processes
 from nbl_export.options.goals import (
     DEFAULT_INCREASE,
     DEFAULT_SELECT,
@@ -120,7 +121,8 @@ def run(inputs: PlanInputs | CutInputs | Lazy[Any], place: Place, out: Path) -> 
         if facts["curve"]:
             place.ui.say(f"  {spoken_curve(facts['curve'])}")
     distilled = trains and plan.layers
-    save_maps(maps, out / (START_FILE if distilled else MAPS_FILE), plan.tap)
+    if processes.leads():
+        save_maps(maps, out / (START_FILE if distilled else MAPS_FILE), plan.tap)
     return {
         "fit": {"kind": "independent" if fit == "distilled" else fit},
         "replaced_layers": list(plan.layers),

@@ -1,0 +1,182 @@
+"""Several processes that share the work of one command, as torchrun starts them.
+
+    rank 0   settles, text ─► share of a stage ─┐ sums, losses ─► writes, next stage ... ─► graphs, verify, bench
+    others   wait ──────────► share of a stage ─┘                 wait ...                  ends
+
+torchrun's environment says who a process is. Without it, every function here is that of a single process. All processes
+run the same code on the same inputs, and call the functions of the second half in the same order.
+Importing this module loads no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from nbl_export.errors import NblError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["alone", "begin", "count", "end", "from_first", "in_order", "joined", "leads", "local", "own", "rank",
+           "tell"]  # fmt: skip
+
+_TIMEOUT = timedelta(hours=1)  # for the longest work of one process between two calls
+_LONGEST = 128  # bytes of what rank 0 tells
+_ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_threads: list[int] = []  # of torch when the others have ended; empty unless work is shared now
+
+
+def _number(name: str, otherwise: int) -> int:
+    """A number of the environment, if that is of several processes."""
+    found = os.environ.get(name, "") if all(each in os.environ for each in _ENVIRONMENT[:4]) else ""
+    return int(found) if found.isdigit() else otherwise
+
+
+def rank() -> int:
+    """The number of this process; 0 is the one that writes."""
+    return _number("RANK", 0)
+
+
+def count() -> int:
+    """Processes that share the work now."""
+    return _number("WORLD_SIZE", 1) if _threads else 1
+
+
+def local() -> int:
+    """Processes of the command on this machine."""
+    return _number("LOCAL_WORLD_SIZE", 1)
+
+
+def leads() -> bool:
+    """Whether this process has the sums, and writes."""
+    return not (_threads and rank())
+
+
+def own(size: int) -> range:
+    """The numbers of this process's items, of so many."""
+    return range(rank() if _threads else 0, size, count())
+
+
+# -- begin and end ---------------------------------------------------------------------------------------------
+
+
+def begin() -> int:
+    """Meet the other processes, if there are any; returns this one's rank.
+
+    Raises:
+        NblError: the others do not come.
+    """
+    if _number("WORLD_SIZE", 1) == 1 or _threads:
+        return rank()
+    import torch
+
+    if _is_free():
+        torch.set_num_threads(max(1, _cores() // local()))
+    _threads.append(_cores() if _is_free() else torch.get_num_threads())
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(_number("LOCAL_RANK", 0) % torch.cuda.device_count())
+        backend = "cpu:gloo,cuda:nccl"
+    if rank():  # it writes nothing, so that it can end at any moment without a word
+        with contextlib.suppress(ValueError):  # in a thread
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_DFL)
+    _together("init_process_group", backend, timeout=_TIMEOUT)
+    return rank()
+
+
+def end() -> None:
+    """Tell the others that nothing more is shared; from here on, rank 0 is a single process.
+
+    Raises:
+        SystemExit: this is another process.
+    """
+    if _threads:
+        import torch
+
+        if leads():
+            tell()
+        _together("destroy_process_group")
+        alone()
+        torch.set_num_threads(_threads.pop())
+
+
+def alone() -> None:
+    """Leave a command that nobody shares to rank 0, which forgets the others.
+
+    Raises:
+        SystemExit: this is another process.
+    """
+    if rank():
+        raise SystemExit(0)
+    for name in (*["OMP_NUM_THREADS"] * _is_free(), *_ENVIRONMENT):
+        os.environ.pop(name, None)
+
+
+def _is_free() -> bool:
+    """Whether nobody has set a number of threads: torchrun itself sets 1 for several processes."""
+    return local() > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1"
+
+
+def _cores() -> int:
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(allowed, psutil.cpu_count(logical=False) or allowed)
+
+
+# -- what all processes call -----------------------------------------------------------------------------------
+
+
+def _together(function: str, *given: Any, **named: Any) -> None:
+    if _threads:
+        import torch
+
+        try:
+            getattr(torch.distributed, function)(*given, **named)
+        except RuntimeError as error:  # gloo has no other class
+            raise NblError(
+                "another process of this command ended or cannot be reached; the same command goes on after finished "
+                "stages"
+            ) from error
+
+
+def tell(said: str = "") -> str:
+    """What rank 0 says, to all processes. None goes on before all are here."""
+    if not _threads:
+        return said
+    import torch
+
+    held = torch.zeros(_LONGEST, dtype=torch.uint8)
+    if not rank():
+        held[: len(said)] = torch.tensor(list(said.encode("ascii")), dtype=torch.uint8)
+    return bytes(from_first(held).tolist()).rstrip(b"\0").decode("ascii")
+
+
+def from_first(value: torch.Tensor) -> torch.Tensor:
+    """The value of rank 0, in place."""
+    return joined(value if leads() else value.zero_())
+
+
+def joined(value: torch.Tensor) -> torch.Tensor:
+    """The sum over processes, in place. The order is free, so only exact sums are equal for every number of processes.
+
+    Rows that one process has filled, and that are zeros elsewhere, are exact.
+    """
+    _together("all_reduce", value)
+    return value
+
+
+def in_order(value: torch.Tensor) -> list[torch.Tensor]:
+    """The values of all processes by rank, for rank 0; none for the others."""
+    if not _threads:
+        return [value]
+    import torch
+
+    found = [torch.empty_like(value) for _ in range(count())] if not rank() else []
+    _together("gather", value.contiguous(), found or None, 0)
+    return found

@@ -1,0 +1,118 @@
+"""Several processes of one command: equal maps, one that is killed, and commands that nobody shares."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbl_export.files import file_sha256
+
+from ..command import BARE, Outcome, assert_refused, nbl, snapshot
+from ..fork_server import ForkServer
+
+# Small batches, and jobs that end before graphs are exported.
+SMALL = """
+import nbl_export.calibrate.collect, nbl_export.run.pipeline as pipeline
+nbl_export.calibrate.collect._BATCH_TOKENS = 256
+work = pipeline._work
+pipeline._work = lambda *given: work(*given[:-1], "plan")
+"""
+# What torchrun does: one process for each rank, and a signal to all others after one that fails.
+RANKS = """
+import os, signal, socket
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = str(free.getsockname()[1])
+ranks = set()
+for rank in range({count}):
+    pid = os.fork()
+    if not pid:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="{count}", LOCAL_WORLD_SIZE="{count}")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        break
+    ranks.add(pid)
+else:
+    failed = 0
+    while ranks:
+        pid, status = os.wait()
+        ranks.remove(pid)
+        if status and not failed:
+            failed = 1
+            for other in ranks:
+                os.kill(other, {signal})
+    os._exit(failed)
+"""
+# Rank 1 dies in its second batch.
+DIES = """
+if os.environ["RANK"] == "1":
+    from nbl_export.calibrate import collect
+    run, seen = collect.run_batch, []
+    def dies(*given, **named):
+        seen.append(1)
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        run(*given, **named)
+    collect.run_batch = dies
+"""
+LIMIT = (*BARE[:2], "--calibration-tokens", "2560", "--max-perplexity-increase", "10000%")
+CUT, LAYERS = (*LIMIT, "--near", "4"), (*LIMIT, "--cut", "none")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    with ForkServer(tmp_path_factory.mktemp("logs")) as started:
+        yield started
+
+
+@pytest.fixture
+def job(checkpoint: Any, text: Path) -> tuple[object, ...]:
+    return ("--model", checkpoint("llama"), "--calibration", text)
+
+
+def found(run: Path) -> dict[str, Any]:
+    """What calibration and the choice have left."""
+    manifest = json.loads((run / "nbl.json").read_text(encoding="utf-8"))
+    facts = {name: manifest.get(name) for name in ("goal", "curve", "greedy", "scores", "cut", "replaced_layers")}
+    return {**facts, **{file.name: file_sha256(file) for file in run.glob("*.safetensors")}}
+
+
+@pytest.mark.parametrize(
+    ("options", "count", "file"), [(CUT, 3, "cuts.safetensors"), (LAYERS, 2, "moments.safetensors")]
+)
+def test_processes_find_what_one_finds(
+    options: tuple[str, ...], count: int, file: str, job: tuple[object, ...], server: ForkServer, tmp_path: Path
+) -> None:
+    done = {}
+    for path, code in ((tmp_path / "one", SMALL), (tmp_path / "several", RANKS.format(count=count, signal=15) + SMALL)):
+        process = server.start(*job, *options, "--output", path, code=code)
+        assert process.status == 0, process.err
+        done[path.name] = found(path)
+        assert process.err.count("plan: done") == 1 and ("processes share" in process.err) == (path.name != "one")
+    assert file in done["one"]
+    assert done["several"] == done["one"]
+
+
+@pytest.mark.parametrize(("number", "said"), [(15, "the same command"), (0, "another process of this command ended")])
+def test_a_process_that_is_killed_leaves_one_sentence_and_nothing_half_done(
+    number: int, said: str, job: tuple[object, ...], server: ForkServer, tmp_path: Path
+) -> None:
+    started, code = time.monotonic(), RANKS.format(count=2, signal=number) + SMALL + DIES
+    process = server.start(*job, *CUT, "--output", tmp_path / "run", code=code)
+    assert process.status == 1 and time.monotonic() - started < 60
+    assert_refused(Outcome(1, "", process.err), 1, said)
+    assert set(snapshot(tmp_path / "run")) == {"text.safetensors", "nbl.json"}
+    again = server.start(*job, *CUT, "--output", tmp_path / "run", code=SMALL)
+    assert again.status == 0 and "text: reused" in again.err, again.err
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_rank_0_alone_runs_a_command_that_nobody_shares(rank: str, monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
+    for name, value in {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    done = nbl("inspect", run, "--json")
+    assert (done.status, bool(done.out), done.err) == (0, rank == "0", "")
