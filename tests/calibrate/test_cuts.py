@@ -63,8 +63,9 @@ def watched(model: Any) -> Iterator[dict[str, list[torch.Tensor]]]:
 @pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_sums_beside_a_calibration_are_those_of_float64(
-    name: str, narrow: bool, checkpoint: Callable[[str], Path]
+    name: str, narrow: bool, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(cuts, "_BLOCK", 60)  # of 94 rows of a batch
     model, text = load_model(checkpoint(name)), windows(6)
     sums = CutSums.of(model, (0, 1))
     with Collection(model, ("residual",), narrow=narrow) as collection, sums.attached(model):

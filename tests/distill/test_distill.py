@@ -258,7 +258,7 @@ def test_a_resumed_run_retreats_to_the_best_parameters(tmp_path: Path, monkeypat
     assert bias.tolist() == [2.0, 2.0] and again.slowed == 0.25
     bias.grad = torch.ones(2)
     again.optimizer.step()
-    assert again.retreat()
+    assert again.retreat() and again.best_at == again.fraction == 0.1  # its patience begins anew
     bias.grad = torch.zeros(2)
     again.optimizer.step()  # nothing of the steps before pushes it
     assert bias.tolist() == [1.0, 1.0]

@@ -142,7 +142,7 @@ def test_a_draft_has_a_prefix_that_its_checkpoint_lacks(
 # Steps of three prompts of 30, 4 and 17 tokens, and of what is generated behind them: (request, rows) of each step.
 SCHEDULES = {
     "whole": [[(0, 30), (1, 4), (2, 17)]],
-    "chunks": [[(0, 9)], [(0, 4), (1, 4)], [(0, 12), (2, 1)], [(2, 15), (0, 2)], [(0, 3), (2, 1)]],
+    "chunks": [[(2, 1)], [(0, 9)], [(0, 4), (1, 4)], [(0, 12)], [(2, 15), (0, 2)], [(0, 3), (2, 1)]],
     "one_by_one": [[(n, 1)] for n, count in enumerate((30, 4, 17)) for _ in range(count)],
 }
 
@@ -155,7 +155,7 @@ def test_predicted_keys_do_not_depend_on_the_schedule(
     maps = predicted_maps(cut, W, KV_HEADS * HEAD_DIM)
     model = cut_model(models, checkpoint, maps)
     right = linearize(load_model(checkpoint("llama")), maps)
-    prompts, blocks = (30, 4, 17), torch.randperm(36, generator=torch.Generator().manual_seed(0)).view(3, 12).tolist()
+    prompts, blocks = (30, 4, 17), torch.arange(36).view(12, 3).T.tolist()  # higher ones as a text grows
     texts = [torch.from_numpy(np.random.default_rng(n).integers(2, 300, n + 3)) for n in prompts]
     runner, done = fake_vllm.Blocks(model), [0, 0, 0]
     for step in [*SCHEDULES[schedule], *[[(0, 1), (1, 1), (2, 1)]] * 3]:
@@ -177,6 +177,29 @@ def test_the_prefix_cache_keeps_predicted_keys_alone(models: ModuleType) -> None
         assert request.kept == kept
     found = [prefix.CutManager.find_longest_cache_hit([], tokens - 1, kv_cache_spec=spec) for tokens in (30, W - 1)]
     assert found == [30 - W, 0]
+
+
+@pytest.mark.parametrize(("ranks", "held"), [(1, 4), (2, 2), (8, 1)])
+def test_each_rank_fills_the_heads_that_it_holds(
+    ranks: int, held: int, models: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 4 heads, which more ranks share. A number of the map is its place."""
+    cut: Any = sys.modules[NAMES[1]]
+    monkeypatch.setattr(cut, "get_tensor_model_parallel_world_size", lambda: ranks)
+    step = SimpleNamespace(nbl_rows=SimpleNamespace(far=slice(None)), nbl_far_slots=None, slot_mapping=None)
+    for rank in range(ranks):
+        monkeypatch.setattr(cut, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
+        filled: list[Any] = []
+        impl = SimpleNamespace(do_kv_cache_update=lambda _attn, *given, to=filled: to.extend(given[:2]))
+        attention = SimpleNamespace(
+            attn=SimpleNamespace(num_kv_heads=held, head_size=3, layer_name="a", kv_cache=None, impl=impl),
+            total_num_kv_heads=4, mixer=SimpleNamespace(linear=lambda _features: torch.arange(24.0)[None]),
+            rotary_emb=lambda _positions, keys, _none: (keys, None),
+        )  # fmt: skip
+        cut.Cut({"near": W, "before": True, "epsilon": 1e-5}, (1, 2), 8).fill(step, attention, torch.zeros(1))
+        first = rank * 4 // ranks
+        heads = torch.arange(24.0).view(2, 4, 3)[:, first : first + held]
+        assert torch.equal(torch.stack([part[0] for part in filled]), heads)
 
 
 def cut_model(models: ModuleType, checkpoint: Callable[[str], Path], maps: dict[int, Any], **settings: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nbl_export.report.outcome import judged, limit_of, next_steps, outcome
+from nbl_export.report.outcome import Timed, judged, limit_of, next_steps, outcome
 from nbl_export.report.page import summarize
 
 from .test_report import BENCH, MANIFEST, VERIFY
@@ -52,6 +52,14 @@ def test_nothing_is_said_of_what_was_not_measured() -> None:
 def test_the_loss_is_judged_by_the_goal(goal: dict[str, Any] | None, expected: tuple[str, str]) -> None:
     found = report(goal=goal)
     assert (judged(found), limit_of(found)[0]) == expected
+
+
+@pytest.mark.parametrize(("median", "noisy"), [(113.0, True), (115.0, False), (125.0, False), (127.0, True)])
+def test_medians_of_another_ratio_are_noise(median: float, noisy: bool) -> None:
+    """More than 5% above or below the ratio of 1.2."""
+    ratio = {"ratio": 1.2, "low": 1.15, "high": 1.25, "verdict": "faster"}
+    original, nbl = ({"tokens_per_second_median": value} for value in (100.0, median))
+    assert Timed(original, nbl, ratio).verdict == "faster" + ", noisy" * noisy
 
 
 def test_a_loss_that_is_not_finite_is_above() -> None:

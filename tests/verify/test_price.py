@@ -201,8 +201,14 @@ class Copying:
 
 @pytest.mark.parametrize("near", [None, 8])
 @pytest.mark.parametrize(("answers", "named"), [(10, True), (10, False), (7, True)])
-def test_answers_from_far_back_are_a_row_of_their_own(near: int | None, answers: int, named: bool) -> None:
-    """Few tokens, then 180 of ten others, then the few ones again: only a whole text tells these."""
+def test_answers_from_far_back_are_a_row_of_their_own(
+    near: int | None, answers: int, named: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few tokens, then 180 of ten others, then the few ones again: only a whole text tells these.
+
+    Short contexts run together, or one by one.
+    """
+    monkeypatch.setattr(perplexity, "_STEP_BYTES", 1 << 28 if near else 1)
     early, filler = np.arange(answers), 10 + np.arange(180) % 10
     windows = np.stack([np.concatenate([order, filler, order]) for order in (early, early[::-1])])
     texts = [("t", windows)] if named else [("other", windows[:, -64:]), (None, windows)]
