@@ -7,7 +7,7 @@
     damage_xml           an IR: places of constants, entities, tags without an end
     damage_toml          values of a configuration
     damage_safetensors   the header, or numbers that are none
-    damage_onnx          nodes, shapes, names, types; external data that lies elsewhere
+    damage_onnx          fields of any message of a graph; external data that lies elsewhere
     damage_text          calibration text, compressed or not
 
 What lies outside the given directories is named by `OUTSIDE`, relative to the damaged file, and as an absolute path.
@@ -15,13 +15,14 @@ What lies outside the given directories is named by `OUTSIDE`, relative to the d
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import math
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -51,24 +52,15 @@ def damage_bytes(random: Random, path: Path) -> None:
     for _ in range(random.randint(1, 4)):
         end = len(data) if random.random() < 0.5 else min(len(data), 512)
         at = random.randrange(max(1, end))
-        kind = random.choice(("flip", "flip", "set", "cut", "insert", "double", "remove", "zero", "size"))
         length = random.choice((1, 4, 8, 64, 1024))
-        if kind == "flip" and data:
-            data[at] ^= 1 << random.randrange(8)
-        elif kind == "set" and data:
-            data[at] = random.choice((0, 0x20, 0x7F, 0x80, 0xFF))
-        elif kind == "cut":
-            del data[at:]
-        elif kind == "insert":
-            data[at:at] = random.randbytes(length)
-        elif kind == "double":
-            data[at:at] = data[at : at + length]
-        elif kind == "remove":
-            del data[at : at + length]
-        elif kind == "zero":
-            data[at : at + length] = bytes(len(data[at : at + length]))
-        elif kind == "size":
-            data[at : at + 8] = struct.pack("<Q", random.choice(_SIZES))
+        held = bytes(data[at : at + length])
+        flipped = bytes(byte ^ 1 << random.randrange(8) for byte in held[:1])
+        reach, new = random.choice((
+            (1, flipped), (1, flipped), (1, random.choice((b"\0", b" ", b"\x7f", b"\x80", b"\xff"))),  # a bit, a byte
+            (len(data), b""), (0, random.randbytes(length)), (0, held), (length, b""),  # cut, insert, double, remove
+            (length, bytes(len(held))), (8, struct.pack("<Q", random.choice(_SIZES))),  # zeros, a size
+        ))  # fmt: skip
+        data[at : at + reach] = new
     path.write_bytes(data)
 
 
@@ -242,17 +234,7 @@ def damage_toml(random: Random, path: Path) -> None:
     for _ in range(random.randint(1, 3)):
         name = random.choice(names).replace("_", random.choice("_-"))
         numbers = ("0", "-1", "1e308", "nan", "2_000_000_000", str(2**63), "1.5", "true", '"8"', '"0-2000000000"')
-        others = (
-            '""',
-            "[]",
-            "[[]]",
-            "{}",
-            '"\\u001b[31m"',
-            '"' + "x" * 5000 + '"',
-            "1979-05-27",
-            "[" * 3000,
-            '"1e99%"',
-        )
+        others = ('""', "[]", "[[]]", "{}", '"\\u001b[31m"', f'"{"x" * 5000}"', "1979-05-27", "[" * 3000, '"1e99%"')
         lines.append(f"{name} = {random.choice((*numbers, *others))}")
     if random.random() < 0.3:
         lines = [line for line in lines if random.random() < 0.7]
@@ -298,93 +280,90 @@ def _spoil_numbers(random: Random, header: dict[str, Any], body: bytearray) -> N
 
 
 def damage_onnx(random: Random, path: Path) -> None:
-    """One to three changes of the graph."""
+    """One to three changes: fields of any message of the graph, data that lies elsewhere, or bytes that still parse."""
     model = onnx.load(path, load_external_data=False)
     for _ in range(random.randint(1, 3)):
-        random.choice(_GRAPH_DAMAGE)(random, model, path)
+        kind = random.random()
+        if kind < 0.12:
+            _external(random, model, path)
+        elif kind < 0.18:
+            path.write_bytes(model.SerializeToString())
+            damage_bytes(random, path)
+            with contextlib.suppress(Exception):  # which type depends on protobuf's release
+                model.CopyFrom(onnx.load_model_from_string(path.read_bytes()))
+        else:
+            _damage_field(random, _part(random, model), model.graph)
     path.write_bytes(model.SerializeToString())
 
 
-def _node(random: Random, model: Any) -> Any:
-    nodes = model.graph.node
-    return nodes[random.randrange(len(nodes))] if nodes else onnx.NodeProto()
+def _inner(message: Any, field: Any) -> list[Any]:
+    """What a field holds."""
+    held = getattr(message, field.name)
+    return list(held) if _is_many(held) else [held]
 
 
-def _tensor(random: Random, model: Any) -> Any:
-    tensors = model.graph.initializer
-    return tensors[random.randrange(len(tensors))] if tensors else onnx.TensorProto()
+def _is_many(held: Any) -> bool:
+    return hasattr(held, "append")  # repeated fields of every release of protobuf
 
 
-def _name(random: Random, model: Any) -> str:
-    """A name of the graph."""
-    names = [name for node in model.graph.node for name in (*node.input, *node.output)]
-    return random.choice(names) if names else ""
+def _part(random: Random, model: Any) -> Any:
+    """A message: the model, its graph, or one at any depth below."""
+    part = random.choice((model, *[model.graph] * 9))
+    while random.random() < 0.8:
+        below = [field for field, _ in part.ListFields() if field.message_type]
+        if not below:
+            break
+        part = random.choice(_inner(part, random.choice(below)))
+    return part
 
 
-def _drop_node(random: Random, model: Any, _path: Path) -> None:
-    if model.graph.node:
-        del model.graph.node[random.randrange(len(model.graph.node))]
+def _damage_field(random: Random, part: Any, graph: Any) -> None:
+    """Change, remove or double what a field holds; names become others of the graph, which may close a circle."""
+    fields = [field for field, _ in part.ListFields()]
+    if not fields or random.random() < 0.2:
+        fields = list(part.DESCRIPTOR.fields)
+    field = random.choice(fields)
+    held, kind = getattr(part, field.name), random.randrange(3)
+    if field.message_type and not (_is_many(held) and held):
+        part.ClearField(field.name)
+    elif not _is_many(held):
+        setattr(part, field.name, _other(random, field, held, graph))
+    elif held and kind == 0:
+        del held[random.randrange(len(held))]
+    elif field.message_type:
+        held.append(random.choice(list(held)))
+    elif held and kind == 1:
+        index = random.randrange(len(held))
+        held[index] = _other(random, field, held[index], graph)
+    else:
+        held.append(_other(random, field, held[0] if held else None, graph))
 
 
-def _double_node(random: Random, model: Any, _path: Path) -> None:
-    model.graph.node.append(_node(random, model))
+_OPERATORS = ("Add", "MatMul", "Identity", "If", "Loop", "GroupQueryAttention", "NoSuch", "com.microsoft", "evil.x")
 
 
-def _rewire(random: Random, model: Any, _path: Path) -> None:
-    """An input from anywhere: also from behind, which makes a cycle."""
-    node = _node(random, model)
-    if node.input:
-        node.input[random.randrange(len(node.input))] = random.choice((_name(random, model), "", "nowhere"))
-
-
-def _rename_output(random: Random, model: Any, _path: Path) -> None:
-    node = _node(random, model)
-    if node.output:
-        node.output[random.randrange(len(node.output))] = random.choice((_name(random, model), "", "x" * 1000))
-
-
-def _other_operator(random: Random, model: Any, _path: Path) -> None:
-    node = _node(random, model)
-    node.op_type = random.choice(("Add", "MatMul", "Identity", "If", "Loop", "GroupQueryAttention", "NoSuch", ""))
-    node.domain = random.choice((node.domain, "", "com.microsoft", "evil.example"))
-
-
-def _attribute(random: Random, model: Any, _path: Path) -> None:
-    node = _node(random, model)
-    if not node.attribute:
-        node.attribute.append(onnx.helper.make_attribute(random.choice(("axis", "perm", "num_heads")), 2**62))
-        return
-    attribute = node.attribute[random.randrange(len(node.attribute))]
-    attribute.i = random.choice((0, -1, 1, 2**31, 2**62, -(2**62)))
-    attribute.type = random.choice((attribute.type, 0, 1, 2, 3, 4, 7))
-
-
-def _shape(random: Random, model: Any, _path: Path) -> None:
-    tensor = _tensor(random, model)
-    dims = [random.choice((0, 1, -1, 3, 2**31, 2**40, 2**62)) for _ in range(random.randint(0, 4))]
-    del tensor.dims[:]
-    tensor.dims.extend(dims)
-
-
-def _type(random: Random, model: Any, _path: Path) -> None:
-    _tensor(random, model).data_type = random.choice((0, 1, 2, 6, 7, 8, 10, 16, 21, 22, 99))
-
-
-def _numbers(random: Random, model: Any, _path: Path) -> None:
-    tensor = _tensor(random, model)
-    if tensor.raw_data:
-        length = len(tensor.raw_data)
+def _other(random: Random, field: Any, was: Any, graph: Any) -> Any:
+    """Another value of a field of protobuf."""
+    if field.enum_type:
+        return random.choice(field.enum_type.values).number
+    if field.cpp_type in (field.CPPTYPE_FLOAT, field.CPPTYPE_DOUBLE):
+        return random.choice((math.nan, math.inf, 0.0, -1.0, 1e38))
+    if field.type == field.TYPE_BYTES:
+        length = len(was or b"")
         spoiled = np.full(length // 4, random.choice((np.nan, np.inf, 1e38)), np.float32).tobytes()
-        tensor.raw_data = random.choice((spoiled, tensor.raw_data[: length // 2], b"", tensor.raw_data * 2))
-
-
-def _tensor_name(random: Random, model: Any, _path: Path) -> None:
-    _tensor(random, model).name = random.choice((_name(random, model), _tensor(random, model).name, ""))
+        return random.choice((spoiled, (was or b"")[: length // 2], b"", (was or b"") * 2, b"\xff"))
+    if field.type == field.TYPE_STRING:
+        names = [name for node in graph.node for name in (*node.input, *node.output)]
+        return random.choice((random.choice(names or [""]), "", OUTSIDE, "x" * 1000, random.choice(_OPERATORS)))
+    most = 31 if field.cpp_type in (field.CPPTYPE_INT32, field.CPPTYPE_UINT32) else 63
+    least = 0 if field.cpp_type in (field.CPPTYPE_UINT32, field.CPPTYPE_UINT64) else -(2**most)
+    numbers = (0, 1, 2, 3, 7, 10, 16, 99, 2**31 - 1, 2**40, 2**62, -1, least)
+    return random.choice([number for number in numbers if least <= number < 2**most])
 
 
 def _external(random: Random, model: Any, path: Path) -> None:
     """Data that lies elsewhere: outside, behind a link, beyond the end."""
-    tensor = _tensor(random, model)
+    tensor = random.choice(model.graph.initializer or [onnx.TensorProto()])
     link = path.with_name("link.data")
     link.unlink(missing_ok=True)
     link.symlink_to(_outside(path))
@@ -395,49 +374,6 @@ def _external(random: Random, model: Any, path: Path) -> None:
     offset, length = (random.choice(("0", "-1", "7", str(2**40), str(2**63), "x")) for _ in range(2))
     for key, value in (("location", place), ("offset", offset), ("length", length))[: random.randint(1, 3)]:
         tensor.external_data.add(key=key, value=value)
-
-
-def _boundary(random: Random, model: Any, _path: Path) -> None:
-    """Inputs and outputs: gone, doubled, renamed, of another type or shape."""
-    values = random.choice((model.graph.input, model.graph.output))
-    if not values:
-        return
-    index = random.randrange(len(values))
-    kind = random.randrange(5)
-    if kind == 0:
-        del values[index]
-    elif kind == 1:
-        values.append(values[index])
-    elif kind == 2:
-        values[index].name = _name(random, model)
-    elif kind == 3:
-        values[index].type.tensor_type.elem_type = random.choice((0, 1, 7, 8, 10))
-    elif values[index].type.tensor_type.shape.dim:
-        random.choice(values[index].type.tensor_type.shape.dim).dim_value = random.choice((0, -1, 3, 2**62))
-
-
-def _versions(random: Random, model: Any, _path: Path) -> None:
-    model.ir_version = random.choice((model.ir_version, 0, 3, 99))
-    if model.opset_import and random.random() < 0.5:
-        model.opset_import[0].version = random.choice((0, 1, 11, 99, -1))
-    else:
-        del model.opset_import[:]
-
-
-def _bytes(random: Random, model: Any, path: Path) -> None:
-    """Whatever protobuf still reads."""
-    path.write_bytes(model.SerializeToString())
-    damage_bytes(random, path)
-    try:
-        model.CopyFrom(onnx.load_model_from_string(path.read_bytes()))
-    except Exception:  # which type depends on protobuf's release
-        return
-
-
-_GRAPH_DAMAGE: tuple[Callable[[Random, Any, Path], None], ...] = (
-    _drop_node, _double_node, _rewire, _rewire, _rename_output, _other_operator, _attribute, _shape, _type, _numbers,
-    _tensor_name, _external, _external, _boundary, _versions, _bytes,
-)  # fmt: skip
 
 
 # -- text ------------------------------------------------------------------------------------------------------

@@ -45,27 +45,20 @@ def damage_genai(random: Random, path: Path) -> None:
     secret = random.choice((str(_outside(path, 2)), "../../outside/secret"))
     decoder = config["model"]["decoder"]
     session = decoder.setdefault("session_options", {})
-    kind = random.randrange(8)
-    if kind == 0:
-        random.choice((session, decoder, config["model"]))["custom_ops_library"] = library
-    elif kind == 1:
-        session[random.choice(("enable_profiling", "optimized_model_filepath", "log_id"))] = secret + "-made"
-    elif kind == 2:
-        name = random.choice(("QNN", "OpenVINO", "cuda", "VitisAI", "NvTensorRtRtx", "CustomEP", "canary"))
-        key = random.choice(("backend_path", "library_path", "custom_ops_library", "cache_dir", "config_file"))
-        session["provider_options"] = [{name: {key: random.choice((library, secret))}}]
-    elif kind == 3:
-        decoder["filename"] = random.choice((secret, "../model.onnx", "", "canary.so", "model.onnx\0", "/dev/zero"))
-    elif kind == 4:
-        config.setdefault("search", {})[random.choice(("max_length", "num_beams", "batch_size"))] = random.choice(
-            (2**40, -1, 0, 2**31 - 1, 1e300, "x")
-        )
-    elif kind == 5:
-        config["model"][random.choice(("encoder", "vision", "speech", "embedding"))] = {"filename": secret}
-    elif kind == 6:
-        session["config_entries"] = {"session.load_custom_ops": library, "ep.context_file_path": secret}
-    else:
-        decoder["pipeline"] = [{"a": {"filename": secret, "session_options": {"custom_ops_library": library}}}]
+    provider = random.choice(("QNN", "OpenVINO", "cuda", "VitisAI", "NvTensorRtRtx", "CustomEP", "canary"))
+    option = random.choice(("backend_path", "library_path", "custom_ops_library", "cache_dir", "config_file"))
+    place, key, value = random.choice((
+        (random.choice((session, decoder, config["model"])), "custom_ops_library", library),
+        (session, random.choice(("enable_profiling", "optimized_model_filepath", "log_id")), secret + "-made"),
+        (session, "provider_options", [{provider: {option: random.choice((library, secret))}}]),
+        (decoder, "filename", random.choice((secret, "../model.onnx", "", "canary.so", "model.onnx\0", "/dev/zero"))),
+        (config.setdefault("search", {}), random.choice(("max_length", "num_beams", "batch_size")),
+         random.choice((2**40, -1, 0, 2**31 - 1, 1e300, "x"))),
+        (config["model"], random.choice(("encoder", "vision", "speech", "embedding")), {"filename": secret}),
+        (session, "config_entries", {"session.load_custom_ops": library, "ep.context_file_path": secret}),
+        (decoder, "pipeline", [{"a": {"filename": secret, "session_options": {"custom_ops_library": library}}}]),
+    ))  # fmt: skip
+    place[key] = value
     path.write_text(json.dumps(config), encoding="utf-8")
 
 

@@ -38,15 +38,16 @@ _CALLS = 250  # of one child: what it remembers of earlier ones must not decide
 class Sandbox:
     """Runs commands one after the other in a forked child; a new one where it died. A context manager.
 
-    count: commands that were run. largest: the most bytes that one of them took, beside what was there before it.
-    longest: the most seconds of the processor. connections: what the last command would have talked to.
+    took: of each command, its inputs, the most bytes that one took beside what was there before it, and seconds of the
+    processor: the most, and of all. connections: what the last input would have talked to.
     """
 
     def __init__(self) -> None:
         self._child: Any = None
         self._pipe: Any = None
-        self._calls = self.count = self.largest = 0
-        self.longest, self.connections = 0.0, list[str]()
+        self._calls = self._largest = 0
+        self.took: dict[str, tuple[int, int, float, float]] = {}
+        self.connections = list[str]()
 
     def __enter__(self) -> Sandbox:
         return self
@@ -62,35 +63,44 @@ class Sandbox:
         if self._child is None or self._calls == _CALLS:
             self._end()
             self._start()
-        self._calls, self.count, self.connections = self._calls + 1, self.count + 1, []
+        self._calls, self._largest, self.connections = self._calls + 1, 0, []
+        done, spent = self._run(place, [str(a) for a in arguments])
+        name = "main" if str(arguments[0]).startswith("--") else str(arguments[0])
+        count, most, longest, seconds = self.took.get(name, (0, 0, 0.0, 0.0))
+        self.took[name] = count + 1, max(most, self._largest), max(longest, spent), seconds + spent
+        return done
+
+    def _run(self, place: Path, arguments: list[str]) -> tuple[Outcome, float]:
+        """Also the seconds of the processor."""
         before = _forget_peak(self._child.pid)
-        self._pipe.send((str(place), [str(a) for a in arguments]))
+        self._pipe.send((str(place), arguments))
         until, began = time.monotonic() + _SECONDS, _spent(self._child.pid)
         while not self._pipe.poll(_LOOK_SECONDS):
             if time.monotonic() > until or _spent(self._child.pid) - began > MOST_SECONDS:
                 self._end()
-                return Outcome(-9, "", f"no end after {MOST_SECONDS:.0f} s of work, or {_SECONDS:.0f} s")
+                end = f"no end after {MOST_SECONDS:.0f} s of work, or {_SECONDS:.0f} s"
+                return Outcome(-9, "", end), MOST_SECONDS
             if self._took(before, 0) > MOST_BYTES:
                 self._end()
-                return Outcome(-9, "", f"more than {MOST_BYTES >> 20} MiB of memory")
+                return Outcome(-9, "", f"more than {MOST_BYTES >> 20} MiB of memory"), 0.0
         try:
             *said, children, self.connections = self._pipe.recv()
-            self.longest = max(self.longest, _spent(self._child.pid) - began)
+            spent = _spent(self._child.pid) - began
             if self._took(before, children) > MOST_BYTES:
-                return Outcome(-9, "", f"more than {MOST_BYTES >> 20} MiB of memory")
-            return Outcome(*said)
+                return Outcome(-9, "", f"more than {MOST_BYTES >> 20} MiB of memory"), spent
+            return Outcome(*said), spent
         except EOFError:
             self._child.join()
             status = self._child.exitcode
             self._end()
-            return Outcome(status, "", "the process died")
+            return Outcome(status, "", "the process died"), 0.0
 
     def _took(self, before: int, children: int) -> int:
         # Linux counts what a process holds when it starts a child as the peak of that child too. Resident pages of
         # files may go while a command works, so what is there after the command counts if it is less.
         least = min(before, _memory(self._child.pid, "VmRSS") or before)
         took = max(_memory(self._child.pid, "VmHWM"), children) - least
-        self.largest = max(self.largest, took)
+        self._largest = max(self._largest, took)
         return took
 
     def _start(self) -> None:
@@ -174,6 +184,13 @@ def _refuse_connections(found: list[str], event: str, given: tuple[Any, ...]) ->
         raise ConnectionRefusedError("no network here")
 
 
+@functools.cache
+def _inotify() -> tuple[int, Any]:
+    """One descriptor for all: to close one takes the kernel 10 ms."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    return libc.inotify_init1(os.O_NONBLOCK), libc
+
+
 class watched:
     """Within: `seen()` names what any process opened, made or removed in directories since the last call (inotify)."""
 
@@ -183,15 +200,16 @@ class watched:
         self._directories = directories
 
     def __enter__(self) -> watched:
-        libc = ctypes.CDLL(None, use_errno=True)
-        self._watch = libc.inotify_init1(os.O_NONBLOCK)
-        for directory in self._directories:
-            if libc.inotify_add_watch(self._watch, os.fsencode(directory), self._EVENTS) < 0:
-                raise OSError(ctypes.get_errno(), "inotify is not to be had")
+        self._watch, libc = _inotify()
+        self._marks = [libc.inotify_add_watch(self._watch, os.fsencode(d), self._EVENTS) for d in self._directories]
+        if min(self._marks) < 0:
+            raise OSError(ctypes.get_errno(), "inotify is not to be had")
+        self.seen()  # of directories that were watched before
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._watch)
+        for mark in self._marks:
+            _inotify()[1].inotify_rm_watch(self._watch, mark)
 
     def seen(self) -> list[str]:
         names = []

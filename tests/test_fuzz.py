@@ -11,6 +11,7 @@ time of the processor, files outside the output, scratch files, connections, and
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import socket
@@ -69,9 +70,26 @@ def canaries(tmp_path_factory: pytest.TempPathFactory) -> Canaries:
 def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
     with Sandbox() as made:
         yield made
+    rows = [made.took]
+    if records := os.environ.get("NBL_FUZZ_RECORDS"):
+        with open(records, "a+", encoding="utf-8") as file:
+            file.write(json.dumps(made.took) + "\n")
+            file.seek(0)
+            rows = [json.loads(line) for line in file]
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        most = f"{made.largest / 2**20:.0f} MiB of memory, the longest {made.longest:.1f} s"
-        sys.stdout.write(f"\n{made.count} commands; the largest took {most}\n")
+        sys.stdout.write(f"\n{by_command(rows)}\n")
+
+
+def by_command(rows: list[dict[str, Any]]) -> str:
+    """The table of CONTRIBUTING.md, from what several sandboxes took."""
+    lines = ["| command | inputs | largest MiB | longest s | all s |", "|---|---:|---:|---:|---:|"]
+    names = sorted({name for row in rows for name in row})
+    found = {name: list(zip(*(row[name] for row in rows if name in row), strict=True)) for name in names}
+    found["all"] = [sum(columns, ()) for columns in zip(*found.values(), strict=True)]
+    for name, (count, most, longest, seconds) in found.items():
+        took = f"{max(most) / 2**20:.0f} | {max(longest):.1f} | {sum(seconds):.0f}"
+        lines.append(f"| {name} | {sum(count):,} | {took} |")
+    return "\n".join(lines)
 
 
 def complaint(done: Outcome) -> str:
