@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from nbl_export.errors import NblError
@@ -87,9 +88,6 @@ def empty_gguf(path: Path, more: bytes = b"", **numbers: int) -> Path:
 @pytest.fixture
 def scalar(tmp_path: Path) -> Path:
     """A checkpoint that states 64 layers of width 8192, and holds one number."""
-    import torch
-    from safetensors.torch import save_file
-
     model = tmp_path / "model"
     model.mkdir()
     save_file({"x": torch.zeros(1)}, model / "model.safetensors", metadata={"format": "pt"})
@@ -154,17 +152,16 @@ def test_a_size_beyond_the_files_takes_no_memory(
 
 
 @pytest.mark.parametrize("count", [1 << 40, 1025, 4])
-def test_more_layers_than_the_files_hold(checkpoint: Checkpoint, tmp_path: Path, count: int) -> None:
+@pytest.mark.parametrize("kind", ["llama", "nbl-llama"])
+def test_more_layers_than_the_files_hold(checkpoint: Checkpoint, tmp_path: Path, count: int, kind: str) -> None:
     model = Path(shutil.copytree(checkpoint("llama"), tmp_path / "model"))
-    changed(model, "config.json", num_hidden_layers=count)
+    more = {"model_type": kind, "nbl_replaced_layers": [1], "nbl_tap": "residual"} if kind != "llama" else {}
+    changed(model, "config.json", num_hidden_layers=count, **more)
     with pytest.raises(NblError, match=f"states {count} layers, and its weights have 3"):
         resolve(str(model))
 
 
-def test_names_of_a_million_layers_are_not_enough(tmp_path: Path, scalar: Path) -> None:
-    import torch
-    from safetensors.torch import save_file
-
+def test_names_of_a_million_layers_are_not_enough(scalar: Path) -> None:
     save_file({f"model.layers.{i}.x": torch.zeros(0) for i in range(2000)}, scalar / "model.safetensors")
     changed(scalar, "config.json", num_hidden_layers=2000)
     with pytest.raises(NblError, match="states 2000 layers, and at most 1024 are read"):
@@ -178,32 +175,21 @@ def test_more_layers_than_a_gguf_holds(tmp_path: Path, key: str) -> None:
         resolve(str(file))
 
 
-def gguf_of(checkpoint: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
-    """The tiny Llama as a GGUF, its tensors changed."""
-    from safetensors.torch import load_file, save_file
-
-    model = Path(shutil.copytree(checkpoint, tmp_path / "changed"))
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_gguf_whose_tensors_are_not_those_of_its_keys(checkpoint: Checkpoint, tmp_path: Path, lost: bool) -> None:
+    """None of them becomes a random one."""
+    name, model = "model.layers.1.mlp.up_proj.weight", Path(shutil.copytree(checkpoint("llama"), tmp_path / "changed"))
     tensors = load_file(model / "model.safetensors")
-    change(tensors)
+    tensors |= {name: tensors.pop(name).repeat(2, 1)}
+    said = rf"up_proj.weight in shape \[{2 * INNER}, {HIDDEN}\], and its keys state \[{INNER}, {HIDDEN}\]"
+    if lost:
+        del tensors[name]
+        said = f"lacks the weights {name} and 0 more"
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    return save_gguf(tmp_path / "tiny.gguf", model)
-
-
-def test_a_gguf_that_lacks_a_tensor_gets_no_random_one(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    name = "model.layers.1.mlp.up_proj.weight"
-    source = resolve(str(gguf_of(checkpoint("llama"), tmp_path, lambda tensors: tensors.pop(name))))
+    source = resolve(str(save_gguf(tmp_path / "tiny.gguf", model)))
     for asked in (lambda: read_spec(source), lambda: materialise(source, tmp_path / "made")):
-        with pytest.raises(NblError, match=f"lacks the weights {name} and 0 more"):
+        with pytest.raises(NblError, match=said):
             asked()
-
-
-def test_a_gguf_with_a_tensor_of_another_shape(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    def wider(tensors: dict[str, Any]) -> None:
-        tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].repeat(2, 1)
-
-    shapes = rf"\[{2 * INNER}, {HIDDEN}\], and its keys state \[{INNER}, {HIDDEN}\]"
-    with pytest.raises(NblError, match=f"up_proj.weight in shape {shapes}"):
-        read_spec(resolve(str(gguf_of(checkpoint("llama"), tmp_path, wider))))
 
 
 @pytest.mark.parametrize(
@@ -278,14 +264,6 @@ def test_weights_are_compared_once_until_a_file_changes(
     for _ in range(2):
         with pytest.raises(NblError, match=r"lacks the weights model\.norm\.weight"):
             check_weights(model)
-
-
-def test_an_nbl_checkpoint_states_no_more_layers_than_it_holds(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    model = Path(shutil.copytree(checkpoint("llama"), tmp_path / "model"))
-    stated = {"num_hidden_layers": 1 << 40, "nbl_replaced_layers": [1], "nbl_tap": "residual"}
-    changed(model, "config.json", model_type="nbl-llama", **stated)
-    with pytest.raises(NblError, match=f"states {1 << 40} layers, and its weights have 3"):
-        resolve(str(model))
 
 
 def test_a_record_of_a_decoder_has_a_number_of_layers_that_decoders_have() -> None:

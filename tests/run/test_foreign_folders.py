@@ -11,35 +11,15 @@ from typing import Any
 
 import pytest
 
-from nbl_export.errors import CorruptError, NblError
+from nbl_export.errors import NblError
 from nbl_export.report import console, page
 from nbl_export.run.deployed import describe
 from nbl_export.run_directory import RunDirectory
 from nbl_export.text.corpus import Text
 from nbl_export.text.windows import pack
-from nbl_export.trust.contained import check_folder
 
 from ..command import assert_refused, nbl, snapshot
 from ..hostile_folders import rehash
-
-SPECIAL: dict[str, Callable[[Path], object]] = {
-    "a pipe": os.mkfifo,
-    "a device": lambda path: path.symlink_to("/dev/zero"),
-}
-
-
-@pytest.mark.parametrize("case", SPECIAL)
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "below/file"])
-def test_what_is_no_file_is_not_waited_for(case: str, name: str, tmp_path: Path) -> None:
-    (tmp_path / "below").mkdir()
-    (tmp_path / "file").write_text("x")
-    (tmp_path / "link").symlink_to("file")
-    (tmp_path / "nowhere").symlink_to("gone")
-    check_folder(tmp_path)
-    SPECIAL[case](tmp_path / name)
-    with pytest.raises(CorruptError, match="a pipe, a socket or a device; remove it") as caught:
-        check_folder(tmp_path)
-    assert str(tmp_path / name) in str(caught.value)
 
 
 def test_no_command_waits_for_a_pipe(

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
@@ -157,19 +156,6 @@ def test_a_plan_with_two_copies_of_its_matrices_is_told() -> None:
     """Bytes of SmolLM2's plans of TensorRT-RTX 1.7.1: 269 MB of weights, once and twice."""
     assert not build._has_copies(288_000_000, 269_000_000)
     assert build._has_copies(499_000_000, 269_000_000)
-
-
-@needs_rtx
-@pytest.mark.parametrize("cache_length", [2048, 32_768])
-def test_cache_memory_is_as_predicted(cache_length: int) -> None:
-    """Bytes of the engine's cache inputs, original against NBL, from the model's numbers alone."""
-    for replaced in ((), (1,)):
-        contract = parsed(graph_of("llama", replaced, "fp16", cache_length) / "decoder.onnx").contract
-        caches = [i for i in contract.inputs if i.name.startswith("past_key_values.")]
-        assert all(i.shape[2] == cache_length for i in caches)
-        stated = sum(int(np.prod([int(n) for n in i.shape[1:]])) * 2 for i in caches)
-        assert stated == SPEC.cache_bytes_per_token(LAYERS - len(replaced), 2) * cache_length
-        assert contract.cache_bytes_per_token(HEAD) * cache_length == stated
 
 
 # -- faults that TensorRT would pass over in silence ---------------------------------------------------------

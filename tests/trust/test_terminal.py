@@ -50,17 +50,8 @@ def poisoned(value: Any) -> Any:
     return value + EVIL if isinstance(value, str) else value
 
 
-LOOKED_UP = {
-    "logits",
-    "phase",
-    "method",
-    "kind",
-    "variant",
-    "variants",
-    "decoders",
-    "num_layers",
-    "cache_bytes_per_token",
-}
+LOOKED_UP = {"logits", "phase", "method", "kind", "variant", "variants", "decoders", "num_layers",
+             "cache_bytes_per_token"}  # fmt: skip
 MADE_UP = {"original", "nbl", "a task"}
 
 
