@@ -113,8 +113,7 @@ class _Functions(TorchFunctionMode):
 @contextmanager
 def fake_cuda(free: int = 80 << 30) -> Iterator[SimpleNamespace]:
     """Within: torch sees one GPU with so many free bytes. The value notes the devices of products."""
-    from nbl_export.calibrate import collect
-    from nbl_export.model import bfloat16, device
+    from nbl_export.model import bfloat16, device, mapped
     from nbl_export.model.checkpoint import load
 
     seen = SimpleNamespace(free=free, products=set())
@@ -131,7 +130,7 @@ def fake_cuda(free: int = 80 << 30) -> Iterator[SimpleNamespace]:
         patch.setattr(bfloat16, "fast", lambda _: False)
         patch.setattr(bfloat16, "products", products)
         patch.setattr(load, "load_model", _without_modes(load.load_model))  # it makes real meta tensors
-        patch.setattr(collect, "one_layer", _without_modes(collect.one_layer))
+        patch.setattr(mapped, "mapped_model", _without_modes(mapped.mapped_model))
         with _Functions(), _Dispatch():
             yield seen
 

@@ -1,4 +1,4 @@
-"""Collects moments of every layer: of a torch model, or of a model larger than memory.
+"""Collects moments of every layer of a torch model.
 
 `collect` sets hooks on the torch model. Activations are never kept.
 
@@ -7,14 +7,14 @@
 
 Logits are never computed: the base decoder runs without the language-model head.
 
-`collect_layers` loads one decoder layer at a time, for a model that does not fit into memory.
+With a model larger than memory (`model.mapped`), all windows go through a layer before the next layer has its weights.
+So only one layer's sums are in memory (`Collection.by_layer`).
 """
 
 from __future__ import annotations
 
-import gc
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,11 +25,10 @@ from nbl_export.calibrate.sums import REFERENCE_ROWS, Accumulator, Sums
 from nbl_export.errors import NblError
 from nbl_export.mixers.lmmse import Moments
 from nbl_export.model import bfloat16
-from nbl_export.model.checkpoint.pretrained import config_of
-from nbl_export.model.linearize import block_output, run_from
-from nbl_export.model.one_layer import WeightReader, one_layer
+from nbl_export.model.linearize import block_output
+from nbl_export.model.mapped import in_batches
 
-__all__ = ["Collection", "Wanted", "attach", "batches", "collect", "collect_layers", "refuse_not_finite", "run_batch"]
+__all__ = ["Collection", "attach", "batches", "collect", "refuse_not_finite", "run_batch"]
 
 _BATCH_TOKENS = 4096
 
@@ -56,7 +55,7 @@ class Collection:
 
     def __init__(self, model: Any, taps: Sequence[str], *, narrow: bool = False) -> None:
         self._model, self._decoder, self._narrow = model, model.get_decoder(), narrow
-        self._device, size = next(model.parameters()).device, int(model.config.hidden_size)
+        size = int(model.config.hidden_size)
         self.taps, self.num_layers, self.sizes = tuple(taps), int(model.config.num_hidden_layers), (size, size)
         self.found = {tap: {i: Accumulator(self.sizes) for i in range(self.num_layers)} for tap in self.taps}
         self._handles: list[Any] = []
@@ -77,9 +76,11 @@ class Collection:
 
     def refer(self, ids_WT: torch.Tensor) -> None:
         """Take reference rows and units from the beginning of the whole text."""
+        for accumulator in self._accumulators():
+            accumulator.only_refers = True
         self.add(ids_WT[:1, :REFERENCE_ROWS])
         for accumulator in self._accumulators():
-            accumulator.clear()
+            accumulator.only_refers = False
         self.share_references()
 
     def share_references(self) -> None:
@@ -95,6 +96,37 @@ class Collection:
     def _accumulators(self) -> Iterator[Accumulator]:
         for accumulators in self.found.values():
             yield from accumulators.values()
+
+    def by_layer(
+        self, ids_WT: torch.Tensor, write: Callable[[dict[str, Sums]], None], scratch: Path,
+        progress: Callable[[int, int], None],
+    ) -> None:  # fmt: skip
+        """Collect all windows with a mapped model; each layer's sums are written and freed when the layer has run.
+
+        Args:
+            scratch: a directory for hidden states, 8 x tokens x hidden size bytes.
+            progress: called with tokens done in all layers, and the total.
+
+        Raises:
+            NblError: a weight is missing or damaged, or a layer's activations are not finite.
+        """
+        done, total = 0, self.num_layers * ids_WT.numel()
+
+        def seen(tokens: int) -> None:
+            nonlocal done
+            done += tokens
+            progress(min(done, total), total)
+
+        def leave(index: int, *_: Any) -> None:
+            write(self.layer(index))
+            for accumulators in self.found.values():
+                accumulators[index].clear()
+
+        with in_batches(self._model, _BATCH_TOKENS, scratch, seen):
+            self.refer(ids_WT)
+            for index, layer in enumerate(self._decoder.layers):
+                self._handles.append(layer.register_forward_hook(functools.partial(leave, index)))
+            self.add(ids_WT)
 
     @property
     def count(self) -> int:
@@ -115,7 +147,7 @@ class Collection:
     def restore(self, index: int, sums: dict[str, Sums]) -> None:
         """Continue from the sums that `layer` returned."""
         for tap, found in sums.items():
-            self.found[tap][index].restore(found, self._device)
+            self.found[tap][index].restore(found, self._model.device)
 
 
 def collect(
@@ -170,100 +202,11 @@ def attach(decoder: Any, layer: int, accumulator: Accumulator, tap: str) -> list
 
     def on_output(_module: Any, _args: Any, output: Any) -> None:
         y = output[0] if isinstance(output, tuple) else output
-        y_BTD, x_BTD = (y if multiplier == 1.0 else y * multiplier).float(), seen.pop("x").float()
+        y_BTD, x_BTD = (y if multiplier == 1.0 else y * multiplier).float(), seen.pop("x")
+        if len(x_BTD) > len(y_BTD):  # the layer runs in batches
+            x_BTD, seen["x"] = x_BTD[: len(y_BTD)], x_BTD[len(y_BTD) :]
         with bfloat16.products(y_BTD.device, False):
-            accumulator.update(x_BTD.flatten(0, 1), y_BTD.flatten(0, 1))
+            accumulator.update(x_BTD.to(y_BTD.device).float().flatten(0, 1), y_BTD.flatten(0, 1))
 
     tapped = read if tap == "residual" else read.self_attn
     return [tapped.register_forward_pre_hook(on_input, with_kwargs=True), module.register_forward_hook(on_output)]
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What is collected.
-
-    Attributes:
-        taps: some of `records.plan.TAPS`.
-        narrow: the model's products in bfloat16; products of the sums are float32.
-    """
-
-    taps: Sequence[str]
-    narrow: bool = False
-
-
-def collect_layers(
-    directory: Path,
-    ids_WT: torch.Tensor,
-    parts: Sequence[torch.Tensor],
-    wanted: Wanted,
-    scratch: Path,
-    progress: Callable[[int, int], None],
-    device: Any = "cpu",
-) -> Iterator[dict[str, Sums]]:
-    """Sums of each layer by tap, from the first layer to the last.
-
-    Args:
-        directory: holds config.json and safetensors files.
-        ids_WT: token ids of the whole text; the first tokens give reference rows and units.
-        parts: the batches of the text to collect, [windows, context] each.
-        scratch: a directory for the hidden states: 4 x tokens x hidden size bytes.
-        progress: called with layers x tokens done and the total.
-        device: has one layer and one batch at a time, and the sums of the layer.
-
-    Raises:
-        NblError: a weight is missing or damaged, or a layer's activations are not finite.
-    """
-    config, weights = config_of(directory), WeightReader(directory)
-    shapes = [tuple(ids_WT[:1, :REFERENCE_ROWS].shape), *(tuple(part.shape) for part in parts)]
-    states = _States(scratch / "hidden", shapes, config.hidden_size)
-    sizes = (int(config.hidden_size), int(config.hidden_size))
-    inputs = [ids_WT[:1, :REFERENCE_ROWS], *parts]
-    tokens = sum(part.numel() for part in parts)
-    for index in range(config.num_hidden_layers):
-        decoder = one_layer(config, index, weights).to(device)
-        found = {tap: Accumulator(sizes) for tap in wanted.taps}
-        handles = [handle for tap, a in found.items() for handle in attach(decoder, 0, a, tap)]
-        done = 0
-        with torch.inference_mode(), bfloat16.products(torch.device(device), wanted.narrow):
-            for k, ids in enumerate(inputs):
-                if index:
-                    states.write(k, run_from(decoder, states.read(k).to(device)))
-                else:
-                    states.write(k, decoder(input_ids=ids.to(device), use_cache=False).last_hidden_state)
-                if k == 0:
-                    for accumulator in found.values():
-                        accumulator.clear()
-                else:
-                    done += ids.numel()
-                    progress(index * tokens + done, config.num_hidden_layers * tokens)
-        for handle in handles:
-            handle.remove()
-        del decoder
-        gc.collect()
-        sums = {tap: accumulator.sums() for tap, accumulator in found.items()}
-        for value in sums.values():
-            refuse_not_finite(value, index)
-        yield sums
-
-
-class _States:
-    """Hidden states of every batch in one file, read and written in place."""
-
-    def __init__(self, path: Path, shapes: Sequence[tuple[int, ...]], size: int) -> None:
-        self._path, self._shapes, self._size = path, [(*shape, size) for shape in shapes], size
-        self._offsets = [0]
-        for shape in self._shapes:
-            self._offsets.append(self._offsets[-1] + 4 * torch.Size(shape).numel())
-        path.touch()
-
-    def read(self, index: int) -> torch.Tensor:
-        raw = bytearray(self._offsets[index + 1] - self._offsets[index])
-        with self._path.open("rb") as stream:
-            stream.seek(self._offsets[index])
-            stream.readinto(raw)
-        return torch.frombuffer(raw, dtype=torch.float32).view(self._shapes[index])
-
-    def write(self, index: int, states: torch.Tensor) -> None:
-        with self._path.open("r+b") as stream:
-            stream.seek(self._offsets[index])
-            stream.write(memoryview(states.cpu().contiguous().numpy()).cast("B"))

@@ -86,7 +86,7 @@ class Accumulator:
     def __init__(self, sizes: tuple[int, int]) -> None:
         self.sizes = sizes
         self.count = 0
-        self._has_reference = False
+        self._has_reference = self.only_refers = False
 
     def update(self, x_NF: torch.Tensor, y_ND: torch.Tensor) -> None:
         """Add rows X [N, F] and Y [N, D], float32, on any device."""
@@ -94,6 +94,10 @@ class Accumulator:
         massive = norms > _MASSIVE * norms.median()
         if not self._has_reference:
             self._refer(x_NF[:REFERENCE_ROWS], y_ND[:REFERENCE_ROWS], massive[:REFERENCE_ROWS])
+        if self.only_refers:
+            return
+        if not self.count:
+            self._begin()
         self.count += x_NF.shape[0]
         x_NF, y_ND = (x_NF - self._x_ref).mul_(self._x_scale), (y_ND - self._y_ref).mul_(self._y_scale)
         apart = massive.nonzero().flatten()
@@ -124,8 +128,11 @@ class Accumulator:
         self.clear()
 
     def clear(self) -> None:
-        """Forget the rows, but keep reference and units."""
+        """Forget the rows and free their sums, but keep reference and units."""
         self.count = 0
+        self._xx = self._yx = self._yy = self._x_ref.new_zeros(0)
+
+    def _begin(self) -> None:
         x, y = self.sizes
         self._x_sum, self._y_sum, self._xx, self._yx, self._yy = (
             torch.zeros(shape, dtype=torch.float64, device=self._x_ref.device)
@@ -141,6 +148,8 @@ class Accumulator:
 
     def meet(self) -> None:
         """Give rank 0 the rows of all processes; the others begin at zero."""
+        if not self.count:
+            self._begin()
         count = torch.tensor([self.count], dtype=torch.float64, device=self._x_ref.device)
         for value in (count, self._x_sum, self._y_sum, self._xx, self._yx, self._yy):
             processes.joined(value)

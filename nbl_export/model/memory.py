@@ -17,10 +17,9 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["STATES_SHARE", "WEIGHTS_SHARE", "available_bytes", "holds", "keep_freed_memory"]
+__all__ = ["WEIGHTS_SHARE", "available_bytes", "holds", "keep_freed_memory"]
 
 WEIGHTS_SHARE = 0.6  # of the available memory, that the weights of a whole model may take
-STATES_SHARE = 0.25  # of the available memory that hidden states of a streamed model may take
 
 _ROOT, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 # Files of a control group: limit, use, and the file pages in `memory.stat`, which the kernel can drop.

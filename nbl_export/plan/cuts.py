@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import torch
 
     from nbl_export.mixers.base import Mixer
-    from nbl_export.model.mixes import Loss, Mixes
+    from nbl_export.model.switched import Loss, SwitchedModel
 
 __all__ = ["LENGTH", "CutInputs", "choose_cut", "joined"]
 
@@ -225,9 +225,9 @@ class _Judge:
         """The losses of the rows of each text, and the answers from far back; `every`: distance of positions."""
         import torch
 
-        from nbl_export.model.mixes import Loss
+        from nbl_export.model.switched import Loss
 
-        mixes: Mixes = self._inputs.mixes.value(maps, "residual")
+        mixes: SwitchedModel = self._inputs.mixes.value(maps, "residual")
         table = torch.zeros(len(rows), 8, dtype=torch.float64)  # a row's loss, and that of its answers with their gain
         with self._task(f"a cut at layer {min(maps)}") as progress:
             for k in processes.own(len(rows)):
@@ -257,7 +257,7 @@ class _Judge:
         return found, far_row(answers)
 
     def _far(
-        self, row: _Row, mixes: Mixes, original_TD: torch.Tensor, known_N: torch.Tensor | None
+        self, row: _Row, mixes: SwitchedModel, original_TD: torch.Tensor, known_N: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions of the answers from far back in a row, and what they gain by the whole text.
 
@@ -284,7 +284,7 @@ class _Judge:
         (*texts, (_, twice_WT)), length = self._inputs.choosing.value, self._inputs.length
         rows = [_Row(name, ids_T) for name, ids_WT in texts for ids_T in joined(ids_WT, length)]
         rows += [_Row(None, ids_T, len(ids_T) // 2) for ids_T in twice_WT]
-        original: Mixes = self._inputs.mixes.value({}, "residual")
+        original: SwitchedModel = self._inputs.mixes.value({}, "residual")
         for row in rows:
             row.run = original.runs(row.ids_T[None], again=True)
         return rows

@@ -44,7 +44,7 @@ import torch
 from nbl_export.errors import NblError
 from nbl_export.model import processes
 from nbl_export.model.head import divergence
-from nbl_export.model.mixes import Mixes, Progress, quiet
+from nbl_export.model.switched import Progress, SwitchedModel, quiet
 
 __all__ = ["EVERY", "RULE", "TRIES", "Effects", "GreedyOrder", "Judge", "Point", "Search"]
 
@@ -322,7 +322,7 @@ class Judge:
         texts: token ids [windows, context] of each text, whose contexts may differ; no map was fitted on them.
     """
 
-    def __init__(self, mixes: Mixes, texts: Sequence[torch.Tensor]) -> None:
+    def __init__(self, mixes: SwitchedModel, texts: Sequence[torch.Tensor]) -> None:
         alike = [torch.cat(list(group)) for _, group in itertools.groupby(texts, lambda text: text.shape[1])]
         self._mixes, self.num_layers = mixes, mixes.num_layers
         self.parts = [len(text) * len(_judged_rows(text)) for text in texts]  # judged positions of each text

@@ -17,7 +17,7 @@ from typing import Any
 from nbl_export.files import key_of
 from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import Mixer
-from nbl_export.model.mixes import Mixes
+from nbl_export.model.switched import SwitchedModel
 from nbl_export.plan.greedy import EVERY, RULE, GreedyOrder, Judge, Point, Search
 from nbl_export.plan.inputs import Maps, OrderInputs, Task
 from nbl_export.records.from_json import read_record
@@ -73,7 +73,7 @@ class Selection:
         return {i: kind.fit(moments(i, asked.tap), i, bias=asked.bias) for i in layers}
 
     @functools.cached_property
-    def mixes(self) -> Mixes:
+    def mixes(self) -> SwitchedModel:
         """The torch model, in which any set of layers can be replaced."""
         return self.inputs.mixes.value(self._all_maps, self.inputs.kind.tap)
 

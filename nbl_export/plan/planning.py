@@ -31,7 +31,7 @@ from typing import Any
 
 from nbl_export.errors import NblError
 from nbl_export.mixers.base import Mixer
-from nbl_export.model.mixes import Mixes
+from nbl_export.model.switched import SwitchedModel
 from nbl_export.options.goals import CacheBudget, PerplexityIncrease
 from nbl_export.plan.inputs import AskedGoal, PlanInputs, Task, Texts
 from nbl_export.plan.order import Selection, choose, quiet
@@ -130,7 +130,7 @@ def _count_to_train(asked: AskedGoal, selection: Selection) -> Reached:
 
 
 def count_foreseen(
-    mixes: Mixes, order: Sequence[int], goal: Mapping[str, Any], texts: Texts, task: Task = quiet
+    mixes: SwitchedModel, order: Sequence[int], goal: Mapping[str, Any], texts: Texts, task: Task = quiet
 ) -> int:
     """The most first layers of an order, at least 1, that keep the limit of `goal` on the choosing texts."""
     sets = {count: order[:count] for count in range(1, len(order) + 1)}
@@ -138,7 +138,7 @@ def count_foreseen(
 
 
 def most_within(
-    mixes: Mixes, sets: Mapping[int, Collection[int]], share: float, texts: Texts, task: Task = quiet
+    mixes: SwitchedModel, sets: Mapping[int, Collection[int]], share: float, texts: Texts, task: Task = quiet
 ) -> int:
     """The largest count whose set raises perplexity by at most `share` on every text; 0 if there is none."""
     within = dict.fromkeys(sets, True)
@@ -151,7 +151,7 @@ def most_within(
 
 
 def count_trained(
-    mixes: Mixes, order: Sequence[int], goal: Mapping[str, Any], texts: Texts, task: Task = quiet
+    mixes: SwitchedModel, order: Sequence[int], goal: Mapping[str, Any], texts: Texts, task: Task = quiet
 ) -> Reached:
     """The most first layers of an order that are shown to keep the limit of `goal`, with maps that were trained.
 
@@ -206,7 +206,7 @@ def _test(selection: Selection, texts: Texts, share: float, task: Task) -> list[
 
 
 def _steps(
-    mixes: Mixes, texts: Texts, found: Sequence[Sequence[int]], share: float, task: Task
+    mixes: SwitchedModel, texts: Texts, found: Sequence[Sequence[int]], share: float, task: Task
 ) -> list[dict[str, Any]]:
     """Quality loss of some sets on each text, and whether it is shown to be within `share`."""
     orders = {len(order): order for order in found}

@@ -227,7 +227,7 @@ def loss_row(name: str, losses: Sequence[Any]) -> dict[str, Any]:
     """Quality loss of a replaced set in torch on one text; None if not finite.
 
     Args:
-        losses: one `model.mixes.Loss` for each window.
+        losses: one `model.switched.Loss` for each window.
     """
     before, after, kl = (
         np.array([getattr(loss, total) / loss.positions for loss in losses])

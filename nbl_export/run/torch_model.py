@@ -70,11 +70,18 @@ class TorchModel:
         memory.keep_freed_memory()
         return load.load_model(self.checkpoint.value).to(self.device.value)
 
+    @lazy(_files)
+    def mapped(self) -> Any:
+        """The model with the weights of one block at a time in memory, for a machine that cannot hold it."""
+        from nbl_export.model.mapped import mapped_model
+
+        return mapped_model(self.checkpoint.value)
+
     @lazy(_shown)
     def device(self) -> Any:
         """Where the model is. Tells the user, if torch sees a GPU."""
         from nbl_export.model import device
-        from nbl_export.model.one_layer import float32_bytes
+        from nbl_export.model.mapped import float32_bytes
 
         found = device.told(self._options.device, float32_bytes(self.checkpoint.value), self._ui.say)
         self._run.note(torch_device=device.spoken(found))
@@ -92,8 +99,8 @@ class TorchModel:
         """Why the model does not fit into this machine's memory, in words; "" if it fits."""
         if self.model.is_loaded:
             return ""
+        from nbl_export.model.mapped import shortage_of
         from nbl_export.model.memory import WEIGHTS_SHARE
-        from nbl_export.model.one_layer import shortage_of
 
         return shortage_of(self.origin(), WEIGHTS_SHARE / processes.local())
 
@@ -107,12 +114,16 @@ class TorchModel:
 
     @lazy(lambda model: [model.fingerprint, model._options.compute_dtype])
     def mixes(self) -> Callable[[Maps, str], Any]:
-        """Maps and their tap -> the model, in which these maps can replace attention (`model.mixes.Mixes`)."""
-        from nbl_export.model.streamed import StreamedModel
+        """Maps and their tap -> the model in which these maps replace attention (`model.switched.SwitchedModel`)."""
+        from nbl_export.model.mapped import mapped_model
         from nbl_export.model.switched import SwitchedModel
 
-        if self.shortage.value:
-            self._ui.say(f"  one layer at a time: the weights are {self.shortage.value}")
-            checkpoint, scratch = self.checkpoint.value, self._run.path
-            return lambda maps, tap: StreamedModel(checkpoint, maps, tap, scratch, narrow=self.narrow.value)
-        return lambda maps, tap: SwitchedModel(self.model.value, maps, tap, narrow=self.narrow.value)
+        if not self.shortage.value:
+            return lambda maps, tap: SwitchedModel(self.model.value, maps, tap, narrow=self.narrow.value)
+        self._ui.say(f"  one layer at a time: the weights are {self.shortage.value}")
+
+        def mixed(maps: Maps, tap: str) -> SwitchedModel:
+            model = mapped_model(self.checkpoint.value, head=True)
+            return SwitchedModel(model, maps, tap, narrow=self.narrow.value, scratch=self._run.path)
+
+        return mixed

@@ -19,7 +19,7 @@ from nbl_export.records.results import CheckResult
 from nbl_export.verify.ladder import PERPLEXITY, TOLERANCES, Probe, Reference, apart, shown_positions
 from nbl_export.verify.perplexity import quality_loss
 
-__all__ = ["ROUNDED", "check_logits", "check_perplexity", "not_compared", "row_logits"]
+__all__ = ["ROUNDED", "check_logits", "check_perplexity", "row_logits"]
 
 ROUNDED = {"int8": (0.05, 0.25), "int4": (0.1, 1.0)}  # precision -> increase of a warning, and of a failure
 _WINDOWS = 4
@@ -69,11 +69,6 @@ def check_perplexity(
     warning = f"{precision} alone raises the original's perplexity by {value:.0%} ({detail})"
     result = CheckResult("exporter", "original", PERPLEXITY, value, limit, passed, detail)
     return result, warning if value > warned else ""
-
-
-def not_compared(reason: str) -> CheckResult:
-    """The result of a model that torch cannot hold."""
-    return CheckResult("exporter", "original", "torch model", None, None, True, reason)
 
 
 class _Torch:

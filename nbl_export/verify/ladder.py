@@ -307,10 +307,9 @@ def _wiring(checks: Sequence[CheckResult]) -> str:
 
 
 def _exporter(checks: Sequence[CheckResult]) -> str:
-    compared = [r for r in checks if r.check == "exporter"]
-    worst = _worst(compared)
+    worst = _worst(r for r in checks if r.check == "exporter")
     if worst is None:
-        return f"The original graph was not compared with the torch model: {compared[0].detail}." if compared else ""
+        return ""
     if worst.metric == PERPLEXITY:
         return f"The perplexity of the original graph is {worst.value:+.1%} of the torch model's ({worst.detail})."
     return f"The original graph and the torch model differ by {worst.value:.1e} of the size of the logits."

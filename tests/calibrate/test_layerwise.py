@@ -14,9 +14,8 @@ import pytest
 import torch
 
 from nbl_export.calibrate import collect
-from nbl_export.errors import NblError
 from nbl_export.files import file_sha256
-from nbl_export.model import one_layer
+from nbl_export.model import mapped
 from nbl_export.model.checkpoint.load import load_model
 
 from ..command import assert_refused, keys, nbl
@@ -46,7 +45,7 @@ def given(text: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[object, ...]:
 
 
 def short_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nbl_export.model.one_layer.shortage_of", lambda *_: "too large")
+    monkeypatch.setattr("nbl_export.model.mapped.shortage_of", lambda *_: "too large")
 
 
 @pytest.mark.parametrize(
@@ -76,7 +75,7 @@ def test_moments_are_those_of_the_whole_model(
 def test_chosen_by_itself_where_memory_is_short(
     given: Any, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needed = one_layer.float32_bytes(checkpoint("llama"))
+    needed = mapped.float32_bytes(checkpoint("llama"))
     assert needed == sum(4 * p.numel() for p in load_model(checkpoint("llama")).parameters())
     given = ("calibrate", "--model", checkpoint("llama"), *given)
     monkeypatch.setattr("nbl_export.run.estimate.available_bytes", lambda: 1 << 40)  # which would refuse the job
@@ -130,39 +129,16 @@ def assert_near(found: Any, expected: Any) -> None:
         assert found == (pytest.approx(expected, rel=2e-3, abs=1e-5) if isinstance(expected, float) else expected)
 
 
-def test_one_layer_is_in_memory_at_a_time(
-    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    filled: list[list[str]] = []
-    fill = one_layer.WeightReader.fill
+def test_sums_and_weights_of_one_layer_are_in_memory_at_a_time(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    model, held = mapped.mapped_model(checkpoint("llama")), list[tuple[int, ...]]()
+    with collect.Collection(model, ("residual",)) as found:
 
-    def watch(self: Any, module: torch.nn.Module, renamed: Callable[[str], str]) -> None:
-        filled.append([renamed(name) for name, _ in module.named_parameters()])
-        fill(self, module, renamed)
+        def write(_sums: Any) -> None:
+            sums = [i for i, each in found.found["residual"].items() if each._xx.numel()]
+            held.append((*sums, sum(p.device.type != "meta" for p in model.parameters())))
 
-    monkeypatch.setattr(one_layer.WeightReader, "fill", watch)
-    ids = torch.arange(2, 66).view(2, 32)
-    list(
-        collect.collect_layers(
-            checkpoint("llama"), ids, [ids], collect.Wanted(("residual",)), tmp_path, lambda _d, _t: None
-        )
-    )
-    assert len(filled) == LAYERS
-    for index, names in enumerate(filled):
-        others = [n for n in names if not n.startswith(f"layers.{index}.")]
-        assert others == {0: ["embed_tokens.weight"], LAYERS - 1: ["norm.weight"]}.get(index, [])
-
-
-def test_missing_weight_is_named(sharded: Any, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    directory = sharded("llama", torch.float32)
-    file = next(f for f in directory.glob("*.safetensors") if "model.layers.1.mlp.up_proj.weight" in load_file(f))
-    save_file({k: v for k, v in load_file(file).items() if "layers.1.mlp.up_proj" not in k}, file)
-    ids = torch.arange(2, 66).view(2, 32)
-    wanted = collect.Wanted(("residual",))
-    with pytest.raises(NblError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
-        list(collect.collect_layers(directory, ids, [ids], wanted, tmp_path, lambda _d, _t: None))
+        found.by_layer(torch.arange(2, 66).view(2, 32), write, tmp_path, lambda _d, _t: None)
+    assert held == [(i, 0) for i in range(LAYERS)]
 
 
 def test_nan_weights_are_named_by_layer(

@@ -18,11 +18,13 @@ import sys
 from pathlib import Path
 import torch
 from nbl_export.calibrate import collect
+from nbl_export.model.mapped import mapped_model
 checkpoint, scratch, tokens = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 ids = torch.arange(tokens).view(1, -1)
-wanted = collect.Wanted(("residual",))
-sums = collect.collect_layers(checkpoint, ids, [ids], wanted, scratch, lambda done, total: None)
-print(sum(1 for _ in sums))
+layers = []
+with collect.Collection(mapped_model(checkpoint), ("residual",)) as found:
+    found.by_layer(ids, lambda sums: layers.append(len(sums)), scratch, lambda done, total: None)
+print(len(layers))
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 

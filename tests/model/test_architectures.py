@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from nbl_export.calibrate.collect import Wanted, collect, collect_layers
+from nbl_export.calibrate.collect import Collection, collect
 from nbl_export.distill.training import DistillSettings, TrainingText, distill
 from nbl_export.errors import NblError
 from nbl_export.mixers.linear import LINEAR, Linear
@@ -20,6 +20,7 @@ from nbl_export.model.checkpoint.load import load_model, read_spec
 from nbl_export.model.checkpoint.source import resolve
 from nbl_export.model.head import logits_of
 from nbl_export.model.linearize import architecture_of, linearize, run_from
+from nbl_export.model.mapped import mapped_model
 from nbl_export.model.switched import SwitchedModel
 
 from ..tiny import EVERY, HIDDEN, LAYERS, VARIANTS, VOCAB, cases, record_of
@@ -76,7 +77,9 @@ def test_layer_by_layer_moments_are_those_of_the_whole_model(
 ) -> None:
     ids = torch.arange(2, 130).view(2, 64) % VOCAB
     whole = collect(load_model(checkpoint(architecture)), ids, lambda *_: None)["residual"]
-    parts = list(collect_layers(checkpoint(architecture), ids, [ids], Wanted(["residual"]), tmp_path, lambda *_: None))
+    parts = list[Any]()
+    with Collection(mapped_model(checkpoint(architecture)), ["residual"]) as found:
+        found.by_layer(ids, parts.append, tmp_path, lambda *_: None)
     for one, other in zip(whole.values(), parts, strict=True):
         mine = other["residual"].moments()
         assert torch.equal(one.xx, mine.xx) and torch.equal(one.yx, mine.yx) and torch.equal(one.yy, mine.yy)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from nbl_export.errors import NblError
 from nbl_export.mixers.base import Mixer
-from nbl_export.model import one_layer
+from nbl_export.model import mapped
 from nbl_export.model.checkpoint.copied import check_loadable, copy_linearized
 from nbl_export.model.checkpoint.hf_classes import save_linearized
 from nbl_export.model.checkpoint.load import load_model, load_tokenizer
@@ -58,7 +58,7 @@ def test_stored_weights_stay_as_they_are(
     with torch.inference_mode():
         expected = linearize(load_model(given), maps)(IDS, use_cache=False).logits
     with monkeypatch.context() as small:
-        small.setattr(one_layer, "available_bytes", lambda: 1000)
+        small.setattr(mapped, "available_bytes", lambda: 1000)
         assert copy_linearized(given, maps, "residual", tmp_path / "copied")
     before, after = weights(given), weights(tmp_path / "copied")
     kept = before.keys() & after.keys()

@@ -53,7 +53,7 @@ def test_an_interrupted_conversion_leaves_nothing(
 
 
 def test_a_gguf_larger_than_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nbl_export.model.one_layer.available_bytes", lambda: 1000)
+    monkeypatch.setattr("nbl_export.model.mapped.available_bytes", lambda: 1000)
     source = checkpoint_source.resolve(str(save_gguf(tmp_path / "tiny.gguf")))
     with pytest.raises(NblError, match=r"the conversion of tiny\.gguf \(safetensors need none\) needs the whole torch"):
         load.materialise(source, tmp_path / "checkpoint")

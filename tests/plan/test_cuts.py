@@ -15,7 +15,7 @@ import torch
 from nbl_export.errors import NblError
 from nbl_export.mixers.cut import candidate_cuts
 from nbl_export.mixers.predicted import Predicted
-from nbl_export.model.mixes import Loss
+from nbl_export.model.switched import Loss
 from nbl_export.plan.cuts import CutInputs, _spread, choose_cut, joined
 from nbl_export.plan.order import quiet
 from nbl_export.records.inputs import Lazy

@@ -13,7 +13,7 @@ import torch
 
 from nbl_export.errors import NblError
 from nbl_export.mixers.lmmse import Moments
-from nbl_export.model.mixes import Loss
+from nbl_export.model.switched import Loss
 from nbl_export.options.goals import PerplexityIncrease
 from nbl_export.plan import order as order_of
 from nbl_export.plan.inputs import AskedGoal, MapKind, Maps, OrderInputs, PlanInputs

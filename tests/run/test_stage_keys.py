@@ -282,8 +282,9 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
         "nbl_export.model.checkpoint.load.load_tokenizer": lambda _directory: None,
         "nbl_export.model.checkpoint.quantized.find": lambda *_: SimpleNamespace(directory=""),
         "nbl_export.model.checkpoint.quantized.check_same": lambda *_: None,
-        "nbl_export.model.one_layer.shortage_of": lambda _directory: "",
-        "nbl_export.model.one_layer.weight_files": lambda _directory: [],
+        "nbl_export.model.mapped.mapped_model": lambda *_: model,
+        "nbl_export.model.mapped.shortage_of": lambda _directory: "",
+        "nbl_export.model.mapped.weight_files": lambda _directory: [],
         "nbl_export.text.mixture.read_texts": lambda *_: SimpleNamespace(name="t", sha256="text"),
         "nbl_export.text.parts.read": lambda *_: torch.zeros(8, 8, dtype=torch.long),
     }

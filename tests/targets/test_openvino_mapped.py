@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nbl_export.errors import NblError
-from nbl_export.model import one_layer
+from nbl_export.model import mapped
 from nbl_export.model.checkpoint import load
 from nbl_export.targets.openvino.export import build
 from nbl_export.targets.openvino.ir.files import difference, read_ir
@@ -30,8 +30,8 @@ def test_the_ir_is_that_of_the_whole_model(
     name: str, dtype: str, precision: str, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     given = narrowed(checkpoint(name), tmp_path / "checkpoint", dtype)
-    for mapped in (True, False):
-        build(given, tmp_path / str(mapped), precision, mapped)
+    for from_files in (True, False):
+        build(given, tmp_path / str(from_files), precision, from_files)
     assert difference(read_ir(tmp_path / "True"), read_ir(tmp_path / "False")) == ""
 
 
@@ -39,7 +39,7 @@ def test_weights_stay_in_their_files(checkpoint: Checkpoint, tmp_path: Path, mon
     """Also of a model that does not fit into memory, which is refused if it has to."""
     given = narrowed(checkpoint("llama"), tmp_path / "narrow", "bfloat16")
     mixed = narrowed(checkpoint("llama"), tmp_path / "mixed", "bfloat16", but="norm.weight")
-    monkeypatch.setattr(one_layer, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(mapped, "available_bytes", lambda: 1000)
     parameters = list(load.load_mapped(given).parameters())
     if sys.platform == "linux":
         assert set(map(_file_of, parameters)) == {given / "model.safetensors"}

@@ -99,7 +99,7 @@ def load_model(directory: Path) -> Any:
     Raises:
         NblError: transformers cannot load the model, or it cannot be in memory.
     """
-    from nbl_export.model.one_layer import refuse_whole  # needs torch
+    from nbl_export.model.mapped import refuse_whole  # needs torch
 
     refuse_whole(directory, "this")
     return _loaded(directory)
@@ -110,7 +110,7 @@ def load_mapped(directory: Path) -> Any:
 
     Experts that are stored one by one take memory, and so do weights of several types. Such a model is in float32.
     """
-    from nbl_export.model.one_layer import stored_type
+    from nbl_export.model.mapped import stored_type
 
     experts = ARCHITECTURES[config_of(directory).model_type].experts
     dtype = None if experts else stored_type(directory)
@@ -199,7 +199,7 @@ def _convert(source: Source, target: Path) -> None:
 
 
 def _dequantise(gguf: Path, out: Path) -> None:
-    from nbl_export.model.one_layer import refuse_whole
+    from nbl_export.model.mapped import refuse_whole
 
     refuse_whole(gguf, f"the conversion of {gguf.name} (safetensors need none)")
     model = model_of(gguf)

@@ -5,7 +5,7 @@
 
 A job with a cut has sums of candidate cuts in their place (`run.stages.cut`).
 
-A model that does not fit into memory runs one layer at a time (`one_layer`), and starts again after a kill. Sums are
+A model that does not fit into memory runs one layer at a time (`model.mapped`), and starts again after a kill. Sums are
 exact (`sums`), so a resumed run and an uninterrupted run give the same bytes.
 """
 
@@ -104,7 +104,7 @@ def run(inputs: CalibrateInputs | cut.CutCalibration, place: Place, out: Path) -
     if by_layer:
         if processes.count() > 1:
             raise NblError("several processes cannot share one layer at a time; start the command without torchrun")
-        _run_layers(inputs, place, parts, facts, out, device)
+        _run_layers(inputs, place, facts, out, device)
     else:
         _run_whole(inputs, place, parts, facts, out)
     return {"calibration": calibration}
@@ -151,7 +151,7 @@ def _narrow(inputs: CalibrateInputs, device: Any) -> bool:
 def _device(inputs: CalibrateInputs, place: Place) -> tuple[Any, bool]:
     """The device, and whether its memory or the machine's holds only one layer at a time; tells the user if so."""
     from nbl_export.calibrate.sums import sums_bytes
-    from nbl_export.model.one_layer import float32_bytes, layer_bytes
+    from nbl_export.model.mapped import float32_bytes, layer_bytes
 
     spec, short, checkpoint = inputs.spec, inputs.shortage.value, inputs.checkpoint.value
     sums = len(taps_of(inputs.tap)) * sums_bytes(_sizes(inputs))
@@ -172,25 +172,22 @@ def _sizes(inputs: CalibrateInputs) -> tuple[int, int]:
     return inputs.spec.hidden_size, inputs.spec.hidden_size
 
 
-def _run_layers(
-    inputs: CalibrateInputs, place: Place, parts: Sequence[Any], facts: dict[str, Any], out: Path, device: Any
-) -> None:
+def _run_layers(inputs: CalibrateInputs, place: Place, facts: dict[str, Any], out: Path, device: Any) -> None:
+    """Collect with the weights and sums of one layer at a time in memory."""
     from nbl_export.calibrate import collect
     from nbl_export.calibrate.moments_file import MomentsWriter
+    from nbl_export.model.mapped import mapped_model
 
-    count, identity = inputs.windows.value.numel(), facts["identity"]
-    target, spec = out / MOMENTS_FILE, inputs.spec
-    wanted = collect.Wanted(identity["taps"], identity["products"] == "bfloat16")
+    windows, identity, layers = inputs.windows.value, facts["identity"], inputs.spec.num_layers
+    stated, narrow = {**facts, "count": windows.numel()}, identity["products"] == "bfloat16"
+    model = mapped_model(inputs.checkpoint.value, device)
     with (
         place.run.scratch() as scratch,
-        place.ui.task(f"{count} tokens, layer by layer") as progress,
-        MomentsWriter(target, {**facts, "count": count}, spec.num_layers, wanted.taps, _sizes(inputs)) as file,
+        place.ui.task(f"{windows.numel()} tokens, layer by layer") as progress,
+        collect.Collection(model, identity["taps"], narrow=narrow) as found,
+        MomentsWriter(out / MOMENTS_FILE, stated, layers, found.taps, found.sizes) as file,
     ):
-        layers = collect.collect_layers(
-            inputs.checkpoint.value, inputs.windows.value, parts, wanted, scratch, progress, device
-        )
-        for sums in layers:
-            file.write(sums)
+        found.by_layer(windows, file.write, scratch, progress)
 
 
 def _facts(inputs: CalibrateInputs, batches: int, products: str) -> dict[str, Any]:

@@ -57,10 +57,11 @@ class VerifyInputs:
         names: of the calibration text and of the second text.
         training: windows of a distillation; None without one. judging: those that choose its best step.
         choosing: the texts that layers were chosen by. deciding: that decided how many. final: of the final figures.
-        shortage: why the torch model does not fit into memory; "" if it fits.
+        shortage: why the torch model does not fit into memory, so `mapped` is read; "" if it fits.
     """
 
     model: Lazy[Any]
+    mapped: Lazy[Any]
     checkpoint: Lazy[Path]
     engine: Lazy[Target]
     spec: DecoderSpec
@@ -86,6 +87,7 @@ def declare(job: Job) -> VerifyInputs:
     proven_by = "static form" if job.engine.capabilities.static else [options.engine, options.provider]
     return VerifyInputs(
         model=job.torch.model,
+        mapped=job.torch.mapped,
         checkpoint=job.torch.checkpoint,
         engine=Lazy(proven_by, lambda: _engine(job)),
         spec=job.decoder,
@@ -149,23 +151,20 @@ def check(inputs: VerifyInputs, place: Place, out: Path) -> dict[str, Any]:
 
 
 def _check_exporter(verifier: Verifier, inputs: VerifyInputs, original: Path) -> None:
-    """Check exporter, if the torch model fits into memory; it is forgotten afterwards."""
+    """Check exporter. The torch model is forgotten afterwards."""
     from nbl_export.verify import exporter
 
-    setting = verifier.setting
-    if inputs.shortage.value:
-        verifier.results.append(exporter.not_compared(f"its weights are {inputs.shortage.value}"))
-        return
+    setting, model = verifier.setting, inputs.mapped if inputs.shortage.value else inputs.model
     with setting.task("torch model") as progress:
         if setting.precision in exporter.ROUNDED:
             decoder, (_, windows) = setting.engine.open_graph(original, inputs.spec.head_dim), loss_texts(inputs)[0]
-            found = exporter.check_perplexity(inputs.model.value, decoder, setting.precision, windows, progress)
+            found = exporter.check_perplexity(model.value, decoder, setting.precision, windows, progress)
             verifier.results.append(found[0])
             verifier.warnings += filter(None, found[1:])
         else:
             reference = verifier.references["original"]
-            verifier.results += exporter.check_logits(inputs.model.value, setting.precision, verifier.probe, reference)
-    inputs.model.forget()
+            verifier.results += exporter.check_logits(model.value, setting.precision, verifier.probe, reference)
+    model.forget()
 
 
 def _tokenizer(inputs: VerifyInputs, place: Place) -> Path | None:

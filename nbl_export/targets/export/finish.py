@@ -116,7 +116,7 @@ def check_bounds(checkpoint: Path) -> None:
     Raises:
         NblError: a weight is missing or has another shape; or the tables do not fit, or are larger than all weights.
     """
-    from nbl_export.model.one_layer import float32_bytes  # loads torch, which a build machine lacks
+    from nbl_export.model.mapped import float32_bytes  # loads torch, which a build machine lacks
 
     try:
         config = config_of(checkpoint)
