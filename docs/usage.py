@@ -55,8 +55,6 @@ An option that has no effect in a job is refused.
 `--force` of the main job and of `calibrate` removes the run first and starts over.
 `--force` of every other command keeps the run, and goes on although verification failed.
 
-`python docs/usage.py` writes this page from the options of the command line.
-
 ## Time, memory and disk
 
 ```
