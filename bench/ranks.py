@@ -1,16 +1,16 @@
 """How losses that a choice sees rank cuts and linear layers, beside what tasks lose.
 
-    python bench/ranks.py GGUF RUN DATA LINEAR_RUN > bench/results/ranks-smollm2.json
+    python bench/ranks.py GGUF RUN DATA CUTS ROWS [LINEAR_RUN] > bench/results/ranks-smollm2.json
 
-RUN is a job with predicted keys, LINEAR_RUN one with linear layers in closed form, and DATA has the tasks' files. The
-sets are cuts by number of near tokens, and the last 2, 4 and 8 of the linear layers. All run in torch in float32, with
-near keys their own and far keys predicted at every position. A figure is the sum of what the loss of the judged tokens
-rises by, in nats, and their number. `far` and `gain` are those of answers from far back (`text.far`).
+RUN is a job with predicted keys, LINEAR_RUN one with linear layers in closed form, and DATA has the tasks' files. CUTS
+names cuts with their numbers of near tokens, such as 15:64,17:64,17:128, and ROWS is the number of rows of each text.
+The sets are these cuts, and the last 2, 4 and 8 of the linear layers. All run in torch in float32, with near keys their
+own and far keys predicted at every position. A figure is the sum of what the loss of the judged tokens rises by, in
+nats, and their number. `far` and `gain` are those of answers from far back (`text.far`).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 import tempfile
@@ -33,21 +33,20 @@ from nbl_export.text.corpus import read_text
 from nbl_export.text.far import SHORT, contexts, is_far
 from nbl_export.text.windows import repeated
 
-CUTS = {15: (64,), 17: (64, 128), 18: (64,), 19: (64,), 20: (64, 128), 22: (64,)}
 LINEAR = (2, 4, 8)  # of the last layers
-ROWS, LENGTH, SHOTS = 4, 1024, 8
+LENGTH, SHOTS = 1024, 8
 JUDGED = ("own", "second", "twice")  # texts whose answers from far back count
 Item = tuple[torch.Tensor, torch.Tensor | None]  # token ids, positions that are judged
 
 
-def sets_of(model: Any, run: Path, linear: Path) -> dict[str, dict[int, Any]]:
+def sets_of(model: Any, run: Path, named: str, linear: Path | None) -> dict[str, dict[int, Any]]:
     """Name -> maps."""
     sums, _ = cuts.load(run / "cuts.safetensors")
     found: dict[str, dict[int, Any]] = {}
-    for cut, nears in CUTS.items():
-        maps = cuts.maps_of(model, sums, cut, 1)
-        for near in nears:
-            found[f"cut {cut}, {near} near"] = {i: dataclasses.replace(m, near=near) for i, m in maps.items()}
+    for cut, near in (map(int, pair.split(":")) for pair in named.split(",")):
+        found[f"cut {cut}, {near} near"] = dict(cuts.maps_of(model, sums, cut, near))
+    if linear is None:
+        return found
     layers = sorted(json.loads((linear / "nbl.json").read_text(encoding="utf-8"))["replaced_layers"])
     held = load_maps(linear / "maps.safetensors", layers)
     for count in LINEAR:
@@ -55,7 +54,7 @@ def sets_of(model: Any, run: Path, linear: Path) -> dict[str, dict[int, Any]]:
     return found
 
 
-def items_of(tokenizer: Any, run: Path, data: Path) -> Iterator[tuple[str, Item]]:
+def items_of(tokenizer: Any, run: Path, data: Path, count: int) -> Iterator[tuple[str, Item]]:
     """Texts of the run, then tasks with their answers."""
 
     def ids(text: str) -> list[int]:
@@ -67,21 +66,21 @@ def items_of(tokenizer: Any, run: Path, data: Path) -> Iterator[tuple[str, Item]
 
     rows = {name: joined(parts.read(run / "text.safetensors", f"{name}deciding"), LENGTH) for name in ("", "second.")}
     for name, title in (("", "own"), ("second.", "second")):
-        yield from ((title, (row, None)) for row in rows[name][:: max(1, len(rows[name]) // ROWS)][:ROWS])
-    yield from (("twice", (repeated(row, len(row)).flatten(), None)) for row in rows[""][: ROWS // 2])
-    for line in _lines(data / "lambada_openai" / "test.jsonl")[: 20 * ROWS]:
+        yield from ((title, (row, None)) for row in rows[name][:: max(1, len(rows[name]) // count)][:count])
+    yield from (("twice", (repeated(row, len(row)).flatten(), None)) for row in rows[""][: max(1, count // 2)])
+    for line in _lines(data / "lambada_openai" / "test.jsonl")[: 20 * count]:
         context, word = line["text"].rsplit(" ", 1)
         yield "LAMBADA", answered(context, f" {word}")
-    wiki = windows(read_text(str(data / "wiki.valid.raw")), tokenizer, LENGTH, ROWS)
+    wiki = windows(read_text(str(data / "wiki.valid.raw")), tokenizer, LENGTH, count)
     for test, title in ((length.RETRIEVAL, "keys"), (length.COPYING, "copying")):
-        for item in length._items(test, wiki, tokenizer, LENGTH, ROWS):
+        for item in length._items(test, wiki, tokenizer, LENGTH, count):
             if item.ends == (LENGTH,):
                 end = len(item.ids) - 1
                 yield title, (torch.tensor(item.ids), torch.arange(end - sum(item.counts), end))
     yield from (("WikiText-2", (torch.tensor(row), torch.arange(LENGTH // 2, LENGTH - 1, 2))) for row in wiki)
     for task, split, title in (("arc_easy", "test", "ARC-Easy"), ("piqa", "validation", "PIQA")):
         shown = "".join(f"{q}{a}\n\n" for q, a in map(_spoken, _lines(data / task / "train.jsonl")[:SHOTS]))
-        for line in _lines(data / task / f"{split}.jsonl")[: 5 * ROWS]:
+        for line in _lines(data / task / f"{split}.jsonl")[: 5 * count]:
             question, answer = _spoken(line)
             yield title, answered(shown + question, answer)
 
@@ -126,10 +125,11 @@ def measure(model: Any, sets: dict[str, dict[int, Any]], items: Iterator[tuple[s
 
 
 if __name__ == "__main__":
-    gguf, run, data, linear = map(Path, sys.argv[1:])
+    gguf, run, data = map(Path, sys.argv[1:4])
+    named, count, linear = sys.argv[4], int(sys.argv[5]), Path(sys.argv[6]) if sys.argv[6:] else None
     with tempfile.TemporaryDirectory() as scratch:
         folder = load.materialise(source.resolve(str(gguf)), Path(scratch) / "checkpoint")
         model = load.load_model(folder)
-        sets = sets_of(model, run, linear)
-        found = measure(model, sets, items_of(load.load_tokenizer(folder), run, data))
+        sets = sets_of(model, run, named, linear)
+        found = measure(model, sets, items_of(load.load_tokenizer(folder), run, data, count))
     print(json.dumps({"model": gguf.name, "sets": found}))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from nbl_export.records.plan import spoken_layers
-from nbl_export.records.quality import spoken_interval
+from nbl_export.records.quality import NEAR, spoken_interval
 
 Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
@@ -49,17 +49,27 @@ def _choices(run: Mapping[str, Any]) -> Rows:
     return rows
 
 
+_LENGTHS = {"length-smollm2": "SmolLM2, eight linear layers", "length-cut-smollm2": "SmolLM2, default job"}
+
+
 def length(read: Read) -> Rows:
     """What sets lose at length: perplexity by position, keys that are found and random tokens that are copied."""
-    rows: Rows = [("", "SmolLM2, eight linear layers"), "lr"]
-    for one in read("length-smollm2")["length"]:
-        begin = 0
-        for row in one["rows"]:
-            end = row["tokens"]
-            place = f"{begin:,}–{end - 1:,}" if one["test"] == "position" else f"{end:,}"
-            rows.append((_LONG[one["test"]].format(place), _at_length(one["test"], row)))
-            begin = end
-    return rows
+    found: dict[str, dict[str, str]] = {}
+    for name, title in _LENGTHS.items():
+        for one in read(name)["length"]:
+            begin = 0
+            for row in one["rows"]:
+                end = row["tokens"]
+                begin = begin or (end // 2 if end > NEAR else 0)  # a lone row: what stands behind a prompt
+                place = f"{begin:,}–{end - 1:,}" if one["test"] == "position" else f"{end:,}"
+                found.setdefault(_LONG[one["test"]].format(place), {})[title] = _at_length(one["test"], row)
+                begin = end
+    titles = tuple(_LENGTHS.values())
+    return [
+        ("", *titles),
+        "l" + "r" * len(titles),
+        *((name, *map(row.get, titles, [""] * len(titles))) for name, row in found.items()),
+    ]
 
 
 _LONG = {
@@ -131,14 +141,19 @@ _SEEN = {"answers from far back": ("far", "gain", ("own", "second", "twice")),
 _OF_TASKS = ("keys", "copying", "WikiText-2", "LAMBADA", "ARC-Easy", "PIQA")
 
 
+_RANKED = {"ranks-smollm2": "SmolLM2-135M", "ranks-qwen": "Qwen2.5-Coder-0.5B"}
+
+
 def ranks(read: Read) -> Rows:
     """Spearman's rank correlation over sets of layers: what a choice sees against what a task loses."""
-    sets = read("ranks-smollm2")["sets"].values()
-    rows: Rows = [("what the choice sees", *_OF_TASKS), "l" + "r" * len(_OF_TASKS)]
-    for title, (above, below, groups) in _SEEN.items():
-        seen = [float(np.mean([_share(one[group], above, below) for group in groups])) for one in sets]
-        lost = ([_share(one[task], "rise", "tokens") for one in sets] for task in _OF_TASKS)
-        rows.append((title, *(f"{_spearman(seen, values):+.2f}".replace("-", "−") for values in lost)))
+    rows: Rows = [("model", "what the choice sees", *_OF_TASKS), "ll" + "r" * len(_OF_TASKS)]
+    for name, model in _RANKED.items():
+        sets = read(name)["sets"].values()
+        for title, (above, below, groups) in _SEEN.items():
+            seen = [float(np.mean([_share(one[group], above, below) for group in groups])) for one in sets]
+            lost = ([_share(one[task], "rise", "tokens") for one in sets] for task in _OF_TASKS)
+            found = (f"{_spearman(seen, values):+.2f}".replace("-", "−") for values in lost)
+            rows.append((f"{model}, {len(sets)} sets", title, *found))
     return rows
 
 

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.vllm
 
 PYTHON = os.environ.get("NBL_VLLM_PYTHON", "")
 CHILD = Path(__file__).with_name("vllm_child.py")
-# Heads of 32, which vLLM's attention on a CPU computes, and as many as two ranks share.
+# Heads of 32, which vLLM's attention on a CPU computes; qwen2 takes the hidden size over the heads.
 SIZES = {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 32}
 NEW = 12
 IDS = [torch.randint(3, 380, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in range(5, 85, 10)]
@@ -36,12 +36,12 @@ PLAIN = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "block
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """(architecture, replaced, tap) -> NBL checkpoint of a tiny model; no layers: the original."""
+    """(architecture, replaced, tap, further sizes) -> NBL checkpoint of a tiny model; no layers: the original."""
 
     @functools.cache
-    def make(architecture: str, replaced: tuple[int, ...], tap: str = "residual") -> Path:
+    def make(architecture: str, replaced: tuple[int, ...], tap: str = "residual", **sizes: int) -> Path:
         home = tmp_path_factory.mktemp("vllm")
-        original = save_checkpoint(architecture, home / "original", **SIZES)
+        original = save_checkpoint(architecture, home / "original", **{**SIZES, **sizes})
         if not replaced:
             return original
         maps = {i: random_map(i) for i in replaced}
@@ -158,7 +158,7 @@ def test_the_cache_holds_more_tokens_by_exactly_the_layers_that_have_none(saved:
 
 @pytest.mark.parametrize("parallel", ["replicated", "column"])
 def test_two_tensor_parallel_ranks(parallel: str, saved: Callable[..., Path]) -> None:
-    directory = saved("llama", (1,))
+    directory = saved("llama", (1,), num_attention_heads=4, num_key_value_heads=2)  # ranks share them
     options: dict[str, Any] = {"tensor_parallel_size": 2, "hf_overrides": {"nbl_parallel": parallel}}
     assert run(job(directory, **options), VLLM_CPU_OMP_THREADS_BIND="0|1")["tokens"] == expected(directory)
 
