@@ -46,6 +46,7 @@ TABLES: Mapping[str, Table] = {
     "second-tasks": quality.second_tasks,
     "vllm": serving.vllm,
     "vllm-cut": serving.vllm_cut,
+    "rtx-engines": serving.rtx_engines,
     "ngram": serving.ngram,
     "shapes": second.shapes,
     "intervals": speed.intervals,

@@ -45,3 +45,15 @@ def ngram(read: Read) -> Rows:
         accepted = f"{100 * row['accepted'] / row['proposed']:.0f}%"
         found.append((row["kind"], f"{row['equal']} of {row['prompts']}", accepted, *ratios))
     return found
+
+
+def rtx_engines(read: Read) -> Rows:
+    """What TensorRT-RTX compiles from both graphs, without a GPU."""
+    found = read("engines-rtx-smollm2")["engines"]
+    first = found["original"]
+    title = f"TensorRT-RTX {first['version']}, {first['precision']}, {first['max_seq_len']:,} slots"
+    return [
+        (title, "original", "cut at layer 20"), "lrr",
+        ("size", *(f"{one['plan_bytes'] / 2**20:.0f} MiB" for one in found.values())),
+        ("time of the builder, two threads", *(f"{one['build_seconds']:.0f} s" for one in found.values())),
+    ]  # fmt: skip
