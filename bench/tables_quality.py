@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from nbl_export.records.plan import spoken_layers
-from nbl_export.records.quality import NEAR, spoken_interval
+from nbl_export.records.quality import spoken_interval
 
 Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
@@ -49,27 +49,17 @@ def _choices(run: Mapping[str, Any]) -> Rows:
     return rows
 
 
-_LENGTHS = {"length-smollm2": "SmolLM2, eight linear layers", "length-cut-smollm2": "SmolLM2, default job"}
-
-
 def length(read: Read) -> Rows:
     """What sets lose at length: perplexity by position, keys that are found and random tokens that are copied."""
-    found: dict[str, dict[str, str]] = {}
-    for name, title in _LENGTHS.items():
-        for one in read(name)["length"]:
-            begin = 0
-            for row in one["rows"]:
-                end = row["tokens"]
-                begin = begin or (end // 2 if end > NEAR else 0)  # a lone row: what stands behind a prompt
-                place = f"{begin:,}–{end - 1:,}" if one["test"] == "position" else f"{end:,}"
-                found.setdefault(_LONG[one["test"]].format(place), {})[title] = _at_length(one["test"], row)
-                begin = end
-    titles = tuple(_LENGTHS.values())
-    return [
-        ("", *titles),
-        "l" + "r" * len(titles),
-        *((name, *map(row.get, titles, [""] * len(titles))) for name, row in found.items()),
-    ]
+    rows: Rows = [("", "SmolLM2, eight linear layers"), "lr"]
+    for one in read("length-smollm2")["length"]:
+        begin = 0
+        for row in one["rows"]:
+            end = row["tokens"]
+            place = f"{begin:,}–{end - 1:,}" if one["test"] == "position" else f"{end:,}"
+            rows.append((_LONG[one["test"]].format(place), _at_length(one["test"], row)))
+            begin = end
+    return rows
 
 
 _LONG = {
