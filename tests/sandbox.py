@@ -109,6 +109,7 @@ class Sandbox:
         self._child = context.Process(target=_serve, args=(other, self._pipe))
         self._child.start()
         other.close()
+        self._pipe.recv()  # it is ready
         self._calls = 0
 
     def _end(self) -> None:
@@ -152,6 +153,8 @@ def _serve(pipe: Any, of_parent: Any) -> None:
     with tempfile.TemporaryFile() as said:  # libraries in C++ write to the descriptor
         os.dup2(said.fileno(), 1)
         os.dup2(said.fileno(), 2)
+        _give_back()
+        pipe.send(None)
         while True:
             try:
                 place, arguments = pipe.recv()
@@ -173,8 +176,14 @@ def _serve(pipe: Any, of_parent: Any) -> None:
             said.seek(0)
             said.truncate()
             took = larger << 10 if larger > children else 0
+            _give_back()
             pipe.send((done.status, done.out, done.err + noise, took, [*connections]))
-            gc.collect()
+
+
+def _give_back() -> None:
+    """Free memory goes back to the system: else a command that gives it back would seem to have taken it."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def _refuse_connections(found: list[str], event: str, given: tuple[Any, ...]) -> None:
