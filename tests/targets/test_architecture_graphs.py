@@ -179,6 +179,13 @@ def test_the_root_of_the_hidden_size_is_not_rounded(size: int, source: str, prec
         assert worst(run_rows(decoder, rows()), torch_logits(checkpoint)) < 1e-5
 
 
+@pytest.mark.parametrize(("architecture", "positions"), [("ministral3", 64), ("llama", 512)])
+def test_the_context_ends_where_the_graph_would_be_wrong(architecture: str, positions: int, exported: Exported) -> None:
+    """Queries of Ministral 3 grow behind the original positions, and mobius leaves the factor out."""
+    told = json.loads((exported(architecture, "mobius") / "genai_config.json").read_text())
+    assert told["model"]["context_length"] == told["search"]["max_length"] == positions
+
+
 @pytest.mark.parametrize("source", ["mobius", "static"])
 def test_biases_that_a_source_loses_are_refused(source: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(NblError, match=r"biases in its MLPs \(mlp_bias\), which mobius .* leaves out; use"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -84,9 +84,16 @@ def refuse_lost_biases(checkpoint: Path) -> None:
 def _restore_config(checkpoint: Path, path: Path) -> None:
     """Set the model's context length (mobius 0.1 writes 4096 for every model), and a type that GenAI knows."""
     config = _config(checkpoint)
-    positions, record = config["max_position_embeddings"], ARCHITECTURES[config["model_type"]]
+    positions, record = _positions(config), ARCHITECTURES[config["model_type"]]
     settings = read_json(path)
     settings["model"]["context_length"] = settings["search"]["max_length"] = positions
     if record.runtime_type is not None:
         settings["model"]["type"] = record.runtime_type
     path.write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
+
+
+def _positions(config: Mapping[str, Any]) -> int:
+    """Positions that the graph computes rightly: mobius 0.1 leaves out the factor of Ministral 3's queries beyond."""
+    most: int = config["max_position_embeddings"]
+    rope = config.get("rope_parameters") or {}
+    return min(most, rope["original_max_position_embeddings"]) if rope.get("llama_4_scaling_beta") else most
