@@ -39,6 +39,7 @@ TABLES: Mapping[str, Table] = {
     "choices": quality.choices,
     "cut-tasks": quality.cut_tasks,
     "ranks": quality.ranks,
+    "halves": quality.halves,
     "tasks": quality.tasks,
     "architectures": proof.architectures,
     "runtimes": proof.runtimes,

@@ -147,6 +147,23 @@ def ranks(read: Read) -> Rows:
     return rows
 
 
+def halves(read: Read) -> Rows:
+    """What a cut at half of the layers loses in closed form: perplexity, and a share of answers from far back."""
+    texts = {"own": "calibration text", "second": "Python's documentation", "WikiText-2": "WikiText-2",
+             "LAMBADA": "LAMBADA's last words"}  # fmt: skip
+    answers = {"own": "answers from far back, calibration text", "second": "documentation"}
+    rows: Rows = [("cut", *texts.values(), *answers.values()), "l" + "r" * 6]
+    for name, one, title in (
+        ("ranks-smollm2", "cut 15, 64 near", "SmolLM2-135M, 15 of 30"),
+        ("ranks-qwen", "cut 12, 64 near", "Qwen2.5-Coder-0.5B, 12 of 24"),
+    ):
+        found = read(name)["sets"][one]
+        rises = (f"{100 * np.expm1(_share(found[text], 'rise', 'tokens')):+.1f}%" for text in texts)
+        lost = (f"lose {_share(found[text], 'far', 'gain'):.0%}" for text in answers)
+        rows.append((title, *(rise.replace("-", "−") for rise in rises), *lost))
+    return rows
+
+
 def _share(sums: Mapping[str, float], above: str, below: str) -> float:
     return sums[above] / sums[below]
 
