@@ -58,7 +58,6 @@ def _findings(tree: ast.AST) -> Iterator[str]:
 
 # Where files are read, other than by `files.read_small`, which is bounded: how often, and why.
 READS = {
-    "calibrate/collect.py": (1, "hidden states that were written here"),
     "calibrate/moments_file.py": (1, "hashed in blocks"),
     "files.py": (3, "the bounded reader; hashes in blocks; a header that the library has checked"),
     "graph/files.py": (1, "made here, or checked by `parsed` before"),
