@@ -99,7 +99,7 @@ def _increase(loss: Mapping[str, Any]) -> str:
 def exchange(read: Read) -> Rows:
     """What jobs reach: with a cut, and with linear layers within a limit on quality."""
     rows: Rows = [("job", "layers", "prompt of 512", "of 2,048", "decode", *_TEXTS), "lllllll"]
-    for row in (*read("cuts")["rows"], *read("cuts-limits")["rows"], *read("exchange")["rows"]):
+    for row in (*read("cuts")["rows"], *read("exchange")["rows"]):
         cut, linear = row.get("cut"), spoken_layers(tuple(row.get("layers", {}).get("linear", ())))
         layers = f"keys of {cut['layer']}-{row['num_layers'] - 1}" if cut else f"linear {linear}"
         speeds = [measured(row, test) or "not measured" for test in ("pp512", "pp2048", "tg")]
