@@ -39,11 +39,11 @@ def fake_record(graph_: Path, directory: Path, **changes: Any) -> EngineRecord:
     layers = decoder.contract.cache_layers
     values: dict[str, Any] = {
         "engine": "trt", "version": FakeTensorRT.__version__, "precision": "fp32", "attention": "fused",
-        "compute_capabilities": ("8.9",), "gpu": "NVIDIA RTX 4090", "capturable": None,
+        "compute_capabilities": ("8.9",), "gpu": "NVIDIA RTX 4090",
         "max_batch": 2, "prefill_chunk": 8, "max_seq_len": decoder.cache_length,
         "profiles": engine_profiles(2, 8, decoder.cache_length),
         "inputs": decoder.contract.inputs, "outputs": decoder.contract.outputs, "cache_layers": len(layers),
-        "cache_bytes_per_token": 0, "cache_bytes": 0, "parse_seconds": 0.0, "build_seconds": 0.0,
+        "cache_bytes_per_token": 0, "cache_bytes": 0, "build_seconds": 0.0,
         "plan_bytes": plan.stat().st_size, "plan_sha256": file_sha256(plan), "graph_sha256": {},
     }  # fmt: skip
     record = EngineRecord(**{**values, **changes})

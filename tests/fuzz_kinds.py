@@ -180,7 +180,7 @@ def make_pristine(here: Path, folders: Mapping[str, Path], text: str) -> None:
     plan = b"an engine"
     digest = hashlib.sha256(plan).hexdigest()
     record = EngineRecord(
-        "trt", "10.15", "fp16", "fused", ("8.9",), "NVIDIA L4", None, 1, 8, 64, (), (), (), 0, 0, 0, 0.0, 0.0,
+        "trt", "10.15", "fp16", "fused", ("8.9",), "NVIDIA L4", 1, 8, 64, (), (), (), 0, 0, 0, 0.0,
         len(plan), digest, {},
     )  # fmt: skip
     (here / "engine" / "decoder.engine").write_bytes(plan)

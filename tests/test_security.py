@@ -79,9 +79,7 @@ READS = {
     "targets/onnx_files.py": (3, "graphs of a finished run, which `read_proto` has read"),
     "targets/openvino/ir/files.py": (1, "mapped"),
     "targets/tensorrt/export.py": (1, "weights, mapped"),
-    "targets/tensorrt/kernels.py": (2, "bounded; hashed in blocks"),
     "targets/tensorrt/record.py": (1, "an engine of the user, of the recorded size"),
-    "targets/tensorrt/timings.py": (1, "the user's own cache"),
     "text/corpus.py": (1, "in blocks, of which the first are kept"),
 }  # fmt: skip
 READERS = {"read_text", "read_bytes", "open", "load_file", "GGUFReader"}

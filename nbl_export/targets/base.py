@@ -31,15 +31,10 @@ class Availability:
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """What a plan is built for.
-
-    Attributes:
-        targets: compute capabilities; empty for the library's own choice.
-    """
+    """What a plan is built for."""
 
     max_batch: int = 1
     prefill_chunk: int = 512
-    targets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import onnx_ir as ir
@@ -18,16 +15,14 @@ from nbl_export.targets.tensorrt import export as static
 from nbl_export.targets.tensorrt.build import build_engine
 from nbl_export.targets.tensorrt.library import load_library
 from nbl_export.targets.tensorrt.messages import Message, messages_of
-from nbl_export.targets.tensorrt.network import ParsedNetwork, lacks_kernel, parse
+from nbl_export.targets.tensorrt.network import ParsedNetwork, parse
 from nbl_export.targets.tensorrt.record import read_record
 
 from ..static_tiny import LAYERS, save_checkpoint
-from ..trt_tiny import PLAIN, RTX, graph_of, needs_rtx
+from ..trt_tiny import RTX, graph_of, needs_rtx
 
 pytestmark = pytest.mark.trt
 
-# The rules of RTX unknown, as those of TensorRT are: its builder decides.
-UNKNOWN = dataclasses.replace(RTX, fused=None)
 ONE = BuildSettings(1, 16)
 
 
@@ -44,39 +39,33 @@ def without_kernel(tmp_path: Path) -> Path:
 
 
 @needs_rtx
-@pytest.mark.parametrize("library", [RTX, UNKNOWN], ids=["known", "the builder says so"])
 def test_attention_without_a_kernel_is_decomposed(
-    library: Any, without_kernel: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    without_kernel: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    record = build_engine(library, without_kernel, tmp_path / "e", ONE)
+    record = build_engine(RTX, without_kernel, tmp_path / "e", ONE)
     assert record.attention == read_record(tmp_path / "e").attention == "decomposable"
     *before, told = [r.getMessage() for r in caplog.records if r.name == build.__name__]
-    assert len(before) == (0 if library is RTX else 2)
-    assert "graph: attention may be decomposed" in told
-    assert ("no fused attention kernel for" if library is RTX else "not supported by a dedicated kernel") in told
+    assert len(before) == 2
+    assert "graph: attention may be decomposed" in told and "not supported by a dedicated kernel" in told
 
 
 @needs_rtx
-@pytest.mark.parametrize("library", [RTX, UNKNOWN], ids=["known", "the builder says so"])
 def test_attention_with_a_kernel_is_fused_in_one_build(
-    library: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     builds: list[str] = []
     monkeypatch.setattr(build, "allow_decomposing", lambda parsed: builds.append("decomposed"))
-    assert build_engine(library, graph_of("llama", (1,)), tmp_path / "e", ONE).attention == "fused"
+    assert build_engine(RTX, graph_of("llama", (1,)), tmp_path / "e", ONE).attention == "fused"
     assert not builds and not caplog.records
 
 
 @needs_rtx
-def test_what_builds_neither_way_says_both_reasons(
+def test_what_builds_in_no_way_says_every_reason(
     without_kernel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build, "allow_decomposing", lambda parsed: True)  # and changes nothing
-    reason = r"does not build graph: .*dedicated kernel.*; and before: .* no fused attention kernel for"
+    reason = r"does not build graph: .*dedicated kernel.*; and before: .*dedicated kernel"
     with pytest.raises(NblError, match=reason):
-        build_engine(RTX, without_kernel, tmp_path / "e", ONE)
-    monkeypatch.setattr(build, "allow_decomposing", lambda parsed: False)  # no attention is left
-    with pytest.raises(NblError, match=r"does not build graph: TensorRT for RTX has no fused attention kernel for"):
         build_engine(RTX, without_kernel, tmp_path / "e", ONE)
     assert not (tmp_path / "e").exists()
 
@@ -127,23 +116,15 @@ def refusing(monkeypatch: pytest.MonkeyPatch, *reasons: str) -> list[tuple[tuple
     asked: list[tuple[tuple[int, int, int], str]] = []
     real = build._attempt
 
-    def attempt(parsed: ParsedNetwork, *rest: Any) -> Any:
+    def attempt(parsed: ParsedNetwork, log: Any, profiles: Any, *rest: Any) -> Any:
         kind = parsed.trt.LayerType.ATTENTION_INPUT
         types = {layer.get_input(k).dtype.name for layer in parsed.layers if layer.type == kind for k in range(3)}
-        asked.append((profiles[-1], " ".join(types)))
+        asked.append((profiles[-1].tokens, " ".join(types)))
         if len(asked) <= len(reasons):
-            return None, None, build._refusal([Message("ERROR", reasons[len(asked) - 1])])
-        return real(parsed, *rest)
-
-    profiles: list[tuple[int, int, int]] = []
-    config = build._config
-
-    def configured(parsed: ParsedNetwork, chosen: Any, *rest: Any) -> Any:
-        profiles.append(chosen[-1].tokens)
-        return config(parsed, chosen, *rest)
+            return build._refusal([Message("ERROR", reasons[len(asked) - 1])])
+        return real(parsed, log, profiles, *rest)
 
     monkeypatch.setattr(build, "_attempt", attempt)
-    monkeypatch.setattr(build, "_config", configured)
     return asked
 
 
@@ -220,26 +201,3 @@ def test_a_refusal_is_read_from_errors_alone(said: list[str], of_attention: bool
     """A builder skips tactics that find too little memory, and goes on (issue 955 of TensorRT-Model-Connect)."""
     found = build._refusal([Message({"E": "ERROR", "W": "WARNING"}[text[0]], text[2:]) for text in said])
     assert found.of_attention is of_attention and why in found.why
-
-
-def parsed_of(size: int, precision: str) -> ParsedNetwork:
-    """What `lacks_kernel` reads of a network with one attention layer."""
-    query = SimpleNamespace(shape=(-1, 4, -1, size))
-    layer = SimpleNamespace(type="attention", get_input=lambda _index: query)
-    trt = SimpleNamespace(LayerType=SimpleNamespace(ATTENTION_INPUT="attention"))
-    found: Any = SimpleNamespace(trt=trt, layers=[layer], precision=precision)
-    return found
-
-
-@pytest.mark.parametrize(
-    ("size", "precision", "reason"),
-    [
-        (64, "fp16", ""), (256, "bf16", ""), (16, "int4", ""), (64, "fp32", "for fp32"),
-        (20, "fp16", "heads of size 20 .* multiples of 8 from 16 to 256"), (264, "bf16", "heads of size 264"),
-    ],
-)  # fmt: skip
-def test_the_rules_of_one_library_are_not_those_of_the_other(size: int, precision: str, reason: str) -> None:
-    parsed = parsed_of(size, precision)
-    found = lacks_kernel(RTX, parsed)
-    assert bool(found) is bool(reason) and re.search(reason, found), found
-    assert lacks_kernel(PLAIN, parsed) == ""

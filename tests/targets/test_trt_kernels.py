@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from nbl_export.targets.gpu import Gpu
 from nbl_export.targets.tensorrt import runner
-from nbl_export.targets.tensorrt.kernels import KERNELS_FILE, KernelCache, made_for, trust_folder
+from nbl_export.targets.tensorrt.engine import TRT_RTX
+from nbl_export.targets.tensorrt.kernels import KERNELS_FILE, KernelCache
 from nbl_export.targets.tensorrt.record import read_record
 from nbl_export.targets.tensorrt.static.host import StaticRunner
 from nbl_export.trust.user_lists import remember
@@ -34,25 +32,23 @@ PROMPT = rows()[0][:10]
 KERNELS = ["0 (1, 8)", "0 (1, 2)", "1 (1, 1)"]  # profile and shape of what PROMPT and its answer run
 
 
-def run(directory: Path, gpu: Gpu = ADA, **changes: Any) -> tuple[list[int], list[str], str]:
-    """Opens, answers and closes; returns the answer, what was compiled, and why the file was ignored."""
-    graph = graph_of("llama", (1,), "fp32") / "decoder.onnx"
-    session, trt = fake_session(graph, directory, RTX, engine="trt-rtx", **changes)
-    session.close()
-    record = read_record(directory)
-    kernels = KernelCache(directory / KERNELS_FILE, made_for(record, gpu))
-    session, trt = fake_session(graph, directory, RTX, kernels=kernels, engine="trt-rtx", **changes)
+def run(directory: Path) -> tuple[list[int], list[str]]:
+    """Opens, answers and closes; returns the answer, and what was compiled."""
+    kernels = KernelCache(directory / KERNELS_FILE)
+    session, trt = fake_session(
+        graph_of("llama", (1,), "fp32") / "decoder.onnx", directory, RTX, kernels=kernels, engine="trt-rtx"
+    )
     with StaticRunner(session, directory) as text:
         answer = text.greedy(PROMPT, 6)
     assert trt.contexts[0].config.cache is trt.contexts[1].config.cache
-    return answer, trt.compiled, kernels.ignored
+    return answer, trt.compiled
 
 
 def test_a_second_load_compiles_nothing(tmp_path: Path) -> None:
     first = run(tmp_path)
-    assert first[1:] == (KERNELS, "there is none yet")
+    assert first[1] == KERNELS
     time = (tmp_path / KERNELS_FILE).stat().st_mtime_ns
-    assert run(tmp_path) == (first[0], [], "")
+    assert run(tmp_path) == (first[0], [])
     assert (tmp_path / KERNELS_FILE).stat().st_mtime_ns == time  # nothing new was compiled
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".tmp")] == []
 
@@ -61,101 +57,41 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-def replace_by(data: bytes) -> Callable[[Path], None]:
-    def write(path: Path) -> None:
-        path.write_bytes(data)
-
-    return write
-
-
 def of_another_format(path: Path) -> None:
-    """The hash fits, and the library does not take the bytes."""
-    remember(exchange(path, b"other"))
+    """The user's own, and the library does not take the bytes."""
+    path.write_bytes(b"other")
+    remember(hashlib.sha256(b"other").hexdigest())
 
 
 def of_somebody_else(path: Path) -> None:
-    """All that the file names fits, and so does its hash."""
-    exchange(path, path.read_bytes().partition(b"\n")[2] + b" ")
+    """The library would take them."""
+    path.write_bytes(path.read_bytes() + b";more")
 
 
-def exchange(path: Path, blob: bytes) -> str:
-    """Other kernels, recorded with their hash, which is returned."""
-    line, _, _ = path.read_bytes().partition(b"\n")
-    digest = hashlib.sha256(blob).hexdigest()
-    head = {**json.loads(line.removeprefix(b"nbl-kernels 1 ")), "sha256": digest}
-    path.write_bytes(b"nbl-kernels 1 " + json.dumps(head).encode() + b"\n" + blob)
-    return digest
-
-
-@pytest.mark.parametrize(
-    ("damage", "reason"),
-    [
-        (cut, "it is damaged"),
-        (replace_by(b"\x00\xff" * 30_000), "it is damaged"),
-        (replace_by(b"nbl-kernels 1 []\n"), "it is damaged"),
-        (replace_by(b"nbl-kernels 2 {}\n"), "it is damaged"),
-        (of_another_format, "the library does not take it"),
-        (of_somebody_else, "its kernels were not compiled by you on this machine"),
-    ],
-)
-def test_a_damaged_file_is_ignored_and_replaced(damage: Callable[[Path], None], reason: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", [cut, of_another_format, of_somebody_else])
+def test_a_file_of_something_else_is_ignored_and_replaced(damage: Callable[[Path], None], tmp_path: Path) -> None:
     first = run(tmp_path)
     damage(tmp_path / KERNELS_FILE)
-    assert run(tmp_path) == (first[0], KERNELS, reason)
-    assert run(tmp_path) == (first[0], [], "")
+    assert run(tmp_path) == (first[0], KERNELS)
+    assert run(tmp_path) == (first[0], [])
 
 
-@pytest.mark.parametrize(
-    ("gpu", "changes", "reason"),
-    [
-        (Gpu("NVIDIA RTX 5090", "12.0", (13, 0)), {}, r"another GPU: NVIDIA RTX 4090 (8.9)"),
-        (Gpu("NVIDIA RTX 4090", "8.9", (13, 1)), {}, "another driver: CUDA 13.0"),
-        (ADA, {"version": "9.9"}, "another library: trt-rtx 1.2.3"),
-        (ADA, {"plan_sha256": "0" * 64}, "another plan: "),
-    ],
-)
-def test_a_file_of_something_else_is_ignored_and_replaced(
-    gpu: Gpu, changes: dict[str, str], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = run(tmp_path)
-    if "plan_sha256" in changes:  # as if the engine had been built again
-        path = tmp_path / KERNELS_FILE
-        path.write_bytes(path.read_bytes().replace(read_record(tmp_path).plan_sha256.encode(), b"0" * 64))
-        changes = {}
-    answer, compiled, ignored = run(tmp_path, gpu, **changes)
-    assert (answer, compiled) == (first[0], KERNELS)
-    assert ignored.startswith(f"it was made for {reason}"), ignored
-    assert run(tmp_path, gpu, **changes)[1:] == ([], "")
+def test_a_yes_covers_the_kernels_too(tmp_path: Path) -> None:
+    run(tmp_path)
+    of_somebody_else(tmp_path / KERNELS_FILE)
+    assert TRT_RTX.trust(tmp_path)
+    assert run(tmp_path)[1] == []
 
 
 def test_a_link_out_of_the_directory_is_not_followed(tmp_path: Path) -> None:
     home, elsewhere = tmp_path / "engine", tmp_path / "elsewhere"
     home.mkdir()
-    elsewhere.write_bytes(b"kernels of somebody else")
-    cache = KernelCache(home / KERNELS_FILE, {"plan": "1"})
+    elsewhere.write_bytes(b"kernels:of this user")
+    remember(hashlib.sha256(elsewhere.read_bytes()).hexdigest())
     (home / KERNELS_FILE).symlink_to(elsewhere)
-    made: list[bytes] = []
-    config: Any = type("Config", (), {"create_runtime_cache": lambda self: Recorder(made)})()
-    cache.open(config)
-    assert cache.ignored == "it is a link out of its directory"
-    cache.save()
-    assert made == []
-    assert elsewhere.read_bytes() == b"kernels of somebody else"
+    assert run(home)[1] == KERNELS
+    assert elsewhere.read_bytes() == b"kernels:of this user"
     assert not (home / KERNELS_FILE).is_symlink()
-
-
-class Recorder:
-    """A cache that records what it is given."""
-
-    def __init__(self, given: list[bytes]) -> None:
-        self.given = given
-
-    def deserialize(self, blob: bytes) -> bool:
-        self.given.append(blob)
-        return True
-
-    def serialize(self) -> bytes:
-        return b"kernels:"
 
 
 def test_a_directory_that_cannot_be_written_only_costs_time(
@@ -195,18 +131,9 @@ def test_an_opened_directory_keeps_its_kernels(tmp_path: Path, monkeypatch: pyte
         again = type(trt)(card, trt.profiles)
         monkeypatch.setattr(runner, "load_library", lambda _library, again=again: again)
         monkeypatch.setattr(runner, "open_device", lambda card=card: card)
-        trust_folder(tmp_path)
+        remember(read_record(tmp_path).plan_sha256)
         with StaticRunner(runner.open_session(library, tmp_path), tmp_path) as text:
             text.greedy(PROMPT, 3)
         assert (tmp_path / KERNELS_FILE).exists() is expected
         assert isinstance(again, FakeTensorRTX) is expected
         (tmp_path / KERNELS_FILE).unlink(missing_ok=True)
-
-
-def test_a_yes_covers_the_kernels_too(tmp_path: Path) -> None:
-    run(tmp_path)
-    of_somebody_else(tmp_path / KERNELS_FILE)
-    assert run(tmp_path)[2] == "its kernels were not compiled by you on this machine"
-    of_somebody_else(tmp_path / KERNELS_FILE)
-    trust_folder(tmp_path)
-    assert run(tmp_path)[2] == ""

@@ -106,7 +106,7 @@ def test_gpu_and_driver_have_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "Device", Backend)
     cases = (
         (TRT_RTX, HOPPER, False, "compute capability is 9.0, .*use --engine trt$"),
-        (TRT, HOPPER, True, r"runs on the NVIDIA H100 \(9.0\), memory by cuda-python"),
+        (TRT, HOPPER, True, r"runs on the NVIDIA H100 \(9.0\)$"),
         (TRT, Gpu("old", "7.0", (13, 0)), False, "7.5 and later; use --engine trt-rtx"),
         (TRT_RTX, Gpu("x", "8.6", (12, 4)), False, "needs CUDA 13: .*pip install tensorrt-rtx-cu12 'cuda-python<13'$"),
         (TRT, Gpu("x", "8.6", (11, 8)), False, "CUDA 11.8, .* needs CUDA 13: update the driver to R580 or later$"),

@@ -24,7 +24,7 @@ from nbl_export.targets.gpu import find_gpu
 from nbl_export.targets.tensorrt import library as tensorrt
 from nbl_export.targets.tensorrt import runner as trt_runner
 from nbl_export.targets.tensorrt.record import read_plan, read_record
-from nbl_export.targets.tensorrt.runner import DecodeStep, TrtSession, refuse_misfit
+from nbl_export.targets.tensorrt.runner import TrtSession, refuse_misfit
 from nbl_export.targets.tensorrt.static.host import StaticDecoder, StaticRunner, likeliest, widened
 from nbl_export.targets.tensorrt.static.on_ort import open_decoder
 from nbl_export.targets.tensorrt.static.schedule import Profile, engine_profiles
@@ -260,15 +260,6 @@ def test_with_many_slots_two_tokens_run_in_prefill(library: tensorrt.Library, tm
     assert prefill.runs == [(1, 8), (1, 2), (1, 2)]
     assert set(decode.runs) == {(1, 1)}
     assert trt.device.captured == (0 if library.jit else 1)
-
-
-def test_the_library_has_its_graph_behind_the_first_step() -> None:
-    """The step is repeated until the library replays; a benchmark's one token of warm-up is then enough."""
-    card, ran = FakeDevice(), []
-    step = DecodeStep(card, by_library=True)
-    for _ in range(3):
-        step.run((1, 1), lambda: ran.append(1))
-    assert (len(ran), card.captured) == (5, 0)
 
 
 def test_both_contexts_work_in_one_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,8 +69,8 @@ def test_only_hashes_are_known_and_remembered(home: Path, name: str) -> None:
 def test_a_record_with_a_value_of_another_kind(name: str, value: object, tmp_path: Path) -> None:
     profile, tensor = Profile("prefill", (1, 1, 1), (1, 8, 8)), TensorInfo("input_ids", "int64", (1, "tokens"))
     record = EngineRecord(
-        "trt", "10.15", "fp16", "fused", ("8.9",), "NVIDIA L4", None, 1, 8, 64, (profile,), (tensor,), (), 0, 0, 0, 0,
-        0.5, 0, DIGEST, {"a": DIGEST},
+        "trt", "10.15", "fp16", "fused", ("8.9",), "NVIDIA L4", 1, 8, 64, (profile,), (tensor,), (), 0, 0, 0, 0.5, 0,
+        DIGEST, {"a": DIGEST},
     )  # fmt: skip
     (tmp_path / "decoder.engine").write_bytes(b"")
     values = json.loads(json.dumps(record.to_json()))

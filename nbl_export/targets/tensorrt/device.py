@@ -33,22 +33,16 @@ def missing_package() -> str:
     return f"device memory needs the package {_PACKAGE} (pip install {release_for(find_gpu()).bindings})"
 
 
-def check_device(gpu: Gpu) -> str:
-    """Make a stream on the GPU and free it; returns the title of the package that made it.
-
-    Only a first call shows a driver that is too old for the package (cudaErrorInsufficientDriver).
+def check_device(gpu: Gpu) -> None:
+    """Make a stream on the GPU and free it: only a first call shows a driver that is too old for the package.
 
     Raises:
         NblError: there is no usable package, or the GPU makes no stream; the message says what to change.
     """
-    if missing := missing_package():
-        raise NblError(missing)
     try:
-        Device().close()
-    except Exception as error:  # bindings that do not load have exceptions of their own
-        text = " ".join(str(error).split())[:200]
-        raise NblError(f"{_PACKAGE} makes no stream on the {gpu.name}: {text}{_driver_advice(gpu)}") from error
-    return _PACKAGE
+        open_device().close()
+    except NblError as error:
+        raise NblError(f"{error}{_driver_advice(gpu)}") from error
 
 
 def _driver_advice(gpu: Gpu) -> str:

@@ -2,25 +2,23 @@
 
                  trt                                     trt-rtx
     builds       for the GPU it finds, kernels timed     anywhere, no GPU; kernels are compiled when the engine loads
-    runs on      compute capability 7.5 and later        7.5, 8.0, 8.6, 8.9, 12.x; not 9.0, 10.x
+    runs on      compute capability 7.5 and later        8.0, 8.6, 8.9, 12.x; not 7.5, 9.0, 10.x
     CUDA graph   our runner captures the decode step     the library captures, one setting
 
 Both have the same API and run the same code (`build`, `runner`). Sources: NVIDIA's support matrices; "CPU-Only AOT and
-TensorRT-RTX Engines" (a plan runs on 8.0, 8.6, 8.9, 12.0 and later by default, 7.5 must be asked for); "Working with
-RTX CUDA Graphs".
+TensorRT-RTX Engines" (a plan runs on 8.0, 8.6, 8.9, 12.0 and later by default); "Working with RTX CUDA Graphs".
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import importlib.metadata
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import NblError
+from nbl_export.files import file_sha256
 from nbl_export.graph.names import CUT_ROWS, GRAPH_FILE, all_logits_file
 from nbl_export.mixers.base import Running
 from nbl_export.mixers.cut import cut_of
@@ -28,10 +26,11 @@ from nbl_export.targets.base import Availability, BuildSettings, DecoderFacts, E
 from nbl_export.targets.export.finish import check_bounds
 from nbl_export.targets.gpu import CUDA, LEAST_COMPUTE, Gpu, find_gpu, outdated, unpackaged
 from nbl_export.targets.runners import StepDecoder
-from nbl_export.targets.tensorrt.kernels import trust_folder
+from nbl_export.targets.tensorrt.kernels import KERNELS_FILE
 from nbl_export.targets.tensorrt.library import LIBRARIES, Library, load_library
 from nbl_export.targets.tensorrt.record import RECORD_FILE, read_record
 from nbl_export.targets.tensorrt.static.host import StaticDecoder, StaticRunner
+from nbl_export.trust.user_lists import remember
 
 __all__ = ["TRT", "TRT_RTX", "TensorRtEngine"]
 
@@ -72,9 +71,8 @@ class TensorRtEngine(Target):
         try:
             trt = load_library(library)
             gpu = _usable_gpu(library, trt.__version__)
-            memory = check_device(gpu)
-            found = f"{library.package} {trt.__version__} runs on the {gpu.name} ({gpu.compute})"
-            return Availability(True, f"{found}, memory by {memory}")
+            check_device(gpu)
+            return Availability(True, f"{library.package} {trt.__version__} runs on the {gpu.name} ({gpu.compute})")
         except NblError as error:
             return Availability(False, str(error))
         except Exception as error:
@@ -127,7 +125,9 @@ class TensorRtEngine(Target):
         """The engine, and the kernels that were compiled for it."""
         if not (directory / RECORD_FILE).is_file():
             return False
-        trust_folder(directory)
+        remember(read_record(directory).plan_sha256)
+        if (directory / KERNELS_FILE).is_file():
+            remember(file_sha256(directory / KERNELS_FILE))
         return True
 
     def write_float32(self, directory: Path, out: Path) -> None:
@@ -216,16 +216,14 @@ def _cuda_major(library: Library) -> int | None:
 
 @functools.cache
 def _build_known_answer(trt: Any) -> None:
-    """Build y = x + x. Raises the library's own error, or NblError if the library gives no plan."""
-    from nbl_export.targets.tensorrt.messages import messages_of
+    """Build y = x + x. Raises NblError if the library gives no plan."""
+    from nbl_export.targets.tensorrt.messages import messages_of, require
 
     log = messages_of(trt)
-    with log.collected() as said:
+    with log.explaining(f"{trt.__name__} {trt.__version__} builds nothing"):
         builder = trt.Builder(log.logger)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         x = network.add_input("x", trt.float16, (1, 2))
         total = network.add_elementwise(x, x, trt.ElementWiseOperation.SUM).get_output(0)
         network.mark_output(total)
-        plan = builder.build_serialized_network(network, builder.create_builder_config())
-    if plan is None:
-        raise NblError(f"{trt.__name__} {trt.__version__} builds nothing: {'; '.join(m.text for m in said)[:300]}")
+        require(builder.build_serialized_network(network, builder.create_builder_config()))

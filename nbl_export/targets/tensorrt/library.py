@@ -15,24 +15,7 @@ from nbl_export.records.capabilities import LINEAR_KINDS, Capabilities
 from nbl_export.records.plan import CUT_KIND
 from nbl_export.targets.gpu import JETSON_TENSORRT, Gpu, find_gpu, has_kernels, is_jetson, release_for, unpackaged
 
-__all__ = ["LIBRARIES", "FusedAttention", "Library", "load_library"]
-
-
-@dataclass(frozen=True)
-class FusedAttention:
-    """The attention that a library is known to have fused kernels for; numbers of heads make no difference."""
-
-    head_sizes: range
-    precisions: tuple[str, ...]
-
-    def lacks(self, head_size: int, precision: str) -> str:
-        """What there is no kernel for, in words; "" if there is a kernel."""
-        if precision not in self.precisions:
-            return precision
-        if head_size not in self.head_sizes:
-            step, least, most = self.head_sizes.step, self.head_sizes[0], self.head_sizes[-1]
-            return f"heads of size {head_size} (it is for multiples of {step} from {least} to {most})"
-        return ""
+__all__ = ["LIBRARIES", "Library", "load_library"]
 
 
 @dataclass(frozen=True)
@@ -44,11 +27,9 @@ class Library:
         package: name for pip, of the newest CUDA.
         origin: where the library comes from, if not from PyPI.
         jit: whether the library compiles kernels when an engine loads. If so, it builds without a GPU, a cache of
-            kernels can be kept, it captures CUDA graphs by itself, and its builder proves that a step can be captured.
-        computes: compute capabilities that the library runs on; empty means `gpu.LEAST_COMPUTE` and later.
-        default_targets: compute capabilities of a plan by default; empty means the GPU at hand.
+            kernels can be kept, and it captures CUDA graphs by itself.
+        computes: compute capabilities of a plan; empty for that of the GPU at hand, `gpu.LEAST_COMPUTE` or later.
         other: the engine to try instead.
-        fused: what has fused attention kernels; None if only the library's builder can tell.
         jetson: the package for pip on a Jetson, if it is another.
     """
 
@@ -58,9 +39,7 @@ class Library:
     origin: str
     jit: bool
     computes: tuple[str, ...]
-    default_targets: tuple[str, ...]
     other: str
-    fused: FusedAttention | None = None
     jetson: str = ""
 
     def how_to_get(self, gpu: Gpu | str) -> str:
@@ -104,7 +83,6 @@ LIBRARIES = {
         origin=" (its libraries come from NVIDIA's own package index)",
         jit=False,
         computes=(),
-        default_targets=(),
         other="trt-rtx",
         jetson=JETSON_TENSORRT,
     ),
@@ -114,11 +92,8 @@ LIBRARIES = {
         package="tensorrt-rtx",
         origin="",
         jit=True,
-        computes=("7.5", "8.0", "8.6", "8.9", "12.0", "12.1"),
-        default_targets=("8.0", "8.6", "8.9", "12.0", "12.1"),
+        computes=("8.0", "8.6", "8.9", "12.0", "12.1"),
         other="trt",
-        # found by building with version 1.7.1
-        fused=FusedAttention(range(16, 257, 8), _PRECISIONS),
     ),
 }
 

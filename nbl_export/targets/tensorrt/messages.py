@@ -1,6 +1,6 @@
 """Hears what TensorRT says: parser and builder share one logger, some warnings decide, and no message is dropped.
 
-    in a block that collects      kept for the block, which refuses, or warns when it has succeeded
+    in a block (`explaining`)     kept for the block, which refuses, or warns when it has succeeded
     elsewhere                     Python's logging: complaints as warnings and errors, the rest with -v
 
 TensorRT takes ONE logger per process: while any builder, runtime or refitter lives, a second logger is ignored with a
@@ -17,8 +17,7 @@ from typing import Any
 
 from nbl_export.errors import NblError
 
-__all__ = ["LAYERS_NOTE", "Message", "Messages", "changes", "complaints", "errors", "ignored_inputs", "messages_of",
-           "require", "skipped"]  # fmt: skip
+__all__ = ["Message", "Messages", "changes", "complaints", "errors", "messages_of", "require", "skipped"]
 
 log = logging.getLogger(__name__)
 
@@ -28,12 +27,8 @@ _NOISE = ("has Int64 binding", "catchCudaError", "The logger passed into")
 # Warnings of the parser after which an engine computes something else, since a part of the graph is dropped or changed
 # (LOG_WARNING in the sources of onnx-tensorrt, texts in the parser of TensorRT-RTX 1.7.1). Others are passed on.
 _CHANGES = ("clamp", "ignor", "not supported", "doesn't support", "supports only", "not guaranteed", "unused input")
-# How the builder reports an input that the parser dropped silently.
-_IGNORED = ("Unused Input", "is unused or used only at compile-time")
 _SKIPPED = "Skipping tactic"
 _SERIOUS = {"WARNING": logging.WARNING, "ERROR": logging.ERROR, "INTERNAL_ERROR": logging.ERROR}
-# The only note of the level VERBOSE that is kept: the layers of a plan, one a line.
-LAYERS_NOTE = "Engine Layer Information"
 _LONGEST = 500  # characters of a message in an error
 
 
@@ -53,7 +48,7 @@ class Messages:
     """The logger of a library, and the sink that it fills at present."""
 
     def __init__(self, trt: Any) -> None:
-        self._sinks: list[list[Message]] = []
+        self._sink: list[Message] | None = None
         outer = self
 
         class Logger(trt.ILogger):
@@ -61,29 +56,17 @@ class Messages:
                 trt.ILogger.__init__(self)  # pybind11 wants the base's own __init__
 
             def log(self, severity: Any, msg: str) -> None:
-                # the other notes are thousands of lines for a small graph
-                if severity != trt.ILogger.VERBOSE or msg.startswith(LAYERS_NOTE):
+                if severity != trt.ILogger.VERBOSE:  # thousands of lines for a small graph
                     outer._hear(Message(severity.name, msg))
 
         self.logger = Logger()
 
     def _hear(self, message: Message) -> None:
-        if self._sinks:
-            self._sinks[-1].append(message)
+        if self._sink is not None:
+            self._sink.append(message)
             log.debug("TensorRT: %s", _one_line(message.text))
         else:
             _pass_on(message)
-
-    @contextlib.contextmanager
-    def collected(self) -> Iterator[list[Message]]:
-        """Collect the messages of the block."""
-        sink: list[Message] = []
-        self._sinks.append(sink)
-        try:
-            yield sink
-        finally:
-            # by identity, because a list equals any other empty list
-            self._sinks = [other for other in self._sinks if other is not sink]
 
     @contextlib.contextmanager
     def explaining(self, failure: str, advice: str = "") -> Iterator[list[Message]]:
@@ -99,17 +82,22 @@ class Messages:
         Raises:
             NblError: the library has refused.
         """
-        with self.collected() as said:
-            try:
-                yield said
-            except NblError:
-                raise
-            except Exception as error:
-                silent = isinstance(error, _Refused)
-                began = str(error) if silent and str(error) else failure
-                own = "it gives no reason" if silent else _one_line(f"{_kind(error)}{error}")
-                why = (complaints(said) or [own])[0][:_LONGEST]
-                raise NblError("; ".join([f"{began}: {why}", *([advice] if advice else [])])) from error
+        said: list[Message] = []
+        outer, self._sink = self._sink, said
+        try:
+            yield said
+        except NblError:
+            raise
+        except Exception as error:
+            silent = isinstance(error, _Refused)
+            began = str(error) if silent and str(error) else failure
+            # RuntimeError says nothing that its text does not
+            kind = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
+            own = "it gives no reason" if silent else _one_line(f"{kind}{error}")
+            why = (complaints(said) or [own])[0][:_LONGEST]
+            raise NblError("; ".join([f"{began}: {why}", *([advice] if advice else [])])) from error
+        finally:
+            self._sink = outer
         for message in said:
             if complaints([message]):
                 _pass_on(message)
@@ -166,15 +154,5 @@ def changes(messages: Sequence[Message]) -> list[str]:
     return [text for text in complaints(messages) if any(sign in text.lower() for sign in _CHANGES)]
 
 
-def ignored_inputs(messages: Sequence[Message]) -> list[str]:
-    """The complaints about inputs that are not read."""
-    return [text for text in complaints(messages) if any(sign in text for sign in _IGNORED)]
-
-
 def _one_line(text: str) -> str:
     return " ".join(text.split())
-
-
-def _kind(error: Exception) -> str:
-    """Type of an exception in front of its text; RuntimeError says nothing that the text does not."""
-    return "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "

@@ -23,7 +23,6 @@ The bindings hand every layer out as ILayer. To assign its class is the cast tha
 from __future__ import annotations
 
 import functools
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -34,11 +33,10 @@ import numpy as np
 
 from nbl_export.errors import NblError
 from nbl_export.records.decoder import ITEMSIZE, GraphContract, TensorInfo
-from nbl_export.targets.tensorrt.library import Library
 from nbl_export.targets.tensorrt.messages import Messages, changes, require
 
 __all__ = ["DECOMPOSABLE", "FUSED", "FUSED_BF16", "ParsedNetwork", "allow_decomposing", "attend_in_bf16",
-           "bypass_unit_scale", "copied_heads", "lacks_kernel", "parse"]  # fmt: skip
+           "bypass_unit_scale", "copied_heads", "parse"]  # fmt: skip
 
 _DTYPES = {
     "HALF": "float16",
@@ -60,7 +58,6 @@ class ParsedNetwork:
     builder: Any
     network: Any
     parser: Any
-    seconds: float
     graph: Path  # the parsed file
 
     @property
@@ -95,7 +92,6 @@ def parse(trt: Any, log: Messages, path: Path) -> ParsedNetwork:
     Raises:
         NblError: the parser refuses the graph, or would change it or drop one of its inputs.
     """
-    start = time.perf_counter()
     # a warning about the machine is no reason against the graph, so the parser's block begins behind this one
     with log.explaining("TensorRT makes no builder"):
         builder = trt.Builder(log.logger)
@@ -105,14 +101,13 @@ def parse(trt: Any, log: Messages, path: Path) -> ParsedNetwork:
         parser = trt.OnnxParser(network, log.logger)
         good = parser.parse_from_file(str(path))
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        seconds = time.perf_counter() - start
         if not good or errors or network.num_outputs == 0:
             why = [f"{e.node_name() or 'the graph'} ({e.node_operator() or 'model'}): {e.desc()}" for e in errors]
             raise NblError(f"TensorRT's parser refuses {path}: {why[0] if why else 'it is not an ONNX model'}")
         if changed := changes(said):
             raise NblError(f"TensorRT's parser would change {path}, so no engine is built: {changed[0]}")
     network.name = path.parent.name
-    parsed = ParsedNetwork(trt, builder, network, parser, seconds, path)
+    parsed = ParsedNetwork(trt, builder, network, parser, path)
     if unread := _unread_inputs(parsed):
         raise NblError(
             f"TensorRT's parser ignores the input {unread[0]} of {path}; its engine would compute something else"
@@ -121,7 +116,7 @@ def parse(trt: Any, log: Messages, path: Path) -> ParsedNetwork:
 
 
 def _unread_inputs(parsed: ParsedNetwork) -> list[str]:
-    """Inputs that no layer reads; only the builder reports them, in a warning ("Unused Input")."""
+    """Inputs that no layer reads."""
     read = {
         tensor.name
         for layer in parsed.layers
@@ -145,17 +140,6 @@ def _cache(contract: GraphContract) -> TensorInfo:
 
 
 # -- attention -----------------------------------------------------------------------------------------
-
-
-def lacks_kernel(library: Library, parsed: ParsedNetwork) -> str:
-    """Why the library is known to have no fused kernel for this network, or "" if only its builder can tell."""
-    if library.fused is None:
-        return ""
-    for layer in _attention_layers(parsed):
-        size = layer.get_input(0).shape[3]
-        if reason := library.fused.lacks(size, parsed.precision):
-            return f"{library.capabilities.title} has no fused attention kernel for {reason}"
-    return ""
 
 
 def copied_heads(parsed: ParsedNetwork, rows: int) -> tuple[int, int, int]:

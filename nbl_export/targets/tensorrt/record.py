@@ -24,7 +24,7 @@ __all__ = ["ENGINE_FILE", "RECORD_FILE", "EngineRecord", "read_plan", "read_reco
 
 ENGINE_FILE = "decoder.engine"
 RECORD_FILE = "engine.json"
-_SCHEMA = 3
+_SCHEMA = 4
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,6 @@ class EngineRecord:
         attention: what was allowed: "fused", "fused in bf16" or "decomposable", see `network`.
         compute_capabilities: the GPUs that the plan runs on.
         gpu: name of the GPU whose kernels were timed; "" if the plan was built for no GPU of its own.
-        capturable: whether the builder has proven that steps can be captured as CUDA graphs; None if it cannot tell.
         cache_bytes_per_token: of one row.
         cache_bytes: of max_batch rows with all slots.
         graph_sha256: hash by file name.
@@ -49,7 +48,6 @@ class EngineRecord:
     attention: str
     compute_capabilities: tuple[str, ...]
     gpu: str
-    capturable: bool | None
     max_batch: int
     prefill_chunk: int
     max_seq_len: int
@@ -59,7 +57,6 @@ class EngineRecord:
     cache_layers: int
     cache_bytes_per_token: int
     cache_bytes: int
-    parse_seconds: float
     build_seconds: float
     plan_bytes: int
     plan_sha256: str

@@ -11,14 +11,8 @@ change. Another batch is captured anew. present.i must be bound to the address o
 Steps run one after the other on one stream, so all contexts share one block of working memory, as large as the largest
 profile needs (`IExecutionContext.set_device_memory` forbids it only for parallel steps), and one cache of kernels.
 
-The decode step is captured behind its first run, and replayed while its shape stays:
-
-    first step of a shape       TensorRT:      run, then capture          TensorRT-RTX:  run three times
-    every further step          TensorRT:      replay                     TensorRT-RTX:  run; the library replays
-
-TensorRT asks for one ordinary run before the capture. TensorRT-RTX captures by itself ("Working with RTX CUDA Graphs"),
-and begins behind a run that warms up. So a session has its graph behind the first step, and all further steps take the
-same way. A repeated step changes nothing: the same tokens go into the same slots.
+The decode step of TensorRT is captured behind its first run, which TensorRT asks for, and replayed while its shape
+stays. TensorRT-RTX captures by itself, behind a run that warms up ("Working with RTX CUDA Graphs").
 
 TensorRT-RTX compiles kernels for the shapes that it meets. By default it does so in the background and replaces
 kernels while steps run ("DynamicShapesKernelSpecializationStrategy": LAZY). EAGER compiles before the step, so that a
@@ -34,7 +28,7 @@ import contextlib
 import functools
 import json
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +38,7 @@ from nbl_export.errors import NblError
 from nbl_export.records.decoder import ITEMSIZE, TensorInfo
 from nbl_export.targets.gpu import Gpu, find_gpu
 from nbl_export.targets.tensorrt.device import Device, attempt_all, open_device
-from nbl_export.targets.tensorrt.kernels import KERNELS_FILE, KernelCache, made_for
+from nbl_export.targets.tensorrt.kernels import KERNELS_FILE, KernelCache
 from nbl_export.targets.tensorrt.library import Library, load_library
 from nbl_export.targets.tensorrt.messages import Messages, messages_of, require
 from nbl_export.targets.tensorrt.record import ENGINE_FILE, EngineRecord, read_plan, read_record, refuse_foreign
@@ -59,7 +53,6 @@ _PER_ROW = ("write_indices", "num_tokens")
 _FUSED_SIGNS = ("mha", "flash")  # in names of fused attention kernels (NVIDIA's TensorRT-Model-Connect looks for mha)
 # That prefill of a library is padded to, which compiles kernels for a shape.
 _WIDTHS = (16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048)
-_RUNS = 3  # of TensorRT-RTX: to warm up, to capture, to replay
 
 
 def open_session(library: Library, directory: Path) -> TrtSession:
@@ -75,9 +68,7 @@ def open_session(library: Library, directory: Path) -> TrtSession:
     trt = load_library(library)
     gpu = find_gpu()
     refuse_misfit(library, record, trt.__version__, gpu, directory)
-    kernels = None
-    if library.jit and isinstance(gpu, Gpu):
-        kernels = KernelCache(directory / KERNELS_FILE, made_for(record, gpu))
+    kernels = KernelCache(directory / KERNELS_FILE) if library.jit else None
     return TrtSession(library, directory, record, trt, open_device(), kernels)
 
 
@@ -138,11 +129,15 @@ class TrtSession:
         self._timed, self._seconds = False, 0.0
         self._logits = next(info for info in record.outputs if info.name == "logits")
         self.widths: tuple[int, ...] = _WIDTHS if library.jit and self._last_only else ()
-        with _closed_on_error(device):
+        try:
             self._runtime, self._engine = _deserialize(library, directory, record, trt, self._messages)
             self._contexts = _open_contexts(library, trt, self._messages, self._engine, device, kernels)
             self._allocate()
-        self._step = DecodeStep(device, by_library=library.jit)
+        except BaseException:  # goes on, whatever closing says
+            with contextlib.suppress(NblError):
+                device.close()
+            raise
+        self._step = DecodeStep(device, captures=not library.jit)
 
     # -- set up ----------------------------------------------------------------------------------------
 
@@ -307,17 +302,6 @@ def _aligned(count: int) -> int:
 _HOST_DTYPES = {"float16": np.float16, "float32": np.float32, "bfloat16": np.uint16}
 
 
-@contextlib.contextmanager
-def _closed_on_error(device: Device) -> Iterator[None]:
-    """Close the device if the block fails; the block's error goes on, whatever closing says."""
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(NblError):
-            device.close()
-        raise
-
-
 def _deserialize(
     library: Library, directory: Path, record: EngineRecord, trt: Any, messages: Messages
 ) -> tuple[Any, Any]:
@@ -387,11 +371,11 @@ class DecodeStep:
     """Runs the decode step of a session.
 
     Args:
-        by_library: whether the library captures by itself.
+        captures: whether the step is captured here; TensorRT-RTX captures by itself.
     """
 
-    def __init__(self, device: Device, *, by_library: bool) -> None:
-        self._device, self._by_library, self._captures = device, by_library, not by_library
+    def __init__(self, device: Device, *, captures: bool) -> None:
+        self._device, self._captures = device, captures
         self._shape: tuple[int, ...] | None = None
         self._replay: Callable[[], None] | None = None
 
@@ -411,10 +395,7 @@ class DecodeStep:
             return
         self.reset()
         execute()
-        if self._by_library:
-            for _ in range(1, _RUNS):
-                execute()
-        elif self._captures:
+        if self._captures:
             self._capture(execute)
         self._shape = shape
 
