@@ -33,14 +33,14 @@ from nbl_export.report.speed import speed
 from nbl_export.report.table import escaped
 from nbl_export.run_directory import RunDirectory
 from nbl_export.targets import load_engine
-from nbl_export.targets.providers import PROVIDERS
 from nbl_export.trust.model_settings import read_object, read_text
 
 __all__ = ["CARD", "BaseModel", "check_hub_id", "check_publishable", "find", "render", "write_card"]
 
 CARD = "model/README.md"
 _MOST_CARD_BYTES = 1 << 20  # of the card of a base model
-_CPU_PACKAGES = ("onnxruntime", "onnxruntime-genai")
+# By the value of --provider.
+_PACKAGES = {"cpu": ("onnxruntime", "onnxruntime-genai"), "cuda": ("onnxruntime-gpu", "onnxruntime-genai-cuda")}
 _TAGS = ["onnx", "onnxruntime", "onnxruntime-genai", "neural-block-linearization", "text-generation"]
 
 
@@ -132,8 +132,7 @@ def _body(manifest: Mapping[str, Any], report: Mapping[str, Any], base: BaseMode
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"text": escaped, "blocks": written, "line": _line}
     options = public_options(manifest)
-    provider = PROVIDERS.get(options.provider)  # None for the CPU
-    packages = provider.packages if provider else _CPU_PACKAGES
+    packages = _PACKAGES[options.provider]
     record = ARCHITECTURES.get(manifest["decoder"]["architecture"])
     memory = (report["machine"] or {}).get("memory_bytes")
     return environment.from_string(source).render(

@@ -13,7 +13,6 @@ from pathlib import Path
 from nbl_export.errors import UsageError
 from nbl_export.records.destinations import is_destination
 from nbl_export.targets.base import Target
-from nbl_export.targets.providers import PROVIDERS
 
 __all__ = ["ENGINES", "all_targets", "exporter_of", "load_engine", "owner_of"]
 
@@ -24,8 +23,8 @@ ENGINES = {
     "trt": "nbl_export.targets.tensorrt.engine:TRT",
     "trt-rtx": "nbl_export.targets.tensorrt.engine:TRT_RTX",
 }
-# Targets that run with an execution provider of their own.
-_WITH_PROVIDERS = {"ort": "nbl_export.targets.onnx.gpu:GpuEngine"}
+# Targets by the values of --engine and --provider, apart from the CPU.
+_WITH_PROVIDERS = {("ort", "cuda"): "nbl_export.targets.onnx.gpu:ORT_CUDA"}
 
 
 @functools.cache
@@ -38,13 +37,18 @@ def load_engine(name: str, provider: str = "cpu") -> Target:
     if name not in ENGINES:
         served = f"; --for {name} makes a model for it" if is_destination(name) else ""
         raise UsageError(f"unknown engine {name!r}; engines are {', '.join(ENGINES)}{served}")
-    if provider == "cpu":
-        found: Target = _named(ENGINES[name])
-        return found
-    if name not in _WITH_PROVIDERS:
-        raise UsageError(f"--provider is for engine {', '.join(_WITH_PROVIDERS)}, not for {name}")
-    made: Target = _named(_WITH_PROVIDERS[name])(provider)
-    return made
+    place = ENGINES[name] if provider == "cpu" else _WITH_PROVIDERS.get((name, provider))
+    if place is None:
+        known = [other for engine, other in _WITH_PROVIDERS if engine == name]
+        if not known:
+            raise UsageError(f"--provider is for engine ort, not for {name}")
+        raise UsageError(
+            f"unknown provider {provider!r}; --provider is one of {', '.join(['cpu', *known])}, and --engine trt is "
+            "TensorRT itself"
+        )
+    module, _, attribute = place.partition(":")
+    found: Target = getattr(importlib.import_module(module), attribute)
+    return found
 
 
 def owner_of(path: Path) -> Target | None:
@@ -61,11 +65,5 @@ def all_targets() -> Iterator[Target]:
     """Every target, and every execution provider of a target that has some."""
     for name in ENGINES:
         yield load_engine(name)
-    for name in _WITH_PROVIDERS:
-        for provider in PROVIDERS:
-            yield load_engine(name, provider)
-
-
-def _named(place: str):  # type: ignore[no-untyped-def]  # a module's attribute
-    module, _, attribute = place.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    for name, provider in _WITH_PROVIDERS:
+        yield load_engine(name, provider)

@@ -65,8 +65,7 @@ def test_the_proof_runs_on_the_cpu_provider(same: Same, tmp_path: Path) -> None:
 def test_refusals(same: Same, tmp_path: Path) -> None:
     """Before anything is computed or written."""
     for provider, sentence in (
-        ("tensorrt", "use --engine trt"),
-        ("nv-tensorrt-rtx", "is gone; use --engine trt-rtx"),
+        ("tensorrt", "--engine trt is TensorRT itself"),
         ("rocm", "unknown provider 'rocm'; --provider is one of cpu, cuda"),
     ):
         assert_refused(nbl(*same, "--provider", provider, "--output", tmp_path / "run"), 2, sentence)
@@ -77,7 +76,7 @@ def test_what_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     installed: set[str] = set()
     monkeypatch.setattr(ort, "is_installed", lambda name: name in installed)
     monkeypatch.setattr(gpu, "find_gpu", lambda: "no NVIDIA driver is installed")
-    monkeypatch.setattr(gpu, "check_cuda", lambda card: None)
+    monkeypatch.setattr(gpu, "load_cuda", lambda: None)
     cuda = load_engine("ort", "cuda")
 
     def reason(engine: Any) -> str:
@@ -118,7 +117,7 @@ def test_the_cuda_provider_is_left_as_the_directory_says(
 ) -> None:
     genai = Genai()
     monkeypatch.setitem(sys.modules, "onnxruntime_genai", genai)
-    monkeypatch.setattr(gpu, "load_cuda", lambda: 13)
+    monkeypatch.setattr(gpu, "load_cuda", lambda: None)
     load_engine("ort", "cuda").open_runner(genai_dirs["nbl"])
     assert not any(call[0] in ("clear_providers", "set_provider_option") for call in genai.calls)
     GenaiRunner(genai_dirs["nbl"], on_cpu=True)

@@ -17,9 +17,8 @@ from nbl_export.targets.base import Availability, DecoderFacts, ExportSettings, 
 from nbl_export.targets.export import mobius
 from nbl_export.targets.export.finish import check_bounds, finish_directory
 from nbl_export.targets.onnx import export_genai
-from nbl_export.targets.onnx.facts import provider_of, read_facts
+from nbl_export.targets.onnx.facts import CUDA, provider_of, read_facts
 from nbl_export.targets.onnx.genai import GenaiRunner, load_package
-from nbl_export.targets.providers import PROVIDERS
 
 __all__ = ["CAPABILITIES", "ORT", "OrtEngine", "is_installed", "probe"]
 
@@ -33,7 +32,7 @@ CAPABILITIES = Capabilities(
     rounded=("int8", "int4"),
     every_expert=("mobius",),
     kinds=LINEAR_KINDS | {CUT_KIND},
-    providers=tuple(PROVIDERS),
+    providers=(CUDA,),
 )
 
 

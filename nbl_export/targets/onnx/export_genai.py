@@ -34,19 +34,19 @@ from nbl_export.graph.names import GRAPH_FILE
 from nbl_export.model.architectures import ARCHITECTURES
 from nbl_export.targets.base import ExportSettings
 from nbl_export.targets.export.finish import captured
-from nbl_export.targets.providers import PROVIDERS
 from nbl_export.trust.model_settings import read_object
 
-__all__ = ["PRECISIONS", "build"]
+__all__ = ["CUDA_PRECISIONS", "PRECISIONS", "build"]
 
-PRECISIONS = ("fp32", "int8", "int4")  # on the CPU; a GPU provider has its own
+PRECISIONS = ("fp32", "int8", "int4")  # on the CPU
+CUDA_PRECISIONS = ("fp16", "int8", "int4")
 _NO_CODE = ("hf_remote=false",)  # the builder's default, made explicit: code in a checkpoint is not run
 
 
 def build(checkpoint: Path, out: Path, settings: ExportSettings, provider: str = "cpu") -> None:
     """Write model.onnx, its data, genai_config.json and the tokenizer to `out`."""
     precision = settings.precision
-    if precision not in (PRECISIONS if provider == "cpu" else PROVIDERS[provider].precisions):
+    if precision not in (PRECISIONS if provider == "cpu" else CUDA_PRECISIONS):
         raise NblError(
             f"the GenAI builder makes no {precision} graph for the CPU; use --precision {', '.join(PRECISIONS)}, "
             "or the key decoder_source = 'mobius' for fp16"

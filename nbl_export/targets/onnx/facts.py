@@ -14,11 +14,11 @@ from nbl_export.graph.genai_config import read_genai_config
 from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE
 from nbl_export.graph.trust import read_proto
 from nbl_export.targets.base import DecoderFacts
-from nbl_export.targets.providers import PROVIDERS
 from nbl_export.trust.contained import check_inside
 
-__all__ = ["GenaiSettings", "provider_of", "read_facts"]
+__all__ = ["CUDA", "GenaiSettings", "provider_of", "read_facts"]
 
+CUDA = "cuda"  # GenAI's name of the provider, and the value of --provider
 _HALVES = (10, 16)  # FLOAT16 and BFLOAT16 of TensorProto
 
 
@@ -50,7 +50,7 @@ def _cache_bytes(graph: Path, head_dim: int) -> int:
 
 
 def provider_of(directory: Path) -> str:
-    """The flag of the provider that a GenAI directory asks for; "cpu" if it asks for no provider in `PROVIDERS`.
+    """The provider that a GenAI directory asks for: `CUDA`, or "cpu" if it asks for any other.
 
     Raises:
         CorruptError: genai_config.json is a link out of the directory.
@@ -62,7 +62,7 @@ def provider_of(directory: Path) -> str:
         asked = {name for entry in named for name in entry}
     except (OSError, ValueError, KeyError, TypeError):
         return "cpu"  # opening the directory reports the error
-    return next((name for name in PROVIDERS if name in asked), "cpu")
+    return CUDA if CUDA in asked else "cpu"
 
 
 @dataclass(frozen=True)
