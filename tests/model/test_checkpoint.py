@@ -96,7 +96,10 @@ def test_one_part_of_a_split_file_is_refused(gguf: Path, tmp_path: Path) -> None
         checkpoint_source.resolve(str(part))
 
 
-def test_gguf_is_read_once_for_all_questions(gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("relative", [False, True])
+def test_gguf_is_read_once_for_all_questions(
+    gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, relative: bool
+) -> None:
     from gguf import gguf_reader, tensor_mapping
 
     from nbl_export.model.checkpoint import pretrained
@@ -115,7 +118,8 @@ def test_gguf_is_read_once_for_all_questions(gguf: Path, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(gguf_reader.GGUFReader, "__init__", counted)
     monkeypatch.setattr(tensor_mapping.TensorNameMap, "__init__", counted_map)
-    source = checkpoint_source.resolve(str(gguf))
+    monkeypatch.chdir(gguf.parent)
+    source = checkpoint_source.resolve(gguf.name if relative else str(gguf))
     load.read_spec(source)
     load.materialise(source, tmp_path / "checkpoint")
     assert (len(readers), len(maps)) == (1, 1)

@@ -199,7 +199,7 @@ def reader(path: str | os.PathLike[str], _mode: str = "r") -> Any:
         CorruptError: the head of the file is damaged, or states more than any model has.
     """
     facts = os.stat(path)
-    return _reader(os.fspath(path), facts.st_size, facts.st_mtime_ns)
+    return _reader(os.path.abspath(path), facts.st_size, facts.st_mtime_ns)  # transformers gets no relative path
 
 
 def forget() -> None:
