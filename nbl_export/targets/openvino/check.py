@@ -11,14 +11,7 @@ from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE
 from nbl_export.records.decoder import GraphContract
 from nbl_export.records.results import CheckResult
 from nbl_export.targets.checks import HeldMaps, Wanted, checked
-from nbl_export.targets.openvino.ir.files import (
-    constant_of,
-    constants_of,
-    difference,
-    float_constant,
-    read_ir,
-    stored_matrices,
-)
+from nbl_export.targets.openvino.ir.files import constants_of, difference, float_constant, read_ir, stored_matrix
 from nbl_export.targets.openvino.rewrite.tail import prune_tail
 
 __all__ = ["check_ir_files", "check_ir_pruned", "check_ir_untouched", "held_ir_maps"]
@@ -50,14 +43,15 @@ def check_ir_files(contract: GraphContract, wanted: Wanted, itemsize: int) -> li
 def held_ir_maps(directory: Path) -> HeldMaps:
     """What a directory's IR holds of mixers."""
     model = read_ir(directory)
-    stored = stored_matrices(model)
     nodes = [n for n in model.get_ops() if n.get_friendly_name().startswith(_OURS)]
-    products = {n.get_friendly_name() for n in nodes if n.get_type_name() == "MatMul"}
+    products = {n.get_friendly_name(): n for n in nodes if n.get_type_name() == "MatMul"}
     vectors = {n.get_friendly_name(): n for n in nodes if n.get_type_name() == "Constant" and _is_vector(n)}
 
-    def matrix(product: str, constant: str) -> tuple[np.ndarray, np.ndarray | float]:
-        found, allowed = _matrix(model, stored.get(product), constant)
-        return np.empty(0) if found is None else found, allowed
+    def matrix(product: str, _constant: str) -> tuple[np.ndarray, np.ndarray | float]:
+        blocks = stored_matrix(products[product])
+        if blocks is None:
+            return float_constant(products[product].input_value(1).get_node()), 0.0
+        return blocks.values, np.abs(blocks.steps) * (_STEPS if blocks.size > 1 else 0.5) + 1e-30
 
     return HeldMaps(products, {name: float_constant(node) for name, node in vectors.items()}, matrix)
 
@@ -66,14 +60,6 @@ def _is_vector(constant: Any) -> bool:
     """Whether a constant is a bias or the weight of a norm, and no scale of codes: [1, 1, D]."""
     readers = {port.get_node().get_type_name() for port in constant.output(0).get_target_inputs()}
     return list(constant.get_output_shape(0))[:-1] == [1, 1] and bool(readers & {"Add", "Multiply"})
-
-
-def _matrix(model: Any, stored: Any | None, name: str) -> tuple[np.ndarray | None, np.ndarray | float]:
-    """A matrix of the graph, and the allowed error of each element."""
-    if stored is None:
-        return constant_of(model, name), 0.0
-    blocks = stored()
-    return blocks.values, np.abs(blocks.steps) * (_STEPS if blocks.size > 1 else 0.5) + 1e-30
 
 
 def check_ir_untouched(directory: Path, original: Path) -> CheckResult:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nbl_export.errors import NblError
+from nbl_export.errors import CorruptError, NblError
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE
 from nbl_export.mixers.base import Running
 from nbl_export.records.capabilities import Capabilities
@@ -19,7 +19,8 @@ from nbl_export.targets.base import Availability, DecoderFacts, ExportSettings, 
 from nbl_export.targets.checks import HeldMaps, Wanted
 from nbl_export.targets.export.finish import check_bounds
 from nbl_export.targets.openvino import check
-from nbl_export.targets.openvino.ir.anatomy import read_ir_facts
+from nbl_export.targets.openvino.ir.anatomy import context_length, states_of
+from nbl_export.targets.openvino.ir.files import precision_of, read_ir
 from nbl_export.targets.openvino.session import IrDecoder, OpenVinoRunner, Session, load_openvino
 from nbl_export.targets.openvino.signals import kept_signal_stack
 from nbl_export.targets.runners import StepDecoder
@@ -76,9 +77,14 @@ class OpenVinoEngine(Target):
 
     def facts(self, path: Path) -> DecoderFacts:
         """Sizes from the IR and config.json."""
-        found = read_ir_facts(path)
-        cache = found.cache_elements_per_token * self.capabilities.cache_itemsize(found.precision)
-        return DecoderFacts(found.vocab_size, found.context_length, found.head_dim, cache)
+        model = read_ir(path)
+        states = [state for pair in states_of(model).values() for state in pair]
+        vocab = model.output("logits").get_partial_shape()[-1]
+        if vocab.is_dynamic:
+            raise CorruptError(f"the logits of {path} have no fixed size; export it again")
+        itemsize = self.capabilities.cache_itemsize(precision_of(model))
+        cache = itemsize * sum(state.heads * state.head_size for state in states)
+        return DecoderFacts(vocab.get_length(), context_length(path), states[0].head_size, cache)
 
     def export(self, checkpoint: Path, out: Path, settings: ExportSettings) -> None:
         """With OpenVINO's own front end."""
@@ -118,7 +124,7 @@ class OpenVinoEngine(Target):
     def arithmetic(self, path: Path) -> str:
         """The types that the plugin chooses for a directory; loads the model."""
         session = Session(path)
-        said = session.arithmetic.spoken()
+        said = session.arithmetic
         session.close()
         return said
 

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -41,7 +40,7 @@ from nbl_export.targets.openvino.ir.parts import parts_of
 from nbl_export.targets.openvino.signals import kept_signal_stack
 from nbl_export.targets.tokenizer import Speaking
 
-__all__ = ["Arithmetic", "IrDecoder", "OpenVinoRunner", "Session", "load_openvino"]
+__all__ = ["IrDecoder", "OpenVinoRunner", "Session", "load_openvino"]
 
 _TYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "u8": "8 bits", "u4": "4 bits"}
 _INPUTS = ("input_ids", "attention_mask", "position_ids", "beam_idx")
@@ -57,18 +56,6 @@ def load_openvino() -> ModuleType:
         return importlib.import_module("openvino")
     except ImportError as error:
         raise MissingPackageError("openvino", "openvino", "running an IR") from error
-
-
-@dataclass(frozen=True)
-class Arithmetic:
-    """Types that a compiled model computes in, and keeps keys and values in, by OpenVINO's names."""
-
-    inference: str
-    cache: str
-
-    def spoken(self) -> str:
-        """In words, for reports."""
-        return f"computes in {_spoken(self.inference)}, with keys and values in {_spoken(self.cache)}"
 
 
 class Session:
@@ -110,13 +97,12 @@ class Session:
         self._names = [{name for port in part.inputs for name in port.get_names()} for part in self._compiled]
 
     @property
-    def arithmetic(self) -> Arithmetic:
-        """Types that the plugin has chosen."""
-        kinds = {
-            name: self._compiled[0].get_property(name) for name in ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION")
-        }
-        inference, cache = (str(kind.to_string()) for kind in kinds.values())
-        return Arithmetic(inference, cache)
+    def arithmetic(self) -> str:
+        """Types that the plugin has chosen, in words."""
+        asked = ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION")
+        kinds = [str(self._compiled[0].get_property(name).to_string()) for name in asked]
+        inference, cache = (_TYPES.get(kind, kind) for kind in kinds)
+        return f"computes in {inference}, with keys and values in {cache}"
 
     def begin(self, batch: int) -> None:
         """Start a batch with empty states."""
@@ -188,10 +174,6 @@ class Session:
     def close(self) -> None:
         """Free the model and its states."""
         del self._requests, self._compiled
-
-
-def _spoken(kind: str) -> str:
-    return _TYPES.get(kind, kind)
 
 
 def _contract(model: Any, path: Path) -> GraphContract:

@@ -7,11 +7,9 @@
     │          normed                                                          │
     └──────────────────────── residual ────────────────────────────────────────┘
 
-A decoder has two states a layer. The layer is a number in the states' names, which every exporter writes, and the order
-of the graph confirms it. The join is the first addition behind the states whose other operand is an ancestor of the
-layer's keys: a mask, a bias and the epsilon of a norm are not. So names of nodes do not matter.
-
-Sizes of the decoder in an IR directory.
+A decoder has two states a layer. The layer is a number in the states' names, which every exporter writes. The join is
+the first addition behind the states whose other operand is an ancestor of the layer's keys: a mask, a bias and the
+epsilon of a norm are not. So names of nodes do not matter.
 """
 
 from __future__ import annotations
@@ -24,14 +22,11 @@ from typing import Any
 
 from nbl_export.errors import CorruptError, RefusalError
 from nbl_export.files import read_json
-from nbl_export.targets.openvino.ir.files import precision_of, read_ir
 
-__all__ = ["Block", "Dataflow", "IrFacts", "LayerStates", "State", "context_length", "read_ir_facts", "states_of",
-           "variable_of"]  # fmt: skip
+__all__ = ["Block", "Dataflow", "LayerStates", "State", "context_length", "states_of", "variable_of"]
 
 _RANK = 3  # of the residual stream
-_NUMBER = re.compile(r"\d{1,9}")
-_VALUE = re.compile(r"value|(?<![a-z])v(?![a-z])")  # behind the number of the layer
+_STATE = re.compile(r"past_key_values\.(\d{1,9})\.(key|value)")  # begins the name of a state
 
 
 @dataclass(frozen=True)
@@ -81,17 +76,16 @@ def states_of(model: Any) -> Mapping[int, LayerStates]:
         raise RefusalError(
             None, "it has no states; export it with the key/value cache inside (optimum-cli: text-generation-with-past)"
         )
-    layers: dict[int, dict[bool, State]] = {}
+    layers: dict[int, dict[str, State]] = {}
     for name, read in reads.items():
-        number = _NUMBER.search(name)
-        if number is None or name not in assigns:
+        match = _STATE.match(name)
+        if match is None or name not in assigns:
             raise RefusalError(None, f"its state {name} is not a key/value cache of a layer")
-        is_value = bool(_VALUE.search(name[number.end() :].partition("present")[0]))
-        layers.setdefault(int(number.group()), {})[is_value] = State(name, read, assigns[name])
+        layers.setdefault(int(match[1]), {})[match[2]] = State(name, read, assigns[name])
     for layer, pair in layers.items():
-        if set(pair) != {False, True}:
+        if len(pair) != 2:
             raise RefusalError(layer, "it does not have one key state and one value state")
-    return {layer: LayerStates(pair[False], pair[True]) for layer, pair in sorted(layers.items())}
+    return {layer: LayerStates(pair["key"], pair["value"]) for layer, pair in sorted(layers.items())}
 
 
 @dataclass(frozen=True)
@@ -199,43 +193,6 @@ def _adds_vectors(node: Any) -> bool:
         return False
     rank = node.get_output_partial_shape(0).rank
     return bool(rank.is_dynamic or rank.get_length() == _RANK)
-
-
-@dataclass(frozen=True)
-class IrFacts:
-    """Sizes of a decoder.
-
-    Attributes:
-        precision: as nbl-export noted it; "" for a directory from elsewhere.
-        cache_elements_per_token: of one sequence, in all states.
-    """
-
-    precision: str
-    vocab_size: int
-    context_length: int
-    head_dim: int
-    cache_elements_per_token: int
-
-
-def read_ir_facts(directory: Path) -> IrFacts:
-    """Read graph and config.json of a directory.
-
-    Raises:
-        CorruptError: a file is missing or damaged, or the logits have no fixed size.
-        RefusalError: the IR has no states.
-    """
-    model = read_ir(directory)
-    states = [state for pair in states_of(model).values() for state in pair]
-    vocab = model.output("logits").get_partial_shape()[-1]
-    if vocab.is_dynamic:
-        raise CorruptError(f"the logits of {directory} have no fixed size; export it again")
-    return IrFacts(
-        precision_of(model),
-        vocab.get_length(),
-        context_length(directory),
-        states[0].head_size,
-        sum(state.heads * state.head_size for state in states),
-    )
 
 
 def context_length(directory: Path) -> int:

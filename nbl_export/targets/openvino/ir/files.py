@@ -2,18 +2,17 @@
 
 Two graphs of one model share a file of constants: the shipped one, and the one with the logits of all tokens.
 
-The matrices that an IR stores in codes or in 16 bits, with the values that a product multiplies by.
+The matrix of a product that an IR stores in codes or in 16 bits, with the values that the product multiplies by.
 
 Constant (u8, i8, u4, i4, f16) ── Convert ── Subtract (zero points) ── Multiply (scales) ── Reshape ── Convert ── MatMul
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import mmap
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,8 @@ from nbl_export.files import read_small
 from nbl_export.graph.names import IR_FILE, IR_WEIGHTS
 from nbl_export.records.quantised import Blocks
 
-__all__ = ["check_ir", "constant_of", "constants_of", "difference", "float_constant", "group_of", "ordered",
-           "precision_of", "raw_bytes", "read_ir", "save_ir", "share_constants", "stored_matrices"]  # fmt: skip
+__all__ = ["check_ir", "constants_of", "difference", "float_constant", "group_of", "ordered",
+           "precision_of", "raw_bytes", "read_ir", "save_ir", "share_constants", "stored_matrix"]  # fmt: skip
 
 # No part can match where another one does: the text is a stranger's.
 _DATA = re.compile(r"<data\b[^<>]*>")
@@ -196,26 +195,37 @@ def _same(one: Any, other: Any) -> bool:
 
 _INDICES = ("i64", "i32", "boolean")
 _MOVES = ("Convert", "Reshape")
-_BITS = {"u4": 4, "i4": 4, "u8": 8, "i8": 8}
+_CODES = ("u8", "i8", "u4", "i4")
 
 
-def stored_matrices(model: Any) -> dict[str, Callable[[], Blocks]]:
-    """The matrices of products and look-ups that are not float32: name of the node -> unpacks its matrix [N, K]."""
-    found: dict[str, Callable[[], Blocks]] = {}
-    for node in model.get_ordered_ops():
-        kind = node.get_type_name()
-        if kind not in ("MatMul", "Gather"):
-            continue
-        places = (0,) if kind == "Gather" else (1, 0)
-        for place in places:
-            chain = _chain(node.input_value(place))
-            if chain is None or len(chain[0].get_output_shape(0)) < 2 or _type(chain[0]) in ("f32", *_INDICES):
-                continue
-            transposed = kind == "Gather" or node.get_attributes()[f"transpose_{'ab'[place]}"] == (place == 1)
-            outer = len(node.get_input_partial_shape(place)) - 2  # dimensions in front of a matrix, as of experts
-            found[node.get_friendly_name()] = functools.partial(_blocks, chain, outer, transposed)
-            break
-    return found
+def stored_matrix(product: Any) -> Blocks | None:
+    """The matrix W [N, K] of a product x W', as it is stored: in codes or in 16 bits; None if it is float32.
+
+    A matrix of 16-bit floats has a block for each element, whose scale is the last of its 11 bits.
+
+    Raises:
+        CorruptError: the matrix is stored in another layout.
+    """
+    node, zeros, scales = product.input_value(1).get_node(), np.zeros(1, np.float32), None
+    while (step := node.get_type_name()) in (*_MOVES, "Subtract", "Multiply"):
+        if step == "Subtract":
+            zeros = _values(_bare(node.input_value(1)))
+        elif step == "Multiply":
+            scales = float_constant(_bare(node.input_value(1)))
+        node = node.input_value(0).get_node()
+    kind = _type(node)
+    if step == "Constant" and kind == "f32":
+        return None
+    if step == "Constant" and kind == "f16":
+        matrix = _values(node)
+        _, exponents = np.frexp(matrix)
+        units = np.ldexp(np.float32(1), np.maximum(exponents, -13) - 11).astype(np.float32)
+        return Blocks(matrix / units, units, 1)
+    if step != "Constant" or kind not in _CODES or scales is None:
+        raise CorruptError(f"the IR stores {node.get_friendly_name()} as {kind}, which is not known here")
+    rows = node.get_output_shape(0)[0]
+    codes, steps = (_values(node) - zeros).reshape(rows, -1), scales.reshape(rows, -1)
+    return Blocks(codes, steps, codes.shape[1] // steps.shape[1])
 
 
 def constants_of(model: Any) -> Iterator[tuple[str, np.ndarray]]:
@@ -225,14 +235,6 @@ def constants_of(model: Any) -> Iterator[tuple[str, np.ndarray]]:
             continue
         if np.prod(node.get_output_shape(0)) > 1:
             yield node.get_friendly_name(), raw_bytes(node)
-
-
-def constant_of(model: Any, name: str) -> np.ndarray | None:
-    """Float values of a constant by its name; None if there is none."""
-    for node in model.get_ops():
-        if node.get_type_name() == "Constant" and node.get_friendly_name() == name:
-            return float_constant(node)
-    return None
 
 
 def float_constant(node: Any) -> np.ndarray:
@@ -249,76 +251,19 @@ def raw_bytes(node: Any) -> np.ndarray:
     return np.atleast_1d(np.asarray(node.data)).reshape(-1).view(np.uint8)
 
 
-def _chain(value: Any) -> tuple[Any, Any | None, Any | None] | None:
-    """The constant that a value is made of, its zero points and its scales; None if the value depends on inputs."""
-    zeros = scales = None
-    node = value.get_node()
-    while node.get_type_name() != "Constant":
-        kind = node.get_type_name()
-        if kind in _MOVES:
-            node = node.input_value(0).get_node()
-            continue
-        if kind not in ("Multiply", "Subtract"):
-            return None
-        other = _bare(node.input_value(1))
-        if other is None:
-            return None
-        zeros, scales = (other, scales) if kind == "Subtract" else (zeros, other)
-        node = node.input_value(0).get_node()
-    return node, zeros, scales
-
-
-def _bare(value: Any) -> Any | None:
-    """The constant behind moves, or None."""
+def _bare(value: Any) -> Any:
+    """The node behind moves."""
     node = value.get_node()
     while node.get_type_name() in _MOVES:
         node = node.input_value(0).get_node()
-    return node if node.get_type_name() == "Constant" else None
-
-
-def _blocks(chain: tuple[Any, Any | None, Any | None], outer: int, transposed: bool) -> Blocks:
-    """The matrix [N, K] in blocks; a matrix of 16-bit floats has a block for each element, whose scale is its last bit.
-
-    Args:
-        outer: dimensions in front of the matrix; experts are one below the other.
-        transposed: the matrix is stored as [N, K], and not as [K, N].
-
-    Raises:
-        CorruptError: the matrix is stored in another layout.
-    """
-    codes_node, zeros_node, scales_node = chain
-
-    def rows_first(array: np.ndarray) -> np.ndarray:
-        return array if transposed else np.moveaxis(array, -1, outer)
-
-    kind = _type(codes_node)
-    if kind == "f16":
-        matrices = rows_first(float_constant(codes_node))
-        return _halves(matrices.reshape(-1, matrices.shape[-1]))
-    if kind not in _BITS or scales_node is None:
-        raise CorruptError(f"the IR stores {codes_node.get_friendly_name()} as {kind}, which is not known here")
-    codes = rows_first(_values(codes_node))
-    rows = int(np.prod(codes.shape[: outer + 1]))
-    scales = rows_first(float_constant(scales_node)).reshape(rows, -1)
-    wide = codes.reshape(rows, scales.shape[1], -1)
-    if zeros_node is not None:
-        zeros = _values(zeros_node)
-        wide = wide - (rows_first(zeros).reshape(rows, -1, 1) if zeros.size > 1 else zeros.reshape(1, 1, 1))
-    return Blocks(np.ascontiguousarray(wide.reshape(rows, -1)), scales, wide.shape[2])
+    return node
 
 
 def _values(node: Any) -> np.ndarray:
-    """Codes as float32, in the constant's shape."""
+    """Values of a constant, or its codes, as float32 in the constant's shape."""
     kind, shape = _type(node), list(node.get_output_shape(0))
-    if kind in ("u8", "i8", "f16", "f32"):
+    if kind not in ("u4", "i4"):
         return np.asarray(node.get_data(), np.float32).reshape(shape)
     packed = np.asarray(node.data).view(np.uint8).reshape(-1)
     flat = np.stack([packed & 15, packed >> 4], -1).reshape(-1)[: int(np.prod(shape))].astype(np.float32)
     return np.where(flat > 7, flat - 16, flat).reshape(shape) if kind == "i4" else flat.reshape(shape)
-
-
-def _halves(matrix_NK: np.ndarray) -> Blocks:
-    """A matrix of 16-bit floats in units of the last of their 11 bits."""
-    _, exponents = np.frexp(matrix_NK)
-    units = np.ldexp(np.float32(1), np.maximum(exponents, -13) - 11).astype(np.float32)
-    return Blocks(matrix_NK / units, units, 1)

@@ -33,7 +33,7 @@ from nbl_export.targets.openvino.ir.files import (
     read_ir,
     save_ir,
     share_constants,
-    stored_matrices,
+    stored_matrix,
 )
 from nbl_export.targets.openvino.rewrite.passes import bypass_attention, drop_states
 from nbl_export.targets.openvino.rewrite.tail import prune_tail
@@ -95,10 +95,9 @@ def _refuse_float_maps(model: Any, precision: str) -> None:
     """Refuse a model in codes whose maps are floats: they would read more memory than the attention they replace."""
     if precision == "fp32":
         return
-    coded = set(stored_matrices(model))
     for node in model.get_ops():
         name = node.get_friendly_name()
-        if node.get_type_name() == "MatMul" and name.startswith("/nbl/") and name not in coded:
+        if node.get_type_name() == "MatMul" and name.startswith("/nbl/") and stored_matrix(node) is None:
             raise RefusalError(None, f"the product {name} was left in float32 by the compression to {precision}")
 
 
