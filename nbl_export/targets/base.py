@@ -142,33 +142,24 @@ class Target:
 
     # -- checks of the target's own files --------------------------------------------------------------------------
 
-    def check_files(self, directory: Path, contract: GraphContract, wanted: Wanted) -> list[CheckResult]:
-        """Check structure: valid files, inputs and outputs, caches.
+    def check(
+        self, directory: Path, contract: GraphContract, wanted: Wanted, original: Path | None
+    ) -> list[CheckResult]:
+        """Check structure: valid files, inputs and outputs, caches, maps as fitted, and a graph that is pruned.
 
         Args:
-            contract: of the graph that ships, as `open_exact` opens it.
+            contract: of the graph that ships, as `open_graph` opens it with `exact`.
+            original: has every weight of the directory apart from the maps; None checks no weight.
         """
-        from nbl_export.targets.onnx_files import check_files
+        from nbl_export.targets import onnx_files
 
-        return check_files(directory, contract, wanted, dense=self.capabilities.dense_caches)
-
-    def check_untouched(self, directory: Path, original: Path) -> list[CheckResult]:
-        """Check that every weight of the NBL graph except the maps is the original's."""
-        from nbl_export.targets.onnx_files import check_untouched
-
-        return check_untouched(directory, original)
-
-    def check_pruned(self, subject: str, directory: Path) -> CheckResult:
-        """Check that the graph with the logits of the last token is the directory's graph with all logits, pruned."""
-        from nbl_export.targets.onnx_files import check_pruned
-
-        return check_pruned(subject, directory)
+        return onnx_files.check(directory, contract, wanted, original, dense=self.capabilities.dense_caches)
 
     def held_maps(self, directory: Path) -> HeldMaps:
         """What the graph of a directory holds of mixers."""
-        from nbl_export.targets.onnx_files import held_maps
+        from nbl_export.targets import onnx_files
 
-        return held_maps(directory)
+        return onnx_files.held_maps(directory)
 
     def write_float32(self, directory: Path, out: Path) -> None:
         """Write a float32 copy of a directory's graphs, which a CPU runs, for graphs of the static form."""
@@ -203,20 +194,21 @@ class Target:
         return self.open_runner(directory, threads)
 
     def open_graph(
-        self, directory: Path, head_dim: int, file: str | None = None, threads: int | None = None
-    ) -> GraphDecoder:
-        """The graph for verification and scores: the graph with all logits, unless `file` names another."""
-        raise NotImplementedError
+        self, directory: Path, head_dim: int, file: str | None = None, threads: int | None = None, *,
+        exact: bool = False,
+    ) -> GraphDecoder:  # fmt: skip
+        """The graph for verification and scores: the graph with all logits, unless `file` names another.
 
-    def open_exact(self, directory: Path, head_dim: int, file: str | None = None) -> GraphDecoder:
-        """Like `open_graph`, in the arithmetic that the graph's own types state: no activation is rounded."""
-        return self.open_graph(directory, head_dim, file)
+        Args:
+            exact: in the arithmetic that the graph's own types state; no activation is rounded.
+        """
+        raise NotImplementedError
 
     def open_mixed(self, directory: Path, head_dim: int, mixers: Running, tap: str, *, exact: bool) -> StepDecoder:
         """The graph with all logits, with mixers in place of attention, computed without the rewrite.
 
         Args:
-            exact: as `open_exact`; otherwise as `open_graph`.
+            exact: as in `open_graph`.
 
         Raises:
             RefusalError: a layer is not understood, or has no such tap.

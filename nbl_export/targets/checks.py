@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,11 @@ from nbl_export.mixers.cut import cut_of
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.results import YES_NO, CheckResult
 
-__all__ = ["MAPS", "HeldMaps", "Wanted", "checked", "held_names", "judge_maps", "stored_maps"]
+__all__ = ["MAPS", "PRUNED", "SPOKEN", "HeldMaps", "Wanted", "check_cache", "checked", "judge_maps", "stored_maps"]
 
 MAPS = "maps in the graph"  # metric of `judge_maps`
+PRUNED = "what ships is the graph with all logits, pruned"  # metric
+SPOKEN = {"last": "of the last token", "all": "of all tokens"}  # logits
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,20 @@ class Wanted:
     maps: Mapping[int, Mixer]
 
 
-def held_names(cache_ids: Iterable[int]) -> set[str]:
-    """Names of the inputs that a decoder holds between steps: its caches."""
-    return {f"past_key_values.{i}.{part}" for i in cache_ids for part in ("key", "value")}
-
-
 def checked(subject: str, metric: str, passed: bool, detail: str = "") -> CheckResult:
     """A result of check structure that passes or fails."""
     return CheckResult("structure", subject, metric, 0.0 if passed else 1.0, YES_NO, passed, detail)
+
+
+def check_cache(wanted: Wanted, stated: int, itemsize: int) -> CheckResult:
+    """Compare the bytes that a graph's caches take for a token with those of the planned layers.
+
+    Args:
+        itemsize: bytes of an element.
+    """
+    planned = wanted.spec.cache_bytes_per_token(len(wanted.cache_layers), itemsize)
+    detail = f"{stated} bytes a token, {planned} predicted"
+    return checked(wanted.subject, "cache bytes per token", stated == planned, detail)
 
 
 @dataclass(frozen=True)
@@ -55,12 +63,12 @@ class HeldMaps:
     Attributes:
         products: names of the nodes that multiply by a matrix, without what a quantiser adds to them.
         vectors: constants that nodes add, and weights of norms, by name.
-        matrix: names of a product and of its constant -> the matrix, and the allowed error of each element.
+        matrix: name of a product -> its matrix, and the allowed error of each element.
     """
 
     products: Collection[str]
     vectors: Mapping[str, np.ndarray]
-    matrix: Callable[[str, str], tuple[np.ndarray, np.ndarray | float]]
+    matrix: Callable[[str], tuple[np.ndarray, np.ndarray | float]]
 
 
 def judge_maps(subject: str, held: HeldMaps, mixers: Mapping[int, Mixer]) -> CheckResult:
@@ -79,9 +87,9 @@ def stored_maps(held: HeldMaps, mixers: Mapping[int, Mixer]) -> dict[int, dict[s
     found = {}
     for layer, mixer in mixers.items():
         ours = _Emitted(mixer)
-        products = {part: (product_name(layer, part), constant_name(layer, part)) for part in ours.matrices}
+        products = {part: product_name(layer, part) for part in ours.matrices}
         vectors = {part: constant_name(layer, part) for part in ours.vectors}
-        found[layer] = {part: held.matrix(*names)[0] for part, names in products.items() if names[0] in held.products}
+        found[layer] = {part: held.matrix(name)[0] for part, name in products.items() if name in held.products}
         found[layer] |= {part: held.vectors[n].astype(np.float32) for part, n in vectors.items() if n in held.vectors}
     return found
 
@@ -103,7 +111,7 @@ def _problem(held: HeldMaps, layer: int, ours: _Emitted) -> str:
         if not np.array_equal(found.ravel(), ours.vectors[part].astype(found.dtype)):
             return f"layer {layer}'s {part} is not the fitted one"
     for name, part in products.items():
-        found, allowed = held.matrix(name, constant_name(layer, part))
+        found, allowed = held.matrix(name)
         if found.shape != ours.matrices[part].shape or (np.abs(found - ours.matrices[part]) > allowed).any():
             return f"layer {layer}'s {part} is not the fitted one"
     return ""

@@ -8,7 +8,7 @@ logits alone; this check finds both.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,58 +17,44 @@ import onnx
 
 from nbl_export.graph.exact import graphs_of
 from nbl_export.graph.files import check_structure, skeleton
-from nbl_export.graph.names import graph_file
-from nbl_export.records.decoder import ITEMSIZE, DecoderSpec, GraphContract
+from nbl_export.graph.names import ALL_LOGITS_FILE, graph_file
+from nbl_export.records.decoder import ITEMSIZE, GraphContract
 from nbl_export.records.quantised import unpacked
 from nbl_export.records.results import CheckResult
-from nbl_export.targets.checks import HeldMaps, Wanted, checked, held_names
+from nbl_export.rewrite.tail import difference
+from nbl_export.targets.checks import PRUNED, SPOKEN, HeldMaps, Wanted, check_cache, checked, judge_maps
 
-__all__ = ["check_file", "check_files", "check_pruned", "check_untouched", "held_maps"]
+__all__ = ["check", "check_files", "check_untouched", "held_maps"]
 
 _OURS = re.compile(r"nbl\.layers\.\d+\.")
 _SHAPES = ("nbl.states.", "nbl.cut.")  # begin the names of shapes, indices and tables (`rewrite`)
 _OUR_PRODUCT = re.compile(r"/nbl/layers\.\d+/MatMul")
-_SPOKEN = {"last": "of the last token", "all": "of all tokens"}
 # ONNX Runtime's symmetric quantiser spans [-8, 8) steps: the mirror image of a block's largest value is one step off.
 _STEPS = 1.01
 _BITS = {"float16": 11, "bfloat16": 8}  # of a number's digits
 
 
-def check_files(directory: Path, contract: GraphContract, wanted: Wanted, *, dense: bool) -> list[CheckResult]:
-    """See `Target.check_files`.
+def check(
+    directory: Path, contract: GraphContract, wanted: Wanted, original: Path | None, *, dense: bool
+) -> list[CheckResult]:
+    """See `Target.check`.
 
     Args:
         dense: whether caches count 0..K-1.
     """
+    results = check_files(directory, contract, wanted, dense=dense)
+    results.append(judge_maps(wanted.subject, held_maps(directory), wanted.maps))
+    if (directory / ALL_LOGITS_FILE).is_file():
+        problem = difference(directory)
+        results.append(checked(wanted.subject, PRUNED, not problem, problem or "every node and weight"))
+    return results if original is None else [*results, *check_untouched(directory, original)]
+
+
+def check_files(directory: Path, contract: GraphContract, wanted: Wanted, *, dense: bool = False) -> list[CheckResult]:
+    """Check that the file is valid ONNX, and that its inputs and outputs are those of the plan."""
     cache = next(a for a in contract.inputs if a.name.startswith("past_key_values."))
     ids = range(len(wanted.cache_layers)) if dense else wanted.cache_layers
-    held = held_names(ids)
-    return check_file(wanted.subject, directory, wanted.spec, held, contract, ITEMSIZE[cache.dtype], wanted.logits)
-
-
-def check_pruned(subject: str, directory: Path) -> CheckResult:
-    """Check that the graph with the logits of the last token is the directory's graph with all logits, pruned."""
-    from nbl_export.rewrite.tail import difference
-
-    problem = difference(directory)
-    metric = "what ships is the graph with all logits, pruned"
-    return checked(subject, metric, not problem, problem or "every node and weight")
-
-
-def check_file(
-    subject: str,
-    directory: Path,
-    spec: DecoderSpec,
-    held: Collection[str],
-    session: GraphContract,
-    itemsize: int,
-    logits: str = "all",
-) -> list[CheckResult]:
-    """Structure: the file is valid ONNX; its inputs and outputs are those of the plan and of `logits` (last or all).
-
-    Args:
-        held: names of the inputs of caches (`held_names`).
-    """
+    held = {f"past_key_values.{i}.{part}" for i in ids for part in ("key", "value")}
     proto = onnx.load(str(directory / graph_file(directory)), load_external_data=False)
     bare = skeleton(proto)
     problem = check_structure(bare)
@@ -77,19 +63,15 @@ def check_file(
             onnx.shape_inference.infer_shapes(bare, check_type=True, data_prop=True)
         except Exception as error:  # onnx raises several types
             problem = str(error).splitlines()[0]
-    results = [checked(subject, "onnx checker and shape inference", not problem, problem)]
+    results = [checked(wanted.subject, "onnx checker and shape inference", not problem, problem)]
     in_file = ([v.name for v in proto.graph.input], [v.name for v in proto.graph.output])
-    in_session = ([v.name for v in session.inputs], [v.name for v in session.outputs])
+    in_session = ([v.name for v in contract.inputs], [v.name for v in contract.outputs])
     has = {n for n in in_file[0] if n.startswith("past_key_values.")}
     gives = {n.replace("present", "past_key_values") for n in in_file[1] if n.startswith("present.")}
-    found, kept = (len(names) // 2 for names in (has, held))
-    detail = f"caches {found} of {spec.num_layers} layers, logits {_SPOKEN[session.logits]}"
-    kept_word = has == set(held) == gives and in_file == in_session and session.logits == logits
-    results.append(checked(subject, "contract", kept_word, detail))
-    planned = spec.cache_bytes_per_token(kept, itemsize)
-    stated = session.cache_bytes_per_token(spec.head_dim)
-    detail = f"{stated} bytes a token, {planned} predicted"
-    results.append(checked(subject, "cache bytes per token", stated == planned, detail))
+    detail = f"caches {len(has) // 2} of {wanted.spec.num_layers} layers, logits {SPOKEN[contract.logits]}"
+    kept_word = has == held == gives and in_file == in_session and contract.logits == wanted.logits
+    results.append(checked(wanted.subject, "contract", kept_word, detail))
+    results.append(check_cache(wanted, contract.cache_bytes_per_token(wanted.spec.head_dim), ITEMSIZE[cache.dtype]))
     return results
 
 
@@ -104,7 +86,7 @@ def held_maps(directory: Path) -> HeldMaps:
     vectors = [n for n in nodes if n.op_type in ("Add", "SimplifiedLayerNormalization")]
     added = {c for n in vectors for c in n.input if c in tensors}
 
-    def matrix(product: str, _constant: str) -> tuple[np.ndarray, np.ndarray]:
+    def matrix(product: str) -> tuple[np.ndarray, np.ndarray]:
         blocks = wide.get(f"{product}/DequantizeLinear")
         if blocks is not None:
             return _blocks_of(blocks, tensors, directory)

@@ -16,7 +16,7 @@ from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.plan import Plan
 from nbl_export.records.results import YES_NO, CheckResult
 from nbl_export.targets.base import Target
-from nbl_export.targets.checks import Wanted, judge_maps
+from nbl_export.targets.checks import Wanted
 from nbl_export.verify.ladder import TOLERANCES, Probe, Tolerance
 from nbl_export.verify.last_token import check_last
 
@@ -78,20 +78,19 @@ def exact_limit(decoder: Any) -> float:
 
 
 def check_directory(
-    setting: Setting, shipped: Path, run: Path, decoder: Any, wanted: Wanted, probe: Probe
+    setting: Setting, shipped: Path, run: Path, decoder: Any, wanted: Wanted, probe: Probe, original: Path | None
 ) -> list[CheckResult]:
     """Checks structure and last_token.
 
     Args:
         shipped: the directory that is deployed. run: the directory that a CPU runs, see `Target.write_float32`.
         decoder: of `run`, of the graph with the most logits.
+        original: see `Target.check`.
     """
     engine, head_dim, file = setting.engine, setting.spec.head_dim, setting.engine.pruned_file(run)
-    last = decoder if file is None else engine.open_exact(run, head_dim, file)
-    results = engine.check_files(shipped, last.contract, wanted)
-    results.append(judge_maps(wanted.subject, engine.held_maps(shipped), wanted.maps))
+    last = decoder if file is None else engine.open_graph(run, head_dim, file, exact=True)
+    results = engine.check(shipped, last.contract, wanted, original)
     if file is not None:
-        results.append(engine.check_pruned(wanted.subject, shipped))
         near = None if (cut := cut_of(wanted.maps)) is None else cut.near
         results += check_last(wanted.subject, decoder, last, probe.rows[0], exact_limit(decoder), near)
     return [*results, _measured_cache(wanted.subject, decoder, head_dim)]

@@ -59,9 +59,8 @@ class Verifier:
         for subject, mixers in (("original", Running({})), ("nbl", Running(self.maps, stored))):
             with self.setting.task(f"reference of {subject}"):
                 self.references[subject] = self._reference(run["original"], mixers)
-            self._compare(subject, shipped[subject], run[subject])
+            self._compare(subject, shipped, run[subject])
             self._text(subject, run[subject])
-        self.results += engine.check_untouched(shipped["nbl"], shipped["original"])
 
     def _reference(self, original: Path, mixers: Running) -> Reference:
         """Logits of the original graph with mixers, and greedy text in the arithmetic that ships."""
@@ -77,11 +76,11 @@ class Verifier:
         said, gaps = tuple(ids for ids, _ in texts), tuple(margins for _, margins in texts)
         return dataclasses.replace(exact, greedy=said, margins=gaps)
 
-    def _compare(self, subject: str, shipped: Path, run: Path) -> None:
+    def _compare(self, subject: str, shipped: Mapping[str, Path], run: Path) -> None:
         setting, probe, truth = self.setting, self.probe, self.references[subject]
-        decoder = setting.engine.open_exact(run, setting.spec.head_dim)
-        wanted = setting.wanted(subject, self.maps)
-        self.results += check_directory(setting, shipped, run, decoder, wanted, probe)
+        decoder = setting.engine.open_graph(run, setting.spec.head_dim, exact=True)
+        wanted, original = setting.wanted(subject, self.maps), shipped["original"] if subject == "nbl" else None
+        self.results += check_directory(setting, shipped[subject], run, decoder, wanted, probe, original)
         limit = exact_limit(decoder)
         self.results += ladder.check_logits(subject, subject, decoder, probe, truth, limit)
         if probe.long:

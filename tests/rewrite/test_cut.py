@@ -103,7 +103,7 @@ def test_codes(precision: str, exported: Exported, tmp_path: Path) -> None:
     maps, source, out = cut_at(1, 3), exported("llama", "genai", precision), tmp_path / "nbl"
     rewrite(source, out, maps)
     held = held_maps(out)
-    stored = {layer: {"weight": held.matrix(product_name(layer, "weight"), "")[0]} for layer in maps}
+    stored = {layer: {"weight": held.matrix(product_name(layer, "weight"))[0]} for layer in maps}
     assert max(np.abs(stored[layer]["weight"] - maps[layer].weight).max() for layer in maps) > 0  # type: ignore[attr-defined]
     wanted = reference(source, maps, exact=True, stored=stored)
     for sizes in steps(3):

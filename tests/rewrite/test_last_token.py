@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -21,9 +22,9 @@ from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.results import CheckResult
 from nbl_export.rewrite import rewrite
 from nbl_export.rewrite.tail import difference, keep_last_token
-from nbl_export.targets.checks import held_names, judge_maps
+from nbl_export.targets.checks import Wanted
 from nbl_export.targets.onnx.engine import ORT
-from nbl_export.targets.onnx_files import check_file, check_untouched, held_maps
+from nbl_export.targets.onnx_files import check, check_files
 from nbl_export.verify.ladder import TOLERANCES
 from nbl_export.verify.last_token import BATCH_LENGTHS, check_last
 
@@ -66,14 +67,12 @@ def test_files_and_logits(
         contract = OnnxDecoder(directory, HEAD_DIM).contract
         assert contract.logits == "last"
         assert OnnxDecoder(directory, HEAD_DIM, file=all_logits_file(directory)).contract.logits == "all"
-        results = check_file(subject, directory, SPEC, held_names(kept), contract, 4, "last")
-        results.append(judge_maps(subject, held_maps(directory), {} if subject == "original" else maps))
-        results += check_untouched(directory, places["original"]) + held(directory)
+        wanted = Wanted(subject, SPEC, "fp32", "last", tuple(kept), {} if subject == "original" else maps)
+        results = check(directory, contract, wanted, places["original"], dense=False) + held(directory)
         assert all(r.passed for r in results), [r for r in results if not r.passed]
         assert difference(directory) == ""
-        assert [
-            r.metric for r in check_file(subject, directory, SPEC, held_names(kept), contract, 4, "all") if not r.passed
-        ]
+        every = dataclasses.replace(wanted, logits="all")
+        assert not all(r.passed for r in check_files(directory, contract, every))
     if not replaced:
         for name in ("model.onnx", ALL_LOGITS_FILE, "model.onnx.data"):
             assert (places["nbl"] / name).read_bytes() == (places["original"] / name).read_bytes()

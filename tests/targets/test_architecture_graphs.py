@@ -23,8 +23,8 @@ from nbl_export.model.checkpoint.source import resolve
 from nbl_export.model.linearize import linearize
 from nbl_export.rewrite import rewrite
 from nbl_export.rewrite.tail import keep_last_token
-from nbl_export.targets.checks import held_names
-from nbl_export.targets.onnx_files import check_file
+from nbl_export.targets.checks import Wanted
+from nbl_export.targets.onnx_files import check_files
 from nbl_export.targets.tensorrt.static.on_ort import open_decoder
 from nbl_export.verify import exporter
 from nbl_export.verify.ladder import DECODE_STEPS, Probe, Reference, run_rows
@@ -172,8 +172,8 @@ def test_the_root_of_the_hidden_size_is_not_rounded(size: int, source: str, prec
         assert stored.const_value is not None and stored.uses()
         assert stored.const_value.numpy() == np.float32(math.sqrt(size)) != np.float32(round(math.sqrt(size), 2))
     decoder, spec = open_graph(tmp_path / "original", checkpoint), read_spec(resolve(str(checkpoint)))
-    itemsize = 2 if precision == "fp16" else 4
-    checked = check_file("original", tmp_path / "original", spec, held_names(range(LAYERS)), decoder.contract, itemsize)
+    wanted = Wanted("original", spec, precision, "all", tuple(range(LAYERS)), {})
+    checked = check_files(tmp_path / "original", decoder.contract, wanted)
     assert not [r for r in checked if not r.passed]
     if precision == "fp32" and size == 80:
         assert worst(run_rows(decoder, rows()), torch_logits(checkpoint)) < 1e-5

@@ -62,7 +62,7 @@ def pair(exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 def expected(checkpoint: Path, maps: Mapping[int, Linear], source: Path, out: Path, tap: str) -> np.ndarray:
     """Logits of the torch model with maps; if the IR is not float32, of the original IR with those that `out` has."""
     if precision_of(read_ir(out)) != "fp32":
-        mixers = Running(maps, stored_maps(ir_files.held_ir_maps(out), maps))
+        mixers = Running(maps, stored_maps(ir_files.held_maps(out), maps))
         decoder = OPENVINO.open_mixed(source, HEAD_DIM, mixers, tap, exact=True)
         decoder.begin(2)
         return decoder.step(IDS)
@@ -133,9 +133,9 @@ def test_maps_get_the_codes_of_their_neighbours(
     neighbour = next(name for name in products if "layers.0.mlp.up_proj" in name)
     found = [stored_matrix(products[name]) for name in (neighbour, "/nbl/layers.0/MatMul", "/nbl/layers.1/MatMul")]
     assert len({blocks.size for blocks in found if blocks is not None}) == 1 and None not in found
-    assert judge_maps("nbl", ir_files.held_ir_maps(out), maps).passed
-    assert ir_files.check_ir_untouched(out, source).passed
-    assert ir_files.check_ir_pruned("nbl", out).passed
+    assert judge_maps("nbl", ir_files.held_maps(out), maps).passed
+    assert ir_files.check_untouched(out, source).passed
+    assert ir_files.check_pruned("nbl", out).passed
 
 
 def test_the_empty_plan_gives_back_the_files(pair: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
@@ -156,8 +156,8 @@ def test_a_map_without_a_bias_has_no_addition(
     names = {n.get_friendly_name() for n in read_ir(tmp_path / "model").get_ops()}
     assert "/nbl/layers.1/MatMul" in names and "/nbl/layers.1/Add" not in names
     assert away(checkpoint("llama"), source, tmp_path / "model", maps, "normed") < 1e-4
-    assert judge_maps("nbl", ir_files.held_ir_maps(tmp_path / "model"), maps).passed
-    wrong = judge_maps("nbl", ir_files.held_ir_maps(tmp_path / "model"), {1: random_map(1)})
+    assert judge_maps("nbl", ir_files.held_maps(tmp_path / "model"), maps).passed
+    wrong = judge_maps("nbl", ir_files.held_maps(tmp_path / "model"), {1: random_map(1)})
     assert "layer 1 has no bias" in wrong.detail
 
 
@@ -210,8 +210,8 @@ def test_wrong_maps_are_found(
     source, _ = pair("llama", (0, 1), "int4")
     maps = {i: random_map(i) for i in (0, 1)}
     OPENVINO.linearize(source, tmp_path / "model", fault(maps))
-    assert not judge_maps("nbl", ir_files.held_ir_maps(tmp_path / "model"), maps).passed
-    assert judge_maps("nbl", ir_files.held_ir_maps(tmp_path / "model"), fault(maps)).passed
+    assert not judge_maps("nbl", ir_files.held_maps(tmp_path / "model"), maps).passed
+    assert judge_maps("nbl", ir_files.held_maps(tmp_path / "model"), fault(maps)).passed
 
 
 def test_a_changed_weight_is_found(pair: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_a_changed_weight_is_found(pair: Callable[..., tuple[Path, Path]], tmp_p
         reader.replace_source_output(changed.output(0))
     (tmp_path / "model").mkdir()
     save_ir(model, tmp_path / "model", "fp32")
-    found = ir_files.check_ir_untouched(tmp_path / "model", source)
+    found = ir_files.check_untouched(tmp_path / "model", source)
     assert not found.passed and "layers.2.mlp.down_proj.weight" in found.detail
 
 
@@ -233,4 +233,4 @@ def test_another_graph_than_the_pruned_one_is_found(pair: Callable[..., tuple[Pa
     _, out = pair("llama", (1,))
     shutil.copytree(out, tmp_path / "model")
     (tmp_path / "model" / IR_FILE).write_bytes((out / ALL_LOGITS_IR).read_bytes())
-    assert not ir_files.check_ir_pruned("nbl", tmp_path / "model").passed
+    assert not ir_files.check_pruned("nbl", tmp_path / "model").passed

@@ -18,9 +18,10 @@ from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.mixers.linear import Linear
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.plan import Plan
+from nbl_export.records.results import CheckResult
 from nbl_export.rewrite import rewrite
-from nbl_export.targets.checks import held_names, judge_maps
-from nbl_export.targets.onnx_files import check_file, check_untouched, held_maps
+from nbl_export.targets.checks import Wanted, judge_maps
+from nbl_export.targets.onnx_files import check_files, check_untouched, held_maps
 from nbl_export.verify import exporter
 from nbl_export.verify import verifier as verifying
 from nbl_export.verify.ladder import (
@@ -193,8 +194,7 @@ def test_one_graph_is_open_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
         yield mock.Mock(greedy=lambda _prompt, tokens: list(range(tokens)))
 
     engine = SimpleNamespace(
-        open_graph=opened, open_exact=opened, open_mixed=opened, open_checked=open_checked,
-        check_untouched=lambda *_: [], held_maps=mock.Mock(),
+        open_graph=opened, open_mixed=opened, open_checked=open_checked, held_maps=mock.Mock()
     )  # fmt: skip
     setting: Any = SimpleNamespace(
         engine=engine, spec=SPEC, plan=Plan.of(LAYERS, {}), wanted=mock.Mock(), rounds=True,
@@ -253,15 +253,19 @@ def test_file_rung_on_real_graphs(
 ) -> None:
     rewrite(exported("llama"), tmp_path / "nbl", random_maps(0))
     session = OnnxDecoder(tmp_path / "nbl", HEAD_DIM).contract
-    right = check_file("nbl", tmp_path / "nbl", SPEC, held_names((1, 2)), session, 4)
+
+    def found(*layers: int) -> list[CheckResult]:
+        return check_files(tmp_path / "nbl", session, Wanted("nbl", SPEC, "fp32", "all", layers, {}))
+
+    right = found(1, 2)
     assert [r.metric for r in right if r.passed] == [
         "onnx checker and shape inference",
         "contract",
         "cache bytes per token",
     ]
-    wrong = check_file("nbl", tmp_path / "nbl", SPEC, held_names((0, 2)), session, 4)
+    wrong = found(0, 2)
     assert [r.metric for r in wrong if not r.passed] == ["contract"]
-    fewer = check_file("nbl", tmp_path / "nbl", SPEC, held_names((1,)), session, 4)
+    fewer = found(1)
     assert [r.metric for r in fewer if not r.passed] == ["contract", "cache bytes per token"]
 
 

@@ -67,14 +67,11 @@ class OrtEngine(Target):
         return GenaiRunner(path, threads)
 
     def open_graph(
-        self, directory: Path, head_dim: int, file: str | None = None, threads: int | None = None
-    ) -> OnnxDecoder:
+        self, directory: Path, head_dim: int, file: str | None = None, threads: int | None = None, *,
+        exact: bool = False,
+    ) -> OnnxDecoder:  # fmt: skip
         """The directory's graph on plain ONNX Runtime's CPU provider."""
-        return OnnxDecoder(directory, head_dim, threads, file=file or all_logits_file(directory))
-
-    def open_exact(self, directory: Path, head_dim: int, file: str | None = None) -> OnnxDecoder:
-        """The same graph, whose products do not round activations."""
-        return OnnxDecoder(directory, head_dim, file=file or all_logits_file(directory), exact=True)
+        return OnnxDecoder(directory, head_dim, threads, file=file or all_logits_file(directory), exact=exact)
 
 
 ORT = OrtEngine()

@@ -10,44 +10,46 @@ import numpy as np
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE
 from nbl_export.records.decoder import GraphContract
 from nbl_export.records.results import CheckResult
-from nbl_export.targets.checks import HeldMaps, Wanted, checked
+from nbl_export.targets.checks import PRUNED, SPOKEN, HeldMaps, Wanted, check_cache, checked, judge_maps
 from nbl_export.targets.openvino.ir.files import constants_of, difference, float_constant, read_ir, stored_matrix
 from nbl_export.targets.openvino.rewrite.tail import prune_tail
 
-__all__ = ["check_ir_files", "check_ir_pruned", "check_ir_untouched", "held_ir_maps"]
+__all__ = ["check", "check_pruned", "check_untouched", "held_maps"]
 
 
 _OURS = ("nbl.", "/nbl/")
-_SPOKEN = {"last": "of the last token", "all": "of all tokens"}
 _STEPS = 1.01  # nncf's int4 spans [-8, 8) steps: the mirror image of a group's largest value is one step off
 
 
-def check_ir_files(contract: GraphContract, wanted: Wanted, itemsize: int) -> list[CheckResult]:
-    """Check that exactly the right layers have states, of the predicted size, and that the logits are as planned.
+def check(
+    directory: Path, contract: GraphContract, wanted: Wanted, original: Path | None, itemsize: int
+) -> list[CheckResult]:
+    """See `Target.check`: exactly the right layers have states, of the predicted size.
 
     Args:
         itemsize: bytes of a cache element as shipped; `contract` is of the float32 arithmetic.
     """
-    spec, kept = wanted.spec, tuple(wanted.cache_layers)
-    detail = f"states of {len(contract.cache_layers)} of {spec.num_layers} layers, logits {_SPOKEN[contract.logits]}"
-    same = (contract.cache_layers, contract.logits) == (kept, wanted.logits)
-    planned = spec.cache_bytes_per_token(len(kept), itemsize)
-    stated = contract.cache_bytes_per_token(spec.head_dim) // 4 * itemsize
-    sizes = f"{stated} bytes a token, {planned} predicted"
-    return [
+    spec = wanted.spec
+    detail = f"states of {len(contract.cache_layers)} of {spec.num_layers} layers, logits {SPOKEN[contract.logits]}"
+    same = (contract.cache_layers, contract.logits) == (tuple(wanted.cache_layers), wanted.logits)
+    results = [
         checked(wanted.subject, "contract", same, detail),
-        checked(wanted.subject, "cache bytes per token", stated == planned, sizes),
+        check_cache(wanted, contract.cache_bytes_per_token(spec.head_dim) // 4 * itemsize, itemsize),
+        judge_maps(wanted.subject, held_maps(directory), wanted.maps),
     ]
+    if (directory / ALL_LOGITS_IR).is_file():
+        results.append(check_pruned(wanted.subject, directory))
+    return results if original is None else [*results, check_untouched(directory, original)]
 
 
-def held_ir_maps(directory: Path) -> HeldMaps:
+def held_maps(directory: Path) -> HeldMaps:
     """What a directory's IR holds of mixers."""
     model = read_ir(directory)
     nodes = [n for n in model.get_ops() if n.get_friendly_name().startswith(_OURS)]
     products = {n.get_friendly_name(): n for n in nodes if n.get_type_name() == "MatMul"}
     vectors = {n.get_friendly_name(): n for n in nodes if n.get_type_name() == "Constant" and _is_vector(n)}
 
-    def matrix(product: str, _constant: str) -> tuple[np.ndarray, np.ndarray | float]:
+    def matrix(product: str) -> tuple[np.ndarray, np.ndarray | float]:
         blocks = stored_matrix(products[product])
         if blocks is None:
             return float_constant(products[product].input_value(1).get_node()), 0.0
@@ -62,7 +64,7 @@ def _is_vector(constant: Any) -> bool:
     return list(constant.get_output_shape(0))[:-1] == [1, 1] and bool(readers & {"Add", "Multiply"})
 
 
-def check_ir_untouched(directory: Path, original: Path) -> CheckResult:
+def check_untouched(directory: Path, original: Path) -> CheckResult:
     """Check that every constant of the NBL graph, except the maps, equals one of the original's byte for byte."""
     known = dict(constants_of(read_ir(original)))
     carried = [(n, v) for n, v in constants_of(read_ir(directory)) if not n.startswith(_OURS)]
@@ -71,10 +73,9 @@ def check_ir_untouched(directory: Path, original: Path) -> CheckResult:
     return checked("nbl", "weights untouched", not changed, detail)
 
 
-def check_ir_pruned(subject: str, directory: Path) -> CheckResult:
+def check_pruned(subject: str, directory: Path) -> CheckResult:
     """Check that the graph that ships is the directory's graph with all logits, pruned."""
     expected = read_ir(directory, ALL_LOGITS_IR)
     prune_tail(expected)
     problem = difference(read_ir(directory, IR_FILE), expected)
-    metric = "what ships is the graph with all logits, pruned"
-    return checked(subject, metric, not problem, problem or "every node and constant")
+    return checked(subject, PRUNED, not problem, problem or "every node and constant")

@@ -105,21 +105,15 @@ class OpenVinoEngine(Target):
 
         keep_last_token_ir(directory)
 
-    def check_files(self, directory: Path, contract: GraphContract, wanted: Wanted) -> list[CheckResult]:
-        """States, maps, and a pair of IRs as one."""
-        return check.check_ir_files(contract, wanted, self.capabilities.cache_itemsize(wanted.precision))
-
-    def check_untouched(self, directory: Path, original: Path) -> list[CheckResult]:
-        """Constants of the IR."""
-        return [check.check_ir_untouched(directory, original)]
-
-    def check_pruned(self, subject: str, directory: Path) -> CheckResult:
-        """The pair of IRs."""
-        return check.check_ir_pruned(subject, directory)
+    def check(
+        self, directory: Path, contract: GraphContract, wanted: Wanted, original: Path | None
+    ) -> list[CheckResult]:
+        """States, maps, a pair of IRs as one, and constants of the IR."""
+        return check.check(directory, contract, wanted, original, self.capabilities.cache_itemsize(wanted.precision))
 
     def held_maps(self, directory: Path) -> HeldMaps:
         """Of the IR."""
-        return check.held_ir_maps(directory)
+        return check.held_maps(directory)
 
     def arithmetic(self, path: Path) -> str:
         """The types that the plugin chooses for a directory; loads the model."""
@@ -129,14 +123,11 @@ class OpenVinoEngine(Target):
         return said
 
     def open_graph(
-        self, directory: Path, head_dim: int, file: str | None = None, threads: int | None = None
-    ) -> IrDecoder:
-        """The graph with all logits, unless `file` names another, in the arithmetic that ships."""
-        return IrDecoder(directory, file or _most_logits(directory), threads=threads)
-
-    def open_exact(self, directory: Path, head_dim: int, file: str | None = None) -> IrDecoder:
-        """The same graph in float32 arithmetic."""
-        return IrDecoder(directory, file or _most_logits(directory), exact=True)
+        self, directory: Path, head_dim: int, file: str | None = None, threads: int | None = None, *,
+        exact: bool = False,
+    ) -> IrDecoder:  # fmt: skip
+        """The graph in the arithmetic that ships, or in float32."""
+        return IrDecoder(directory, file or _most_logits(directory), exact=exact, threads=threads)
 
     def open_mixed(self, directory: Path, head_dim: int, mixers: Running, tap: str, *, exact: bool) -> StepDecoder:
         """The IR in parts, with mixers in place of attention."""

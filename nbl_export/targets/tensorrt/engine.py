@@ -143,8 +143,9 @@ class TensorRtEngine(Target):
         return StaticRunner(open_session(self.library, path), path)
 
     def open_graph(
-        self, directory: Path, head_dim: int, file: str | None = None, threads: int | None = None
-    ) -> StaticDecoder:
+        self, directory: Path, head_dim: int, file: str | None = None, threads: int | None = None, *,
+        exact: bool = False,
+    ) -> StaticDecoder:  # fmt: skip
         """A float32 copy on ONNX Runtime's CPU provider: the graph with all logits, unless `file` names another."""
         from nbl_export.targets.tensorrt.static.on_ort import open_decoder
 

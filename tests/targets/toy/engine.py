@@ -25,7 +25,7 @@ from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import GraphContract, TensorInfo
 from nbl_export.records.results import CheckResult
 from nbl_export.targets.base import Availability, DecoderFacts, ExportSettings, Target
-from nbl_export.targets.checks import HeldMaps, Wanted, checked
+from nbl_export.targets.checks import HeldMaps, Wanted, checked, judge_maps
 from nbl_export.targets.export.finish import add_text_files
 from nbl_export.targets.runners import StepDecoder
 from nbl_export.targets.tokenizer import Speaking
@@ -79,18 +79,22 @@ class ToyEngine(Target):
         """There is one graph."""
         return None
 
-    def check_files(self, directory: Path, contract: GraphContract, wanted: Wanted) -> list[CheckResult]:
-        """The marker."""
+    def check(
+        self, directory: Path, contract: GraphContract, wanted: Wanted, original: Path | None
+    ) -> list[CheckResult]:
+        """The marker, the maps, and weights that are not a map's."""
         stated = json.loads((directory / MARKER).read_text(encoding="utf-8"))["replaced"]
-        return [checked(wanted.subject, "contract", stated == sorted(wanted.maps), f"layers {stated}")]
-
-    def check_untouched(self, directory: Path, original: Path) -> list[CheckResult]:
-        """Weights of the NBL model that are not a map's."""
-        ours, theirs = (load_file(d / _WEIGHTS) for d in (directory, original))
-        kept = {name: w for name, w in ours.items() if ".self_attn.linear." not in name}
-        changed = [name for name, w in kept.items() if name not in theirs or not np.array_equal(w, theirs[name])]
-        detail = f"{changed[0]} differs" if changed else f"{len(kept)} weights carried over"
-        return [checked("nbl", "weights untouched", not changed, detail)]
+        results = [
+            checked(wanted.subject, "contract", stated == sorted(wanted.maps), f"layers {stated}"),
+            judge_maps(wanted.subject, self.held_maps(directory), wanted.maps),
+        ]
+        if original is not None:
+            ours, theirs = (load_file(d / _WEIGHTS) for d in (directory, original))
+            kept = {name: w for name, w in ours.items() if ".self_attn.linear." not in name}
+            changed = [name for name, w in kept.items() if name not in theirs or not np.array_equal(w, theirs[name])]
+            detail = f"{changed[0]} differs" if changed else f"{len(kept)} weights carried over"
+            results.append(checked("nbl", "weights untouched", not changed, detail))
+        return results
 
     def held_maps(self, directory: Path) -> HeldMaps:
         """Matrices and biases by the layers of the marker."""
@@ -100,7 +104,7 @@ class ToyEngine(Target):
         products = {product_name(i, "weight"): own["weight"] for i, own in linear.items()}
         return HeldMaps(
             products, {constant_name(i, "bias"): own["bias"] for i, own in linear.items()},
-            lambda product, _: (products[product], 0.0),
+            lambda product: (products[product], 0.0),
         )  # fmt: skip
 
     def open_mixed(self, directory: Path, head_dim: int, mixers: Running, tap: str, *, exact: bool) -> StepDecoder:
@@ -110,8 +114,9 @@ class ToyEngine(Target):
         return decoder
 
     def open_graph(
-        self, directory: Path, head_dim: int, file: str | None = None, threads: int | None = None
-    ) -> ToyDecoder:
+        self, directory: Path, head_dim: int, file: str | None = None, threads: int | None = None, *,
+        exact: bool = False,
+    ) -> ToyDecoder:  # fmt: skip
         """The model, with the logits of all positions."""
         return ToyDecoder(directory)
 
