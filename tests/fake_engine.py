@@ -44,7 +44,7 @@ def fake_record(graph_: Path, directory: Path, **changes: Any) -> EngineRecord:
         "profiles": engine_profiles(2, 8, decoder.cache_length),
         "inputs": decoder.contract.inputs, "outputs": decoder.contract.outputs, "cache_layers": len(layers),
         "cache_bytes_per_token": 0, "cache_bytes": 0, "build_seconds": 0.0,
-        "plan_bytes": plan.stat().st_size, "plan_sha256": file_sha256(plan), "graph_sha256": {},
+        "plan_bytes": plan.stat().st_size, "plan_sha256": file_sha256(plan),
     }  # fmt: skip
     record = EngineRecord(**{**values, **changes})
     (directory / "engine.json").write_text(json.dumps(record.to_json()), encoding="utf-8")

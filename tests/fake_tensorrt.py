@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 import enum
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -113,18 +112,12 @@ class DynamicShapesKernelSpecializationStrategy(enum.Enum):
     LAZY, EAGER, NONE = range(3)
 
 
-class LayerInformationFormat(enum.Enum):
-    ONELINE, JSON = range(2)
-
-
 class FakeTensorRT:
     """Stands in for the module: `Runtime`, what it makes, `ILogger`."""
 
     __version__ = "1.2.3"
     ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
-    LayerInformationFormat = LayerInformationFormat
     device_memory_size_v2 = 4096
-    layers: tuple[Any, ...] = ("_gemm_mha_v2_myl0_5", {"Name": "x", "TacticName": "sm90_fmha"}, {"Name": "attn"})
 
     class ILogger:
         VERBOSE = Severity.VERBOSE
@@ -156,13 +149,6 @@ class FakeTensorRT:
 
     def create_runtime_config(self) -> Config:
         return Config()
-
-    def create_engine_inspector(self) -> FakeTensorRT:
-        return self
-
-    def get_engine_information(self, form: Any) -> str:
-        assert form is LayerInformationFormat.JSON
-        return json.dumps({"Layers": self.layers, "Bindings": []})
 
     def create_execution_context(self, config: Config) -> Context | None:
         self.contexts.append(self.context(config))

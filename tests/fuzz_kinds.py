@@ -181,7 +181,7 @@ def make_pristine(here: Path, folders: Mapping[str, Path], text: str) -> None:
     digest = hashlib.sha256(plan).hexdigest()
     record = EngineRecord(
         "trt", "10.15", "fp16", "fused", ("8.9",), "NVIDIA L4", 1, 8, 64, (), (), (), 0, 0, 0, 0.0,
-        len(plan), digest, {},
+        len(plan), digest,
     )  # fmt: skip
     (here / "engine" / "decoder.engine").write_bytes(plan)
     write_json(here / "engine" / "engine.json", record.to_json())

@@ -16,8 +16,8 @@ _SILENT_IN = ("CI", "TF_BUILD", "GITHUB_ACTIONS", "GITLAB_CI", "CIRCLECI", "TRAV
 _OPEN = """
 import sys
 from pathlib import Path
-from nbl_export.targets.onnx.engine import ORT, probe
-assert probe().available
+from nbl_export.targets.onnx.engine import ORT
+assert ORT.probe().available
 ORT.open_runner(Path(sys.argv[1]), 1).__exit__()
 """
 

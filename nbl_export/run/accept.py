@@ -215,8 +215,7 @@ def _examine(
     except NblError as error:  # another version, another GPU, an engine of somebody else, too little memory
         return write([CANNOT_RUN, str(error)])
     with runner:
-        detail = "; ".join(text for text in (found.reason, getattr(runner, "inspected", str)()) if text)
-        write(_event("structure", subject, "the engine fits library and GPU", 0.0, YES_NO, True, detail))
+        write(_event("structure", subject, "the engine fits library and GPU", 0.0, YES_NO, True, found.reason))
         for result in checks(runner, subject, expected, doing, yardstick):
             write([RESULT, dataclasses.asdict(result)])
         doing("structure", f"closing the decoder {subject}")

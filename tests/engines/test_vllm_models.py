@@ -102,13 +102,6 @@ def test_the_stand_in_is_the_original_without_the_plugin(checkpoint: Callable[[s
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_joined_adds_and_does_not_scale(models: ModuleType) -> None:
-    hidden, residual = torch.tensor([[1.0, -2.0]]), torch.tensor([[10.0, 20.0]])
-    assert models.Joined()(hidden) is hidden
-    scaled, stream = models.Joined()(hidden, residual)
-    assert scaled.tolist() == stream.tolist() == [[11.0, 18.0]]
-
-
 @pytest.mark.parametrize(
     ("parallel", "kind", "gathered"),
     [("replicated", fake_vllm.ReplicatedLinear, {}),

@@ -51,21 +51,21 @@ def runner(directory: Path) -> Iterator[GenaiRunner]:
 
 
 def test_the_probe_names_the_versions() -> None:
-    answer = engine.probe()
+    answer = engine.ORT.probe()
     assert answer.available, answer.reason
     assert importlib.metadata.version("onnxruntime-genai") in answer.reason
 
 
 def test_the_probe_refuses_two_builds_of_one_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "is_installed", lambda name: name in ("onnxruntime", "onnxruntime-gpu"))
-    answer = engine.probe()
+    answer = engine.ORT.probe()
     assert not answer.available
     assert "onnxruntime and onnxruntime-gpu" in answer.reason
 
 
 def test_the_probe_refuses_a_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "_known_answer", lambda _: [17.0, 31.0])
-    assert not engine.probe().available
+    assert not engine.ORT.probe().available
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
         raise ImportError(name)
 
     monkeypatch.setattr(genai.importlib, "import_module", absent)
-    answer = engine.probe()
+    answer = engine.ORT.probe()
     assert not answer.available
     assert "onnxruntime-genai" in answer.reason and "nbl-export[cpu]" in answer.reason
     (tmp_path / "genai_config.json").write_text(

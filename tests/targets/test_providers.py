@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ from nbl_export.targets.gpu import Gpu
 from nbl_export.targets.onnx import engine as ort
 from nbl_export.targets.onnx import gpu
 from nbl_export.targets.onnx.facts import provider_of
-from nbl_export.targets.onnx.genai import GenaiRunner
 
 from ..command import assert_refused, nbl
 
@@ -95,33 +92,6 @@ def test_what_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cuda.probe_run().reason == "CUDA provider on the NVIDIA H100 (9.0)"
     monkeypatch.setattr(gpu, "find_gpu", lambda: Gpu("old", "7.0", (13, 0)))  # Volta, for which there are no kernels
     assert "its compute capability is 7.0" in reason(cuda)
-
-
-class Genai(types.ModuleType):
-    """onnxruntime_genai as far as opening a model goes; notes what it is asked."""
-
-    def __init__(self) -> None:
-        super().__init__("onnxruntime_genai")
-        self.calls: list[tuple[object, ...]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        def noted(*arguments: object, **_options: object) -> Genai:
-            self.calls.append((name, *arguments))
-            return self
-
-        return noted
-
-
-def test_the_cuda_provider_is_left_as_the_directory_says(
-    genai_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    genai = Genai()
-    monkeypatch.setitem(sys.modules, "onnxruntime_genai", genai)
-    monkeypatch.setattr(gpu, "load_cuda", lambda: None)
-    load_engine("ort", "cuda").open_runner(genai_dirs["nbl"])
-    assert not any(call[0] in ("clear_providers", "set_provider_option") for call in genai.calls)
-    GenaiRunner(genai_dirs["nbl"], on_cpu=True)
-    assert ("clear_providers",) in genai.calls
 
 
 def test_provider_of_a_damaged_directory_is_the_cpu(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from nbl_export.rewrite.tail import difference, keep_last_token
 from nbl_export.targets.tensorrt import export as static
 from nbl_export.targets.tensorrt.static.on_ort import open_decoder
 from nbl_export.targets.tensorrt.static_form.check import CheckForm
-from nbl_export.targets.tensorrt.static_form.numbers import INT4_BLOCK, BlockInt4
+from nbl_export.targets.tensorrt.static_form.numbers import INT4_BLOCK, BlockInt4, ScaledQueries
 
 from ..contracts import contract_of
 from ..static_tiny import (
@@ -205,9 +205,23 @@ def swap_keys_and_values(model: ir.Model) -> None:
     node.replace_input_with(2, key)
 
 
+def query_not_scaled(model: ir.Model) -> None:
+    for node in nodes(model, "Attention"):
+        product = node.inputs[0].producer()  # type: ignore[union-attr]
+        assert product is not None and product.op_type == "Mul"
+        node.replace_input_with(0, product.inputs[0])
+
+
+def scaled_twice(model: ir.Model) -> None:
+    for node in nodes(model, "Attention"):
+        node.attributes.pop("scale")
+
+
 @pytest.mark.parametrize(
-    "fault", [drop_mask, drop_window, widen_window, mask_self, shift_scatter, swap_axis, swap_keys_and_values]
-)
+    "fault",
+    [drop_mask, drop_window, widen_window, mask_self, shift_scatter, swap_axis, swap_keys_and_values, query_not_scaled,
+     scaled_twice],
+)  # fmt: skip
 def test_a_planted_fault_shows(fault: Callable[[ir.Model], None], form: Form, logits: Logits, tmp_path: Path) -> None:
     model = form("mistral-window")
     fault(model)
@@ -299,9 +313,15 @@ def cap(model: ir.Model) -> None:
     nodes(model, "Attention")[0].attributes["softcap"] = ir.AttrFloat32("softcap", 30.0)
 
 
+def keys_scaled(model: ir.Model) -> None:
+    for node in nodes(model, "Attention"):
+        node.attributes["scale"] = ir.AttrFloat32("scale", 0.125)
+
+
 @pytest.mark.parametrize(
     ("misform", "reason"),
     [
+        (scaled_twice, "scales its keys"), (keys_scaled, "scales its keys"),
         (contrib, "not a standard operator"), (causal, "not an Attention of"), (drop_mask, "not an Attention of"),
         (foreign_present, "scattered in"), (unread, "no node reads its input spare"), (cap, "soft-caps"),
     ],
@@ -313,6 +333,43 @@ def test_the_law_refuses(misform: Callable[[ir.Model], None], reason: str, form:
     with pytest.raises(Exception, match=reason) as caught:
         CheckForm()(model)
     assert any(isinstance(e, RefusalError) for e in (caught.value, caught.value.__cause__))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int4"])
+def test_only_the_query_is_scaled(precision: str, form: Form) -> None:
+    """No layer multiplies its cache."""
+    model = form("llama")
+    static.finish(model, precision)
+    assert [factor_of(node) for node in nodes(model, "Attention")] == [pytest.approx(HEAD**-0.5, rel=2**-8)] * LAYERS
+    caches = [v for v in [*model.graph.inputs, *model.graph.outputs] if "key" in str(v.name) or "value" in str(v.name)]
+    assert len(caches) == 4 * LAYERS
+    for cache in caches:
+        assert {use.node.op_type for use in cache.uses()} <= {"TensorScatter", "Attention"}, cache.name
+
+
+def factor_of(attention: ir.Node) -> float:
+    """The constant that multiplies an attention's query; its own scale is 1."""
+    assert attention.attributes.get_float("scale", 0.0) == 1.0
+    product = attention.inputs[0].producer()  # type: ignore[union-attr]
+    assert product is not None and product.op_type == "Mul"
+    factor = product.inputs[1]
+    assert factor is not None and factor.const_value is not None
+    return float(factor.const_value.numpy())
+
+
+@pytest.mark.parametrize(("stated", "factor"), [(None, 1 / 8), (0.4, 0.4), (1.0, None)])
+def test_the_stated_scale_is_taken_and_one_needs_no_product(stated: float | None, factor: float | None) -> None:
+    query, key, value = (
+        ir.Value(name=n, shape=ir.Shape([1, 4, t, HEAD]), type=ir.TensorType(ir.DataType.FLOAT))
+        for n, t in (("q", 1), ("k", 8), ("v", 8))
+    )
+    attributes = [] if stated is None else [ir.AttrFloat32("scale", stated)]
+    node = ir.Node("", "Attention", [query, key, value], attributes, name="attention")
+    graph = ir.Graph([query, key, value], node.outputs, nodes=[node], opset_imports={"": 24}, name="one")
+    model = ir.Model(graph, ir_version=11)
+    assert ScaledQueries()(model).modified is (factor is not None)
+    assert factor is None or factor_of(node) == pytest.approx(factor)
+    assert not ScaledQueries()(model).modified
 
 
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])

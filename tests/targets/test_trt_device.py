@@ -11,7 +11,7 @@ import pytest
 
 from nbl_export.errors import NblError
 from nbl_export.targets.tensorrt import device
-from nbl_export.targets.tensorrt.device import Device, attempt_all, open_device
+from nbl_export.targets.tensorrt.device import Device, open_device
 
 pytestmark = pytest.mark.trt
 
@@ -160,20 +160,3 @@ def test_pinned_memory_and_events_are_freed(monkeypatch: pytest.MonkeyPatch) -> 
     runtime.calls.clear()
     opened.close()
     assert [call[0] for call in runtime.calls] == ["cudaFreeHost", *["cudaEventDestroy"] * 2, "cudaStreamDestroy"]
-
-
-def test_all_steps_are_attempted_and_the_first_failure_is_told() -> None:
-    done: list[int] = []
-
-    def step(number: int, error: Exception | None = None) -> Callable[[], None]:
-        def run() -> None:
-            done.append(number)
-            if error:
-                raise error
-
-        return run
-
-    with pytest.raises(NblError, match=r"^RuntimeError: second$"):
-        attempt_all(step(1), step(2, RuntimeError("second")), step(3, NblError("third")), step(4))
-    assert done == [1, 2, 3, 4]
-    attempt_all(step(5))

@@ -16,13 +16,7 @@ from nbl_export.targets.tensorrt.static.host import StaticRunner
 from nbl_export.trust.user_lists import remember
 
 from ..fake_engine import fake_session
-from ..fake_tensorrt import (
-    CudaGraphStrategy,
-    DynamicShapesKernelSpecializationStrategy,
-    ExecutionContextAllocationStrategy,
-    FakeDevice,
-    FakeTensorRTX,
-)
+from ..fake_tensorrt import FakeDevice, FakeTensorRTX
 from ..static_tiny import rows
 from ..trt_tiny import ADA, PLAIN, RTX, graph_of
 
@@ -106,18 +100,6 @@ def test_a_directory_that_cannot_be_written_only_costs_time(
     assert run(tmp_path)[1] == KERNELS
     assert "the next load compiles again" in caplog.text
     assert not (tmp_path / KERNELS_FILE).exists()
-
-
-def test_kernels_are_compiled_before_the_step_and_only_decode_is_captured(tmp_path: Path) -> None:
-    """Otherwise a kernel is replaced in the middle of timed steps."""
-    graph = graph_of("llama", (1,), "fp32") / "decoder.onnx"
-    _, trt = fake_session(graph, tmp_path, RTX)
-    prefill, decode = (context.config for context in trt.contexts)
-    for config in (prefill, decode):
-        assert config.dynamic_shapes_kernel_specialization_strategy is DynamicShapesKernelSpecializationStrategy.EAGER
-        assert config.memory is ExecutionContextAllocationStrategy.USER_MANAGED
-    assert decode.cuda_graph_strategy is CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-    assert prefill.cuda_graph_strategy is CudaGraphStrategy.DISABLED
 
 
 def test_an_opened_directory_keeps_its_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

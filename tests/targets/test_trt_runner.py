@@ -81,19 +81,6 @@ def test_an_engine_of_another_gpu_of_the_same_kind_is_named(tmp_path: Path, capl
     assert "chosen on the NVIDIA RTX 4090, and runs on the NVIDIA L4; build it again here" in caplog.text
 
 
-def test_the_librarys_layers_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    session, trt = fake_session(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
-    assert StaticRunner(session, tmp_path).inspected() == "3 layers, of which 2 name a fused attention kernel"
-    for name, answer, remark in (
-        ("get_engine_information", "Layers: mha", "TensorRT does not describe the engine: JSONDecodeError: Expecting"),
-        ("get_engine_information", "{}", "TensorRT does not describe the engine: KeyError: 'Layers'"),
-        ("create_engine_inspector", None, "TensorRT refuses an inspector: it gives no reason"),
-    ):  # a remark of `accept`, which goes on
-        monkeypatch.setattr(type(trt), name, lambda *_, answer=answer: answer)
-        assert session.inspected().startswith(remark)
-    session.close()
-
-
 def test_a_plan_for_something_else_is_refused_with_both_named(tmp_path: Path) -> None:
     record = fake_record(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
     refuse_misfit(PLAIN, record, "1.2.3", ADA, tmp_path)
@@ -239,27 +226,6 @@ def test_one_row_and_a_batch_decode_in_profiles_of_their_own(library: tensorrt.L
     assert (set(one.runs), set(many.runs)) == ({(1, 1)}, {(4, 1)})
     assert [context.graphs_by_itself for context in trt.contexts[1:]] == [library.jit] * 2
     assert trt.device.captured == (0 if library.jit else 3)
-
-
-@pytest.mark.parametrize("library", [PLAIN, RTX], ids=["trt", "trt-rtx"])
-def test_with_many_slots_two_tokens_run_in_prefill(library: tensorrt.Library, tmp_path: Path) -> None:
-    """A prompt of 8 + 2 tokens between decode steps: decode keeps its shape, and its graph stays right."""
-    many = engine_profiles(2, 8, 32_768)
-    assert many[1].takes(1, 2)
-    graph = graph_of("llama", (1,), "fp32") / "decoder.onnx"
-    session, trt = fake_session(graph, tmp_path, library, profiles=many)
-    decoder, same = StaticDecoder(session), open_decoder(graph, 8)
-    for each in (decoder, same):
-        each.begin(1)
-    start = 0
-    for count in (1, 1, 10, 1, 2, 1, 1):
-        ids = np.array([rows()[0][start : start + count]])
-        start += count
-        assert np.array_equal(decoder.step(ids), same.step(ids)), start
-    prefill, decode = trt.contexts
-    assert prefill.runs == [(1, 8), (1, 2), (1, 2)]
-    assert set(decode.runs) == {(1, 1)}
-    assert trt.device.captured == (0 if library.jit else 1)
 
 
 def test_both_contexts_work_in_one_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ def test_only_hashes_are_known_and_remembered(home: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("plan_sha256", [DIGEST]), ("engine", {}), ("max_batch", "1"), ("plan_bytes", None), ("graph_sha256", {"a": 1}),
+    [("plan_sha256", [DIGEST]), ("engine", {}), ("max_batch", "1"), ("plan_bytes", None), ("cache_bytes", "1"),
      ("profiles", [{"name": "p", "batch": [1, 1], "tokens": [1, 1, 1]}]), ("inputs", [{"name": "x"}]),
      ("compute_capabilities", [8.9]), ("gpu", "missing")],
 )  # fmt: skip
@@ -70,7 +70,7 @@ def test_a_record_with_a_value_of_another_kind(name: str, value: object, tmp_pat
     profile, tensor = Profile("prefill", (1, 1, 1), (1, 8, 8)), TensorInfo("input_ids", "int64", (1, "tokens"))
     record = EngineRecord(
         "trt", "10.15", "fp16", "fused", ("8.9",), "NVIDIA L4", 1, 8, 64, (profile,), (tensor,), (), 0, 0, 0, 0.5, 0,
-        DIGEST, {"a": DIGEST},
+        DIGEST,
     )  # fmt: skip
     (tmp_path / "decoder.engine").write_bytes(b"")
     values = json.loads(json.dumps(record.to_json()))

@@ -20,7 +20,7 @@ from nbl_export.targets.onnx import export_genai
 from nbl_export.targets.onnx.facts import CUDA, provider_of, read_facts
 from nbl_export.targets.onnx.genai import GenaiRunner, load_package
 
-__all__ = ["CAPABILITIES", "ORT", "OrtEngine", "is_installed", "probe"]
+__all__ = ["CAPABILITIES", "ORT", "OrtEngine", "is_installed"]
 
 CAPABILITIES = Capabilities(
     name="ort",
@@ -42,8 +42,22 @@ class OrtEngine(Target):
     capabilities = CAPABILITIES
 
     def probe(self) -> Availability:
-        """See `probe`."""
-        return probe()
+        """Whether ONNX Runtime computes here, by a tiny product with a known result. Never raises."""
+        try:
+            clash = _clashing_packages()
+            if clash:
+                return Availability(
+                    False, f"{clash}; they overwrite each other's files: uninstall both, then install one"
+                )
+            genai, onnxruntime = load_package("onnxruntime_genai"), load_package("onnxruntime")
+            answer = _known_answer()
+            if answer != [17.0, 30.0]:
+                return Availability(False, f"onnxruntime {onnxruntime.__version__} computes {answer}, not [17, 30]")
+            return Availability(
+                True, f"onnxruntime {onnxruntime.__version__}, onnxruntime-genai {genai.__version__}, CPU provider"
+            )
+        except Exception as error:  # a broken installation may raise anything
+            return Availability(False, one_line(error))
 
     def owns(self, path: Path) -> bool:
         """Whether the directory is GenAI's, for this provider."""
@@ -75,23 +89,6 @@ class OrtEngine(Target):
 
 
 ORT = OrtEngine()
-
-
-def probe() -> Availability:
-    """Whether ONNX Runtime computes here, by a tiny product with a known result. Never raises."""
-    try:
-        clash = _clashing_packages()
-        if clash:
-            return Availability(False, f"{clash}; they overwrite each other's files: uninstall both, then install one")
-        genai, onnxruntime = load_package("onnxruntime_genai"), load_package("onnxruntime")
-        answer = _known_answer()
-        if answer != [17.0, 30.0]:
-            return Availability(False, f"onnxruntime {onnxruntime.__version__} computes {answer}, not [17, 30]")
-        return Availability(
-            True, f"onnxruntime {onnxruntime.__version__}, onnxruntime-genai {genai.__version__}, CPU provider"
-        )
-    except Exception as error:  # a broken installation may raise anything
-        return Availability(False, one_line(error))
 
 
 def _clashing_packages() -> str:

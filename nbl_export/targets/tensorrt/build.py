@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from nbl_export.errors import NblError
-from nbl_export.files import file_sha256, friendly_os_errors, scratch_in, write_json
+from nbl_export.files import friendly_os_errors, scratch_in, write_json
 from nbl_export.graph.names import ALL_LOGITS_FILE, STATIC_GRAPH_FILE
 from nbl_export.graph.trust import read_proto
 from nbl_export.records.decoder import ITEMSIZE, GraphContract
@@ -213,8 +213,6 @@ def _config(parsed: ParsedNetwork, profiles: Sequence[Profile], library: Library
     config = require(builder.create_builder_config())
     if library.jit:  # refuses kernels that allocate or wait for the host, which a CUDA graph cannot hold
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
-    else:
-        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # names kernels to `runner.TrtSession.inspected`
     for profile in profiles:
         config.add_optimization_profile(_shapes(builder, parsed.network, profile))
     return config
@@ -283,8 +281,7 @@ def _record(
     caches = [info for info in contract.inputs if info.name.startswith("past_key_values.")]
     per_token = sum(int(i.shape[1]) * int(i.shape[3]) * ITEMSIZE[i.dtype] for i in caches)
     cache_length = _slots(contract)
-    gpu, weights = find_gpu(), parsed.graph.with_name(f"{_GRAPH}.data")
-    files = [parsed.graph, *([weights] if weights.is_file() else [])]
+    gpu = find_gpu()
     return EngineRecord(
         engine=library.capabilities.name,
         version=parsed.trt.__version__,
@@ -304,7 +301,6 @@ def _record(
         build_seconds=round(built.seconds, 3),
         plan_bytes=built.plan_bytes,
         plan_sha256=built.plan_sha256,
-        graph_sha256={f.name: file_sha256(f) for f in files},
     )
 
 

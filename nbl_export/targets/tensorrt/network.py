@@ -58,7 +58,6 @@ class ParsedNetwork:
     builder: Any
     network: Any
     parser: Any
-    graph: Path  # the parsed file
 
     @property
     def contract(self) -> GraphContract:
@@ -107,7 +106,7 @@ def parse(trt: Any, log: Messages, path: Path) -> ParsedNetwork:
         if changed := changes(said):
             raise NblError(f"TensorRT's parser would change {path}, so no engine is built: {changed[0]}")
     network.name = path.parent.name
-    parsed = ParsedNetwork(trt, builder, network, parser, path)
+    parsed = ParsedNetwork(trt, builder, network, parser)
     if unread := _unread_inputs(parsed):
         raise NblError(
             f"TensorRT's parser ignores the input {unread[0]} of {path}; its engine would compute something else"

@@ -39,7 +39,6 @@ class EngineRecord:
         gpu: name of the GPU whose kernels were timed; "" if the plan was built for no GPU of its own.
         cache_bytes_per_token: of one row.
         cache_bytes: of max_batch rows with all slots.
-        graph_sha256: hash by file name.
     """
 
     engine: str
@@ -60,7 +59,6 @@ class EngineRecord:
     build_seconds: float
     plan_bytes: int
     plan_sha256: str
-    graph_sha256: dict[str, str]
 
     @property
     def contract(self) -> GraphContract:

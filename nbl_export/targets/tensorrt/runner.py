@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -50,7 +49,6 @@ log = logging.getLogger(__name__)
 
 _INDEX = np.dtype(np.int64)
 _PER_ROW = ("write_indices", "num_tokens")
-_FUSED_SIGNS = ("mha", "flash")  # in names of fused attention kernels (NVIDIA's TensorRT-Model-Connect looks for mha)
 # That prefill of a library is padded to, which compiles kernels for a shape.
 _WIDTHS = (16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048)
 
@@ -122,7 +120,6 @@ class TrtSession:
         self.chunk = record.prefill_chunk
         self.kernels = kernels
         self._record, self._device, self._messages = record, device, messages_of(trt)
-        self._format = trt.LayerInformationFormat.JSON
         self._batch = 0
         self._caches: dict[str, tuple[int, int]] = {}
         self._shapes: dict[int, tuple[int, ...]] = {}
@@ -231,21 +228,6 @@ class TrtSession:
         self._device.download(self._buffers["logits"], raw)
         self._device.synchronize()
         return raw
-
-    def inspected(self) -> str:
-        """What the library says of the layers, in words, or that it does not, as its form may change. Never raises.
-
-        A name with a fused kernel does not tell whether keys and values are copied for each query head.
-        """
-        try:
-            with self._messages.explaining("TensorRT does not describe the engine"):
-                inspector = require(self._engine.create_engine_inspector(), "an inspector")
-                layers = json.loads(inspector.get_engine_information(self._format))["Layers"]
-        except NblError as error:
-            return str(error)
-        described = [json.dumps(one).lower() for one in layers]
-        fused = sum(any(sign in text for sign in _FUSED_SIGNS) for text in described)
-        return f"{len(described)} layers, of which {fused} name a fused attention kernel"
 
     @property
     def cache_bytes(self) -> int:

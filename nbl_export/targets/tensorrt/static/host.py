@@ -162,10 +162,6 @@ class StaticDecoder:
         """Bytes that the caches of the running batch take, filled or not."""
         return self.session.cache_bytes
 
-    def rewind(self, length: int) -> None:
-        """Drop everything after the first `length` tokens of the only row."""
-        self._rows.rewind(length)
-
 
 def _counts(valid_BT: np.ndarray) -> list[int]:
     counts = valid_BT.sum(1).astype(int)
@@ -255,10 +251,6 @@ class StaticRunner(Speaking):
     def rewind(self, length: int) -> None:
         """Drop everything after the first `length` tokens; costs nothing, because the cache stays."""
         self._rows.rewind(length)
-
-    def inspected(self) -> str:
-        """What the engine says of itself, in words; "" if it says nothing."""
-        return str(getattr(self._session, "inspected", str)())
 
     def device_seconds(self) -> float | None:
         """See `Session.device_seconds`."""
