@@ -11,22 +11,21 @@ from bed import Bed, log
 __all__ = ["cost_model", "dropped", "judged"]
 
 
-def judged(bed: Bed, maps: Mapping[int, Any], count: int, select: str, tap: str = "normed") -> tuple[Any, float]:
-    """The order of layers that nbl-export chooses by trials, and the seconds of the choice."""
+def judged(bed: Bed, maps: Mapping[int, Any], count: int, tap: str) -> tuple[Any, float]:
+    """The sets of layers in the order that nbl-export chooses by trials, and the seconds of the choice."""
     from nbl_export.measure.cost import map_sizes
     from nbl_export.model import bfloat16
     from nbl_export.model.switched import SwitchedModel
-    from nbl_export.plan.greedy import GreedyOrder, Judge, Search
+    from nbl_export.plan.greedy import Judge, Search
 
     costs, sizes = cost_model(bed), map_sizes(maps)
     saved: Any = lambda gone: costs.prefill_saved({i: sizes[i] for i in gone})  # noqa: E731
-    weighed = saved if select == "efficient" else None
     started, narrow = time.monotonic(), bfloat16.fast(bed.model.device)
     judge = Judge(SwitchedModel(bed.model, maps, tap, narrow=narrow), bed.judging)
-    order = Search(judge, GreedyOrder(), weighed, lambda _d, _t: None).extend(count)
+    steps = Search(judge, (), saved, lambda _d, _t: None).extend(count)
     seconds = time.monotonic() - started
-    log(f"{select}: {list(order.layers)} in {seconds:.0f} s")
-    return order, seconds
+    log(f"{list(steps[-1].layers)} in {seconds:.0f} s")
+    return steps, seconds
 
 
 def cost_model(bed: Bed) -> Any:

@@ -62,21 +62,22 @@ def orders(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
     counts = [int(n) for n in options.counts.split(",")]
     maps = bed.maps("residual", range(bed.spec.num_layers))
     scores = [lmmse.score(m, i) for i, m in bed.moments["residual"].items()]
-    order, seconds = judged(bed, maps, max(counts), "efficient", "residual")
+    steps, seconds = judged(bed, maps, max(counts), "residual")
+    order = steps[-1].layers
     named = {
-        ",".join(map(str, sorted(steps[:n]))): (name, n)
-        for name, steps in (("efficient", order.layers), ("cca", ranked(scores, "cca")))
+        ",".join(map(str, sorted(layers[:n]))): (name, n)
+        for name, layers in (("efficient", order), ("cca", ranked(scores)))
         for n in counts
     }
     asked = [*named, *(text for text in options.layers.split(";") if text)]
-    ours = {str(n): tuple(sorted(order.layers[:n])) for n in counts}
+    ours = {str(n): tuple(sorted(order[:n])) for n in counts}
     return {
-        "order": list(order.layers), "losses": [step.loss for step in order.steps], "seconds": seconds,
+        "order": list(order), "losses": [step.loss for step in steps], "seconds": seconds,
         "sets": {name: f"{kind} {n}" for name, (kind, n) in named.items()}, **sets(bed, asked),
         "drop": bed.quality_losses(dropped(maps), "residual", ours),
-        "normed": bed.quality_losses(bed.maps("normed", order.layers), "normed", ours),
+        "normed": bed.quality_losses(bed.maps("normed", order), "normed", ours),
         "normed without bias": bed.quality_losses(
-            bed.maps("normed", order.layers, bias=False), "normed", ours
+            bed.maps("normed", order, bias=False), "normed", ours
         ),
     }  # fmt: skip
 

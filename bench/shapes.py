@@ -1,7 +1,7 @@
 """Peak memory and seconds of stages on random checkpoints with the shapes of large models.
 
-    python bench/shapes.py TOKENIZER 3B --memory 14 --until report --precision int4 --select error
-    python bench/shapes.py TOKENIZER 8B --memory 18 --until rewrite --precision int4 --select error --tokens 4608
+    python bench/shapes.py TOKENIZER 3B --memory 14 --until report --precision int4 --select cca
+    python bench/shapes.py TOKENIZER 8B --memory 18 --until rewrite --precision int4 --select cca --tokens 4608
 
 TOKENIZER is a model directory whose tokenizer has no more words than the shapes. Weights are random, so quality and the
 chosen layers mean nothing. A process may take --memory GiB for weights, so that each model runs one layer at a time.

@@ -114,7 +114,7 @@ def plan(
 
     Args:
         layers: how many (8), or which ([7, 9] or "0,7,24-29"); None leaves the number to the limit on quality.
-        select: order of the layers: efficient (default), greedy, cca or error.
+        select: order of the layers: efficient (default) or cca.
         max_perplexity_increase: most increase of perplexity on held-back text; "5%" without `layers`.
         maps: affine, or linear for maps without a bias.
 
@@ -195,7 +195,6 @@ def _selection(calibration: Calibration, options: JobOptions, quiet: bool) -> Se
     inputs = OrderInputs(
         MapKind(options.kind, options.tap, options.has_bias),
         spec.num_layers,
-        spec.hidden_size,
         options.select or DEFAULT_SELECT,
         Lazy(None, lambda: lambda layer, tap: moments[tap][layer]),
         Lazy(None, lambda: lambda maps, tap: SwitchedModel(model, maps, tap)),

@@ -207,7 +207,7 @@ class Job:
         """Work of the choice of layers."""
         options, layers, judged = self.options, self.shape.decoder.num_layers, judging_tokens(self.options.context)
         work = 0.0 if self.trains else self._tested
-        if options.select not in ("cca", "error") and not names_layers(options.layers):
+        if options.select != "cca" and not names_layers(options.layers):
             tokens = judged * (layers / 2 + 0.75 * self.count)  # each layer alone; one or two candidates of each step
             work += tokens * self._token
         return work + _FIT * self.shape.decoder.hidden_size * self.moments / 16

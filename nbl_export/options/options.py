@@ -26,8 +26,7 @@ __all__ = ["AUTO_CUT", "BUILDER_OPTIONS", "CHECKPOINT_FIT", "DEFAULT_SLOTS", "DR
 # Source of the maps: closed form for each layer; joint training from there; zero, which drops attention; or an NBL
 # checkpoint.
 FITS = ("independent", "distilled", "drop", "given")
-# How layers are ranked: smallest CCA bound, smallest relative error, least quality loss, least loss for the work saved.
-SELECTS = ("cca", "error", "greedy", "efficient")
+SELECTS = ("cca", "efficient")  # how layers are ranked: smallest CCA bound, least quality loss for the work saved
 DTYPES = ("auto", "float32", "bfloat16")  # of products while calibrating and choosing layers
 DEVICES = ("auto", "cpu", "cuda")  # of torch
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # ends a line, or moves a terminal's cursor
@@ -74,7 +73,7 @@ def _usual_fit(values: Mapping[str, Any], engine: Capabilities | None, model: Mo
     if engine is None and not closed:
         return ""  # it depends on the engine and the model, so that a command states it
     predicts = _cuts(values, engine) and _predicts(model)
-    return "independent" if closed or predicts or values["select"] in ("cca", "error") else "distilled"
+    return "independent" if closed or predicts or values["select"] == "cca" else "distilled"
 
 
 def _usual_kind(values: Mapping[str, Any], _engine: Capabilities | None, _model: ModelFacts) -> str:
@@ -248,7 +247,7 @@ class JobOptions:
         _REPLACED, "main plan", metavar="KIND", usual=_usual_kind, applies=_REPLACING, key=True,
     )  # fmt: skip
     select: str | None = option(
-        None, "Order: efficient (default), greedy, error, or the paper's cca.", _REPLACED, "main plan",
+        None, "Order: efficient (default), or the paper's cca.", _REPLACED, "main plan",
         choices=SELECTS, metavar="ORDER", applies=_ORDERED, key=True,
     )  # fmt: skip
     maps: str = option(

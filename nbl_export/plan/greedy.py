@@ -12,12 +12,9 @@ layer by the estimate is tried with S in a true pass. If its loss turns out wors
 layer, that layer is tried too, at most TRIES of them, and the best one tried is taken. What a layer lost more than
 estimated counts against it in later steps.
 
-With `saving` (select "efficient"), the layer is taken that gives the set with the least loss for the square root of the
-prefill work that the whole set saves. Each layer saves the same part of a decode step, so for equally large sets this
-is the loss over the geometric mean of what is saved in prefill and in decode.
-
-A shorter order is the front of a longer order. `extrapolate` goes on by the estimate alone, for a curve of quality
-against speed, with a true pass at the end of each stretch.
+The layer is taken that gives the set with the least loss for the square root of the prefill work that the whole set
+saves. Each layer saves the same part of a decode step, so for equally large sets this is the loss over the geometric
+mean of what is saved in prefill and in decode. A shorter order is the front of a longer order.
 
 An effect is what replaced layers change in the model's output, at judged positions of some text:
 
@@ -46,7 +43,7 @@ from nbl_export.model import processes
 from nbl_export.model.head import divergence
 from nbl_export.model.switched import Progress, SwitchedModel, quiet
 
-__all__ = ["EVERY", "RULE", "TRIES", "Effects", "GreedyOrder", "Judge", "Point", "Search"]
+__all__ = ["EVERY", "RULE", "TRIES", "Effects", "Judge", "Point", "Search"]
 
 RULE = 2  # number of the rule in this module; another order for the same model needs another number
 TRIES = 3
@@ -86,63 +83,16 @@ class Point:
         return max(self.increases)
 
 
-@dataclass(frozen=True)
-class GreedyOrder:
-    """Sets in order of replacement, each with one layer more than the one before; and sets beyond (`extrapolate`)."""
-
-    steps: tuple[Point, ...] = ()
-    beyond: tuple[Point, ...] = ()
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The layers, first replaced first."""
-        return self.steps[-1].layers if self.steps else ()
-
-
-class _Front:
-    """A set with known effects, and layers added to it by the estimate. Everything is kept for each text P.
-
-    What a further layer K adds to the loss is `_more_PK`.
-
-    Args:
-        alone: effects of each layer alone, for each text.
-        base, known: effects of the set for each text, and the set; None for the empty set.
-    """
-
-    def __init__(self, alone: Sequence[_Solo], base: Sequence[Effects] | None, known: Point | None) -> None:
-        self._gram_PKK = torch.stack([solo.gram for solo in alone])
-        self._more_PK = torch.stack([solo.loss for solo in alone])
-        self._loss_P = torch.tensor(known.losses if known else [0.0] * len(alone), dtype=torch.float64)
-        self.layers = known.layers if known else ()
-        if base is not None:
-            cross = [_scaled(part, solo) for part, solo in zip(base, alone, strict=True)]
-            self._more_PK = self._more_PK + torch.stack(cross)
-
-    def estimate(self, layer: int) -> float:
-        """Estimated loss of the set with one more layer."""
-        return _overall(self._loss_P + self._more_PK[:, layer])
-
-    def add(self, layer: int) -> None:
-        """Add a layer without a true pass."""
-        self._loss_P = self._loss_P + self._more_PK[:, layer]
-        self.layers = (*self.layers, layer)
-        self._more_PK = self._more_PK + self._gram_PKK[:, layer]
-
-
 class _Solo:
-    """Effects of each layer alone on one text, scaled so that half of the gram's diagonal is the true KL."""
+    """Effects of each layer alone on one text, the loss of each, and the factors that make half of d' F d its KL."""
 
     def __init__(self, effects: Effects) -> None:
-        gram = effects.gram(effects)
         kl_K, rise_K = (value.mean(0, dtype=torch.float64).cpu() for value in (effects.kl_NK, effects.rise_NK))
-        self.effects, self.loss = effects, (kl_K + rise_K) / 2
-        self.scale = _scale(effects)
-        self.gram = (gram + gram.T) / 2 * self.scale[:, None] * self.scale
+        self.effects, self.loss, self.scale = effects, (kl_K + rise_K) / 2, _scale(effects)
 
-
-def _scaled(base: Effects, solo: _Solo) -> torch.Tensor:
-    """What a set and each layer cost together beyond the sum of both, on one text [K]."""
-    return base.gram(solo.effects)[0] * _scale(base) * solo.scale
+    def beside(self, base: Effects) -> torch.Tensor:
+        """What a set and each layer cost together beyond the sum of both [K]."""
+        return base.gram(self.effects)[0] * _scale(base) * self.scale
 
 
 def _overall(loss_P: torch.Tensor) -> float:
@@ -156,76 +106,62 @@ class Search:
 
     Args:
         judge: measures effects.
-        order: steps found before with the same judge are kept.
-        saving: share of a prefill's work that replacing these layers saves; None counts no work.
+        steps: sets in order of replacement, each with one layer more than the one before, found with the same judge.
+        saving: share of a prefill's work that replacing these layers saves.
         progress: called with trials and passes done, and the total of the round of trials.
         kept: layers that are not replaced.
     """
 
     def __init__(
-        self, judge: Judge, order: GreedyOrder, saving: Callable[[Sequence[int]], float] | None,
-        progress: Progress, kept: Sequence[int] = (),
+        self, judge: Judge, steps: tuple[Point, ...], saving: Callable[[Sequence[int]], float], progress: Progress,
+        kept: Sequence[int] = (),
     ) -> None:  # fmt: skip
         self._judge, self._saving, self._kept = judge, saving, kept
         self._effects_alone = judge.alone(progress)
         self._alone = [_Solo(part) for part in self._effects_alone.split(judge.parts)]
         if not any(math.isfinite(_overall(loss_P)) for loss_P in torch.stack([solo.loss for solo in self._alone], 1)):
             raise NblError("the map of layer 0 gives logits that are not finite; give more --calibration-tokens")
-        self.order = order
+        self.steps = steps
         self._excess: dict[int, float] = {}
-        self._effects = judge.together(order.layers) if order.layers else None
+        self._effects = judge.together(steps[-1].layers) if steps else None
 
-    def extend(self, length: int, progress: Progress = quiet) -> GreedyOrder:
-        """Take true steps up to `length` of them.
+    def extend(self, length: int, progress: Progress = quiet) -> tuple[Point, ...]:
+        """Take steps up to `length` of them, and return all.
 
         Raises:
             NblError: every further layer's map gives logits that are not finite.
         """
-        while len(self.order.steps) < length:
+        while len(self.steps) < length:
             point, self._effects = self._step()
-            self.order = GreedyOrder((*self.order.steps, point))
-            progress(len(self.order.steps), length)
-        return self.order
+            self.steps = (*self.steps, point)
+            progress(len(self.steps), length)
+        return self.steps
 
-    def extrapolate(self, counts: Sequence[int], progress: Progress = quiet) -> GreedyOrder:
-        """Estimate further sets, with a true pass at each of `counts`."""
-        front, points = self._front(self.order.steps[-1] if self.order.steps else None, self._effects), []
-        for count in sorted(counts):
-            while len(front.layers) < count:
-                best = self._ranked(front)[0]
-                if not math.isfinite(front.estimate(best)):
-                    break
-                front.add(best)
-            if len(front.layers) < count or count <= len(self.order.layers):
-                continue
-            effects = self._judge.together(front.layers)
-            point = self._point(front.layers, effects)
-            if not math.isfinite(point.loss):
-                break
-            points.append(point)
-            progress(len(points), len(counts))
-            front = self._front(point, effects)
-        self.order = GreedyOrder(self.order.steps, tuple(points))
-        return self.order
-
-    def _front(self, known: Point | None, effects: Effects | None) -> _Front:
-        return _Front(self._alone, None if effects is None else effects.split(self._judge.parts), known)
+    def _estimates(self) -> list[float]:
+        """Estimated loss of the set with each layer as one more."""
+        loss_PK = torch.stack([solo.loss for solo in self._alone])
+        if self._effects is not None:
+            parts = zip(self._alone, self._effects.split(self._judge.parts), strict=True)
+            known_P1 = torch.tensor(self.steps[-1].losses, dtype=torch.float64)[:, None]
+            loss_PK = known_P1 + (loss_PK + torch.stack([solo.beside(part) for solo, part in parts]))
+        return [_overall(loss_P) for loss_P in loss_PK.unbind(1)]
 
     def _step(self) -> tuple[Point, Effects]:
-        known = self.order.steps[-1] if self.order.steps else None
-        front = self._front(known, self._effects)
-        ranked = self._ranked(front)
+        known, estimates = self.steps[-1].layers if self.steps else (), self._estimates()
+        foreseen = {
+            i: self._value(loss + self._excess.get(i, 0.0), (*known, i))
+            for i, loss in enumerate(estimates)
+            if i not in known and i not in self._kept
+        }
+        ranked = sorted(foreseen, key=lambda i: (foreseen[i], i))  # the lower layer first on a tie
         tried: list[tuple[float, Point, Effects]] = []
         for layer, following in zip(ranked[:TRIES], [*ranked[1:], None], strict=False):
-            replaced_set = (*front.layers, layer)
+            replaced_set = (*known, layer)
             effects = self._judge.together(replaced_set) if known else self._effects_alone[layer]
             point = self._point(replaced_set, effects)
-            self._excess[layer] = max(0.0, point.loss - front.estimate(layer))
+            self._excess[layer] = max(0.0, point.loss - estimates[layer])
             tried.append((self._value(point.loss, replaced_set), point, effects))
-            best = min(tried, key=lambda t: t[0])
-            if following is None or best[0] <= self._value(
-                self._estimate(front, following), (*front.layers, following)
-            ):
+            if following is None or min(value for value, _, _ in tried) <= foreseen[following]:
                 break
         _, point, effects = min(tried, key=lambda t: t[0])
         if not math.isfinite(point.loss):
@@ -235,18 +171,8 @@ class Search:
         self._excess.pop(point.layers[-1], None)
         return point, effects
 
-    def _ranked(self, front: _Front) -> list[int]:
-        """Layers by the value of the set with them, best first; the lower layer first on a tie."""
-        rest = [i for i in range(self._judge.num_layers) if i not in front.layers and i not in self._kept]
-        return sorted(rest, key=lambda i: (self._value(self._estimate(front, i), (*front.layers, i)), i))
-
-    def _estimate(self, front: _Front, layer: int) -> float:
-        return front.estimate(layer) + self._excess.get(layer, 0.0)
-
     def _value(self, loss: float, replaced_set: Sequence[int]) -> float:
-        if not math.isfinite(loss):
-            return math.inf
-        return loss if self._saving is None else loss / math.sqrt(max(self._saving(replaced_set), _NOTHING))
+        return loss / math.sqrt(max(self._saving(replaced_set), _NOTHING)) if math.isfinite(loss) else math.inf
 
     def _point(self, layers: tuple[int, ...], effects: Effects) -> Point:
         parts = effects.split(self._judge.parts)

@@ -36,17 +36,16 @@ class OrderInputs:
     """What the order of replacement follows from.
 
     Attributes:
-        select: "cca" (smallest bound), "error", "greedy" (least loss) or "efficient" (least loss for the work saved).
+        select: "cca" (smallest bound) or "efficient" (least loss for the work saved).
         moments: (layer, tap) -> its moments.
         mixes: maps and their tap -> the torch model, in which these maps can replace attention.
         texts: texts that layers are chosen by; no map is fitted on them.
-        saved: share of the arithmetic of a prefill of some tokens that maps save, for "efficient".
+        saved: share of the arithmetic of a prefill of some tokens that maps save.
         kept: layers that no order replaces.
     """
 
     kind: MapKind
     num_layers: int
-    hidden_size: int
     select: str
     moments: Lazy[Callable[[int, str], Any]]
     mixes: Lazy[Callable[[Maps, str], Any]]

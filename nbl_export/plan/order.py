@@ -18,7 +18,7 @@ from nbl_export.files import key_of
 from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import Mixer
 from nbl_export.model.switched import SwitchedModel
-from nbl_export.plan.greedy import EVERY, RULE, GreedyOrder, Judge, Point, Search
+from nbl_export.plan.greedy import EVERY, RULE, Judge, Point, Search
 from nbl_export.plan.inputs import Maps, OrderInputs, Task
 from nbl_export.records.from_json import read_record
 from nbl_export.records.inputs import Lazy, identity_of
@@ -27,7 +27,6 @@ from nbl_export.records.plan import USUAL_KIND, LayerScore, Plan
 __all__ = ["Selection", "choose", "quiet", "ranked"]
 
 _WEIGHED_TOKENS = 512  # of the prefill whose saved arithmetic is weighed, independent of --prompt-tokens
-_STRETCHES = 8  # the curve has a point at each eighth of the layers, up to half of them
 
 
 @contextlib.contextmanager
@@ -45,7 +44,7 @@ class Selection:
 
     def __init__(self, inputs: OrderInputs, task: Task = quiet, recorded: Mapping[str, Any] | None = None) -> None:
         self.inputs, self._task, self._found = inputs, task, recorded
-        self._order: GreedyOrder | None = None
+        self._steps: tuple[Point, ...] = ()
         self._names: list[str] = []  # of the texts that gave the order
         self._maps: dict[int, Mixer] = {}
 
@@ -87,15 +86,15 @@ class Selection:
     @property
     def judges(self) -> bool:
         """Whether the model's output gives the order."""
-        return self.select in ("greedy", "efficient")
+        return self.select == "efficient"
 
     def order(self, count: int) -> tuple[int, ...]:
         """The first `count` layers to replace; a smaller count gives a prefix of a larger count's layers."""
         if not count:
             return ()
         if not self.judges:
-            return tuple(i for i in ranked(self.scores, self.select) if i not in self.inputs.kept)[:count]
-        return self._extended(count).layers[:count]
+            return tuple(i for i in ranked(self.scores) if i not in self.inputs.kept)[:count]
+        return self._extended(count)[count - 1].layers
 
     def expected_count(self, increase: float) -> int:
         """The most layers whose increase of perplexity on the choosing windows is at most `increase` on every text.
@@ -104,45 +103,30 @@ class Selection:
         """
         count = 0
         while self.judges and count < self.inputs.num_layers - 1:
-            if self._extended(count + 1).steps[count].worst_increase > increase:
+            if self._extended(count + 1)[count].worst_increase > increase:
                 break
             count += 1
         return count
 
-    def extrapolate(self, count: int) -> None:
-        """Find the sets of a curve beyond `count` layers, unless they are recorded."""
-        layers = self.inputs.num_layers
-        wanted = sorted({round(k * layers / _STRETCHES) for k in range(1, _STRETCHES // 2 + 1)} - {0})
-        order = self._extended(count)
-        known = {len(point.layers) for point in (*order.steps, *order.beyond)}
-        missing = [n for n in wanted if n not in known and len(order.layers) < n < layers]
-        if missing:
-            with self._task("larger sets") as progress:
-                self._order = self._search.extrapolate(missing, progress)
-
-    def _extended(self, count: int) -> GreedyOrder:
-        self._order = self._order or self._recorded()
-        if len(self._order.steps) < count:
+    def _extended(self, count: int) -> tuple[Point, ...]:
+        self._steps = self._steps or self._recorded()
+        if len(self._steps) < count:
             search = self._search
             with self._task("sets of layers") as progress:
-                self._order = search.extend(count, progress)
-        return self._order
+                self._steps = search.extend(count, progress)
+        return self._steps
 
     @functools.cached_property
     def _search(self) -> Search:
         self._names, texts = map(list, zip(*self.inputs.texts.value, strict=True))
         tokens = sum(windows.numel() for windows in texts)
-        order = self._order or GreedyOrder()
-        with self._task(f"trying each layer on {tokens} tokens") as progress:
-            return Search(Judge(self.mixes, texts), order, self._saving, progress, self.inputs.kept)
-
-    @functools.cached_property
-    def _saving(self) -> Callable[[Sequence[int]], float] | None:
-        """Share of a prefill's arithmetic that replacing layers saves; None unless `select` is "efficient"."""
-        if self.select != "efficient":
-            return None
         saved, maps = self.inputs.saved.value, self._all_maps
-        return lambda gone: saved({i: maps[i] for i in gone}, _WEIGHED_TOKENS)
+
+        def saving(gone: Sequence[int]) -> float:
+            return saved({i: maps[i] for i in gone}, _WEIGHED_TOKENS)
+
+        with self._task(f"trying each layer on {tokens} tokens") as progress:
+            return Search(Judge(self.mixes, texts), self._steps, saving, progress, self.inputs.kept)
 
     @property
     def _all_maps(self) -> dict[int, Mixer]:
@@ -150,24 +134,23 @@ class Selection:
 
     # -- records -----------------------------------------------------------------------------------------------
 
-    def _recorded(self) -> GreedyOrder:
-        """The recorded order if it was made from the same inputs, else an empty order."""
+    def _recorded(self) -> tuple[Point, ...]:
+        """The recorded sets if they were found from the same inputs, else none."""
         found = self._found
         try:
             if not found or found["key"] != self.key:
-                return GreedyOrder()
+                return ()
             self._names = [str(name) for name in found["texts"]]
-            return read_record(GreedyOrder, {name: found[name] for name in ("steps", "beyond")})
-        except (KeyError, TypeError, ValueError):
-            return GreedyOrder()  # a damaged order is computed again
+            return tuple(read_record(Point, step) for step in found["steps"])
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return ()  # a damaged order is computed again
 
     @property
     def key(self) -> str:
         """Fingerprint of what an order by the model's output follows from."""
         inputs = self.inputs
-        saved = inputs.saved.identity if self.select == "efficient" else None
-        parts = (inputs.kind, inputs.moments, inputs.mixes, inputs.texts)
-        return key_of(RULE, EVERY, _WEIGHED_TOKENS, [identity_of(part) for part in parts], saved, inputs.kept)
+        parts = (inputs.kind, inputs.moments, inputs.mixes, inputs.texts, inputs.saved)
+        return key_of(RULE, EVERY, _WEIGHED_TOKENS, [identity_of(part) for part in parts], inputs.kept)
 
     def facts(self, speedup: Lazy[Callable[[Maps], Any]], setting: Lazy[Mapping[str, Any]]) -> dict[str, Any]:
         """Facts for the manifest: the order, so that it is not computed twice, and the curve that it gives.
@@ -175,10 +158,11 @@ class Selection:
         Args:
             speedup: modelled speed-ups of some maps. setting: what they are modelled for.
         """
-        if self._order is None:
+        if not self._steps:
             return {"curve": None}
-        greedy = {"key": self.key, "texts": self._names, **dataclasses.asdict(self._order)}
-        points = [self._point(speedup.value, point) for point in (*self._order.steps, *self._order.beyond)]
+        steps = [dataclasses.asdict(step) for step in self._steps]
+        greedy = {"key": self.key, "texts": self._names, "steps": steps}
+        points = [self._point(speedup.value, point) for point in self._steps]
         return {"greedy": greedy, "curve": {"texts": self._names, **setting.value, "points": points}}
 
     def _point(self, speedup: Callable[[Maps], Any], point: Point) -> dict[str, Any]:
@@ -192,10 +176,9 @@ class Selection:
 # -- from scores and a request to a plan -----------------------------------------------------------------------
 
 
-def ranked(scores: Sequence[LayerScore], select: str) -> tuple[int, ...]:
-    """All layers, smallest score first ("cca": bound, "error": relative error); the lower layer first on a tie."""
-    key = {"cca": "bound", "error": "relative_error"}[select]
-    return tuple(s.layer for s in sorted(scores, key=lambda s: (getattr(s, key), s.layer)))
+def ranked(scores: Sequence[LayerScore]) -> tuple[int, ...]:
+    """All layers, the smallest bound of the paper first; the lower layer first on a tie."""
+    return tuple(s.layer for s in sorted(scores, key=lambda s: (s.bound, s.layer)))
 
 
 def choose(
@@ -207,7 +190,7 @@ def choose(
     A count takes the first layers of `order` (default: `ranked`).
     """
     if isinstance(request, int):
-        order = ranked(scores, select) if order is None else order
+        order = ranked(scores) if order is None else order
         replaced = tuple(sorted(order[:request]))
     else:
         replaced, select = request, "given"

@@ -60,8 +60,6 @@ def make_plan(
             say(line)
         request, goal = reached.count, reached.facts
     order = selection.order(request) if isinstance(request, int) else None
-    if order and selection.judges:
-        selection.extrapolate(len(order))
     select = "given" if order is None else selection.select
     asked = selection.inputs.kind
     plan = choose(selection.scores, request, asked.tap, select, order, asked.kind)
@@ -185,7 +183,7 @@ def _unreachable(asked: str | None, step: Mapping[str, Any], share: float) -> st
             f"no layer can be replaced within the default limit of {_percent(share)}: {alone}; ask for a number with "
             "--layers N, or allow more with --max-perplexity-increase"
         )
-    return f"--max-perplexity-increase {asked} cannot be met: {alone}; allow more, or try the key select = 'greedy'"
+    return f"--max-perplexity-increase {asked} cannot be met: {alone}; allow more, or leave the key select out"
 
 
 def _test(selection: Selection, texts: Texts, share: float, task: Task) -> list[dict[str, Any]]:

@@ -32,12 +32,7 @@ from nbl_export.report.table import Cell, Column, Table, Tone
 
 __all__ = ["acceptance", "experts", "head", "origin", "title", "verification"]
 
-_CHOSEN_BY = {
-    "cca": "the smallest CCA bounds",
-    "error": "the smallest relative errors",
-    "greedy": "the smallest quality loss",
-    "efficient": "the smallest quality loss for the work saved",
-}
+_CHOSEN_BY = {"cca": "the smallest CCA bounds", "efficient": "the smallest quality loss for the work saved"}
 _TONES: Mapping[str, Tone] = {"faster": "ok", "slower": "bad"}
 _JUDGED: Mapping[str, Tone] = {"within": "ok", "above": "bad", "near": ""}
 _SHOWN = 4  # tests of one card; the table has all

@@ -261,16 +261,16 @@ def _again(report: Mapping[str, Any], options: str) -> str:
 
 
 def _commands(report: Mapping[str, Any]) -> Iterator[str]:
-    """Commands for the next counts of the curve in copies of the run, and for distillation in a new one."""
+    """Commands for lower cuts or one layer more in copies of the run, and for distillation in a new one."""
     if report.get("cut"):
         lower = [p for p in report["curve"]["points"] if p["layers"] > len(report["replaced_layers"])][:2]
         yield from (_again(report, f"--cut {min(p['replaced_layers'])} --near {p['near']}") for p in lower)
         return
-    taken, curve = len(report["replaced_layers"]), report["curve"]
+    taken = len(report["replaced_layers"])
     options = JobOptions.from_json(over(report["options"], {"layers": str(taken)}))
     if options.select is None and report["select"] != DEFAULT_SELECT:
         options = dataclasses.replace(options, select=report["select"])  # the order of this curve
-    for point in [p for p in curve["points"] if p["layers"] > taken][:2]:
-        yield _again(report, f"--layers {point['layers']}")
+    if taken + 1 < report["num_layers"]:
+        yield _again(report, f"--layers {taken + 1}")
     if report["fit"] == "independent" and taken:
         yield describe_command(dataclasses.replace(options, fit="distilled", tap="normed"), Path("distilled"))

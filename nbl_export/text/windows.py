@@ -6,7 +6,7 @@ Each window has one purpose, so no final figure is measured on text that chose s
     second text        | unused | deciding | choosing x 2 | final | deciding |
 
 second     text that nobody calibrates on
-choosing   chooses layers (`select` greedy or efficient), also as passages that occur twice, and judges distilled maps
+choosing   chooses layers (`select` efficient), also as passages that occur twice, and judges distilled maps
 deciding   decides how many layers a goal takes
 final      gives the figures of `verify`, the report and the card; no choice uses this part
 unused     was read while the tool's defaults were chosen; the second text's final part was not

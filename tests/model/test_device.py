@@ -23,7 +23,7 @@ from nbl_export.model.head import TorchDecoder
 from nbl_export.model.linearize import replaced
 from nbl_export.model.mapped import float32_bytes, layer_bytes
 from nbl_export.model.switched import SwitchedModel
-from nbl_export.plan.greedy import GreedyOrder, Judge, Search
+from nbl_export.plan.greedy import Judge, Search
 from nbl_export.report import page
 from nbl_export.run import pipeline
 from nbl_export.run.deployed import open_finished
@@ -77,10 +77,8 @@ def losses(model: Any, _directory: Path, _scratch: Path) -> Any:
 
 def ordered(model: Any, _directory: Path, _scratch: Path) -> Any:
     switched = SwitchedModel(model, {i: random_map(i) for i in range(3)}, "residual")
-    search = Search(Judge(switched, (IDS[:2], IDS[2:])), GreedyOrder(), None, quiet)
-    search.extend(1)
-    order = search.extrapolate([2])
-    return [[point.layers, point.kl, point.rises] for point in (*order.steps, *order.beyond)]
+    steps = Search(Judge(switched, (IDS[:2], IDS[2:])), (), lambda _gone: 1.0, quiet).extend(2)
+    return [[point.layers, point.kl, point.rises] for point in steps]
 
 
 def distilled(model: Any, _directory: Path, _scratch: Path) -> Any:

@@ -20,7 +20,7 @@ from nbl_export.model.head import logits_of
 from nbl_export.model.linearize import linearize
 from nbl_export.model.switched import SwitchedModel
 from nbl_export.plan import greedy
-from nbl_export.plan.greedy import EVERY, Effects, GreedyOrder, Judge, Point, Search
+from nbl_export.plan.greedy import EVERY, Effects, Judge, Point, Search
 from nbl_export.plan.order import Selection
 from nbl_export.records.from_json import read_record
 from nbl_export.run.stages.plan import order_of
@@ -44,6 +44,11 @@ MAPS = {i: small_map(i) for i in range(LAYERS)}
 
 def quiet(_done: int, _total: int) -> None:
     pass
+
+
+def even(_gone: Sequence[int]) -> float:
+    """All layers save as much."""
+    return 1.0
 
 
 def whole_models(
@@ -160,7 +165,7 @@ def whole_loss(directory: Path, replaced_set: tuple[int, ...], tap: str) -> floa
 def test_losses_of_an_order_are_those_of_whole_models(tap: str, checkpoint: Checkpoint) -> None:
     """The first layer loses least of all; a later one is not worse than the estimate of another, or all were tried."""
     directory = checkpoint("llama")
-    steps = Search(judged(SwitchedModel(load_model(directory), MAPS, tap)), GreedyOrder(), None, quiet).extend(2).steps
+    steps = Search(judged(SwitchedModel(load_model(directory), MAPS, tap)), (), even, quiet).extend(2)
     losses = {i: whole_loss(directory, (i,), tap) for i in range(LAYERS)}
     assert steps[0].layers == (min(losses, key=lambda i: losses[i]),)
     for step in steps:
@@ -170,12 +175,11 @@ def test_losses_of_an_order_are_those_of_whole_models(tap: str, checkpoint: Chec
 
 def test_an_order_goes_on_as_if_made_at_once_and_a_shorter_one_is_its_front(checkpoint: Checkpoint) -> None:
     switched = SwitchedModel(load_model(checkpoint("llama")), MAPS, "residual")
-    whole = Search(judged(switched), GreedyOrder(), None, quiet).extend(2)
-    first = Search(judged(switched), GreedyOrder(), None, quiet).extend(1)
-    kept = read_record(GreedyOrder, json.loads(json.dumps(dataclasses.asdict(first))))
-    assert kept == first
-    assert first.layers == whole.layers[:1]
-    assert Search(judged(switched), kept, None, quiet).extend(2).steps == whole.steps
+    whole = Search(judged(switched), (), even, quiet).extend(2)
+    first = Search(judged(switched), (), even, quiet).extend(1)
+    kept = tuple(read_record(Point, json.loads(json.dumps(dataclasses.asdict(step)))) for step in first)
+    assert kept == first == whole[:1]
+    assert Search(judged(switched), kept, even, quiet).extend(2) == whole
 
 
 class Planted(Judge):
@@ -215,42 +219,24 @@ class Planted(Judge):
 
 def test_the_estimate_alone_orders_layers_whose_changes_add_up() -> None:
     judge = Planted([0.05, 0.01, 0.04, 0.02, 0.03])
-    order = Search(judge, GreedyOrder(), None, quiet).extend(4)
-    assert order.layers == (1, 3, 4, 2)
+    steps = Search(judge, (), even, quiet).extend(4)
+    assert steps[-1].layers == (1, 3, 4, 2)
     assert judge.passes == [(1, 3), (1, 3, 4), (1, 3, 4, 2)]  # one pass a step, none for the first
-    assert [step.loss for step in order.steps] == pytest.approx([0.01, 0.03, 0.06, 0.10])
-    assert order.steps[0].losses == order.steps[0].rises == pytest.approx((0.01, 0.01))
-    assert order.steps[0].worst_increase == pytest.approx(math.expm1(0.01))
+    assert [step.loss for step in steps] == pytest.approx([0.01, 0.03, 0.06, 0.10])
+    assert steps[0].losses == steps[0].rises == pytest.approx((0.01, 0.01))
+    assert steps[0].worst_increase == pytest.approx(math.expm1(0.01))
 
 
 def test_the_estimate_knows_which_changes_go_together() -> None:
     """Layers 0 and 1 change the output alike, so both cost four times one of them; no pass has to find this out."""
     judge = Planted([0.010, 0.011, 0.012, 0.013], directions=[0, 0, 1, 2])
-    order = Search(judge, GreedyOrder(), None, quiet).extend(3)
-    assert order.layers == (0, 2, 3)
+    assert Search(judge, (), even, quiet).extend(3)[-1].layers == (0, 2, 3)
     assert judge.passes == [(0, 2), (0, 2, 3)]
-    search = Search(judge, GreedyOrder(), None, quiet)
-    assert search.extrapolate([3]).beyond[0].layers == (0, 2, 3)
-
-
-def test_layers_added_without_a_pass_cost_their_losses_and_each_pair_once() -> None:
-    """Three layers that change the output alike lose (0.1 + 0.2 + 0.3)^2, and a fourth of its own adds 0.05."""
-    judge = Planted([0.01, 0.04, 0.09, 0.05], directions=[0, 0, 0, 1])
-    search = Search(judge, GreedyOrder(), None, quiet)
-    for known, losses in (((), (0.01, 0.09, 0.36)), ((0,), (0.09, 0.36))):
-        search.extend(len(known))
-        front = search._front(Point(known, (0.01,) * 2, (0.01,) * 2) if known else None, search._effects)
-        for layer, loss in enumerate(losses, len(known)):
-            assert front.estimate(layer) == pytest.approx(loss)
-            front.add(layer)
-        assert front.estimate(3) == pytest.approx(0.36 + 0.05)
-        assert front.layers == (0, 1, 2)
 
 
 def test_neighbours_that_cost_more_together_are_found_out_by_a_true_pass() -> None:
     judge = Planted([0.01, 0.012, 0.02, 0.03], {frozenset((0, 1)): 0.05})
-    order = Search(judge, GreedyOrder(), None, quiet).extend(3)
-    assert order.layers == (0, 2, 3)
+    assert Search(judge, (), even, quiet).extend(3)[-1].layers == (0, 2, 3)
     assert judge.passes[:2] == [(0, 1), (0, 2)]
     assert (0, 2, 1) not in judge.passes  # what was found out counts against layer 1 from then on
 
@@ -258,9 +244,8 @@ def test_neighbours_that_cost_more_together_are_found_out_by_a_true_pass() -> No
 def test_at_most_some_layers_are_tried_at_a_step() -> None:
     excess = {frozenset((0, k)): 1.0 for k in range(1, 6)}
     judge = Planted([0.01, 0.02, 0.021, 0.022, 0.023, 0.024], excess)
-    order = Search(judge, GreedyOrder(), None, quiet).extend(2)
+    assert Search(judge, (), even, quiet).extend(2)[-1].layers == (0, 1)
     assert len(judge.passes) == greedy.TRIES
-    assert order.layers == (0, 1)
 
 
 def test_the_worst_text_counts_most() -> None:
@@ -280,24 +265,13 @@ def test_what_saves_more_may_lose_more() -> None:
         def saving(gone: Sequence[int], work: float = work) -> float:
             return sum(work if i == 0 else 1.0 for i in gone)
 
-        assert Search(Planted([0.2, 0.1]), GreedyOrder(), saving, quiet).extend(1).layers == (first,)
-
-
-def test_the_extrapolation_goes_on_by_the_estimate_with_a_true_pass_at_each_end() -> None:
-    judge = Planted([0.05, 0.01, 0.04, 0.02, 0.03, 0.9])
-    search = Search(judge, GreedyOrder(), None, quiet)
-    search.extend(1)
-    order = search.extrapolate([1, 3, 5])
-    assert [point.layers for point in order.beyond] == [(1, 3, 4), (1, 3, 4, 2, 0)]
-    assert judge.passes == [(1, 3, 4), (1, 3, 4, 2, 0)]
-    assert order.layers == (1,)
-    assert order.beyond[1].loss == pytest.approx(0.15)
+        assert Search(Planted([0.2, 0.1]), (), saving, quiet).extend(1)[-1].layers == (first,)
 
 
 def test_the_model_comes_back_as_it_was(checkpoint: Checkpoint) -> None:
     model = load_model(checkpoint("llama"))
     modules, layers = list(model.modules()), list(model.model.layers)
-    Search(judged(SwitchedModel(model, MAPS, "residual")), GreedyOrder(), None, quiet).extend(2)
+    Search(judged(SwitchedModel(model, MAPS, "residual")), (), even, quiet).extend(2)
     assert list(model.modules()) == modules
     assert list(model.model.layers) == layers
     assert not any(layer._forward_pre_hooks for layer in layers)
@@ -306,14 +280,14 @@ def test_the_model_comes_back_as_it_was(checkpoint: Checkpoint) -> None:
 def test_maps_that_are_not_finite_are_left_or_named(checkpoint: Checkpoint) -> None:
     bad = {i: Linear(MAPS[i].weight * float("inf"), MAPS[i].bias) for i in range(LAYERS)}
     model = load_model(checkpoint("llama"))
-    order = Search(judged(SwitchedModel(model, {**bad, 1: MAPS[1]}, "residual")), GreedyOrder(), None, quiet).extend(1)
-    assert order.layers == (1,)
+    steps = Search(judged(SwitchedModel(model, {**bad, 1: MAPS[1]}, "residual")), (), even, quiet).extend(1)
+    assert steps[-1].layers == (1,)
     with pytest.raises(NblError, match="layer 0 gives logits that are not finite"):
-        Search(judged(SwitchedModel(model, bad, "residual")), GreedyOrder(), None, quiet)
+        Search(judged(SwitchedModel(model, bad, "residual")), (), even, quiet)
 
 
 def test_layers_are_judged_on_another_text_too(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = opened(run, compute_dtype="auto", select="greedy")
+    job = opened(run, compute_dtype="auto", select="efficient")
     seen: list[Any] = []
     bfloat16: list[bool] = []
 

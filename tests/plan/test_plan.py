@@ -164,7 +164,7 @@ def test_a_plan_reads_the_moments_of_one_layer_at_a_time(run: Path, monkeypatch:
     gc.collect()
     gc.freeze()  # what is there already is not looked through again and again
     try:
-        for select in ("cca", "greedy"):
+        for select in ("cca", "efficient"):
             done = nbl("plan", run, "--layers", "1", *keys(select=select))
             assert done.status == 0, done.err
     finally:

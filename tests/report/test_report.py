@@ -264,7 +264,7 @@ def test_a_share_of_the_memory_rate_is_told_up_to_all_of_it() -> None:
 
 
 def test_the_curve_is_drawn_with_a_ring_at_this_runs_number(tmp_path: Path) -> None:
-    render({**MANIFEST, "curve": CURVE, "select": "greedy"}, VERIFY, None, tmp_path)
+    render({**MANIFEST, "curve": CURVE, "select": "efficient"}, VERIFY, None, tmp_path)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert 'id="curve-' in page and "3 layers</text>" in page
 

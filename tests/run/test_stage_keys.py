@@ -40,7 +40,7 @@ ASKED = {"eval": EVAL}
 # Another value of each option.
 OTHER: dict[str, Any] = {
     "destination": "mlx-lm", "layers": "2", "cut": "1", "max_perplexity_increase": "5%",
-    "kv_budget": "300B", "fit": "drop", "kind": "predicted", "select": "error", "tap": "normed", "maps": "linear",
+    "kv_budget": "300B", "fit": "drop", "kind": "predicted", "select": "efficient", "tap": "normed", "maps": "linear",
     "distill_minutes": 1.0,
     "distill_steps": 7, "distill_tokens": 7, "lora_rank": 7, "label_weight": 0.7, "calibration_tokens": 1024,
     "context": 64, "compute_dtype": "float32", "seed": 7, "precision": "int8",
@@ -72,6 +72,7 @@ READS: dict[str, tuple[str, ...]] = {
 HERE: dict[tuple[str, str], Any] = {
     ("build", "engine"): "trt", ("build", "decoder_source"): "genai", ("distill", "fit"): "independent",
     ("distill", "tap"): "residual", ("verify", "fit"): "independent", ("verify", "tap"): "residual",
+    ("plan", "select"): "cca", ("distill", "select"): "cca",
 }  # fmt: skip
 
 

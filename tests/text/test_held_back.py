@@ -83,7 +83,7 @@ def test_a_text_that_is_too_short_for_every_use_is_refused() -> None:
 
 
 def test_stages_read_the_parts_that_are_theirs(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = opened(run, select="greedy")
+    job = opened(run, select="efficient")
     near, second = (
         Division(*(parts.read(run / TEXT_FILE, f"{text}{part}") for part in PARTS)) for text in ("", "second.")
     )

@@ -68,7 +68,6 @@ def order_of(job: Job) -> OrderInputs:
     return OrderInputs(
         kind=MapKind(options.kind, options.tap, options.has_bias),
         num_layers=decoder.num_layers,
-        hidden_size=decoder.hidden_size,
         select=usual,
         moments=Lazy(job.files_of("calibrate"), lambda: _moments(job)),
         mixes=job.torch.mixes,

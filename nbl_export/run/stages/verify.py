@@ -325,7 +325,7 @@ def uses_of(inputs: VerifyInputs, place: Place) -> list[dict[str, Any]]:
     if inputs.training is not None:
         used.append(("distillation: training", names[0], inputs.training.value))
         used.append(("distillation: judging", names[0], inputs.judging.value))
-    if place.plan.select in ("greedy", "efficient"):
+    if place.plan.select == "efficient":
         used += [("choice of layers", *text) for text in inputs.choosing.value]
     if (place.run.manifest.get("goal") or {}).get("path"):
         used += [("number of layers", n, rows) for n, (_, rows) in zip(names, inputs.deciding.value, strict=False)]
