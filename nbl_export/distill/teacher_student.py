@@ -122,7 +122,7 @@ class TeacherStudent:
         if not training or self._weights is None:
             yield
             return
-        with self._weights.used(), bfloat16.products(self.model.device, True), bfloat16.ShortAttention():
+        with self._weights.used(), bfloat16.products(self.model.device, True):
             yield
 
     @contextlib.contextmanager
