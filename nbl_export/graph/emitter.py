@@ -63,12 +63,26 @@ class Maker:
     """Makes nodes whose names begin with a prefix; they are in `nodes`, and not in a graph yet.
 
     Args:
-        dtype: of outputs, where a call does not state another.
+        dtype: of outputs and constants, where a call does not state another.
+        graph: that gets the constants. constants: begins their names.
     """
 
-    def __init__(self, prefix: str, dtype: ir.DataType) -> None:
+    def __init__(self, prefix: str, dtype: ir.DataType, graph: ir.Graph | None = None, constants: str = "") -> None:
         self.nodes: list[ir.Node] = []
-        self._prefix, self._dtype = prefix, dtype
+        self._prefix, self._dtype, self._graph, self._constants = prefix, dtype, graph, constants
+        self._made: dict[str, ir.Value] = {}
+
+    def constant(self, name: str, values: Any, kind: ir.DataType | None = None) -> ir.Value:
+        """An initializer; the same name gives the same value.
+
+        Raises:
+            RefusalError: the graph had an initializer of this name before.
+        """
+        assert self._graph is not None
+        if name not in self._made:
+            dtype = kind or self._dtype
+            self._made[name] = add_initializer(self._graph, f"{self._constants}.{name}", np.asarray(values), dtype)
+        return self._made[name]
 
     def __call__(
         self, op_type: str, name: str, *inputs: ir.Value | None, kind: ir.DataType | None = None, outputs: int = 1,

@@ -31,7 +31,7 @@ from nbl_export.records.plan import spoken_layers
 from nbl_export.rewrite.blocks import RewriteBlocks, SkipNormToAdd, Sweep
 from nbl_export.rewrite.caches import DropCaches, DropUnreadCaches, make_dense
 from nbl_export.rewrite.cut import CutPrompt
-from nbl_export.rewrite.quantize import QuantizeMapBlocks, QuantizeMaps
+from nbl_export.rewrite.quantize import QuantizeMaps
 from nbl_export.rewrite.tail import keep_last_token
 from nbl_export.trust.model_settings import read_object
 
@@ -50,7 +50,6 @@ def passes_for(maps: Mapping[int, Mixer], tap: str = "residual") -> Sequence[ir.
         DropUnreadCaches(),
         SkipNormToAdd(),
         QuantizeMaps(),
-        QuantizeMapBlocks(),
         Sweep(),
     )
 

@@ -4,7 +4,7 @@ The caches that no layer holds go, and the kept ones are numbered densely where 
 
     before   inputs past.0 past.1 past.2 / outputs present.0 present.1 present.2      (1 replaced)
     after    inputs past.0 past.2        / outputs present.0 present.2
-    dense    inputs past.0 past.1        / outputs present.0 present.1                nbl.cache_layers = "0,2"
+    dense    inputs past.0 past.1        / outputs present.0 present.1
 
 Some exporters read the past length of all layers from one layer's cache (`Shape(past_key_values.0.key)`). These readers
 first get a kept cache, which has the same dimensions. Refuses a cache that any other node still reads.
@@ -21,9 +21,8 @@ from nbl_export.errors import RefusalError
 from nbl_export.graph.anatomy import cache_layers, graph_caches
 from nbl_export.graph.files import read_graph
 
-__all__ = ["LAYERS_KEY", "DropCaches", "DropUnreadCaches", "RenumberCaches", "make_dense"]
+__all__ = ["DropCaches", "DropUnreadCaches", "RenumberCaches", "make_dense"]
 
-LAYERS_KEY = "nbl.cache_layers"
 _DROPPED = "nbl_export.dropped"  # metadata key of a cache input; its value is the layer
 
 
@@ -92,51 +91,30 @@ def _remove(values: MutableSequence[ir.Value], gone: Sequence[ir.Value]) -> None
 
 
 class RenumberCaches(ir.passes.InPlacePass):
-    """Rename caches to ids 0..K-1, in the order of their layers; run last.
+    """Rename caches to ids 0..K-1, in the order of their layers; run last. The manifest has the layer of each id.
 
     TensorRT binds caches by name and accepts any ids. The code around TensorRT (ONNX Runtime's RTX provider, samples,
-    this project's contract) counts 0..K-1. The model's metadata keeps the layer of each id. Refuses a cache without its
-    other three tensors, and a name that another value has.
-
-    After a call, `new_ids` maps each kept layer to its id, and `renamed` lists (name, layer, id) of each tensor.
+    this project's contract) counts 0..K-1. Refuses a cache without its other three tensors, and a name that another
+    value has.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.new_ids: dict[int, int] = {}
-        self.renamed: tuple[tuple[str, int, int], ...] = ()
-
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        caches = graph_caches(model.graph)
-        before = _recorded(model, list(caches))
-        self.new_ids = {before[layer]: index for index, layer in enumerate(caches)}
-        plan = list(_plan(caches))
-        _refuse_taken(model.graph, [(value, name) for value, name, _, _ in plan])
-        changed = [value.name != name for value, name, _, _ in plan]
-        for value, name, _, _ in plan:
+        plan = list(_plan(graph_caches(model.graph)))
+        _refuse_taken(model.graph, plan)
+        changed = [value.name != name for value, name in plan]
+        for value, name in plan:
             value.name = name
-        model.metadata_props[LAYERS_KEY] = ",".join(map(str, self.new_ids))
-        self.renamed = tuple((name, before[layer], index) for _, name, layer, index in plan)
         return ir.passes.PassResult(model, modified=any(changed))
 
 
-def _recorded(model: ir.Model, ids: list[int]) -> dict[int, int]:
-    """Layer of each id that the graph has now; the metadata of a renumbered graph states the layers."""
-    stated = model.metadata_props.get(LAYERS_KEY)
-    layers = [int(part) for part in stated.split(",")] if stated else []
-    return {i: layers[i] if i < len(layers) else i for i in ids}
-
-
-def _plan(
-    caches: dict[int, tuple[tuple[ir.Value, ...], tuple[ir.Value, ...]]],
-) -> Iterator[tuple[ir.Value, str, int, int]]:
-    """Value, new name, old id and new id of every cache tensor."""
+def _plan(caches: dict[int, tuple[tuple[ir.Value, ...], tuple[ir.Value, ...]]]) -> Iterator[tuple[ir.Value, str]]:
+    """Value and new name of every cache tensor."""
     for index, (layer, (pasts, presents)) in enumerate(caches.items()):
         for value in (*pasts, *presents):
             if str(value.name).count(".") != 2:
                 raise RefusalError(layer, f"its cache is called {value.name}, which cannot be renumbered")
             stem, _, part = str(value.name).split(".")
-            yield value, f"{stem}.{index}.{part}", layer, index
+            yield value, f"{stem}.{index}.{part}"
 
 
 def _refuse_taken(graph: ir.Graph, names: list[tuple[ir.Value, str]]) -> None:

@@ -25,7 +25,7 @@ import onnx_ir as ir
 from nbl_export.errors import RefusalError
 from nbl_export.graph.anatomy import find_attention, find_block, graph_caches
 from nbl_export.graph.caches import is_static
-from nbl_export.graph.emitter import Maker, choose, element_type, graph_input, new_node, register, values_read
+from nbl_export.graph.emitter import Maker, choose, element_type, graph_input, values_read
 from nbl_export.graph.names import CUT_ROWS
 from nbl_export.mixers.base import Mixer
 from nbl_export.mixers.cut import cut_of
@@ -33,7 +33,6 @@ from nbl_export.mixers.predicted import Predicted
 from nbl_export.rewrite.blocks import SKIP_NORMS, SUM, bias_of
 from nbl_export.rewrite.cut_attention import Climb, cut_attention
 from nbl_export.rewrite.cut_static import cut_static, name_rows
-from nbl_export.rewrite.integers import Integers
 from nbl_export.rewrite.tail import LastValid
 
 __all__ = ["CutPrompt"]
@@ -81,8 +80,9 @@ class CutPrompt(ir.passes.InPlacePass):
             return ir.passes.PassResult(model, modified=True)
         attentions = {layer: find_attention(block) for layer, block in blocks.items()}
         climb = _cut(graph, find_block(graph, cut.layer).residual, next(iter(cut.maps.values())))
+        shared = Maker("", climb.dtype, graph, "nbl.cut.layers")
         for layer, mixer in cut.maps.items():
-            cut_attention(graph, layer, attentions[layer], blocks[layer], mixer, climb)
+            cut_attention(graph, layer, attentions[layer], blocks[layer], mixer, climb, shared)
         return ir.passes.PassResult(model, modified=True)
 
 
@@ -92,21 +92,21 @@ def _numbers(mixer: Predicted) -> tuple[int, float]:
 
 def _cut(graph: ir.Graph, x: ir.Value, mixer: Predicted) -> Climb:
     """Take the rows that climb of x, the stream at the cut."""
-    ints = Integers(graph, _PREFIX, _CONSTANTS)
+    ints = Maker(f"{_PREFIX}/", _INT, graph, _CONSTANTS)
     last = LastValid(graph, f"{_PREFIX}/chunk", f"{_CONSTANTS}.chunk")
     if last.chunk is None:
         raise RefusalError(None, "it has no attention_mask, from which the rows that climb are known")
     count = ints("ReduceSum", "count", last.chunk, ints.constant("row", [1]), keepdims=0)
     least = ints("ReduceMin", "least", count, keepdims=0)
-    skip = new_node("Greater", [least, ints.constant("most", mixer.near + 1)], f"{_PREFIX}/skip", _BOOL)
-    graph.insert_before(graph[0], [*last.index, *ints.nodes, skip])
+    skip = ints("Greater", "skip", least, ints.constant("most", mixer.near + 1), kind=_BOOL)
+    graph.insert_before(graph[0], [*last.index, *ints.nodes])
     maker, dtype = x.producer(), element_type(graph, x)
     joined = maker is not None and maker.op_type in SKIP_NORMS and x.index() == SUM
     terms = [value for value in (maker.inputs[:2] if maker is not None and joined else [x]) if value is not None]
     bias = bias_of(maker) if maker is not None and joined else None
     uses = [(node, i) for value in terms for node, i in value.uses() if node is maker or not joined]
     step = _Step(graph, ints, last.chunk, last.at, dtype)
-    choice = choose(skip.outputs[0], *step.branches(terms, bias, mixer), CUT_ROWS)
+    choice = choose(skip, *step.branches(terms, bias, mixer), CUT_ROWS)
     rows = dict(zip(terms, choice.outputs[1:], strict=False))
     for node, i in uses:
         value = node.inputs[i]
@@ -114,7 +114,7 @@ def _cut(graph: ir.Graph, x: ir.Value, mixer: Predicted) -> Climb:
         node.replace_input_with(i, rows[value])
     _insert_behind(graph, terms, choice)
     _rename_rows(graph, list(rows.values()))
-    return Climb(skip.outputs[0], dtype, *choice.outputs[1 + len(terms) :])
+    return Climb(skip, dtype, *choice.outputs[1 + len(terms) :])
 
 
 def _insert_behind(graph: ir.Graph, values: Sequence[ir.Value], node: ir.Node) -> None:
@@ -148,7 +148,7 @@ class _Step:
     """
 
     graph: ir.Graph
-    ints: Integers
+    ints: Maker
     chunk: ir.Value
     at: ir.Value
     dtype: ir.DataType
@@ -194,11 +194,8 @@ class _Step:
         number = self.ints.constant
         keys = make("Range", "keys", number("first", 0), make("Squeeze", "all_keys", whole), number("step", 1))
         seen = make("LessOrEqual", "seen", keys, make("Unsqueeze", "queries", own, number("last", [-1])), kind=_BOOL)
-        kind = self.dtype.numpy()
-        zero, lowest = (
-            register(self.graph, ir.tensor(np.array(value, kind), name=f"{_CONSTANTS}.{name}"))
-            for name, value in (("seen", 0), ("unseen", np.finfo(kind).min))
-        )
+        lowest = number("unseen", np.finfo(self.dtype.numpy()).min, self.dtype)
+        zero = number("seen", 0, self.dtype)
         added = make("Where", "added", seen, zero, lowest, kind=self.dtype)
         return make("Unsqueeze", "added_B11MS", added, number("outer", [1, 2]), kind=self.dtype)
 
@@ -207,9 +204,7 @@ class _Step:
         x, *others = terms
         for n, other in enumerate(others):
             x = make("Add", f"sum_{n}", x, other, kind=dtype)
-        ones = register(
-            self.graph, ir.tensor(np.ones(mixer.inputs, dtype.numpy()), name=f"{_CONSTANTS}.norm", dtype=dtype)
-        )
+        ones = number("norm", np.ones(mixer.inputs), dtype)
         kind = "SimplifiedLayerNormalization"
         normed: ir.Value = make(kind, "norm", x, ones, kind=dtype, axis=-1, stash_type=1, epsilon=mixer.epsilon)
         axis, behind = number("row", [1]), number("near_begins", [-mixer.near])

@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.anatomy import AttentionBlock
-from nbl_export.graph.emitter import Maker, add_initializer, choose, register
+from nbl_export.graph.emitter import Maker, add_initializer, choose
 from nbl_export.graph.names import constant_name, node_name, product_name
 from nbl_export.mixers.predicted import Predicted
 
@@ -60,15 +60,19 @@ class Climb:
 
 
 def cut_attention(
-    graph: ir.Graph, layer: int, attention: ir.Node, block: AttentionBlock, mixer: Predicted, climb: Climb
-) -> None:
+    graph: ir.Graph, layer: int, attention: ir.Node, block: AttentionBlock, mixer: Predicted, climb: Climb,
+    shared: Maker,
+) -> None:  # fmt: skip
     """Put a choice in the place of a layer's GroupQueryAttention.
+
+    Args:
+        shared: makes constants of all layers.
 
     Raises:
         RefusalError: the attention has a window, sinks, or inputs that are not understood.
     """
     _check(layer, attention)
-    few = _Few(graph, layer, attention, block, mixer, climb)
+    few = _Few(graph, layer, attention, block, mixer, climb, shared)
     every = Maker(node_name(layer, "All/"), climb.dtype)
     made = every(
         attention.op_type, "Attention", *attention.inputs, outputs=3, domain=_MICROSOFT, **_attributes(attention)
@@ -112,10 +116,11 @@ class _Few:
     """The branch of the rows that climb. H are heads of keys, G those of queries for each, S keys and P of the past."""
 
     def __init__(
-        self, graph: ir.Graph, layer: int, attention: ir.Node, block: AttentionBlock, mixer: Predicted, climb: Climb
-    ) -> None:
+        self, graph: ir.Graph, layer: int, attention: ir.Node, block: AttentionBlock, mixer: Predicted, climb: Climb,
+        shared: Maker,
+    ) -> None:  # fmt: skip
         self._make = Maker(node_name(layer, ""), climb.dtype)
-        self._graph, self._layer, self._mixer, self._climb = graph, layer, mixer, climb
+        self._graph, self._layer, self._mixer, self._climb, self._float = graph, layer, mixer, climb, shared.constant
         self._given, self._settings = attention.inputs, _attributes(attention)
         self._pasts = block.pasts
         self._heads = self._settings["kv_num_heads"]
@@ -127,7 +132,8 @@ class _Few:
         """Output of the heads [B, M, Q], and the caches behind the step."""
         make, climb = self._make, self._climb
         queries, own = self._projected()
-        made = make("MatMul", self._title("MatMul"), climb.features, self._map("weight", self._mixer.weight.T))
+        title = product_name(self._layer, "weight").rpartition("/")[2]
+        made = make("MatMul", title, climb.features, self._map("weight", self._mixer.weight.T))
         made = make("Add", "Add", made, self._map("bias", self._mixer.bias))
         first, near = make("Split", "FirstNear", own, self._integers("rows", [1, self._mixer.near]), outputs=2, axis=1)
         made = make("Concat", "Rows", first, made, near, axis=1)
@@ -187,23 +193,9 @@ class _Few:
         output: ir.Value = make("Reshape", "Output", found, self._integers("output", [0, 0, heads * group * size]))
         return output
 
-    def _title(self, part: str) -> str:
-        return product_name(self._layer, "weight").rpartition("/")[2]
-
     def _map(self, name: str, array: np.ndarray) -> ir.Value:
-        return add_initializer(
-            self._graph, constant_name(self._layer, name), np.ascontiguousarray(array), self._climb.dtype
-        )
-
-    def _float(self, name: str, number: float) -> ir.Value:
-        return self._shared(name, np.array(number, self._climb.dtype.numpy()))
+        name = constant_name(self._layer, name)
+        return add_initializer(self._graph, name, np.ascontiguousarray(array), self._climb.dtype)
 
     def _integers(self, name: str, numbers: list[int]) -> ir.Value:
-        return self._shared(name, np.array(numbers, np.int64))
-
-    def _shared(self, name: str, array: np.ndarray) -> ir.Value:
-        """A constant of all layers."""
-        full = f"nbl.cut.layers.{name}"
-        if full not in self._graph.initializers:
-            return register(self._graph, ir.tensor(array, name=full))
-        return self._graph.initializers[full]
+        return self._float(name, numbers, ir.DataType.INT64)

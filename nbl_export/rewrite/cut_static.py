@@ -16,14 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.anatomy import AttentionBlock, Written, find_written
-from nbl_export.graph.emitter import Emitter, add_initializer, element_type, graph_input
+from nbl_export.graph.emitter import Emitter, Maker, add_initializer, element_type, graph_input
 from nbl_export.graph.names import CUT_ROWS, constant_name, node_name, product_name
 from nbl_export.mixers.predicted import Predicted
 from nbl_export.rewrite.tail import LastValid
@@ -48,21 +47,23 @@ def cut_static(
     mixer, dtype = next(iter(maps.values())), element_type(graph, x)
     written = {layer: find_written(block) for layer, block in blocks.items()}
     positions = _positions(*next(iter(written.items())))
-    make = _Maker(graph, dtype)
-    step = _Step.of(graph, make, mixer.near)
+    ints, make = (Maker(f"{_PREFIX}/", kind, graph, _CONSTANTS) for kind in (_INT, dtype))
+    step = _Step.of(graph, ints, mixer.near)
     readers = tuple(x.uses())
     rows = make("GatherND", "climbing_rows", x, step.places, batch_dims=1)
     for node, index in readers:
         node.replace_input_with(index, rows)
-    own = make.ints("GatherND", "own_positions", positions, step.places, batch_dims=1)
+    own = ints("GatherND", "own_positions", positions, step.places, batch_dims=1)
     _recompute(graph, rows, _Elsewhere(graph, positions, own), {found.rotary for found in written.values()})
-    features = _features(make, step, x, mixer)
+    features = _features(ints, make, step, x, mixer)
+    graph.extend([*make.nodes, *ints.nodes])
     for layer, found in written.items():
-        both = _predicted(graph, make, layer, maps[layer], features)
+        of_layer = Maker(node_name(layer, ""), dtype)
+        both = _predicted(graph, ints, of_layer, layer, maps[layer], features)
         for name, far, node in (("Keys", both[0], found.rotary), ("Values", both[1], found.values)):
-            beside = make.named("Concat", node_name(layer, f"{name}Beside"), node.inputs[0], far, axis=1)
-            placed = make.named("GatherND", node_name(layer, f"{name}InPlace"), beside, step.source, batch_dims=1)
-            node.replace_input_with(0, placed)
+            beside = of_layer("Concat", f"{name}Beside", node.inputs[0], far, axis=1)
+            node.replace_input_with(0, of_layer("GatherND", f"{name}InPlace", beside, step.source, batch_dims=1))
+        graph.extend(of_layer.nodes)
     graph.sort()
 
 
@@ -70,34 +71,6 @@ def name_rows(value: ir.Value, tokens: int | ir.SymbolicDim | None) -> None:
     """Give a value of the rows that climb another symbol for their number than `tokens`."""
     if value.shape is not None and len(value.shape) == 3 and value.shape[1] == tokens:
         value.shape = ir.Shape([value.shape[0], "climbing_length", value.shape[2]])
-
-
-class _Maker:
-    """Appends nodes of one float type, or of integers; a topological sort orders them."""
-
-    def __init__(self, graph: ir.Graph, dtype: ir.DataType) -> None:
-        self._graph, self._emit, self._dtype = graph, Emitter(graph), dtype
-
-    def __call__(
-        self, op_type: str, name: str, *inputs: ir.Value | None, kind: ir.DataType | None = None, **attributes: Any
-    ) -> ir.Value:
-        return self._emit(op_type, *inputs, name=f"{_PREFIX}/{name}", dtype=kind or self._dtype, **attributes)
-
-    def named(self, op_type: str, name: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
-        """A node of floats by its full name."""
-        return self._emit(op_type, *inputs, name=name, dtype=self._dtype, **attributes)
-
-    def ints(self, op_type: str, name: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
-        """A node of int64."""
-        return self(op_type, name, *inputs, kind=_INT, **attributes)
-
-    def ones(self, name: str, count: int) -> ir.Value:
-        """A vector of ones of the float type."""
-        return add_initializer(self._graph, f"{_CONSTANTS}.{name}", np.ones(count), self._dtype)
-
-    def integers(self, name: str, numbers: int | list[int]) -> ir.Value:
-        """A constant; the same name gives the same value."""
-        return self._emit.constant(f"{_CONSTANTS}.{name}", np.array(numbers, np.int64))
 
 
 @dataclass(frozen=True)
@@ -115,19 +88,20 @@ class _Step:
     end: ir.Value
 
     @classmethod
-    def of(cls, graph: ir.Graph, make: _Maker, near: int) -> _Step:
+    def of(cls, graph: ir.Graph, ints: Maker, near: int) -> _Step:
         last = LastValid(graph, f"{_PREFIX}/chunk", f"{_CONSTANTS}.chunk")
         graph.extend(last.index)
-        ints, zero, one = make.ints, make.integers("zero", 0), make.integers("one", 1)
-        column, none = make.integers("column", [1]), make.integers("none", [0])
+        zero, one = ints.constant("zero", 0), ints.constant("one", 1)
+        column, none = ints.constant("column", [1]), ints.constant("none", [0])
 
         def counted(name: str, count: ir.Value) -> ir.Value:
             """0, 1, ... below a count [1], as a column."""
             found = ints("Range", f"{name}_rows", zero, ints("Squeeze", f"{name}_count", count, none), one)
-            return ints("Unsqueeze", f"{name}_column", found, column)
+            made: ir.Value = ints("Unsqueeze", f"{name}_column", found, column)
+            return made
 
         length = ints("Shape", "length", graph_input(graph, "input_ids"), start=1, end=2)
-        few = ints("Min", "few", length, make.integers("most", [near + 1]))  # M
+        few = ints("Min", "few", length, ints.constant("most", [near + 1]))  # M
         steps_T1, climbing_M1 = counted("all", length), counted("few", few)
         last_place = ints("Sub", "last_place", few, one)
         last_row = ints("Min", CUT_ROWS.removeprefix(f"{_PREFIX}/"), last.at, last_place)
@@ -136,9 +110,9 @@ class _Step:
         places = ints("Add", "places", climbing_M1, shifted)
         near_place = ints("Max", "near_place", ints("Sub", "from_near", steps_T1, stop), zero)
         near_place = ints("Min", "own_place", near_place, last_place)
-        behind_first = make("Greater", "is_not_first", steps_T1, zero, kind=_BOOL)
-        is_far = make("LessOrEqual", "is_before_near", steps_T1, stop, kind=_BOOL)
-        is_far = make("And", "is_far", behind_first, is_far, kind=_BOOL)
+        behind_first = ints("Greater", "is_not_first", steps_T1, zero, kind=_BOOL)
+        is_far = ints("LessOrEqual", "is_before_near", steps_T1, stop, kind=_BOOL)
+        is_far = ints("And", "is_far", behind_first, is_far, kind=_BOOL)
         source = ints("Where", "source", is_far, ints("Add", "far_place", steps_T1, last_place), near_place)
         return cls(places, source, ints("Sub", "far_end", length, last_place))
 
@@ -202,20 +176,20 @@ def _recompute(graph: ir.Graph, rows: ir.Value, climbing: _Elsewhere, whole: Col
                 node.replace_input_with(index, climbing.copy(given))
 
 
-def _features(make: _Maker, step: _Step, x: ir.Value, mixer: Predicted) -> ir.Value:
+def _features(ints: Maker, make: Maker, step: _Step, x: ir.Value, mixer: Predicted) -> ir.Value:
     """What maps read, of the far rows [B, T - M, F]; of unpadded sequences, and more than these of padded ones."""
-    ones = make.ones("norm", mixer.inputs)
+    ones = make.constant("norm", np.ones(mixer.inputs))
     normed = make("RMSNormalization", "norm", x, ones, axis=-1, epsilon=mixer.epsilon)
-    axis, one = make.integers("row", [1]), make.integers("begin", [1])
+    axis, one = ints.constant("row", [1]), ints.constant("begin", [1])
     far = make("Slice", "far", normed, one, step.end, axis)
-    end = make.ints("Sub", "before_end", step.end, one)
-    return make(
-        "Concat", "features", far, make("Slice", "before", normed, make.integers("none", [0]), end, axis), axis=2
-    )
+    end = ints("Sub", "before_end", step.end, one)
+    before = make("Slice", "before", normed, ints.constant("none", [0]), end, axis)
+    features: ir.Value = make("Concat", "features", far, before, axis=2)
+    return features
 
 
 def _predicted(
-    graph: ir.Graph, make: _Maker, layer: int, mixer: Predicted, features: ir.Value
+    graph: ir.Graph, ints: Maker, make: Maker, layer: int, mixer: Predicted, features: ir.Value
 ) -> tuple[ir.Value, ir.Value]:
     """Keys before rotary embedding, and values, of the far rows."""
     dtype = element_type(graph, features)
@@ -223,10 +197,12 @@ def _predicted(
         add_initializer(graph, constant_name(layer, name), np.ascontiguousarray(array), dtype)
         for name, array in (("weight", mixer.weight.T), ("bias", mixer.bias))
     )
-    made = make.named("MatMul", product_name(layer, "weight"), features, weight)
-    made = make.named("Add", node_name(layer, "Add"), made, bias)
-    axis, width = make.integers("width_axis", [2]), len(mixer.bias) // 2
-    return tuple(  # type: ignore[return-value]
-        make.named("Slice", node_name(layer, name), made, *(make.integers(f"width_{n}", [n]) for n in ends), axis)
-        for name, ends in (("FarKeys", (0, width)), ("FarValues", (width, 2 * width)))
+    made = make("MatMul", product_name(layer, "weight").rpartition("/")[2], features, weight)
+    made = make("Add", "Add", made, bias)
+    axis, width = ints.constant("width_axis", [2]), len(mixer.bias) // 2
+    start, middle, end = (ints.constant(f"width_{n}", [n]) for n in (0, width, 2 * width))
+    keys, values = (
+        make("Slice", "FarKeys", made, start, middle, axis),
+        make("Slice", "FarValues", made, middle, end, axis),
     )
+    return keys, values

@@ -22,7 +22,7 @@ from nbl_export.errors import MissingPackageError
 from nbl_export.graph.emitter import register
 from nbl_export.graph.quantised import quantize_weight
 
-__all__ = ["QuantizeMapBlocks", "QuantizeMaps"]
+__all__ = ["QuantizeMaps"]
 
 _PREFIX = "/nbl/layers."
 
@@ -36,17 +36,20 @@ class _Scheme:
 
 
 class QuantizeMaps(ir.passes.InPlacePass):
-    """Turn the MatMul of each bypass into MatMulNBits if the graph has MatMulNBits; else do nothing."""
+    """Quantise the MatMul of each bypass if the graph has MatMulNBits, or int4 blocks; else do nothing."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        scheme = _scheme_of(model.graph)
-        ours = (n for n in model.graph.all_nodes() if n.op_type == "MatMul" and (n.name or "").startswith(_PREFIX))
+        graph, scheme, block = model.graph, _scheme_of(model.graph), _block_of(model.graph)
+        ours = (n for n in graph.all_nodes() if n.op_type == "MatMul" and (n.name or "").startswith(_PREFIX))
         maps = [n for n in ours if n.inputs[1] is not None and n.inputs[1].const_value is not None]
-        if scheme is None or not maps:
-            return ir.passes.PassResult(model, modified=False)
+        modified = False
         for node in maps:
-            _quantize(model.graph, node, scheme)
-        return ir.passes.PassResult(model, modified=True)
+            if scheme is not None:
+                _quantize(graph, node, scheme)
+                modified = True
+            elif block is not None:
+                modified |= quantize_weight(graph, node, block)
+        return ir.passes.PassResult(model, modified=modified)
 
 
 def _scheme_of(graph: ir.Graph) -> _Scheme | None:
@@ -116,17 +119,6 @@ def _pack(weight: ir.TensorProtocol, scheme: _Scheme) -> tuple[ir.Node, list[ir.
     result = ir.from_proto(quantizer.model.model).graph
     (node,) = [n for n in result if n.op_type == "MatMulNBits"]
     return node, [v.const_value for v in node.inputs[1:] if v is not None and v.const_value is not None]
-
-
-class QuantizeMapBlocks(ir.passes.InPlacePass):
-    """Quantise the MatMul of each bypass if the graph's other matrices are int4 blocks; else do nothing."""
-
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        block = _block_of(model.graph)
-        ours = (n for n in model.graph.all_nodes() if n.op_type == "MatMul" and (n.name or "").startswith(_PREFIX))
-        maps = [n for n in ours if n.inputs[1] is not None and n.inputs[1].const_value is not None]
-        done = [] if block is None else [node for node in maps if quantize_weight(model.graph, node, block)]
-        return ir.passes.PassResult(model, modified=bool(done))
 
 
 def _block_of(graph: ir.Graph) -> int | None:

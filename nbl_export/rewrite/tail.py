@@ -35,10 +35,9 @@ import onnx_ir as ir
 from nbl_export.errors import RefusalError
 from nbl_export.graph.anatomy import cache_layers, find_block, is_constant
 from nbl_export.graph.caches import is_static
-from nbl_export.graph.emitter import new_node, values_read
+from nbl_export.graph.emitter import Maker, new_node, values_read
 from nbl_export.graph.files import read_graph
 from nbl_export.graph.names import ALL_LOGITS_FILE, CUT_ROWS, graph_file
-from nbl_export.rewrite.integers import Integers
 
 __all__ = ["LastValid", "PruneTail", "difference", "keep_last_token"]
 
@@ -188,7 +187,7 @@ class LastValid:
     """
 
     def __init__(self, graph: ir.Graph, prefix: str = _PREFIX, constants: str = "nbl.tail") -> None:
-        emit = Integers(graph, prefix, constants)
+        emit = Maker(f"{prefix}/", ir.DataType.INT64, graph, constants)
         self.index, self._prefix = emit.nodes, prefix
         self.chunk, self.at = _index(graph, emit)
 
@@ -197,7 +196,7 @@ class LastValid:
         return new_node("GatherND", [value, self.at], f"{self._prefix}/{name}", value.dtype, None, {"batch_dims": 1})
 
 
-def _index(graph: ir.Graph, emit: Integers) -> tuple[ir.Value | None, ir.Value]:
+def _index(graph: ir.Graph, emit: Maker) -> tuple[ir.Value | None, ir.Value]:
     """The mask of this chunk, if there is one, and the index [B, 1, 1]."""
     inputs = {str(v.name): v for v in graph.inputs}
     if is_static(graph):
@@ -221,13 +220,14 @@ def _add_counts(graph: ir.Graph, ids: ir.Value, writes: ir.Value) -> ir.Value:
     return counts
 
 
-def _from_counts(emit: Integers, counts: ir.Value) -> ir.Value:
+def _from_counts(emit: Maker, counts: ir.Value) -> ir.Value:
     last = emit("Sub", "last", counts, emit.constant("one", 1))
     found = emit("Max", "found", last, emit.constant("zero", 0))
-    return emit("Unsqueeze", "index", found, emit.constant("axes", [1, 2]))
+    index: ir.Value = emit("Unsqueeze", "index", found, emit.constant("axes", [1, 2]))
+    return index
 
 
-def _from_mask(emit: Integers, ids: ir.Value, mask: ir.Value) -> tuple[ir.Value, ir.Value]:
+def _from_mask(emit: Maker, ids: ir.Value, mask: ir.Value) -> tuple[ir.Value, ir.Value]:
     end, start, step, axis, last = (
         emit.constant(name, values)
         for name, values in (
