@@ -92,7 +92,7 @@ Options that experiments need are keys: a file takes them, and they have no flag
 ```toml
 model = "HuggingFaceTB/SmolLM2-135M-Instruct"
 layers = "7,9,15,25-29"
-calibration = ["articles.jsonl:2", "code.txt"]
+calibration = ["articles.jsonl", "code.txt"]
 select = "cca"
 ```
 

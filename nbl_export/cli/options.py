@@ -1,7 +1,7 @@
 """Options of commands: made from the options record, shared by several commands, or read by `--config FILE`.
 
 layers = "7,9,15,25-29"          a file has the names of the options, with dashes or underscores
-calibration = ["a.txt:2", "b.jsonl"]
+calibration = ["a.txt", "b.jsonl"]
 depth = "0,2048"                 numbers as on the command line, or as a list
 
 Shows a result on stdout, and progress on stderr.

@@ -279,7 +279,7 @@ class JobOptions:
     )  # fmt: skip
     calibration: tuple[str, ...] = option(
         (), "File or hub dataset (org/name@split); repeat to mix.", _CALIBRATE, "main calibrate", first=True,
-        metavar="TEXT[:WEIGHT]", python="path list",
+        metavar="TEXT", python="path list",
     )  # fmt: skip
     calibration_tokens: int = option(65_536, "Tokens to calibrate on.", _CALIBRATE, "main calibrate", least=1)
     context: int = option(512, "Length of a window in tokens.", _CALIBRATE, "main calibrate", least=2, key=True)

@@ -1,7 +1,7 @@
 """Reads the documents of one calibration text.
 
 A source is a UTF-8 file, .jsonl or .json with a `text` field (each also as .gz), or a hub dataset id. `mixture` reads
-several sources with weights, and the default text; `installed_text` is the default text without the hub.
+several sources, and the default text; `installed_text` is the default text without the hub.
 
     FILE.txt                one document
     FILE.jsonl, FILE.json   the field `text` of each object
@@ -43,11 +43,10 @@ _PROBED_BYTES = 1 << 16  # a file with zeros among these is binary
 
 @dataclass(frozen=True)
 class TextPart:
-    """Name, SHA-256 and weight of one text of a mix."""
+    """Name and SHA-256 of one text of a mix."""
 
     name: str
     sha256: str
-    weight: float
 
 
 @dataclass(frozen=True)
@@ -274,7 +273,7 @@ def installed_text(reason: str = "", *, failed: bool = False) -> Text:
         )  # fmt: skip
         return stdlib_text()
     texts = [_read_file(path) for path in found]
-    parts = tuple(TextPart(path.stem, text.sha256, 1.0) for path, text in zip(found, texts, strict=True))
+    parts = tuple(TextPart(path.stem, text.sha256) for path, text in zip(found, texts, strict=True))
     name = f"{_OFFLINE}: {', '.join(path.stem for path in found)}"
     if failed:
         log.warning("calibration text: %s; using the %s instead", reason, _OFFLINE)

@@ -73,7 +73,7 @@ def test_a_file_says_what_flags_say(tmp_path: Path) -> None:
     text = """
     model = "m"
     layers = 8
-    calibration = ["a.txt:2", "b.jsonl"]
+    calibration = ["a.txt", "b.jsonl"]
     max-seq-len = 64
     label_weight = 0.2
     depth = "0,2048"
@@ -81,7 +81,7 @@ def test_a_file_says_what_flags_say(tmp_path: Path) -> None:
     batch = 4
     """
     expected = {
-        "model": "m", "layers": "8", "calibration": ("a.txt:2", "b.jsonl"), "max_seq_len": 64, "label_weight": 0.2,
+        "model": "m", "layers": "8", "calibration": ("a.txt", "b.jsonl"), "max_seq_len": 64, "label_weight": 0.2,
         "depths": (0, 2048), "threads": (1, 2), "batches": (4,),
     }  # fmt: skip
     assert read_config(written(tmp_path, text)) == (expected, None)

@@ -140,7 +140,7 @@ def test_a_file_beside_a_dataset_is_read_as_it_is_now(
     calibrate: Calibrate, library: FakeDatasets, text: Path, tmp_path: Path
 ) -> None:
     own = Path(shutil.copy(text, tmp_path / "own.txt"))
-    given = ("run", "--calibration", f"{own}:2", "--calibration", "org/other")
+    given = ("run", "--calibration", own, "--calibration", "org/other")
     assert calibrate(*given).status == 0
     assert stage_lines(calibrate(*given)) == {"calibrate": "reused"}
     own.write_text(own.read_text()[5000:])

@@ -1,4 +1,4 @@
-"""Several texts with weights: any prefix is the mix, and every part is on record."""
+"""Several texts: any prefix is the mix, and every part is on record."""
 
 from __future__ import annotations
 
@@ -14,63 +14,34 @@ from hypothesis import strategies as st
 
 from nbl_export.errors import NblError, UsageError
 from nbl_export.model.checkpoint.load import load_tokenizer
-from nbl_export.text import corpus, mixture, windows
+from nbl_export.text import corpus, windows
 from nbl_export.text.corpus import Text
-from nbl_export.text.mixture import WeightedSource, absolute_sources, mix, parse_sources, read_texts
+from nbl_export.text.mixture import absolute_sources, identify, mix, read_texts
 
-from ..command import assert_refused, keys, nbl
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        (["a.txt"], [("a.txt", 1)]),
-        (["a.txt:2,b.jsonl.gz:1"], [("a.txt", 2), ("b.jsonl.gz", 1)]),
-        (["a.txt:0.5", "b.txt"], [("a.txt", 0.5), ("b.txt", 1)]),
-        (["org/name@train[:10%]:3"], [("org/name@train[:10%]", 3)]),
-        (["org/name/en@train"], [("org/name/en@train", 1)]),
-        (["notes: part one.txt"], [("notes: part one.txt", 1)]),
-        (["a:b:2"], [("a:b", 2)]),
-    ],
-)
-def test_values_are_read(values: list[str], expected: list[tuple[str, float]]) -> None:
-    assert [(s.source, s.weight) for s in parse_sources(values)] == expected
+from ..command import keys, nbl
 
 
-@pytest.mark.parametrize("values", [["a:0"], ["a:-1"], ["a:nan"], ["a:inf"], ["a,,b"], ["a", "a:2"], [""]])
+@pytest.mark.parametrize("values", [["a", "a"], [""]])
 def test_bad_values_are_refused(values: list[str]) -> None:
     with pytest.raises(UsageError, match="--calibration"):
-        parse_sources(values)
+        identify(values)
 
 
-def test_an_existing_file_is_that_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_text_is_named_by_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("a:2", "a,b.txt", "x"):
-        Path(name).write_text(f"text of {name}")
-    assert parse_sources(["a:2"]) == (WeightedSource("a:2"),)
-    assert parse_sources(["a:2:3", "x:2"]) == (WeightedSource("a:2", 3), WeightedSource("x", 2))
-    assert parse_sources(["a,b.txt"]) == (WeightedSource("a,b.txt"),)
-    spelled = absolute_sources(["a:2:3", "x:2", "org/name@train"])
-    assert spelled == [f"{tmp_path}/a:2:3", f"{tmp_path}/x:2", "org/name@train"]
-    monkeypatch.chdir("/")
-    assert [s.weight for s in parse_sources(spelled)] == [3, 2, 1]
+    Path("a, b:2").touch()
+    assert absolute_sources(["a, b:2", "org/name@train"]) == [f"{tmp_path}/a, b:2", "org/name@train"]
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # on a busy machine everything is
-@given(
-    st.lists(
-        st.tuples(st.floats(0.1, 10), st.lists(st.integers(1, 5000), min_size=20, max_size=60)), min_size=2, max_size=4
-    )
-)
-def test_every_prefix_is_the_mix(drawn: list[tuple[float, list[int]]]) -> None:
-    """Shares are right up to one document of each text."""
-    weights = [weight for weight, _ in drawn]
-    texts = [Text(str(k), "0", tuple(str(k) * size for size in sizes)) for k, (_, sizes) in enumerate(drawn)]
+@given(st.lists(st.lists(st.integers(1, 5000), min_size=20, max_size=60), min_size=2, max_size=4))
+def test_every_prefix_is_the_mix(drawn: list[list[int]]) -> None:
+    """Shares are equal up to one document."""
+    texts = [Text(str(k), "0", tuple(str(k) * size for size in sizes)) for k, sizes in enumerate(drawn)]
     used = [0] * len(texts)
-    for document in mix(texts, weights).documents:
+    for document in mix(texts).documents:
         used[int(document[0])] += len(document)
-        shares = [u / w for u, w in zip(used, weights, strict=True)]
-        assert max(shares) - min(shares) <= max(5000 / w for w in weights) * (1 + 1e-12)  # of the division
+        assert max(used) - min(used) <= 5000
 
 
 def test_mix_ends_with_the_first_text_that_does(
@@ -78,10 +49,9 @@ def test_mix_ends_with_the_first_text_that_does(
 ) -> None:
     long = Text("long", "1", tuple("a b c d " * 50 for _ in range(100)))
     short = Text("short", "2", tuple("e f g h " * 50 for _ in range(10)))
-    mixed = mix([long, short], [3, 1])
-    assert sum(d.startswith("a") for d in mixed.documents) == pytest.approx(30, abs=3)
-    assert mixed.ended_by == "short"
-    assert mixed.name == "long:3 + short"
+    mixed = mix([long, short])
+    assert sum(d.startswith("a") for d in mixed.documents) == pytest.approx(10, abs=1)
+    assert (mixed.ended_by, mixed.name) == ("short", "long + short")
     windows.pack(mixed, load_tokenizer(checkpoint("llama")), 1_000_000, 64)
     assert "shorter than asked" in caplog.text and "since short ends there" in caplog.text
 
@@ -93,14 +63,13 @@ def test_long_documents_are_cut_and_nothing_is_lost() -> None:
     assert "\n".join(pieces[1:]) == document
 
 
-def test_hash_says_texts_and_weights(tmp_path: Path) -> None:
+def test_hash_says_the_texts_in_their_order(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).write_text(f"{name} " * 5000)
     hashes = {
-        read_texts([str(tmp_path / v) for v in values]).sha256
-        for values in (["a", "b"], ["a:2", "b"], ["b", "a"], ["a"], ["b"])
+        read_texts([str(tmp_path / v) for v in values]).sha256 for values in (["a", "b"], ["b", "a"], ["a"], ["b"])
     }
-    assert len(hashes) == 5
+    assert len(hashes) == 4
     assert read_texts([str(tmp_path / "a")]).sha256 == hashlib.sha256((tmp_path / "a").read_bytes()).hexdigest()
 
 
@@ -130,20 +99,13 @@ def test_two_texts_through_the_command(checkpoint: Callable[[str], Path], text: 
     """Both are on record with their hashes; the recorded command gives the same run from anywhere."""
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": "Some other words. " * 900}).encode()))
     given = ("calibrate", "--model", checkpoint("llama"), "--calibration-tokens", 1024, *keys(context=64))
-    done = nbl(
-        *given, "--calibration", f"{text}:3", "--calibration", tmp_path / "b.jsonl.gz", "--output", tmp_path / "r"
-    )
+    both = ("--calibration", text, "--calibration", tmp_path / "b.jsonl.gz")
+    done = nbl(*given, *both, "--output", tmp_path / "r")
     assert done.status == 0, done.err
     facts = json.loads((tmp_path / "r" / "nbl.json").read_text())
-    assert facts["calibration"]["name"] == f"{text.name}:3 + b.jsonl.gz"
-    assert [(p["name"], p["weight"]) for p in facts["calibration"]["parts"]] == [(text.name, 3), ("b.jsonl.gz", 1)]
+    assert facts["calibration"]["name"] == f"{text.name} + b.jsonl.gz"
+    assert [part["name"] for part in facts["calibration"]["parts"]] == [text.name, "b.jsonl.gz"]
     assert facts["calibration"]["parts"][0]["sha256"] == hashlib.sha256(text.read_bytes()).hexdigest()
-    assert f"--calibration {text}:3 --calibration {tmp_path}/b.jsonl.gz" in facts["command"]
-    again = nbl(*given, "--calibration", f"{text}:3,{tmp_path}/b.jsonl.gz", "--output", tmp_path / "r")
-    assert "calibrate: reused" in again.err
+    assert f"--calibration {text} --calibration {tmp_path}/b.jsonl.gz" in facts["command"]
     assert nbl("plan", tmp_path / "r", "--layers", "1").status == 0
-    changed = nbl(*given, "--calibration", f"{text}:2,{tmp_path}/b.jsonl.gz", "--output", tmp_path / "r")
-    assert "text: done" in changed.err
-    refused = nbl(*given, "--calibration", f"{text}:0", "--output", tmp_path / "r")
-    assert_refused(refused, 2, "a weight is a number above 0")
-    assert mixture.parse_sources(facts["options"]["calibration"])[0].weight == 3
+    assert "text: done" in nbl(*given, *both[2:], "--output", tmp_path / "r").err

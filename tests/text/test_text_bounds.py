@@ -149,9 +149,9 @@ def test_hub_rows_end_at_the_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_a_mix_is_cut_where_the_text_that_ends_it_is() -> None:
     from nbl_export.text.mixture import mix
 
-    texts = [Text("a", "0", ("a" * 10,) * 150, cut=True), Text("b", "1", ("b" * 1000,))]
-    assert mix(texts, [1, 0.1]).cut
-    assert not mix(texts, [1, 1]).cut  # the other ends it
+    cut = Text("a", "0", ("a" * 10,) * 150, cut=True)
+    assert mix([cut, Text("b", "1", ("b" * 1000,) * 9)]).cut
+    assert not mix([cut, Text("b", "1", ("b" * 1000,))]).cut  # the other ends it
 
 
 def test_evaluation_data_of_gibibytes(tmp_path: Path) -> None:
