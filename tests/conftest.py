@@ -125,11 +125,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 @pytest.fixture(scope="session", autouse=True)
 def own_list(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Engines that tests build are not added to the list in the cache of whoever runs the tests."""
-    from nbl_export.trust import user_lists
+    from nbl_export.trust import own_engines
 
     home = tmp_path_factory.mktemp("cache") / "nbl-export" / "engines"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(user_lists, "_list", lambda: home)
+        patch.setattr(own_engines, "_list", lambda: home)
         yield
 
 

@@ -29,7 +29,7 @@ from nbl_export.targets.tensorrt.messages import Message, messages_of
 from nbl_export.targets.tensorrt.network import ParsedNetwork, parse
 from nbl_export.targets.tensorrt.record import read_record
 from nbl_export.targets.tensorrt.static.schedule import engine_profiles
-from nbl_export.trust.user_lists import is_own
+from nbl_export.trust.own_engines import is_own
 
 from ..fake_tensorrt import FakeDevice, FakeTensorRT
 from ..static_tiny import HEAD, LAYERS, SLOTS, SPEC

@@ -13,7 +13,7 @@ from nbl_export.targets.tensorrt.engine import TRT_RTX
 from nbl_export.targets.tensorrt.kernels import KERNELS_FILE, KernelCache
 from nbl_export.targets.tensorrt.record import read_record
 from nbl_export.targets.tensorrt.static.host import StaticRunner
-from nbl_export.trust.user_lists import remember
+from nbl_export.trust.own_engines import remember
 
 from ..fake_engine import fake_session
 from ..fake_tensorrt import FakeDevice, FakeTensorRTX

@@ -28,7 +28,7 @@ from nbl_export.targets.tensorrt.runner import TrtSession, refuse_misfit
 from nbl_export.targets.tensorrt.static.host import StaticDecoder, StaticRunner, likeliest, widened
 from nbl_export.targets.tensorrt.static.on_ort import open_decoder
 from nbl_export.targets.tensorrt.static.schedule import Profile, engine_profiles
-from nbl_export.trust import user_lists
+from nbl_export.trust import own_engines
 
 from ..command import assert_refused, nbl
 from ..fake_engine import fake_record, fake_session
@@ -125,7 +125,7 @@ def test_an_engine_of_somebody_else_is_not_run(tmp_path: Path, monkeypatch: pyte
     def load(_library: Any) -> Any:
         raise RuntimeError("the library is loaded")
 
-    monkeypatch.setattr(user_lists, "_list", lambda: tmp_path / "cache" / "nbl-export" / "engines")
+    monkeypatch.setattr(own_engines, "_list", lambda: tmp_path / "cache" / "nbl-export" / "engines")
     monkeypatch.setattr(trt_runner, "load_library", load)
     with pytest.raises(NblError, match=r"engine was not built by you .* code .*nbl-export build DIR.*--trust-engine"):
         trt_runner.open_session(PLAIN, folder)

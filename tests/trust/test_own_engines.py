@@ -14,8 +14,8 @@ from nbl_export.errors import CorruptError, NblError
 from nbl_export.records.decoder import TensorInfo
 from nbl_export.targets.tensorrt.record import EngineRecord, read_record
 from nbl_export.targets.tensorrt.static.schedule import Profile
-from nbl_export.trust import user_lists
-from nbl_export.trust.user_lists import is_own, remember
+from nbl_export.trust import own_engines
+from nbl_export.trust.own_engines import is_own, remember
 
 DIGEST, OTHER = "ab" * 32, "cd" * 32
 
@@ -23,15 +23,15 @@ DIGEST, OTHER = "ab" * 32, "cd" * 32
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     place = tmp_path / "cache" / "nbl-export" / "engines"
-    monkeypatch.setattr(user_lists, "_list", lambda: place)
+    monkeypatch.setattr(own_engines, "_list", lambda: place)
     return place
 
 
 def test_the_list_is_in_the_cache_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nbl_export.trust.user_lists import cache_file
+    from nbl_export.trust.own_engines import cache_folder
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_file().parent == tmp_path / "nbl-export"
+    assert cache_folder() == tmp_path / "nbl-export"
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o002, 0o000])

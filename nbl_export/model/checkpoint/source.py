@@ -9,13 +9,15 @@ NBL checkpoint        -> converted to a stock checkpoint in RUN/checkpoint, once
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import MissingPackageError, NblError
-from nbl_export.files import key_of, safetensors_tensors
+from nbl_export.files import file_sha256, key_of, safetensors_tensors
 from nbl_export.graph.given import refuse_graph
 from nbl_export.graph.names import MANIFEST, TEXT_FILES
 from nbl_export.mixers import kinds
@@ -27,7 +29,6 @@ from nbl_export.records.decoder import HYBRID
 from nbl_export.records.plan import TAPS, USUAL_KIND
 from nbl_export.trust.contained import check_folder, check_inside, refuse_special
 from nbl_export.trust.model_settings import CONFIG_BYTES, check_checkpoint, check_layers, read_object
-from nbl_export.trust.user_lists import sha256_of
 
 __all__ = ["Linearized", "Source", "check_architecture", "gguf_of", "hub_config", "is_hub_id", "linearized_of",
            "read_config", "resolve", "weight_files"]  # fmt: skip
@@ -263,7 +264,8 @@ def _value(reader: Any, key: str) -> Any:
 def _fingerprint(files: list[Path], directory: Path) -> str:
     """Changes with the name, the size or any byte of a file."""
     try:
-        hashed = zip(files, sha256_of(files), strict=True)
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashlib releases the GIL
+            hashed = zip(files, pool.map(file_sha256, files), strict=True)
         facts = [(str(file.relative_to(directory)), file.stat().st_size, digest) for file, digest in hashed]
     except OSError as error:
         raise NblError(f"{error.filename} cannot be read: {error.strerror}; fetch the model again") from error

@@ -52,7 +52,7 @@ from nbl_export.targets.tensorrt.network import (
 from nbl_export.targets.tensorrt.record import ENGINE_FILE, RECORD_FILE, EngineRecord
 from nbl_export.targets.tensorrt.static.schedule import Profile, engine_profiles, in_two_tokens
 from nbl_export.trust.contained import check_inside
-from nbl_export.trust.user_lists import remember
+from nbl_export.trust.own_engines import remember
 
 __all__ = ["build_engine"]
 

@@ -30,7 +30,7 @@ from nbl_export.targets.tensorrt.kernels import KERNELS_FILE
 from nbl_export.targets.tensorrt.library import LIBRARIES, Library, load_library
 from nbl_export.targets.tensorrt.record import RECORD_FILE, read_record
 from nbl_export.targets.tensorrt.static.host import StaticDecoder, StaticRunner
-from nbl_export.trust.user_lists import remember
+from nbl_export.trust.own_engines import remember
 
 __all__ = ["TRT", "TRT_RTX", "TensorRtEngine"]
 

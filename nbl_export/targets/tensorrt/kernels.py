@@ -14,7 +14,7 @@ from typing import Any
 
 from nbl_export.files import read_small, replacing
 from nbl_export.trust.contained import is_inside
-from nbl_export.trust.user_lists import is_own, remember
+from nbl_export.trust.own_engines import is_own, remember
 
 __all__ = ["KERNELS_FILE", "KernelCache"]
 

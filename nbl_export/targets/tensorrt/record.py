@@ -17,7 +17,7 @@ from nbl_export.records import from_json
 from nbl_export.records.decoder import GraphContract, TensorInfo
 from nbl_export.targets.tensorrt.static.schedule import Profile
 from nbl_export.trust.contained import check_folder, check_inside
-from nbl_export.trust.user_lists import is_own
+from nbl_export.trust.own_engines import is_own
 
 __all__ = ["ENGINE_FILE", "RECORD_FILE", "EngineRecord", "read_plan", "read_record",
            "refuse_foreign"]  # fmt: skip
