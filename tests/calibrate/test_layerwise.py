@@ -18,7 +18,7 @@ from nbl_export.files import file_sha256
 from nbl_export.model import mapped
 from nbl_export.model.checkpoint.load import load_model
 
-from ..command import assert_refused, keys, nbl
+from ..command import keys, nbl
 from ..tiny import LAYERS
 
 Checkpoint = Callable[[str], Path]
@@ -139,20 +139,3 @@ def test_sums_and_weights_of_one_layer_are_in_memory_at_a_time(checkpoint: Check
 
         found.by_layer(torch.arange(2, 66).view(2, 32), write, tmp_path, lambda _d, _t: None)
     assert held == [(i, 0) for i in range(LAYERS)]
-
-
-def test_nan_weights_are_named_by_layer(
-    given: Any, sharded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from safetensors.torch import load_file, save_file
-
-    directory = sharded("llama", torch.float32)
-    short_of_memory(monkeypatch)
-    for file in directory.glob("*.safetensors"):
-        tensors = load_file(file)
-        for name, value in tensors.items():
-            if name == "model.layers.1.mlp.down_proj.weight":
-                value[0, 0] = float("nan")
-        save_file(tensors, file, metadata={"format": "pt"})
-    done = nbl("calibrate", "--model", directory, *given, "--output", tmp_path / "run")
-    assert_refused(done, 1, "layer 2", "NaN or infinity")

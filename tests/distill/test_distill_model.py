@@ -261,11 +261,6 @@ def test_a_rank_above_the_width_keeps_its_other_directions() -> None:
     torch.testing.assert_close(made.down[:6] @ made.down[:6].T, torch.eye(6), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("steps", "batches"), [(2, 1), (100, 5), (320, 16), (1_000_000, 16)])
-def test_aiming_takes_a_twentieth_of_the_steps(steps: int, batches: int) -> None:
-    assert DistillSettings(steps=steps).aimed == batches
-
-
 def test_narrow_weights_are_what_autocast_would_make(checkpoint: Callable[[str], Path]) -> None:
     model = load_model(checkpoint("llama"))
     before = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}

@@ -97,24 +97,6 @@ def renamed(text: str = DECOMPOSED, **names: str) -> ir.Graph:
     return parsed
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "layer"),
-    [
-        ("past_key_values.layers.7.keys", "past_key_values.layers.7.values", 7),
-        ("past_key_4", "past_value_4", 4),
-        ("past_key_values_0", "past_key_values_1", 0),
-        ("k", "v", 0),
-        ("past.3.0", "past.3.1", 3),
-    ],
-)
-def test_caches_of_all_conventions(key: str, value: str, layer: int) -> None:
-    found = renamed(past_key_values_0_key=key, past_key_values_0_value=value, present_0_key="a", present_0_value="b")
-    assert cache_layers(found) == (layer,)
-    pasts, presents = graph_caches(found)[layer]
-    assert [v.name for v in (*pasts, *presents)] == [key, value, "a", "b"]
-    assert find_block(found, layer).join.outputs[0].name == "residual"
-
-
 MERGE_OF_VALUE = "  present_0_value = Concat<axis: int = 2>(past_key_values_0_value, v4)\n"
 VALUE_MERGED_FIRST = DECOMPOSED.replace(MERGE_OF_VALUE, "").replace(
     "  present_0_key =", MERGE_OF_VALUE + "  present_0_key ="
@@ -122,28 +104,35 @@ VALUE_MERGED_FIRST = DECOMPOSED.replace(MERGE_OF_VALUE, "").replace(
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
+    ("key", "value", "layer"),
     [
-        ("past_key_values.0.key", "past_key_values.0.value"),
-        ("past_key_values.layers.7.keys", "past_key_values.layers.7.values"),
-        ("past_key_values.0.key", "past_key_values.0.values"),
-        ("past_key_4", "past_value_4"),
-        ("key_cache.2", "value_cache.2"),
-        ("cache.k.1", "cache.v.1"),
-        ("k", "v"),
+        ("past_key_values.0.key", "past_key_values.0.value", 0),
+        ("past_key_values.layers.7.keys", "past_key_values.layers.7.values", 7),
+        ("past_key_values.0.key", "past_key_values.0.values", 0),
+        ("past_key_4", "past_value_4", 4),
+        ("key_cache.2", "value_cache.2", 2),
+        ("cache.k.1", "cache.v.1", 1),
+        ("k", "v", 0),
     ],
 )
 @pytest.mark.parametrize("text", [DECOMPOSED, VALUE_MERGED_FIRST], ids=["key first", "value first"])
-def test_the_key_comes_first_whichever_the_graph_merges_first(text: str, key: str, value: str) -> None:
+def test_caches_of_all_conventions(text: str, key: str, value: str, layer: int) -> None:
+    """The key comes first, whichever the graph merges first."""
     found = renamed(text, past_key_values_0_key=key, past_key_values_0_value=value)
-    ((pasts, presents),) = graph_caches(found).values()
+    assert cache_layers(found) == (layer,)
+    pasts, presents = graph_caches(found)[layer]
     assert [v.name for v in (*pasts, *presents)] == [key, value, "present.0.key", "present.0.value"]
+    assert find_block(found, layer).join.outputs[0].name == "residual"
 
 
 def test_names_without_a_word_leave_the_order_of_the_graph() -> None:
-    names = {"past_key_values_0_key": "past.3.0", "past_key_values_0_value": "past.3.1"}
-    ((pasts, _),) = graph_caches(renamed(VALUE_MERGED_FIRST, **names)).values()
-    assert [v.name for v in pasts] == ["past.3.1", "past.3.0"]
+    for text, names, layer in (
+        (DECOMPOSED, ("past.3.0", "past.3.1"), 3), (DECOMPOSED, ("past_key_values_0", "past_key_values_1"), 0),
+        (VALUE_MERGED_FIRST, ("past.3.1", "past.3.0"), 3),
+    ):  # fmt: skip
+        key, value = names if text is DECOMPOSED else names[::-1]
+        found = graph_caches(renamed(text, past_key_values_0_key=key, past_key_values_0_value=value))
+        assert [v.name for v in found[layer][0]] == list(names)
 
 
 def test_names_that_contradict_the_graph_are_refused() -> None:

@@ -442,14 +442,6 @@ def test_the_gpus_time_of_each_run_is_recorded(tmp_path: Path, monkeypatch: pyte
     assert read == [2, 4, 6, 8, 10, 12, 14, 16]
 
 
-def test_progress_ends_at_its_total_and_runners_are_closed(tmp_path: Path) -> None:
-    _, tape, reports = run_fake(tmp_path, plan_scenarios((32,), 8, (0, 600)), repetitions=2)
-    assert [done for done, _ in reports] == list(range(1, len(reports) + 1))
-    assert {total for _, total in reports} == {len(reports)}
-    assert tape.calls[-2:] == [("original", "close"), ("nbl", "close")]  # the last opened first
-    assert gc.isenabled()
-
-
 @pytest.mark.parametrize(
     ("on_gpu", "free", "apart"), [(True, 200, False), (True, 199, True), (True, None, False), (False, 1, False)]
 )

@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nbl_export.errors import CorruptError
-from nbl_export.measure.cost import WEIGHT_BYTES, CostModel, LayerSizes, cost_model, map_sizes, read_mlp
+from nbl_export.measure.cost import CostModel, LayerSizes, cost_model, map_sizes, read_mlp
 from nbl_export.mixers.base import TokenWork
 from nbl_export.mixers.predicted import Predicted
 from nbl_export.mixers.rows import Read, Rows
@@ -138,30 +138,6 @@ def test_explains_every_point_of_a_measured_run_of_smollm2() -> None:
             done = PRUNED.prefill(maps, row["tokens"], row["depth"]).flops if kind == "pp" else sum(steps)
             rates.append(done * row["tokens_per_second_median"] / row["tokens"])
         assert len(rates) == 4 and max(abs(rate / statistics.median(rates) - 1) for rate in rates) < most
-
-
-def test_laws() -> None:
-    nothing = MODEL.speedup_of_sizes({})
-    assert (nothing.prefill, nothing.decode) == (1.0, 1.0)
-    full, thin = (MODEL.speedup_of_sizes(dict.fromkeys(EIGHT, work(n))) for n in (576 * 576, 2 * 576 * 64))
-    assert thin.prefill > full.prefill and thin.decode > full.decode
-    small = dataclasses.replace(MODEL, weight_bytes=WEIGHT_BYTES["int4"], head_bytes=WEIGHT_BYTES["int4"])
-    assert small.speedup_of_sizes(EIGHT).decode > MODEL.speedup_of_sizes(EIGHT).decode  # the cache weighs more
-    low, high = (PRUNED.speedup_of_sizes(dict.fromkeys(s, work(576 * 576))) for s in (range(8), range(22, 30)))
-    assert high.prefill > 1.15 * low.prefill
-
-
-def test_keys_from_an_earlier_stream_leave_the_rest_of_a_prompt_below() -> None:
-    """Attention, cache and weights of the layers above a cut stay; of a prompt, 65 rows climb."""
-    cut, near, product = 20, 64, 576 * 2 * 3 * 64
-    keys = LayerSizes((Read(rows=Rows.LAST, tokens=near), Read(cut, Rows.ALL)),
-                      (TokenWork(0, 0), TokenWork(product, product)), attends=True)  # fmt: skip
-    chosen = dict.fromkeys(range(cut, 30), keys)
-    model = dataclasses.replace(PRUNED, tokens=2048)
-    speedup = model.speedup_of_sizes(chosen)
-    assert 1.40 < speedup.prefill < 1.45  # method: predicted keys, cut 20 of 30
-    more = model.decode(chosen, 2047).bytes - model.decode({}, 2047).bytes
-    assert more == 0  # a token reads no maps
 
 
 def test_layers_that_read_other_tokens_are_not_pruned() -> None:

@@ -37,15 +37,6 @@ def test_fit_is_least_squares() -> None:
     np.testing.assert_allclose(found.bias, expected[-1], rtol=1e-5, atol=1e-6)
 
 
-def test_planted_map_is_recovered_exactly() -> None:
-    x, _ = sample()
-    weight = torch.randn(12, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    found = fit(moments(x, x @ weight.T + 5), 0, ridge=0.0)
-    np.testing.assert_allclose(found.weight, weight, atol=1e-6)
-    np.testing.assert_allclose(found.bias, np.full(12, 5.0), atol=1e-5)
-    assert score(moments(x, x @ weight.T + 5), 0, ridge=0.0).nmse < 1e-12
-
-
 def test_the_ridge_is_a_millionth_of_the_mean_variance_whatever_the_size() -> None:
     """Of uncorrelated inputs each weight is c / (variance + ridge); the least variance is as small as the ridge."""
     variances = torch.logspace(-6, 0, 256, dtype=torch.float64)
