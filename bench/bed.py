@@ -1,4 +1,4 @@
-"""The model, calibration windows, moments and texts of judgement that the modes of `quality.py` share."""
+"""The model, calibration windows, moments and texts of judgement that `quality.py` and `tasks.py` share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CONTEXT", "HELD", "TOKENS", "Bed", "log", "news"]
+__all__ = ["CONTEXT", "HELD", "TOKENS", "Bed", "log"]
 
 TOKENS, CONTEXT, HELD = 65_536, 512, 8192  # the defaults of nbl-export
 
@@ -29,8 +29,7 @@ class Bed:
         text: str,
         windows: int,
         train_tokens: int = TOKENS,
-        taps: Sequence[str] = ("residual", "normed"),
-        near_windows: int | None = None,
+        taps: Sequence[str] = ("residual",),
         narrow_judge: bool = False,
     ) -> None:
         from nbl_export.calibrate import collect
@@ -53,7 +52,7 @@ class Bed:
         self.training = text_windows.extend(self.windows, ids, train_tokens, HELD)
         self.text = {"name": source.name, "sha256": source.sha256}
         self.texts = {
-            "c4 rest": self._spread(self._ids(c4.documents)[TOKENS + HELD :], near_windows or windows),
+            "c4 rest": self._spread(self._ids(c4.documents)[TOKENS + HELD :], windows),
             "wikitext-2 valid": self._spread(
                 self._ids([(data / "wikitext-2-raw" / "wiki.valid.raw").read_text(encoding="utf-8")]), windows
             ),
@@ -90,10 +89,10 @@ class Bed:
         near = self.held[len(self.held) // 2 :]
         return [windows for _, windows in choosing_texts([("near", near), ("far", self.far)], self.spec.max_positions)]
 
-    def maps(self, tap: str, layers: Any, *, bias: bool = True) -> dict[int, Any]:
+    def maps(self, tap: str, layers: Any) -> dict[int, Any]:
         from nbl_export.mixers import kind_of
 
-        return {i: kind_of("linear").fit(self.moments[tap][i], i, bias=bias) for i in layers}
+        return {i: kind_of("linear").fit(self.moments[tap][i], i) for i in layers}
 
     def quality_losses(
         self, maps: Mapping[int, Any], tap: str, replaced_sets: Mapping[str, Any]
