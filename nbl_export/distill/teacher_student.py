@@ -6,8 +6,7 @@
                gives a share of the KL to the cross-entropy of the text's next token (Hinton et al. 2015)
 
 One copy of the weights serves both: a replaced layer is switched between its attention and its map. Below the first
-replaced layer both models are equal, so the student begins there. Only the maps have gradients. Layers of a kind that
-is not trained stay as they are in the student.
+replaced layer both models are equal, so the student begins there. Only the maps have gradients.
 
 The distance is the mean square difference between the two states entering a layer, each divided by its root mean square
 (hidden-state alignment: Bick et al. 2024, MOHAWK; Romero et al. 2015, FitNets). With a few hundred thousand tokens, a
@@ -58,6 +57,9 @@ class TeacherStudent:
     Args:
         dtype: of the products of a training step, in original and student: "fp32", "bf16" or "auto".
         rank: of the trained deltas.
+
+    Raises:
+        NblError: a layer is of a kind that is not trained.
     """
 
     def __init__(self, model: Any, maps: Mapping[int, Mixer], tap: str, dtype: str, rank: int, seed: int) -> None:
@@ -70,19 +72,14 @@ class TeacherStudent:
         self._weights = bfloat16.Weights(model) if self.narrow else None
         generator, multiplier = torch.Generator().manual_seed(seed), multiplier_of(model.config)
         self.affine = nn.ModuleDict()
-        self._kinds, self._fixed = dict[int, Kind](), dict[int, tuple[Mixer, nn.Module]]()
+        self._kinds = dict[int, Kind]()
         for i, mixer in maps.items():
             kind = kind_of(mixer.kind)
             trained = kind.trained(mixer, rank, generator)
             if trained is None:
-                module = mixer.module(multiplier).to(model.device).eval().requires_grad_(False)
-                module.layer_idx = i
-                self._fixed[i] = (mixer, module)
-                continue
+                raise NblError("there is nothing to train in these layers; use --fit independent")
             self._kinds[i] = kind
             self.affine[str(i)] = Wrapped(trained, multiplier)
-        if not self._kinds:
-            raise NblError("there is nothing to train in these layers; use --fit independent")
         self.affine.to(model.device)
 
     @property
@@ -91,22 +88,19 @@ class TeacherStudent:
         return dict(self.affine.named_parameters())
 
     def maps(self) -> dict[int, Mixer]:
-        """The current mixers, deltas included, and those of a kind that is not trained."""
-        trained = {i: kind.from_tensors(self.affine[str(i)].linear.tensors()) for i, kind in self._kinds.items()}
-        return {**trained, **{i: mixer for i, (mixer, _) in self._fixed.items()}}
+        """The current mixers, deltas included."""
+        return {i: kind.from_tensors(self.affine[str(i)].linear.tensors()) for i, kind in self._kinds.items()}
 
     def keep_only(self, layers: Collection[int]) -> None:
         """Give the other layers their attention back. States of the original made before no longer serve."""
         for i in [i for i in self._kinds if i not in layers]:
             del self._kinds[i]
             del self.affine[str(i)]
-        self._fixed = {i: fixed for i, fixed in self._fixed.items() if i in layers}
-        self.first = min([*self._kinds, *self._fixed])
+        self.first = min(self._kinds)
 
     def student(self) -> contextlib.AbstractContextManager[None]:
         """Within: replaced layers compute their maps, and layers below the first replaced one are skipped."""
-        modules = {**{int(i): m for i, m in self.affine.items()}, **{i: m for i, (_, m) in self._fixed.items()}}
-        return switched(self.decoder, modules, self.tap, self.first)
+        return switched(self.decoder, {int(i): m for i, m in self.affine.items()}, self.tap, self.first)
 
     @torch.no_grad()
     def teacher_states(self, ids_BT: torch.Tensor, *, training: bool = False) -> TeacherStates:

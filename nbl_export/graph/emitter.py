@@ -124,10 +124,10 @@ def values_read(node: ir.Node) -> Iterator[ir.Value]:
 
 def new_node(
     op_type: str, inputs: Sequence[ir.Value | None], name: str, dtype: ir.DataType | None = None,
-    shape: ir.Shape | None = None, attributes: Mapping[str, Any] | None = None, domain: str = "",
+    shape: ir.Shape | None = None, attributes: Mapping[str, Any] | None = None,
 ) -> ir.Node:  # fmt: skip
     """A node that is not in a graph yet; its output is named NAME/output_0."""
-    node = ir.node(op_type, list(inputs), attributes, domain=domain, name=name)
+    node = ir.node(op_type, list(inputs), attributes, name=name)
     output = node.outputs[0]
     output.name, output.shape = f"{name}/output_0", shape
     output.type = None if dtype is None else ir.TensorType(dtype)

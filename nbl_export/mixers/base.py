@@ -191,8 +191,8 @@ class Kind(Protocol):
             like: for a kind whose module follows from more than the size, a mixer of its shapes; no number is read.
         """
 
-    def from_module(self, state: Mapping[str, np.ndarray], size: int, like: Mixer | None = None) -> Mixer:
-        """The mixer of the `state_dict` of a module of this kind; `like` as in `blank`, errors as in `from_tensors`."""
+    def from_module(self, state: Mapping[str, np.ndarray], size: int) -> Mixer:
+        """The mixer of the `state_dict` of a module of this kind; errors as in `from_tensors`."""
         return self.from_tensors(state)
 
     def trained(self, mixer: Mixer, rank: int, generator: Any) -> TrainedMixer | None:

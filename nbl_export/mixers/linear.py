@@ -95,7 +95,7 @@ class _Linear(Kind):
 
         return Wrapped(nn.Linear(size, size), multiplier)
 
-    def from_module(self, state: Mapping[str, np.ndarray], size: int, like: Mixer | None = None) -> Linear:
+    def from_module(self, state: Mapping[str, np.ndarray], size: int) -> Linear:
         return Linear(state["linear.weight"], state["linear.bias"])
 
     def trained(self, mixer: Mixer, rank: int, generator: Any) -> Any:

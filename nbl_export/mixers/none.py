@@ -64,7 +64,7 @@ class _None(Kind):
     def blank(self, size: int, multiplier: float = 1.0, like: Mixer | None = None) -> Any:
         return Nothing(size).module(multiplier)
 
-    def from_module(self, state: Mapping[str, np.ndarray], size: int, like: Mixer | None = None) -> Mixer:
+    def from_module(self, state: Mapping[str, np.ndarray], size: int) -> Mixer:
         return Nothing(size)
 
 

@@ -13,11 +13,9 @@ import torch
 
 from nbl_export.distill.teacher_student import TeacherStates, TeacherStudent, _distance, _Divergence
 from nbl_export.distill.training import UNLIMITED, DistillSettings, _Training
-from nbl_export.errors import NblError
 from nbl_export.mixers.base import Mixer
 from nbl_export.mixers.linear import Linear
 from nbl_export.mixers.modules import TrainedLinear
-from nbl_export.mixers.none import Nothing
 from nbl_export.model import bfloat16
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
@@ -127,22 +125,6 @@ def test_loss_and_kl_are_those_of_the_logits_whatever_their_type(dtype: torch.dt
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-3)
     assert kl.item() == pytest.approx(apart.sum().item(), rel=1e-3)
     assert (gradient - expected).norm() < 0.005 * expected.norm()
-
-
-def test_a_layer_of_a_kind_that_is_not_trained_stays_in_the_student(
-    checkpoint: Callable[[str], Path], random_maps: Callable[..., dict[int, Linear]]
-) -> None:
-    linear = random_maps(2)
-    maps: dict[int, Mixer] = {**linear, 1: Nothing(linear[2].size)}
-    made = TeacherStudent(load_model(checkpoint("llama")), maps, "normed", "fp32", 2, seed=0)
-    assert made.first == 1 and all(name.startswith("2.") for name in made.trained)
-    with torch.no_grad():
-        target = made.model(IDS, use_cache=False).logits.log_softmax(-1)
-        ours = linearize(load_model(checkpoint("llama")), made.maps(), "normed")(IDS, use_cache=False).logits
-    kl = (target.exp() * (target - ours.log_softmax(-1))).sum(-1).mean().item()
-    assert made.held_kl(made.teacher_states(IDS)) == pytest.approx(kl, rel=1e-4)
-    with pytest.raises(NblError, match="nothing to train"):
-        TeacherStudent(made.model, {1: maps[1]}, "normed", "fp32", 2, seed=0)
 
 
 def test_a_wild_row_does_not_drown_the_others(twin: Make, monkeypatch: pytest.MonkeyPatch) -> None:

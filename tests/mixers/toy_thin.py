@@ -76,7 +76,7 @@ class _Thin(Kind):
     def blank(self, size: int, multiplier: float = 1.0, like: Mixer | None = None) -> Wrapped:
         return Wrapped(nn.Sequential(nn.Linear(size, RANK, bias=False), nn.Linear(RANK, size)), multiplier)
 
-    def from_module(self, state: Mapping[str, np.ndarray], size: int, like: Mixer | None = None) -> Thin:
+    def from_module(self, state: Mapping[str, np.ndarray], size: int) -> Thin:
         return Thin(state["linear.0.weight"], state["linear.1.weight"], state["linear.1.bias"])
 
 

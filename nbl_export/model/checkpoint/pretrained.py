@@ -171,13 +171,12 @@ def _check_gguf(file: Path, config: Any) -> None:
         raise NblError(f"{file} has {other[0]} in shape {found}, and its keys state {stated}; fetch the model again")
 
 
-def model_with(config: Any, *, lm_head: bool = True) -> Any:
+def model_with(config: Any) -> Any:
     """A float32 model of a configuration, with the weights of no checkpoint."""
     import torch
-    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    kind = AutoModelForCausalLM if lm_head else AutoModel
-    return kind.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
 
 
 def tokenizer_of(model: Path) -> Any:
