@@ -44,7 +44,7 @@ class Text:
         try:
             import tokenizers
         except ImportError as error:
-            raise MissingPackageError("tokenizers", "trt-rtx", "reading and writing text") from error
+            raise MissingPackageError("tokenizers", "cpu", "reading and writing text") from error
         check_folder(directory)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(read_small(directory / TOKENIZER, _MOST_TOKENIZER))

@@ -15,7 +15,6 @@ import pytest
 from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.targets.onnx import engine, genai
-from nbl_export.targets.onnx.facts import GenaiSettings
 from nbl_export.targets.onnx.genai import GenaiRunner
 
 from ..tiny import HEAD_DIM, VOCAB
@@ -238,11 +237,10 @@ def test_the_end_of_the_context_ends_the_answer(directory: Path, tmp_path: Path)
         assert len(runner.greedy([5, 6, 7], 50)) == 7
 
 
-def test_a_stream_is_the_text_of_the_greedy_tokens(runner: GenaiRunner, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "settings", GenaiSettings(runner.settings.context_length, 0, ()))
-    ids = runner.encode("Hello there", chat=False)
-    tokens, pieces = runner.greedy(ids, 8), runner._tokenizer.create_stream()
-    assert "".join(runner.stream(ids, 8)) == "".join(pieces.decode(token) for token in tokens)
+def test_genais_own_tokenizer_gives_the_same_ids(runner: GenaiRunner) -> None:
+    """As whoever deploys the directory uses it."""
+    text = "naïve 😀 日本, and plain words"
+    assert list(runner._og.Tokenizer(runner._model).encode(text)) == runner.encode(text, chat=False)
 
 
 def test_a_stream_ends_at_any_of_several_end_ids(directory: Path, tmp_path: Path) -> None:
@@ -251,8 +249,7 @@ def test_a_stream_ends_at_any_of_several_end_ids(directory: Path, tmp_path: Path
     with GenaiRunner(directory, threads=1) as runner:
         tokens = runner.greedy(prompt, 24)
         end = next(token for token in tokens[4:] if token not in tokens[:4])
-        pieces = runner._tokenizer.create_stream()
-        until = "".join(pieces.decode(token) for token in tokens[: tokens.index(end)])
+        until = "".join(runner.text.pieces(tokens[: tokens.index(end)]))
         whole = "".join(runner.stream(prompt, 24))
     assert len(until) < len(whole)
     never = next(token for token in range(3, VOCAB) if token not in tokens)
@@ -262,58 +259,6 @@ def test_a_stream_ends_at_any_of_several_end_ids(directory: Path, tmp_path: Path
     for ids, expected in cases:
         with GenaiRunner(_ending_at(directory, ids, tmp_path / f"{ids}"), threads=1) as runner:
             assert "".join(runner.stream(prompt, 24)) == expected
-
-
-def test_a_character_over_two_tokens_is_not_torn(runner: GenaiRunner, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "naïve 😀 日本"
-    script = runner.encode(text, chat=False)
-    if runner._tokenizer.decode(np.array(script, dtype=np.int32)) != text:
-        pytest.skip("this tokenizer has no bytes")
-    monkeypatch.setattr(runner, "continuation", lambda *_: iter(script))
-    pieces = list(runner.stream([5], len(script)))
-    assert len(script) > len(pieces), "no character spans two tokens"
-    assert "".join(pieces) == text
-
-
-def test_the_chat_template_wraps_the_prompt(directory: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(directory, tmp_path / "copy"))
-    (copy / "chat_template.jinja").write_text("{% for m in messages %}ask {{ m['content'] }} end{% endfor %}")
-    with GenaiRunner(copy, threads=1) as runner:
-        plain = runner.encode("ask Hello there end", chat=False)
-        assert runner.encode("Hello there", chat=True) == plain
-        assert runner.encode("Hello there", chat=False) != plain
-
-
-def test_begin_of_text_is_added_to_a_plain_prompt_alone(directory: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(directory, tmp_path / "copy"))
-    tokenizer = json.loads((copy / "tokenizer.json").read_text(encoding="utf-8"))
-    begin = tokenizer["added_tokens"][0]
-    tokenizer["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": begin["content"], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [],
-        "special_tokens": {
-            begin["content"]: {"id": begin["content"], "ids": [begin["id"]], "tokens": [begin["content"]]}
-        },
-    }
-    (copy / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
-    config = json.loads((copy / "tokenizer_config.json").read_text(encoding="utf-8"))
-    (copy / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": begin["content"]}))
-    (copy / "chat_template.jinja").write_text(begin["content"] + "{{ messages[0]['content'] }}")
-    with GenaiRunner(copy, threads=1) as runner:
-        plain, chat = (runner.encode("Hello there", chat=chat) for chat in (False, True))
-    assert plain == chat
-    assert plain.count(begin["id"]) == 1
-
-
-def test_without_a_template_chat_is_the_plain_prompt(directory: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(directory, tmp_path / "copy"))
-    (copy / "chat_template.jinja").unlink(missing_ok=True)
-    config = json.loads((copy / "tokenizer_config.json").read_text())
-    config.pop("chat_template", None)
-    (copy / "tokenizer_config.json").write_text(json.dumps(config))
-    with GenaiRunner(copy, threads=1) as runner:
-        assert runner.encode("Hello", chat=True) == runner.encode("Hello", chat=False)
 
 
 def test_a_float32_graph_keeps_its_weights_in_the_file(exported: Callable[..., Path]) -> None:

@@ -21,8 +21,6 @@ The code relies on these observations of onnxruntime_genai 0.18 on the CPU provi
 - A generator allocates and clears its whole cache on construction: max_length tokens are resident at once.
 - Unset, `intra_op_num_threads` is half of the logical CPUs, 16 at most (src/models/model.cpp). This leaves half of a
   machine without hyper-threading idle, so this module always sets the number.
-- `encode` adds no begin-of-text by itself. After `Tokenizer.update_options(add_special_tokens="true")` it does as
-  transformers, if the post-processor of tokenizer.json has the bos_token of tokenizer_config.json.
 - An int4 graph (MatMulNBits, accuracy level 4) computes single tokens and chunks with different kernels. Logits of the
   same 40 tokens differ by up to 0.6 between one prefill and 25 + 15 single steps (SmolLM2). Compare equal chunks only.
 - An fp32 embedding refuses token ids beyond the vocabulary; an int4 embedding accepts them silently.
@@ -39,7 +37,7 @@ import functools
 import importlib
 import importlib.metadata
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -52,9 +50,8 @@ from nbl_export.graph.names import GRAPH_FILE
 from nbl_export.graph.trust import read_proto
 from nbl_export.targets.base import default_threads
 from nbl_export.targets.onnx.facts import GenaiSettings
-from nbl_export.targets.tokenizer import Speaking, applied
+from nbl_export.targets.tokenizer import Speaking, Text
 from nbl_export.trust.contained import check_folder
-from nbl_export.trust.model_settings import check_tokenizer_settings
 
 __all__ = ["SILENT", "GenaiRunner", "load_package", "open_model"]
 
@@ -92,10 +89,7 @@ class GenaiRunner(Speaking):
 
     def __exit__(self, *exc: object) -> None:
         """Free the cache and the model; the runner cannot be used afterwards."""
-        self.__dict__.pop("_tokenizer", None)
         self._generator = self._model = None
-
-    # -- tokens ----------------------------------------------------------------------------------------
 
     def begin(self, max_tokens: int, batch: int = 1) -> None:
         """Forget the sequence; reserve cache for min(max_tokens, context length) tokens, resident at once.
@@ -190,39 +184,12 @@ class GenaiRunner(Speaking):
         """The most likely next token of the first sequence."""
         return int(self.last_logits().argmax()) if self._batch == 1 else int(self._generator.get_next_tokens()[0])
 
-    # -- text ------------------------------------------------------------------------------------------
-
     @functools.cached_property
-    def _tokenizer(self) -> Any:
-        check_tokenizer_settings(self.directory)
-        try:
-            return self._og.Tokenizer(self._model)
-        except Exception as error:
-            raise NblError(
-                f"the tokenizer of {self.directory} does not load: {one_line(error)}; export again"
-            ) from error
-
-    def encode(self, prompt: str, *, chat: bool) -> list[int]:
-        """Token ids of a prompt; with `chat` and a template in the directory, the prompt is the user's turn in it.
-
-        A template writes its own begin-of-text, so only a plain prompt gets special tokens.
-        """
-        tokenizer = self._tokenizer
-        text = applied(self.directory, prompt) if chat else None
-        tokenizer.update_options(add_special_tokens="true" if text is None else "false")
-        return [int(i) for i in tokenizer.encode(prompt if text is None else text)]
-
-    def stream(self, ids: Sequence[int], max_new_tokens: int) -> Iterator[str]:
-        """Greedy continuation as text pieces, until an end-of-text id, the limit or the end of the context.
-
-        A character of several tokens comes out whole, with its last token.
-        """
-        pieces = self._tokenizer.create_stream()
-        for token in self.continuation(ids, max_new_tokens):
-            if token in self.settings.end_ids:
-                return
-            if piece := pieces.decode(token):
-                yield piece
+    def text(self) -> Text:
+        """The tokenizer of the directory; genai_config.json says which ids end a text."""
+        found = Text(self.directory)
+        found.end_ids = self.settings.end_ids
+        return found
 
 
 def load_package(name: str) -> ModuleType:
