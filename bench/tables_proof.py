@@ -79,6 +79,6 @@ def architectures(read: Read) -> Rows:
 def runtimes(read: Read) -> Rows:
     rows: Rows = [("runtime", "version", "given", "result"), "llll"]
     for row in read("runtimes-smollm2")["runtimes"]:
-        given = "`model/`" if row["given"].startswith("model/") else "`nbl-export card DIR --transformers-js OUT`"
+        given = "`model/`" if row["given"].startswith("model/") else "`bench/runtimes/layout.py`"
         rows.append((row["runtime"], row["version"] or "–", given, row["result"].split(":")[0]))
     return rows

@@ -20,7 +20,7 @@ LEVELS = {
     "targets": 5,
     "calibrate": 6, "plan": 6, "distill": 6, "measure": 6,
     "verify": 7, "evaluation": 7, "report": 7,
-    "run": 8, "publish": 9, "api": 10, "cli": 10, "hf": 10, "olive": 10, "__main__": 11, "": 11,
+    "run": 8, "publish": 9, "api": 10, "cli": 10, "hf": 10, "__main__": 11, "": 11,
 }  # fmt: skip
 STAGES = ("calibrate", "plan", "distill", "measure", "verify", "evaluation", "report")
 TARGETS = ("onnx", "openvino", "tensorrt", "checkpoint")  # packages of `targets`; its other ones serve all
@@ -34,7 +34,6 @@ HEAVY = {
                      "targets.openvino.trace", "targets.tensorrt.export", "targets.checkpoint"),
     "vllm": ("targets.checkpoint.vllm",),
     "tensorrt_edgellm": ("targets.checkpoint.edge_llm_code",),
-    "olive": ("olive",),
     "onnx_ir": ("graph", "rewrite", "targets.export", "targets.onnx", "targets.tensorrt"),
     "onnxruntime": ("graph.session", "targets", "rewrite.quantize"),
     "onnxruntime_genai": ("targets.onnx",),
@@ -133,7 +132,7 @@ def test_targets_do_not_import_each_other() -> None:
 def test_only_publish_and_doors_know_runs() -> None:
     for name in MODULES:
         if any(place(other) == "run" for other in EDGES[name]):
-            assert place(name) in ("run", "publish", "api", "cli", "olive"), name
+            assert place(name) in ("run", "publish", "api", "cli"), name
 
 
 def test_heavy_libraries_stay_in_their_place() -> None:

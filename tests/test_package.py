@@ -112,4 +112,4 @@ def test_bash_completes_commands_and_options(tmp_path: Path) -> None:
 
     assert complete("nbl-export", "gen") == ["generate"]
     assert complete("nbl-export", "ca") == ["card"]  # calibrate is for developers
-    assert complete("nbl-export", "card", "--transf") == ["--transformers-js"]
+    assert complete("nbl-export", "card", "--base") == ["--base-model"]

@@ -69,7 +69,6 @@ READS = {
     "model/checkpoint/copied.py": (1, "copied in blocks"),
     "model/checkpoint/pretrained.py": (1, "behind `read_header`, which bounds every count"),
     "model/memory.py": (3, "the system's"),
-    "olive.py": (1, "a package's own table"),
     "publish/card.py": (1, "the template of this package"),
     "report/document.py": (1, "the template of this package"),
     "run/estimate.py": (1, "the system's"),
@@ -173,7 +172,7 @@ def test_code_in_a_model_directory_is_not_run(checkpoint: object, text: Path, tm
 PAGE = (PACKAGE.parent / "SECURITY.md").read_text(encoding="utf-8")
 TESTS = Path(__file__).parent
 _NODE = re.compile(r"`([\w/]+\.py)::(\w+)`(?: \(`-m (\w+)`\))?")
-_OPTIONAL = {"large", "fuzz", "mlx", "vllm", "edge_llm", "olive", "trt"}  # tests with these marks are often left out
+_OPTIONAL = {"large", "fuzz", "mlx", "vllm", "edge_llm", "trt"}  # tests with these marks are often left out
 
 
 def marks_of(file: str, name: str) -> set[str] | None:

@@ -1,4 +1,4 @@
-// transformers.js on a folder by `nbl-export layout`, the same in Node and in a page: its own tokenizer, template and
+// transformers.js on a folder by layout.py, the same in Node and in a page: its own tokenizer, template and
 // generate, no options.
 
 export async function chat(library, name, asked, onText = () => {}) {

@@ -18,7 +18,7 @@ from pathlib import Path
 __all__ = ["ROWS", "Missing", "Place", "Row"]
 
 HERE = Path(__file__).parent
-MODEL, LAYOUT = "model/ as it is", "nbl-export card --transformers-js"
+MODEL, LAYOUT = "model/ as it is", "bench/runtimes/layout.py"
 
 
 class Missing(Exception):

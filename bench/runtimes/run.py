@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from layout import lay_out
 from rows import ROWS, Missing, Place, Row
 
 __all__ = ["Reference", "judge", "reference_of", "table"]
@@ -114,8 +115,6 @@ def _facts(model: Path) -> dict[str, Any]:
 
 
 def _measured(model: Path, rows: Sequence[Row], given: argparse.Namespace) -> tuple[Reference, list[dict[str, Any]]]:
-    from nbl_export.publish.transformers_js import lay_out
-
     reference = reference_of(model, given.new_tokens)
     with tempfile.TemporaryDirectory(prefix="nbl-export-runtimes-") as scratch:
         layout = lay_out(model, Path(scratch) / "layout")

@@ -251,21 +251,14 @@ def card(
     base_model: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="Hub id of the base model, if the run was made from files.")
     ] = None,
-    transformers_js: Annotated[
-        Path | None,
-        typer.Option(metavar="OUT", help="Also copy the model folder to OUT, laid out for transformers.js."),
-    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Go on despite a failed verification, and overwrite an edited card.")
     ] = False,
 ) -> None:
     """Write the model card, README.md of the model folder."""
     from nbl_export.publish.card import write_card
-    from nbl_export.publish.transformers_js import lay_out
 
     print(write_card(directory, base_model, force=force))
-    if transformers_js is not None:
-        print(lay_out(directory, transformers_js))
 
 
 def convert(

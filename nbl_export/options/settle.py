@@ -5,7 +5,7 @@
       ─► an option without effect is refused, or returns to its default if it was only recorded
       ─► refused: values that contradict each other, or do not fit the engine or the model
 
-The command line, `--config FILE`, a changed run, Olive and Python call `settle`. Defaults and effects stand with
+The command line, `--config FILE`, a changed run and Python call `settle`. Defaults and effects stand with
 the fields (`options`); what is refused, in `rules`.
 """
 

@@ -32,8 +32,7 @@ def main(name: str, directory: str = ".engines") -> int:
     home = (ROOT / directory / name).resolve()
     made = _made(home, table[name])
     words = [sys.executable, "-m", "pytest", "-q", "-m", table[name]["marker"], "tests/engines"]
-    variable = f"NBL_{name.upper().replace('-', '_')}"
-    environment = {**os.environ, f"{variable}_PYTHON": str(made), f"{variable}_APART": str(home / "apart")}
+    environment = {**os.environ, f"NBL_{name.upper().replace('-', '_')}_PYTHON": str(made)}
     return subprocess.run(words, cwd=ROOT, env=environment, check=False).returncode
 
 
@@ -46,7 +45,6 @@ def _made(home: Path, wanted: dict[str, Any]) -> Path:
         subprocess.run([sys.executable, "-m", "venv", "--clear", home], check=True)
         _pip(python, wanted["packages"], "install")
         _pip(python, wanted.get("bare"), "install", "--no-deps")
-        _pip(python, wanted.get("apart"), "install", "--no-deps", "--target", str(home / "apart"))
         _pip(python, wanted.get("removed"), "uninstall", "--yes")
         record.write_text(key, encoding="utf-8")
     elif any(package.startswith(".") for package in wanted["packages"]):

@@ -1,15 +1,12 @@
 """Every road to a job settles its options alike, refuses before anything is written, and repeats from its own command.
 
-flags, --config FILE, a stage of a run, a run's nbl.json, Olive, Python ─► one settling ─► the options of the job
+flags, --config FILE, a stage of a run, a run's nbl.json, Python ─► one settling ─► the options of the job
 """
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,33 +103,15 @@ def recorded(tmp_path: Path) -> Recorded:
     return make
 
 
-@pytest.fixture
-def olive(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., None]]:
-    """The pass of a whole job, with stand-ins for Olive's classes."""
-    for name in ("olive", "olive.model", "olive.passes", "olive.passes.pass_config"):
-        module: Any = types.ModuleType(name)
-        module.HfModelHandler = module.ONNXModelHandler = module.Pass = module.PassConfigParam = object
-        monkeypatch.setitem(sys.modules, name, module)
-    ours = importlib.import_module("nbl_export.olive")
-
-    def job(**options: Any) -> None:
-        model, config = types.SimpleNamespace(model_name_or_path="m"), types.SimpleNamespace(options=options)
-        ours.Nbl._run_for_config(object.__new__(ours.Nbl), model, config, str(tmp_path / "out"))
-
-    yield job
-    sys.modules.pop("nbl_export.olive")
-
-
 # -- roads --------------------------------------------------------------------------------------------------------
 
 
-def test_roads_to_a_new_run(tmp_path: Path, stopped: None, olive: Callable[..., None]) -> None:
+def test_roads_to_a_new_run(tmp_path: Path, stopped: None) -> None:
     out = tmp_path / "out"
     roads: dict[str, Callable[[Mapping[str, Any]], Callable[[], object]]] = {
         "flags": lambda a: line("--model", "m", *flags(a), "--output", out),
         "config": lambda a: line("--model", "m", "--config", written(tmp_path, a), "--output", out),
         "python": lambda a: lambda: pipeline.run_job({"model": "m", **a}, out, QUIET),
-        "olive": lambda a: lambda: olive(**a),
     }
     for name, road in roads.items():
         assert_settled(reached(road(ASKED)), EXPECTED)
