@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 
 from nbl_export.evaluation.measure import windows
-from nbl_export.evaluation.reader import graph_reader
-from nbl_export.evaluation.scorer import Request
+from nbl_export.evaluation.scorer import Request, graph_scorer
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.names import GRAPH_FILE
 from nbl_export.records.quality import increase_interval, perplexity
@@ -34,10 +33,10 @@ DECODED = 48
 
 def losses(directory: Path, data: Path, count: int) -> dict[str, list[float]]:
     """Mean loss of each window, in nats, by text."""
-    reader, found = graph_reader(directory), {}
+    scorer, found = graph_scorer(directory), {}
     for name, file in TEXTS.items():
-        cut = windows(read_text(str(data / file)), reader.tokenizer, CONTEXT, count)
-        scores = reader.scorer.score([Request(tuple(ids[:1]), tuple(ids[1:])) for ids in cut])
+        cut = windows(read_text(str(data / file)), scorer.tokenizer, CONTEXT, count)
+        scores = scorer.score([Request(tuple(ids[:1]), tuple(ids[1:])) for ids in cut])
         found[name] = [-score / (CONTEXT - 1) for score, _ in scores]
     return found
 

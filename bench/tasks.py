@@ -30,6 +30,11 @@ FIGURES = {"lambada_openai": ("acc", "perplexity"), "arc_easy": ("acc", "acc_nor
 _TOKENS = 4096  # in a batch
 
 
+def _read(request: Any) -> tuple[int, ...]:
+    """The tokens that a model reads for a request: all but the last one, which is only predicted."""
+    return (*request.context, *request.continuation[:-1])
+
+
 class Row:
     """A model with maps in place of some layers' attention."""
 
@@ -47,10 +52,10 @@ class Everyone:
     def score(self, requests: Sequence[Any]) -> dict[str, dict[Any, Any]]:
         """Row (and "original") -> request -> score."""
         found: dict[str, dict[Any, Any]] = {"original": {}, **{row.name: {} for row in self.rows}}
-        waiting = sorted(set(requests), key=lambda r: (-len(r.inputs), r.inputs, r.continuation))
+        waiting = sorted(set(requests), key=lambda r: (-len(_read(r)), _read(r), r.continuation))
         total, started = len(waiting), time.monotonic()
         while waiting:
-            size = max(1, _TOKENS // len(waiting[0].inputs))
+            size = max(1, _TOKENS // len(_read(waiting[0])))
             batch, waiting = waiting[:size], waiting[size:]
             for name, scores in self._batch(batch).items():
                 found[name].update(zip(batch, scores, strict=True))
@@ -64,9 +69,9 @@ class Everyone:
 
         from nbl_export.model.linearize import run_from, switched
 
-        ids = torch.zeros(len(batch), len(batch[0].inputs), dtype=torch.long)
+        ids = torch.zeros(len(batch), len(_read(batch[0])), dtype=torch.long)
         for place, request in enumerate(batch):  # right padding: no earlier token attends to it
-            ids[place, : len(request.inputs)] = torch.tensor(request.inputs)
+            ids[place, : len(_read(request))] = torch.tensor(_read(request))
         first = {row.name: min(row.maps) for row in self.rows}
         seen: dict[int, Any] = {}
         hooks = [
@@ -166,7 +171,7 @@ def main() -> None:
     options = parser.parse_args()
     import torch
 
-    from nbl_export.evaluation import measure, tasks
+    from nbl_export.evaluation import tasks
     from nbl_export.files import versions, write_json
     from nbl_export.measure.benchmark import machine
     from nbl_export.model import bfloat16
@@ -190,12 +195,12 @@ def main() -> None:
         if not missing:
             continue
         lm = answering(bed.tokenizer, bed.spec.max_positions)
-        measure.run_benchmark(benchmark, lm, options.limit)
-        log(f"{name}: {len(lm.asked)} requests, {sum(len(r.inputs) for r in lm.asked)} tokens")
+        tasks.run_benchmark(benchmark, lm, options.limit)
+        log(f"{name}: {len(lm.asked)} requests, {sum(len(_read(r)) for r in lm.asked)} tokens")
         scores = Everyone(bed.model, missing, narrow).score(lm.asked)
         outcomes = {}
         for row, lm.scores in scores.items():
-            outcomes[row] = measure.run_benchmark(benchmark, lm, options.limit)
+            outcomes[row] = tasks.run_benchmark(benchmark, lm, options.limit)
         about = {"original": {}, **{row.name: row.about for row in missing}}
         for row, outcome in outcomes.items():
             entry["rows"][row] = {**about[row], **measured(outcome, outcomes["original"], FIGURES[name])}

@@ -41,7 +41,7 @@ def until(stage: str) -> Iterator[None]:
         yield
 
 
-def job_of(directory: Path, options: dict[str, Any], manifest: dict[str, Any] | None = None, asked: Any = None) -> Job:
+def job_of(directory: Path, options: dict[str, Any], manifest: dict[str, Any] | None = None, asked: Any = ()) -> Job:
     """The job of a torch model with three layers.
 
     Args:

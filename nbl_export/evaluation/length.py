@@ -24,7 +24,7 @@ import numpy as np
 
 from nbl_export.errors import NblError
 from nbl_export.evaluation.measure import Metric, Outcome, windows
-from nbl_export.evaluation.scorer import Request
+from nbl_export.evaluation.scorer import GraphScorer, Request
 from nbl_export.records.quality import NEAR
 from nbl_export.text.corpus import Text
 
@@ -56,14 +56,13 @@ class _Item:
 
 
 def run_length(
-    test: str, text: Text | None, lm: Any, window: int, limit: int | None, progress: Callable[[int, int], None],
-    *, behind_prompt: bool = False,
+    test: str, text: Text | None, scorer: GraphScorer, window: int, limit: int | None,
+    progress: Callable[[int, int], None], *, behind_prompt: bool = False,
 ) -> Outcome:  # fmt: skip
     """One of `TESTS` on a model: mean loss in nats and share of correct tokens or keys, for each position or length.
 
     Args:
         text: None for copying.
-        lm: has a tokenizer and a scorer.
         window: tokens of a window of the text, and of the longest item.
         limit: most windows, or keys or sequences of each length, of these at most 16.
         behind_prompt: of a window, the first half is a prompt, and only the last position range is scored.
@@ -73,23 +72,21 @@ def run_length(
     """
     started = time.monotonic()
     few = limit if test == POSITION else min(limit or _ITEMS, _MOST)
-    rows = windows(text, lm.tokenizer, window, few) if text else []
-    items = list(_items(test, rows, lm.tokenizer, window, few or 0))
+    rows = windows(text, scorer.tokenizer, window, few) if text else []
+    items = list(_items(test, rows, scorer.tokenizer, window, few or 0))
     if behind_prompt and test == POSITION:
         items = [_Item(item.ids, item.ends[-1:], item.counts[-1:]) for item in items]
     found: dict[str, list[float]] = {}
-    said: list[tuple[float, ...]] = []
-    for item in items:
-        scores, cuts = lm.scorer.token_scores(item.request), np.cumsum(item.counts)[:-1]
-        parts = list(zip(np.split(scores.loglikelihoods, cuts), np.split(scores.greedy, cuts), strict=True))
-        said.append(tuple(float(loss.sum()) for loss, _ in parts))
+    for done, item in enumerate(items, 1):
+        scores, cuts = scorer.token_scores(item.request), np.cumsum(item.counts)[:-1]
+        parts = zip(np.split(scores.loglikelihoods, cuts), np.split(scores.greedy, cuts), strict=True)
         for end, (loss, greedy) in zip(item.ends, parts, strict=True):
             found.setdefault(f"loss {end}", []).append(-float(loss.mean()))
             correct = greedy.all() if test == RETRIEVAL else greedy.mean()
             found.setdefault(f"correct {end}", []).append(float(correct))
-        progress(len(said), len(items))
+        progress(done, len(items))
     metrics = {k: Metric.of("mean", v, higher_is_better=k.startswith("correct")) for k, v in found.items()}
-    return Outcome(len(next(iter(found.values()))), metrics, tuple(said), time.monotonic() - started)
+    return Outcome(len(next(iter(found.values()))), metrics, time.monotonic() - started)
 
 
 def _items(test: str, rows: list[list[int]], tokenizer: Any, window: int, count: int) -> Iterator[_Item]:

@@ -1,4 +1,4 @@
-"""A decoder as a model of lm-evaluation-harness; an exported graph is `--model nbl-onnx --model_args path=DIR/model`.
+"""A decoder graph as a model of lm-evaluation-harness: `--model nbl-onnx --model_args path=DIR/model`.
 
 Tokenisation is that of the harness' own class for transformers (`lm_eval.models.huggingface.HFLM`), so scores are
 comparable. The tokenizer adds special tokens, unless the text already begins with one.
@@ -16,28 +16,21 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
 from nbl_export.errors import NblError
-from nbl_export.evaluation.reader import TextReader, graph_reader
-from nbl_export.evaluation.scorer import Request
+from nbl_export.evaluation.scorer import GraphScorer, Request, graph_scorer
 
 __all__ = ["DecoderLM", "OnnxLM"]
 
 _NEW_TOKENS = 256
-_ROWS = 16
 
 
 class DecoderLM(TemplateLM):
-    """Scores and greedy text of a decoder.
+    """Scores and greedy text of a decoder. `progress` is called with (done, total) requests."""
 
-    Attributes:
-        progress: called with (done, total) requests; None draws the harness' own progress bars.
-    """
-
-    def __init__(self, reader: TextReader, name: str = "") -> None:
+    def __init__(self, scorer: GraphScorer, name: str = "") -> None:
         super().__init__()
-        self.tokenizer, self.scorer, self.max_length = reader.tokenizer, reader.scorer, reader.scorer.max_length
-        self.batch_size, self.max_gen_toks = reader.scorer.rows, _NEW_TOKENS
+        self.scorer, self.tokenizer, self.max_length = scorer, scorer.tokenizer, scorer.max_length
         self._name = name
-        self.progress: Callable[[int, int], None] | None = None
+        self.progress: Callable[[int, int], None] = lambda _done, _total: None
 
     # -- tokens ----------------------------------------------------------------------------------------
 
@@ -59,10 +52,6 @@ class DecoderLM(TemplateLM):
         asked = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         return [int(i) for i in self.tokenizer.encode(string, **asked)]
 
-    def tok_decode(self, tokens: list[int]) -> str:
-        """Text of token ids without special tokens."""
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
-
     @property
     def tokenizer_name(self) -> str:
         """The key of the harness' cache of chat prompts."""
@@ -83,7 +72,7 @@ class DecoderLM(TemplateLM):
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-likelihood, greedy?) of each continuation after its context."""
-        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=self.progress is not None)
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
         return found
 
     def _loglikelihood_tokens(
@@ -91,7 +80,7 @@ class DecoderLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """(log-likelihood, greedy?) of each request; TemplateLM.loglikelihood calls this after tokenisation."""
         wanted = [Request(tuple(context), tuple(continuation)) for _, context, continuation in requests]
-        found = self.scorer.score(wanted, self.progress or (lambda _done, _total: None))
+        found = self.scorer.score(wanted, self.progress)
         for (texts, _, _), answer in zip(requests, found, strict=True):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, answer)
@@ -99,23 +88,17 @@ class DecoderLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, in windows of the full length; each token is predicted once."""
-        windows: list[tuple[None, list[int], list[int]]] = []
-        owners: list[int] = []
-        for owner, request in enumerate(requests):
+        totals = []
+        for request in requests:
             rolled = utils.get_rolling_token_windows(
                 token_list=self.tok_encode(request.args[0]),
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self.max_length,
                 context_len=1,
             )
-            for pair in rolled:
-                windows.append((None, *utils.make_disjoint_window(pair)))
-                owners.append(owner)
-        totals = [0.0] * len(requests)
-        for owner, (loglikelihood, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
-            totals[owner] += loglikelihood
-        for request, total in zip(requests, totals, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+            windows = [(None, *utils.make_disjoint_window(pair)) for pair in rolled]
+            totals.append(sum(loglikelihood for loglikelihood, _ in self._loglikelihood_tokens(windows)))
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, totals[-1])
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -124,28 +107,26 @@ class DecoderLM(TemplateLM):
         Raises:
             NblError: the task asks for sampling.
         """
-        eos = str(self.tokenizer.decode([self.eot_token_id]))
-        groups: dict[tuple[tuple[str, ...], int], list[int]] = {}
-        for index, request in enumerate(requests):
-            asked = normalize_gen_kwargs(request.args[1], self.max_gen_toks)
+        eos, texts = str(self.tokenizer.decode([self.eot_token_id])), list[str]()
+        for request in requests:
+            asked = normalize_gen_kwargs(request.args[1], _NEW_TOKENS)
             if asked.get("do_sample"):
                 raise NblError("nbl-onnx decodes greedily, but the task asks for sampling; give do_sample=False")
-            until = handle_stop_sequences(asked.get("until"), eos=eos)
-            groups.setdefault((tuple(until), asked["max_gen_toks"]), []).append(index)
-        texts = [""] * len(requests)
-        for (until_, limit), indices in groups.items():
-            stops = [stop for stop in until_ if stop]
-            prompts = [self.tok_encode(requests[i].args[0]) for i in indices]
-            for i, ids in zip(indices, self.scorer.generate(prompts, limit, self._ended(stops)), strict=True):
-                texts[i] = postprocess_generated_text(self.tok_decode(ids), stops, None)
-                self.cache_hook.add_partial("generate_until", requests[i].args, texts[i])
+            stops = [stop for stop in handle_stop_sequences(asked.get("until"), eos=eos) if stop]
+            ids = self.scorer.generate(self.tok_encode(request.args[0]), asked["max_gen_toks"], self._ended(stops))
+            texts.append(postprocess_generated_text(self._decoded(ids), stops, None))
+            self.cache_hook.add_partial("generate_until", request.args, texts[-1])
+            self.progress(len(texts), len(requests))
         return texts
 
     def _ended(self, stops: list[str]) -> Callable[[list[int]], bool]:
         def ended(ids: list[int]) -> bool:
-            return ids[-1] == self.eot_token_id or any(stop in self.tok_decode(ids) for stop in stops)
+            return ids[-1] == self.eot_token_id or any(stop in self._decoded(ids) for stop in stops)
 
         return ended
+
+    def _decoded(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
 
 @register_model("nbl-onnx")
@@ -154,7 +135,6 @@ class OnnxLM(DecoderLM):
 
     Args:
         path: a model directory, such as `model` or `original` of a run.
-        batch_size: most sequences of a batch; "auto" is 16. A batch is also bounded by the size of its logits.
         max_length: most tokens read at once; None means the model's positions.
         threads: of ONNX Runtime; None lets ONNX Runtime choose.
 
@@ -165,11 +145,9 @@ class OnnxLM(DecoderLM):
     def __init__(
         self,
         path: str,
-        batch_size: int | str | None = "auto",
         max_length: int | None = None,
         threads: int | None = None,
-        **_of_other_models: Any,  # the harness passes device and max_batch_size to every model
+        **_of_other_models: Any,  # the harness passes device and batch sizes to every model
     ) -> None:
-        rows = _ROWS if str(batch_size).startswith("auto") or batch_size is None else int(batch_size)
         asked = (int(threads) if threads else None, int(max_length) if max_length else None)
-        super().__init__(graph_reader(Path(path), *asked, rows), str(Path(path).absolute()).replace("/", "__"))
+        super().__init__(graph_scorer(Path(path), *asked), str(Path(path).absolute()).replace("/", "__"))

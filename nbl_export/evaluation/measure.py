@@ -1,4 +1,4 @@
-"""Runs one benchmark or one text on one model of the harness: an `Outcome` with a score for every item.
+"""The outcome of one model on one task, with a score for every item: standard errors, and a text in windows.
 
 Every figure is a smooth function of means over items. To first order, item i changes the figure by u_i / n, with the
 influence u_i (delta method; for ratios Cochran, Sampling Techniques, chapter 6):
@@ -28,14 +28,10 @@ from typing import Any
 import numpy as np
 
 from nbl_export.errors import NblError, UsageError
-from nbl_export.evaluation.scorer import Request
-from nbl_export.evaluation.tasks import Benchmark
+from nbl_export.evaluation.scorer import GraphScorer, Request
 from nbl_export.text.corpus import READ_BYTES, Text
 
-__all__ = ["AGGREGATIONS", "Metric", "Outcome", "difference", "figure",
-           "parse_named", "run_benchmark", "run_windows", "windows"]  # fmt: skip
-
-_SEED = 1234  # the harness' default for few-shot sampling
+__all__ = ["AGGREGATIONS", "Metric", "Outcome", "difference", "figure", "parse_named", "run_windows", "windows"]
 
 
 @dataclass(frozen=True)
@@ -56,59 +52,15 @@ class Metric:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of one model on one task.
-
-    loglikelihoods: of each item, one number for each request; empty if the task generates text.
-    """
+    """The result of one model on one task."""
 
     items: int
     metrics: dict[str, Metric]
-    loglikelihoods: tuple[tuple[float, ...], ...]
     seconds: float
 
 
-def run_benchmark(benchmark: Benchmark, lm: Any, limit: int | None) -> Outcome:
-    """Run all requests of the first `limit` documents of each task on a model (None: all documents).
-
-    A figure of a group is the mean over all documents of its tasks, as the harness weighs them. `evaluate` is what
-    `simple_evaluate` calls after it has described the machine, which takes seconds.
-    """
-    from lm_eval.evaluator import evaluate
-
-    tasks = {str(task.task_name): task for task in benchmark.tasks}
-    for task in tasks.values():
-        task.set_fewshot_seed(seed=_SEED)  # anew for each model: all get the same examples
-    started = time.monotonic()
-    found = evaluate(lm=lm, task_dict={"tasks": tasks}, limit=limit, bootstrap_iters=0)  # `figure` computes errors
-    seconds = time.monotonic() - started
-    samples = [sample for name in tasks for sample in _of_first_filter(found["samples"][name])]
-    metrics = {}
-    for name in samples[0]["metrics"]:
-        kinds = {getattr(task.aggregation().get(name), "__name__", "") for task in tasks.values()}
-        kind, higher = kinds.pop(), bool(benchmark.tasks[0].higher_is_better()[name])
-        if not kinds and (kind == "mean" or (kind in AGGREGATIONS and len(tasks) == 1)):
-            metrics[name] = Metric.of(kind, [sample[name] for sample in samples], higher_is_better=higher)
-        elif len(tasks) == 1:
-            value = found["results"][next(iter(tasks))].get(f"{name},{samples[0]['filter']}")
-            if isinstance(value, (int, float)):
-                metrics[name] = Metric(float(value), None, kind, higher, ())
-    said = tuple(_loglikelihoods(sample["filtered_resps"]) for sample in samples)
-    return Outcome(len(samples), metrics, said if all(said) else (), seconds)
-
-
-def _of_first_filter(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    samples = sorted(samples, key=lambda sample: int(sample["doc_id"]))
-    return [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
-
-
-def _loglikelihoods(responses: Sequence[Any]) -> tuple[float, ...]:
-    """Log-likelihoods of (log-likelihood, greedy?) pairs or of plain numbers; empty for generated text."""
-    numbers = [response[0] if isinstance(response, (tuple, list)) else response for response in responses]
-    return tuple(float(n) for n in numbers) if not any(isinstance(n, str) for n in numbers) else ()
-
-
 def run_windows(
-    windows: Sequence[list[int]], lm: Any, progress: Callable[[int, int], None], prompt: int = 1
+    windows: Sequence[list[int]], scorer: GraphScorer, progress: Callable[[int, int], None], prompt: int = 1
 ) -> Outcome:  # fmt: skip
     """Perplexity over windows of token ids: exp of the mean loss of all tokens behind the first ones of each window.
 
@@ -118,11 +70,11 @@ def run_windows(
     started = time.monotonic()
     items: list[tuple[float, int]] = []
     for ids in windows:
-        scores = lm.scorer.token_scores(Request(tuple(ids[:prompt]), tuple(ids[prompt:])))
+        scores = scorer.token_scores(Request(tuple(ids[:prompt]), tuple(ids[prompt:])))
         items.append((float(scores.loglikelihoods.sum()), len(ids) - prompt))
         progress(len(items), len(windows))
     metrics = {"token_perplexity": Metric.of("weighted_perplexity", items, higher_is_better=False)}
-    return Outcome(len(items), metrics, tuple((score,) for score, _ in items), time.monotonic() - started)
+    return Outcome(len(items), metrics, time.monotonic() - started)
 
 
 # -- standard errors ---------------------------------------------------------------------------------------------

@@ -27,7 +27,6 @@ __all__ = ["SCHEMA", "entry", "read_entries", "read_harness", "summarize"]
 SCHEMA = 1
 Entry = dict[str, Any]
 Group = dict[str, Entry]  # variant -> entry
-_PAIRS = (("nbl", "original"), ("torch-nbl", "torch-original"))
 
 
 def entry(key: str, task: str, limit: int | None, variant: str, outcome: Outcome, **facts: Any) -> Entry:
@@ -44,7 +43,7 @@ def entry(key: str, task: str, limit: int | None, variant: str, outcome: Outcome
         "seconds": round(outcome.seconds, 3),
         "metrics": metrics,
         **facts,
-        "scores": {**scores, "loglikelihoods": _pack(outcome.loglikelihoods)},
+        "scores": scores,
     }
 
 
@@ -102,35 +101,34 @@ def summarize(entries: Mapping[str, Entry], **facts: Any) -> dict[str, Any]:
     }
 
 
-def _pairs(group: Group) -> list[tuple[Entry, Entry]]:
-    """NBL and its original, of the graphs and of the torch models, if both were measured."""
-    return [(group[a], group[b]) for a, b in _PAIRS if a in group and b in group]
-
-
 def _facts(group: Group) -> dict[str, Any]:
     return {key: next(iter(group.values()))[key] for key in ("task", "limit", "items")}
 
 
 def _rows(group: Group) -> Iterator[dict[str, Any]]:
     """One row for each metric."""
-    for name, metric in next(iter(group.values()))["metrics"].items():
+    first = next(iter(group.values()))
+    for name, metric in first["metrics"].items():
         yield {
             **_facts(group),
-            "num_fewshot": next(iter(group.values()))["config"].get("num_fewshot"),
+            "num_fewshot": first["config"].get("num_fewshot"),
             "metric": name,
             "higher_is_better": metric["higher_is_better"],
             "figures": {v: {k: e["metrics"][name][k] for k in ("value", "stderr")} for v, e in group.items()},
-            "differences": [d for new, old in _pairs(group) for d in _difference(new, old, name)],
+            "differences": [_difference(*p, name) for p in _pair(group) if all(name in e["scores"] for e in p)],
         }
 
 
-def _difference(new: Entry, old: Entry, name: str) -> list[dict[str, Any]]:
-    """New minus old with its paired standard error; empty if there are no scores of single items."""
-    if name not in new["scores"] or name not in old["scores"]:
-        return []
+def _pair(group: Group) -> list[tuple[Entry, Entry]]:
+    """NBL and its original, if both were measured."""
+    return [(group["nbl"], group["original"])] if {"nbl", "original"} <= group.keys() else []
+
+
+def _difference(new: Entry, old: Entry, name: str) -> dict[str, Any]:
+    """New minus old with its paired standard error."""
     items = (_unpack(e["scores"][name]) for e in (new, old))
     value, stderr = difference(new["metrics"][name]["aggregation"], *items)
-    return [{"new": new["variant"], "old": old["variant"], "value": value, "stderr": stderr}]
+    return {"new": new["variant"], "old": old["variant"], "value": value, "stderr": stderr}
 
 
 def _length(group: Group) -> dict[str, Any]:
@@ -139,33 +137,33 @@ def _length(group: Group) -> dict[str, Any]:
     rows: `tokens`, the end of the positions or the length of the items, with the figures of each variant (loss in nats,
     share of correct tokens or keys), and the paired differences of the loss. warnings: one sentence each.
     """
-    first, pairs = next(iter(group.values())), _pairs(group)
+    first, pairs = next(iter(group.values())), _pair(group)
     ends = [int(name.split()[1]) for name in first["metrics"] if name.startswith("loss ")]
     return {
         **_facts(group),
         "test": first["config"]["output_type"],
-        "rows": [_length_row(group, pairs, end) for end in ends],
-        "warnings": [warning for new, old in pairs if (warning := _warning(new, old, ends))],
+        "rows": [_length_row(group, end) for end in ends],
+        "warnings": [warning for pair in pairs if (warning := _warning(*pair, ends))],
     }
 
 
-def _length_row(group: Group, pairs: list[tuple[Entry, Entry]], end: int) -> dict[str, Any]:
+def _length_row(group: Group, end: int) -> dict[str, Any]:
     figures = {v: {k: e["metrics"][f"{k} {end}"]["value"] for k in ("loss", "correct")} for v, e in group.items()}
-    differences = []
-    for new, old in pairs:
-        rise = _rise(new, old, end)
-        loss, increase = mean_interval(rise), increase_interval(np.zeros(len(rise)), rise)
-        differences.append(
-            {
-                "new": new["variant"],
-                "old": old["variant"],
-                "loss": loss.value,
-                "loss_interval": loss.ends,
-                "increase": increase.value,
-                "increase_interval": increase.ends,
-            }
-        )
-    return {"tokens": end, "figures": figures, "differences": differences}
+    return {"tokens": end, "figures": figures, "differences": [_loss_difference(*pair, end) for pair in _pair(group)]}
+
+
+def _loss_difference(new: Entry, old: Entry, end: int) -> dict[str, Any]:
+    """Loss after minus loss before, and the increase of perplexity, with paired 95% intervals."""
+    rise = _rise(new, old, end)
+    loss, increase = mean_interval(rise), increase_interval(np.zeros(len(rise)), rise)
+    return {
+        "new": new["variant"],
+        "old": old["variant"],
+        "loss": loss.value,
+        "loss_interval": loss.ends,
+        "increase": increase.value,
+        "increase_interval": increase.ends,
+    }
 
 
 def _rise(new: Entry, old: Entry, end: int) -> np.ndarray:

@@ -1,12 +1,12 @@
-"""Benchmarks of lm-evaluation-harness by name, with documents from the hub or from local files.
+"""Benchmarks of lm-evaluation-harness by name, with documents from the hub or from local files, and their run.
 
     arc_easy ─► the harness' own configuration (prompts, choices, metrics) ─┬─ data set from the hub
     mmlu ─► its 57 tasks ─► the same of each                                └─ DIR/arc_easy/test.jsonl
 
-A local file holds rows of the task's data set, unchanged: DIR/TASK/test.jsonl, or DIR/TASK/validation.jsonl if there is
-no test split. Examples of few-shot prompts are rows of the split that the task names for them: DIR/TASK/dev.jsonl.
-They replace the data set in the task's configuration (`custom_dataset`). The harness' loader of JSON files would make
-null of a missing field, and keep a copy of the file by its time.
+A local file holds rows of the task's data set, unchanged: DIR/TASK/SPLIT.jsonl, of the splits that the task names for
+its documents and for examples of few-shot prompts. They replace the data set in the task's configuration
+(`custom_dataset`). The harness' loader of JSON files would make null of a missing field, and keep a copy of the file
+by its time.
 """
 
 from __future__ import annotations
@@ -17,26 +17,29 @@ import functools
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import MissingPackageError, NblError, UsageError
-from nbl_export.files import read_small
+from nbl_export.evaluation.measure import AGGREGATIONS, Metric, Outcome
+from nbl_export.files import key_of, read_small
 
-__all__ = ["Benchmark", "harness_version", "load_benchmark", "quiet_harness"]
+__all__ = ["Benchmark", "harness_version", "load_benchmark", "quiet_harness", "run_benchmark"]
 
 _SHOWN = ("output_type", "doc_to_text", "doc_to_target", "doc_to_choice", "num_fewshot", "dataset_path", "dataset_name")
 _MOST_BYTES = 64 << 20  # of one file; all of its documents are in memory
 _SPLITS, _EXAMPLES = ("test_split", "validation_split"), ("fewshot_split", "training_split")
+_SEED = 1234  # the harness' default for few-shot sampling
 
 
 @dataclass(frozen=True)
 class Benchmark:
     """A task of the harness with its documents, or a group of tasks. Every prompt was rendered once as a check.
 
-    data: name and split of the documents, and SHA-256 if they are local; of a group by task. config: the settings.
+    data: name and split of the documents, and a hash if they are local; of a group by task. config: the settings.
     """
 
     name: str
@@ -87,6 +90,9 @@ def _catalogue() -> Any:
     return TaskManager()
 
 
+# -- a benchmark and its documents -------------------------------------------------------------------------------
+
+
 def load_benchmark(name: str, data: Path | None = None, shots: int | None = None) -> Benchmark:
     """A benchmark by the harness' name, with local documents if `data` has some.
 
@@ -98,7 +104,7 @@ def load_benchmark(name: str, data: Path | None = None, shots: int | None = None
         NblError: documents cannot be fetched, there are none, or a document lacks fields of the prompts.
     """
     if data is not None and not data.is_dir():
-        raise NblError(f"key data: {data} is not a directory")
+        raise NblError(f"--data {data} is not a directory")
     entry = _catalogue().task_index.get(name)
     if entry is None:
         near = difflib.get_close_matches(name, _catalogue().all_tasks, 3)
@@ -128,34 +134,38 @@ def _single(name: str, data: Path | None, shots: int | None) -> Benchmark:
     path = _catalogue().task_index[name].yaml_path
     stock = load_yaml(path, resolve_func=True) if path else {}
     shots = (stock.get("num_fewshot") or 0) if shots is None else shots
-    files = _files(data / name, stock, shots) if data else []
-    where = str(files[0]) if files else f"task {name}"
-    read = {file.stem: _read(file) for file in files}
-    task = _load(name, stock, {split: rows for split, (rows, _) in read.items()}, where)
+    local = _local(data / name, stock, shots) if data else {}
+    where = str(data / name / f"{next(iter(local))}.jsonl") if data and local else f"task {name}"
+    task = _load(name, stock, local, where)
     task.set_config(key="num_fewshot", value=shots)
     _check_prompts(task, where)
     split = task.config.test_split or task.config.validation_split
     found = {"name": str(task.config.dataset_path), "split": split, "documents": len(task.eval_docs)}
-    if files:
-        found |= {"name": where} | dict(
-            zip(("sha256", "examples"), (digest for _, digest in read.values()), strict=False)
-        )
+    if local:
+        found |= {"name": where, "sha256": key_of({split: digest for split, (_, digest) in local.items()})}
     shown = {key: value for key in _SHOWN if isinstance(value := getattr(task.config, key), (str, int))}
     return Benchmark(name, (task,), found, {**shown, "version": task.VERSION})
 
 
-def _files(directory: Path, stock: dict[str, Any], shots: int) -> list[Path]:
-    """The local file of a task's documents, and that of its examples if there is one; empty without documents."""
-    named = [
-        [directory / f"{stock[kind]}.jsonl" for kind in kinds if stock.get(kind)] for kinds in (_SPLITS, _EXAMPLES)
-    ]
-    documents, examples = ([file for file in files if file.is_file()][:1] for files in named)
+def _local(directory: Path, stock: dict[str, Any], shots: int) -> dict[str, tuple[list[dict[str, Any]], str]]:
+    """Rows of the task's splits that lie here, with the hash of their file; empty without documents.
+
+    Raises:
+        NblError: examples are asked for, and none are here.
+    """
+
+    def here(kinds: tuple[str, ...]) -> dict[str, Path]:
+        files = {split: directory / f"{split}.jsonl" for kind in kinds if (split := stock.get(kind))}
+        return {split: file for split, file in files.items() if file.is_file()}
+
+    documents, examples = here(_SPLITS), here(_EXAMPLES) if shots else {}
     if documents and shots and not examples:
-        there = f"give them in {named[1][0]}" if named[1] else "it names no rows for them"
+        split = next(filter(None, map(stock.get, _EXAMPLES)), None)
+        there = f"give them in {directory / split}.jsonl" if split else "it names no rows for them"
         raise NblError(
             f"task {directory.name} is to have {shots} examples in a prompt: {there}, or use --num-fewshot 0"
         )
-    return documents and documents + examples
+    return {split: _read(file) for split, file in {**documents, **examples}.items()} if documents else {}
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], str]:
@@ -178,7 +188,7 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], str]:
     return rows, hashlib.sha256(raw).hexdigest()
 
 
-def _load(name: str, stock: dict[str, Any], local: dict[str, list[dict[str, Any]]], where: str) -> Any:
+def _load(name: str, stock: dict[str, Any], local: dict[str, tuple[list[dict[str, Any]], str]], where: str) -> Any:
     """The task, with its data set or with the rows of local splits."""
     import datasets
 
@@ -186,7 +196,7 @@ def _load(name: str, stock: dict[str, Any], local: dict[str, list[dict[str, Any]
     try:
         if not local:
             return _catalogue().load([name])["tasks"][name]
-        documents = {split: datasets.Dataset.from_list(rows) for split, rows in local.items()}
+        documents = {split: datasets.Dataset.from_list(rows) for split, (rows, _) in local.items()}
         splits = {kind: split if (split := stock.get(kind)) in local else None for kind in (*_SPLITS, *_EXAMPLES)}
         task = {**stock, "task": name, **splits, "custom_dataset": lambda **_: documents}
         return _catalogue().load([task])["tasks"][name]
@@ -194,7 +204,7 @@ def _load(name: str, stock: dict[str, Any], local: dict[str, list[dict[str, Any]
         if local:
             raise NblError(f"{where} does not fit task {name}: {_line(error)}") from error
         raise NblError(
-            f"{where}: its data set cannot be fetched ({_line(error)}); give the key data = 'DIR' with "
+            f"{where}: its data set cannot be fetched ({_line(error)}); give --data DIR with "
             f"{name}/SPLIT.jsonl in it, or check the network"
         ) from error
 
@@ -221,3 +231,39 @@ def _check_prompts(task: Any, where: str) -> None:
 def _line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+# -- its run -------------------------------------------------------------------------------------------------------
+
+
+def run_benchmark(benchmark: Benchmark, lm: Any, limit: int | None) -> Outcome:
+    """Run all requests of the first `limit` documents of each task on a model (None: all documents).
+
+    A figure of a group is the mean over all documents of its tasks, as the harness weighs them. `evaluate` is what
+    `simple_evaluate` calls after it has described the machine, which takes seconds.
+    """
+    from lm_eval.evaluator import evaluate
+
+    tasks = {str(task.task_name): task for task in benchmark.tasks}
+    for task in tasks.values():
+        task.set_fewshot_seed(seed=_SEED)  # anew for each model: all get the same examples
+    started = time.monotonic()
+    found = evaluate(lm=lm, task_dict={"tasks": tasks}, limit=limit, bootstrap_iters=0)  # `figure` computes errors
+    seconds = time.monotonic() - started
+    samples = [sample for name in tasks for sample in _of_first_filter(found["samples"][name])]
+    metrics = {}
+    for name in samples[0]["metrics"]:
+        kinds = {getattr(task.aggregation().get(name), "__name__", "") for task in tasks.values()}
+        kind, higher = kinds.pop(), bool(benchmark.tasks[0].higher_is_better()[name])
+        if not kinds and (kind == "mean" or (kind in AGGREGATIONS and len(tasks) == 1)):
+            metrics[name] = Metric.of(kind, [sample[name] for sample in samples], higher_is_better=higher)
+        elif len(tasks) == 1:
+            value = found["results"][next(iter(tasks))].get(f"{name},{samples[0]['filter']}")
+            if isinstance(value, (int, float)):
+                metrics[name] = Metric(float(value), None, kind, higher, ())
+    return Outcome(len(samples), metrics, seconds)
+
+
+def _of_first_filter(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    samples = sorted(samples, key=lambda sample: int(sample["doc_id"]))
+    return [sample for sample in samples if sample["filter"] == samples[0]["filter"]]

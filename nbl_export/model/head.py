@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import DynamicCache
 
 from nbl_export.model import bfloat16
 from nbl_export.model.linearize import architecture_of
 
-__all__ = ["Head", "TorchDecoder", "divergence", "log_probabilities", "logits_of"]
+__all__ = ["Head", "divergence", "log_probabilities", "logits_of"]
 
 
 def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -28,34 +27,6 @@ def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     if cap is not None:
         logits = cap * torch.tanh(logits / cap)
     return logits.float()
-
-
-class TorchDecoder:
-    """A torch model that runs one sequence step by step, with the methods of `graph.decoder.OnnxDecoder`."""
-
-    def __init__(self, model: Any) -> None:
-        self._model, self._cache = model, DynamicCache()
-
-    def begin(self, batch: int) -> None:
-        """Start a sequence with an empty cache."""
-        assert batch == 1
-        self._cache = DynamicCache()
-
-    @torch.inference_mode()
-    def step(self, ids_1T: np.ndarray) -> np.ndarray:
-        """Append tokens; returns float32 logits [1, T, V]."""
-        ids = torch.from_numpy(ids_1T).to(self._model.device)
-        found = self._model.get_decoder()(input_ids=ids, past_key_values=self._cache, use_cache=True)
-        return np.asarray(logits_of(self._model, found.last_hidden_state).cpu().numpy())
-
-    def mark(self) -> Any:
-        """The length of the sequence, for `rewind`."""
-        return self._cache.get_seq_length()
-
-    def rewind(self, mark: Any) -> None:
-        """Go back to the length `mark`."""
-        if gone := self._cache.get_seq_length() - mark:
-            self._cache.crop(-gone)
 
 
 @torch.inference_mode()

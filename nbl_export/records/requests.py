@@ -8,10 +8,9 @@ from typing import Any
 
 from nbl_export.errors import UsageError
 
-__all__ = ["PERPLEXITY", "VARIANTS", "EvalRequest", "Prepared", "Subject"]
+__all__ = ["PERPLEXITY", "EvalRequest", "Subject"]
 
 PERPLEXITY = "perplexity"  # what is measured on a text, beside the tests of `evaluation.length`
-VARIANTS = ("original", "nbl", "torch-original", "torch-nbl")  # in running order
 _TOKENS = 512  # of a window for perplexity, as in `verify`
 _LONG_TOKENS = 4096
 
@@ -26,7 +25,6 @@ class EvalRequest:
     """
 
     tasks: tuple[str, ...] = ()
-    variants: tuple[str, ...] = ("original", "nbl")
     limit: int | None = None
     data: Path | None = None
     shots: int | None = None
@@ -37,9 +35,6 @@ class EvalRequest:
     def __post_init__(self) -> None:
         if not (self.tasks or self.texts or self.long_texts):
             raise UsageError("nothing to evaluate: give --tasks, --perplexity or --long-context")
-        unknown = [v for v in self.variants if v not in VARIANTS]
-        if unknown or not self.variants:
-            raise UsageError(f"key variants takes {', '.join(VARIANTS)}, not {unknown[0] if unknown else 'nothing'!r}")
 
     @property
     def window(self) -> int:
@@ -53,33 +48,19 @@ class EvalRequest:
 
 @dataclass(frozen=True)
 class Subject:
-    """A benchmark or a text, by its name in eval.json. `asked` holds everything that the figures depend on."""
+    """A benchmark or a text, loaded and checked, by its name in eval.json.
+
+    harness: its version, if the subject is a benchmark. `asked` holds everything that the figures depend on.
+    """
 
     name: str
     value: Any
     limit: int | None
     data: dict[str, Any]
     config: dict[str, Any]
+    harness: str = ""
 
     @property
     def asked(self) -> list[Any]:
         data = self.data.get("sha256", self.data)  # a file counts by content, not by path
-        return [self.name, self.limit, data, self.config]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A request with its benchmarks and texts loaded and checked."""
-
-    request: EvalRequest
-    subjects: tuple[Subject, ...]
-    harness: str
-
-    def harness_of(self, subject: Subject) -> str:
-        """The harness' version if the subject is a benchmark; "" for a text."""
-        return self.harness if subject.name in self.request.tasks else ""
-
-    @property
-    def identity(self) -> list[Any]:
-        """Equal for equal requests."""
-        return [self.harness, [s.asked for s in self.subjects], list(self.request.variants)]
+        return [self.name, self.limit, data, self.config, self.harness]

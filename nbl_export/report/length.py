@@ -41,12 +41,12 @@ def in_short(found: Found) -> Iterator[str]:
     """What the graphs lose at the greatest length, a line each for loss by position and for retrieval."""
     for one in found:
         last = one["rows"][-1]
-        if "nbl" not in last["figures"] or not last["differences"]:
+        if not last["differences"]:
             continue
         text = one["task"].partition(":")[2]
         if one["test"] == "position":
             place = words.positions([row["tokens"] for row in one["rows"]])[-1]
-            yield f"{_difference(last, 'nbl', 'increase')} on {text}, positions {place}"
+            yield f"{_difference(last, 'increase')} on {text}, positions {place}"
         if one["test"] == "retrieval":
             new, old = (f"{last['figures'][variant]['correct']:.0%}" for variant in ("nbl", "original"))
             yield f"finds {new} of the keys in {last['tokens']:,} tokens, the original {old}"
@@ -70,35 +70,30 @@ def tables(found: Found) -> Iterator[Table]:
         yield Table.of((Column("Test", "wrap"), *columns), items, "Retrieval and copying")
 
 
-def _variants(one: Mapping[str, Any], name: str) -> Iterator[tuple[str, str, str]]:
-    """(name, original, nbl) of the graphs and of the torch models, if either was measured."""
-    for prefix, shown in (("", name), ("torch-", f"{name}, torch")):
-        pair = f"{prefix}original", f"{prefix}nbl"
-        if any(variant in one["rows"][0]["figures"] for variant in pair):
-            yield shown, *pair
+def _figures(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Figures of the original and of NBL; empty ones if a decoder was not measured."""
+    return [row["figures"].get(variant, {}) for variant in ("original", "nbl")]
 
 
 def _positions(one: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    places = words.positions([row["tokens"] for row in one["rows"]])
-    for name, *pair in _variants(one, one["task"].partition(":")[2]):
-        for place, row in zip(places, one["rows"], strict=True):
-            losses = (row["figures"].get(variant, {}).get("loss") for variant in pair)
-            shown = (words.number(math.exp(loss) if loss is not None and loss < 700 else None) for loss in losses)
-            yield name, place, str(one["items"]), *shown, _difference(row, pair[1], "increase")
+    places, name = words.positions([row["tokens"] for row in one["rows"]]), one["task"].partition(":")[2]
+    for place, row in zip(places, one["rows"], strict=True):
+        losses = (figure.get("loss") for figure in _figures(row))
+        shown = (words.number(math.exp(loss) if loss is not None and loss < 700 else None) for loss in losses)
+        yield name, place, str(one["items"]), *shown, _difference(row, "increase")
 
 
 def _items(one: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    for name, *pair in _variants(one, one["task"]):
-        for row in one["rows"]:
-            figures = [row["figures"].get(variant, {}) for variant in pair]
-            correct = (f"{figure['correct']:.0%}" if figure else "–" for figure in figures)
-            losses = (words.number(figure.get("loss")) for figure in figures)
-            yield name, f"{row['tokens']:,}", str(one["items"]), *correct, *losses, _difference(row, pair[1], "loss")
+    for row in one["rows"]:
+        figures = _figures(row)
+        correct = (f"{figure['correct']:.0%}" if figure else "–" for figure in figures)
+        losses = (words.number(figure.get("loss")) for figure in figures)
+        yield one["task"], f"{row['tokens']:,}", str(one["items"]), *correct, *losses, _difference(row, "loss")
 
 
-def _difference(row: Mapping[str, Any], new: str, name: str) -> str:
+def _difference(row: Mapping[str, Any], name: str) -> str:
     """A paired difference in words; a dash if one of the two was not measured."""
-    found = next((d for d in row["differences"] if d["new"] == new), None)
+    found = next(iter(row["differences"]), None)
     if found is None:
         return "–"
     return spoken_interval(found[name], found[f"{name}_interval"], percent=name == "increase", sign=True)

@@ -18,7 +18,7 @@ from nbl_export.options.options import JobOptions
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy, lazy
 from nbl_export.records.plan import Plan
-from nbl_export.records.requests import Prepared
+from nbl_export.records.requests import Subject
 from nbl_export.run.facts import require_engine
 from nbl_export.run.progress import Ui
 from nbl_export.run.settled import Settled
@@ -37,14 +37,14 @@ class Job:
     """A job whose stages run in a directory.
 
     Args:
-        asked: the request of the stage `eval`.
+        asked: what the stage `eval` measures.
 
     Attributes:
         torch: values that are made of the model's files.
         keys: of the stages that are not left out, in order.
     """
 
-    def __init__(self, settled: Settled, run: RunDirectory, ui: Ui, asked: Prepared | None = None) -> None:
+    def __init__(self, settled: Settled, run: RunDirectory, ui: Ui, asked: tuple[Subject, ...] = ()) -> None:
         self.settled, self.run, self.ui = settled, run, ui
         self.evaluation = asked
         self.torch = TorchModel(settled, run, ui)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from nbl_export.model import processes
 from nbl_export.model.device import guarded
 from nbl_export.options.options import CHECKPOINT_FIT, NO_ORIGINAL, JobOptions
 from nbl_export.options.settle import hub_id, read_asked
-from nbl_export.records.requests import PERPLEXITY, EvalRequest, Prepared, Subject
+from nbl_export.records.decoder import DecoderSpec
+from nbl_export.records.requests import PERPLEXITY, EvalRequest, Subject
 from nbl_export.run.deployed import result
 from nbl_export.run.estimate import foreseen
 from nbl_export.run.job import Job
@@ -38,9 +39,8 @@ STAGES: tuple[Stage[Any], ...] = (
     Stage("eval", "evaluate", ("rewrite",), evaluate.declare, evaluate.run),
     Stage("build", "build", ("rewrite",), graphs.declare_build, graphs.run_build, by_engine=True),
     Stage("bench", "bench", ("rewrite", "build"), bench.declare, bench.run, by_engine=True),
-    Stage("report", "report", ("plan", "verify", "eval", "build", "bench"), bench.declare_report, bench.run_report),
+    Stage("report", "report", ("plan", "verify", "eval", "build", "bench"), lambda _job: (), bench.run_report),
 )
-_GRAPHS = ("decoder", "rewrite", "verify")
 
 
 def readers(name: str) -> tuple[str, ...]:
@@ -117,22 +117,20 @@ def _has_text(job: Job) -> bool:
 
 def run_stages(
     output: Path, until: str, ui: Ui, *, changes: dict[str, Any] | None = None, force: bool = False, needs: str = "",
-    asked: Prepared | None = None,
+    asked: tuple[Subject, ...] = (),
 ) -> RunDirectory:  # fmt: skip
     """Run the stages of an existing run directory up to a stage, with changed options if any.
 
     Args:
         force: go on although verification failed.
         needs: a stage that must not be skipped.
-        asked: the request of the stage `eval`, which is skipped without one. If torch alone computes it, graphs are
-            not made for it.
+        asked: what the stage `eval` measures, which is skipped if there is nothing.
     """
     if processes.begin():
         _follow(lambda run, say: settle_run(run, changes or {}, say), output)
-    spared = _GRAPHS if asked and all(v.startswith("torch-") for v in asked.request.variants) else ()
     with RunDirectory.open_run(output, create=False) as run:
         job = Job(settle_run(run, changes or {}, ui.say), run, ui, asked)
-        _advance(job, until, ignore_failure=force, needs=needs, spared=spared)
+        _advance(job, until, ignore_failure=force, needs=needs)
         return run
 
 
@@ -148,34 +146,26 @@ def run_evaluation(
         NblError: an error that the user can correct; raised before any computation if possible.
     """
     run = RunDirectory.existing(output)
-    _check_evaluation(run, request)
+    positions = _check_evaluation(run, request)
     reported = "report" in run.stages or ("bench" in run.stages and (run.path / REPORT_JSON).is_file())
     until = "report" if reported else "eval"  # an interrupted evaluation leaves a report that is out of date
-    positions = int(run.manifest["decoder"]["max_positions"])
     return run_stages(output, until, ui, changes=changes, force=force, asked=_prepare(request, positions, ui))
 
 
-def _check_evaluation(run: RunDirectory, request: EvalRequest) -> None:
-    positions = int(run.manifest["decoder"]["max_positions"])
+def _check_evaluation(run: RunDirectory, request: EvalRequest) -> int:
+    """Refuse what cannot be measured; returns the most tokens of a window."""
+    options, decoder = JobOptions.from_json(run.manifest["options"]), DecoderSpec(**run.manifest["decoder"])
+    compiled = load_engine(options.engine).capabilities.static
+    if run.manifest.get("cut") and compiled:
+        raise NblError(f"{run.path} has predicted keys, which are evaluated in graphs of --engine ort alone")
+    positions = options.cache_length(decoder, compiled=compiled)
     asked = [request.window] * bool(request.texts) + [request.long_window(positions)] * bool(request.long_texts)
     if max(asked, default=0) > positions:
         raise NblError(f"--ppl-context {max(asked)} is beyond the model's {positions} positions")
-    if run.manifest["options"].get("fit") == CHECKPOINT_FIT and any(v.endswith("original") for v in request.variants):
-        raise NblError(
-            f"{run.path} has no original to evaluate: {NO_ORIGINAL}; use the key variants = 'nbl' or 'torch-nbl'"
-        )
-    if run.manifest.get("cut") and "torch-nbl" in request.variants:
-        raise NblError(f"{run.path} has predicted keys, which the harness runs in graphs of --engine ort alone; use "
-                       "the key variants = 'nbl'")  # fmt: skip
-    engine = run.manifest["options"]["engine"]
-    if load_engine(engine).capabilities.static and not all(v.startswith("torch-") for v in request.variants):
-        raise NblError(
-            f"{run.path} is a run for engine {engine}, and ONNX Runtime cannot evaluate its graphs; evaluate the torch "
-            "models (key variants = 'torch-original,torch-nbl'), or a run with --engine ort"
-        )
+    return positions
 
 
-def _prepare(request: EvalRequest, positions: int, ui: Ui) -> Prepared:
+def _prepare(request: EvalRequest, positions: int, ui: Ui) -> tuple[Subject, ...]:
     from nbl_export.evaluation import length, tasks
     from nbl_export.text import corpus
 
@@ -197,8 +187,8 @@ def _prepare(request: EvalRequest, positions: int, ui: Ui) -> Prepared:
             progress(done, len(names))
             found = tasks.load_benchmark(name, request.data, request.shots)
             limit = None if (request.limit or 0) >= found.most else request.limit
-            subjects.append(Subject(name, found, limit, found.data, found.config))
-    return Prepared(request, tuple(subjects), version)
+            subjects.append(Subject(name, found, limit, found.data, found.config, version))
+    return tuple(subjects)
 
 
 def _place(until: str) -> int:
@@ -206,11 +196,9 @@ def _place(until: str) -> int:
     return [stage.name for stage in STAGES].index(until) + 1
 
 
-def _advance(
-    job: Job, until: str, *, ignore_failure: bool = False, needs: str = "", spared: Collection[str] = ()
-) -> None:
-    """Run stages in order up to one; unfinished ones among `spared` do not run, nor do their readers but for eval."""
-    run, ui, left, stages = job.run, job.ui, set[str](), STAGES[: _place(until)]
+def _advance(job: Job, until: str, *, ignore_failure: bool = False, needs: str = "") -> None:
+    """Run stages in order up to one."""
+    run, ui, stages = job.run, job.ui, STAGES[: _place(until)]
     for index, stage in enumerate(stages):
         if not any(each.shared for each in stages[index:]):
             processes.end()
@@ -223,9 +211,6 @@ def _advance(
             continue
         inputs, key = declared
         is_done = run.is_done(stage.name, key)
-        if (stage.name in spared and not is_done) or (left & set(stage.reads) and stage.name != "eval"):
-            left.add(stage.name)
-            continue
         if is_done and (stage.name != "verify" or ignore_failure or place.passed):  # a failed verification runs again
             ui.say(f"{stage.title}: reused")
         else:

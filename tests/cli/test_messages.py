@@ -10,7 +10,7 @@ from nbl_export.errors import NblError
 from nbl_export.model.checkpoint.source import resolve
 from nbl_export.publish import convert
 
-from ..command import assert_refused, keys, nbl
+from ..command import assert_refused, nbl
 
 
 def test_weights_are_named_instead_of_their_directory(tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_an_engine_names_the_form_that_it_reads(engine: str, form: str) -> None:
     ("words", "part"),
     [
         (("--tasks", "piqa", "--ppl-context", "64"), "--ppl-context is for --perplexity"),
-        (("--perplexity", "a=b.txt", *keys(data="files")), "key data is for --tasks"),
+        (("--perplexity", "a=b.txt", "--data", "files"), "--data is for --tasks"),
     ],
 )
 def test_an_evaluation_refuses_an_option_without_effect(words: tuple[str, ...], part: str, tmp_path: Path) -> None:

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from nbl_export.evaluation.lm import OnnxLM
-from nbl_export.evaluation.reader import near_of
-from nbl_export.evaluation.scorer import GraphScorer, Request
+from nbl_export.evaluation.scorer import GraphScorer, Request, near_of
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.names import ALL_LOGITS_FILE
 from nbl_export.mixers.predicted import Predicted
@@ -52,21 +51,13 @@ def expected(directory: Path, context: int, count: int) -> list[float]:
 @pytest.mark.parametrize("context", [3, 20])
 @pytest.mark.parametrize("count", [1, 12])
 def test_a_continuation_is_scored_as_it_is_served(cut: Path, context: int, count: int) -> None:
-    scorer = GraphScorer(OnnxDecoder(cut, HEAD_DIM, file=ALL_LOGITS_FILE), 512, near=NEAR)
+    scorer = GraphScorer(OnnxDecoder(cut, HEAD_DIM, file=ALL_LOGITS_FILE), None, 512, NEAR)
     request = Request(IDS[:context], IDS[context : context + count])
     right = expected(cut, context, count)
     np.testing.assert_allclose(scorer.token_scores(request).loglikelihoods, right, atol=1e-5)
     other = Request(IDS[:context], (7,))  # a second one of the same context
     (total, _), _, _ = scorer.score([request, other, Request(IDS[1:9], IDS[9:11])])
     assert total == pytest.approx(sum(right), abs=1e-4)
-
-
-def test_text_continues_a_prompt_of_any_length_as_if_alone(cut: Path) -> None:
-    """A short prompt, which climbs whole, changes no other one."""
-    scorer = GraphScorer(OnnxDecoder(cut, HEAD_DIM, file=ALL_LOGITS_FILE), 512, near=NEAR)
-    prompts = [IDS[:3], IDS[:20], IDS[5:40]]
-    found = scorer.generate(prompts, 6, lambda _ids: False)
-    assert found == [scorer.generate([ids], 6, lambda _ids: False)[0] for ids in prompts]
 
 
 def test_the_width_is_that_of_the_directory(cut: Path, exported: Any) -> None:

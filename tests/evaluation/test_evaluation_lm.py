@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from nbl_export.errors import NblError
 from nbl_export.mixers.linear import Linear
 from nbl_export.verify.ladder import TOLERANCES
 
-from ..evaluation_tiny import request, write_rows
+from ..evaluation_tiny import request
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'nbl-export[eval]'")
 
@@ -30,13 +28,10 @@ PAIRS = (
 TEXTS = ("A short text.", "The with statement is used to wrap the execution of a block. " * 30)
 
 
-@pytest.fixture(scope="module", params=["graph", "torch"])
-def ours(request: Any, genai_dirs: dict[str, Path], torch_model: Any) -> Any:
-    from nbl_export.evaluation.lm import DecoderLM, OnnxLM
-    from nbl_export.evaluation.reader import torch_reader
+@pytest.fixture(scope="module")
+def ours(genai_dirs: dict[str, Path]) -> Any:
+    from nbl_export.evaluation.lm import OnnxLM
 
-    if request.param == "torch":
-        return DecoderLM(torch_reader(torch_model.model, torch_model.tokenizer, 128))
     return OnnxLM(path=str(genai_dirs["nbl"]), max_length=128)
 
 
@@ -86,42 +81,6 @@ def test_other_directories_are_refused(finished: Path, tmp_path: Path) -> None:
     for path in (finished, tmp_path):
         with pytest.raises(NblError, match="is not a model directory; give the model or the original of a run"):
             OnnxLM(path=str(path))
-
-
-def test_the_harness_own_command_line(
-    genai_dirs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from lm_eval.tasks import TaskManager
-
-    from nbl_export.evaluation.__main__ import main
-
-    rows = write_rows(tmp_path / "rows.jsonl", [{"ask": "The import", "say": s} for s in (" statement", " a module")])
-    (tmp_path / "tiny.yaml").write_text(
-        "task: tiny_task\ndataset_path: json\n"
-        f"dataset_kwargs:\n  data_files:\n    test: {rows}\n  cache_dir: {tmp_path / 'cache'}\n"
-        'test_split: test\noutput_type: loglikelihood\ndoc_to_text: "{{ask}}"\ndoc_to_target: "{{say}}"\n'
-        "metric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n"
-    )
-    words = ["--model", "nbl-onnx", "--batch_size", "2", "--tasks", str(tmp_path / "tiny.yaml")]
-    monkeypatch.setattr(sys, "argv", ["lm_eval", *words, "--model_args", f"path={genai_dirs['nbl']},threads=1"])
-    own = functools.partialmethod(TaskManager.__init__, include_defaults=False)  # reading all tasks takes seconds
-    monkeypatch.setattr(TaskManager, "__init__", own)
-    main()
-    said = capsys.readouterr().out
-    assert "tiny_task" in said and "acc" in said
-
-
-def test_what_a_user_can_put_right_ends_as_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lm_eval import __main__ as theirs
-
-    from nbl_export.evaluation.__main__ import main
-
-    def refuse() -> None:
-        raise NblError("no graph here")
-
-    monkeypatch.setattr(theirs, "cli_evaluate", refuse)
-    with pytest.raises(SystemExit, match=r"^nbl-export: no graph here$"):
-        main()
 
 
 def test_installed_packages_are_where_a_newer_harness_looks() -> None:

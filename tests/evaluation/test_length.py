@@ -15,12 +15,12 @@ from nbl_export.evaluation import length
 from nbl_export.evaluation.length import run_length
 from nbl_export.evaluation.measure import Metric, Outcome, run_windows
 from nbl_export.evaluation.results import entry, summarize
-from nbl_export.evaluation.scorer import Request, TokenScores
+from nbl_export.evaluation.scorer import GraphScorer, Request, TokenScores
 from nbl_export.records.quality import grows_with_length
 from nbl_export.text.corpus import Text
 from nbl_export.verify.ladder import TOLERANCES
 
-from ..command import in_new_process, keys, nbl
+from ..command import in_new_process, nbl
 
 LIMIT = 2 * TOLERANCES["fp32"].limit
 WINDOW = 1024
@@ -39,14 +39,13 @@ class Letters:
         return {"input_ids": [ord(letter) for letter in text]}
 
 
-class Spy:
+class Spy(GraphScorer):
     """A model whose loss of a token is its position in the window, and that is wrong about every fourth token."""
 
     tokenizer = Letters()
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
-        self.scorer = self
 
     def token_scores(self, request: Request) -> TokenScores:
         self.requests.append(request)
@@ -67,7 +66,6 @@ def test_each_part_has_the_loss_of_its_positions() -> None:
     parts = {128: (1, 127), 256: (128, 255), 512: (256, 511), 1024: (512, 1023)}
     assert means == {f"loss {end}": (first + last) / 2 for end, (first, last) in parts.items()}
     assert found.metrics["correct 512"].value == 0.75
-    assert {len(scores) for scores in found.loglikelihoods} == {4}
     assert {len(r.context) + len(r.continuation) for r in spy.requests} == {WINDOW}
 
 
@@ -97,7 +95,7 @@ def test_a_key_is_in_the_first_half_and_only_its_digits_are_scored() -> None:
     assert all(text.endswith("The pass key is ") for text in texts)
     assert found.metrics["correct 512"].value == 0.0  # one digit of five is wrong, so the key is
     again, _ = measured("retrieval")
-    assert (again.metrics, again.loglikelihoods) == (found.metrics, found.loglikelihoods)
+    assert again.metrics == found.metrics
 
 
 @pytest.mark.parametrize(("limit", "items"), [(3, 3), (None, 8), (16, 16), (500, 16)])
@@ -146,7 +144,7 @@ def entries(test: str, near: float, far: float) -> dict[str, Any]:
             metrics[f"correct {end}"] = Metric.of("mean", shares, higher_is_better=True)
         task = test if test == "copying" else f"{test}:wiki"
         about = {"config": {"output_type": test}, "data": {}}
-        found[variant] = entry(variant, task, None, variant, Outcome(len(NOISE), metrics, (), 0.0), **about)
+        found[variant] = entry(variant, task, None, variant, Outcome(len(NOISE), metrics, 0.0), **about)
     return found
 
 
@@ -164,15 +162,12 @@ def test_a_warning_says_what_is_lost(test: str, parts: tuple[str, ...]) -> None:
     assert summarize(entries(test, 0.1, 0.15))["length"][0]["warnings"] == []
 
 
-EVERYTHING = "original,nbl,torch-original,torch-nbl"
-
-
 @pytest.fixture(scope="module")
 def evaluated(finished: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run with quality at length of every variant. Never write to it."""
+    """A finished run with quality at length. Never write to it."""
     run = Path(shutil.copytree(finished, tmp_path_factory.mktemp("long") / "run"))
     no_harness = "sys.modules['lm_eval'] = None"
-    asked = ("--long-context", f"held={text}", "--limit", 2, *keys(variants=EVERYTHING))
+    asked = ("--long-context", f"held={text}", "--limit", 2)
     done = in_new_process("eval", run, *asked, code=no_harness)
     assert done.status == 0, done.err
     assert "Loss by position" in done.out and "256–511" in done.out and "retrieval:held" in done.out
@@ -191,30 +186,30 @@ def test_eval_json_has_each_test_with_paired_differences(evaluated: Path) -> Non
     assert set(found) == {"position:held", "retrieval:held", "copying"}
     rows = found["position:held"]["rows"]
     assert [row["tokens"] for row in rows] == [128, 256, 512]
-    (graphs, torch) = rows[1]["differences"]
+    (graphs,) = rows[1]["differences"]
     losses = {variant: figure["loss"] for variant, figure in rows[1]["figures"].items()}
-    assert (graphs["new"], torch["new"]) == ("nbl", "torch-nbl")
+    assert graphs["new"] == "nbl"
     assert graphs["loss"] == pytest.approx(losses["nbl"] - losses["original"], abs=1e-6)
     assert graphs["increase_interval"][0] < graphs["increase"] < graphs["increase_interval"][1]
 
 
 def test_the_report_and_a_second_command_use_it(evaluated: Path, text: Path, tmp_path: Path) -> None:
     page = (evaluated / "report.md").read_text()
-    assert "### Quality at length" in page and "| held, torch | 128–255 |" in page and "Benchmarks" not in page
+    assert "### Quality at length" in page and "| held | 128–255 |" in page and "Benchmarks" not in page
     run = Path(shutil.copytree(evaluated, tmp_path / "run"))
-    again = nbl("eval", run, "--long-context", f"held={text}", "--limit", 2, *keys(variants=EVERYTHING))
+    again = nbl("eval", run, "--long-context", f"held={text}", "--limit", 2)
     assert again.status == 0 and "evaluate: reused" in again.err
-    more = nbl("eval", run, "--long-context", f"held={text}", "--limit", 2, "--ppl-context", 480, *keys(variants="nbl"))
+    more = nbl("eval", run, "--long-context", f"held={text}", "--limit", 2, "--ppl-context", 480)
     assert more.status == 0, more.err
     assert [row["tokens"] for row in read(run)["length"][-3]["rows"]] == [128, 256, 480]
-    assert len(read(run)["results"]) == 12 + 3
+    assert len(read(run)["results"]) == 6 + 6
 
 
 def test_an_interrupted_evaluation_goes_on_and_updates_the_report(
     finished: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Path(shutil.copytree(finished, tmp_path / "run"))
-    words = ("eval", run, "--long-context", f"held={text}", "--limit", 1, *keys(variants="original"))
+    words = ("eval", run, "--long-context", f"held={text}", "--limit", 1)
 
     def interrupted(test: str, *rest: Any, **more: Any) -> Any:
         if test == "retrieval":
@@ -227,5 +222,5 @@ def test_an_interrupted_evaluation_goes_on_and_updates_the_report(
     assert [one["task"] for one in read(run)["length"]] == ["position:held"]
     done = nbl(*words)
     assert done.status == 0, done.err
-    assert "position:held" not in done.err and "retrieval:held: loss" in done.err
+    assert "original: position:held" not in done.err and "retrieval:held: loss" in done.err
     assert "### Quality at length" in (run / "report.md").read_text()

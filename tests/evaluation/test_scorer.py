@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from nbl_export.errors import NblError
-from nbl_export.evaluation.reader import graph_reader
-from nbl_export.evaluation.scorer import GraphScorer, Request
+from nbl_export.evaluation.scorer import GraphScorer, Request, graph_scorer
 from nbl_export.mixers.linear import Linear
 from nbl_export.verify.ladder import TOLERANCES
 
@@ -30,7 +29,7 @@ REQUESTS = (
     Request(CONTEXT, ids(3, 5)),
     Request(CONTEXT, ids(4, 1)),
     Request(CONTEXT, ids(5, 9)),
-    Request(ids(6, 100), ids(7, 3)),  # longer than a batch of the small scorer below
+    Request(ids(6, 100), ids(7, 3)),  # longer than a chunk of the small scorer below
     Request(ids(8, 1), ids(9, 20)),
     Request(ids(1, 17), ids(2, 1)),  # once more
 )
@@ -38,7 +37,7 @@ REQUESTS = (
 
 @pytest.fixture(scope="module")
 def scorers(genai_dirs: dict[str, Path]) -> dict[str, GraphScorer]:
-    return {name: graph_reader(path, 1, 512).scorer for name, path in genai_dirs.items()}
+    return {name: graph_scorer(path, 1, 512) for name, path in genai_dirs.items()}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +73,7 @@ def test_scores_are_those_of_torch(
     variant: str, scorers: dict[str, GraphScorer], models: dict[str, Callable[[tuple[int, ...]], np.ndarray]]
 ) -> None:
     scorer = scorers[variant]
-    for tokens in (scorer._tokens, 40):  # 40: small batches, and chunks of the long request
+    for tokens in (scorer._tokens, 40):  # 40: chunks of the long request
         scorer._tokens = tokens
         for request, (score, _) in zip(REQUESTS, scorer.score(REQUESTS), strict=True):
             expected = by_hand(models[variant], request)
@@ -89,7 +88,7 @@ def test_the_variants_differ_by_far_more_than_the_limit(scorers: dict[str, Graph
 def test_a_request_that_is_too_long_loses_its_beginning(
     genai_dirs: dict[str, Path], scorers: dict[str, GraphScorer]
 ) -> None:
-    short = graph_reader(genai_dirs["nbl"], 1, 16).scorer
+    short = graph_scorer(genai_dirs["nbl"], 1, 16)
     (cut,) = short.score([Request(CONTEXT, ids(3, 5))])
     (same,) = scorers["nbl"].score([Request(CONTEXT[-12:], ids(3, 5))])
     assert cut[0] == pytest.approx(same[0], abs=1e-4)
@@ -100,15 +99,13 @@ def test_a_request_that_is_too_long_loses_its_beginning(
 def test_greedy_text_scores_as_greedy(scorers: dict[str, GraphScorer]) -> None:
     scorer = scorers["nbl"]
     prompts = [ids(1, 9), ids(2, 23), ids(3, 14)]
-    batch = scorer.generate(prompts, 6, lambda _: False)
-    assert [scorer.generate([p], 6, lambda _: False)[0] for p in prompts] == batch
-    assert [len(text) for text in batch] == [6, 6, 6]
-    said = [Request(p, tuple(text)) for p, text in zip(prompts, batch, strict=True)]
+    texts = [scorer.generate(prompt, 6, lambda _: False) for prompt in prompts]
+    assert [len(text) for text in texts] == [6, 6, 6]
+    said = [Request(p, tuple(text)) for p, text in zip(prompts, texts, strict=True)]
     assert all(greedy for _, greedy in scorer.score(said))
     wrong = Request(said[0].context, (*said[0].continuation[:-1], (said[0].continuation[-1] + 1) % VOCAB))
     assert not scorer.score([wrong])[0][1]
-    stopped = scorer.generate(prompts, 6, lambda text: len(text) == 2)
-    assert stopped == [text[:2] for text in batch]
+    assert scorer.generate(prompts[0], 6, lambda text: len(text) == 2) == texts[0][:2]
 
 
 def test_an_empty_request_is_refused() -> None:

@@ -15,12 +15,9 @@ from nbl_export.calibrate import collect
 from nbl_export.calibrate.sums import Accumulator, sums_bytes
 from nbl_export.distill.training import DistillSettings, TrainingText, distill
 from nbl_export.errors import NblError
-from nbl_export.evaluation.scorer import GraphScorer, Request
 from nbl_export.mixers.base import Mixer
 from nbl_export.model import device, mapped
 from nbl_export.model.checkpoint.load import load_model
-from nbl_export.model.head import TorchDecoder
-from nbl_export.model.linearize import replaced
 from nbl_export.model.mapped import float32_bytes, layer_bytes
 from nbl_export.model.switched import SwitchedModel
 from nbl_export.plan.greedy import Judge, Search
@@ -92,13 +89,7 @@ def referred(model: Any, _directory: Path, _scratch: Path) -> Any:
     return exporter.row_logits(model, ROW), exporter.row_logits(model, ROW, np.array([0, 2]))
 
 
-def scored(model: Any, _directory: Path, _scratch: Path) -> Any:
-    with replaced(model, MAPS, "residual"):
-        found = GraphScorer(TorchDecoder(model), 512, rows=1).token_scores(Request(tuple(ROW[:-20]), tuple(ROW[-20:])))
-    return found.loglikelihoods, found.greedy
-
-
-WORK = (collected, by_layer, losses, ordered, distilled, referred, scored)
+WORK = (collected, by_layer, losses, ordered, distilled, referred)
 
 
 def numbers(value: Any) -> list[Any]:
@@ -257,8 +248,8 @@ def test_a_gpu_that_fails_ends_with_one_sentence_and_finished_stages_stay(
 
 
 def test_forms_are_made_on_the_cpu(run: Path) -> None:
-    with fake_cuda(), open_finished(run, Ui(quiet=True)) as found:
-        assert found.model.value.device.type == "cpu"
+    with fake_cuda(), open_finished(run, Ui(quiet=True)) as job:
+        assert job.torch.model.value.device.type == "cpu"
 
 
 @pytest.mark.parametrize("said", ["CUDA out of memory. Tried to allocate 2 GiB", "CUDA error 700: illegal access"])

@@ -14,7 +14,7 @@ import onnx_ir as ir
 import pytest
 
 from nbl_export.errors import NblError, RefusalError
-from nbl_export.evaluation.reader import graph_reader
+from nbl_export.evaluation.scorer import graph_scorer
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.names import ALL_LOGITS_FILE, GRAPH_FILE, all_logits_file
 from nbl_export.mixers.linear import Linear
@@ -214,10 +214,12 @@ def test_runtimes_do_not_look_at_the_second_graph(exported: Exported, random_map
 
 def test_scores_take_the_graph_with_all_logits(exported: Exported, random_maps: Maps, tmp_path: Path) -> None:
     directory = ship(exported("llama"), tmp_path, random_maps(2))["nbl"]
-    graph_reader(directory)
+    graph_scorer(directory)
     (directory / ALL_LOGITS_FILE).unlink()
-    with pytest.raises(NblError, match=r"keep all_logits\.onnx beside the graph, export with the key logits = 'all'"):
-        graph_reader(directory)
+    with pytest.raises(
+        NblError, match=r"keep all_logits\.onnx beside the graph, or export with the key logits = 'all'"
+    ):
+        graph_scorer(directory)
 
 
 def test_a_tail_that_cannot_be_pruned_changes_nothing(exported: Exported, tmp_path: Path) -> None:

@@ -108,10 +108,10 @@ def test_scores_are_those_of_the_graph(runs: dict[str, Path]) -> None:
     """The graph of an IR directory, as `eval` opens it: contexts are shared, and going back changes little."""
     import numpy as np
 
-    from nbl_export.evaluation.reader import graph_reader
+    from nbl_export.evaluation.scorer import graph_scorer
     from nbl_export.targets.openvino.engine import OPENVINO
 
-    assert graph_reader(runs["int8"] / "model", 1).scorer.max_length == 512
+    assert graph_scorer(runs["int8"] / "model", 1).max_length == 512
     decoder = OPENVINO.open_graph(runs["int8"] / "model", HEAD_DIM, threads=1)
     decoder.begin(1)
     decoder.step(np.arange(2, 22)[None])

@@ -6,9 +6,7 @@ each `Lazy` input is identified by the options that its value follows from.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -17,15 +15,15 @@ import pytest
 
 from nbl_export.options.options import JobOptions
 from nbl_export.records.inputs import Lazy, identity_of
-from nbl_export.records.requests import EvalRequest, Prepared, Subject
+from nbl_export.records.requests import Subject
 from nbl_export.run.job import Job
-from nbl_export.run.pipeline import STAGES, readers
+from nbl_export.run.pipeline import STAGES
 from nbl_export.run.stages import common
 from nbl_export.run.stages.common import LeftOut
 
 from ..jobs import TEXT, job_of
 
-EVAL = Prepared(EvalRequest(tasks=("a",)), (Subject("a", None, 10, {"sha256": "0"}, {"shots": 0}),), "harness 1")
+EVAL = (Subject("a", None, 10, {"sha256": "0"}, {"shots": 0}, "harness 1"),)
 TRT = {"engine": "trt-rtx", "decoder_source": "static", "precision": "fp16"}
 # The options of a job in which the stage is not left out, and in which a changed plan hides no lack of a later key.
 USUAL = {"layers": "1", "select": "cca"}
@@ -88,7 +86,7 @@ def key_of_stage(tmp_path: Path) -> Any:
 
     def make(stage: str, manifest: dict[str, Any] | None = None, asked: Any = None, **changes: Any) -> str | None:
         options = {**USUAL, **BASES.get(stage, {}), **changes}
-        return keys(job_of(tmp_path, options, manifest, asked or ASKED.get(stage))).get(stage)
+        return keys(job_of(tmp_path, options, manifest, asked or ASKED.get(stage, ()))).get(stage)
 
     return make
 
@@ -133,53 +131,6 @@ def test_what_changes_nothing_in_a_stage_is_not_in_its_key(
     assert key_of_stage(stage, **{**given, **same}) == key_of_stage(stage, **given)
 
 
-# The earlier stages that each stage reads, beside the text.
-EARLIER: dict[str, tuple[str, ...]] = {
-    "plan": ("calibrate",),
-    "distill": ("plan",),
-    "rewrite": ("plan", "distill", "decoder"),
-    "verify": ("rewrite",),
-    "eval": ("rewrite",),
-    "build": ("rewrite",),
-    "bench": ("rewrite", "build"),
-    "report": ("plan", "verify", "eval", "build", "bench"),
-}
-
-
-@pytest.mark.parametrize("name", [stage.name for stage in STAGES])
-def test_another_key_of_a_stage_that_is_read_is_another_key(name: str, tmp_path: Path) -> None:
-    """And of no other stage."""
-    stage = next(s for s in STAGES if s.name == name)
-
-    def key(**earlier: str) -> str:
-        job = job_of(tmp_path, {**USUAL, **BASES.get(name, {})}, asked=ASKED.get(name))
-        job.keys |= {**dict.fromkeys((s.name for s in STAGES), "key"), **earlier}
-        declared = stage.declared(job)
-        assert not isinstance(declared, LeftOut)
-        return declared[1]
-
-    before = STAGES[: STAGES.index(stage)]
-    read = {s.name for s in before if not s.by_part and key(**{s.name: "other"}) != key()}
-    assert read == set(EARLIER.get(name, ()))
-
-
-def test_another_result_makes_all_its_readers_stale() -> None:
-    graphs = ("verify", "eval", "build", "bench", "report")
-    assert {stage.name: readers(stage.name) for stage in STAGES} == {
-        "text": (),  # a part that stays the same makes nothing stale
-        "calibrate": ("plan", "distill", "rewrite", *graphs),
-        "plan": ("distill", "rewrite", *graphs),
-        "distill": ("rewrite", *graphs),
-        "decoder": ("rewrite", *graphs),
-        "rewrite": graphs,
-        "verify": ("report",),
-        "eval": ("report",),
-        "build": ("bench", "report"),
-        "bench": ("report",),
-        "report": (),
-    }
-
-
 # The parts of the text that each stage reads itself.
 ROWS: dict[str, tuple[str, ...]] = {
     "calibrate": ("windows",),
@@ -217,11 +168,9 @@ def test_inputs_that_are_no_options_are_in_the_keys(key_of_stage: Any, monkeypat
         assert (text == key_of_stage(stage)) == (stage in ("text", "decoder")), stage
     codes = {"quantized_model": "q"}
     assert key_of_stage("decoder", {"quantized": {"fingerprint": "x"}}, **codes) != key_of_stage("decoder", **codes)
-    (subject,) = EVAL.subjects
-    others: list[dict[str, Any]] = [{"name": "b"}, {"limit": 20}, {"data": {"sha256": "1"}}, {"config": {"shots": 1}}]
-    asked = [dataclasses.replace(EVAL, subjects=(dataclasses.replace(subject, **other),)) for other in others]
-    request = dataclasses.replace(EVAL.request, variants=("nbl",))
-    asked += [dataclasses.replace(EVAL, harness="harness 2"), dataclasses.replace(EVAL, request=request)]
+    others: list[dict[str, Any]] = [{"name": "b"}, {"limit": 20}, {"data": {"sha256": "1"}}, {"config": {"shots": 1}},
+                                    {"harness": "harness 2"}]  # fmt: skip
+    asked = [(dataclasses.replace(EVAL[0], **other),) for other in others]
     assert len({key_of_stage("eval", asked=other) for other in (EVAL, *asked)}) == len(asked) + 1
     version = "nbl_export.targets.tensorrt.engine.TensorRtEngine.library_version"
     built = []
@@ -307,7 +256,7 @@ def loaded(value: Any) -> None:
 def test_the_table_above_has_what_a_stage_reads(stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The inputs of a stage are declared and loaded, all of them, while each read option is noted."""
     options = {**USUAL, **BASES.get(stage, {})}
-    job = job_of(tmp_path, options, asked=ASKED.get(stage))
+    job = job_of(tmp_path, options, asked=ASKED.get(stage, ()))
     watched = Watched(**{name: getattr(job.options, name) for name in JobOptions.__dataclass_fields__})
     job = Job(dataclasses.replace(job.settled, options=watched), job.run, job.ui, job.evaluation)
     job.torch.__dict__["shortage"] = Lazy(None, lambda: "")
@@ -324,27 +273,6 @@ def test_the_table_above_has_what_a_stage_reads(stage: str, tmp_path: Path, monk
 
 # Options that decide whether a stage runs, and nothing else in it.
 GATES = {"fit"}
-
-
-def test_only_what_takes_a_job_reads_options() -> None:
-    """A stage sees its inputs and its place."""
-    modules = sorted(Path(common.__file__).parent.glob("*.py"))
-    assert len(modules) > 5
-    for module in modules:
-        for node in _functions(ast.parse(module.read_text(encoding="utf-8"))):
-            if any(ast.unparse(a.annotation) == "Job" for a in node.args.args if a.annotation is not None):
-                continue
-            read = [n for n in ast.walk(node) if isinstance(n, ast.Attribute) and n.attr == "options"]
-            assert read == [], f"{module.name}: {node.name} reads options"
-
-
-def _functions(tree: ast.AST) -> Iterator[ast.FunctionDef]:
-    """Functions, without those inside of a function."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.FunctionDef):
-            yield node
-        else:
-            yield from _functions(node)
 
 
 def test_the_identity_of_inputs_is_that_of_each_field() -> None:

@@ -111,6 +111,16 @@ def test_the_ladder_stands_on_float32_copies(compiled: Path) -> None:
     assert result["quality_loss"]
 
 
+@needs_rtx
+def test_its_graphs_are_evaluated_by_float32_copies(run: Path, text: Path) -> None:
+    done = nbl("eval", run, "--perplexity", f"held={text}", "--ppl-context", 64, "--limit", 2)
+    assert done.status == 0, done.err
+    (row,) = json.loads((run / "eval.json").read_text(encoding="utf-8"))["table"]
+    assert {name for name, figure in row["figures"].items() if figure["value"] > 1} == {"original", "nbl"}
+    refused = nbl("eval", run, "--perplexity", f"held={text}", "--ppl-context", SLOTS + 1)
+    assert_refused(refused, 1, f"--ppl-context {SLOTS + 1} is beyond the model's {SLOTS} positions")
+
+
 @pytest.mark.trt
 @needs_rtx
 def test_accept_passes_on_a_stand_in(run: Path) -> None:

@@ -119,18 +119,8 @@ def _reads(inputs: BenchInputs, place: Place, bench: Mapping[str, Any]) -> dict[
 # -- report ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class ReportInputs:
-    """Nothing beside what earlier stages left."""
-
-
-def declare_report(_job: Job) -> ReportInputs:
-    """The inputs of the stage."""
-    return ReportInputs()
-
-
-def run_report(_inputs: ReportInputs, place: Place, out: Path) -> dict[str, Any]:
-    """Write the report as HTML, Markdown and JSON."""
+def run_report(_inputs: tuple[()], place: Place, out: Path) -> dict[str, Any]:
+    """Write the report as HTML, Markdown and JSON. It follows from what earlier stages left, and nothing else."""
     from nbl_export.report import page
 
     verify, bench, quality = page.results_of(place.run)

@@ -1,49 +1,53 @@
-"""The eval stage: every prepared benchmark and text on every variant.
+"""The eval stage: every prepared benchmark and text on the graphs of both decoders, on the CPU.
 
-original, nbl                the exported graphs, on the CPU
-torch-original, torch-nbl    the torch model, and the same with the fitted mixers
+Graphs of a compiled engine are measured by float32 copies, as in verification.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nbl_export.files import key_of, write_json
-from nbl_export.records.decoder import DecoderSpec
+from nbl_export.options.options import CHECKPOINT_FIT
 from nbl_export.records.inputs import Lazy
-from nbl_export.records.requests import PERPLEXITY, VARIANTS, Prepared, Subject
+from nbl_export.records.requests import PERPLEXITY, Subject
 from nbl_export.run.job import Job
 from nbl_export.run.stages.common import LeftOut, Place
-from nbl_export.run_directory import DECODERS, EVAL_FILE, MADE_BY, MAPS_FILE
+from nbl_export.run_directory import DECODERS, EVAL_FILE, MADE_BY
+from nbl_export.targets.base import Target
 
 __all__ = ["EvalInputs", "declare", "run"]
 
 
 @dataclass(frozen=True)
 class EvalInputs:
-    """What figures of benchmarks and texts follow from, beside the graphs."""
+    """What figures of benchmarks and texts follow from, beside the graphs.
 
-    asked: Lazy[Prepared]
-    fingerprint: str
-    spec: DecoderSpec
-    model: Lazy[Any]
-    checkpoint: Lazy[Path]
+    variants: the decoders that are measured; the original of an NBL checkpoint lacks the removed attention.
+    """
+
+    asked: Lazy[tuple[Subject, ...]]
+    variants: tuple[str, ...]
+    engine: Lazy[Target]
+    head_dim: int
+    cache_length: int
 
 
 def declare(job: Job) -> EvalInputs | LeftOut:
     """The inputs of the stage; left out unless it is asked for, because it can take hours on a small machine."""
     asked = job.evaluation
-    if asked is None:
+    if not asked:
         return LeftOut()
     return EvalInputs(
-        asked=Lazy(asked.identity, lambda: asked),
-        fingerprint=job.fingerprint,
-        spec=job.decoder,
-        model=job.torch.model,
-        checkpoint=job.torch.checkpoint,
+        asked=Lazy([subject.asked for subject in asked], lambda: asked),
+        variants=("nbl",) if job.options.fit == CHECKPOINT_FIT else tuple(DECODERS),
+        engine=Lazy(None, lambda: job.engine),
+        head_dim=job.decoder.head_dim,
+        cache_length=job.cache_length,
     )
 
 
@@ -63,23 +67,25 @@ def _evaluate(inputs: EvalInputs, place: Place, keep: Callable[[dict[str, Any]],
     """The content of eval.json; `keep` receives it after each new figure."""
     from nbl_export.evaluation import results
 
-    prepared = inputs.asked.value
+    subjects = inputs.asked.value
     known = results.read_entries(place.run.path / EVAL_FILE)
-    models = {variant: _model_key(inputs, place, variant) for variant in VARIANTS}
+    models = {variant: key_of(place.run.stages[MADE_BY[DECODERS[variant]]]["files"]) for variant in inputs.variants}
     kept = {k: e for k, e in known.items() if e.get("model") == models.get(e.get("variant", ""))}
-    facts = {"lm_eval": prepared.harness or results.read_harness(place.run.path / EVAL_FILE)}
-    for variant in (v for v in VARIANTS if v in prepared.request.variants):
-        keys = {key_of(prepared.harness_of(s), models[variant], s.asked): s for s in prepared.subjects}
+    harness = max(subject.harness for subject in subjects)
+    facts = {"lm_eval": harness or results.read_harness(place.run.path / EVAL_FILE)}
+    for variant, model in models.items():
+        keys = {key_of(model, subject.asked): subject for subject in subjects}
         missing = {key: subject for key, subject in keys.items() if key not in kept}
-        tasks = any(prepared.harness_of(subject) for subject in missing.values())
-        lm = _open(inputs, place, variant, tasks=tasks) if missing else None
-        for key, subject in missing.items():
-            with place.ui.task(f"{variant}: {subject.name}") as progress:
-                outcome = _measure(subject, lm, progress, behind_prompt=place.plan.predicts)
-            about = {"model": models[variant], "data": subject.data, "config": subject.config}
-            kept[key] = results.entry(key, subject.name, subject.limit, variant, outcome, **about)
-            place.ui.say(f"  {variant}: {subject.name}: {_said(outcome)}")
-            keep(results.summarize(kept, **facts))
+        if not missing:
+            continue
+        with _opened(inputs, place, variant) as scorer:
+            for key, subject in missing.items():
+                with place.ui.task(f"{variant}: {subject.name}") as progress:
+                    outcome = _measure(subject, scorer, progress, behind_prompt=place.plan.predicts)
+                about = {"model": model, "data": subject.data, "config": subject.config}
+                kept[key] = results.entry(key, subject.name, subject.limit, variant, outcome, **about)
+                place.ui.say(f"  {variant}: {subject.name}: {_said(outcome)}")
+                keep(results.summarize(kept, **facts))
     return results.summarize(kept, **facts)
 
 
@@ -88,57 +94,38 @@ def _said(outcome: Any) -> str:
     return f"{', '.join(figures)} ({outcome.items} items, {outcome.seconds:.1f} s)"
 
 
-def _model_key(inputs: EvalInputs, place: Place, variant: str) -> str:
-    """Fingerprint of a variant: of the graph's files, or of the checkpoint and the maps."""
-    stages, fingerprint = place.run.stages, inputs.fingerprint
-    if not variant.startswith("torch-"):
-        return key_of(stages.get(MADE_BY[DECODERS[variant]], {}).get("files"))
-    if variant == "torch-original":
-        return key_of(fingerprint)
-    maps = [files.get(MAPS_FILE) for s in ("plan", "distill") if (files := stages.get(s, {}).get("files", {}))]
-    return key_of(fingerprint, maps, place.plan.layers, place.plan.tap)
-
-
-def _open(inputs: EvalInputs, place: Place, variant: str, *, tasks: bool) -> Any:
-    """A variant as a model of the harness if it has tasks, else as a reader of texts."""
-    from nbl_export.evaluation.tasks import quiet_harness
-
-    with quiet_harness():
-        reader = _reader(inputs, place, variant)
-        if not tasks:
-            return reader
-        from nbl_export.evaluation.lm import DecoderLM
-
-        return DecoderLM(reader)
-
-
-def _reader(inputs: EvalInputs, place: Place, variant: str) -> Any:
-    from nbl_export.evaluation.reader import graph_reader, torch_reader
-
-    if not variant.startswith("torch-"):
-        name = DECODERS[variant]
-        place.run.check(MADE_BY[name])
-        return graph_reader(place.run.path / name)
+@contextlib.contextmanager
+def _opened(inputs: EvalInputs, place: Place, variant: str) -> Iterator[Any]:
+    """A decoder that scores texts."""
+    from nbl_export.evaluation.scorer import GraphScorer, graph_scorer
     from nbl_export.model.checkpoint.load import load_tokenizer
-    from nbl_export.model.linearize import linearize
 
-    model = inputs.model.value
-    if variant == "torch-nbl":
-        inputs.model.forget()  # `linearize` changes the model in place
-        model = linearize(model, place.maps(), place.plan.tap)
-    return torch_reader(model, load_tokenizer(inputs.checkpoint.value), inputs.spec.max_positions)
+    directory, engine = place.run.path / DECODERS[variant], inputs.engine.value
+    place.run.check(MADE_BY[DECODERS[variant]])
+    if not engine.capabilities.static:
+        yield graph_scorer(directory)
+        return
+    with place.run.scratch() as scratch:
+        engine.write_float32(directory, scratch)
+        decoder = engine.open_graph(scratch, inputs.head_dim)
+        yield GraphScorer(decoder, load_tokenizer(directory), inputs.cache_length)
 
 
-def _measure(subject: Subject, lm: Any, progress: Callable[[int, int], None], *, behind_prompt: bool) -> Any:
+def _measure(subject: Subject, scorer: Any, progress: Callable[[int, int], None], *, behind_prompt: bool) -> Any:
     """The outcome of a subject. Behind a prompt: the first half of each window is one, in both decoders."""
     from nbl_export.evaluation import length, measure, tasks
 
     test, context = subject.config.get("output_type"), subject.config.get("context", 0)
     if test in length.TESTS:
-        return length.run_length(test, subject.value, lm, context, subject.limit, progress, behind_prompt=behind_prompt)
+        return length.run_length(
+            test, subject.value, scorer, context, subject.limit, progress, behind_prompt=behind_prompt
+        )
     if test == PERPLEXITY:
-        windows = measure.windows(subject.value, lm.tokenizer, context, subject.limit)
-        return measure.run_windows(windows, lm, progress, context // 2 if behind_prompt else 1)
-    lm.progress = progress
+        windows = measure.windows(subject.value, scorer.tokenizer, context, subject.limit)
+        return measure.run_windows(windows, scorer, progress, context // 2 if behind_prompt else 1)
     with tasks.quiet_harness():
-        return measure.run_benchmark(subject.value, lm, subject.limit)
+        from nbl_export.evaluation.lm import DecoderLM
+
+        lm = DecoderLM(scorer)
+        lm.progress = progress
+        return tasks.run_benchmark(subject.value, lm, subject.limit)

@@ -162,6 +162,14 @@ class StaticDecoder:
         """Bytes that the caches of the running batch take, filled or not."""
         return self.session.cache_bytes
 
+    def mark(self) -> int:
+        """The length of the only row, for `rewind`."""
+        return self.lengths[0]
+
+    def rewind(self, length: int) -> None:
+        """Drop everything after the first `length` tokens of the only row."""
+        self._rows.rewind(length)
+
 
 def _counts(valid_BT: np.ndarray) -> list[int]:
     counts = valid_BT.sum(1).astype(int)
