@@ -104,9 +104,6 @@ class Mixer(Protocol):
     def product(self) -> np.ndarray | None:
         """The matrix W [D, D] if it computes x W' and nothing else, as some file formats need; otherwise None."""
 
-    def as_product(self, moments: Moments, layer: int) -> Mixer | None:
-        """The nearest mixer that is one product, in the mean square over the calibration rows; None if none is near."""
-
     def emit(self, build: Builder, streams: Streams) -> Mapping[Port, Value]:
         """The values of its ports, from the operators of a builder. No value: nothing is added there."""
 

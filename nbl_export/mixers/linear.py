@@ -54,14 +54,6 @@ class Linear:
     def product(self) -> np.ndarray | None:
         return None if self._has_bias else self.weight
 
-    def as_product(self, moments: Moments, layer: int) -> Linear:
-        """The map with its bias folded into the matrix; a map without a bias is its own."""
-        from nbl_export.mixers import lmmse
-
-        if not self._has_bias:
-            return self
-        return Linear(lmmse.fold_bias(self.weight, self.bias, moments, layer), np.zeros_like(self.bias))
-
     def emit(self, build: Builder, streams: Streams) -> dict[Port, Value]:
         x = build.matmul(streams[OWN], self.weight, "weight")
         return {Port.OUTPUT: build.add(x, self.bias, "bias") if self._has_bias else x}

@@ -23,7 +23,7 @@ import torch
 from nbl_export.errors import NblError
 from nbl_export.records.plan import LayerScore
 
-__all__ = ["RIDGE", "Fitted", "Moments", "cholesky", "fit", "fold_bias", "score"]
+__all__ = ["RIDGE", "Fitted", "Moments", "cholesky", "fit", "score"]
 
 log = logging.getLogger(__name__)
 
@@ -81,20 +81,6 @@ def fit(moments: Moments, layer: int, ridge: float = RIDGE, *, bias: bool = True
     mean_x, mean_y, cxx, cyx, _ = (moments if bias else moments.about_zero()).centred()
     weight = _solve(cxx, cyx, layer, ridge)
     return Fitted(weight.float().numpy(), (mean_y - weight @ mean_x).float().numpy())
-
-
-def fold_bias(
-    weight_DD: np.ndarray, bias_D: np.ndarray, moments: Moments, layer: int, ridge: float = RIDGE
-) -> np.ndarray:
-    """The weight [D, D] that alone is nearest to a map with a bias in the mean square over the calibration rows.
-
-    That weight is W + b E[x]' (Rxx + lambda I)^-1. For the closed-form map, this is the closed-form map without a bias.
-    """
-    mean_x, rxx = moments.x_sum / moments.count, moments.xx / moments.count
-    share = torch.cholesky_solve(mean_x[:, None], cholesky(rxx, layer, ridge))[:, 0]
-    weight = torch.from_numpy(weight_DD).double() + torch.outer(torch.from_numpy(bias_D).double(), share)
-    folded: np.ndarray = weight.float().numpy()
-    return folded
 
 
 def score(moments: Moments, layer: int, ridge: float = RIDGE, *, bias: bool = True) -> LayerScore:

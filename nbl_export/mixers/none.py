@@ -35,9 +35,6 @@ class Nothing:
         """A matrix of zeros, for formats that have no layer without a mixer."""
         return np.zeros((self.size, self.size), np.float32)
 
-    def as_product(self, moments: Moments, layer: int) -> Mixer:
-        return self
-
     def emit(self, build: Builder, streams: Streams) -> dict[Port, Value]:
         return {}
 

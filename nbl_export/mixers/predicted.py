@@ -81,9 +81,6 @@ class Predicted:
     def product(self) -> None:
         return None
 
-    def as_product(self, moments: Moments, layer: int) -> None:
-        return None
-
     def emit(self, build: Builder, streams: Streams) -> dict[Port, Value]:
         """Keys and values of all tokens of a step, from what the map reads (`rows_read`); some are not used."""
         parts = zip(self.gives, ("keys", "values"), np.split(self.weight, 2), np.split(self.bias, 2), strict=True)

@@ -15,16 +15,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nbl_export.errors import NblError, ParityError, UsageError
 from nbl_export.files import move_into_place, refuse_occupied
-from nbl_export.options.options import NO_ORIGINAL
-from nbl_export.publish.linear_maps import TAP, linear_maps, loss_of_change
+from nbl_export.mixers import kind_of
+from nbl_export.mixers.base import Mixer
+from nbl_export.options.options import CHECKPOINT_FIT, NO_ORIGINAL
+from nbl_export.plan.inputs import Maps
+from nbl_export.plan.maps_file import load_maps
 from nbl_export.records.destinations import DESTINATIONS, destination_named, spoken_kind
 from nbl_export.records.plan import CUT_KIND
-from nbl_export.records.results import CheckResult
-from nbl_export.run.deployed import Finished, open_finished
+from nbl_export.run.deployed import open_finished
+from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
-from nbl_export.run_directory import DECODERS
+from nbl_export.run_directory import DECODERS, MAPS_FILE
 
 __all__ = ["FORMS", "convert"]
 
@@ -35,10 +40,11 @@ _INSTEAD = (
     "GenAI"
 )
 _OF_LLAMA_CPP = ("gguf", "ollama")
+_BARE_TAP = "normed"  # of forms that hold one matrix a layer
 
 
-def convert(output: Path, form: str, target: Path, ui: Ui, *, force: bool = False) -> Sequence[CheckResult]:
-    """Write a run's model in a form at `target`, completely or not at all. Returns the checks that were made.
+def convert(output: Path, form: str, target: Path, ui: Ui, *, force: bool = False) -> None:
+    """Write a run's model in a form at `target`, completely or not at all.
 
     Args:
         form: one of FORMS, or an engine that reads one.
@@ -51,15 +57,23 @@ def convert(output: Path, form: str, target: Path, ui: Ui, *, force: bool = Fals
     """
     asked, form = form, _form_of(form)
     refuse_occupied(target)
-    with open_finished(output, ui, force=force) as found:
-        _refuse_unread(found, asked, form)
-        if form == "transformers":
-            return _save_checkpoint(found, target, ui)
-        if form == "edge-llm":
-            return _save_edge_llm(found, target, ui)
-        if form == "ngram":
-            return _save_ngram(found, target)
-        return _save_nemotron_nas(found, target, form, ui)
+    with open_finished(output, ui, force=force) as job:
+        maps = load_maps(job.run.path / MAPS_FILE, job.plan.layers, job.decoder.hidden_size)
+        _refuse_unread(job, maps, asked, form)
+        with job.run.scratch() as scratch, ui.task("saving"):
+            said = _write(job, maps, form, scratch / "saved")
+            move_into_place(scratch / "saved", target)
+    for sentence in said:
+        ui.say(f"  {sentence}")
+
+
+def _write(job: Job, maps: Maps, form: str, out: Path) -> list[str]:
+    """Write a form; returns what the user is told."""
+    if form == "transformers":
+        return _write_checkpoint(job, maps, out)
+    if form == "edge-llm":
+        return _write_edge_llm(job, maps, out)
+    return _write_ngram(job, out) if form == "ngram" else _write_nemotron_nas(job, maps, form, out)
 
 
 def _form_of(asked: str) -> str:
@@ -78,7 +92,7 @@ def _form_of(asked: str) -> str:
     raise UsageError(f"--to is {', '.join(FORMS)}, or a destination ({names}), not {asked!r}")
 
 
-def _refuse_unread(found: Finished, asked: str, form: str) -> None:
+def _refuse_unread(job: Job, maps: Maps, asked: str, form: str) -> None:
     """Refuse layers and models that the destination does not read.
 
     Raises:
@@ -86,24 +100,28 @@ def _refuse_unread(found: Finished, asked: str, form: str) -> None:
     """
     if form == "ngram":
         return
-    name = destination_named(asked)
+    name, run = destination_named(asked), job.run.path
     place = DESTINATIONS[name]
-    kinds = {mixer.kind for mixer in found.maps.values()}
+    kinds = {mixer.kind for mixer in maps.values()}
     if place.refuses(kinds, frozenset(), "", ()):
         spoken = spoken_kind(CUT_KIND if CUT_KIND in kinds else min(kinds))
-        raise NblError(f"{found.run.path} has {spoken}, which --to {asked} does not hold; {_INSTEAD}")
-    if reason := place.refuses(kinds, frozenset(), found.run.manifest["decoder"]["architecture"], found.maps):
-        raise NblError(f"--to {asked} cannot have {found.run.path}: {reason}; nbl-export convert DIR lists who can")
+        raise NblError(f"{run} has {spoken}, which --to {asked} does not hold; {_INSTEAD}")
+    if reason := place.refuses(kinds, frozenset(), job.decoder.architecture, maps):
+        raise NblError(f"--to {asked} cannot have {run}: {reason}; nbl-export convert DIR lists who can")
+    weights = [mixer.product() for mixer in maps.values()]
+    if place.bare and any(weight is None or (job.plan.tap != _BARE_TAP and weight.any()) for weight in weights):
+        raise NblError(
+            f"{run} has maps with a bias or on the residual stream, and --to {asked} holds one matrix a layer on the "
+            f"normed input; make another run with --for {name}"
+        )
     if name == "llama.cpp":
         from nbl_export.targets.checkpoint.nemotron_nas import check_vocabulary
 
-        check_vocabulary(found.checkpoint.value, int(found.run.manifest["decoder"]["vocab_size"]))
+        check_vocabulary(job.torch.checkpoint.value, job.decoder.vocab_size)
 
 
-def _save_checkpoint(found: Finished, target: Path, ui: Ui) -> list[CheckResult]:
-    """Write the model with the stored weights of the original, and maps in float32. The classes in `hf` load it.
-
-    The directory appears at `target` only if transformers finds each weight in its shape there.
+def _write_checkpoint(job: Job, maps: Maps, out: Path) -> list[str]:
+    """The model with the stored weights of the original, and maps in float32. The classes in `hf` load it.
 
     Raises:
         NblError: the model is not available, its architecture has no class, or what was written cannot be loaded.
@@ -111,17 +129,15 @@ def _save_checkpoint(found: Finished, target: Path, ui: Ui) -> list[CheckResult]
     from nbl_export.model.checkpoint.copied import check_loadable, copy_linearized
     from nbl_export.model.checkpoint.hf_classes import save_linearized
 
-    checkpoint = found.checkpoint.value
-    with found.run.scratch() as scratch, ui.task("saving"):
-        if not copy_linearized(checkpoint, found.maps, found.tap, scratch / "saved"):
-            save_linearized(found.model.value, checkpoint, found.maps, found.tap, scratch / "saved")
-        check_loadable(scratch / "saved")
-        move_into_place(scratch / "saved", target)
+    checkpoint, tap = job.torch.checkpoint.value, job.plan.tap
+    if not copy_linearized(checkpoint, maps, tap, out):
+        save_linearized(job.torch.model.value, checkpoint, maps, tap, out)
+    check_loadable(out)
     return []
 
 
-def _save_nemotron_nas(found: Finished, target: Path, form: str, ui: Ui) -> list[CheckResult]:
-    """Write and check a directory; it appears at `target` only if its model computes what the run's does.
+def _write_nemotron_nas(job: Job, maps: Maps, form: str, out: Path) -> list[str]:
+    """A directory whose model computes what the run's does.
 
     Raises:
         NblError: the form does not hold the model.
@@ -131,25 +147,24 @@ def _save_nemotron_nas(found: Finished, target: Path, form: str, ui: Ui) -> list
     from nbl_export.model.linearize import replaced
     from nbl_export.targets.checkpoint import nemotron_nas
 
-    nemotron_nas.check(found.model.value.config, tuple(found.maps), form)
-    linear = linear_maps(found, ui)
-    for sentence in (linear.change, loss_of_change(found, linear)):
-        if sentence:
-            ui.say(f"  {sentence}")
-    with found.run.scratch() as scratch, ui.task("saving"):
-        nemotron_nas.save(
-            copy.deepcopy(found.model.value), found.checkpoint.value, linear.maps, form, scratch / "saved"
-        )
-        ids = found.final.value[0, :64].tolist()
-        with replaced(found.model.value, linear.maps, TAP):
-            expected = log_probabilities(found.model.value, ids)
-        result = _compared(found, nemotron_nas.load(scratch / "saved"), expected, ids)
-        move_into_place(scratch / "saved", target)
-    return [result]
+    model, ids = job.torch.model.value, _ids(job)
+    nemotron_nas.check(model.config, tuple(maps), form)
+    alone = {i: _matrix_alone(mixer) for i, mixer in maps.items()}
+    nemotron_nas.save(copy.deepcopy(model), job.torch.checkpoint.value, alone, form, out)
+    with replaced(model, alone, _BARE_TAP):
+        expected = log_probabilities(model, ids)
+    return [_compared(job, nemotron_nas.load(out), expected, ids)]
 
 
-def _save_edge_llm(found: Finished, target: Path, ui: Ui) -> list[CheckResult]:
-    """Write and check a directory in float16; it appears at `target` only if its model computes what the run's does.
+def _matrix_alone(mixer: Mixer) -> Mixer:
+    """The linear layer with the matrix of a mixer that is one product; dropped attention has zeros."""
+    weight = mixer.product()
+    assert weight is not None
+    return kind_of("linear").from_tensors({"weight": weight, "bias": np.zeros(len(weight), np.float32)})
+
+
+def _write_edge_llm(job: Job, maps: Maps, out: Path) -> list[str]:
+    """A directory in float16 whose model computes what the run's does.
 
     Raises:
         NblError: the form does not hold the model.
@@ -158,38 +173,36 @@ def _save_edge_llm(found: Finished, target: Path, ui: Ui) -> list[CheckResult]:
     from nbl_export.model.head import log_probabilities
     from nbl_export.targets.checkpoint import edge_llm
 
-    edge_llm.check(found.model.value.config, found.maps)
-    with found.run.scratch() as scratch, ui.task("saving"):
-        model = copy.deepcopy(found.model.value)
-        edge_llm.save(model, found.checkpoint.value, found.maps, found.tap, scratch / "saved")
-        ids = found.final.value[0, :64].tolist()
-        expected = log_probabilities(model, ids)
-        result = _compared(found, edge_llm.load(scratch / "saved"), expected, ids)
-        move_into_place(scratch / "saved", target)
-    for sentence in edge_llm.remarks(target):
-        ui.say(f"  {sentence}")
-    return [result]
+    edge_llm.check(job.torch.model.value.config, maps)
+    model, ids = copy.deepcopy(job.torch.model.value), _ids(job)
+    edge_llm.save(model, job.torch.checkpoint.value, maps, job.plan.tap, out)
+    same = _compared(job, edge_llm.load(out), log_probabilities(model, ids), ids)
+    return [same, *edge_llm.remarks(out)]
 
 
-def _save_ngram(found: Finished, target: Path) -> list[CheckResult]:
-    """Write the original decoder with the options of n-gram decoding. Its graph is the run's, byte for byte.
+def _write_ngram(job: Job, out: Path) -> list[str]:
+    """The original decoder with the options of n-gram decoding. Its graph is the run's, byte for byte.
 
     Raises:
         NblError: the run has no original, or none for ONNX Runtime GenAI.
     """
     from nbl_export.targets.onnx.ngram import write_ngram
 
-    if found.original_is_gone:
-        raise NblError(f"{found.run.path} has no original to decode with: {NO_ORIGINAL}; convert a run of that model")
-    found.run.check("decoder")
-    with found.run.scratch() as scratch:
-        write_ngram(found.run.path / DECODERS["original"], scratch / "saved")
-        move_into_place(scratch / "saved", target)
+    if job.options.fit == CHECKPOINT_FIT:
+        raise NblError(f"{job.run.path} has no original to decode with: {NO_ORIGINAL}; convert a run of that model")
+    job.run.check("decoder")
+    write_ngram(job.run.path / DECODERS["original"], out)
     return []
 
 
-def _compared(found: Finished, written: Any, expected: Any, ids: Sequence[int]) -> CheckResult:
-    """Log-probabilities of a model that was read back beside those of the run's model.
+def _ids(job: Job) -> list[int]:
+    """The beginning of text that neither fitted nor chose anything."""
+    ids: list[int] = job.text.own_final.value[0, :64].tolist()
+    return ids
+
+
+def _compared(job: Job, written: Any, expected: Any, ids: Sequence[int]) -> str:
+    """Log-probabilities of a model that was read back beside those of the run's model, in words.
 
     Raises:
         ParityError: they differ.
@@ -197,10 +210,8 @@ def _compared(found: Finished, written: Any, expected: Any, ids: Sequence[int]) 
     from nbl_export.model.head import log_probabilities
 
     away = float(abs(log_probabilities(written, ids) - expected).max())
-    metric = "largest difference of a log-probability"
-    result = CheckResult("original", "nbl", metric, away, 0.0, away == 0.0, f"{away:.2g}")
-    if not result.passed:
+    if away != 0.0:
         raise ParityError(
-            f"the checkpoint of {found.run.path} is not its model: logarithms of probabilities differ by {away:.2g}"
+            f"the checkpoint of {job.run.path} is not its model: logarithms of probabilities differ by {away:.2g}"
         )
-    return result
+    return "largest difference of a log-probability: 0"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,8 @@ from typing import Any
 from nbl_export.errors import NblError, UsageError
 from nbl_export.graph.names import MANIFEST
 from nbl_export.mixers import cache_layers
-from nbl_export.mixers.base import Mixer
-from nbl_export.options.command import describe_command
-from nbl_export.options.options import CHECKPOINT_FIT, JobOptions
-from nbl_export.plan.maps_file import load_maps
+from nbl_export.options.options import JobOptions
 from nbl_export.records.decoder import DecoderSpec
-from nbl_export.records.inputs import Lazy
 from nbl_export.records.plan import Plan
 from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
@@ -28,8 +24,8 @@ from nbl_export.targets.base import Target
 from nbl_export.targets.runners import TextRunner
 from nbl_export.trust.contained import check_folder, refuse_special
 
-__all__ = ["Finished", "Located", "answers", "available_engine", "describe", "examine_engines", "is_model_directory",
-           "locate", "open_finished", "open_for_text", "remake_command", "result", "trust_engines"]  # fmt: skip
+__all__ = ["Located", "answers", "available_engine", "describe", "examine_engines", "is_model_directory",
+           "locate", "open_finished", "open_for_text", "result", "trust_engines"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -140,47 +136,9 @@ def available_engine(located: Located) -> Target:
     return engine
 
 
-@dataclass(frozen=True)
-class Finished:
-    """A verified run: the maps that replace attention, and the original model and its texts, loaded at first use.
-
-    Attributes:
-        fit: the source of the maps. remake: the command that makes a run with maps without a bias.
-        source: the `checkpoint.Source` of the original. checkpoint: a directory with its safetensors and tokenizer.
-        model: the original torch model. Its value raises NblError if it is not available.
-        windows: token windows that the run calibrated on.
-        final: token windows of the final figures, which neither fitted nor chose anything.
-    """
-
-    run: RunDirectory
-    maps: Mapping[int, Mixer]
-    tap: str
-    fit: str
-    remake: str
-    source: Lazy[Any]
-    checkpoint: Lazy[Path]
-    model: Lazy[Any]
-    windows: Lazy[Any]
-    final: Lazy[Any]
-
-    @property
-    def original_is_gone(self) -> bool:
-        """Whether the run was made of an NBL checkpoint, which lacks the attention that maps replace."""
-        return self.fit == CHECKPOINT_FIT
-
-
-def remake_command(options: JobOptions, replaced: Sequence[int]) -> str:
-    """The command that makes a run with the same layers and with maps without a bias."""
-    options = dataclasses.replace(
-        options, maps="linear", tap="normed", layers=",".join(map(str, replaced)),
-        select=None, max_perplexity_increase=None, kv_budget=None,
-    )  # fmt: skip
-    return describe_command(options, Path("LINEAR"))
-
-
 @contextlib.contextmanager
-def open_finished(output: Path, ui: Ui, *, force: bool = False) -> Iterator[Finished]:
-    """The run in `output`. The run is locked in the context.
+def open_finished(output: Path, ui: Ui, *, force: bool = False) -> Iterator[Job]:
+    """The verified run in `output`, whose torch model is on the CPU. The run is locked in the context.
 
     Args:
         force: go on although verification failed.
@@ -199,20 +157,7 @@ def open_finished(output: Path, ui: Ui, *, force: bool = False) -> Iterator[Fini
                 run.check(stage)
         settled = of_run(run, JobOptions.from_json(run.manifest["options"]), ui.say)
         options = dataclasses.replace(settled.options, device="cpu")  # forms are compared bit for bit
-        job = Job(dataclasses.replace(settled, options=options), run, ui)
-        plan = job.plan
-        yield Finished(
-            run=run,
-            maps=load_maps(run.path / MAPS_FILE, plan.layers, job.decoder.hidden_size),
-            tap=plan.tap,
-            fit=options.fit,
-            remake=remake_command(options, plan.layers),
-            source=settled.source,
-            checkpoint=job.torch.checkpoint,
-            model=job.torch.model,
-            windows=job.text.windows,
-            final=job.text.own_final,
-        )
+        yield Job(dataclasses.replace(settled, options=options), run, ui)
 
 
 # -- as JSON values --------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 
 from nbl_export.errors import NblError
 from nbl_export.model.checkpoint.source import Source
-from nbl_export.options.options import JobOptions
+from nbl_export.options.options import CHECKPOINT_FIT, JobOptions
 from nbl_export.records.destinations import DESTINATIONS
 from nbl_export.records.plan import USUAL_KIND
 from nbl_export.run_directory import DECODERS, RunDirectory
@@ -75,10 +75,19 @@ def _route(name: str, directory: Path, manifest: Mapping[str, Any], config: Any)
     reason = place.refuses(manifest["kinds"], frozenset(), architecture, layers)
     if reason and not place.refuses((USUAL_KIND,), frozenset(), architecture, ()):
         reason += f"; make another run with --for {name}"
+    elif not reason and place.bare and _has_other_maps(manifest):
+        reason = f"it holds one matrix a layer on the normed input; make another run with --for {name}"
     elif not reason and config is not None:
         reason = _unfit(name, config, directory / DECODERS["original"], layers)
     command = f"nbl-export convert {shlex.quote(str(directory))} --to {name} --output NEW"
     return Route(name, place.title, command, reason)
+
+
+def _has_other_maps(manifest: Mapping[str, Any]) -> bool:
+    """Whether maps were fitted with a bias or on the residual stream."""
+    options = manifest["options"]
+    fitted = options.get("fit") not in ("drop", CHECKPOINT_FIT)
+    return fitted and (options.get("maps") != "linear" or manifest["tap"] != "normed")
 
 
 def _unfit(name: str, config: Any, directory: Path, layers: Iterable[int]) -> str:

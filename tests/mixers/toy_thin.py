@@ -45,9 +45,6 @@ class Thin:
     def product(self) -> None:
         return None
 
-    def as_product(self, moments: Moments, layer: int) -> None:
-        return None
-
     def emit(self, build: Builder, streams: Streams) -> dict[Port, Value]:
         few = build.matmul(streams[OWN], self.down, "down")
         return {Port.OUTPUT: build.add(build.matmul(few, self.up, "up"), self.bias, "bias")}

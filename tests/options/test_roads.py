@@ -188,11 +188,3 @@ def test_options_are_settled_without_torch(tmp_path: Path) -> None:
 def test_the_recorded_command_settles_alike(asked: dict[str, Any], tmp_path: Path, stopped: None) -> None:
     options = settled(asked)
     assert reached(line(*repeated(describe_command(options, tmp_path / "out")))) == options
-
-
-def test_the_command_for_maps_without_a_bias_is_accepted(stopped: None) -> None:
-    from nbl_export.run.deployed import remake_command
-
-    options = settled({"layers": "2", "select": "cca"})
-    found = reached(line(*repeated(remake_command(options, (0, 2)))))
-    assert_settled(found, {"layers": "0,2", "maps": "linear", "tap": "normed", "select": None})

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from nbl_export.errors import NblError
-from nbl_export.run.deployed import Finished
+from nbl_export.publish import convert
 from nbl_export.targets.onnx.genai import GenaiRunner
 from nbl_export.targets.onnx.ngram import write_ngram
 
@@ -81,7 +81,7 @@ def test_another_engine_has_no_ngrams(tmp_path: Path) -> None:
 def test_a_run_of_an_nbl_checkpoint_has_no_original(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Finished, "original_is_gone", True)
+    monkeypatch.setattr(convert, "CHECKPOINT_FIT", "independent")
     done = nbl("convert", finished, "--to", "ngram", "--output", tmp_path / "ngram")
     assert_refused(done, 1, "has no original to decode with")
     assert not (tmp_path / "ngram").exists()
