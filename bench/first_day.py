@@ -29,7 +29,7 @@ from typing import Any
 COMMAND = (sys.executable, "-m", "nbl_export")
 JOB = ("--layers", "8")  # in closed form, within minutes
 BEYOND = re.compile(r"is beyond the model's (\d+) positions")
-KEPT = ("*.json", "report.*", "acceptance.md", "engine/*/engine.json")  # of a run
+KEPT = ("*.json", "report.*", "engine/*/engine.json")  # of a run
 
 
 class Day:
@@ -112,7 +112,7 @@ def main(words: Sequence[str] | None = None) -> int:
             runs.append(run)
             good += checked(day, run, options.engine)
     if len(runs) > 1:
-        good.append(day.run("compare", ["bench", *runs, "--output", options.output / "compared.md"])[0])
+        good.append(day.run("compare", ["bench", *runs])[0])
     print(day.pack())
     return 0 if all(good) else 1
 

@@ -1,4 +1,4 @@
-"""Writes docs/usage.md, the types of Python's arguments (api/asked.py) and the table of docs/destinations.md.
+"""Writes docs/usage.md and the table of docs/destinations.md.
 
 python docs/usage.py            write all
 python docs/usage.py --check    only say which one would change, and end with 1 if so
@@ -6,7 +6,6 @@ python docs/usage.py --check    only say which one would change, and end with 1 
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -17,30 +16,6 @@ import typer
 
 PAGE = Path(__file__).with_name("usage.md")
 PLACES = PAGE.with_name("destinations.md")
-TYPES = Path(__file__).parent.parent / "nbl_export" / "api" / "asked.py"
-TYPES_HEAD = '''"""The options of the main job as a type, for type checkers; `options.options` says what they mean.
-
-`python docs/usage.py` writes this file from the options record.
-"""
-
-from __future__ import annotations
-
-from collections.abc import Sequence
-from os import PathLike
-from typing import TypedDict
-
-__all__ = ["Options"]
-
-Path = str | PathLike[str]
-
-
-class Options(TypedDict, total=False):
-    """Options of the main job, all optional: the same names, defaults and rules as on the command line.
-
-    A number may be given where the command line takes text (layers=8), and a list for several (layers=[7, 9]).
-    """
-
-'''
 HEAD = """# Usage
 
 ```
@@ -178,24 +153,6 @@ def _keys() -> Iterator[str]:
             yield f"| `{name}` | {said_of(name, record)}{also} |"
 
 
-def types() -> str:
-    """The text of asked.py."""
-    from nbl_export.options.options import OPTIONS, JobOptions
-
-    fields = {field.name: str(field.type) for field in dataclasses.fields(JobOptions)}
-    return TYPES_HEAD + "".join(f"    {name}: {_type(fields[name], record)}\n" for name, record in OPTIONS.items())
-
-
-def _type(kind: str, record: Any) -> str:
-    one = "Path" if "path" in record.python else "int" if record.numbers else "str"
-    several = "tuple" in kind or bool(record.numbers)
-    parts = [one, f"Sequence[{one}]"] if several else [one if "path" in record.python else kind.removesuffix(" | None")]
-    parts += [name for name in ("int", "float") if name in record.python]
-    parts += ["float"] if "share" in record.python else []
-    parts += ["Sequence[int]"] if "layers" in record.python else []
-    return " | ".join([*parts, *(["None"] if kind.endswith("None") else [])])
-
-
 def places() -> str:
     """The text of destinations.md, with today's table."""
     text = PLACES.read_text(encoding="utf-8")
@@ -223,7 +180,7 @@ def _places() -> str:
 
 
 if __name__ == "__main__":
-    written = {PAGE: page(), TYPES: types(), PLACES: places()}
+    written = {PAGE: page(), PLACES: places()}
     if "--check" in sys.argv:
         changed = [str(f) for f, text in written.items() if not f.is_file() or f.read_text(encoding="utf-8") != text]
         sys.exit(f"{' and '.join(changed)} would change" if changed else 0)

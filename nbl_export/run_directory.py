@@ -16,7 +16,7 @@
     DIR/engine/{original,model}/ build: compiled, deployable by itself
     DIR/bench.json             bench
     DIR/report.{html,md,json}  report
-    DIR/acceptance.{json,md}  accept, on the target machine
+    DIR/acceptance.json        accept, on the target machine
     DIR/checkpoint/            the stock safetensors checkpoint of a GGUF or NBL model, until the report is written
 
 A stage writes into a scratch directory, and its results are renamed into place. Before the renaming, the manifest drops
@@ -56,7 +56,7 @@ from nbl_export.trust.contained import check_folder
 from nbl_export.trust.lock import locked
 from nbl_export.trust.model_settings import drop_code
 
-__all__ = ["ACCEPTANCE_FILE", "ACCEPTANCE_JSON", "ACCEPTANCE_MD", "BENCH_FILE", "CHECKPOINT", "CUTS_FILE", "DECODERS",
+__all__ = ["ACCEPTANCE_FILE", "ACCEPTANCE_JSON", "BENCH_FILE", "CHECKPOINT", "CUTS_FILE", "DECODERS",
            "DISTILL_FILE", "EVAL_FILE", "MADE_BY", "MAPS_FILE", "MOMENTS_FILE", "PACKAGES", "REPORT_HTML",
            "REPORT_JSON", "REPORT_MD", "SCHEMA", "START_FILE", "TEXT_FILE", "VERIFY_FILE",
            "RunDirectory", "refuse_foreign"]  # fmt: skip
@@ -76,7 +76,7 @@ MOMENTS_FILE = "moments.safetensors"
 START_FILE = "start.safetensors"  # maps before distillation
 MAPS_FILE = "maps.safetensors"
 ACCEPTANCE_FILE = "acceptance.safetensors"  # values to compare with
-ACCEPTANCE_JSON, ACCEPTANCE_MD = "acceptance.json", "acceptance.md"  # verdicts
+ACCEPTANCE_JSON = "acceptance.json"  # verdicts
 
 
 def _no_run(path: Path) -> NblError:
@@ -292,7 +292,7 @@ _OURS = (
     TEXT_FILE, MOMENTS_FILE, "calibrate.partial.safetensors", START_FILE, MAPS_FILE,
     DISTILL_FILE, "distill.partial.safetensors", *DECODERS.values(), VERIFY_FILE,
     ACCEPTANCE_FILE, EVAL_FILE, "engine", BENCH_FILE, REPORT_HTML,
-    REPORT_MD, REPORT_JSON, ACCEPTANCE_MD, ACCEPTANCE_JSON, "nbl-checkpoint", CHECKPOINT, MANIFEST,
+    REPORT_MD, REPORT_JSON, ACCEPTANCE_JSON, "nbl-checkpoint", CHECKPOINT, MANIFEST,
 )  # fmt: skip
 
 

@@ -16,8 +16,8 @@ from nbl_export.calibrate.moments_file import MomentsWriter
 from nbl_export.calibrate.sums import Sums
 from nbl_export.distill.state import State
 from nbl_export.errors import NblError
-from nbl_export.evaluation.reader import near_of
 from nbl_export.evaluation.results import read_entries
+from nbl_export.evaluation.scorer import near_of
 from nbl_export.files import (
     SMALL_BYTES,
     is_scratch,
@@ -30,7 +30,6 @@ from nbl_export.files import (
 )
 from nbl_export.graph.trust import parsed
 from nbl_export.model.checkpoint.weights import weight_files
-from nbl_export.report import console
 from nbl_export.run_directory import RunDirectory
 from nbl_export.targets.openvino.ir.anatomy import context_length
 from nbl_export.targets.openvino.ir.files import check_ir
@@ -56,7 +55,6 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "json": lambda path: write_json(path, {"a": 1}),
     "moments": moments,
     "distillation": lambda path: State(path, "key").save({"a": torch.zeros(2)}, {}),
-    "table": lambda path: console.write("text", path),
 }
 
 
@@ -120,7 +118,7 @@ def test_an_error_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
-@pytest.mark.parametrize("name", ["stream", "json", "moments", "table"])  # safetensors gives its files 0600
+@pytest.mark.parametrize("name", ["stream", "json", "moments"])  # safetensors gives its files 0600
 def test_files_have_the_permissions_that_open_gives(name: str, mask: int, tmp_path: Path) -> None:
     before = os.umask(mask)
     try:

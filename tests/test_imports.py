@@ -169,7 +169,6 @@ FILE_NAMES = (
     "nbl.json", "verify.json", "bench.json", "eval.json", "report.json", "report.html", "report.md",
     "distill.json", "maps.safetensors", "moments.safetensors", "model.onnx", "all_logits.onnx", "decoder.onnx",
     "genai_config.json", "openvino_model.xml", "openvino_model.bin", "acceptance.safetensors", "acceptance.json",
-    "acceptance.md",
 )  # fmt: skip
 NAMING = ("run_directory", "graph.names")
 

@@ -14,9 +14,6 @@ from nbl_export.errors import NblError
 from nbl_export.records.quality import Interval
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from nbl_export.api.asked import Options
     from nbl_export.measure.estimate import Gain, Needs
 
 __all__ = ["Answers", "Estimate", "Loss", "Point", "Run", "Speed", "estimate", "export", "open"]
@@ -262,7 +259,7 @@ class Run:
 
 def export(
     model: str | PathLike[str], output: str | PathLike[str], *, force: bool = False, quiet: bool = False,
-    **options: Unpack[Options],
+    **options: Any,
 ) -> Run:  # fmt: skip
     """Make a verified and measured NBL decoder in a directory. An interrupted run goes on where it was.
 
@@ -271,7 +268,8 @@ def export(
         output: the run directory.
         force: start over: remove the run in `output` first.
         quiet: no progress on stderr.
-        options: those of the command line, by their names with underscores.
+        options: those of the command line, by their names with underscores (docs/usage.md). A number may be given
+            where the command line takes text (layers=8), and a list for several (layers=[7, 9]).
 
     Raises:
         NblError: what the user can correct, in a sentence: what, where, what to do.
@@ -294,7 +292,7 @@ def open(directory: str | PathLike[str]) -> Run:
     return Run(directory)
 
 
-def estimate(model: str | PathLike[str], **options: Unpack[Options]) -> Estimate:
+def estimate(model: str | PathLike[str], **options: Any) -> Estimate:
     """What the main job will take on this machine, and what it gains. Reads no weight.
 
     Args:

@@ -20,7 +20,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from nbl_export.cli import options as opt
-from nbl_export.cli.commands import COMMANDS, EVAL_KEYS, FOR_DEVELOPERS
+from nbl_export.cli.commands import COMMANDS, FOR_DEVELOPERS
 from nbl_export.cli.options import GENERAL, ui
 from nbl_export.errors import NblError, UsageError
 from nbl_export.model import processes
@@ -37,7 +37,7 @@ INTERRUPTED = 130
 _SHARED = (None, "calibrate", "plan")  # commands that several processes share; None: the main job
 _LONGEST = 1000  # characters of an error
 _RANK_0_SECONDS = 5.0  # for rank 0 to say an error first
-KEYS = (*(name for name, record in OPTIONS.items() if record.key), *EVAL_KEYS)  # which `--config FILE` takes
+KEYS = tuple(name for name, record in OPTIONS.items() if record.key)  # which `--config FILE` takes
 GOES_ON = "interrupted; finished stages are kept, and the same command continues after them"
 
 
@@ -60,7 +60,7 @@ class Group(TyperGroup):
         _write(self, ctx, formatter, () if self.everything else _COMPLETION)
         if self.everything:
             with formatter.section("Keys of --config FILE"):
-                formatter.write_dl([(name, opt.said_of(name, OPTIONS[name])) for name in KEYS if name in OPTIONS])
+                formatter.write_dl([(name, opt.said_of(name, OPTIONS[name])) for name in KEYS])
         self.format_commands(ctx, formatter)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +16,7 @@ from nbl_export.options.option import MAIN
 from nbl_export.options.options import JobOptions
 from nbl_export.trust.terminal import visible
 
-__all__ = ["COMMANDS", "EVAL_KEYS", "FOR_DEVELOPERS"]
+__all__ = ["COMMANDS", "FOR_DEVELOPERS"]
 
 
 # -- stages ------------------------------------------------------------------------------------------------------
@@ -40,16 +39,16 @@ def calibrate(
 @opt.takes("plan")
 def plan(directory: opt.Run, asked: dict[str, Any], as_json: opt.Json = False) -> None:
     """Score layers, choose which to replace, fit their maps."""
-    from nbl_export.report.console import scores_table
+    from nbl_export.report.model import scores
     from nbl_export.run.pipeline import run_stages
 
     run = run_stages(directory, "plan", ui(as_json), changes=asked)
     shown = ("num_layers", "replaced_layers", "tap", "select", "fit", "goal", "curve", "scores")
     facts = {k: run.manifest[k] for k in shown}
-    return show(facts, scores_table(run.manifest), as_json)
+    return show(facts, scores(run.manifest, "Layers, smallest bound first"), as_json)
 
 
-@opt.takes("rewrite", by_flag=False)
+@opt.takes("rewrite")
 def rewrite(directory: opt.Run, asked: dict[str, Any]) -> None:
     """Write the decoder graph of a run and its NBL version."""
     from nbl_export.run.pipeline import run_stages
@@ -65,14 +64,11 @@ def rewrite_graph(
     layers: Annotated[
         str | None, typer.Option(metavar="LAYERS", help='Use only these maps ("0,7,24-29"); default: all maps.')
     ] = None,
-    tap: Annotated[
-        str | None, typer.Option(metavar="TAP", help="Input of the maps; default: the tap that the maps record.")
-    ] = None,
 ) -> None:
     """Replace layers of any ONNX decoder by maps, without torch."""
     from nbl_export.run.rewrite_given import rewrite_given
 
-    print(rewrite_given(graph, maps, layers, tap, output))
+    print(rewrite_given(graph, maps, layers, output))
 
 
 @opt.takes("verify")
@@ -119,10 +115,6 @@ def bench(
         Path | None,
         typer.Option(metavar="DIR", help="Compare with this directory; default: original/ of the first run."),
     ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="Write to FILE: Markdown, or JSON with --json."),
-    ] = None,
     force: opt.Force = False,
     trust_engine: opt.TrustEngine = False,
     as_json: opt.Json = False,
@@ -132,24 +124,18 @@ def bench(
     The decoders are those of one run, or of several directories.
     """
     from nbl_export.report import console, page
-    from nbl_export.run import compare
-    from nbl_export.run.deployed import trust_engines
+    from nbl_export.run.compare import compare
+    from nbl_export.run.deployed import is_model_directory, trust_engines
     from nbl_export.run.pipeline import run_stages
 
     if trust_engine:
         trust_engines([*directories, *([against] if against else [])])
-    console.check_output(output, as_json)
-    if compare.is_stage(directories, against, output):
+    if len(directories) == 1 and against is None and not is_model_directory(directories[0]):
         run = run_stages(directories[0], "report", ui(as_json), changes=asked, force=force, needs="bench")
         result = page.of_run(run)
         return show(result, console.speed_table(result), as_json)
-    value = compare.compare(directories, against, JobOptions("", **asked), ui(as_json), force=force)
-    form = "json" if as_json else "md" if output else "table"
-    text = console.render(value, form, None if sys.stdout.isatty() and not output else 140)
-    if output is None:
-        return print(text, end="")
-    console.write(text, output)
-    return print(output)
+    value = compare(directories, against, JobOptions("", **asked), ui(as_json), force=force)
+    return show(value, console.compared_table(value), as_json)
 
 
 @opt.takes("eval")
@@ -172,13 +158,8 @@ def evaluate(
             help="Measure loss by position, retrieval and copying in long windows of these texts.",
         ),
     ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Keys from TOML: variants (original and nbl, the exported graphs; torch-original, torch-nbl), data "
-            "(local documents: DATA/TASK/SPLIT.jsonl).",
-        ),
+    data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Take documents of tasks from DIR/TASK/SPLIT.jsonl, if present.")
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Use the first N documents, windows or keys; default: all.")
@@ -200,18 +181,15 @@ def evaluate(
     from nbl_export.run.pipeline import run_evaluation
     from nbl_export.run_directory import EVAL_FILE
 
-    keys = opt.read_keys(config, EVAL_KEYS)
-    data = Path(keys["data"][0]) if "data" in keys else None
     for given, flag, needs, named in (
         (ppl_context, "--ppl-context", "--perplexity and --long-context", perplexity or long_context),
-        (data, "key data", "--tasks", tasks),
+        (data, "--data", "--tasks", tasks),
         (num_fewshot, "--num-fewshot", "--tasks", tasks),
     ):
         if given is not None and not named:
             raise UsageError(f"{flag} is for {needs}; leave {flag} out")
     request = EvalRequest(
         tasks=_words(tasks), limit=limit, data=data, shots=num_fewshot,
-        variants=_words(",".join(keys.get("variants", ("original,nbl",)))),
         texts=parse_named("--perplexity", perplexity), long_texts=parse_named("--long-context", long_context),
         context=ppl_context,
     )  # fmt: skip
@@ -231,7 +209,7 @@ def accept(
 
     Logits, text and caches are compared with values that verification has left in the directory.
     """
-    from nbl_export.report.console import ladder_table
+    from nbl_export.report.model import checks
     from nbl_export.run.accept import accept as run_acceptance
     from nbl_export.run.accept import refuse_failed
     from nbl_export.run.deployed import trust_engines
@@ -239,7 +217,7 @@ def accept(
     if trust_engine:
         trust_engines([directory])
     found = run_acceptance(directory, ui(as_json), force=force)
-    show(found, ladder_table(found["checks"], f"Acceptance, {found['engine']}"), as_json)
+    show(found, checks(found["checks"], f"Acceptance, {found['engine']}"), as_json)
     refuse_failed(found, directory)
 
 
@@ -291,9 +269,7 @@ def convert(
         raise UsageError("--json is for the list of destinations; leave --json out")
     from nbl_export.publish.convert import convert as write
 
-    shown = ui()
-    for result in write(directory, to, output, shown, force=force):
-        shown.say(f"  {result.subject}: {result.metric}: {result.detail}")
+    write(directory, to, output, ui(), force=force)
     return print(output)
 
 
@@ -368,7 +344,6 @@ def doctor(as_json: opt.Json = False) -> None:
     show(found, doctor_table(found, spoken_machine(), spoken(find_gpu())), as_json)
 
 
-EVAL_KEYS = ("variants", "data")  # keys of `eval --config FILE`
 FOR_DEVELOPERS = ("calibrate", "rewrite", "rewrite-graph", "verify", "build", "accept")  # not on the first page of help
 COMMANDS: dict[str, Callable[..., None]] = {
     "calibrate": calibrate, "plan": plan, "rewrite": rewrite, "rewrite-graph": rewrite_graph, "verify": verify,

@@ -15,7 +15,7 @@ import inspect
 import json
 import sys
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from nbl_export.run.progress import Ui
 
 __all__ = ["GENERAL", "Config", "Force", "Json", "Model", "Output", "Run", "TrustEngine", "read_config",
-           "read_keys", "refuse_options_before", "said_of", "show", "takes", "ui"]  # fmt: skip
+           "refuse_options_before", "said_of", "show", "takes", "ui"]  # fmt: skip
 
 _MOST_CONFIG_BYTES = 1 << 20
 
@@ -56,17 +56,16 @@ TrustEngine = Annotated[
 ]
 
 
-def takes(command: str, *, by_flag: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def takes(command: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command its options from the options record, and --config FILE if it takes keys.
 
-    Without flags, the file alone has them. The function gets the options that the user gave as a dictionary `asked`,
-    by the field names of JobOptions.
+    The function gets the options that the user gave as a dictionary `asked`, by the field names of JobOptions.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         own = inspect.signature(function, eval_str=True).parameters
         known = {name: record for name, record in OPTIONS.items() if command in record.commands}
-        flags = {name: record for name, record in known.items() if by_flag and not record.key}
+        flags = {name: record for name, record in known.items() if not record.key}
         added = [_parameter(name, record, command) for name, record in sorted(flags.items(), key=_place)]
         reads_file = len(flags) < len(known) and "config" not in own
         if reads_file:
@@ -197,21 +196,6 @@ def _of_toml(path: Path) -> dict[str, Any]:
         raise UsageError(f"--config {path} cannot be read as TOML: {error}") from error
 
 
-def read_keys(path: Path | None, known: Collection[str]) -> dict[str, tuple[str, ...]]:
-    """Keys of a TOML file whose values are texts, or lists of texts; {} without a file.
-
-    Raises:
-        UsageError: the file cannot be read, or has another key or value.
-    """
-    found: dict[str, tuple[str, ...]] = {}
-    for name, value in (_of_toml(path) if path else {}).items():
-        words = [value] if isinstance(value, str) else value
-        if name not in known or not isinstance(words, list) or not words or not all(isinstance(w, str) for w in words):
-            raise UsageError(f"{path}: {name} = {value!r} is none of the keys {', '.join(known)} with text")
-        found[name] = tuple(words)
-    return found
-
-
 # -- results on stdout, progress on stderr ---------------------------------------------------------------------
 
 
@@ -221,7 +205,7 @@ def show(value: Any, table: Table | Shown, as_json: bool) -> None:
         sys.stdout.write(json.dumps(value, indent=1) + "\n")
     else:
         shown = table if isinstance(table, tuple) else (table,)
-        Console(width=None if sys.stdout.isatty() else 110).print(*shown, sep="\n")
+        Console(width=None if sys.stdout.isatty() else 140).print(*shown, sep="\n")
 
 
 def ui(quiet: bool = False) -> Ui:

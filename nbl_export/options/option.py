@@ -50,8 +50,7 @@ class Option:
         numbers: an example, if the value is written as numbers with commas between.
         choices: the possible values; empty if there is no list of them.
         python: what Python takes beside the field's own type: "int" or "float" instead of their text, "share" for a
-            share below 1 instead of a percentage, "layers" for a list of layers, "path" for a path, "list" for one text
-            instead of a list.
+            share below 1 instead of a percentage, "layers" for a list of layers, "list" for one text instead of a list.
         applies: all of these hold if the option has an effect; without any, it always has.
         usual: its default, if it depends on other options, on the engine or on the model.
     """

@@ -279,7 +279,7 @@ class JobOptions:
     )  # fmt: skip
     calibration: tuple[str, ...] = option(
         (), "File or hub dataset (org/name@split); repeat to mix.", _CALIBRATE, "main calibrate", first=True,
-        metavar="TEXT", python="path list",
+        metavar="TEXT", python="list",
     )  # fmt: skip
     calibration_tokens: int = option(65_536, "Tokens to calibrate on.", _CALIBRATE, "main calibrate", least=1)
     context: int = option(512, "Length of a window in tokens.", _CALIBRATE, "main calibrate", least=2, key=True)
@@ -318,7 +318,7 @@ class JobOptions:
     )  # fmt: skip
     quantized_model: str | None = option(
         None, "int4: use the codes of this checkpoint of the same model (GPTQ, AWQ or Olive).", _ENGINE,
-        "main rewrite", metavar="MODEL", python="path", applies=_INT4,
+        "main rewrite", metavar="MODEL", applies=_INT4,
     )  # fmt: skip
     depths: tuple[int, ...] = option(
         (0, 2048), "Tokens already in the cache; default 0,2048, or 0 with --cut; trt, trt-rtx: 0 and what fits "

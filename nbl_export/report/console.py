@@ -1,34 +1,23 @@
-"""What commands print: tables of a run directory, a graph, a measurement, and this machine's engines.
-
-`render` writes the result of `run.compare.compare` as a table, Markdown or JSON.
-"""
+"""What commands print: tables of a run directory, a graph, a measurement, and this machine's engines."""
 
 from __future__ import annotations
 
-import io
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
-from nbl_export.errors import NblError, UsageError
-from nbl_export.files import replacing
 from nbl_export.records.paired import spoken_ratio, spoken_test
 from nbl_export.records.plan import spoken_layers
 from nbl_export.records.results import spoken_background
-from nbl_export.report import length, quality, speed
+from nbl_export.report import length, model, quality, speed
 from nbl_export.report.outcome import outcome, spoken_cut
 from nbl_export.report.table import Column, Shown, Table, facts
-from nbl_export.report.words import size, task
-from nbl_export.trust.terminal import Console, visible
+from nbl_export.report.words import size
 
-__all__ = ["FORMATS", "check_output", "checks_table", "describe_table", "doctor_table",
-           "engines_table", "eval_table", "graph_table", "ladder_table", "render", "routes_table",
-           "scores_table", "speed_table", "write"]  # fmt: skip
+__all__ = ["checks_table", "compared_table", "describe_table", "doctor_table", "engines_table", "eval_table",
+           "graph_table", "routes_table", "speed_table"]  # fmt: skip
 
 _LOGITS = {"last": "of the last token", "all": "of all tokens", None: "no output of that name"}
-FORMATS = ("table", "md", "json")
 
 
 # -- a run directory, a graph, engines ------------------------------------------------------------------------------
@@ -135,18 +124,6 @@ def doctor_table(found: dict[str, Any], machine: str, gpu: str) -> Shown:
     return works, engines("Could be added", "needs", available=False), machine, gpu
 
 
-# -- plan -------------------------------------------------------------------------------------------------
-
-
-def scores_table(manifest: dict[str, Any]) -> Table:
-    """Per-layer scores, replaced layers marked."""
-    columns = (*Column.numbers("layer", "CCA bound", "NMSE", "relative error"), "")
-    rows = ((s["layer"], f"{s['bound']:.3f}", f"{s['nmse']:.4f}", f"{s['relative_error']:.5f}",
-             "replaced" if s["layer"] in manifest["replaced_layers"] else "")
-            for s in sorted(manifest["scores"], key=lambda s: (s["bound"], s["layer"])))  # fmt: skip
-    return Table.of(columns, rows, "Layers, smallest bound first")
-
-
 # -- verification and measurements ----------------------------------------------------------------------------------
 
 
@@ -154,25 +131,11 @@ def checks_table(result: dict[str, Any]) -> Shown:
     """The verification ladder and the quality loss."""
     title = "Quality loss (not gated; in brackets 95% intervals over windows)"
     return (
-        ladder_table(result["checks"], "Verification"),
+        model.checks(result["checks"], "Verification"),
         *result["proof"],
         *result["warnings"],
         quality.losses(result["quality_loss"], title),
     )
-
-
-def ladder_table(checks: Iterable[Mapping[str, Any]], title: str) -> Table:
-    """What each check has seen, and what was allowed."""
-    columns = ("check", "subject", "metric", "seen", Column("allowed", "number"), "")
-    return Table.of(columns, map(_check, checks), title)
-
-
-def _check(check: Mapping[str, Any]) -> tuple[str, ...]:
-    measured = any(word in check["metric"] for word in ("difference", "margin"))
-    is_number = measured and isinstance(check["tolerance"], float)
-    seen = "not finite" if check["value"] is None else f"{check['value']:.3g}" if is_number else check["detail"]
-    allowed = f"{check['tolerance']:.3g}" if is_number else ""
-    return check["check"], check["subject"], check["metric"], seen, allowed, "ok" if check["passed"] else "FAILED"
 
 
 def speed_table(result: dict[str, Any]) -> Shown:
@@ -183,63 +146,13 @@ def speed_table(result: dict[str, Any]) -> Shown:
 
 
 def eval_table(result: dict[str, Any]) -> Shown:
-    """Benchmark figures of every variant, and NBL minus original on the same items; then quality at length."""
-    columns = ("task", "metric", Column("items", "number"), "variant",
-               *Column.numbers("value", "± error", "difference", "± error"))  # fmt: skip
-    rows = [line for row in result["table"] for line in _figures(row)]
-    figures = (Table.of(columns, rows, "Quality"),) if rows else ()
+    """Benchmark figures of both decoders, and NBL minus original on the same items; then quality at length."""
+    figures = (quality.benchmarks(result["table"], "Quality"),) if result["table"] else ()
     return *figures, *length.tables(result["length"]), *length.notes(result["length"])
 
 
-def _figures(row: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    against = {d["new"]: d for d in row["differences"]}
-    for variant, found in row["figures"].items():
-        paired = against.get(variant, {})
-        numbers = (found["value"], found["stderr"], paired.get("value"), paired.get("stderr"))
-        shown = ("" if n is None else f"{n:.4g}" for n in numbers)
-        yield task(row), row["metric"], str(row["items"]), variant, *shown
-
-
-# -- the formats of `bench` ------------------------------------------------------------------------------------
-
-
-def check_output(output: Path | None, as_json: bool) -> None:
-    """Refuse a file that could not be written, before anything is measured.
-
-    Raises:
-        UsageError: its name and its format differ.
-        NblError: it is a directory, or is to lie in none.
-    """
-    if output is None:
-        return
-    if output.suffix.lower() == (".md" if as_json else ".json"):
-        raise UsageError(f"--output {output}: {'leave --json out' if as_json else 'add --json'}, or name another file")
-    if output.is_dir():
-        raise NblError(f"--output {output} is a directory; name a file")
-    if not output.absolute().parent.is_dir():
-        raise NblError(f"--output {output}: there is no directory {output.absolute().parent}; make it first")
-
-
-def write(text: str, output: Path) -> None:
-    """Write the text, all of it or nothing."""
-    with replacing(output) as stream:
-        stream.write(text.encode())
-
-
-def render(value: Mapping[str, Any], form: str, width: int | None = None) -> str:
-    """The text in one of `FORMATS`, ending in a line break. width: columns of a table, None is the terminal's."""
-    if form == "json":
-        return json.dumps(value, indent=1) + "\n"
-    table, said = _compared(value), f"Speed was {spoken_background(value['background'])}.\n"
-    if form == "md":
-        return f"{visible(table.markdown())}\n\n{said}"
-    stream = io.StringIO()
-    Console(file=stream, width=width).print(table)
-    return f"{stream.getvalue()}\n{said}"
-
-
-def _compared(value: Mapping[str, Any]) -> Table:
-    """For people: speed, ratio over the base, latency; memory stands in a decoder's first row."""
+def compared_table(value: Mapping[str, Any]) -> Shown:
+    """Result of `run.compare.compare`: speed, ratio over the base, latency; memory stands in a decoder's first row."""
     swept = len({row["threads"] for row in value["rows"]}) > 1
     ratios = {_key(r): r for r in value["ratios"]}
     over = (f"over {value['base']}", "interval") if ratios else ()
@@ -260,7 +173,8 @@ def _compared(value: Mapping[str, Any]) -> Table:
             facts and size(facts["peak_memory_bytes"]),
             facts and size(sum(facts["disk_bytes"].values())),
         ])  # fmt: skip
-    return Table.of(("decoder", "test", *Column.numbers(*numbers)), rows)
+    said = f"Speed was {spoken_background(value['background'])}."
+    return Table.of(("decoder", "test", *Column.numbers(*numbers)), rows), said
 
 
 def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -17,7 +17,6 @@ from nbl_export.report.document import (
     Cards,
     Code,
     Details,
-    Document,
     Heading,
     Items,
     Paragraph,
@@ -30,7 +29,7 @@ from nbl_export.report.quality import uses
 from nbl_export.report.speed import intervals
 from nbl_export.report.table import Cell, Column, Table, Tone
 
-__all__ = ["acceptance", "experts", "head", "origin", "title", "verification"]
+__all__ = ["checks", "experts", "head", "origin", "scores", "title", "verification"]
 
 _CHOSEN_BY = {"cca": "the smallest CCA bounds", "efficient": "the smallest quality loss for the work saved"}
 _TONES: Mapping[str, Tone] = {"faster": "ok", "slower": "bad"}
@@ -200,8 +199,13 @@ def verification(report: Mapping[str, Any]) -> Section:
     return Section("Verification", (*proof, *warnings, every))
 
 
-def _checks(checks: Iterable[Mapping[str, Any]], precision: str) -> tuple[Block, ...]:
-    table = Table.of(_CHECK, map(_check, checks))
+def checks(found: Iterable[Mapping[str, Any]], title: str = "") -> Table:
+    """What each check has seen, and what was allowed."""
+    return Table.of(_CHECK, map(_check, found), title)
+
+
+def _checks(found: Iterable[Mapping[str, Any]], precision: str) -> tuple[Block, ...]:
+    table = checks(found)
     note = (
         f"Each check compares one figure with a tolerance that was fixed beforehand for {precision}. "
         "A mark stands for a check that has no figure."
@@ -218,35 +222,6 @@ def _check(check: Mapping[str, Any]) -> tuple[Cell | str, ...]:
     if tolerance == YES_NO and check["value"] in (0.0, 1.0) and check["check"] != "text":
         seen, allowed = "✓" if check["passed"] else "✗", ""
     return check["check"], check["subject"], check["metric"], seen, allowed, said, check.get("detail") or ""
-
-
-_STATUS: Mapping[str, tuple[str, Tone]] = {
-    "passed": ("Accepted", "ok"),
-    "failed": ("Not accepted", "bad"),
-    "cannot run": ("Cannot run here", "bad"),
-    "incomplete": ("Not finished", "words"),
-}
-
-
-def acceptance(found: Mapping[str, Any]) -> Document:
-    """What acceptance.md says, of the value of acceptance.json."""
-    verdict, tone = _STATUS[found["status"]]
-    passed = sum(check["passed"] for check in found["checks"])
-    said = "{subject}, check {check}: {metric}: {detail}"
-    failed = [said.format(**check) for check in found["checks"] if not check["passed"]]
-    failed += [found["cannot_run"]] if found["cannot_run"] else []
-    warning = "Do not use this engine on this machine before the first of these is settled."
-    on_gpu = [value for name, value in _gpu(found["machine"].get("gpu") or {}, {}) if name == "GPU"]
-    head: tuple[Block, ...] = (
-        Paragraph(" · ".join((f"{found['engine']}, {found['precision']}", *on_gpu, found["machine"]["os"])), "meta"),
-        Badge(verdict, f"{passed} of {len(found['checks'])} checks passed", tone),
-        *([Alarm(warning, tuple(failed))] if failed else []),
-    )
-    told = (("Messages of the libraries", found["messages"]),
-            ("Versions", [f"{name} {version}" for name, version in found["versions"].items()]))  # fmt: skip
-    lists = (Section(title, (Items(tuple(texts)),)) for title, texts in told if texts)
-    checks = Section("Verification", _checks(found["checks"], found["precision"]))
-    return Document(f"Acceptance of {found['model']}", head, (checks, *lists))
 
 
 # -- origin ----------------------------------------------------------------------------------------------------
@@ -279,15 +254,17 @@ def experts(report: Mapping[str, Any]) -> Section:
 
 def _layers(report: Mapping[str, Any]) -> tuple[Block, ...]:
     """The table of the scores; nothing if no layer has a score."""
-    if not report["scores"]:
-        return ()
+    return (Heading("Scores of all layers"), Paragraph(_SCORES), scores(report)) if report["scores"] else ()
+
+
+def scores(found: Mapping[str, Any], title: str = "") -> Table:
+    """Scores of layers, smallest bound first, of the value of report.json or nbl.json."""
     columns = ("Layer", "Attention", *Column.numbers("CCA bound", "NMSE", "Relative error"))
-    table = Table.of(columns, [
-        (str(score["layer"]), "replaced" if score["layer"] in report["replaced_layers"] else "kept",
+    return Table.of(columns, [
+        (str(score["layer"]), "replaced" if score["layer"] in found["replaced_layers"] else "kept",
          *(words.number(score[name]) for name in ("bound", "nmse", "relative_error")))
-        for score in report["scores"]
-    ])  # fmt: skip
-    return Heading("Scores of all layers"), Paragraph(_SCORES), table
+        for score in sorted(found["scores"], key=lambda score: (score["bound"], score["layer"]))
+    ], title)  # fmt: skip
 
 
 def _settings(report: Mapping[str, Any]) -> tuple[Block, ...]:

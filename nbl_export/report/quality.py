@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-from nbl_export.options.command import describe_command
-from nbl_export.options.goals import DEFAULT_SELECT
-from nbl_export.options.options import CHECKPOINT_FIT, JobOptions
-from nbl_export.options.settle import over
+from nbl_export.options.options import CHECKPOINT_FIT
 from nbl_export.records.paired import spoken_ratio
 from nbl_export.records.quality import promise, spoken_far, spoken_loss
 from nbl_export.records.results import VERIFIED
@@ -22,7 +17,7 @@ from nbl_export.report.length import length
 from nbl_export.report.outcome import limit_of
 from nbl_export.report.table import Column, Table
 
-__all__ = ["answers", "curve", "losses", "quality", "spoken_curve", "uses"]
+__all__ = ["answers", "benchmarks", "curve", "losses", "quality", "spoken_curve", "uses"]
 
 _VARIANTS = {"original": "Original", "nbl": "NBL"}
 _MEANS = (
@@ -151,23 +146,24 @@ def _benchmarks(quality: Mapping[str, Any]) -> Iterator[Block]:
     harness = f" by lm-evaluation-harness {quality['lm_eval']}" if quality["lm_eval"] else ""
     yield Heading("Benchmarks")
     yield Paragraph(
-        f"Measured on the exported graphs{harness}, or on the torch models in rows that say “torch”. "
+        f"Measured on the exported graphs{harness}. "
         "± is one standard error. The difference is NBL − original on the same items, with the error of the "
         "paired difference."
     )
+    yield benchmarks(quality["table"])
+
+
+def benchmarks(table: Iterable[Mapping[str, Any]], title: str = "") -> Table:
+    """Figures of both decoders, and NBL minus original on the same items."""
     columns = ("Task", "Metric", *Column.numbers("Items", "Original", "NBL", "Difference"))
-    yield Table.of(columns, [row for found in quality["table"] for row in _scores(found)])
+    return Table.of(columns, map(_scores, table), title)
 
 
-def _scores(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    """A row for the graphs and one for the torch models, if either was measured."""
+def _scores(found: Mapping[str, Any]) -> tuple[str, ...]:
     metric = f"{found['metric'].replace('_', ' ')} {'↑' if found['higher_is_better'] else '↓'}"
-    for prefix, name in (("", words.task(found)), ("torch-", f"{words.task(found)}, torch")):
-        before, after = (found["figures"].get(f"{prefix}{variant}") for variant in ("original", "nbl"))
-        if before or after:
-            paired = next((d for d in found["differences"] if d["new"] == f"{prefix}nbl"), None)
-            figures = (words.figure(before), words.figure(after), words.signed(paired))
-            yield name, metric, f"{found['items']:,}", *figures
+    before, after = (found["figures"].get(variant) for variant in ("original", "nbl"))
+    figures = words.figure(before), words.figure(after), words.signed(next(iter(found["differences"]), None))
+    return words.task(found), metric, f"{found['items']:,}", *figures
 
 
 # -- curve -----------------------------------------------------------------------------------------------------
@@ -193,7 +189,7 @@ def curve(report: Mapping[str, Any]) -> tuple[Section, ...]:
     table = Table.of(columns, [_set(point) for point in found["points"]])
     note = Paragraph(" ".join(_curve_note(report, found)))
     title = "Other cuts" if is_cut else _OTHER_SETS
-    return (Section(title, (note, _CURVE, table, Heading("Commands"), *map(Code, _commands(report)))),)
+    return (Section(title, (note, _CURVE, table)),)
 
 
 def _no_curve(report: Mapping[str, Any]) -> str:
@@ -243,6 +239,7 @@ def _curve_note(report: Mapping[str, Any], curve: Mapping[str, Any]) -> Iterator
         yield f"This run took the most layers that are shown to keep the limit: {count} {words.plural('layer', count)}."
     if report["fit"] == "independent":
         yield "Training the maps (--fit distilled) can lower the loss at no cost in speed. How much is unknown before."
+    yield "nbl-export plan with --layers takes another count, best in a copy of the run, whose results it undoes."
 
 
 def _of_cuts(report: Mapping[str, Any], curve: Mapping[str, Any]) -> Iterator[str]:
@@ -252,25 +249,4 @@ def _of_cuts(report: Mapping[str, Any], curve: Mapping[str, Any]) -> Iterator[st
     of = f" for {curve['engine']} in {curve['precision']}" if "engine" in curve else ""
     yield f"Speed is modelled{of}: a prompt of {curve['tokens']} tokens. Decoding costs what it costs in the original."
     yield f"The chosen cut keeps the increase within {report['goal']['max_perplexity_increase']} on every text."
-
-
-def _again(report: Mapping[str, Any], options: str) -> str:
-    """Another plan in a copy of the run: in the run itself it would undo what this report says."""
-    run = directory(report)
-    return f"cp -r {run} other && nbl-export plan other {options} && nbl-export report other"
-
-
-def _commands(report: Mapping[str, Any]) -> Iterator[str]:
-    """Commands for lower cuts or one layer more in copies of the run, and for distillation in a new one."""
-    if report.get("cut"):
-        lower = [p for p in report["curve"]["points"] if p["layers"] > len(report["replaced_layers"])][:2]
-        yield from (_again(report, f"--cut {min(p['replaced_layers'])} --near {p['near']}") for p in lower)
-        return
-    taken = len(report["replaced_layers"])
-    options = JobOptions.from_json(over(report["options"], {"layers": str(taken)}))
-    if options.select is None and report["select"] != DEFAULT_SELECT:
-        options = dataclasses.replace(options, select=report["select"])  # the order of this curve
-    if taken + 1 < report["num_layers"]:
-        yield _again(report, f"--layers {taken + 1}")
-    if report["fit"] == "independent" and taken:
-        yield describe_command(dataclasses.replace(options, fit="distilled", tap="normed"), Path("distilled"))
+    yield "nbl-export plan with --cut and --near takes another one, best in a copy of the run, whose results it undoes."

@@ -4,7 +4,7 @@
          ▲                                             │
          └────── ["result", CheckResult] ... ◄──────────┘
 
-    DIR/acceptance.{json,md}      written after each result
+    DIR/acceptance.json      written after each result
 
 A crash, or no answer in time, is a failed check with a sentence.
 """
@@ -21,13 +21,12 @@ from typing import Any
 
 from nbl_export.child import Child, Write
 from nbl_export.errors import AcceptanceError, NblError
-from nbl_export.files import replacing, versions, write_json
+from nbl_export.files import versions, write_json
 from nbl_export.measure.benchmark import machine
 from nbl_export.records.results import YES_NO, CheckResult
-from nbl_export.report import document, model
 from nbl_export.run.deployed import locate
 from nbl_export.run.progress import Ui
-from nbl_export.run_directory import ACCEPTANCE_FILE, ACCEPTANCE_JSON, ACCEPTANCE_MD, PACKAGES, RunDirectory
+from nbl_export.run_directory import ACCEPTANCE_FILE, ACCEPTANCE_JSON, PACKAGES, RunDirectory
 from nbl_export.targets import load_engine
 from nbl_export.targets.base import Target
 from nbl_export.verify.on_target import Doing, Expected, checks, load
@@ -89,12 +88,12 @@ def accept(
                     found[_LISTS[kind]] += value
                 elif kind == CANNOT_RUN:
                     found["cannot_run"] = value[0]
-                _write(found, directory)
+                write_json(directory / ACCEPTANCE_JSON, found)
         if found["cannot_run"]:
             break
     passed = all(check["passed"] for check in found["checks"])
     found["status"] = "cannot run" if found["cannot_run"] else "passed" if passed else "failed"
-    _write(found, directory)
+    write_json(directory / ACCEPTANCE_JSON, found)
     return found
 
 
@@ -122,12 +121,6 @@ def _blank(run: RunDirectory, engine: str) -> dict[str, Any]:
     }
 
 
-def _write(found: dict[str, Any], directory: Path) -> None:
-    write_json(directory / ACCEPTANCE_JSON, found)
-    with replacing(directory / ACCEPTANCE_MD) as stream:
-        stream.write(document.markdown(model.acceptance(found)).encode())
-
-
 def refuse_failed(found: dict[str, Any], directory: Path) -> None:
     """Raise if a check failed or if nothing can run.
 
@@ -140,7 +133,7 @@ def refuse_failed(found: dict[str, Any], directory: Path) -> None:
         if not check["passed"]:
             raise AcceptanceError(
                 f"check {check['check']} of {check['subject']} failed: {check['metric']}: {check['detail']}. See "
-                f"{directory / ACCEPTANCE_MD}"
+                f"{directory / ACCEPTANCE_JSON}"
             )
 
 

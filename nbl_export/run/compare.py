@@ -18,12 +18,7 @@ from nbl_export.run.deployed import Located, available_engine, is_model_director
 from nbl_export.run.progress import Ui
 from nbl_export.targets.base import Target
 
-__all__ = ["compare", "is_stage"]
-
-
-def is_stage(directories: Sequence[Path], *asked: object) -> bool:
-    """Whether to run the bench stage: one run directory, and no other request (`asked`)."""
-    return len(directories) == 1 and not any(asked) and not is_model_directory(directories[0])
+__all__ = ["compare"]
 
 
 def compare(

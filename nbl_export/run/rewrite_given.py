@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from nbl_export.errors import NblError, RefusalError, UsageError
+from nbl_export.errors import NblError, RefusalError
 from nbl_export.files import (
     file_sha256,
     friendly_os_errors,
@@ -38,14 +38,13 @@ __all__ = ["rewrite_given"]
 _PACKAGES = ("onnx", "onnx-ir", "onnxruntime", "safetensors", "numpy")
 
 
-def rewrite_given(path: Path, maps_file: Path, layers: str | None, tap: str | None, output: Path) -> Path:
+def rewrite_given(path: Path, maps_file: Path, layers: str | None, output: Path) -> Path:
     """Replace layers of the graph in `path` by their maps and write the directory `output`, which must be new.
 
     Args:
         path: an ONNX file, or a directory with one; never changed.
         maps_file: a maps file, or a run directory with one.
         layers: the layers whose maps are used ("0,7,24-29"); None means all maps.
-        tap: the input of the maps; None means the tap that the maps file records.
 
     Raises:
         NblError: an input is missing or damaged, or `output` is occupied; nothing is written.
@@ -61,12 +60,12 @@ def rewrite_given(path: Path, maps_file: Path, layers: str | None, tap: str | No
     check_graph_place(path)
     file = source.find_graph(path)
     _refuse_inside(output, file.parent)
-    stored, stated = maps_in(maps_file)
+    stored, tap = maps_in(maps_file)
     model = source.load_graph(file)
     spec = decoder_facts(model.graph, [find_block(model.graph, cache_layers(model.graph)[0])], home_of(file))
     if spec["num_layers"] > MOST_LAYERS:
         raise NblError(f"the configuration beside {file} states {spec['num_layers']} layers; fetch the graph again")
-    plan, maps = _plan(maps_file, stored, layers, _tap(tap, stated, maps_file), spec)
+    plan, maps = _plan(maps_file, stored, layers, tap or TAPS[0], spec)
     facts = _facts(model, file, maps_file, maps, plan)
     with friendly_os_errors(output):
         output.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -82,14 +81,6 @@ def _refuse_inside(output: Path, directory: Path) -> None:
     here = directory.resolve()
     if here in (output.resolve(), *output.resolve().parents):
         raise NblError(f"{output} lies inside {directory}, which must not change; choose another --output")
-
-
-def _tap(asked: str | None, stated: str | None, maps_file: Path) -> str:
-    if asked is not None and asked not in TAPS:
-        raise UsageError(f"--tap is {' or '.join(TAPS)}, not {asked!r}")
-    if asked and stated and asked != stated:
-        raise NblError(f"{maps_file} holds maps of the {stated} tap, not of {asked}; leave --tap out")
-    return asked or stated or TAPS[0]
 
 
 def _plan(

@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +16,6 @@ import pytest
 import nbl_export as nbl
 from nbl_export import api
 from nbl_export.errors import CorruptError, NblError, UsageError
-from nbl_export.options.options import OPTIONS, JobOptions
 from nbl_export.records.quality import Interval
 from nbl_export.report.page import summarize
 
@@ -131,16 +130,6 @@ def test_results_of_a_stranger_are_an_error_of_one_sentence(run: Path) -> None:
     (run / "verify.json").write_text(json.dumps(found), encoding="utf-8")
     with pytest.raises(CorruptError, match="'increase_interval' is of the wrong kind"):
         str(nbl.open(run))
-
-
-def test_the_options_are_those_of_the_command_line() -> None:
-    ours, theirs = get_type_hints(api.Options), get_type_hints(JobOptions)
-    assert set(ours) == set(OPTIONS)
-    parts = {name: set(getattr(hint, "__args__", (hint,))) for name, hint in ours.items()}
-    for name in OPTIONS:
-        wanted = getattr(theirs[name], "__args__", (theirs[name],))
-        plain = {kind for kind in wanted if kind in (str, int, float, bool, type(None))}
-        assert plain <= parts[name], name
 
 
 def test_open_loads_nothing_heavy(finished: Path) -> None:

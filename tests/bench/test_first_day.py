@@ -77,7 +77,7 @@ def test_every_command_runs_and_the_results_are_packed(day: Any, tmp_path: Path)
     assert calls(tmp_path) == [
         "doctor", job.format(2048, 2048), *(step.format(2048) for step in measured), job.format(24_064, 24_064),
         job.format(8192, 8192), *(step.format(8192) for step in measured),
-        "bench /out/2048 /out/8192 --output /out/compared.md",
+        "bench /out/2048 /out/8192",
     ]  # fmt: skip
     with tarfile.open(tmp_path / "out" / "first-day.tar.gz") as tar:
         names = {name for name in tar.getnames() if not name.startswith("logs/")}

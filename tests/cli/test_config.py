@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from nbl_export.cli.commands import COMMANDS, EVAL_KEYS, FOR_DEVELOPERS
-from nbl_export.cli.options import read_config, read_keys
+from nbl_export.cli.commands import COMMANDS, FOR_DEVELOPERS
+from nbl_export.cli.options import read_config
 from nbl_export.errors import NblError
 from nbl_export.options.command import describe_command
 from nbl_export.options.option import MAIN
@@ -54,7 +54,7 @@ def test_the_first_page_is_short_and_the_rest_is_behind_it() -> None:
 def test_every_command_takes_the_options_that_the_record_has_for_it(command: str) -> None:
     shown = nbl(command, "--help").out
     for name, said in OPTIONS.items():
-        takes = command in said.commands and not said.key and command != "rewrite"
+        takes = command in said.commands and not said.key
         assert (re.search(rf"^  {flag(name)}\b", shown, re.MULTILINE) is not None) == takes, name
 
 
@@ -137,13 +137,6 @@ def test_another_run_s_manifest_is_a_configuration_and_flags_win(finished: Path,
     assert (
         written(tmp_path, "{}", "empty.json") and nbl("--config", tmp_path / "empty.json", "--output", run).status == 2
     )
-
-
-def test_keys_of_an_evaluation_are_texts(tmp_path: Path) -> None:
-    file = written(tmp_path, "variants = 'nbl'\ndata = ['a,b']")
-    assert read_keys(file, EVAL_KEYS) == {"variants": ("nbl",), "data": ("a,b",)} and read_keys(None, EVAL_KEYS) == {}
-    for text in ("limit = 'x'", "data = 3", "variants = []"):
-        assert_refused(nbl("eval", tmp_path, "--config", written(tmp_path, text)), 2, "none of the keys variants, data")
 
 
 # -- the recorded command ------------------------------------------------------------------------------------------

@@ -75,8 +75,6 @@ def test_both_decoders_pass(run: Path) -> None:
     assert found["engine"] == "ort --provider cuda"
     assert found["versions"]["onnxruntime"]
     assert json.loads((run / "acceptance.json").read_text(encoding="utf-8")) == found
-    page = (run / "acceptance.md").read_text(encoding="utf-8")
-    assert "Accepted" in page and "22 of 22 checks passed" in page and "one sequence of" in page
 
 
 def test_each_result_is_written_as_it_comes(run: Path) -> None:
@@ -105,7 +103,6 @@ def test_the_command_ends_with_its_statuses(run: Path, finished: Path, monkeypat
         found = json.loads(done.out)
         assert found["status"] == {0: "passed", 3: "failed", 1: "cannot run"}[status]
         assert bool(found["checks"]) == (fault != "no GPU")
-    assert "Not accepted" in (run / "acceptance.md").read_text(encoding="utf-8")
     assert "Acceptance, ort --provider cuda" in nbl("accept", run).out
     monkeypatch.undo()
     assert_refused(nbl("accept", finished), 1, "accept is for engines of a GPU")

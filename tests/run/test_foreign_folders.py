@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from nbl_export.errors import NblError
-from nbl_export.report import console, page
+from nbl_export.report import console, model, page
 from nbl_export.run.deployed import describe
 from nbl_export.run_directory import RunDirectory
 from nbl_export.text.corpus import Text
@@ -115,7 +115,7 @@ def test_any_value_of_another_kind_is_refused_or_shown(name: str, run: Path) -> 
                 opened = RunDirectory.existing(run)
                 console.checks_table(opened.read_json("verify.json"))
                 console.describe_table(describe(run))
-                console.scores_table(opened.manifest)
+                model.scores(opened.manifest)
                 report = page.of_run(opened)
                 if report["bench"]:
                     console.speed_table(report)

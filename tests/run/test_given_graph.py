@@ -240,8 +240,6 @@ def test_options_that_do_not_go_together(given_graph: Given, maps_file: Any, tmp
     refused(tmp_path, "--maps", maps, "--output", out, status=2, parts=("GRAPH",))
     given = (graph, "--maps", maps, "--output", out)
     refused(tmp_path, *given, "--precision", "int4", status=2, parts=("--precision",))
-    refused(tmp_path, *given, "--tap", "normed", parts=("residual tap",))
-    refused(tmp_path, *given, "--tap", "elsewhere", status=2, parts=("--tap",))
     refused(tmp_path, *given, "--layers", "1", parts=("is a count",))
     refused(tmp_path, *given, "--layers", "0,", parts=("no map of layer 0", "it has those of 1"))
 
