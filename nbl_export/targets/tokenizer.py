@@ -25,7 +25,7 @@ from nbl_export.targets.runners import TextRunner
 from nbl_export.trust.contained import check_folder
 from nbl_export.trust.model_settings import read_text
 
-__all__ = ["TOKENIZER", "Speaking", "Text", "applied", "continued", "read_settings", "render"]
+__all__ = ["TOKENIZER", "Speaking", "Text", "applied", "read_settings", "render"]
 
 
 TOKENIZER = "tokenizer.json"
@@ -116,34 +116,37 @@ class Speaking(TextRunner):
         return list(self.continuation(ids, new_tokens))
 
     def continuation(self, ids: Sequence[int], new_tokens: int) -> Iterator[int]:
-        """The tokens of `greedy` as they come."""
-        return continued(self, self.directory, ids, new_tokens, self.context_length, self.advice)
+        """The tokens of `greedy` as they come.
 
+        Raises:
+            NblError: the prompt is empty, or leaves no room for an answer.
+        """
+        if not len(ids):
+            raise NblError("the prompt is empty: give at least one word")
+        room = self.context_length - len(ids)
+        if room <= 0:
+            raise NblError(
+                f"the prompt has {len(ids)} tokens and {self.directory} takes {self.context_length}, the answer "
+                f"included: shorten the prompt{self.advice}"
+            )
+        self.begin(len(ids) + new_tokens)
+        chunk: Sequence[int] = ids
+        for _ in range(min(new_tokens, room)):
+            self.append(chunk)
+            chunk = [self.pick()]
+            yield chunk[0]
 
-def continued(
-    runner: TextRunner, directory: Path, ids: Sequence[int], new_tokens: int, limit: int, advice: str = ""
-) -> Iterator[int]:
-    """Token ids behind a prompt, until `new_tokens` or until prompt and answer have `limit` tokens.
+    def check_room(self, length: int, capacity: int) -> None:
+        """Refuse a sequence that would outgrow what `begin` reserved.
 
-    Args:
-        advice: what a user can do about the limit, beside a shorter prompt.
-
-    Raises:
-        NblError: the prompt is empty, or leaves no room for an answer.
-    """
-    if not len(ids):
-        raise NblError("the prompt is empty: give at least one word")
-    if len(ids) >= limit:
-        raise NblError(
-            f"the prompt has {len(ids)} tokens and {directory} takes {limit}, the answer included: "
-            f"shorten the prompt{advice}"
-        )
-    runner.begin(len(ids) + new_tokens)
-    chunk: Sequence[int] = ids
-    for _ in range(min(new_tokens, limit - len(ids))):
-        runner.append(chunk)
-        chunk = [runner.pick()]
-        yield chunk[0]
+        Raises:
+            NblError: `length` tokens are more than `capacity`.
+        """
+        if length > capacity:
+            raise NblError(
+                f"{length} tokens do not fit into {self.directory}: room for {capacity} (its context is "
+                f"{self.context_length}); use a shorter prompt{self.advice}"
+            )
 
 
 def _end_ids(directory: Path) -> tuple[int, ...]:

@@ -265,7 +265,7 @@ def test_prompts_that_cannot_be_run_are_refused(runner: StaticRunner, tmp_path: 
     with pytest.raises(NblError, match=f"16 tokens and {tmp_path} takes 16"):
         runner.greedy([1] * 16, 3)
     runner.begin(5)
-    with pytest.raises(NblError, match=r"6 tokens do not fit .* room for 5 .* 16 slots"):
+    with pytest.raises(NblError, match=r"6 tokens do not fit .* room for 5 .* context is 16"):
         runner.append([1] * 6)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 import pytest
 
 from nbl_export.errors import NblError
@@ -18,7 +17,7 @@ from nbl_export.targets.tensorrt.messages import Message, messages_of
 from nbl_export.targets.tensorrt.network import ParsedNetwork, parse
 from nbl_export.targets.tensorrt.record import read_record
 
-from ..static_tiny import LAYERS, save_checkpoint
+from ..static_tiny import save_checkpoint
 from ..trt_tiny import RTX, graph_of, needs_rtx
 
 pytestmark = pytest.mark.trt
@@ -68,43 +67,6 @@ def test_what_builds_in_no_way_says_every_reason(
     with pytest.raises(NblError, match=reason):
         build_engine(RTX, without_kernel, tmp_path / "e", ONE)
     assert not (tmp_path / "e").exists()
-
-
-@needs_rtx
-@pytest.mark.parametrize("bypass", [False, True])
-def test_the_cache_reaches_attention_without_a_product(bypass: bool) -> None:
-    """The parser puts a product with 1 between them, which is the library's own doing."""
-    trt = load_library(RTX)
-    parsed = parse(trt, messages_of(trt), graph_of("llama", (1,)) / "decoder.onnx")
-    if bypass:
-        network.bypass_unit_scale(parsed)
-    made_by = {layer.get_output(i).name: layer for layer in parsed.layers for i in range(layer.num_outputs)}
-    sources = [
-        [made_by[layer.get_input(k).name].type.name for k in range(3)]
-        for layer in parsed.layers
-        if layer.type == trt.LayerType.ATTENTION_INPUT
-    ]
-    key = "KV_CACHE_UPDATE" if bypass else "ELEMENTWISE"
-    assert sources == [["ELEMENTWISE", key, "KV_CACHE_UPDATE"]] * (LAYERS - 1)
-    for layer in parsed.layers:
-        if layer.type == trt.LayerType.ATTENTION_INPUT:
-            assert ("scaled" in layer.get_input(0).name) is bypass  # the graph's own product, by 1/8
-
-
-@needs_rtx
-@pytest.mark.parametrize("scale", [0.5, 2.0])
-def test_a_product_with_another_number_stays(scale: float, tmp_path: Path) -> None:
-    model = ir.load(graph_of("llama") / "decoder.onnx")
-    for node in model.graph:
-        if node.op_type == "Attention":
-            node.attributes["scale"] = ir.AttrFloat32("scale", scale)
-    static.save_graph(model, tmp_path)
-    trt = load_library(RTX)
-    parsed = parse(trt, messages_of(trt), tmp_path / "decoder.onnx")
-    layers = [layer for layer in parsed.layers if layer.type == trt.LayerType.ATTENTION_INPUT]
-    before = [layer.get_input(k).name for layer in layers for k in (0, 1)]
-    network.bypass_unit_scale(parsed)
-    assert [layer.get_input(k).name for layer in layers for k in (0, 1)] == before
 
 
 SKIPPED = "Skipping tactic 0 due to insufficient memory on requested size of 2598728448"

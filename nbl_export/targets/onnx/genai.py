@@ -122,11 +122,7 @@ class GenaiRunner(Speaking):
             NblError: the sequence would outgrow what `begin` reserved, or the engine fails.
         """
         count = len(ids) if self._batch == 1 else np.shape(ids)[1]
-        if self._length + count > self._capacity:
-            raise NblError(
-                f"{self._length + count} tokens do not fit into {self.directory}: room for {self._capacity} "
-                f"(its context is {self.context_length}); use a shorter prompt"
-            )
+        self.check_room(self._length + count, self._capacity)
         try:
             if self._batch == 1:
                 self._generator.append_tokens(np.asarray(ids, dtype=np.int32))

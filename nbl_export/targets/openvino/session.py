@@ -296,12 +296,7 @@ class OpenVinoRunner(Speaking):
             NblError: the sequence would outgrow what `begin` allowed, or OpenVINO fails.
         """
         ids_BT = np.atleast_2d(np.asarray(ids, np.int64))
-        length = self.session.mask_BK.shape[1] + ids_BT.shape[1]
-        if length > self._capacity:
-            raise NblError(
-                f"{length} tokens do not fit into {self.directory}: room for {self._capacity} "
-                f"(its context is {self.context_length}); use a shorter prompt"
-            )
+        self.check_room(self.session.mask_BK.shape[1] + ids_BT.shape[1], self._capacity)
         self._logits = self.session.run(ids_BT, np.ones_like(ids_BT))
 
     def rewind(self, length: int) -> None:

@@ -45,7 +45,6 @@ from nbl_export.targets.tensorrt.network import (
     ParsedNetwork,
     allow_decomposing,
     attend_in_bf16,
-    bypass_unit_scale,
     copied_heads,
     parse,
 )
@@ -101,7 +100,6 @@ def build_engine(library: Library, source: Path, out: Path, settings: BuildSetti
         raise NblError(f"{source} holds no {_GRAPH}; export it with --engine {library.capabilities.name}")
     read_proto(graph)
     parsed = parse(trt, log, graph)
-    bypass_unit_scale(parsed)
     contract = parsed.contract
     two_rows = parsed.precision == "int4" or contract.logits == "last"
     profiles = engine_profiles(settings.max_batch, settings.prefill_chunk, _slots(contract), two_rows=two_rows)

@@ -12,10 +12,8 @@ Attention of a network is a fused kernel of the library, or the matrix products 
 Attention of a parsed network may not be decomposed unless the network says so. Without a kernel its build fails
 ("Attention operation was not supported by a dedicated kernel"). So `build` allows it on purpose, and records it.
 
-The parser multiplies queries and keys by sqrt(scale), even if the scale is 1, as in the static form (seen with
-TensorRT-RTX 1.7.1). The keys are the whole cache. So `bypass_unit_scale` takes the products with 1 out of the way.
-
-    before   KV_CACHE_UPDATE ─ ELEMENTWISE (x 1) ─ ATTENTION_INPUT      after   KV_CACHE_UPDATE ─ ATTENTION_INPUT
+The parser multiplies queries and keys by sqrt(scale), even if the scale is 1, as in the static form. The builder of
+TensorRT-RTX 1.7.1 has no scratch memory for such keys, which are the whole cache (tests/targets/test_trt_large.py).
 
 The bindings hand every layer out as ILayer. To assign its class is the cast that NVIDIA's Polygraphy makes.
 """
@@ -24,19 +22,17 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from nbl_export.errors import NblError
 from nbl_export.records.decoder import ITEMSIZE, GraphContract, TensorInfo
 from nbl_export.targets.tensorrt.messages import Messages, changes, require
 
 __all__ = ["DECOMPOSABLE", "FUSED", "FUSED_BF16", "ParsedNetwork", "allow_decomposing", "attend_in_bf16",
-           "bypass_unit_scale", "copied_heads", "parse"]  # fmt: skip
+           "copied_heads", "parse"]  # fmt: skip
 
 _DTYPES = {
     "HALF": "float16",
@@ -185,30 +181,6 @@ def allow_decomposing(parsed: ParsedNetwork) -> bool:
         layer.__class__ = parsed.trt.IAttentionInputLayer
         layer.attention.decomposable = True
     return bool(layers)
-
-
-def bypass_unit_scale(parsed: ParsedNetwork) -> None:
-    """Give attention its queries and keys past products with 1."""
-    made_by = {layer.get_output(i).name: layer for layer in parsed.layers for i in range(layer.num_outputs)}
-    for layer in _attention_layers(parsed):
-        layer.__class__ = parsed.trt.IAttentionInputLayer
-        for index in (0, 1):
-            product = made_by.get(layer.get_input(index).name)
-            if product is not None and _multiplies_by_one(parsed.trt, product, made_by):
-                layer.attention.set_input(index, product.get_input(0))
-
-
-def _multiplies_by_one(trt: Any, layer: Any, made_by: Mapping[str, Any]) -> bool:
-    if layer.type != trt.LayerType.ELEMENTWISE:
-        return False
-    layer.__class__ = trt.IElementWiseLayer
-    constant = made_by.get(layer.get_input(1).name)
-    while constant is not None and constant.type == trt.LayerType.CAST:
-        constant = made_by.get(constant.get_input(0).name)
-    if constant is None or constant.type != trt.LayerType.CONSTANT or layer.op != trt.ElementWiseOperation.PROD:
-        return False
-    constant.__class__ = trt.IConstantLayer
-    return bool(np.all(np.asarray(constant.weights) == 1))
 
 
 def _attention_layers(parsed: ParsedNetwork) -> Iterator[Any]:

@@ -246,12 +246,7 @@ class StaticRunner(Speaking):
         ids_BT = np.asarray(ids, np.int64)
         ids_BT = ids_BT[None] if ids_BT.ndim == 1 else ids_BT
         batch, tokens = ids_BT.shape
-        length = self._rows.lengths[0] + tokens
-        if length > self._capacity:
-            raise NblError(
-                f"{length} tokens do not fit into {self.directory}: room for {self._capacity} (its caches have "
-                f"{self.context_length} slots); use a shorter prompt, or export with a larger --max-seq-len"
-            )
+        self.check_room(self._rows.lengths[0] + tokens, self._capacity)
         for step in self._rows.plan((tokens,) * batch):
             self._raw_V = self._session.run(_columns(ids_BT, step), step.writes, step.counts)[0, -1]
             self._rows.advance(step)

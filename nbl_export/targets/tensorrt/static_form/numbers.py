@@ -22,8 +22,7 @@ Scales the queries of attention in the graph, so that no kernel scales the keys 
 
 TensorRT's parser multiplies queries and keys by sqrt(scale) each (onnx-tensorrt, `scaleQKTensor` in
 AttentionHelpers.cpp). The keys are the whole cache, so a step would read and write all slots of each layer once more.
-TensorRT's documentation allows the scale on the queries alone ("Fused Attention"). The parser's products with sqrt(1)
-are bypassed when an engine is built (`targets.tensorrt.network`).
+TensorRT's documentation allows the scale on the queries alone ("Fused Attention").
 
 Turns decoder matrices into int4 blocks behind a DequantizeLinear (drawn in `graph.quantised`).
 
