@@ -42,19 +42,6 @@ RESULTS = Path(__file__).parents[2] / "bench" / "results"
 SMOLLM2 = DecoderSpec("llama", 30, 576, 9, 3, 64, 49152, 8192)
 MODEL = CostModel(SMOLLM2, MlpSpec(1536), 4.0, 4.0, 4, tail_pruned=False)
 PRUNED = dataclasses.replace(MODEL, tail_pruned=True)
-EIGHT = dict.fromkeys((0, 7, *range(24, 30)), work(576 * 576))
-
-
-def test_what_was_measured_on_smollm2() -> None:
-    """fp32, pruned lm_head, prefill 512, interleaved medians on two cores: 1.06, and 1.30 with the tail pruned."""
-    assert MODEL.speedup_of_sizes(EIGHT).prefill == pytest.approx(1.06, abs=0.01)
-    assert MODEL.prefill_flops({}) / PRUNED.prefill_flops(EIGHT) == pytest.approx(1.30, abs=0.02)
-
-
-def test_the_original_is_pruned_too() -> None:
-    """Measured on the original alone: 1.00 to 1.05. What is left for the layers is less than over an unpruned one."""
-    assert 1.00 < MODEL.prefill_flops({}) / PRUNED.prefill_flops({}) < 1.05
-    assert MODEL.speedup_of_sizes(EIGHT).prefill < PRUNED.speedup_of_sizes(EIGHT).prefill < 1.30
 
 
 def test_a_decoder_small_enough_for_paper() -> None:

@@ -55,13 +55,3 @@ def test_dropped_attention_ships_verified(tap: str, same: tuple[object, ...], tm
     assert json.loads((run / "model" / "nbl.json").read_text())["fit"] == {"kind": "drop"}
     said = (run / "report.md").read_text()
     assert "left out" in said and "it was fitted" not in said
-
-
-def test_changed_fit_changes_the_maps_and_keeps_the_moments(run: Path) -> None:
-    before = (run / "maps.safetensors").read_bytes()
-    done = nbl("plan", run, "--fit", "drop")
-    assert done.status == 0, done.err
-    assert "calibrate: reused" in done.err and "plan: done" in done.err
-    assert (run / "maps.safetensors").read_bytes() != before
-    assert nbl("plan", run, "--fit", "independent").status == 0
-    assert (run / "maps.safetensors").read_bytes() == before

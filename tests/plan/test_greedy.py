@@ -156,23 +156,6 @@ def test_the_gram_of_small_changes_is_their_kl(architecture: str, checkpoint: Ch
     assert found[2].gram(found)[0].tolist() == pytest.approx(gram[2].tolist(), rel=1e-5)
 
 
-def whole_loss(directory: Path, replaced_set: tuple[int, ...], tap: str) -> float:
-    kl, original, ours = whole_models(directory, replaced_set, tap, EVERY)
-    return (kl + math.log(ours / original)) / 2
-
-
-@pytest.mark.parametrize("tap", ["residual", "normed"])
-def test_losses_of_an_order_are_those_of_whole_models(tap: str, checkpoint: Checkpoint) -> None:
-    """The first layer loses least of all; a later one is not worse than the estimate of another, or all were tried."""
-    directory = checkpoint("llama")
-    steps = Search(judged(SwitchedModel(load_model(directory), MAPS, tap)), (), even, quiet).extend(2)
-    losses = {i: whole_loss(directory, (i,), tap) for i in range(LAYERS)}
-    assert steps[0].layers == (min(losses, key=lambda i: losses[i]),)
-    for step in steps:
-        loss = max(whole_loss(directory, step.layers, tap), 1e-9)  # a gain on a text counts as no loss
-        assert step.loss == pytest.approx(loss, rel=2e-3)
-
-
 def test_an_order_goes_on_as_if_made_at_once_and_a_shorter_one_is_its_front(checkpoint: Checkpoint) -> None:
     switched = SwitchedModel(load_model(checkpoint("llama")), MAPS, "residual")
     whole = Search(judged(switched), (), even, quiet).extend(2)
