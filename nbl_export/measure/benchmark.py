@@ -70,7 +70,6 @@ class BenchSetting:
     context_length: int
     engine: str
     provider: str = "cpu"
-    seed: int = 0
     base: str | None = "original"
     threads: int | None = None
     gpu: bool = False
@@ -156,18 +155,6 @@ _DECODE_BYTES = 80 << 30  # eight seconds at 10 GB/s
 # A GPU raises its clocks under load, and its energy counter moves a few times a second. NVIDIA's trtexec warms up for
 # 0.2 s and measures for 3 s.
 _GPU_WARM_UP_NS, _GPU_LEAST_NS = 500_000_000, 1_000_000_000
-
-
-_ORDER = (
-    "every round loads all variants again and rotates their order by one; one discarded warm-up with each load; "
-    "each timed run waits for the threads of the previous run"
-)
-
-
-_APART = (
-    "memory is too short for all variants at once: every round loads them one after the other and rotates their order "
-    "by one; one discarded warm-up with each load; each timed run waits for the threads of the previous run"
-)
 _MEMORY_SHARE = 0.9  # of the available memory, for the peaks of all variants together
 
 
@@ -191,7 +178,7 @@ def run(
     fitting, skipped = _split(scenarios, setting.context_length)
     capacity = max(s.depth + s.tokens for s in fitting)
     shape = max(s.batch for s in fitting), capacity
-    ids = np.random.default_rng(setting.seed).integers(0, setting.vocab_size, shape, dtype=np.int32)
+    ids = np.random.default_rng(0).integers(0, setting.vocab_size, shape, dtype=np.int32)
     by_threads = groups(fitting, lambda s: s.threads)
     rule = Rule(repetitions) if repetitions else Rule(seconds=Rule().seconds / len(by_threads))
     steps = Steps(progress)
@@ -214,12 +201,10 @@ def run(
         **({"gpu_clocks": _clocks_of(bench.clocks)} if bench.clocks else {}),
         "background": background_of(loads, len(bench.waits), bench.waits.count(False)),
         "threads": list(dict.fromkeys(s.threads for s in fitting)),
-        "batches": list(dict.fromkeys(s.batch for s in fitting)),
         "engine": setting.engine,
         "provider": setting.provider,
-        "seed": setting.seed,
         "repetitions": repetitions,
-        **({"order": _APART, "apart": True} if bench.apart else {"order": _ORDER, "apart": False}),
+        "apart": bench.apart,
         "base": setting.base,
         **({"energy_sources": list(meter.sources)} if meter else {}),
         "timings": [timing.to_json() for rounds in found for timing in rounds.timings],

@@ -426,8 +426,8 @@ def test_what_is_recorded(tmp_path: Path) -> None:
         "disk_bytes": {"weights": 7, "graph": 5, "settings": 13},
     }
     assert set(result["machine"]) == {"cpu", "cores", "memory_bytes", "os", "python"}
-    facts = [result[name] for name in ("threads", "batches", "engine", "provider", "repetitions", "base")]
-    assert facts == [[None], [1], "ort", "cpu", 2, "original"]
+    facts = [result[name] for name in ("threads", "engine", "provider", "repetitions", "base")]
+    assert facts == [[None], "ort", "cpu", 2, "original"]
     common = {"test", "kind", "tokens", "depth", "batch", "threads", "variant", "samples_ns", "loads"}
     assert result["timings"][0].keys() == common | {"first_token_ns", "ttft_ns"}
     assert result["timings"][4].keys() == common | {"token_ns", "tpot_ns"}
@@ -509,7 +509,7 @@ def test_variants_are_loaded_one_after_the_other_if_memory_is_short(
         together, alone = ["open", "open", "close", "close"], ["open", "close"] * 2
         assert [call[1] for call in loads] == 2 * (alone if apart else together)
         assert [name for name, what in loads if what == "open"] == ["original", "nbl", "nbl", "original"]
-        assert result["apart"] is apart and ("memory is too short" in result["order"]) is apart
+        assert result["apart"] is apart
         assert {len(t["samples_ns"]) for t in result["timings"]} == {2}
         assert reports[-1][0] == reports[-1][1]
         for folder in ("original", "nbl"):

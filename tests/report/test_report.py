@@ -73,7 +73,6 @@ def timing(test: str, depth: int, variant: str, seconds: Sequence[float], **more
 BENCH: dict[str, Any] = {
     "machine": {"cpu": "A processor", "cores": 2, "memory_bytes": 8 << 30, "os": "Linux", "python": "3.12"},
     "threads": [2],
-    "batches": [1],
     "engine": "ort",
     "provider": "cpu",
     "versions": {"onnxruntime": "1.24.0"},
