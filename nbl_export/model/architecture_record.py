@@ -39,7 +39,6 @@ class Architecture:
         score_scalar: configuration key; attention scores are divided by its square root (None: of the head size).
         embedding_root: embeddings are multiplied by the square root of the hidden size.
         tied: the head is the embedding if the configuration does not say.
-        per_layer: configuration keys of lists with one value a layer.
         fused_qkv: the single projection for queries, keys and values, in this order; None for three projections.
         must_be: supported values of configuration keys.
         unfit: configuration -> why a model of this architecture is not supported; empty if it is.
@@ -65,7 +64,6 @@ class Architecture:
     score_scalar: str | None = None
     embedding_root: bool = False
     tied: bool = False
-    per_layer: tuple[str, ...] = ()
     fused_qkv: str | None = None
     must_be: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     unfit: Callable[[Mapping[str, Any]], str] | None = None

@@ -28,7 +28,6 @@ _SANDWICH: dict[str, Any] = {
     "score_scalar": "query_pre_attn_scalar",
     "embedding_root": True,
     "tied": True,
-    "per_layer": ("layer_types",),
     "must_be": _CAUSAL,
 }
 
@@ -70,8 +69,8 @@ ARCHITECTURES = {
     for record in (
         Architecture("llama", "Llama", tried="SmolLM2-135M-Instruct"),
         Architecture("mistral", "Mistral"),
-        Architecture("qwen2", "Qwen2", per_layer=("layer_types",), tried="Qwen2.5-Coder-0.5B"),
-        Architecture("qwen3", "Qwen3", per_layer=("layer_types",)),
+        Architecture("qwen2", "Qwen2", tried="Qwen2.5-Coder-0.5B"),
+        Architecture("qwen3", "Qwen3"),
         Architecture("phi3", "Phi3", fused_qkv="qkv_proj"),
         Architecture(
             "gemma2",
@@ -84,24 +83,19 @@ ARCHITECTURES = {
         ),
         Architecture("gemma3_text", "Gemma3", aliases=("gemma3",), **_SANDWICH, not_from=_NO_STATIC_CACHE),
         Architecture("olmo2", "Olmo2", **_POST_NORM, runtime_type="olmo", not_from=_MOBIUS_ALONE),
-        Architecture(
-            "smollm3", "SmolLM3", tied=True, per_layer=("layer_types", "no_rope_layers"), not_from=_NO_STATIC_CACHE
-        ),
+        Architecture("smollm3", "SmolLM3", tied=True, not_from=_NO_STATIC_CACHE),
         Architecture("granite", "Granite", **_GRANITE, not_from=_NO_STATIC_CACHE),
         Architecture(
             "granitemoehybrid",
             "GraniteMoeHybrid",
             **_GRANITE,
             mlp_width="shared_intermediate_size",
-            per_layer=("layer_types",),
             unfit=_beyond_genai,
             not_from=_neither("mobius (0.1) leaves out its rotation, and multipliers of embeddings and logits"),
         ),
         Architecture("olmo", "Olmo", not_from=_NO_STATIC_CACHE),
-        Architecture(
-            "olmo3", "Olmo3", runtime_type="olmo", **_POST_NORM, per_layer=("layer_types",), not_from=_MOBIUS_ALONE
-        ),
-        Architecture("ministral", "Ministral", runtime_type="llama", per_layer=("layer_types",), genai_as="Mistral"),
+        Architecture("olmo3", "Olmo3", runtime_type="olmo", **_POST_NORM, not_from=_MOBIUS_ALONE),
+        Architecture("ministral", "Ministral", runtime_type="llama", genai_as="Mistral"),
         Architecture(
             "ministral3",
             "Ministral3",
@@ -128,7 +122,6 @@ ARCHITECTURES = {
             "exaone4",
             "Exaone4",
             **_POST_NORM,
-            per_layer=("layer_types",),
             not_from={
                 "genai": "the GenAI builder (0.18) does not know it; use --engine openvino",
                 **_neither("mobius (0.1) rotates the layers that have no rotation; use --engine openvino"),
@@ -154,13 +147,7 @@ ARCHITECTURES = {
         Architecture("gemma", "Gemma", embedding_root=True, tied=True, must_be=_CAUSAL, not_from=_NO_STATIC_CACHE),
         Architecture("arcee", "Arcee", runtime_type="llama", mlp_gated=False, not_from=_NOT_GENAI),
         Architecture("helium", "Helium", runtime_type="llama", genai_as="Ernie4_5", mobius=_PAIRS),
-        Architecture(
-            "cwm",
-            "Cwm",
-            per_layer=("layer_types",),
-            genai_as="Llama",
-            not_from=_neither("mobius (0.1) does not know it"),
-        ),
+        Architecture("cwm", "Cwm", genai_as="Llama", not_from=_neither("mobius (0.1) does not know it")),
         Architecture(
             "qwen3_moe",
             "Qwen3Moe",
@@ -173,7 +160,6 @@ ARCHITECTURES = {
             "qwen2_moe",
             "Qwen2Moe",
             runtime_type="llama",
-            per_layer=("layer_types",),
             must_be={"mlp_only_layers": (None, []), "decoder_sparse_step": (None, 1)},
             experts=Experts("moe_intermediate_size", "shared_expert_intermediate_size", QWEN),
             not_from=_EXPERTS,
@@ -187,14 +173,7 @@ ARCHITECTURES = {
             experts=Experts(stored=GRANITE),
             not_from=_EXPERTS,
         ),
-        Architecture(
-            "gpt_oss",
-            "GptOss",
-            runtime_type="llama",
-            per_layer=("layer_types",),
-            experts=Experts(),
-            not_from=_NO_STATIC_EXPERTS,
-        ),
+        Architecture("gpt_oss", "GptOss", runtime_type="llama", experts=Experts(), not_from=_NO_STATIC_EXPERTS),
         Architecture(
             "phimoe",
             "Phimoe",

@@ -37,14 +37,13 @@ def test_distilled_maps_ship_and_are_no_worse(tap: str, same: Same, tmp_path: Pa
     facts = read(tmp_path / "run" / "nbl.json")
     assert facts["status"] == "verified"  # the graph holds the distilled maps: verification compares with these
     assert (facts["tap"], facts["fit"]["kind"]) == (tap, "distilled")
-    assert facts["fit"]["held_kl_best"] <= facts["fit"]["held_kl_start"]
     curve = read(tmp_path / "run" / "distill.json")
     assert len(curve["train_kl"]) == 6
-    assert curve["held_kl"][0] == [0, facts["fit"]["held_kl_start"]]
+    kl = [value for _, value in curve["held_kl"]]
     start, maps = (load_file(tmp_path / "run" / f"{n}.safetensors") for n in ("start", "maps"))
     assert start.keys() == maps.keys()
     moved = not np.array_equal(start["layers.1.weight"], maps["layers.1.weight"])
-    assert moved == (facts["fit"]["best_step"] > 0)
+    assert moved == (min(kl) < kl[0])
     assert read(tmp_path / "run" / "model" / "nbl.json")["fit"] == facts["fit"]
 
 

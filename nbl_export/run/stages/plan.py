@@ -203,11 +203,8 @@ def run_distill(inputs: DistillInputs, place: Place, out: Path) -> dict[str, Any
     replaced = facts.get("replaced_layers", plan.layers)
     save_maps({i: found.maps[i] for i in replaced}, out / MAPS_FILE, plan.tap)
     write_json(out / DISTILL_FILE, {"held_kl": found.held_kl, "train_kl": found.train_kl, "seconds": found.seconds})
-    kept = found.held_kl[found.narrowed :]
-    best = min(kept, key=lambda row: row[1])
-    kl = {"held_kl_start": kept[0][1], "held_kl_best": best[1]}
-    how = {"kind": "distilled", "label_weight": settings.label_weight}
-    return {"fit": {**how, "steps": len(found.train_kl), "best_step": best[0], **kl}, **facts}
+    how = {"kind": "distilled", "label_weight": settings.label_weight, "steps": len(found.train_kl)}
+    return {"fit": how, **facts}
 
 
 def _settings(inputs: DistillInputs, goal: _Goal | None) -> Any:
