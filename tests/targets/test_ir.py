@@ -47,7 +47,7 @@ def test_states_and_precision(directory: Path) -> None:
     found = states_of(model)
     assert list(found) == list(range(LAYERS))
     assert {(s.heads, s.head_size) for pair in found.values() for s in pair} == {(2, HEAD_DIM)}
-    assert ".value" in found[1].value.variable and ".key" in found[1].key.variable
+    assert [part in state.variable for state, part in zip(found[1], (".key", ".value"), strict=True)] == [True] * 2
 
 
 def without_states() -> Any:

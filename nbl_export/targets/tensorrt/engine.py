@@ -156,9 +156,12 @@ class TensorRtEngine(Target):
         """The same copy, with mixers in place of attention."""
         if cut_of(mixers.mixers) is not None:
             return super().open_mixed(directory, head_dim, mixers, tap, exact=exact)
-        from nbl_export.targets.tensorrt.static.on_ort import open_mixed
+        from nbl_export.graph.mixed import MixedSession
+        from nbl_export.targets.tensorrt.static.on_ort import OrtSession
 
-        return open_mixed(directory / all_logits_file(directory), mixers, tap, _CHECKED_CHUNK)
+        path = directory / all_logits_file(directory)
+        mixed = MixedSession(path, mixers, tap, exact=True)
+        return StaticDecoder(OrtSession(path, _CHECKED_CHUNK, mixed=mixed))
 
     def open_checked(self, directory: Path, threads: int | None = None) -> StaticRunner:
         """A text runner on the same copy, with the logits that the deployed graph gives."""

@@ -23,7 +23,7 @@ from typing import Any
 from nbl_export.errors import CorruptError, RefusalError
 from nbl_export.files import read_json
 
-__all__ = ["Block", "Dataflow", "LayerStates", "State", "context_length", "states_of", "variable_of"]
+__all__ = ["Block", "Dataflow", "State", "context_length", "states_of"]
 
 _RANK = 3  # of the residual stream
 _STATE = re.compile(r"past_key_values\.(\d{1,9})\.(key|value)")  # begins the name of a state
@@ -48,30 +48,19 @@ class State:
         return int(self.read.get_output_partial_shape(0)[3].get_length())
 
 
-@dataclass(frozen=True)
-class LayerStates:
-    """The two states of a layer."""
-
-    key: State
-    value: State
-
-    def __iter__(self) -> Any:
-        return iter((self.key, self.value))
-
-
-def variable_of(node: Any) -> str:
+def _variable(node: Any) -> str:
     """The variable of a ReadValue or Assign node."""
     return str(node.get_attributes()["variable_id"])
 
 
-def states_of(model: Any) -> Mapping[int, LayerStates]:
-    """States by layer, ascending.
+def states_of(model: Any) -> Mapping[int, tuple[State, State]]:
+    """States of keys and of values by layer, ascending.
 
     Raises:
         RefusalError: the model has no states, or a layer does not have a key and a value.
     """
-    reads = {variable_of(op): op for op in model.get_ops() if op.get_type_name() == "ReadValue"}
-    assigns = {variable_of(op): op for op in model.get_sinks()}
+    reads = {_variable(op): op for op in model.get_ops() if op.get_type_name() == "ReadValue"}
+    assigns = {_variable(op): op for op in model.get_sinks()}
     if not reads:
         raise RefusalError(
             None, "it has no states; export it with the key/value cache inside (optimum-cli: text-generation-with-past)"
@@ -85,7 +74,7 @@ def states_of(model: Any) -> Mapping[int, LayerStates]:
     for layer, pair in layers.items():
         if len(pair) != 2:
             raise RefusalError(layer, "it does not have one key state and one value state")
-    return {layer: LayerStates(pair["key"], pair["value"]) for layer, pair in sorted(layers.items())}
+    return {layer: (pair["key"], pair["value"]) for layer, pair in sorted(layers.items())}
 
 
 @dataclass(frozen=True)
@@ -96,7 +85,6 @@ class Block:
         join: the addition of attention's output to the residual stream.
         branch: number of join's input that the output feeds.
         last: attention's last product (o_proj), in front of which one token can be taken, and the number of its input.
-        states: its keys and values.
         normed: the value that the first products of the attention multiply; None if there are several, or if it is x.
     """
 
@@ -104,7 +92,6 @@ class Block:
     join: Any
     branch: int
     last: tuple[Any, int]
-    states: LayerStates
     normed: Any | None
 
     @property
@@ -154,7 +141,7 @@ class Dataflow:
         if layer not in self.states:
             raise RefusalError(layer, f"the IR has states for layers {list(self.states)} only")
         states = self.states[layer]
-        behind, earlier = self.below([state.read for state in states]), self.above(states.key.assign)
+        behind, earlier = self.below([state.read for state in states]), self.above(states[0].assign)
         for node in self.nodes:
             if node.get_name() not in behind or not _adds_vectors(node):
                 continue
@@ -163,10 +150,10 @@ class Dataflow:
                 continue
             residual = node.input_value(inside.index(False))
             if residual.get_node().get_name() in earlier and not self.is_constant(residual):
-                return self._described(layer, node, inside.index(True), states, behind)
+                return self._described(layer, node, inside.index(True), behind)
         raise RefusalError(layer, "no addition joins its attention with the residual stream")
 
-    def _described(self, layer: int, join: Any, branch: int, states: LayerStates, behind: set[str]) -> Block:
+    def _described(self, layer: int, join: Any, branch: int, behind: set[str]) -> Block:
         residual = join.input_value(1 - branch)
         end, start = self._place[join.get_name()], self._place[residual.get_node().get_name()]
         inner = self.below([residual.get_node()])
@@ -184,7 +171,7 @@ class Dataflow:
         same = {(value.get_node().get_name(), value.get_index()) for value in first}
         own = (residual.get_node().get_name(), residual.get_index())
         normed = first[0] if len(same) == 1 and own not in same else None
-        return Block(layer, join, branch, last[0], states, normed)
+        return Block(layer, join, branch, last[0], normed)
 
 
 def _adds_vectors(node: Any) -> bool:

@@ -25,8 +25,7 @@ from nbl_export.errors import MissingPackageError, NblError, RefusalError
 from nbl_export.files import scratch_in
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE, IR_WEIGHTS
 from nbl_export.mixers.base import Mixer
-from nbl_export.records.plan import spoken_layers
-from nbl_export.targets.openvino.ir.anatomy import Dataflow, states_of
+from nbl_export.targets.openvino.ir.anatomy import Dataflow
 from nbl_export.targets.openvino.ir.files import (
     group_of,
     precision_of,
@@ -39,30 +38,9 @@ from nbl_export.targets.openvino.rewrite.passes import bypass_attention, drop_st
 from nbl_export.targets.openvino.rewrite.tail import prune_tail
 from nbl_export.targets.openvino.signals import kept_signal_stack
 
-__all__ = ["compress", "group_size", "keep_last_token_ir", "rewrite_ir", "rewrite_ir_model"]
+__all__ = ["compress", "group_size", "keep_last_token_ir", "rewrite_ir"]
 
 _GRAPHS = (IR_FILE, ALL_LOGITS_IR, IR_WEIGHTS)
-
-
-def rewrite_ir_model(model: Any, maps: Mapping[int, Mixer], tap: str = "residual") -> None:
-    """Rewrite a model in place, with float maps; no maps change nothing.
-
-    Raises:
-        RefusalError: the model is not understood, or lacks one of the layers.
-    """
-    if not maps:
-        return
-    before = states_of(model)
-    missing = set(maps) - set(before)
-    if missing:
-        raise RefusalError(min(missing), f"the IR has states for layers {list(before)} only")
-    bypass_attention(Dataflow(model), maps, tap)
-    drop_states(model, maps)
-    after = list(states_of(model))
-    if after != [layer for layer in before if layer not in maps]:
-        raise RefusalError(
-            None, f"states of layers {after} remain, where those of {spoken_layers(sorted(maps))} are gone"
-        )
 
 
 def rewrite_ir(source: Path, out: Path, maps: Mapping[int, Mixer], tap: str = "residual") -> None:
@@ -72,7 +50,7 @@ def rewrite_ir(source: Path, out: Path, maps: Mapping[int, Mixer], tap: str = "r
     logits has the graph with all logits beside it; so has the output.
 
     Raises:
-        RefusalError: the IR is not understood.
+        RefusalError: the IR is not understood, or lacks one of the layers.
     """
     last_only = (source / ALL_LOGITS_IR).is_file()
     out.mkdir()
@@ -83,7 +61,8 @@ def rewrite_ir(source: Path, out: Path, maps: Mapping[int, Mixer], tap: str = "r
         return
     model = read_ir(source, ALL_LOGITS_IR if last_only else IR_FILE)
     precision, group = precision_of(model), group_of(model)
-    rewrite_ir_model(model, maps, tap)
+    bypass_attention(Dataflow(model), maps, tap)
+    drop_states(model, maps)
     model = compress(model, precision, group=group, only_new=True)
     _refuse_float_maps(model, precision)
     save_ir(model, out, precision, group)

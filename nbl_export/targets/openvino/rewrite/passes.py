@@ -90,7 +90,7 @@ def drop_states(model: Any, layers: Collection[int]) -> None:
     after = states_of(model)
     for layer in after:
         if layer in layers:
-            raise RefusalError(layer, f"its state {after[layer].key.variable} is still read")
+            raise RefusalError(layer, f"its state {after[layer][0].variable} is still read")
 
 
 def _repoint_shape_readers(state: State, replacement: State) -> None:

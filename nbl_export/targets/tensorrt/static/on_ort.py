@@ -23,10 +23,9 @@ import numpy as np
 from nbl_export.errors import NblError, one_line
 from nbl_export.graph.mixed import MixedSession
 from nbl_export.graph.session import PAST, contract_of_session, import_onnxruntime, open_session
-from nbl_export.mixers.base import Running
 from nbl_export.targets.tensorrt.static.host import StaticDecoder, StaticRunner
 
-__all__ = ["OrtSession", "open_decoder", "open_mixed", "open_runner"]
+__all__ = ["OrtSession", "open_decoder", "open_runner"]
 
 
 class OrtSession:
@@ -114,11 +113,6 @@ class OrtSession:
 def open_decoder(path: Path, chunk: int | None = None, threads: int | None = None) -> StaticDecoder:
     """Open a graph of the static form for verification."""
     return StaticDecoder(OrtSession(path, chunk, threads))
-
-
-def open_mixed(path: Path, mixers: Running, tap: str, chunk: int | None = None) -> StaticDecoder:
-    """Open a graph of the static form with mixers in place of attention."""
-    return StaticDecoder(OrtSession(path, chunk, mixed=MixedSession(path, mixers, tap, exact=True)))
 
 
 def open_runner(path: Path, chunk: int | None = None, threads: int | None = None) -> StaticRunner:
