@@ -148,11 +148,6 @@ class Kind(Protocol):
         """As plan, nbl.json and maps.safetensors name it."""
 
     @property
-    def fitted(self) -> bool:
-        """Whether the moments of one layer fit it; if not, `fit` refuses."""
-        return True
-
-    @property
     def holds_cache(self) -> bool:
         """Whether a layer of this kind holds the cache of its attention."""
         return False

@@ -111,7 +111,6 @@ class _Predicted(Kind):
     """Maps of one cut are fitted together (`calibrate.cuts`), since they share the moments of their inputs."""
 
     name = CUT_KIND
-    fitted = False
     holds_cache = True
 
     def fit(self, moments: Moments, layer: int, *, bias: bool = True) -> Mixer:

@@ -67,6 +67,5 @@ def test_maps_of_a_model_have_one_cut(other: tuple[int, int]) -> None:
 
 
 def test_moments_of_one_layer_do_not_fit_it() -> None:
-    assert not PREDICTED.fitted
     with pytest.raises(NblError, match="layer 7: predicted keys are fitted by cut"):
         PREDICTED.fit(moments(torch.ones(2, SIZE), torch.ones(2, KEYS)), 7)
