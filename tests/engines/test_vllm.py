@@ -6,7 +6,6 @@ import functools
 import json
 import math
 import os
-import shutil
 import socket
 import subprocess
 from collections.abc import Callable
@@ -175,11 +174,6 @@ def test_two_pipeline_stages(saved: Callable[..., Path]) -> None:
     assert run(job(directory, pipeline_parallel_size=2), **STAGES)["tokens"] == expected(directory)
 
 
-def test_a_pipeline_stage_without_attention_is_refused(saved: Callable[..., Path]) -> None:
-    with pytest.raises(AssertionError, match="the pipeline stage of layers 2 to 2 has no attention"):
-        run(job(saved("llama", (2,)), pipeline_parallel_size=2), **STAGES)
-
-
 SPECULATIVE: dict[str, Any] = {"max_num_seqs": 8, "disable_log_stats": False}
 
 
@@ -250,25 +244,3 @@ def test_a_server_answers_an_openai_client(saved: Callable[..., Path]) -> None:
     assert found["tokens"] == expected(directory)[2][:8]
     assert "".join(found["pieces"]) == found["chat"] and len(found["pieces"]) > 1
     assert all(value <= 0 for value in (*found["logprobs"], *found["chat_logprobs"]))
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [({"nbl_replaced_layers": [0, 1, 2]}, "replaces layers [0, 1, 2] of 3"),
-     ({"nbl_parallel": "row"}, "nbl_parallel 'row'")],
-)  # fmt: skip
-def test_refused(change: dict[str, Any], said: str, saved: Callable[..., Path]) -> None:
-    with pytest.raises(AssertionError) as error:
-        run(job(saved("llama", (1,)), hf_overrides=change))
-    assert said in str(error.value)
-
-
-def test_a_checkpoint_without_a_map(saved: Callable[..., Path], tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    directory = Path(shutil.copytree(saved("llama", (1,)), tmp_path / "saved"))
-    weights = load_file(directory / "model.safetensors")
-    del weights["model.layers.1.self_attn.linear.bias"]
-    save_file(weights, directory / "model.safetensors", {"format": "pt"})
-    with pytest.raises(AssertionError, match=r"the checkpoint has no model\.layers\.1\.self_attn\.linear\.bias"):
-        run(job(directory))

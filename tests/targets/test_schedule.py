@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -298,6 +299,20 @@ def test_a_session_that_does_not_close_hides_no_error(
     assert "does not close after an error: cannot close" in caplog.text
     with pytest.raises(OSError, match="cannot close"), StaticRunner(Ledger(16, 4, last_only=True), tmp_path):
         pass
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_logits_that_are_not_finite_are_no_text(wrong: float) -> None:
+    logits = np.array([[[0.5, wrong, 2.0]]], np.float32)
+    session: Any = SimpleNamespace(
+        cache_length=8, chunk=4, widths=(4,), contract=SimpleNamespace(inputs=()), begin=lambda _batch: None,
+        run=lambda *_: logits,
+    )  # fmt: skip
+    runner = StaticRunner(session, Path("engine"))
+    with pytest.raises(NblError, match=r"engine gives logits that are not finite: .* --precision bf16"):
+        runner.greedy([3], 2)
+    logits[..., 1] = 1.0
+    assert runner.greedy([3], 2) == [2, 2]
 
 
 # -- text ------------------------------------------------------------------------------------------------

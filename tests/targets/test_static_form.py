@@ -420,6 +420,44 @@ def test_a_float32_copy_has_the_same_nodes_and_numbers(precision: str, form: For
     assert decoder.step(np.array([[5, 6, 7]])).shape == (1, 1, VOCAB)
 
 
+# -- numbers beyond the range of fp16 ------------------------------------------------------------------------
+
+
+def enlarge(model: ir.Model, value: float) -> str:
+    """Give one weight a large value; returns its name."""
+    weight = next(
+        v for v in model.graph.initializers.values() if v.dtype == ir.DataType.FLOAT and len(v.shape or ()) == 2
+    )
+    assert weight.const_value is not None and weight.name is not None
+    changed = weight.const_value.numpy().copy()
+    changed[0, 0] = value
+    weight.const_value = ir.tensor(changed, name=weight.name)
+    return weight.name
+
+
+@pytest.mark.parametrize("value", [70_000.0, -1e20])
+@pytest.mark.parametrize("precision", ["fp16", "int4"])
+def test_a_weight_that_fp16_cannot_hold_is_refused(precision: str, value: float, form: Form, tmp_path: Path) -> None:
+    model = form("mistral")
+    name = enlarge(model, value)
+    static.finish(model, precision)
+    with pytest.raises(NblError, match=rf"{name} has a value of .* float16 cannot hold; use --precision bf16"):
+        static.save_graph(model, tmp_path)
+
+
+@pytest.mark.parametrize(("precision", "value"), [("fp16", 65_504.0), ("bf16", 1e20), ("fp16", np.inf)])
+def test_a_weight_that_is_held_or_was_infinite_before_is_kept(
+    precision: str, value: float, form: Form, tmp_path: Path
+) -> None:
+    model = form("mistral")
+    name = enlarge(model, value)
+    static.finish(model, precision)
+    static.save_graph(model, tmp_path)
+    kept = ir.load(tmp_path / "decoder.onnx").graph.initializers[name].const_value
+    assert kept is not None
+    assert float(kept.numpy()[0, 0]) == pytest.approx(value, rel=2**-8)
+
+
 # -- with the rewrite ------------------------------------------------------------------------------------
 
 

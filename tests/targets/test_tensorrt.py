@@ -22,10 +22,9 @@ from nbl_export.errors import CorruptError, NblError
 from nbl_export.targets.base import BuildSettings
 from nbl_export.targets.tensorrt import build, kernels, runner
 from nbl_export.targets.tensorrt import export as static
-from nbl_export.targets.tensorrt import messages as log
 from nbl_export.targets.tensorrt.build import build_engine
 from nbl_export.targets.tensorrt.library import load_library
-from nbl_export.targets.tensorrt.messages import Message, messages_of
+from nbl_export.targets.tensorrt.messages import messages_of
 from nbl_export.targets.tensorrt.network import ParsedNetwork, parse
 from nbl_export.targets.tensorrt.record import read_record
 from nbl_export.targets.tensorrt.static.schedule import engine_profiles
@@ -160,17 +159,6 @@ def test_an_ignored_input_stops_the_build(tmp_path: Path) -> None:
     with pytest.raises(NblError, match="parser ignores the input nonpad_kv_seqlen"):
         build_engine(RTX, source, tmp_path / "e", SMALL)
     assert not (tmp_path / "e").exists()
-
-
-def test_known_noise_and_everything_else() -> None:
-    noise = [
-        Message("WARNING", "ModelImporter.cpp:1071: Make sure input input_ids has Int64 binding."),
-        Message("ERROR", "[checkMacros.cpp::catchCudaError::250] Error Code 1: Cuda Runtime (cudaError 35)"),
-        Message("INFO", "anything"),
-    ]
-    assert log.complaints(noise) == []
-    wrong = Message("WARNING", "Unused Input:\n nonpad_kv_seqlen")
-    assert log.complaints([*noise, wrong]) == ["Unused Input: nonpad_kv_seqlen"]
 
 
 class PlainConfig:

@@ -348,32 +348,6 @@ def test_a_session_that_does_not_open_is_an_error_and_leaves_no_memory(
     assert closed == [card]
 
 
-class Broken(FakeDevice):
-    """Fails to close, as a GPU does after an error."""
-
-    def close(self) -> None:
-        super().close()
-        raise NblError("the GPU refuses cudaFree: cudaErrorIllegalAddress")
-
-
-def test_closing_never_hides_the_first_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    record = fake_record(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
-    for fails in (True, False):
-        card = Broken()
-        session = TrtSession(PLAIN, tmp_path, record, FakeTensorRT(card, record.profiles), card)
-        expected = "a step went wrong" if fails else "cudaErrorIllegalAddress"
-        with pytest.raises(NblError, match=expected), StaticRunner(session, tmp_path):  # noqa: PT012
-            if fails:
-                raise NblError("a step went wrong")
-        assert card.closed
-        assert ("cudaErrorIllegalAddress" in caplog.text) is fails
-        caplog.clear()
-    broken = FakeTensorRT(Broken(), record.profiles[:1])
-    broken.num_optimization_profiles = 2
-    with pytest.raises(NblError, match="profile index 1"):
-        TrtSession(PLAIN, tmp_path, record, broken, broken.device)
-
-
 def test_the_device_is_closed_even_if_waiting_for_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session, trt = fake_session(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
     monkeypatch.setattr(trt.device, "synchronize", raises(NblError("the GPU refuses cudaStreamSynchronize")))
