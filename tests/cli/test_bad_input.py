@@ -189,9 +189,10 @@ def test_options_of_the_main_job_stand_before_no_command(run: Path) -> None:
 
 def test_engine_that_is_not_available(same: Same, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused before any work; what needs no engine goes on."""
-    from nbl_export.targets.onnx import engine
+    from nbl_export.targets.onnx.engine import OrtEngine
 
-    monkeypatch.setattr(engine, "probe", lambda: Availability(False, "the library is from the moon; install another"))
+    gone = Availability(False, "the library is from the moon; install another")
+    monkeypatch.setattr(OrtEngine, "probe", lambda _self: gone)
     assert_refused_everywhere(run, 1, same, "engine ort is not available here", "from the moon; install another")
     before = snapshot(run)
     assert_refused(nbl("generate", run, "Hi"), 1, "not available here", "from the moon")

@@ -325,16 +325,16 @@ def test_interrupt_inside_code_that_is_made_of_a_string(read: bool, tmp_path: Pa
 @pytest.mark.usefixtures("ctrl_c")
 def test_interrupt_that_a_library_makes_an_error_of(same: Same, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the import of an extension module does."""
-    from nbl_export.targets.onnx import engine
+    from nbl_export.targets.onnx.engine import OrtEngine
 
-    def probe() -> Availability:
+    def probe(_self: OrtEngine) -> Availability:
         try:
             signal.raise_signal(signal.SIGINT)
         except KeyboardInterrupt:
             return Availability(False, "the package is not installed")
         return Availability(True, "")
 
-    monkeypatch.setattr(engine, "probe", probe)
+    monkeypatch.setattr(OrtEngine, "probe", probe)
     done = nbl(*same, "--output", run)
     assert (done.status, done.err) == (130, f"{FAREWELL}\n")
 
