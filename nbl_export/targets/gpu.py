@@ -126,17 +126,12 @@ def outdated(gpu: Gpu, package: str, major: int, instead: str) -> str:
 
 
 def spoken(gpu: Gpu | str) -> str:
-    """GPU and driver as one line, with the packages that fit the driver."""
+    """GPU and driver as one line; the engines name the packages that fit them."""
     if isinstance(gpu, str):
         return f"GPU: {gpu}"
     began = f"GPU: {gpu.name}, compute capability {gpu.compute}; the driver supports CUDA {gpu.cuda[0]}.{gpu.cuda[1]}"
-    if missing := unpackaged(gpu):
-        return f"{began}; {missing}"
-    release = release_for(gpu)
-    libraries = [JETSON_TENSORRT] if is_jetson(gpu) else ["tensorrt", "tensorrt-rtx"]
-    packages = [*(f"{name}{release.suffix}" for name in libraries), release.bindings]
-    others = f"; {gpu.count} GPUs are visible, and engines use the first" if gpu.count > 1 else ""
-    return f"{began}, for which there are {', '.join(packages)}{others}"
+    others = f"{gpu.count} GPUs are visible, and engines use the first" if gpu.count > 1 else ""
+    return "; ".join(part for part in (began, others) if part)
 
 
 def describe() -> dict[str, Any] | None:

@@ -181,7 +181,7 @@ def test_packages_fit_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(module, "find_gpu", lambda card=card: card)
         assert TRT_RTX.probe_run().reason.endswith(rtx)
         assert memory in device.missing_package()
-        assert all(part in spoken(card) for part in (f"CUDA {cuda[0]}.{cuda[1]}", rtx.split()[2], rtx.split()[3]))
+        assert f"CUDA {cuda[0]}.{cuda[1]}" in spoken(card)
     assert "2 GPUs are visible" in spoken(Gpu("NVIDIA L4", "8.9", (13, 0), 2))
 
 
@@ -197,8 +197,8 @@ def test_a_jetson_gets_no_advice_for_packages_that_do_not_exist(
     for module in (tensorrt_library, engine):
         monkeypatch.setattr(module, "find_gpu", lambda: orin)
     monkeypatch.setattr(tensorrt_library, "_SYSTEM", tmp_path)
-    for said in (TRT.probe_run().reason, spoken(orin)):
-        assert "install JetPack 7.2" in said and "cu12" not in said
+    said = TRT.probe_run().reason
+    assert "install JetPack 7.2" in said and "cu12" not in said
     (tmp_path / "python3.12" / "dist-packages" / "tensorrt").mkdir(parents=True)
     assert f"--system-site-packages to see that in {tmp_path}/python3.12/dist-packages" in TRT.probe_run().reason
     stub(monkeypatch)
@@ -208,13 +208,10 @@ def test_a_jetson_gets_no_advice_for_packages_that_do_not_exist(
     thor = Gpu("Thor", "11.0", (13, 0))
     for module in (tensorrt_library, engine):
         monkeypatch.setattr(module, "find_gpu", lambda: thor)
-    assert "'tensorrt>=10.16,<11', cuda-python" in spoken(thor) and "rtx" not in spoken(thor)
     for version, refused in (("11.4.0.106", True), ("11.0.0", True), ("11.4.1", False), ("10.16.1.11", False)):
         monkeypatch.setattr(sys.modules["tensorrt"], "__version__", version)
         said = f"tensorrt {version} is not for the Thor, a Jetson: pip install 'tensorrt>=10.16,<11' cuda-python"
         assert (said in TRT.probe_run().reason) is refused, TRT.probe_run().reason
-    monkeypatch.setattr(gpu.platform, "machine", lambda: "x86_64")
-    assert "tensorrt, tensorrt-rtx" in spoken(thor)
     assert PLAIN.runs_on("8.7") and PLAIN.runs_on("11.0") and not RTX.runs_on("8.7") and not RTX.runs_on("11.0")
 
 
