@@ -82,7 +82,7 @@ def judged(bed: Bed, maps: Mapping[int, Any], count: int, costs: Any) -> tuple[A
 
 def distilled(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
     """Facts about the closed-form and the distilled maps of one set of layers; --keep DIR saves both."""
-    from nbl_export.distill.training import Callbacks, DistillSettings, TrainingText, distill
+    from nbl_export.distill.training import Callbacks, DistillSettings, distill
     from nbl_export.options.goals import parse_layers
     from nbl_export.plan.maps_file import save_maps
 
@@ -92,8 +92,8 @@ def distilled(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
     maps = bed.maps("normed", layers)
     before = bed.quality_losses(maps, "normed", {"independent": layers})["independent"]
     busy = time.process_time()
-    text = TrainingText(bed.training, bed.held[len(bed.held) // 2 :])
-    found = distill(bed.model, maps, "normed", text, settings, Callbacks(say=log))
+    held = bed.held[len(bed.held) // 2 :]
+    found = distill(bed.model, maps, "normed", bed.training, held, settings, Callbacks(say=log))
     spent, every = time.process_time() - busy, settings.check_every
     after = bed.quality_losses(found.maps, "normed", {"distilled": layers})["distilled"]
     if options.keep is not None:

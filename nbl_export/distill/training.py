@@ -42,7 +42,7 @@ from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import Mixer
 from nbl_export.options.goals import DEFAULT_STEPS
 
-__all__ = ["AIMING", "NARROWED_AT", "UNLIMITED", "Callbacks", "DistillSettings", "Distilled", "TrainingText", "distill"]
+__all__ = ["AIMING", "NARROWED_AT", "UNLIMITED", "Callbacks", "DistillSettings", "Distilled", "distill"]
 
 UNLIMITED = 1_000_000  # steps, if minutes are given
 AIMING = 0.05  # share of the steps or minutes that `aim` takes before the first step
@@ -114,14 +114,6 @@ class Distilled:
     train_kl: list[float] = field(default_factory=list)
     seconds: float = 0.0
     narrowed: int = 0
-
-
-@dataclass(frozen=True)
-class TrainingText:
-    """Token ids [windows, context] to train on, and held-back ids to judge maps by."""
-
-    windows_WT: torch.Tensor
-    held_WT: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -327,7 +319,8 @@ def distill(
     model: Any,
     maps: Mapping[int, Mixer],
     tap: str,
-    text: TrainingText,
+    windows_WT: torch.Tensor,
+    held_WT: torch.Tensor,
     settings: DistillSettings,
     around: Callbacks = Callbacks(),
 ) -> Distilled:
@@ -335,19 +328,23 @@ def distill(
 
     Without a time limit the result is deterministic for a seed on one machine, also after a kill and a resume.
 
+    Args:
+        windows_WT: token ids [windows, context] to train on.
+        held_WT: held-back ids [windows, context] to judge maps by.
+
     Raises:
         NblError: no map or no held-back text is given, or the loss is not finite at the start.
     """
-    if not maps or not len(text.held_WT):
+    if not maps or not len(held_WT):
         raise NblError("distillation needs at least one replaced layer and some held-back text")
     state = around.state
     pair = TeacherStudent(model, maps, tap, settings.dtype, settings.lora_rank, settings.seed)
-    training = _Training(pair, settings, text.held_WT)
+    training = _Training(pair, settings, held_WT)
     training.begin(state)
     if training.step == 0:
-        first = itertools.islice(_batches(text.windows_WT, settings), settings.aimed)
+        first = itertools.islice(_batches(windows_WT, settings), settings.aimed)
         training.aim(pair.teacher_states(batch_BT, training=True) for batch_BT in first)
-    for number, batch_BT in enumerate(_batches(text.windows_WT, settings)):
+    for number, batch_BT in enumerate(_batches(windows_WT, settings)):
         if number < training.step:
             continue
         if training.over:

@@ -194,7 +194,7 @@ def run(
         steps.done()
     bench = Bench(ids, instruments, steps, apart=_are_too_large(described.values(), gpu=setting.gpu))
     found = [time_rounds(variants, bench, same, rule, setting.base) for same in by_threads]
-    loads = [load for rounds in found for load in rounds.background]
+    loads = [load for _, used in found for load in used]
     meter = instruments.meter
     return {
         **where_measured(gpu=setting.gpu),
@@ -207,7 +207,7 @@ def run(
         "apart": bench.apart,
         "base": setting.base,
         **({"energy_sources": list(meter.sources)} if meter else {}),
-        "timings": [timing.to_json() for rounds in found for timing in rounds.timings],
+        "timings": [timing.to_json() for timings, _ in found for timing in timings],
         "skipped": skipped,
         "variants": described,
     }

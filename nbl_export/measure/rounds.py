@@ -33,7 +33,7 @@ from nbl_export.records.paired import PairedRatio, paired_ratio
 from nbl_export.records.results import Scenario, Timing
 from nbl_export.targets.runners import TextRunner
 
-__all__ = ["LOOKS", "NARROW", "Bench", "Progress", "Rounds", "Rule", "Steps", "Variant", "groups", "time_rounds"]
+__all__ = ["LOOKS", "NARROW", "Bench", "Progress", "Rule", "Steps", "Variant", "groups", "time_rounds"]
 
 # Loads after which rounds may end. Five would be too few: their range contains the median with 1 - 2/32 = 93.75% only.
 LOOKS = (6, 12, 18, 24)
@@ -118,18 +118,10 @@ class Bench:
     clocks: list[Mapping[str, Any]] = dataclasses.field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Rounds:
-    """Timings, and the load of other processes during each load (`instruments.used_between`)."""
-
-    timings: list[Timing]
-    background: list[dict[str, Any]]
-
-
 def time_rounds(
     variants: Mapping[str, Variant], bench: Bench, scenarios: Sequence[Scenario], rule: Rule, base: str | None
-) -> Rounds:
-    """Time scenarios that share a number of threads.
+) -> tuple[list[Timing], list[dict[str, Any]]]:
+    """Time scenarios that share a number of threads; also the use of each load (`instruments.used_between`).
 
     Args:
         bench: its progress already plans `rule.least` loads.
@@ -146,7 +138,7 @@ def time_rounds(
         used.append(used_between(before, bench.instruments.usage()))
         if rule.ends(len(used), sum(load["seconds"] for load in used), _ratios(runs, base)):
             break
-    return Rounds([_joined(found) for found in runs.values()], used)
+    return [_joined(found) for found in runs.values()], used
 
 
 def _joined(runs: Sequence[Timing]) -> Timing:

@@ -215,8 +215,8 @@ def hub_texts(sources: Sequence[str], most: int | None = None, seconds: float | 
     """
     found = hub.stream(sources, READ_BYTES if most is None else most, seconds)
     return [
-        Text(source, documents_sha256(rows.documents), rows.documents, cut=rows.cut)
-        for source, rows in zip(sources, found, strict=True)
+        Text(source, documents_sha256(documents), documents, cut=cut)
+        for source, (documents, cut) in zip(sources, found, strict=True)
     ]
 
 

@@ -22,14 +22,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nbl_export.child import Child, Write
 from nbl_export.errors import NblError
 
-__all__ = ["COLUMNS", "HubError", "HubRows", "answer", "split_source", "stream", "unavailable"]
+__all__ = ["COLUMNS", "HubError", "answer", "split_source", "stream", "unavailable"]
 
 COLUMNS = ("text", "content", "messages")
 _ROWS = 20_000  # most rows of a dataset
@@ -128,14 +127,6 @@ class HubError(NblError):
         self.reason = reason
 
 
-@dataclass(frozen=True)
-class HubRows:
-    """First documents of a dataset. cut: the limit of characters came before the end."""
-
-    documents: tuple[str, ...]
-    cut: bool
-
-
 def unavailable() -> str:
     """Why the default text cannot come from the hub, in words; "" if the hub answers within `PROBE_SECONDS`."""
     for switch in _SWITCHES:
@@ -171,8 +162,8 @@ def _answers(endpoint: str) -> bool:
         return "CERTIFICATE_VERIFY_FAILED" in str(error)
 
 
-def stream(sources: Sequence[str], most: int, seconds: float | None = None) -> list[HubRows]:
-    """The first documents of hub datasets.
+def stream(sources: Sequence[str], most: int, seconds: float | None = None) -> list[tuple[tuple[str, ...], bool]]:
+    """The first documents of hub datasets, and whether the limit of characters came before a dataset's end.
 
     Args:
         most: characters of each dataset.
@@ -184,7 +175,7 @@ def stream(sources: Sequence[str], most: int, seconds: float | None = None) -> l
     """
     if not _has_library():
         raise NblError(f"no calibration text at {sources[0]}; if it is a hub dataset id, pip install datasets")
-    found: list[HubRows] = []
+    found: list[tuple[tuple[str, ...], bool]] = []
     documents: list[str] = []
     end = None if seconds is None else time.monotonic() + seconds
     with (
@@ -205,6 +196,6 @@ def stream(sources: Sequence[str], most: int, seconds: float | None = None) -> l
                 continue
             if not any(map(str.strip, documents)):
                 raise HubError(sources[number], "it holds no text")
-            found.append(HubRows(tuple(documents), value))
+            found.append((tuple(documents), value))
             documents.clear()
     return found

@@ -64,7 +64,7 @@ def cut(
     ids = token_ids(text, tokenizer, most + held_back, vocab_size)
     windows, held = pack_ids(text, ids, tokens, context, held_back)
     rows = {"windows": windows, "held_back": held, "training": extend(windows, ids, training, held_back)}
-    return {**rows, **vars(divide(held, CALIBRATION_ROLES))}
+    return {**rows, **divide(held, CALIBRATION_ROLES)}
 
 
 def cut_second(text: Text, tokenizer: Any, context: int, vocab_size: int) -> dict[str, torch.Tensor]:
@@ -72,7 +72,7 @@ def cut_second(text: Text, tokenizer: Any, context: int, vocab_size: int) -> dic
     rows, _ = pack(text, tokenizer, second_tokens(context), context, vocab_size=vocab_size)
     if len(rows) < len(SECOND_ROLES):
         return {}
-    return {f"second.{use}": found for use, found in vars(divide(rows, SECOND_ROLES)).items()}
+    return {f"second.{use}": found for use, found in divide(rows, SECOND_ROLES).items()}
 
 
 # -- the file --------------------------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.errors import NblError
@@ -28,7 +27,7 @@ from nbl_export.text.corpus import Text
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CALIBRATION_ROLES", "DIVISION", "FEWEST_WINDOWS", "SECOND_ROLES", "Division", "choosing_texts",
+__all__ = ["CALIBRATION_ROLES", "DIVISION", "FEWEST_WINDOWS", "SECOND_ROLES", "choosing_texts",
            "deciding_tokens", "divide", "extend", "final_tokens", "held_back_tokens", "judging_tokens", "pack",
            "pack_ids", "repeated", "second_tokens", "token_ids"]  # fmt: skip
 
@@ -148,15 +147,6 @@ def extend(windows_WT: torch.Tensor, ids: Sequence[int], tokens: int, held_back:
     return torch.cat([windows_WT, following[: len(following) // context * context].view(-1, context)])
 
 
-@dataclass(frozen=True)
-class Division:
-    """Token ids [windows, context] by purpose; no window has two purposes."""
-
-    deciding: Any
-    choosing: Any
-    final: Any
-
-
 def held_back_tokens(context: int) -> int:
     """Tokens of the calibration text that no map is fitted on or trained on, in whole windows."""
     return _tokens(CALIBRATION_ROLES, context)
@@ -190,19 +180,20 @@ def _tokens(roles: tuple[str, ...], context: int) -> int:
     return len(roles) * -(-_PART_TOKENS[roles] // context) * context
 
 
-def divide(windows_WT: Any, roles: Sequence[str]) -> Division:
-    """Give each window to one role, run by run in the order of the text; fewer windows than runs have one run a role.
+def divide(windows_WT: torch.Tensor, roles: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Windows [windows, context] that decide, choose and are final; each window has one role.
+
+    Roles are given run by run in the order of the text; fewer windows than runs have one run a role.
 
     Args:
-        windows_WT: a tensor or array of at least `FEWEST_WINDOWS` windows.
+        windows_WT: at least `FEWEST_WINDOWS` windows.
     """
     count = len(windows_WT)
     if count < len(roles):
         roles = [role for role in dict.fromkeys(roles) if role != "unused"]
     given = [roles[k * len(roles) // count] for k in range(count)]
-    return Division(*(
-        windows_WT[[k for k in range(count) if given[k] == role]] for role in ("deciding", "choosing", "final")
-    ))  # fmt: skip
+    uses = ("deciding", "choosing", "final")
+    return {use: windows_WT[[k for k in range(count) if given[k] == use]] for use in uses}
 
 
 def choosing_texts(parts: Sequence[tuple[str, Any]], positions: int) -> list[tuple[str, Any]]:

@@ -15,7 +15,7 @@ import torch
 
 from nbl_export.calibrate import collect
 from nbl_export.distill.state import State
-from nbl_export.distill.training import Callbacks, DistillSettings, TrainingText, _batches, _Training, distill
+from nbl_export.distill.training import Callbacks, DistillSettings, _batches, _Training, distill
 from nbl_export.errors import NblError
 from nbl_export.mixers.linear import LINEAR, Linear
 from nbl_export.model.checkpoint.load import load_model, load_tokenizer
@@ -43,8 +43,8 @@ def prepared(checkpoint: Checkpoint, text: Path) -> dict[str, Any]:
 def run(
     prepared: dict[str, Any], tap: str, settings: DistillSettings = QUICK, state: State | None = None, **more: Any
 ) -> Any:
-    text = TrainingText(prepared["windows"], prepared["held"])
-    return distill(prepared["model"], prepared["maps"][tap], tap, text, settings, Callbacks(state=state, **more))
+    text, around = (prepared["windows"], prepared["held"]), Callbacks(state=state, **more)
+    return distill(prepared["model"], prepared["maps"][tap], tap, *text, settings, around)
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +103,7 @@ def test_stops_when_held_back_text_no_longer_improves(
 def test_a_rate_that_is_far_too_high_is_lowered_until_training_helps(prepared: dict[str, Any]) -> None:
     said: list[str] = []
     settings = dataclasses.replace(QUICK, steps=120, check_every=10, learning_rate=0.6)
-    text = TrainingText(prepared["windows"], prepared["held"])
-    around = Callbacks(say=said.append)
-    result = distill(prepared["model"], prepared["maps"]["normed"], "normed", text, settings, around)
+    result = run(prepared, "normed", settings, say=said.append)
     assert any("KL runs away" in line for line in said)
     assert min(kl for _, kl in result.held_kl) < 0.95 * result.held_kl[0][1]
 
@@ -191,7 +189,7 @@ def test_short_text_is_a_batch_by_itself() -> None:
 
 def test_nothing_to_train_is_refused(prepared: dict[str, Any]) -> None:
     with pytest.raises(NblError, match="at least one replaced layer"):
-        distill(prepared["model"], {}, "residual", TrainingText(prepared["windows"], prepared["held"]), QUICK)
+        distill(prepared["model"], {}, "residual", prepared["windows"], prepared["held"], QUICK)
 
 
 class Killed(BaseException):

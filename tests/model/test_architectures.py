@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from nbl_export.calibrate.collect import Collection, collect
-from nbl_export.distill.training import DistillSettings, TrainingText, distill
+from nbl_export.distill.training import DistillSettings, distill
 from nbl_export.errors import NblError
 from nbl_export.mixers.linear import Linear
 from nbl_export.model.architectures import ARCHITECTURES
@@ -132,7 +132,7 @@ def test_distilled_maps_start_from_the_fitted_ones(
 ) -> None:
     model = load_model(checkpoint(architecture))
     maps, ids = random_maps(1, 2), torch.arange(2, 130).view(2, 64) % VOCAB
-    got = distill(model, maps, "residual", TrainingText(ids, ids), DistillSettings(steps=1, learning_rate=0.0))
+    got = distill(model, maps, "residual", ids, ids, DistillSettings(steps=1, learning_rate=0.0))
     with torch.inference_mode():
         base = model(ids, use_cache=False).logits.log_softmax(-1)
         ours = linearize(model, maps)(ids, use_cache=False).logits.log_softmax(-1)

@@ -13,7 +13,7 @@ import torch
 
 from nbl_export.calibrate import collect
 from nbl_export.calibrate.sums import Accumulator, sums_bytes
-from nbl_export.distill.training import DistillSettings, TrainingText, distill
+from nbl_export.distill.training import DistillSettings, distill
 from nbl_export.errors import NblError
 from nbl_export.mixers.base import Mixer
 from nbl_export.model import device, mapped
@@ -80,7 +80,7 @@ def ordered(model: Any, _directory: Path, _scratch: Path) -> Any:
 
 def distilled(model: Any, _directory: Path, _scratch: Path) -> Any:
     settings = DistillSettings(steps=4, batch_tokens=48, check_every=2, window=16)
-    found = distill(model, MAPS, "residual", TrainingText(IDS[:3], IDS[3:]), settings)
+    found = distill(model, MAPS, "residual", IDS[:3], IDS[3:], settings)
     return found.train_kl, [kl for _, kl in found.held_kl], found.maps[1].tensors()["bias"]
 
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbl_export.calibrate import collect
-from nbl_export.distill.training import Callbacks, DistillSettings, TrainingText, distill
+from nbl_export.distill.training import Callbacks, DistillSettings, distill
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.mixers.linear import LINEAR, Linear
 from nbl_export.mixers.lmmse import fit, score
@@ -78,7 +78,7 @@ def test_training_leaves_the_bias_at_zero(checkpoint: Callable[[str], Path]) -> 
     found = collect.collect(model, windows, lambda _d, _t: None, ("normed",))["normed"]
     maps = {i: LINEAR.fit(found[i], i, bias=False) for i in (1, 2)}
     how = DistillSettings(steps=24, batch_tokens=256, check_every=8, lora_rank=4, label_weight=0.0)
-    result: Any = distill(model, maps, "normed", TrainingText(windows, windows[:2]), how, Callbacks())
+    result: Any = distill(model, maps, "normed", windows, windows[:2], how, Callbacks())
     assert min(kl for _, kl in result.held_kl) < result.held_kl[0][1]
     for i, affine in result.maps.items():
         assert affine.product() is not None and (affine.weight != maps[i].weight).any()

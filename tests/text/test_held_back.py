@@ -19,7 +19,7 @@ from nbl_export.run_directory import TEXT_FILE
 from nbl_export.text import corpus, parts
 from nbl_export.text import windows as text_windows
 from nbl_export.text.parts import cut, cut_second
-from nbl_export.text.windows import CALIBRATION_ROLES, SECOND_ROLES, Division, divide, held_back_tokens
+from nbl_export.text.windows import CALIBRATION_ROLES, SECOND_ROLES, divide, held_back_tokens
 
 from ..command import nbl
 from ..jobs import opened
@@ -79,13 +79,14 @@ def test_a_text_that_is_too_short_for_every_use_is_refused() -> None:
     text, tokenizer = counting(4 * 64)
     calibration, held = text_windows.pack(text, tokenizer, 1000, 64, held_back_tokens(64))
     division = divide(held, CALIBRATION_ROLES)
-    assert (len(calibration), *(len(getattr(division, part)) for part in PARTS)) == (1, 1, 1, 1)
+    assert (len(calibration), *(len(division[part]) for part in PARTS)) == (1, 1, 1, 1)
 
 
 def test_stages_read_the_parts_that_are_theirs(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = opened(run, select="efficient")
     near, second = (
-        Division(*(parts.read(run / TEXT_FILE, f"{text}{part}") for part in PARTS)) for text in ("", "second.")
+        SimpleNamespace(**{part: parts.read(run / TEXT_FILE, f"{text}{part}") for part in PARTS})
+        for text in ("", "second.")
     )
     seen: dict[str, Any] = {}
 
@@ -141,8 +142,8 @@ def test_distilled_maps_are_judged_by_the_choosing_part(run: Path, monkeypatch: 
     class SeenError(Exception):
         pass
 
-    def distill(_model: Any, _start: Any, _tap: str, text: Any, *_: Any) -> None:
-        raise SeenError(text.windows_WT, text.held_WT)
+    def distill(_model: Any, _start: Any, _tap: str, windows_WT: Any, held_WT: Any, *_: Any) -> None:
+        raise SeenError(windows_WT, held_WT)
 
     monkeypatch.setattr("nbl_export.distill.training.distill", distill)
     with pytest.raises(SeenError) as seen:

@@ -196,7 +196,7 @@ def run_distill(inputs: DistillInputs, place: Place, out: Path) -> dict[str, Any
     state = State(place.run.partial("distill"), _state_key(inputs.fingerprint, path, windows, judging, settings))
     with place.ui.task("distilling") as progress:
         found = training.distill(
-            inputs.model.value, start, plan.tap, training.TrainingText(windows, judging), settings,
+            inputs.model.value, start, plan.tap, windows, judging, settings,
             training.Callbacks(progress, lambda s: place.ui.say(f"  {s}"), state, goal.narrow if goal else None),
         )  # fmt: skip
     facts = goal.reach(found.maps) if goal else {}
