@@ -145,7 +145,7 @@ class StandIn:
     def probe_run(self) -> Availability:
         return Availability(True, "tensorrt 1.2.3 runs on a stand-in")
 
-    def open_runner(self, directory: Path, _threads: int | None = None, _room: Any = None) -> Any:
+    def open_runner(self, directory: Path, _threads: int | None = None) -> Any:
         run = directory.parent.parent
         graph = (run / directory.name if directory.parent.name == "engine" else directory) / "decoder.onnx"
         version = "1.2.4" if self.fault == "other version" else FakeTensorRT.__version__

@@ -32,7 +32,7 @@ class StandInProvider:
     def probe_run(self) -> Availability:
         return Availability(self.fault != "no GPU", "a stand-in" if self.fault != "no GPU" else "no GPU is here")
 
-    def open_runner(self, directory: Path, _threads: int | None = None, _room: Any = None) -> Any:
+    def open_runner(self, directory: Path, _threads: int | None = None) -> Any:
         return Faulty(load_engine("ort", "cuda").open_checked(directory), self.fault)
 
 

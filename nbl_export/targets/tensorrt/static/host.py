@@ -31,7 +31,7 @@ class Session(Protocol):
     """A loaded graph of the static form and the caches of a batch.
 
     Attributes:
-        slots: slots of a cache.
+        cache_length: slots of a cache.
         chunk: most tokens of a step.
         widths: ascending widths that a step of several tokens is padded to; empty for none.
         cache_bytes: bytes that the caches of the running batch take.
