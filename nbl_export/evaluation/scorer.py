@@ -131,10 +131,9 @@ class GraphScorer:
 
     def _read(self, context: Sequence[int]) -> np.ndarray:
         """Begin with a context, in chunks or as one prompt; return the logits [V] of its last token."""
-        if self.near is not None:
-            return np.asarray(self._decoder.run(np.array([context]))["logits"][0, -1].astype(np.float32, copy=False))
-        for begin in range(0, len(context), self._tokens):
-            last_V = self._decoder.step(np.array([context[begin : begin + self._tokens]]))[0, -1]
+        most = self._tokens if self.near is None else len(context)
+        for begin in range(0, len(context), most):
+            last_V = self._decoder.step(np.array([context[begin : begin + most]]))[0, -1]
         return np.asarray(last_V)
 
     def _behind(self, last_V: np.ndarray, continuation: Sequence[int]) -> TokenScores:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,15 @@ def cut(exported: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def expected(directory: Path, context: int, count: int) -> list[float]:
+def opened(directory: Path) -> OnnxDecoder:
+    return OnnxDecoder(directory, HEAD_DIM, file=ALL_LOGITS_FILE)
+
+
+def expected(decoder: Any, ids: Sequence[int], context: int) -> list[float]:
     """The prompt in one step, then one token at a time."""
-    decoder = OnnxDecoder(directory, HEAD_DIM, file=ALL_LOGITS_FILE)
     decoder.begin(1)
-    logits, found = decoder.step(np.array([IDS[:context]]))[0, -1], []
-    for token in IDS[context : context + count]:
+    logits, found = decoder.step(np.array([ids[:context]]))[0, -1], []
+    for token in ids[context:]:
         found.append(float(logits[token] - np.log(np.exp(logits.astype(np.float64)).sum())))
         logits = decoder.step(np.array([[token]]))[0, -1]
     return found
@@ -51,13 +55,25 @@ def expected(directory: Path, context: int, count: int) -> list[float]:
 @pytest.mark.parametrize("context", [3, 20])
 @pytest.mark.parametrize("count", [1, 12])
 def test_a_continuation_is_scored_as_it_is_served(cut: Path, context: int, count: int) -> None:
-    scorer = GraphScorer(OnnxDecoder(cut, HEAD_DIM, file=ALL_LOGITS_FILE), None, 512, NEAR)
+    scorer = GraphScorer(opened(cut), None, 512, NEAR)
     request = Request(IDS[:context], IDS[context : context + count])
-    right = expected(cut, context, count)
+    right = expected(opened(cut), IDS[: context + count], context)
     np.testing.assert_allclose(scorer.token_scores(request).loglikelihoods, right, atol=1e-5)
     other = Request(IDS[:context], (7,))  # a second one of the same context
     (total, _), _, _ = scorer.score([request, other, Request(IDS[1:9], IDS[9:11])])
     assert total == pytest.approx(sum(right), abs=1e-4)
+
+
+@pytest.mark.trt
+def test_a_graph_with_caches_of_fixed_length_is_scored_as_it_is_served() -> None:
+    from nbl_export.targets.tensorrt.static.on_ort import open_decoder
+
+    from ..static_tiny import rows
+    from ..trt_tiny import graph_of
+
+    path, ids = graph_of("llama", (), "fp32", cut=(1, 8)) / ALL_LOGITS_FILE, tuple(rows()[0][:56])
+    found = GraphScorer(open_decoder(path, 64), None, 96, 8).token_scores(Request(ids[:20], ids[20:]))
+    np.testing.assert_allclose(found.loglikelihoods, expected(open_decoder(path, 64), ids, 20), atol=1e-5)
 
 
 def test_the_width_is_that_of_the_directory(cut: Path, exported: Any) -> None:

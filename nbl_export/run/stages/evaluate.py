@@ -97,7 +97,7 @@ def _said(outcome: Any) -> str:
 @contextlib.contextmanager
 def _opened(inputs: EvalInputs, place: Place, variant: str) -> Iterator[Any]:
     """A decoder that scores texts."""
-    from nbl_export.evaluation.scorer import GraphScorer, graph_scorer
+    from nbl_export.evaluation.scorer import GraphScorer, graph_scorer, near_of
     from nbl_export.model.checkpoint.load import load_tokenizer
 
     directory, engine = place.run.path / DECODERS[variant], inputs.engine.value
@@ -108,7 +108,7 @@ def _opened(inputs: EvalInputs, place: Place, variant: str) -> Iterator[Any]:
     with place.run.scratch() as scratch:
         engine.write_float32(directory, scratch)
         decoder = engine.open_graph(scratch, inputs.head_dim)
-        yield GraphScorer(decoder, load_tokenizer(directory), inputs.cache_length)
+        yield GraphScorer(decoder, load_tokenizer(directory), inputs.cache_length, near_of(directory))
 
 
 def _measure(subject: Subject, scorer: Any, progress: Callable[[int, int], None], *, behind_prompt: bool) -> Any:
