@@ -31,7 +31,7 @@ from nbl_export.errors import CorruptError
 from nbl_export.records.results import Timing
 
 __all__ = ["CONFIDENCE", "FEWEST_LOADS", "LEVEL_UNTIL_NARROW", "PairedRatio", "exact_level", "figures",
-           "paired_ratio", "spoken_level", "spoken_ratio", "spoken_test"]  # fmt: skip
+           "paired_ratio", "spoken_level", "spoken_ratio"]  # fmt: skip
 
 CONFIDENCE = 0.95
 FEWEST_LOADS = 5
@@ -167,12 +167,3 @@ def _ratio(base: Timing, own: Timing, *, until_narrow: bool) -> dict[str, Any]:
 def spoken_ratio(ratio: float) -> str:
     """Two decimal places; three if two would give 1.00."""
     return f"{ratio:.2f}" if abs(ratio - 1) >= 0.005 else f"{ratio:.3f}"
-
-
-def spoken_test(row: Mapping[str, Any], *, swept: bool = False) -> str:
-    """A test in words: "pp512 at depth 2048, 4 sequences"; `swept` adds the number of threads."""
-    words = row["test"] + (f" at depth {row['depth']}" if row["depth"] else "")
-    words += f", {row['batch']} sequences" if row.get("batch", 1) > 1 else ""
-    if swept and row.get("threads"):
-        words += f", {row['threads']} thread{'' if row['threads'] == 1 else 's'}"
-    return words

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
-from nbl_export.records.paired import spoken_ratio, spoken_test
+from nbl_export.records.paired import spoken_ratio
 from nbl_export.records.plan import spoken_layers
 from nbl_export.records.results import spoken_background
 from nbl_export.report import length, model, quality, speed
 from nbl_export.report.outcome import outcome, spoken_cut
 from nbl_export.report.table import Column, Shown, Table, facts
-from nbl_export.report.words import size
+from nbl_export.report.words import size, test
 
 __all__ = ["checks_table", "compared_table", "describe_table", "doctor_table", "engines_table", "eval_table",
            "graph_table", "routes_table", "speed_table"]  # fmt: skip
@@ -153,7 +153,7 @@ def eval_table(result: dict[str, Any]) -> Shown:
 
 def compared_table(value: Mapping[str, Any]) -> Shown:
     """Result of `run.compare.compare`: speed, ratio over the base, latency; memory stands in a decoder's first row."""
-    swept = len({row["threads"] for row in value["rows"]}) > 1
+    swept = speed.is_swept(value)
     ratios = {_key(r): r for r in value["ratios"]}
     over = (f"over {value['base']}", "interval") if ratios else ()
     numbers = ("tokens/s", "± sd", *over, "TTFT ms", "TPOT p50 / p95 / p99 ms", "peak memory", "on disk")
@@ -164,7 +164,7 @@ def compared_table(value: Mapping[str, Any]) -> Shown:
         tpot = row["tpot_seconds"]
         rows.append([
             row["variant"],
-            spoken_test(row, swept=swept),
+            test(row, swept=swept),
             f"{row['tokens_per_second_median']:.2f}",
             f"{row['tokens_per_second_stdev']:.2f}",
             *(_ratio_cells(ratios.get(_key(row))) if ratios else ()),

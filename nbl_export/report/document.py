@@ -22,7 +22,7 @@ from markupsafe import Markup
 
 from nbl_export.report.table import Table, Tone, escaped
 
-__all__ = ["Alarm", "Badge", "Block", "Card", "Cards", "Code", "Details", "Document", "Figure", "Figures",
+__all__ = ["Alarm", "Badge", "Block", "Card", "Cards", "Code", "Details", "Document", "Figure",
            "Heading", "Items", "Pair", "Paragraph", "Section", "Strip", "html", "markdown", "written"]  # fmt: skip
 
 
@@ -102,11 +102,6 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Figures:
-    figures: tuple[Figure, ...]
-
-
-@dataclass(frozen=True)
 class Details:
     """Blocks that a reader opens."""
 
@@ -123,7 +118,7 @@ class Pair:
 
 
 Block: TypeAlias = (
-    "Heading | Paragraph | Alarm | Badge | Items | Strip | Cards | Table | Code | Figures | Details | Pair"
+    "Heading | Paragraph | Alarm | Badge | Items | Strip | Cards | Table | Code | Figure | Details | Pair"
 )
 
 
@@ -206,7 +201,7 @@ def _block(block: Block) -> str:
             return _joined((f"### {escaped(summary)}", written(blocks)))
         case Pair(left, right):
             return written((*left, *right))
-        case Strip() | Figures():
+        case Strip() | Figure():
             return ""
 
 

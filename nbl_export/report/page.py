@@ -38,10 +38,6 @@ _COPIED = ("model", "options", "command", "versions", "calibration", "num_layers
            "tap", "select", "logits", "goal", "curve", "torch_device")  # fmt: skip
 
 
-_PER_VARIANT = ("device_memory_bytes", "peak_memory_bytes", "steady_memory_bytes", "kv_cache_bytes",
-                "kv_cache_bytes_per_token", "model_bytes", "disk_bytes", "load_seconds")  # fmt: skip
-
-
 def render(
     manifest: dict[str, Any], verify: dict[str, Any], bench: dict[str, Any] | None, out: Path,
     quality: dict[str, Any] | None = None,
@@ -102,7 +98,7 @@ def summarize(
 ) -> dict[str, Any]:
     """The value of report.json, a function of its inputs; figures that are not finite become None."""
     manifest, verify, measured = _without_places(_finite(manifest)), _finite(verify), bench or {}
-    checks, variants = verify["checks"], measured.get("variants", {})
+    checks = verify["checks"]
     return {
         "schema": 1,
         "status": _status(manifest, verify),
@@ -127,8 +123,7 @@ def summarize(
         "cache_bytes_per_token": verify["cache_bytes_per_token"],
         "engines": manifest.get("engines"),
         **figures(measured),
-        "variants": variants,
-        **{name: {v: facts.get(name) for v, facts in variants.items()} for name in _PER_VARIANT},
+        "variants": measured.get("variants", {}),
         "machine": measured.get("machine"),
         "bench": {k: v for k, v in measured.items() if k not in ("machine", "timings", "variants")} if bench else None,
     }

@@ -12,7 +12,7 @@ from nbl_export.records.paired import spoken_ratio
 from nbl_export.records.quality import promise, spoken_far, spoken_loss
 from nbl_export.records.results import VERIFIED
 from nbl_export.report import words
-from nbl_export.report.document import Block, Code, Details, Figure, Figures, Heading, Pair, Paragraph, Section
+from nbl_export.report.document import Block, Code, Details, Figure, Heading, Pair, Paragraph, Section
 from nbl_export.report.length import length
 from nbl_export.report.outcome import limit_of
 from nbl_export.report.table import Column, Table
@@ -170,10 +170,11 @@ def _scores(found: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 _OTHER_SETS = "More or fewer layers"
-_CURVE = Figures((
-    Figure("curve", "Perplexity over the original's, on the text with the largest increase, against the modelled "
-           "speed-up of prefill. A point is a number of layers, or a cut. The ring marks this run."),
-))  # fmt: skip
+_CURVE = Figure(
+    "curve",
+    "Perplexity over the original's, on the text with the largest increase, against the modelled speed-up of prefill. "
+    "A point is a number of layers, or a cut. The ring marks this run.",
+)
 
 
 def curve(report: Mapping[str, Any]) -> tuple[Section, ...]:

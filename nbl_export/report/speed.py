@@ -11,24 +11,25 @@ from typing import Any
 from nbl_export.records.paired import FEWEST_LOADS, LEVEL_UNTIL_NARROW, exact_level, spoken_level, spoken_ratio
 from nbl_export.records.results import spoken_background
 from nbl_export.report import words
-from nbl_export.report.document import Block, Figure, Figures, Heading, Paragraph, Section
+from nbl_export.report.document import Block, Figure, Heading, Paragraph, Section
 from nbl_export.report.outcome import timed
 from nbl_export.report.table import Cell, Column, Table
 
 __all__ = ["engines", "intervals", "is_swept", "speed", "speeds"]
 
 _VARIANTS = {"original": "original", "nbl": "NBL"}
-_FIGURES = Figures((
-    Figure("throughput", "Tokens per second, median of the rounds. Whiskers go from the slowest to the fastest round. "
-           "In bold the paired ratio."),
-))  # fmt: skip
+_THROUGHPUT = Figure(
+    "throughput",
+    "Tokens per second, median of the rounds. Whiskers go from the slowest to the fastest round. "
+    "In bold the paired ratio.",
+)
 
 
 def speed(report: Mapping[str, Any]) -> Section:
     """What the benchmark measured, or that it measured nothing."""
     if not report["bench"]:
         return Section("Speed", (Paragraph("Speed and memory were not measured."),))
-    blocks = (_setting(report), _FIGURES, *_speeds(report), *_energy(report), *_sizes(report))
+    blocks = (_setting(report), _THROUGHPUT, *_speeds(report), *_energy(report), *_sizes(report))
     return Section("Speed", blocks)
 
 
@@ -106,7 +107,8 @@ def _slots(report: Mapping[str, Any]) -> Iterator[Block]:
     slots, tested = report["bench"].get("slots"), [r["depth"] + r["tokens"] for r in report["rows"]]
     if not slots or not tested:
         return
-    before, after = ((report["model_bytes"][v], report["kv_cache_bytes_per_token"][v]) for v in _VARIANTS)
+    sizes = [report["variants"][variant] for variant in _VARIANTS]
+    before, after = ((found["model_bytes"], found["kv_cache_bytes_per_token"]) for found in sizes)
     by_bytes = " and ".join(
         f"×{spoken_ratio((before[0] + before[1] * n) / (after[0] + after[1] * n))} with {n:,} slots"
         for n in dict.fromkeys((slots, min(slots, max(tested))))
@@ -189,6 +191,7 @@ def _energy(report: Mapping[str, Any]) -> Iterator[Block]:
 
 def _sizes(report: Mapping[str, Any]) -> Iterator[Block]:
     rows = []
+    facts = [report["variants"].get(variant, {}) for variant in _VARIANTS]
     for name, key in (
         ("Memory of the GPU", "device_memory_bytes"),
         ("Peak memory of the process", "peak_memory_bytes"),
@@ -197,7 +200,7 @@ def _sizes(report: Mapping[str, Any]) -> Iterator[Block]:
         ("KV cache per token", "kv_cache_bytes_per_token"),
         ("Model on disk", "model_bytes"),
     ):
-        before, after = report[key].get("original"), report[key].get("nbl")
+        before, after = (found.get(key) for found in facts)
         if before is None and key == "device_memory_bytes":
             continue
         rows.append((name, words.size(before), words.size(after), words.change(before, after)))

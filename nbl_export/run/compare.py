@@ -38,7 +38,8 @@ def compare(
     """
     from nbl_export.measure.benchmark import BenchSetting, side_by_side
     from nbl_export.measure.rounds import Variant
-    from nbl_export.records.paired import figures, spoken_test
+    from nbl_export.records.paired import figures
+    from nbl_export.report.words import test
 
     decoders, base = _decoders(directories, against, force)
     facts = {name: found.target.facts(found.path) for name, found in decoders.items()}
@@ -57,7 +58,7 @@ def compare(
     with ui.task("rounds") as progress:
         value = side_by_side(variants, options, setting, progress, ui.say)
     for left_out in value["skipped"]:
-        ui.say(f"  not measured: {spoken_test(left_out)}: {left_out['reason']}")
+        ui.say(f"  not measured: {test(left_out, swept=False)}: {left_out['reason']}")
     for name, found in decoders.items():
         value["variants"][name] |= {
             "path": str(found.path),

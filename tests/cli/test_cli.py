@@ -10,7 +10,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from nbl_export.report.words import number
@@ -31,7 +30,7 @@ from ..command import (
     stage_lines,
 )
 from ..jobs import until
-from ..tiny import HEAD_DIM, HIDDEN, LAYERS, VOCAB
+from ..tiny import HEAD_DIM, LAYERS
 
 Same = tuple[object, ...]
 
@@ -98,17 +97,6 @@ def test_manifest_has_the_hash_of_every_file_and_the_seconds_of_every_stage(fini
     assert recorded == found
 
 
-def test_maps_are_named_shaped_and_typed_as_stated(finished: Path) -> None:
-    from safetensors.numpy import load_file
-
-    (layer,) = read(finished / "nbl.json")["replaced_layers"]
-    maps = load_file(finished / "maps.safetensors")
-    assert {name: (m.shape, m.dtype.name) for name, m in maps.items()} == {
-        f"layers.{layer}.weight": ((HIDDEN, HIDDEN), "float32"),
-        f"layers.{layer}.bias": ((HIDDEN,), "float32"),
-    }
-
-
 def test_every_rung_is_recorded_with_its_tolerance(finished: Path) -> None:
     result = read(finished / "verify.json")
     assert result["passed"] is True
@@ -147,8 +135,9 @@ def test_bench_keeps_raw_timings_and_report_has_a_row_of_each(finished: Path) ->
         assert row["tokens_per_second_median"] == row["tokens_per_second_mean"] == row["samples"][0] > 0
         assert row["tokens_per_second_stdev"] == 0
     for figure in ("peak_memory_bytes", "kv_cache_bytes", "model_bytes", "load_seconds"):
-        assert all(report[figure][variant] > 0 for variant in ("original", "nbl")), figure
-    assert report["kv_cache_bytes"]["nbl"] * 3 == report["kv_cache_bytes"]["original"] * 2
+        assert all(facts[figure] > 0 for facts in report["variants"].values()), figure
+    caches = {variant: facts["kv_cache_bytes"] for variant, facts in report["variants"].items()}
+    assert caches["nbl"] * 3 == caches["original"] * 2
     assert {"cpu", "cores", "memory_bytes", "os"} <= set(report["machine"])
     assert report["status"] == "verified"
 
@@ -173,30 +162,6 @@ def test_stages_go_to_stderr_and_the_result_to_stdout(finished: Path) -> None:
     first = ["estimate", curve, checked]
     assert len(stages.splitlines()) == 2 * (1 + len(STAGES)) - 1 + len(quality_loss) + len(busy) + len(first), said
     assert [line.split()[0] for line in result.splitlines()[1:] if line[2] != " "] == RESULT, said
-
-
-@pytest.mark.parametrize("which", ["original", "model"])
-def test_directory_runs_in_plain_onnxruntime(which: str, finished: Path) -> None:
-    import onnxruntime as ort
-
-    session = ort.InferenceSession(finished / which / "model.onnx", providers=["CPUExecutionProvider"])
-    feeds: dict[str, Any] = {"input_ids": np.array([[5, 6, 7]]), "attention_mask": np.ones((1, 3), np.int64)}
-    for value in session.get_inputs():
-        if value.name.startswith("past_key_values."):
-            feeds[value.name] = np.zeros((1, value.shape[1], 0, HEAD_DIM), np.float32)
-    names = {v.name for v in session.get_inputs()}
-    assert len([n for n in names if n.startswith("past")]) == 2 * (LAYERS if which == "original" else LAYERS - 1)
-    (logits,) = session.run(["logits"], {k: v for k, v in feeds.items() if k in names})
-    assert logits.shape == (1, 1, VOCAB)
-    assert np.isfinite(logits).all()
-
-
-def test_model_directory_explains_itself(finished: Path) -> None:
-    whole, deployed = read(finished / "nbl.json"), read(finished / "model" / "nbl.json")
-    assert deployed["model"] == {**whole["model"], "name": Path(whole["model"]["name"]).name}
-    for fact in ("schema", "decoder", "calibration", "num_layers", "replaced_layers", "tap", "scores"):
-        assert deployed[fact] == whole[fact], fact
-    assert deployed["nbl_export"] == __version__
 
 
 def test_recorded_command_gives_the_same_run(finished: Path) -> None:

@@ -8,9 +8,6 @@ from typing import Any
 
 import pytest
 
-from nbl_export.records.paired import figures
-from nbl_export.report.console import compared_table
-
 from ..command import assert_refused, nbl, snapshot
 
 SHORT = ("--depth", 0, "--repetitions", 1, "--prompt-tokens", 8, "--generate-tokens", 3, "--threads", 1)
@@ -79,12 +76,3 @@ def test_a_run_that_failed_verification_is_not_measured_unless_forced(run: Path,
     words = ("bench", run, finished / "model", *SHORT)
     assert_refused(nbl(*words), 1, "failed verification", "--force")
     assert nbl(*words, "--force").status == 0
-
-
-def test_a_table_has_ratios_and_latency(finished: Path) -> None:
-    bench = json.loads((finished / "bench.json").read_text(encoding="utf-8"))
-    value = {**bench, **figures(bench), "base": "original"}
-    table, said = compared_table(value)
-    assert not isinstance(table, str) and str(said).startswith("Speed was ")
-    assert [column.title for column in table.columns][2:6] == ["tokens/s", "± sd", "over original", "interval"]
-    assert [row[0].text for row in table.rows] == [row["variant"] for row in value["rows"]]
