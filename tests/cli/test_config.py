@@ -50,14 +50,6 @@ def test_the_first_page_is_short_and_the_rest_is_behind_it() -> None:
         assert (re.search(rf"^  {word}\b", everything.out, re.MULTILINE) is not None) == (MAIN in said.commands)
 
 
-@pytest.mark.parametrize("command", sorted({c for said in OPTIONS.values() for c in said.commands} - {MAIN}))
-def test_every_command_takes_the_options_that_the_record_has_for_it(command: str) -> None:
-    shown = nbl(command, "--help").out
-    for name, said in OPTIONS.items():
-        takes = command in said.commands and not said.key
-        assert (re.search(rf"^  {flag(name)}\b", shown, re.MULTILINE) is not None) == takes, name
-
-
 def test_the_page_of_options_is_up_to_date() -> None:
     done = subprocess.run(
         [sys.executable, ROOT / "docs" / "usage.py", "--check"], capture_output=True, text=True,

@@ -8,7 +8,6 @@ import pytest
 
 from nbl_export.errors import NblError
 from nbl_export.model.checkpoint.source import resolve
-from nbl_export.publish import convert
 
 from ..command import assert_refused, nbl
 
@@ -23,15 +22,6 @@ def test_a_run_is_named_instead_of_its_model(tmp_path: Path) -> None:
     (tmp_path / "nbl.json").write_text("{}")
     with pytest.raises(NblError, match="is a run directory, not a model; give the model that the run was made from"):
         resolve(str(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("engine", "form"),
-    [("vllm", "transformers"), ("vLLM", "transformers"), ("mlx-lm", "mlx"), ("tensorrt-llm", "nemotron-nas"),
-     ("tensorrt-edge-llm", "edge-llm"), ("mlx", "mlx")],
-)  # fmt: skip
-def test_an_engine_names_the_form_that_it_reads(engine: str, form: str) -> None:
-    assert convert._form_of(engine) == form
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from nbl_export.errors import NblError, UsageError
 from nbl_export.options.model_facts import ModelFacts
 from nbl_export.options.options import OPTIONS, JobOptions, flag_of
-from nbl_export.options.settle import numbers, over, read_asked, settle
+from nbl_export.options.settle import numbers, read_asked, settle
 from nbl_export.publish.convert import FORMS
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.destinations import DESTINATIONS
@@ -199,12 +199,6 @@ def test_no_change_keeps_recorded_options_without_effect() -> None:
     assert settle({}, capabilities_of, recorded=recorded) == recorded
     changed = settle({"context": 64}, capabilities_of, recorded=recorded)
     assert (changed.select, changed.seed) == (None, 0)
-
-
-def test_one_count_or_goal_replaces_another() -> None:
-    assert over({"layers": "1", "seed": 3}, {"kv_budget": "1KiB"}) == {"seed": 3, "kv_budget": "1KiB"}
-    assert over({"kv_budget": "1KiB"}, {"layers": "2"}) == {"layers": "2"}
-    assert over({"layers": "1", "seed": 3}, {"seed": 4}) == {"layers": "1", "seed": 4}
 
 
 # -- options without effect ---------------------------------------------------------------------------------------

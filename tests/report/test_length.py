@@ -57,12 +57,6 @@ def test_the_report_has_tables_and_a_warning(tmp_path: Path) -> None:
     assert "finds 12% of the keys in 4,096 tokens, the original 88%" in loss
 
 
-def test_a_command_shows_the_same() -> None:
-    *tables, note = eval_table(measured(found()))
-    assert [getattr(table, "title", "") for table in tables] == ["Loss by position", "Retrieval and copying"]
-    assert note == "Note: it grows."
-
-
 def test_one_decoder_alone_has_figures_without_differences() -> None:
     alone = found()
     for one in alone:

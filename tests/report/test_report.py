@@ -178,34 +178,6 @@ def test_rows_are_tokens_per_second(written: Written) -> None:
     assert row["tokens_per_second_stdev"] == pytest.approx(161.278, abs=1e-3)
 
 
-def test_ratios_are_medians_of_loads(written: Written) -> None:
-    ratios = {(r["test"], r["depth"]): r for r in written.json["ratios"]}
-    prefill, decode, deep = ratios["pp512", 0], ratios["tg128", 0], ratios["tg128", 64]
-    assert [prefill[k] for k in ("ratio", "low", "high", "wins")] == pytest.approx([2, 1.25, 3, 5])
-    assert [decode[k] for k in ("ratio", "low", "high", "wins")] == pytest.approx([1.25, 0.8, 1.25, 4])
-    assert [r["verdict"] for r in (prefill, decode, deep)] == ["faster", "no clear difference", "slower"]
-    assert prefill["interval"] == "93.8% range of 5 loads"
-
-
-@pytest.mark.parametrize(
-    ("original", "nbl", "loads", "expected"),
-    [
-        ([2.0], [1.0], None, ("too few loads", "too few loads", 1)),
-        ([2.0] * 4, [1.0] * 4, None, ("too few loads", "too few loads", 4)),
-        ([2] * 8, [1] * 8, [0, 0, 1, 1, 2, 2, 3, 3], ("too few loads", "too few loads", 4)),  # of rounds of one load
-        ([2] * 5, [1, 1, 2, 1, 1], None, ("no clear difference", "no clear difference", 4)),  # exactly one is no win
-        ([1.004] * 5, [1] * 5, None, ("faster", "1.004×", 5)),  # and is not rounded to one
-    ],
-)
-def test_verdict_of_few_or_equal_loads(
-    original: list[float], nbl: list[float], loads: list[int] | None, expected: tuple[str, str, int]
-) -> None:
-    more = {"loads": loads} if loads else {}
-    timings = [timing("pp8", 0, "original", original, **more), timing("pp8", 0, "nbl", nbl, **more)]
-    ratio = summarize(MANIFEST, VERIFY, changed(BENCH, timings=timings))["ratios"][0]
-    assert (ratio["verdict"], ratio["text"], ratio["wins"]) == expected
-
-
 def test_rounds_that_are_no_pairs_are_refused() -> None:
     original = timing("pp8", 32, "original", [2, 2])
     for nbl, said in (
@@ -555,11 +527,6 @@ def test_what_others_wrote_is_inert() -> None:
 def test_a_text_of_others_begins_no_block(begin: str) -> None:
     (line,) = blocks_in_markdown([Paragraph(begin)]).splitlines()
     assert line.replace("\\", "") == begin and re.match(r"\d*\\", line)
-
-
-def test_a_table_has_a_cell_for_every_column() -> None:
-    with pytest.raises(ValueError, match="2 cells"):
-        Table.of(("a", "b"), [("1", "2"), ("3",)])
 
 
 def test_every_writer_has_the_cells_of_a_table(capsys: Any) -> None:

@@ -15,7 +15,7 @@ from nbl_export.run.stages.common import Place
 from nbl_export.trust.terminal import Console
 from nbl_export.verify import ladder
 
-from .test_report import BENCH, MANIFEST, VERIFY, Written
+from .test_report import VERIFY, Written
 
 WIRING = CheckResult("nbl", "nbl", "relative rms logit difference, prefill", 7e-6, 1e-4, True, "one sequence")
 SHIPPED = CheckResult("shipped", "nbl", "relative rms logit difference, prefill", 0.05, 0.1, True, "one sequence")
@@ -55,9 +55,3 @@ def test_the_page_and_the_console_show_warnings(capsys: Any) -> None:
     assert f"Note: {WARNING}." in page.markdown
     Console(width=200).print(*checks_table(found))
     assert WARNING in " ".join(capsys.readouterr().out.split())
-
-
-def test_a_failed_run_is_neither() -> None:
-    found = verified("int4", WIRING)
-    written = Written(manifest={**MANIFEST, "status": "failed"}, verify=found, bench=BENCH)
-    assert written.json["status"] == "failed" and "Verification failed" in written.html

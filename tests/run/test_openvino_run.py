@@ -61,11 +61,6 @@ def test_the_report_names_what_the_engine_computes_in(runs: dict[str, Path]) -> 
     assert bench["variants"]["nbl"]["model_bytes"] > 100_000
 
 
-def test_the_same_command_does_nothing(runs: dict[str, Path], asked: tuple[object, ...]) -> None:
-    done = nbl(*asked, "--precision", "fp16", "--output", runs["fp16"])
-    assert done.status == 0 and "bench: reused" in done.err
-
-
 def test_generate_bench_and_inspect(runs: dict[str, Path]) -> None:
     run = runs["int8"]
     for place in (run, run / "model"):

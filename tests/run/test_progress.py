@@ -25,16 +25,6 @@ def test_plain_lines_are_sparse_and_say_what_is_left(monkeypatch: pytest.MonkeyP
     assert len(lines) == 100 // 15
 
 
-def test_a_terminal_sees_a_bar_that_goes_away() -> None:
-    said = io.StringIO()
-    with Ui(Console(file=said, force_terminal=True, width=80)).task("rounds") as update:
-        update(1, 2)
-        update(2, 2)
-    assert "rounds" in said.getvalue()
-    assert "100%" in said.getvalue()
-    assert said.getvalue().endswith("\x1b[2K")
-
-
 def test_quiet_says_nothing_and_names_are_not_markup() -> None:
     said = io.StringIO()
     quiet = Ui(Console(file=said), quiet=True)

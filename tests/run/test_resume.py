@@ -76,23 +76,15 @@ def quick(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "STAGES", (text, *stages))
 
 
+# Every option: `test_stage_keys`.
 CHANGES: dict[str, set[str]] = {
-    "--layers 0,2": {"plan", *GRAPH},
     "--layers 2": {"plan", *GRAPH},
     "logits=all": {"plan", "decoder graph", *GRAPH},  # what the top of the stack saves is another
     "--layers 1": set(),  # what a quarter of three layers is
-    "--precision int8": {"decoder graph", *GRAPH},
-    "decoder_source=mobius": {"decoder graph", *GRAPH},
     "--precision int4 builder_option=block_size=64": {"decoder graph", *GRAPH},
-    "--calibration-tokens 512": ALL - {"decoder graph"},
     "context=32": ALL - {"decoder graph"},
     "--depth 0,8": MEASURING,
     "--depth 0": set(),
-    "--prompt-tokens 8": MEASURING,
-    "--prompt-tokens 8,4": MEASURING,
-    "--threads 1": MEASURING,
-    "--threads 1,2": MEASURING,
-    "--batch 1,2": MEASURING,
     "--layers 2 --precision int4": {"plan", "decoder graph", *GRAPH},
     "--force": ALL,
 }
@@ -353,14 +345,6 @@ def test_interrupted_first_run_goes_on(same: Same, tmp_path: Path, server: ForkS
     assert stage_lines(done) == {"calibrate": "done"}, done.err
 
 
-KILLS = [
-    ("calibrate ...", 0.0), ("calibrate ...", 0.03), ("calibrate: done", 0.0), ("plan ...", 0.01), ("plan: done", 0.0),
-    ("decoder graph ...", 0.0), ("decoder graph ...", 0.06), ("decoder graph: done", 0.0), ("rewrite ...", 0.01),
-    ("rewrite: done", 0.0), ("verify ...", 0.2), ("verify: done", 0.0), ("bench ...", 0.05), ("bench ...", 0.3),
-    ("report ...", 0.05),
-]  # fmt: skip
-
-
 def assert_whole(run: Path) -> None:
     """Every stage on record has its files, unharmed."""
     found = RunDirectory.peek(run)
@@ -376,24 +360,6 @@ def assert_equal_runs(run: Path, undisturbed: Path) -> None:
     assert {n for n in ours if ours[n] != theirs[n]} <= timed
     assert facts_of(run)["status"] == "verified"
     assert not list(run.glob(".nbl-export-*"))
-
-
-@pytest.mark.fuzz
-def test_kill_again_and_again(same: Same, finished: Path, tmp_path: Path, server: ForkServer) -> None:
-    """One run that is killed in every stage, each time going on from what the last one left."""
-    run = tmp_path / "run"
-    hits = 0
-    for line, delay in KILLS:
-        process = server.start(*same, "--output", run)
-        if process.wait_for(line):
-            time.sleep(delay)
-            process.kill()
-        hits += process.status == -signal.SIGKILL
-        assert_whole(run)
-    assert hits >= 12
-    done = nbl(*same, "--output", run)
-    assert done.status == 0, done.err
-    assert_equal_runs(run, finished)
 
 
 def _moments_of(run: Path) -> list[tuple[str, float]]:

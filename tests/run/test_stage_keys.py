@@ -273,22 +273,3 @@ def test_the_table_above_has_what_a_stage_reads(stage: str, tmp_path: Path, monk
 
 # Options that decide whether a stage runs, and nothing else in it.
 GATES = {"fit"}
-
-
-def test_the_identity_of_inputs_is_that_of_each_field() -> None:
-    @dataclasses.dataclass(frozen=True)
-    class Inner:
-        model: Lazy[object]
-        names: tuple[str, ...]
-
-    @dataclasses.dataclass(frozen=True)
-    class Outer:
-        inner: Inner
-        steps: int | None
-        shown: Lazy[object]
-
-    def never() -> object:
-        raise AssertionError("an identity loads nothing")
-
-    found = Outer(Inner(Lazy(["a", 1], never), ("b",)), None, Lazy(None, never))
-    assert identity_of(found) == {"inner": {"model": ["a", 1], "names": ["b"]}, "steps": None, "shown": None}
