@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from nbl_export.cli.commands import COMMANDS, FOR_DEVELOPERS
 from nbl_export.cli.options import read_config
 from nbl_export.errors import NblError
-from nbl_export.options.command import describe_command
 from nbl_export.options.option import MAIN
-from nbl_export.options.options import OPTIONS, JobOptions
+from nbl_export.options.options import OPTIONS
 from nbl_export.options.options import flag_of as flag
 
 from ..command import assert_refused, nbl
@@ -129,23 +125,3 @@ def test_another_run_s_manifest_is_a_configuration_and_flags_win(finished: Path,
     assert (
         written(tmp_path, "{}", "empty.json") and nbl("--config", tmp_path / "empty.json", "--output", run).status == 2
     )
-
-
-# -- the recorded command ------------------------------------------------------------------------------------------
-
-
-def test_the_recorded_command_has_every_option_that_is_not_the_default() -> None:
-    changed: dict[str, Any] = {"int": 3, "float": 0.5, "bool": False, "str": "x", "tuple": ("a:2", "b")}
-    for name, said in OPTIONS.items():
-        default = next(f.default for f in dataclasses.fields(JobOptions) if f.name == name)
-        kind = "tuple" if isinstance(default, tuple) else type(default).__name__
-        chosen = {
-            "tap": "normed", "fit": "drop", "select": "cca", "logits": "all", "distill_minutes": 0.5,
-            "compute_dtype": "float32", "device": "cpu", "maps": "linear", "destination": "genai",
-            "decoder_source": "mobius",
-        }  # fmt: skip
-        value = (5, 6) if said.numbers else chosen.get(name, changed.get(kind, 7 if said.least is not None else "7"))
-        given: dict[str, Any] = {name: value}
-        options = dataclasses.replace(JobOptions("m"), **given)
-        words = shlex.split(describe_command(options, Path("out")))
-        assert flag(name) in words or any(word.startswith(f"{name} = ") for word in words), (name, words)
