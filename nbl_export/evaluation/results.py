@@ -126,9 +126,8 @@ def _pair(group: Group) -> list[tuple[Entry, Entry]]:
 
 def _difference(new: Entry, old: Entry, name: str) -> dict[str, Any]:
     """New minus old with its paired standard error."""
-    items = (_unpack(e["scores"][name]) for e in (new, old))
-    value, stderr = difference(new["metrics"][name]["aggregation"], *items)
-    return {"new": new["variant"], "old": old["variant"], "value": value, "stderr": stderr}
+    value, stderr = difference(new["metrics"][name]["aggregation"], *(_unpack(e["scores"][name]) for e in (new, old)))
+    return {"value": value, "stderr": stderr}
 
 
 def _length(group: Group) -> dict[str, Any]:
@@ -157,8 +156,6 @@ def _loss_difference(new: Entry, old: Entry, end: int) -> dict[str, Any]:
     rise = _rise(new, old, end)
     loss, increase = mean_interval(rise), increase_interval(np.zeros(len(rise)), rise)
     return {
-        "new": new["variant"],
-        "old": old["variant"],
         "loss": loss.value,
         "loss_interval": loss.ends,
         "increase": increase.value,

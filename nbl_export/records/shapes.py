@@ -95,14 +95,14 @@ EVALUATION = {
     "lm_eval": str | None,
     "table": [{
         "task": str, "metric": str, "items": int, "higher_is_better": bool, "figures": {str: _FIGURE},
-        "differences": [{**_FIGURE, "new": str, "old": str}],
+        "differences": [_FIGURE],
     }],
     "length": [{
         "task": str, "items": int, "test": str, "warnings": [str],
         "rows": [{
             "tokens": int, "figures": {str: {"loss": float | None, "correct": float | None}},
             "differences": [{
-                "new": str, "old": str, "loss": float | None, "loss_interval": _ENDS, "increase": float | None,
+                "loss": float | None, "loss_interval": _ENDS, "increase": float | None,
                 "increase_interval": _ENDS,
             }],
         }],

@@ -23,7 +23,7 @@ def row(tokens: int, rise: float, correct: tuple[float, float]) -> dict[str, Any
         "tokens": tokens,
         "figures": dict(zip(("original", "nbl"), figures, strict=True)),
         "differences": [
-            {"new": "nbl", "old": "original", "loss": rise, "loss_interval": interval, "increase": rise * 1.1,
+            {"loss": rise, "loss_interval": interval, "increase": rise * 1.1,
              "increase_interval": [end * 1.1 for end in interval]}
         ],
     }  # fmt: skip
