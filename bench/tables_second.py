@@ -9,12 +9,12 @@ from nbl_export.records.quality import increase_interval
 
 Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
-_SHAPES = {"3B": "shapes-3b", "8B": "shapes-8b"}
+_SHAPES = {"3B": "shapes-3b", "8B": "shapes-8b", "8B, mapped": "shapes-8b-mapped"}
 
 
 def shapes(read: Read) -> Rows:
     """Seconds and peak memory of the stages of jobs on random checkpoints of large shapes."""
-    runs = {shape: read(name)["shapes"][shape] for shape, name in _SHAPES.items()}
+    runs = {title: read(name)["shapes"][title.split(",")[0]] for title, name in _SHAPES.items()}
     rows: Rows = [("stage", *(cell for shape in runs for cell in (shape, "peak"))), "l" + "rr" * len(runs)]
     for stage in ("calibrate", "plan", "decoder", "rewrite", "verify", "bench"):
         took = [run.get(stage) for run in runs.values()]
@@ -22,7 +22,7 @@ def shapes(read: Read) -> Rows:
         if stage == "verify":
             stopped = read("shapes-8b-verify")
             minutes, peak = stopped["seconds_before_the_loss"] / 60, stopped["peak_bytes"] / 1e9
-            cells[-1] = (f"{minutes:.0f} min to the loss on text", f"{peak:.1f} GB")
+            cells[list(runs).index("8B")] = (f"{minutes:.0f} min to the loss on text", f"{peak:.1f} GB")
         rows.append((stage, *(text for cell in cells for text in cell)))
     return rows
 
