@@ -64,7 +64,6 @@ READS = {
     "graph/gguf_header.py": (1, "every number is bounded"),
     "graph/trust.py": (1, "bounded by protobuf's limit"),
     "measure/benchmark.py": (1, "the system's"),
-    "measure/energy.py": (3, "the system's"),
     "measure/footprint.py": (1, "the system's"),
     "model/checkpoint/copied.py": (1, "copied in blocks"),
     "model/checkpoint/pretrained.py": (1, "behind `read_header`, which bounds every count"),

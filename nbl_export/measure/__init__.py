@@ -1,1 +1,1 @@
-"""Speed, memory and energy of decoders, measured side by side."""
+"""Speed and memory of decoders, measured side by side."""

@@ -29,7 +29,6 @@ loads neither an engine nor torch.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import platform
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -42,7 +41,7 @@ import psutil
 
 from nbl_export.errors import NblError
 from nbl_export.files import versions
-from nbl_export.measure.energy import find_meter, read_clocks
+from nbl_export.measure.clocks import read_clocks
 from nbl_export.measure.footprint import Footprint, OpenRunner, disk_bytes, measure_footprint
 from nbl_export.measure.instruments import Instruments, background_of
 from nbl_export.measure.rounds import Bench, Progress, Rule, Steps, Variant, groups, time_rounds
@@ -108,11 +107,9 @@ def side_by_side(
         tests.prompt_tokens, decode_tokens(tests.generate_tokens, directories, gpu=setting.gpu), tests.depths,
         tests.batches, tests.threads or (setting.threads,),
     )  # fmt: skip
-    instruments = Instruments(meter=find_meter(gpu=setting.gpu))
+    instruments = Instruments()
     if setting.gpu:
-        instruments = dataclasses.replace(
-            instruments, clocks=read_clocks, warm_up_ns=_GPU_WARM_UP_NS, least_ns=_GPU_LEAST_NS
-        )
+        instruments = Instruments(clocks=read_clocks, warm_up_ns=_GPU_WARM_UP_NS, least_ns=_GPU_LEAST_NS)
     result = run(variants, scenarios, tests.repetitions, progress, setting=setting, instruments=instruments)
     if result["background"]["busy"]:
         say(f"  {spoken_background(result['background'])}")
@@ -152,8 +149,7 @@ def decode_tokens(asked: int | None, directories: Iterable[Path], *, gpu: bool) 
 
 
 _DECODE_BYTES = 80 << 30  # eight seconds at 10 GB/s
-# A GPU raises its clocks under load, and its energy counter moves a few times a second. NVIDIA's trtexec warms up for
-# 0.2 s and measures for 3 s.
+# A GPU raises its clocks under load. NVIDIA's trtexec warms up for 0.2 s and measures for 3 s.
 _GPU_WARM_UP_NS, _GPU_LEAST_NS = 500_000_000, 1_000_000_000
 _MEMORY_SHARE = 0.9  # of the available memory, for the peaks of all variants together
 
@@ -195,7 +191,6 @@ def run(
     bench = Bench(ids, instruments, steps, apart=_are_too_large(described.values(), gpu=setting.gpu))
     found = [time_rounds(variants, bench, same, rule, setting.base) for same in by_threads]
     loads = [load for _, used in found for load in used]
-    meter = instruments.meter
     return {
         **where_measured(gpu=setting.gpu),
         **({"gpu_clocks": _clocks_of(bench.clocks)} if bench.clocks else {}),
@@ -206,7 +201,6 @@ def run(
         "repetitions": repetitions,
         "apart": bench.apart,
         "base": setting.base,
-        **({"energy_sources": list(meter.sources)} if meter else {}),
         "timings": [timing.to_json() for timings, _ in found for timing in timings],
         "skipped": skipped,
         "variants": described,

@@ -1,4 +1,4 @@
-"""The instruments of a timed run: clock, energy (`measure.energy`), wait for idle threads, load of other processes.
+"""The instruments of a timed run: clock, wait for idle threads, load of other processes.
 
 Wait: an engine's threads spin for a while after their work is done; ONNX Runtime's spin for about 45 ms (two threads of
 an AMD EPYC). A run timed during that period shares its cores with these threads: a prefill of 512 tokens took a tenth
@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import psutil
-
-from nbl_export.measure.energy import Meter
 
 __all__ = ["Instruments", "Reading", "background_of", "is_busy", "read_usage", "used_between", "wait_until_idle"]
 
@@ -124,14 +122,12 @@ def is_busy(found: Mapping[str, Any]) -> bool:
 class Instruments:
     """The instruments of a timed run.
 
-    clock: monotonic nanoseconds. meter: energy, read before and after each timed run; None records no energy. idle:
-    waits until no thread of this process computes; False if a thread still computes. usage: processor time of the
-    machine, read before and after each load. clocks: of a GPU, read behind each timed run. warm_up_ns, least_ns: an
-    untimed run, and a timed run, is repeated until it took so long.
+    clock: monotonic nanoseconds. idle: waits until no thread of this process computes; False if a thread still
+    computes. usage: processor time of the machine, read before and after each load. clocks: of a GPU, read behind each
+    timed run. warm_up_ns, least_ns: an untimed run, and a timed run, is repeated until it took so long.
     """
 
     clock: Callable[[], int] = time.perf_counter_ns
-    meter: Meter | None = None
     idle: Callable[[], bool] = wait_until_idle
     usage: Callable[[], Reading] = read_usage
     clocks: Callable[[], Mapping[str, Any] | None] | None = None

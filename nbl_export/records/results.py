@@ -81,7 +81,6 @@ class Timing:
         loads: the load of the decoders that each repetition ran on. Repetitions of one load are not independent.
         first_token_ns: time to pick the first token after a prefill.
         token_ns: time of each step of a decode.
-        energy_uj: microjoules of each repetition, if the machine reports energy.
         device_ns: time that a GPU computed in each repetition, if the engine reports it.
     """
 
@@ -91,7 +90,6 @@ class Timing:
     loads: tuple[int, ...] = ()
     first_token_ns: tuple[int, ...] = ()
     token_ns: tuple[tuple[int, ...], ...] = ()
-    energy_uj: tuple[int, ...] = ()
     device_ns: tuple[int, ...] = ()
 
     @classmethod
@@ -104,13 +102,12 @@ class Timing:
         return read_record(cls, {**taken(cls), "scenario": read_record(Scenario, taken(Scenario))})
 
     def to_json(self) -> dict[str, Any]:
-        """A row of bench.json: raw nanoseconds and microjoules, and the latencies derived from them."""
+        """A row of bench.json: raw nanoseconds, and the latencies derived from them."""
         raw = {
             "samples_ns": list(self.samples_ns),
             "loads": list(self.loads),
             "first_token_ns": list(self.first_token_ns),
             "token_ns": [list(run) for run in self.token_ns],
-            "energy_uj": list(self.energy_uj),
             "device_ns": list(self.device_ns),
             "ttft_ns": self.ttft_ns,
             "tpot_ns": self.tpot_ns,
@@ -118,7 +115,7 @@ class Timing:
         return {**self.scenario.facts(), "variant": self.variant, **{k: v for k, v in raw.items() if v}}
 
     def figures(self) -> dict[str, Any]:
-        """A row of report.json: tokens per second, latency and energy; None if not measured.
+        """A row of report.json: tokens per second and latency; None if not measured.
 
         ttft_seconds: median. tpot_seconds: p50, p95 and p99.
         """
@@ -133,7 +130,6 @@ class Timing:
             "loads": list(self.loads),
             "ttft_seconds": None if self.ttft_ns is None else self.ttft_ns / 1e9,
             "tpot_seconds": tpot and {name: ns / 1e9 for name, ns in tpot.items()},
-            "joules_per_token": self.joules_per_token,
             **({"device_seconds": statistics.median(self.device_ns) / 1e9} if self.device_ns else {}),
         }
 
@@ -157,12 +153,6 @@ class Timing:
         return {
             f"p{q}": float(value) for q, value in zip((50, 95, 99), np.percentile(steps, (50, 95, 99)), strict=True)
         }
-
-    @property
-    def joules_per_token(self) -> float | None:
-        """Joules per token, median of the repetitions."""
-        tokens = self.scenario.batch * self.scenario.tokens
-        return statistics.median(self.energy_uj) / tokens / 1e6 if self.energy_uj else None
 
     @property
     def median(self) -> float:

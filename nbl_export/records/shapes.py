@@ -75,7 +75,7 @@ BENCHMARK = {
     },
     "timings": [{
         **_TEST, "variant": str, "samples_ns": [int], "loads": [int], "first_token_ns?": [int], "token_ns?": [[int]],
-        "energy_uj?": [int], "device_ns?": [int],
+        "device_ns?": [int],
     }],
     "skipped?": [{**_TEST, "reason": str}],
     "variants": {str: {

@@ -1,4 +1,4 @@
-"""Speed, latency, energy, memory and size: what bench.json measured, both variants side by side.
+"""Speed, latency, memory and size: what bench.json measured, both variants side by side.
 
 Also compiled engines.
 """
@@ -29,7 +29,7 @@ def speed(report: Mapping[str, Any]) -> Section:
     """What the benchmark measured, or that it measured nothing."""
     if not report["bench"]:
         return Section("Speed", (Paragraph("Speed and memory were not measured."),))
-    blocks = (_setting(report), _THROUGHPUT, *_speeds(report), *_energy(report), *_sizes(report))
+    blocks = (_setting(report), _THROUGHPUT, *_speeds(report), *_sizes(report))
     return Section("Speed", blocks)
 
 
@@ -174,19 +174,6 @@ def _reads(report: Mapping[str, Any]) -> Iterator[Block]:
 
 def _gigabytes(rate: float) -> str:
     return f"{words.number(rate / 1e9)} GB/s"
-
-
-def _energy(report: Mapping[str, Any]) -> Iterator[Block]:
-    rows = [r for r in report["rows"] if r["joules_per_token"]]
-    if not rows:
-        return
-    yield Heading("Energy")
-    yield Table.of(
-        ("Test", "Variant", *Column.numbers("Joules for each token")),
-        [(*_of(report, r), words.number(r["joules_per_token"])) for r in rows],
-    )
-    counters = words.listed(report["bench"]["energy_sources"])
-    yield Paragraph(f"Read from the machine's counters ({counters}). They include what other processes used.")
 
 
 def _sizes(report: Mapping[str, Any]) -> Iterator[Block]:

@@ -26,7 +26,6 @@ from nbl_export import child
 from nbl_export.errors import NblError
 from nbl_export.measure import benchmark, rounds
 from nbl_export.measure.benchmark import BenchSetting, decode_tokens, plan_scenarios
-from nbl_export.measure.energy import Meter
 from nbl_export.measure.footprint import Footprint, measure_footprint
 from nbl_export.measure.instruments import Instruments, Reading, read_usage
 from nbl_export.measure.rounds import Variant
@@ -128,7 +127,6 @@ def run_fake(
     scenarios: Sequence[Scenario],
     repetitions: int | None,
     setting: BenchSetting = SETTING,
-    meter: Callable[[Tape], Meter | None] = lambda _: None,
     usage: Callable[[], Reading] = read_usage,
     held_up: Callable[[str, int], int] = lambda name, load: 0,
     idle: Callable[[int], bool] = lambda number: True,
@@ -149,7 +147,7 @@ def run_fake(
 
     def wait() -> bool:
         tape.calls.append(("idle",))
-        tape.now += 1_000_000  # must not be timed, nor its energy counted
+        tape.now += 1_000_000  # must not be timed
         return idle(sum(call == ("idle",) for call in tape.calls))
 
     for name in ("original", "nbl"):
@@ -163,7 +161,7 @@ def run_fake(
         repetitions,
         lambda done, total: reports.append((done, total)),
         setting=setting,
-        instruments=Instruments(tape.clock, meter(tape), wait, usage, **instruments),
+        instruments=Instruments(tape.clock, wait, usage, **instruments),
         measure=measure,
     )
     return result, tape, reports
@@ -198,7 +196,7 @@ def test_decoders_are_measured_by_the_options(
     used = {"seconds": 1.0, "others": others, "stolen": 0.0}
     monkeypatch.setattr(rounds, "used_between", lambda before, after: used)
     monkeypatch.setattr(benchmark, "measure_footprint", measure_nothing)
-    monkeypatch.setattr(benchmark, "Instruments", lambda meter: Instruments(clock.__next__, meter, lambda: True))
+    monkeypatch.setattr(benchmark, "Instruments", lambda: Instruments(clock.__next__, lambda: True))
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     options = JobOptions("", prompt_tokens=(8, 16), generate_tokens=2, depths=(0,), batches=(1, 2), repetitions=1)
@@ -214,8 +212,7 @@ def test_decoders_are_measured_by_the_options(
 
 
 def test_a_timing_is_the_same_from_its_row(tmp_path: Path) -> None:
-    meter = lambda tape: Meter({"package 0": (lambda: 5 * tape.now, 0)})  # noqa: E731
-    result, _, _ = run_fake(tmp_path, plan_scenarios((8,), 4, (0, 16), (1, 2), (2,)), 2, meter=meter)
+    result, _, _ = run_fake(tmp_path, plan_scenarios((8,), 4, (0, 16), (1, 2), (2,)), 2)
     for row in result["timings"]:
         timing = Timing.from_json(row)
         assert timing.to_json() == row and Timing.from_json(timing.to_json()) == timing
@@ -357,20 +354,6 @@ def test_a_batch_needs_room_for_the_token_that_it_picks(tmp_path: Path) -> None:
     assert "picked" in result["skipped"][0]["reason"]
 
 
-def test_energy_is_that_of_each_run_and_absent_without_a_meter(tmp_path: Path) -> None:
-    def meter(tape: Tape) -> Meter:
-        return Meter({"package 0": (lambda: 5 * tape.now, 0)})  # 5 microjoules a nanosecond
-
-    scenarios = [Scenario("pp", 64, 0), Scenario("tg", 16, 0), Scenario("tg", 8, 0, 2)]
-    result, _, _ = run_fake(tmp_path, scenarios, 2, meter=meter)
-    energy = {(t["test"], t["variant"]): t["energy_uj"] for t in result["timings"]}
-    assert energy["pp64", "original"] == [5 * (64 * 20 + PICK_NS)] * 2
-    assert energy["tg16", "nbl"] == [5 * 16 * 10] * 2
-    assert result["energy_sources"] == ["package 0"]
-    rows = {(r["test"], r["variant"]): r["joules_per_token"] for r in figures(result)["rows"]}
-    assert rows["tg16", "nbl"] == 2 * rows["tg8", "nbl"] == pytest.approx(5 * 10 / 1e6)  # tg8: two sequences in a step
-
-
 def test_a_depth_is_filled_once_and_every_run_rewinds_to_it(tmp_path: Path) -> None:
     scenarios = [Scenario("pp", 64, 1300), Scenario("tg", 16, 1300)]
     _, tape, _ = run_fake(tmp_path, scenarios, repetitions=1)
@@ -462,10 +445,8 @@ def test_engines_on_a_gpu_are_judged_by_its_memory(
 
 def test_a_gpu_is_warm_and_a_short_test_is_repeated(tmp_path: Path) -> None:
     """The original takes 20 ns a token, NBL 10: a warm-up of 500 ns, and at least 1,000 ns of each timed test."""
-    meter = lambda tape: Meter({"GPU": (lambda: 5 * tape.now, 0)})  # noqa: E731
-    result, tape, _ = run_fake(
-        tmp_path, [Scenario("pp", 8, 0), Scenario("tg", 4, 0)], 2, meter=meter, warm_up_ns=500, least_ns=1000
-    )
+    scenarios = [Scenario("pp", 8, 0), Scenario("tg", 4, 0)]
+    result, tape, _ = run_fake(tmp_path, scenarios, 2, warm_up_ns=500, least_ns=1000)
     assert collections.Counter(runs(tape)) == {
         ("original", 0, 8): 2 * (1 + 4 + 7), ("nbl", 0, 8): 2 * (1 + 7 + 13),  # a run takes 163 and 83 ns, with a pick
         ("original", 0, 1): 2, ("original", 0, 4): 2 * (7 + 13), ("nbl", 0, 1): 2, ("nbl", 0, 4): 2 * (13 + 25),
@@ -474,8 +455,6 @@ def test_a_gpu_is_warm_and_a_short_test_is_repeated(tmp_path: Path) -> None:
     assert rows["pp8", "original"]["samples_ns"] == [160] * 2 and rows["tg4", "nbl"]["samples_ns"] == [40] * 2
     assert rows["pp8", "nbl"]["first_token_ns"] == [PICK_NS] * 2
     assert rows["tg4", "nbl"]["token_ns"] == [[10] * 4 * 25] * 2
-    rewinds = 5 * 1_000_000 * 12 / 13  # the counter runs on between repetitions
-    assert rows["pp8", "nbl"]["energy_uj"] == [pytest.approx(5 * 83 + rewinds, abs=1)] * 2
 
 
 @pytest.mark.parametrize("gpu", [True, False])

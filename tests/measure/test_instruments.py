@@ -1,4 +1,4 @@
-"""The instruments of a timed run: the wait for idle threads, what other processes use, and counters of energy."""
+"""The instruments of a timed run: the wait for idle threads, what other processes use, and the clocks of a GPU."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import re
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nbl_export.measure import energy
-from nbl_export.measure.energy import Meter, find_meter, read_clocks
+from nbl_export.measure import clocks
+from nbl_export.measure.clocks import read_clocks
 from nbl_export.measure.instruments import Reading, background_of, read_usage, used_between, wait_until_idle
 from nbl_export.records.results import spoken_background
 
@@ -104,63 +103,17 @@ def test_a_neighbour_is_seen() -> None:
     assert found["others"] > 0.2
 
 
-# -- energy ---------------------------------------------------------------------------------------------------
-
-
-def zone(powercap: Path, name: str, title: str, energy: int, wraps: int = 1000) -> Path:
-    (powercap / name).mkdir(parents=True)
-    for file, value in (("name", title), ("energy_uj", energy), ("max_energy_range_uj", wraps)):
-        (powercap / name / file).write_text(f"{value}\n")
-    return powercap / name / "energy_uj"
-
-
-def test_packages_are_added_and_their_parts_are_not(tmp_path: Path) -> None:
-    first, second = zone(tmp_path, "intel-rapl:0", "package-0", 100), zone(tmp_path, "intel-rapl:1", "package-1", 200)
-    part, all_of_it = zone(tmp_path, "intel-rapl:0:0", "core", 5), zone(tmp_path, "intel-rapl:2", "psys", 7)
-    meter = find_meter(gpu=False, powercap=tmp_path)
-    assert meter is not None and meter.sources == ("package 0", "package 1")
-    assert meter.read() == 0
-    for file, value in ((first, 130), (second, 205), (part, 900), (all_of_it, 900)):
-        file.write_text(f"{value}\n")
-    assert meter.read() == 35
-
-
-def test_a_counter_that_wraps_goes_on(tmp_path: Path) -> None:
-    counter = zone(tmp_path, "intel-rapl:0", "package-0", 990)
-    meter = find_meter(gpu=False, powercap=tmp_path)
-    assert meter is not None
-    for value, total in ((995, 5), (3, 13), (10, 20)):
-        counter.write_text(f"{value}\n")
-        assert meter.read() == total
-
-
-@pytest.mark.parametrize("missing", ["energy_uj", "max_energy_range_uj", "name"])
-def test_what_cannot_be_read_is_no_meter(missing: str, tmp_path: Path) -> None:
-    zone(tmp_path, "intel-rapl:0", "package-0", 1)
-    (tmp_path / "intel-rapl:0" / missing).unlink()
-    assert find_meter(gpu=False, powercap=tmp_path) is None
-    assert find_meter(gpu=True, powercap=tmp_path / "none", libraries=("libnowhere.so.1",)) is None
-
-
-def test_counters_without_a_range_only_grow() -> None:
-    values = iter([7, 9, 20])
-    meter = Meter({"GPU": (lambda: next(values), 0)})
-    assert [meter.read(), meter.read()] == [2, 13]
+# -- clocks of a GPU -----------------------------------------------------------------------------------------
 
 
 SECOND = b"0000:65:00.0"  # the GPU that CUDA_VISIBLE_DEVICES names, of several
 
 
-@pytest.fixture
-def second(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(energy, "bus_id", SECOND.decode)
-
-
 class Nvml:
     """Answers as libnvidia-ml does: values through pointers, 0 for success."""
 
-    def __init__(self, millijoules: int, status: int = 0, reasons: int = 0) -> None:
-        self.millijoules, self.status, self.reasons = millijoules, status, reasons
+    def __init__(self, status: int = 0, reasons: int = 0) -> None:
+        self.status, self.reasons = status, reasons
 
     def nvmlInit_v2(self) -> int:
         return 0
@@ -168,11 +121,6 @@ class Nvml:
     def nvmlDeviceGetHandleByPciBusId_v2(self, address: bytes, device: Any) -> int:
         device._obj.value = 4711
         return 0 if address == SECOND else 6  # NVML_ERROR_NOT_FOUND
-
-    def nvmlDeviceGetTotalEnergyConsumption(self, device: ctypes.c_void_p, millijoules: Any) -> int:
-        assert device.value == 4711
-        millijoules._obj.value = self.millijoules
-        return self.status
 
     def nvmlSystemGetDriverVersion(self, text: Any, _length: int) -> int:
         text.value = b"580.65.06"
@@ -192,36 +140,15 @@ class Nvml:
         return self.status
 
 
-@pytest.mark.usefixtures("second")
 def test_driver_clocks_and_power_limit_are_read_of_the_gpu_that_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     known = {"driver": "580.65.06", "sm_mhz": 1980, "memory_mhz": 2619}
+    monkeypatch.setattr(clocks, "bus_id", SECOND.decode)
     slowed = {"power_limit_watts": 700.0, "slowed_by": ["power limit", "temperature"]}
-    for library, more in ((Nvml(0, reasons=0x1 | 0x4 | 0x20), slowed), (Nvml(0, status=3), {})):
-        monkeypatch.setattr(energy.ctypes, "CDLL", lambda _name, library=library: library)
+    for library, more in ((Nvml(reasons=0x1 | 0x4 | 0x20), slowed), (Nvml(status=3), {})):
+        monkeypatch.setattr(clocks.ctypes, "CDLL", lambda _name, library=library: library)
         assert read_clocks() == {**known, **more}
     for address in ("0000:01:00.0", ""):  # NVML does not know it; the driver does not say
-        monkeypatch.setattr(energy, "bus_id", lambda address=address: address)
+        monkeypatch.setattr(clocks, "bus_id", lambda address=address: address)
         assert read_clocks() is None
-
-
-@pytest.mark.usefixtures("second")
-def test_millijoules_of_a_gpu_are_read_as_microjoules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    counter, library = zone(tmp_path, "intel-rapl:0", "package-0", 100), Nvml(70)
-    monkeypatch.setattr(energy.ctypes, "CDLL", lambda _name: library)
-    meter = find_meter(gpu=True, powercap=tmp_path)
-    assert meter is not None and meter.sources == ("package 0", "GPU")
-    library.millijoules = 75
-    assert meter.read() == 5000
-    counter.write_text("130")
-    assert meter.read() == 5030
-    processor = find_meter(gpu=False, powercap=tmp_path)
-    assert processor is not None and processor.sources == ("package 0",)
-
-
-@pytest.mark.parametrize(("address", "status"), [("", 0), (SECOND.decode(), 3)], ids=["no GPU", "old"])
-def test_no_gpu_or_one_without_a_counter_is_no_meter(
-    address: str, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(energy, "bus_id", lambda: address)
-    monkeypatch.setattr(energy.ctypes, "CDLL", lambda _name: Nvml(70, status))
-    assert find_meter(gpu=True, powercap=tmp_path) is None
+    monkeypatch.setattr(clocks, "_NVML", ())  # no such library
+    assert read_clocks() is None

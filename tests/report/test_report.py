@@ -202,17 +202,6 @@ def test_latency_is_shown_where_it_was_measured(written: Written) -> None:
     assert "<strong>2.00×</strong>" in card(unknown.html, "First token")
 
 
-def test_energy_is_spoken_of_only_where_it_was_measured(written: Written) -> None:
-    assert "nergy" not in written.html and "oule" not in written.html
-    timings = [
-        timing("tg8", 0, "original", [1] * 5, energy_uj=[16_000_000, 24_000_000, 16_000_000]),
-        timing("tg8", 0, "nbl", [1] * 5, energy_uj=[8_000_000] * 5),
-    ]
-    metered = Written(bench=changed(BENCH, timings=timings, energy_sources=["package 0", "GPU"]))
-    assert metered.table("Energy")[2:] == [["8 new tokens", "original", "2.00"], ["8 new tokens", "NBL", "1.00"]]
-    assert "(package 0, GPU)" in metered.html
-
-
 CURVE: dict[str, Any] = {
     "texts": ["held back", "documentation"],
     "engine": "ort", "precision": "fp16", "tokens": 512,
