@@ -22,6 +22,10 @@ large as other rows. Clipped together with other rows, such a row would dominate
 
 bfloat16 serves only the products of a training step, of original and student (autocast). The residual stream, norms,
 softmax, maps and all held-back figures are float32.
+
+Processes of one command (`model.processes`) share the rows of a step and the held-back rows. Each of them then has the
+gradients of all rows and takes the same step, at the clock of rank 0. Rows of a step are few, so more processes than
+rows do not help. Every process aims the deltas by itself, since gradients of whole matrices are large.
 """
 
 from __future__ import annotations
@@ -36,10 +40,11 @@ from typing import Any
 import torch
 
 from nbl_export.distill.state import State
-from nbl_export.distill.teacher_student import TeacherStates, TeacherStudent
+from nbl_export.distill.teacher_student import TeacherStudent
 from nbl_export.errors import NblError
 from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import Mixer
+from nbl_export.model import processes
 from nbl_export.options.goals import DEFAULT_STEPS
 
 __all__ = ["AIMING", "NARROWED_AT", "UNLIMITED", "Callbacks", "DistillSettings", "Distilled", "distill"]
@@ -147,7 +152,8 @@ class _Training:
 
     def _take_on(self) -> None:
         """Make optimizer and held-back states for the layers that the student replaces."""
-        self._held = [self.pair.teacher_states(row_T[None]) for row_T in self._held_WT]
+        own = processes.own(len(self._held_WT))
+        self._held = {row: self.pair.teacher_states(self._held_WT[row : row + 1]) for row in own}
         parameters, rate = self.pair.trained.values(), self.settings.learning_rate
         self.optimizer = torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.99))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -205,12 +211,17 @@ class _Training:
     def _look_at_the_clock(self) -> None:
         """Update the share of steps or minutes used."""
         limit = self.settings.minutes
-        by_time = self.seconds / (limit * 60) if limit else 0.0
+        by_time = float(processes.tell(repr(self.seconds / (limit * 60)))) if limit else 0.0
         self.fraction = max(self.step / self.settings.steps, by_time)
 
     def begin(self, state: State | None) -> None:
         """Resume the saved run, or judge the start."""
         saved = state.load() if state else None
+        step = str(saved[1]["step"] if saved else 0)
+        if processes.tell(step) != step:
+            raise NblError(
+                f"rank {processes.rank()} does not see the saved training that rank 0 sees; give all the same --output"
+            )
         if saved is not None:
             self._restore(*saved)
             return
@@ -219,11 +230,13 @@ class _Training:
             raise NblError("distillation cannot start: the closed-form maps give logits that are not finite")
         self.result.held_kl.append((0, start))
 
-    def aim(self, batches: Iterable[TeacherStates]) -> None:
+    def aim(self, batches: Iterable[torch.Tensor]) -> None:
         """Initialise the deltas from the gradients of some batches, within the share `AIMING` of the run."""
         total: dict[str, torch.Tensor] = {}
-        for teacher in batches:
-            for name, gradient in self._gradients(teacher, whole=True)[0].items():
+        for ids_BT in batches:
+            teacher = self.pair.teacher_states(ids_BT, training=True)
+            rows, _ = self.pair.gradients(teacher, *self._weights, whole=True)
+            for name, gradient in _clipped_mean(rows).items():
                 total[name] = total[name] + gradient if name in total else gradient
             self._look_at_the_clock()
             if self.fraction >= AIMING:
@@ -232,17 +245,27 @@ class _Training:
         self.pair.measure(teacher)
         self.keep()
 
-    def _gradients(self, teacher: TeacherStates, whole: bool = False) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Mean of the rows' clipped gradients, and the KL [B] of the rows."""
-        weights = self.settings.hidden_weight, self.settings.label_weight
-        found, kl_B = self.pair.gradients(teacher, *weights, whole=whole)
-        norm_B = torch.stack([g.flatten(1).square().sum(1) for g in found.values()]).sum(0).sqrt()
-        share_B = (_CLIP / norm_B).clamp(max=1.0) / len(norm_B)
-        return {name: torch.tensordot(share_B, g, 1) for name, g in found.items()}, kl_B
+    @property
+    def _weights(self) -> tuple[float, float]:
+        return self.settings.hidden_weight, self.settings.label_weight
 
-    def advance(self, teacher: TeacherStates) -> None:
-        """One optimizer step."""
-        gradients, kl_B = self._gradients(teacher)
+    def _gradients(self, ids_BT: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Gradients of each row's loss, name -> [B, ...], and the rows' KL [B]; this process computes its own rows."""
+        size, own = len(ids_BT), list(processes.own(len(ids_BT)))
+        rows = {name: p.detach().new_zeros(size, *p.shape) for name, p in self.pair.trained.items()}
+        kl_B = next(iter(rows.values())).new_zeros(size)
+        if own:
+            found, kl_B[own] = self.pair.gradients(self.pair.teacher_states(ids_BT[own], training=True), *self._weights)
+            for name, gradient in found.items():
+                rows[name][own] = gradient
+        for value in (*rows.values(), kl_B):
+            processes.joined(value)  # exact: a row is zeros in every other process
+        return rows, kl_B
+
+    def advance(self, ids_BT: torch.Tensor) -> None:
+        """One optimizer step on token ids [B, T]."""
+        rows, kl_B = self._gradients(ids_BT)
+        gradients = _clipped_mean(rows)
         for name, parameter in self.pair.trained.items():
             parameter.grad = gradients[name]
         self.optimizer.step()
@@ -267,8 +290,10 @@ class _Training:
         return self.fraction >= 1.0 or self.fraction - self.best_at >= self.settings.patience
 
     def _held_kl(self) -> float:
-        values = [self.pair.held_kl(teacher) for teacher in self._held]
-        return sum(values) / len(values)
+        values_W = torch.zeros(len(self._held_WT), dtype=torch.float64)
+        for row, teacher in self._held.items():
+            values_W[row] = self.pair.held_kl(teacher)
+        return processes.joined(values_W).mean().item()
 
     def save(self, state: State) -> None:
         tensors = {f"parameters.{name}": p.detach() for name, p in self.pair.trained.items()}
@@ -342,14 +367,13 @@ def distill(
     training = _Training(pair, settings, held_WT)
     training.begin(state)
     if training.step == 0:
-        first = itertools.islice(_batches(windows_WT, settings), settings.aimed)
-        training.aim(pair.teacher_states(batch_BT, training=True) for batch_BT in first)
+        training.aim(itertools.islice(_batches(windows_WT, settings), settings.aimed))
     for number, batch_BT in enumerate(_batches(windows_WT, settings)):
         if number < training.step:
             continue
         if training.over:
             break
-        training.advance(pair.teacher_states(batch_BT, training=True))
+        training.advance(batch_BT)
         around.progress(min(1000, round(1000 * training.fraction)), 1000)
         if training.retreat():
             around.say(
@@ -365,10 +389,17 @@ def distill(
                 f"step {training.step}, {training.seconds / 60:.1f} min: KL {training.result.train_kl[-1]:.4f}, "
                 f"held back {found:.4f} (start {training.held_kl[0]:.4f})"
             )
-        if state and (narrows or checked or training.step % settings.kept_every == 0):
+        if state and processes.leads() and (narrows or checked or training.step % settings.kept_every == 0):
             training.save(state)
     training.result.seconds = training.seconds
     return training.result
+
+
+def _clipped_mean(rows: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Mean of the rows' clipped gradients; name -> [B, ...] becomes name -> [...]."""
+    norm_B = torch.stack([g.flatten(1).square().sum(1) for g in rows.values()]).sum(0).sqrt()
+    share_B = (_CLIP / norm_B).clamp(max=1.0) / len(norm_B)
+    return {name: torch.tensordot(share_B, g, 1) for name, g in rows.items()}
 
 
 def _batches(windows_WT: torch.Tensor, settings: DistillSettings) -> Iterator[torch.Tensor]:

@@ -32,7 +32,7 @@ STAGES: tuple[Stage[Any], ...] = (
     Stage("text", "text", (), text.declare, text.run, by_part=True),
     Stage("calibrate", "calibrate", ("text",), calibrate.declare, calibrate.run, shared=True),
     Stage("plan", "plan", ("text", "calibrate"), plan.declare, plan.run, shared=True),
-    Stage("distill", "distill", ("text", "plan"), plan.declare_distill, plan.run_distill),
+    Stage("distill", "distill", ("text", "plan"), plan.declare_distill, plan.run_distill, shared=True),
     Stage("decoder", "decoder graph", (), graphs.declare_decoder, graphs.run_decoder),
     Stage("rewrite", "rewrite", ("plan", "distill", "decoder"), graphs.declare_rewrite, graphs.run_rewrite),
     Stage("verify", "verify", ("text", "rewrite"), verify.declare, verify.run),

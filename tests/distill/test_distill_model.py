@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from nbl_export.distill.teacher_student import TeacherStates, TeacherStudent, _distance, _Divergence
-from nbl_export.distill.training import UNLIMITED, DistillSettings, _Training
+from nbl_export.distill.teacher_student import TeacherStudent, _distance, _Divergence
+from nbl_export.distill.training import UNLIMITED, DistillSettings, _clipped_mean, _Training
 from nbl_export.mixers.base import Mixer
 from nbl_export.mixers.linear import Linear
 from nbl_export.mixers.modules import TrainedLinear
@@ -124,9 +124,9 @@ def test_a_wild_row_does_not_drown_the_others(twin: Make, monkeypatch: pytest.Mo
     first, second = list(given)[:2]
     given[first][0].view(-1)[0] = 1e6
     given[second][1].view(-1)[0] = 0.5
-    monkeypatch.setattr(made, "gradients", lambda _lesson, *_weights, whole: (given, torch.tensor([1.0, 2.0])))
+    monkeypatch.setattr(made, "gradients", lambda _lesson, *_weights: (given, torch.tensor([1.0, 2.0])))
     training = _Training(made, DistillSettings(), [])
-    training.advance(TeacherStates(torch.empty(2, 1, 1), torch.empty(2, 1, 1), torch.empty(2, 0)))
+    training.advance(IDS[:2])
     assert made.trained[first].grad is not None and made.trained[second].grad is not None
     assert made.trained[first].grad.view(-1)[0].item() == pytest.approx(0.5)
     assert made.trained[second].grad.view(-1)[0].item() == pytest.approx(0.25)
@@ -175,7 +175,7 @@ def test_units_are_measured_on_what_a_map_reads(twin: Make) -> None:
         made.affine["0"].linear.up.zero_()  # where aiming begins
         made.affine["0"].linear.shift.zero_()
     teacher = made.teacher_states(IDS, training=True)
-    training.aim([teacher])
+    training.aim([IDS])
     linear = made.affine["0"].linear
     with torch.no_grad():
         x = made.layers[0].input_layernorm(teacher.entering)
@@ -196,8 +196,9 @@ def test_deltas_begin_where_the_gradient_is(twin: Make) -> None:
         for module in made.affine.values():
             module.linear.up.zero_()
     training = _Training(made, DistillSettings(lora_rank=4, hidden_weight=0.3), [])
-    batches = [made.teacher_states(ids, training=True) for ids in (IDS, IDS.flip(0) + 1)]
-    whole = [training._gradients(teacher, whole=True)[0] for teacher in batches]
+    batches = [IDS, IDS.flip(0) + 1]
+    states = (made.teacher_states(ids, training=True) for ids in batches)
+    whole = [_clipped_mean(made.gradients(teacher, 0.3, 0.1, whole=True)[0]) for teacher in states]
     training.aim(batches)
     for index in ("0", "2"):
         linear, total = made.affine[index].linear, sum(g[f"{index}.linear.weight"] for g in whole)
@@ -213,7 +214,7 @@ def test_a_clock_that_is_nearly_over_stops_aiming(twin: Make, monkeypatch: pytes
     made, ticks = twin(2), itertools.count()
     monkeypatch.setattr("nbl_export.distill.training.time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
     training = _Training(made, DistillSettings(UNLIMITED, minutes=1.0, lora_rank=2), [])
-    left = iter([made.teacher_states(IDS, training=True)] * 16)
+    left = iter([IDS] * 16)
     training.aim(left)
     assert len(list(left)) == 13
 

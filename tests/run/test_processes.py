@@ -20,7 +20,7 @@ SMALL = """
 import nbl_export.calibrate.collect, nbl_export.run.pipeline as pipeline
 nbl_export.calibrate.collect._BATCH_TOKENS = 256
 work = pipeline._work
-pipeline._work = lambda *given: work(*given[:-1], "plan")
+pipeline._work = lambda *given: work(*given[:-1], "distill")
 """
 # What torchrun does: one process for each rank, and a signal to all others after one that fails.
 RANKS = """
@@ -61,6 +61,7 @@ if os.environ["RANK"] == "1":
 """
 LIMIT = (*BARE[:2], "--calibration-tokens", "2560", "--max-perplexity-increase", "10000%")
 CUT, LAYERS = (*LIMIT, "--near", "4"), (*LIMIT, "--cut", "none")
+STEPS = "distill_steps = 8\nlora_rank = 2\ncontext = 32\n"
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,8 @@ def job(checkpoint: Any, text: Path) -> tuple[object, ...]:
 def found(run: Path) -> dict[str, Any]:
     """What calibration and the choice have left."""
     manifest = json.loads((run / "nbl.json").read_text(encoding="utf-8"))
-    facts = {name: manifest.get(name) for name in ("goal", "curve", "greedy", "scores", "cut", "replaced_layers")}
+    names = ("goal", "curve", "greedy", "scores", "cut", "fit", "replaced_layers")
+    facts = {name: manifest.get(name) for name in names}
     return {**facts, **{file.name: file_sha256(file) for file in run.glob("*.safetensors")}}
 
 
@@ -95,6 +97,23 @@ def test_processes_find_what_one_finds(
         assert process.err.count("plan: done") == 1 and ("processes share" in process.err) == (path.name != "one")
     assert file in done["one"]
     assert done["several"] == done["one"]
+
+
+def test_processes_train_the_maps_that_one_trains(job: tuple[object, ...], server: ForkServer, tmp_path: Path) -> None:
+    """A step has four rows, so that one of three processes has two of them. Held-back rows are shared too."""
+    keys = tmp_path / "keys.toml"
+    keys.write_text(STEPS, encoding="utf-8")
+    options = (*LIMIT, "--fit", "distilled", "--config", keys)
+    done = {}
+    for count in (1, 3):
+        path, ranks = tmp_path / str(count), RANKS.format(count=count, signal=15) if count > 1 else ""
+        process = server.start(*job, *options, "--output", path, code=ranks + SMALL)
+        assert process.status == 0, process.err
+        assert process.err.count("distill: done") == 1
+        kept = json.loads((path / "distill.json").read_text(encoding="utf-8"))
+        done[count] = found(path), kept["held_kl"], kept["train_kl"]
+    assert "maps.safetensors" in done[1][0] and len(done[1][2]) == 8
+    assert done[3] == done[1]
 
 
 @pytest.mark.parametrize(("number", "said"), [(15, "the same command"), (0, "another process of this command ended")])

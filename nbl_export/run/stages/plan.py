@@ -201,8 +201,9 @@ def run_distill(inputs: DistillInputs, place: Place, out: Path) -> dict[str, Any
         )  # fmt: skip
     facts = goal.reach(found.maps) if goal else {}
     replaced = facts.get("replaced_layers", plan.layers)
-    save_maps({i: found.maps[i] for i in replaced}, out / MAPS_FILE, plan.tap)
-    write_json(out / DISTILL_FILE, {"held_kl": found.held_kl, "train_kl": found.train_kl, "seconds": found.seconds})
+    if processes.leads():
+        save_maps({i: found.maps[i] for i in replaced}, out / MAPS_FILE, plan.tap)
+        write_json(out / DISTILL_FILE, {"held_kl": found.held_kl, "train_kl": found.train_kl, "seconds": found.seconds})
     how = {"kind": "distilled", "label_weight": settings.label_weight, "steps": len(found.train_kl)}
     return {"fit": how, **facts}
 
