@@ -188,7 +188,8 @@ def main() -> None:
         with tasks.quiet_harness():
             benchmark = tasks.load_benchmark(name, options.data)
         entry = result["tasks"].setdefault(name, {"documents": 0, "rows": {}})
-        documents = len(benchmark.tasks) * min(options.limit or benchmark.most, benchmark.most)
+        every = len(benchmark.task.eval_docs)
+        documents = min(options.limit or every, every)
         if entry["documents"] != documents:
             entry.update(documents=documents, rows={})
         missing = [row for row in rows if row.name not in entry["rows"]]

@@ -143,10 +143,7 @@ def evaluate(
     directory: opt.Run,
     asked: dict[str, Any],
     tasks: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TASK,...", help="Tasks of lm-evaluation-harness, such as arc_easy,piqa, and groups: mmlu."
-        ),
+        str | None, typer.Option(metavar="TASK,...", help="Tasks of lm-evaluation-harness, such as arc_easy,piqa.")
     ] = None,
     perplexity: Annotated[
         str | None, typer.Option(metavar="NAME=FILE,...", help="Measure perplexity on these texts.")
@@ -164,9 +161,6 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Use the first N documents, windows or keys; default: all.")
     ] = None,
-    num_fewshot: Annotated[
-        int | None, typer.Option(min=0, metavar="N", help="Examples in a prompt of a task; default: the task's own.")
-    ] = None,
     ppl_context: Annotated[
         int | None,
         typer.Option(min=2, metavar="N", help="Tokens of a window; default 512, and up to 4,096 with --long-context."),
@@ -175,7 +169,6 @@ def evaluate(
     as_json: opt.Json = False,
 ) -> None:
     """Measure tasks, perplexity and long texts on the graphs."""
-    from nbl_export.evaluation.measure import parse_named
     from nbl_export.records.requests import EvalRequest
     from nbl_export.report.console import eval_table
     from nbl_export.run.pipeline import run_evaluation
@@ -184,13 +177,12 @@ def evaluate(
     for given, flag, needs, named in (
         (ppl_context, "--ppl-context", "--perplexity and --long-context", perplexity or long_context),
         (data, "--data", "--tasks", tasks),
-        (num_fewshot, "--num-fewshot", "--tasks", tasks),
     ):
         if given is not None and not named:
             raise UsageError(f"{flag} is for {needs}; leave {flag} out")
     request = EvalRequest(
-        tasks=_words(tasks), limit=limit, data=data, shots=num_fewshot,
-        texts=parse_named("--perplexity", perplexity), long_texts=parse_named("--long-context", long_context),
+        tasks=_words(tasks), limit=limit, data=data,
+        texts=_named("--perplexity", perplexity), long_texts=_named("--long-context", long_context),
         context=ppl_context,
     )  # fmt: skip
     run = run_evaluation(directory, request, ui(as_json), changes=asked, force=force)
@@ -200,6 +192,19 @@ def evaluate(
 
 def _words(listed: str | None) -> tuple[str, ...]:
     return tuple(word.strip() for word in (listed or "").split(",") if word.strip())
+
+
+def _named(option: str, listed: str | None) -> tuple[tuple[str, str], ...]:
+    """The pairs (name, file) of NAME=FILE,NAME=FILE, which an option got."""
+    pairs = []
+    for word in _words(listed):
+        name, _, file = (part.strip() for part in word.partition("="))
+        if not (name and file):
+            raise UsageError(f"{option}: write NAME=FILE, comma separated, not {word!r}")
+        pairs.append((name, file))
+    if len(dict(pairs)) < len(pairs):
+        raise UsageError(f"{option}: two texts have the same name; give each text its own name")
+    return tuple(pairs)
 
 
 def accept(

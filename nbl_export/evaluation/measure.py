@@ -14,12 +14,13 @@ A text is read in windows that do not overlap, as in the perplexity of `verify`:
     window 0  . p p p p                        . is read, p is read and scored
     window 1            . p p p p              (the first token of a window is never scored: it has no context)
 
-Documents are tokenised one by one and joined, as for calibration. Tokens that do not fill the last window are dropped.
+Documents are tokenised and joined as for calibration. Tokens that do not fill the last window are dropped.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,11 +28,12 @@ from typing import Any
 
 import numpy as np
 
-from nbl_export.errors import NblError, UsageError
+from nbl_export.errors import NblError
 from nbl_export.evaluation.scorer import GraphScorer, Request
 from nbl_export.text.corpus import READ_BYTES, Text
+from nbl_export.text.windows import token_ids
 
-__all__ = ["AGGREGATIONS", "Metric", "Outcome", "difference", "figure", "parse_named", "run_windows", "windows"]
+__all__ = ["AGGREGATIONS", "Metric", "Outcome", "difference", "figure", "run_windows", "windows"]
 
 
 @dataclass(frozen=True)
@@ -128,37 +130,15 @@ def _error(influence: np.ndarray) -> float | None:
 # -- texts -----------------------------------------------------------------------------------------------------
 
 
-def parse_named(option: str, words: str | None) -> tuple[tuple[str, str], ...]:
-    """The pairs (name, file) of NAME=FILE,NAME=FILE, which an option got; none without words.
-
-    Raises:
-        UsageError: a word does not have this form, or two texts have the same name.
-    """
-    pairs = []
-    for word in words.split(",") if words else ():
-        name, sign, file = word.partition("=")
-        if not (sign and name.strip() and file.strip()):
-            raise UsageError(f"{option}: write NAME=FILE, comma separated, not {word!r}")
-        pairs.append((name.strip(), file.strip()))
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        raise UsageError(f"{option}: two texts have the same name; give each text its own name")
-    return tuple(pairs)
-
-
 def windows(text: Text, tokenizer: Any, context: int, limit: int | None) -> list[list[int]]:
     """Token ids of each window; at most `limit` windows.
 
     Raises:
         NblError: the text is shorter than one window, or the windows need more of the text than was read.
     """
-    ids: list[int] = []
-    enough = None if limit is None else context * limit
-    for document in text.documents:
-        ids.extend(tokenizer(document, verbose=False)["input_ids"])
-        if enough is not None and len(ids) >= enough:
-            break
-    if text.cut and (enough is None or len(ids) < enough):
+    enough = sys.maxsize if limit is None else context * limit
+    ids = token_ids(text, tokenizer, enough)
+    if text.cut and len(ids) < enough:
         raise NblError(f"of the text {text.name} only the first {READ_BYTES >> 20} MiB are read; give --limit")
     starts = range(0, len(ids) - context + 1, context)[:limit]
     if not starts:

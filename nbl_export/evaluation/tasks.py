@@ -1,10 +1,10 @@
-"""Benchmarks of lm-evaluation-harness by name, with documents from the hub or from local files, and their run.
+"""Tasks of lm-evaluation-harness by name, with documents from the hub or from local files, and their run.
 
     arc_easy ─► the harness' own configuration (prompts, choices, metrics) ─┬─ data set from the hub
-    mmlu ─► its 57 tasks ─► the same of each                                └─ DIR/arc_easy/test.jsonl
+                                                                            └─ DIR/arc_easy/test.jsonl
 
 A local file holds rows of the task's data set, unchanged: DIR/TASK/SPLIT.jsonl, of the splits that the task names for
-its documents and for examples of few-shot prompts. They replace the data set in the task's configuration
+its documents and for examples of its prompts. They replace the data set in the task's configuration
 (`custom_dataset`). The harness' loader of JSON files would make null of a missing field, and keep a copy of the file
 by its time.
 """
@@ -37,20 +37,15 @@ _SEED = 1234  # the harness' default for few-shot sampling
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A task of the harness with its documents, or a group of tasks. Every prompt was rendered once as a check.
+    """A task of the harness with its documents. Every prompt was rendered once as a check.
 
-    data: name and split of the documents, and a hash if they are local; of a group by task. config: the settings.
+    data: name and split of the documents, and a hash if they are local. config: the settings.
     """
 
     name: str
-    tasks: tuple[Any, ...]
+    task: Any
     data: dict[str, Any]
     config: dict[str, Any]
-
-    @property
-    def most(self) -> int:
-        """Documents of the longest task."""
-        return max(len(task.eval_docs) for task in self.tasks)
 
 
 @functools.cache
@@ -93,14 +88,11 @@ def _catalogue() -> Any:
 # -- a benchmark and its documents -------------------------------------------------------------------------------
 
 
-def load_benchmark(name: str, data: Path | None = None, shots: int | None = None) -> Benchmark:
-    """A benchmark by the harness' name, with local documents if `data` has some.
-
-    Args:
-        shots: examples in a prompt; None is the task's own number.
+def load_benchmark(name: str, data: Path | None = None) -> Benchmark:
+    """A benchmark by the harness' name, with local documents if `data` has some, and the task's own examples.
 
     Raises:
-        UsageError: the harness has no such task.
+        UsageError: the harness has no such task, or it is a group of tasks.
         NblError: documents cannot be fetched, there are none, or a document lacks fields of the prompts.
     """
     if data is not None and not data.is_dir():
@@ -110,30 +102,12 @@ def load_benchmark(name: str, data: Path | None = None, shots: int | None = None
         near = difflib.get_close_matches(name, _catalogue().all_tasks, 3)
         hint = f"; did you mean {' or '.join(near)}?" if near else "; lm_eval ls tasks lists them"
         raise UsageError(f"--tasks: lm-evaluation-harness {harness_version()} has no task {name!r}{hint}")
-    if (leaves := _leaves(name)) == [name]:
-        return _single(name, data, shots)
-    own = (entry.cfg or {}).get("aggregate_metric_list")
-    if not own or not all(metric.get("weight_by_size") for metric in own):
-        raise UsageError(f"--tasks: {name} is a group without a figure of its own; name the tasks in it one by one")
-    parts = [_single(leaf, data, shots) for leaf in leaves]
-    tasks = tuple(task for part in parts for task in part.tasks)
-    return Benchmark(name, tasks, {part.name: part.data for part in parts}, {part.name: part.config for part in parts})
-
-
-def _leaves(name: str) -> list[str]:
-    """Names of the tasks of a group, of its groups and of its tags."""
-    entry = _catalogue().task_index[name]
-    if entry.kind.name in ("TASK", "PY_TASK"):
-        return [name]
-    return [leaf for part in (sorted(entry.tags) if entry.cfg is None else entry.cfg["task"]) for leaf in _leaves(part)]
-
-
-def _single(name: str, data: Path | None, shots: int | None) -> Benchmark:
+    if entry.kind.name not in ("TASK", "PY_TASK"):
+        raise UsageError(f"--tasks: {name} is a group of tasks; lm_eval --model nbl-onnx runs it (docs/evaluation.md)")
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    path = _catalogue().task_index[name].yaml_path
-    stock = load_yaml(path, resolve_func=True) if path else {}
-    shots = (stock.get("num_fewshot") or 0) if shots is None else shots
+    stock = load_yaml(entry.yaml_path, resolve_func=True) if entry.yaml_path else {}
+    shots = stock.get("num_fewshot") or 0
     local = _local(data / name, stock, shots) if data else {}
     where = str(data / name / f"{next(iter(local))}.jsonl") if data and local else f"task {name}"
     task = _load(name, stock, local, where)
@@ -144,14 +118,14 @@ def _single(name: str, data: Path | None, shots: int | None) -> Benchmark:
     if local:
         found |= {"name": where, "sha256": key_of({split: digest for split, (_, digest) in local.items()})}
     shown = {key: value for key in _SHOWN if isinstance(value := getattr(task.config, key), (str, int))}
-    return Benchmark(name, (task,), found, {**shown, "version": task.VERSION})
+    return Benchmark(name, task, found, {**shown, "version": task.VERSION})
 
 
 def _local(directory: Path, stock: dict[str, Any], shots: int) -> dict[str, tuple[list[dict[str, Any]], str]]:
     """Rows of the task's splits that lie here, with the hash of their file; empty without documents.
 
     Raises:
-        NblError: examples are asked for, and none are here.
+        NblError: the task has examples, and the rows of their split are not here.
     """
 
     def here(kinds: tuple[str, ...]) -> dict[str, Path]:
@@ -159,13 +133,11 @@ def _local(directory: Path, stock: dict[str, Any], shots: int) -> dict[str, tupl
         return {split: file for split, file in files.items() if file.is_file()}
 
     documents, examples = here(_SPLITS), here(_EXAMPLES) if shots else {}
-    if documents and shots and not examples:
-        split = next(filter(None, map(stock.get, _EXAMPLES)), None)
-        there = f"give them in {directory / split}.jsonl" if split else "it names no rows for them"
-        raise NblError(
-            f"task {directory.name} is to have {shots} examples in a prompt: {there}, or use --num-fewshot 0"
-        )
-    return {split: _read(file) for split, file in {**documents, **examples}.items()} if documents else {}
+    if not documents:
+        return {}
+    if shots and not examples and (split := next(filter(None, map(stock.get, _EXAMPLES)), None)):
+        raise NblError(f"task {directory.name} has {shots} examples in a prompt; give {directory / split}.jsonl")
+    return {split: _read(file) for split, file in {**documents, **examples}.items()}
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], str]:
@@ -237,33 +209,25 @@ def _line(error: Exception) -> str:
 
 
 def run_benchmark(benchmark: Benchmark, lm: Any, limit: int | None) -> Outcome:
-    """Run all requests of the first `limit` documents of each task on a model (None: all documents).
+    """Run all requests of the first `limit` documents on a model (None: all documents).
 
-    A figure of a group is the mean over all documents of its tasks, as the harness weighs them. `evaluate` is what
-    `simple_evaluate` calls after it has described the machine, which takes seconds.
+    `evaluate` is what `simple_evaluate` calls after it has described the machine, which takes seconds.
     """
     from lm_eval.evaluator import evaluate
 
-    tasks = {str(task.task_name): task for task in benchmark.tasks}
-    for task in tasks.values():
-        task.set_fewshot_seed(seed=_SEED)  # anew for each model: all get the same examples
+    task, name = benchmark.task, str(benchmark.task.task_name)
+    task.set_fewshot_seed(seed=_SEED)  # anew for each model: all get the same examples
     started = time.monotonic()
-    found = evaluate(lm=lm, task_dict={"tasks": tasks}, limit=limit, bootstrap_iters=0)  # `figure` computes errors
+    found = evaluate(lm=lm, task_dict={"tasks": {name: task}}, limit=limit, bootstrap_iters=0)  # `figure` has errors
     seconds = time.monotonic() - started
-    samples = [sample for name in tasks for sample in _of_first_filter(found["samples"][name])]
+    samples = sorted(found["samples"][name], key=lambda sample: int(sample["doc_id"]))
+    samples = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
     metrics = {}
-    for name in samples[0]["metrics"]:
-        kinds = {getattr(task.aggregation().get(name), "__name__", "") for task in tasks.values()}
-        kind, higher = kinds.pop(), bool(benchmark.tasks[0].higher_is_better()[name])
-        if not kinds and (kind == "mean" or (kind in AGGREGATIONS and len(tasks) == 1)):
-            metrics[name] = Metric.of(kind, [sample[name] for sample in samples], higher_is_better=higher)
-        elif len(tasks) == 1:
-            value = found["results"][next(iter(tasks))].get(f"{name},{samples[0]['filter']}")
-            if isinstance(value, (int, float)):
-                metrics[name] = Metric(float(value), None, kind, higher, ())
+    for metric in samples[0]["metrics"]:
+        kind, higher = getattr(task.aggregation().get(metric), "__name__", ""), bool(task.higher_is_better()[metric])
+        value = found["results"][name].get(f"{metric},{samples[0]['filter']}")
+        if kind in AGGREGATIONS:
+            metrics[metric] = Metric.of(kind, [sample[metric] for sample in samples], higher_is_better=higher)
+        elif isinstance(value, (int, float)):
+            metrics[metric] = Metric(float(value), None, kind, higher, ())
     return Outcome(len(samples), metrics, seconds)
-
-
-def _of_first_filter(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    samples = sorted(samples, key=lambda sample: int(sample["doc_id"]))
-    return [sample for sample in samples if sample["filter"] == samples[0]["filter"]]

@@ -19,15 +19,13 @@ _LONG_TOKENS = 4096
 class EvalRequest:
     """What to measure.
 
-    shots: examples in a prompt of a task; None is the task's own number. texts, long_texts: (name, file) pairs, for
-    perplexity and for quality at length. context: tokens of their windows; None is the default of each, see `window`
-    and `long_window`.
+    texts, long_texts: (name, file) pairs, for perplexity and for quality at length. context: tokens of their windows;
+    None is the default of each, see `window` and `long_window`.
     """
 
     tasks: tuple[str, ...] = ()
     limit: int | None = None
     data: Path | None = None
-    shots: int | None = None
     texts: tuple[tuple[str, str], ...] = ()
     long_texts: tuple[tuple[str, str], ...] = ()
     context: int | None = None

@@ -185,8 +185,8 @@ def _prepare(request: EvalRequest, positions: int, ui: Ui) -> tuple[Subject, ...
         version = tasks.harness_version() if names else ""
         for done, name in enumerate(names):
             progress(done, len(names))
-            found = tasks.load_benchmark(name, request.data, request.shots)
-            limit = None if (request.limit or 0) >= found.most else request.limit
+            found = tasks.load_benchmark(name, request.data)
+            limit = None if (request.limit or 0) >= len(found.task.eval_docs) else request.limit
             subjects.append(Subject(name, found, limit, found.data, found.config, version))
     return tuple(subjects)
 

@@ -39,7 +39,7 @@ def test_prompts_are_those_of_the_stock_task(name: str, data: Path, monkeypatch:
     from nbl_export.evaluation.tasks import _catalogue, load_benchmark
 
     benchmark = load_benchmark(name, data)
-    (task,), documents = benchmark.tasks, TASKS[name]
+    task, documents = benchmark.task, TASKS[name]
     stock_set = datasets.Dataset.from_list(documents)
     splits = dict.fromkeys(("train", "validation", "test"), stock_set)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: splits)  # only the download is not the harness'
@@ -60,8 +60,7 @@ def test_the_validation_split_stands_in_for_a_test_split(tmp_path: Path) -> None
 
     write_rows(tmp_path / "boolq" / "validation.jsonl", [{"question": "is it", "passage": "It is.", "label": 1}])
     boolq = load_benchmark("boolq", tmp_path)
-    (task,) = boolq.tasks
-    assert task.doc_to_text(task.eval_docs[0]) == "It is.\nQuestion: is it?\nAnswer:"
+    assert boolq.task.doc_to_text(boolq.task.eval_docs[0]) == "It is.\nQuestion: is it?\nAnswer:"
     assert boolq.data["split"] == "validation"
 
 
@@ -117,101 +116,56 @@ def test_a_task_that_is_none(data: Path) -> None:
 
     with pytest.raises(UsageError, match=r"has no task 'arc_eazy'; did you mean arc_easy"):
         load_benchmark("arc_eazy", data)
-    with pytest.raises(UsageError, match="ai2_arc is a group without a figure of its own"):
-        load_benchmark("ai2_arc", data)
+    for group in ("mmlu", "ai2_arc"):
+        with pytest.raises(UsageError, match=rf"{group} is a group of tasks; lm_eval --model nbl-onnx runs it"):
+            load_benchmark(group, data)
     with pytest.raises(NblError, match=r"hellaswag: its data set cannot be fetched .*give --data DIR with hella"):
         load_benchmark("hellaswag", data)
     with pytest.raises(NblError, match="is not a directory"):
         load_benchmark("piqa", data / "nowhere")
 
 
-def mmlu(directory: Path, *, dev: int) -> Path:
-    """Two questions and `dev` examples of two subjects of a group."""
-    for subject in SUBJECTS:
-        rows = [
-            {"question": f"{subject} {k}?", "choices": ["a", "b", "c", "d"], "answer": k % 4} for k in range(2 + dev)
-        ]
-        write_rows(directory / f"mmlu_{subject}" / "test.jsonl", rows[:2])
-        if dev:
-            write_rows(directory / f"mmlu_{subject}" / "dev.jsonl", rows[2:])
+def sums(directory: Path, *, examples: int) -> Path:
+    """Two documents of a task that has five examples in a prompt, and rows for these."""
+    rows = [{"question": f"{k}?", "answer": f"#### {k}"} for k in range(2 + examples)]
+    write_rows(directory / "gsm8k" / "test.jsonl", rows[:2])
+    if examples:
+        write_rows(directory / "gsm8k" / "train.jsonl", rows[2:])
     return directory
 
 
-SUBJECTS = ("anatomy", "virology")
-
-
-@pytest.fixture
-def small_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The group mmlu with two of its tasks."""
-    from nbl_export.evaluation.tasks import _catalogue
-
-    entry = _catalogue().task_index["mmlu"]
-    monkeypatch.setitem(entry.cfg, "task", [f"mmlu_{subject}" for subject in SUBJECTS])
-
-
-def test_examples_stand_in_front_of_a_question(tmp_path: Path, small_group: None) -> None:
-    from nbl_export.evaluation.tasks import load_benchmark
-
-    found = load_benchmark("mmlu", mmlu(tmp_path, dev=6), 5)
-    assert [task.task_name for task in found.tasks] == ["mmlu_anatomy", "mmlu_virology"]
-    for task, subject in zip(found.tasks, SUBJECTS, strict=True):
-        prompt = task.fewshot_context(task.eval_docs[1], num_fewshot=task.config.num_fewshot)
-        asked = [line for line in prompt.splitlines() if line.endswith("?")]
-        assert [line.split()[-1] for line in asked] == ["2?", "3?", "4?", "5?", "6?", "1?"], asked
-        assert found.config[task.task_name]["num_fewshot"] == 5 and f"{subject} 1?" in prompt
-    assert load_benchmark("mmlu", mmlu(tmp_path / "none", dev=0)).tasks[0].config.num_fewshot == 0
-
-
-def test_missing_examples_are_named(tmp_path: Path, data: Path, small_group: None) -> None:
-    from nbl_export.evaluation.tasks import load_benchmark
-
-    with pytest.raises(NblError, match=r"mmlu_anatomy is to have 5 examples .* give them in .*mmlu_anatomy/dev\.jsonl"):
-        load_benchmark("mmlu", mmlu(tmp_path, dev=0), 5)
-    with pytest.raises(NblError, match="mmlu_anatomy has no prompt with 5 examples"):
-        load_benchmark("mmlu", mmlu(tmp_path, dev=2), 5)
-    with pytest.raises(NblError, match=r"lambada_openai .*names no rows for them, or use --num-fewshot 0"):
-        load_benchmark("lambada_openai", data, 1)
-
-
 class Guesser:
-    """A model that takes the first choice, and remembers the prompts."""
+    """A model that says nothing, and remembers the prompts."""
 
     rank, world_size, progress = 0, 1, None
 
     def __init__(self) -> None:
         self.prompts: list[str] = []
 
-    def loglikelihood(self, asked: list[Any]) -> list[tuple[float, bool]]:
+    def generate_until(self, asked: list[Any]) -> list[str]:
         self.prompts += [request.args[0] for request in asked]
-        return [(-float(request.idx), False) for request in asked]
+        return [""] * len(asked)
 
     def tok_encode(self, text: str, **_: Any) -> list[int]:
         return list(text.encode())
-
-    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        return self.tok_encode(context), self.tok_encode(continuation)
 
     def get_model_info(self) -> dict[str, Any]:
         return {}
 
 
-def test_a_figure_of_a_group_is_that_of_all_its_documents(tmp_path: Path, small_group: None) -> None:
+def test_every_model_gets_the_same_examples_of_the_task(tmp_path: Path) -> None:
     from nbl_export.evaluation.tasks import load_benchmark, run_benchmark
 
-    write_rows(mmlu(tmp_path, dev=3) / "mmlu_virology" / "test.jsonl",
-               [{"question": "q?", "choices": ["a", "b", "c", "d"], "answer": 0}] * 4)  # fmt: skip
-    model = Guesser()
-    found = run_benchmark(load_benchmark("mmlu", tmp_path, 2), model, None)
-    assert (found.items, len(model.prompts), found.metrics["acc"].value) == (6, 24, 5 / 6)
-    assert len(found.metrics["acc"].items) == 6
+    benchmark, models = load_benchmark("gsm8k", sums(tmp_path, examples=40)), (Guesser(), Guesser())
+    found = [run_benchmark(benchmark, model, None) for model in models]
+    assert benchmark.config["num_fewshot"] == 5 and found[0].items == 2
+    assert models[0].prompts == models[1].prompts and [p.count("?") for p in models[0].prompts] == [6, 6]
 
 
-def test_every_model_gets_the_same_examples(tmp_path: Path) -> None:
-    from nbl_export.evaluation.tasks import load_benchmark, run_benchmark
+def test_missing_examples_are_named(tmp_path: Path) -> None:
+    from nbl_export.evaluation.tasks import load_benchmark
 
-    write_rows(tmp_path / "arc_easy" / "test.jsonl", QUESTIONS)
-    write_rows(tmp_path / "arc_easy" / "train.jsonl", [{**QUESTIONS[0], "question": f"{k}?"} for k in range(40)])
-    benchmark, models = load_benchmark("arc_easy", tmp_path, 3), (Guesser(), Guesser())
-    for model in models:
-        run_benchmark(benchmark, model, None)
-    assert models[0].prompts == models[1].prompts and models[0].prompts[0].count("?") == 4
+    with pytest.raises(NblError, match=r"gsm8k has 5 examples in a prompt; give .*gsm8k/train\.jsonl"):
+        load_benchmark("gsm8k", sums(tmp_path / "none", examples=0))
+    with pytest.raises(NblError, match="gsm8k has no prompt with 5 examples"):
+        load_benchmark("gsm8k", sums(tmp_path / "few", examples=2))
