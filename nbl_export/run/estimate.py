@@ -20,6 +20,7 @@ from nbl_export.errors import NblError
 from nbl_export.measure.estimate import Job as EstimatedJob
 from nbl_export.measure.estimate import Needs
 from nbl_export.measure.machine_speed import product_flops_per_second
+from nbl_export.model import processes
 from nbl_export.model.checkpoint.shape import Shape, read_shape
 from nbl_export.model.memory import available_bytes, holds
 from nbl_export.options.options import SMALLEST, JobOptions
@@ -77,7 +78,7 @@ def foreseen(job: Job, stages: Sequence[Stage[Any]], output: Path) -> str:
         return ""
     estimated = _job(dataclasses.replace(shape, decoder=job.decoder), job.options)
     left = _left(job, stages)
-    needs = [stage for stage in estimated.needs() if stage.stage in left]
+    needs = [_of_all_processes(stage, stages) for stage in estimated.needs() if stage.stage in left]
     if not needs:
         return ""
     total, place = _totals(needs), _existing(output)
@@ -89,6 +90,12 @@ def foreseen(job: Job, stages: Sequence[Stage[Any]], output: Path) -> str:
             f"\n  weights in {SMALLEST}: in float32 they take {size(estimated.weights)}; --precision sets another type"
         )
     return f"{said}\n  {_spoken_gain(estimated)}" if estimated.engine.static and "plan" in left else said
+
+
+def _of_all_processes(need: Needs, stages: Sequence[Stage[Any]]) -> Needs:
+    """The memory that a shared stage takes on this machine: each process holds the whole model."""
+    shared = any(stage.shared and stage.name == need.stage for stage in stages)
+    return dataclasses.replace(need, memory_bytes=need.memory_bytes * processes.local()) if shared else need
 
 
 def _spoken_gain(job: EstimatedJob) -> str:

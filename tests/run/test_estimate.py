@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from nbl_export.errors import NblError
 from nbl_export.model.checkpoint.shape import read_shape
 from nbl_export.options.settle import settle
 from nbl_export.run import estimate as estimating
@@ -189,6 +190,22 @@ def test_disk_is_that_of_a_finished_run(finished: Path, checkpoint: Callable[[st
     left = {stage: (finished / name).stat().st_size for stage, name in files.items()}
     assert found["bench"] == 0
     assert {stage: found[stage] / left[stage] for stage in left} == pytest.approx(dict.fromkeys(left, 1), rel=0.2)
+
+
+def test_processes_of_a_machine_hold_a_model_each(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nbl_export.run.pipeline import STAGES
+
+    needs = estimating._job(read_shape(opened(run).torch.origin()), opened(run).options).needs()
+    most = max(stage.memory_bytes for stage in needs)
+    monkeypatch.setattr(estimating, "available_bytes", lambda: most)
+    job, stages = opened(run, context=32), STAGES[:3]
+    assert "estimate" in estimating.foreseen(job, stages, run)
+    calibrate = next(stage.memory_bytes for stage in needs if stage.stage == "calibrate")
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "40")
+    assert 40 * calibrate > most
+    with pytest.raises(NblError, match="the stage calibrate needs"):
+        estimating.foreseen(job, stages, run)
 
 
 def test_a_job_that_resumes_counts_what_is_left(run: Path, same: Same, monkeypatch: pytest.MonkeyPatch) -> None:
