@@ -36,12 +36,9 @@ _TINY = {
 }  # as tiny.toml has it  # fmt: skip
 TINY = ("--config", str(Path(__file__).parent / "tiny.toml"), "--calibration-tokens", "1024")
 BARE = ("--config", str(Path(__file__).parent / "bare.toml"), *TINY[2:])  # for an NBL checkpoint
-# Code: a quarter of the windows for each use of text, and a machine measured with little work. All jobs of the tests
-# have it, so they agree on what is done.
+# Code: a quarter of the windows for each use of text. All jobs of the tests have it, so they agree on what is done.
 SHORT_PARTS = """
-from nbl_export.measure import machine_speed
 from nbl_export.text import windows
-machine_speed.READ_BYTES = 1 << 20
 windows._PART_TOKENS = {roles: tokens // 4 for roles, tokens in windows._PART_TOKENS.items()}
 """
 _STAGE = re.compile(

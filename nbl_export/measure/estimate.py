@@ -19,7 +19,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import time
 from dataclasses import dataclass
+
+import numpy as np
 
 from nbl_export.measure.cost import WEIGHT_BYTES, CostModel, LayerSizes, cost_model
 from nbl_export.measure.rounds import LOOKS, Rule
@@ -42,7 +45,7 @@ from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.plan import CUT_KIND
 from nbl_export.text.windows import deciding_tokens, final_tokens, judging_tokens
 
-__all__ = ["Gain", "Job", "Needs"]
+__all__ = ["Gain", "Job", "Needs", "product_flops_per_second"]
 
 # Measured: "smollm2" and "qwen" are stages-*.json, the 8B shape is shapes-8b.json in bench/results.
 _FIT = 28.0  # x D^3 of float32 work to score or fit one map, in float64: plan of the 8B shape
@@ -57,6 +60,21 @@ _STEP = 1024  # tokens of a training step
 _TWICE = 8192  # tokens of passages that decide a cut, beside the deciding texts
 _SHORT = 2  # times the judged tokens: the short contexts of answers from far back (`text.far`)
 _SUMS = 14 / 3  # x D^2 additions and multiplications of a token's moments: Y'X, and 2/3 of X'X and Y'Y (`sums.gram`)
+
+
+@functools.cache  # each process measures once
+def product_flops_per_second() -> float:
+    """Additions and multiplications a second of a float32 product, in a tenth of a second.
+
+    The shortest product counts, since other programs that run at the same time make the rate too low.
+    """
+    rng, rows, width, seconds = np.random.default_rng(0), 512, 1024, []
+    x, weight = (rng.standard_normal(shape, np.float32) for shape in ((rows, width), (width, width)))
+    for _ in range(20):
+        start = time.perf_counter()
+        x @ weight
+        seconds.append(time.perf_counter() - start)
+    return 2.0 * rows * width**2 / min(seconds)
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,6 @@ BENCHMARK = {
     }},
     "machine": {"memory_bytes": int, "cpu": str, "cores": int, "os": str, "python": str},
     "versions": {str: str},
-    "reads?": {**_TEST, "machine_bytes_per_second": float, "bytes_per_second": {"original": float, "nbl": float}},
     "arithmetic?": {str: str}, "slots?": int,
     "gpu_clocks?": {"runs": int, "slowed_by": {str: int}, "sm_mhz?": [int], "memory_mhz?": [int]},
 }  # fmt: skip

@@ -98,7 +98,6 @@ def intervals(report: Mapping[str, Any]) -> Iterator[Block]:
         f"ratios. {_level(report)} Fewer than {FEWEST_LOADS} loads give no verdict. A difference is called noisy if "
         "the ends of its interval are more than a quarter apart, or if the medians of both decoders say another ratio."
     )
-    yield from _reads(report)
     yield from _device(report)
 
 
@@ -154,26 +153,6 @@ def _device(report: Mapping[str, Any]) -> Iterator[Block]:
         "Around another step, such as a prefill or one of TensorRT-RTX, they also count the wait for its launch. "
         "The rest is the host's loop, launches and copies, which dampen every ratio of a small model."
     )
-
-
-def _reads(report: Mapping[str, Any]) -> Iterator[Block]:
-    """What decoding reads a second, and its share of what the machine reads; nothing if a cache serves a part of it."""
-    found = report["bench"].get("reads")
-    if not found:
-        return
-    able, threads = found["machine_bytes_per_second"], found["threads"]
-    before, after = (found["bytes_per_second"][name] for name in _VARIANTS)
-    if max(before, after) > able:
-        return
-    yield Paragraph(
-        f"{words.test(found, swept=is_swept(report))}: weights and caches are read at {_gigabytes(before)} in the "
-        f"original and {_gigabytes(after)} in NBL. With {threads} {words.plural('thread', threads)} this machine reads "
-        f"{_gigabytes(able)}: {words.percent(before / able)} and {words.percent(after / able)} of it are used."
-    )
-
-
-def _gigabytes(rate: float) -> str:
-    return f"{words.number(rate / 1e9)} GB/s"
 
 
 def _sizes(report: Mapping[str, Any]) -> Iterator[Block]:

@@ -18,8 +18,7 @@ from typing import Any
 
 from nbl_export.errors import NblError
 from nbl_export.measure.estimate import Job as EstimatedJob
-from nbl_export.measure.estimate import Needs
-from nbl_export.measure.machine_speed import product_flops_per_second
+from nbl_export.measure.estimate import Needs, product_flops_per_second
 from nbl_export.model import processes
 from nbl_export.model.checkpoint.shape import Shape, read_shape
 from nbl_export.model.memory import available_bytes, holds

@@ -12,8 +12,7 @@ import pytest
 
 from nbl_export.calibrate.cuts import CutShape
 from nbl_export.measure.cost import CostModel
-from nbl_export.measure.estimate import Job, Needs
-from nbl_export.measure.machine_speed import product_flops_per_second
+from nbl_export.measure.estimate import Job, Needs, product_flops_per_second
 from nbl_export.model.checkpoint.shape import Shape
 from nbl_export.options.options import JobOptions
 from nbl_export.records.decoder import DecoderSpec

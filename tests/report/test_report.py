@@ -213,16 +213,6 @@ CURVE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def test_a_share_of_the_memory_rate_is_told_up_to_all_of_it() -> None:
-    """Weights of a small model stay in the processor's cache, so that they are read faster than memory allows."""
-    for able in (30e9, 18e9):
-        rates = {"original": 20e9, "nbl": 15e9}
-        reads = {"test": "tg8", "depth": 0, "threads": 1, "machine_bytes_per_second": able, "bytes_per_second": rates}
-        text = Written(bench=changed(BENCH, reads=reads)).markdown
-        said = "this machine reads 30.0 GB/s: 66.7% and 50.0% of it are used."
-        assert (said in text) is ("GB/s" in text) is (able == 30e9)
-
-
 def test_the_curve_is_drawn_with_a_ring_at_this_runs_number(tmp_path: Path) -> None:
     render({**MANIFEST, "curve": CURVE, "select": "efficient"}, VERIFY, None, tmp_path)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nbl_export.errors import NblError
 from nbl_export.files import write_json
 from nbl_export.measure.benchmark import BenchSetting, BenchTests, side_by_side
-from nbl_export.measure.cost import CostModel, map_sizes
-from nbl_export.measure.machine_speed import READ_BYTES, read_bytes_per_second
 from nbl_export.measure.rounds import Variant
 from nbl_export.mixers import cache_layers
-from nbl_export.model.memory import available_bytes
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.from_json import edited
 from nbl_export.records.inputs import Lazy
-from nbl_export.records.results import Timing
 from nbl_export.run.job import Job
 from nbl_export.run.stages.common import LeftOut, Place
 from nbl_export.run_directory import BENCH_FILE, DECODERS
@@ -30,7 +24,7 @@ __all__ = ["BenchInputs", "declare", "run"]
 
 @dataclass(frozen=True)
 class BenchInputs:
-    """What is measured, beside the graphs; names as in the options. costs: what decoding reads."""
+    """What is measured, beside the graphs; names as in the options."""
 
     available: Lazy[Target]
     engine_name: str
@@ -39,7 +33,6 @@ class BenchInputs:
     spec: DecoderSpec
     cache_length: int
     tests: BenchTests
-    costs: Lazy[CostModel]
 
 
 def declare(job: Job) -> BenchInputs | LeftOut:
@@ -60,7 +53,6 @@ def declare(job: Job) -> BenchInputs | LeftOut:
             options.prompt_tokens, options.generate_tokens, options.depths, options.batches, options.threads,
             options.repetitions,
         ),
-        costs=Lazy(None, lambda: job.cost.value),
     )  # fmt: skip
 
 
@@ -88,32 +80,8 @@ def run(inputs: BenchInputs, place: Place, out: Path) -> dict[str, Any]:
     said = {subject: engine.arithmetic(variant.directory) for subject, variant in variants.items()}
     arithmetic = {"arithmetic": said} if any(said.values()) else {}
     slots = {"slots": inputs.cache_length} if capabilities.static else {}
-    reads = {} if setting.gpu else _reads(inputs, place, result)
-    write_json(out / BENCH_FILE, {**result, **reads, **arithmetic, **slots})
+    write_json(out / BENCH_FILE, {**result, **arithmetic, **slots})
     return {"status": place.verdict}
-
-
-def _reads(inputs: BenchInputs, place: Place, bench: Mapping[str, Any]) -> dict[str, Any]:
-    """Bytes of weights and caches that the first decode test reads a second, and what this machine can read.
-
-    Empty if the costs of the decoder are unknown, or if memory is short.
-    """
-    decoded = [t for t in map(Timing.from_json, bench["timings"]) if t.scenario.kind == "tg" and t.scenario.batch == 1]
-    if not decoded or available_bytes() < 4 * READ_BYTES:  # the measurement would make a small machine swap
-        return {}
-    try:
-        costs = inputs.costs.value
-    except NblError:  # the checkpoint is gone, or its configuration does not state the width of its MLP
-        return {}
-    first, maps = decoded[0].scenario, map_sizes(place.maps())
-    threads = first.threads or inputs.available.value.default_threads()
-    middle = first.depth + first.tokens // 2
-    rates = {
-        t.variant: t.median * costs.decode({} if t.variant == "original" else maps, middle).bytes
-        for t in decoded if t.scenario == first
-    }  # fmt: skip
-    able = {"threads": threads, "machine_bytes_per_second": read_bytes_per_second(threads)}
-    return {"reads": {**first.facts(), **able, "bytes_per_second": rates}}
 
 
 # -- report ----------------------------------------------------------------------------------------------------
