@@ -36,8 +36,6 @@ class FakeDevice(Device):
         self.buffers: dict[int, np.ndarray] = {}
         self.captures, self.captured, self.replayed, self.closed = captures, 0, 0, False
         self._recording: list[Callable[[], None]] | None = None
-        self.marks: list[tuple[int, bool]] = []  # and whether the mark was part of a replayed record
-        self._replaying = False
 
     def allocate(self, size: int) -> int:
         buffer = np.full(size, 255, np.uint8)  # NaN, as memory may hold
@@ -59,13 +57,6 @@ class FakeDevice(Device):
     def synchronize(self) -> None:
         pass
 
-    def mark(self, which: int) -> None:
-        self.submit(lambda: self.marks.append((which, self._replaying)))
-
-    def between_marks(self) -> float:
-        assert [which for which, _ in self.marks[-2:]] == [0, 1]
-        return 0.001
-
     def submit(self, work: Callable[[], None]) -> None:
         if self._recording is None:
             work()
@@ -84,10 +75,9 @@ class FakeDevice(Device):
         self.captured += 1
 
         def replay() -> None:
-            self.replayed, self._replaying = self.replayed + 1, True
+            self.replayed += 1
             for item in recorded:
                 item()
-            self._replaying = False
 
         return replay
 

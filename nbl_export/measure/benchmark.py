@@ -1,6 +1,6 @@
 """Times decoders side by side, in llama-bench's terms, on any TextRunner.
 
-    each variant alone, in a child process         load seconds, peak and steady memory
+    each variant alone, in a child process         peak and steady memory
     for each number of threads, repeated loads of all variants (`rounds`); with each load, for each batch and depth:
         depth d      fill A to d, fill B to d      untimed; every run below starts by rewinding to d
           pp<T>      warm A, warm B, a round A B   with the next load B A
@@ -42,7 +42,7 @@ import psutil
 from nbl_export.errors import NblError
 from nbl_export.files import versions
 from nbl_export.measure.clocks import read_clocks
-from nbl_export.measure.footprint import Footprint, OpenRunner, disk_bytes, measure_footprint
+from nbl_export.measure.footprint import Footprint, OpenRunner, measure_footprint
 from nbl_export.measure.instruments import Instruments, background_of
 from nbl_export.measure.rounds import Bench, Progress, Rule, Steps, Variant, groups, time_rounds
 from nbl_export.model.memory import available_bytes
@@ -165,7 +165,7 @@ def run(
         scenarios: see `plan_scenarios`; scenarios that cannot run are listed in "skipped".
         repetitions: timed rounds, each with its own load and untimed warm-up; None lets `rounds.Rule` decide.
         progress: called with (steps done, total steps), warm-ups and fills included.
-        measure: reads memory and load time of a variant; None: `measure_footprint`.
+        measure: reads the memory of a variant; None: `measure_footprint`.
 
     Raises:
         NblError: no scenario fits the context, or a runner fails.
@@ -251,7 +251,6 @@ def _describe(variant: Variant, footprint: Footprint, tokens: int) -> dict[str, 
         "kv_cache_bytes": variant.cache_bytes_per_token * tokens,
         "kv_cache_bytes_per_token": variant.cache_bytes_per_token,
         "model_bytes": _model_bytes(directory),
-        "disk_bytes": disk_bytes(directory),
     }
 
 

@@ -1,7 +1,4 @@
-"""Memory and load time of one decoder in a fresh process, and the size of its files.
-
-load ─► prompt and a few tokens ─► resident memory ─► load twice more for the time
-"""
+"""Memory of one decoder in a fresh process: load ─► prompt and a few tokens ─► resident memory."""
 
 from __future__ import annotations
 
@@ -9,8 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import platform
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,53 +14,29 @@ import psutil
 
 from nbl_export.child import Child, Write
 from nbl_export.errors import NblError
-from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE, IR_WEIGHTS
 from nbl_export.targets.gpu import free_bytes
 from nbl_export.targets.runners import TextRunner
 
-__all__ = ["Footprint", "OpenRunner", "disk_bytes", "footprint_here", "measure_footprint"]
+__all__ = ["Footprint", "OpenRunner", "footprint_here", "measure_footprint"]
 
 OpenRunner = Callable[..., TextRunner]  # of a directory and a number of threads
 _LONGEST = 1000  # characters of an error from the child
 _DECODED = 8  # tokens decoded before memory is read
-_LOADS = 3  # load seconds are the median of this many loads,
-_CHEAP_LOAD_SECONDS = 10.0  # unless the first load takes longer than this
-# kind of file -> its names; any other file is "other"
-_KINDS = {
-    "engine": ("*.engine",),
-    "kernels": ("*.cache",),  # of TensorRT-RTX, compiled on the GPU
-    "weights": ("*.data", "*.safetensors", IR_WEIGHTS),
-    "graph": ("*.onnx", IR_FILE, ALL_LOGITS_IR),
-    "tokenizer": ("tokenizer*", "openvino_*tokenizer.*", "vocab*", "merges.txt", "special_tokens_map.json",
-                  "added_tokens.json", "*.jinja"),
-    "settings": ("*.json",),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of memory and load seconds of one decoder alone in a process.
+    """Bytes of memory of one decoder alone in a process.
 
     peak: largest resident set of the process, with interpreter and engine library (about 35 MB before a model is
     loaded). File pages that the engine maps count while they are resident. steady: resident set with the model loaded
-    and the sequence in its cache. load: opening the runner, with the files in the page cache. device: memory that the
-    GPU has less of in the steady state, without the driver's context; None without a GPU.
+    and the sequence in its cache. device: memory that the GPU has less of in the steady state, without the driver's
+    context; None without a GPU.
     """
 
     peak_memory_bytes: int
     steady_memory_bytes: int
-    load_seconds: float
     device_memory_bytes: int | None = None
-
-
-def disk_bytes(directory: Path) -> dict[str, int]:
-    """Bytes of the files of a deployable directory, by kind of file; kinds without files are omitted."""
-    sizes = dict.fromkeys((*_KINDS, "other"), 0)
-    for path in directory.rglob("*"):
-        if path.is_file():
-            kind = next((k for k, names in _KINDS.items() if any(path.match(name) for name in names)), "other")
-            sizes[kind] += path.stat().st_size
-    return {kind: size for kind, size in sizes.items() if size}
 
 
 def measure_footprint(
@@ -89,8 +60,7 @@ def measure_footprint(
             raise NblError(f"measuring {directory} failed: the process that loaded it {child.ending()}")
     if isinstance(answer, str):
         raise NblError(answer)
-    peak, steady, seconds, device = answer
-    return Footprint(int(peak), int(steady), float(seconds), device)
+    return Footprint(*answer)
 
 
 def _child(
@@ -114,9 +84,7 @@ def footprint_here(
 ) -> Footprint:
     """The same in this process, whose memory so far counts too."""
     free = free_bytes() if gpu else None
-    start = time.perf_counter()
     with load() as runner:
-        seconds = [time.perf_counter() - start]
         runner.begin(capacity)
         runner.append(prompt)
         for token in prompt[: min(_DECODED, capacity - len(prompt))]:
@@ -124,12 +92,8 @@ def footprint_here(
         steady = psutil.Process().memory_info().rss
         peak = max(_peak_memory_bytes(), steady)  # the kernel's two counters may differ by a page
         left = None if free is None else free_bytes()
-    while len(seconds) < _LOADS and seconds[0] < _CHEAP_LOAD_SECONDS:
-        start = time.perf_counter()
-        with load():
-            seconds.append(time.perf_counter() - start)
     device = None if free is None or left is None else max(0, free - left)
-    return Footprint(peak, steady, statistics.median(seconds), device)
+    return Footprint(peak, steady, device)
 
 
 def _peak_memory_bytes() -> int:

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-__all__ = ["Instruments", "Reading", "background_of", "is_busy", "read_usage", "used_between", "wait_until_idle"]
+__all__ = ["Instruments", "Reading", "background_of", "read_usage", "used_between", "wait_until_idle"]
 
 _LOOK = 0.01  # seconds of one observation
 _SHARE = 0.2  # share of one core that an idle process may use
@@ -102,17 +102,13 @@ def background_of(loads: Sequence[Mapping[str, Any]], waits: int, gave_up: int) 
     """
     known = [load for load in loads if load["others"] is not None]
     seconds = sum(load["seconds"] for load in known)
-    means = {
+    means: dict[str, Any] = {
         name: sum(load["seconds"] * load[name] for load in known) / seconds if known else None
         for name in ("others", "stolen")
     }
-    found = {"cores": len(_own_cores()), **means, "waits": waits, "gave_up": gave_up}
-    return {**found, "busy": is_busy(found), "loads": list(loads)}
-
-
-def is_busy(found: Mapping[str, Any]) -> bool:
-    """Whether other processes and the host took more than a tenth of the cores."""
-    return found["others"] is not None and found["others"] + found["stolen"] > _BUSY_SHARE * found["cores"]
+    cores = len(_own_cores())
+    busy = bool(known) and sum(means.values()) > _BUSY_SHARE * cores
+    return {"cores": cores, **means, "waits": waits, "gave_up": gave_up, "busy": busy}
 
 
 # -- all of them ---------------------------------------------------------------------------------------------------

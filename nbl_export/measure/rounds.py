@@ -142,7 +142,7 @@ def time_rounds(
 
 
 def _joined(runs: Sequence[Timing]) -> Timing:
-    names = ("samples_ns", "loads", "first_token_ns", "token_ns", "device_ns")
+    names = ("samples_ns", "loads", "first_token_ns", "token_ns")
     fields: dict[str, Any] = {name: tuple(x for run in runs for x in getattr(run, name)) for name in names}
     return dataclasses.replace(runs[0], **fields)
 
@@ -198,10 +198,7 @@ def _run(bench: Bench, variant: str, runner: TextRunner, scenario: Scenario) -> 
     """
     runner.rewind(scenario.depth)
     bench.waits.append(bench.instruments.idle())
-    device_seconds: Callable[[], float | None] = getattr(runner, "device_seconds", lambda: None)
-    device_seconds()  # counts from here on
     stamps, picks = zip(*_repeated(bench, runner, scenario, bench.instruments.least_ns), strict=True)
-    computed = device_seconds()
     if bench.instruments.clocks and (clocks := bench.instruments.clocks()):
         bench.clocks.append(clocks)
     mean: Callable[[float], tuple[int, ...]] = lambda total: (round(total / len(stamps)),)  # noqa: E731
@@ -210,7 +207,6 @@ def _run(bench: Bench, variant: str, runner: TextRunner, scenario: Scenario) -> 
         scenario, variant, mean(sum(run[-1] - run[0] for run in stamps)),
         first_token_ns=mean(sum(picks)) if scenario.kind == "pp" else (),
         token_ns=(steps,) if scenario.kind == "tg" else (),
-        device_ns=() if computed is None else mean(1e9 * computed),
     )  # fmt: skip
 
 

@@ -81,7 +81,6 @@ class Timing:
         loads: the load of the decoders that each repetition ran on. Repetitions of one load are not independent.
         first_token_ns: time to pick the first token after a prefill.
         token_ns: time of each step of a decode.
-        device_ns: time that a GPU computed in each repetition, if the engine reports it.
     """
 
     scenario: Scenario
@@ -90,7 +89,6 @@ class Timing:
     loads: tuple[int, ...] = ()
     first_token_ns: tuple[int, ...] = ()
     token_ns: tuple[tuple[int, ...], ...] = ()
-    device_ns: tuple[int, ...] = ()
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Timing:
@@ -102,15 +100,12 @@ class Timing:
         return read_record(cls, {**taken(cls), "scenario": read_record(Scenario, taken(Scenario))})
 
     def to_json(self) -> dict[str, Any]:
-        """A row of bench.json: raw nanoseconds, and the latencies derived from them."""
+        """A row of bench.json: raw nanoseconds."""
         raw = {
             "samples_ns": list(self.samples_ns),
             "loads": list(self.loads),
             "first_token_ns": list(self.first_token_ns),
             "token_ns": [list(run) for run in self.token_ns],
-            "device_ns": list(self.device_ns),
-            "ttft_ns": self.ttft_ns,
-            "tpot_ns": self.tpot_ns,
         }
         return {**self.scenario.facts(), "variant": self.variant, **{k: v for k, v in raw.items() if v}}
 
@@ -124,13 +119,11 @@ class Timing:
             **self.scenario.facts(),
             "variant": self.variant,
             "tokens_per_second_median": self.median,
-            "tokens_per_second_mean": self.mean,
             "tokens_per_second_stdev": self.stdev,
             "samples": list(self.tokens_per_second),
             "loads": list(self.loads),
             "ttft_seconds": None if self.ttft_ns is None else self.ttft_ns / 1e9,
             "tpot_seconds": tpot and {name: ns / 1e9 for name, ns in tpot.items()},
-            **({"device_seconds": statistics.median(self.device_ns) / 1e9} if self.device_ns else {}),
         }
 
     @property
@@ -157,10 +150,6 @@ class Timing:
     @property
     def median(self) -> float:
         return statistics.median(self.tokens_per_second)
-
-    @property
-    def mean(self) -> float:
-        return statistics.fmean(self.tokens_per_second)
 
     @property
     def stdev(self) -> float:

@@ -75,12 +75,11 @@ BENCHMARK = {
     },
     "timings": [{
         **_TEST, "variant": str, "samples_ns": [int], "loads": [int], "first_token_ns?": [int], "token_ns?": [[int]],
-        "device_ns?": [int],
     }],
     "skipped?": [{**_TEST, "reason": str}],
     "variants": {str: {
-        "peak_memory_bytes": int, "load_seconds": float, "kv_cache_bytes": int, "kv_cache_bytes_per_token": int,
-        "model_bytes": int, "disk_bytes": {str: int},
+        "peak_memory_bytes": int, "kv_cache_bytes": int, "kv_cache_bytes_per_token": int,
+        "model_bytes": int,
     }},
     "machine": {"memory_bytes": int, "cpu": str, "cores": int, "os": str, "python": str},
     "versions": {str: str},

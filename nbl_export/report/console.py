@@ -171,7 +171,7 @@ def compared_table(value: Mapping[str, Any]) -> Shown:
             None if row["ttft_seconds"] is None else f"{1000 * row['ttft_seconds']:.1f}",
             " / ".join(f"{1000 * s:.2f}" for s in tpot.values()) if tpot else None,
             facts and size(facts["peak_memory_bytes"]),
-            facts and size(sum(facts["disk_bytes"].values())),
+            facts and size(facts["model_bytes"]),
         ])  # fmt: skip
     said = f"Speed was {spoken_background(value['background'])}."
     return Table.of(("decoder", "test", *Column.numbers(*numbers)), rows), said

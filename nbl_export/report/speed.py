@@ -98,7 +98,6 @@ def intervals(report: Mapping[str, Any]) -> Iterator[Block]:
         f"ratios. {_level(report)} Fewer than {FEWEST_LOADS} loads give no verdict. A difference is called noisy if "
         "the ends of its interval are more than a quarter apart, or if the medians of both decoders say another ratio."
     )
-    yield from _device(report)
 
 
 def _slots(report: Mapping[str, Any]) -> Iterator[Block]:
@@ -131,28 +130,6 @@ def _level(report: Mapping[str, Any]) -> str:
     counts = sorted({ratio["loads"] for ratio in report["ratios"]} - {1})
     return " ".join(f"An interval of {n} loads contains the true median in {spoken_level(exact_level(n))} of all cases."
                     for n in counts)  # fmt: skip
-
-
-def _of(report: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[str, str]:
-    return words.test(row, swept=is_swept(report)), _VARIANTS[row["variant"]]
-
-
-def _device(report: Mapping[str, Any]) -> Iterator[Block]:
-    rows = [r for r in report["rows"] if r.get("device_seconds")]
-    if not rows:
-        return
-    yield Heading("Time of the GPU")
-    yield Table.of(("Test", "Variant", *Column.numbers("Run", "GPU", "Share of the GPU")), [
-        (*_of(report, r), words.milliseconds(run), words.milliseconds(r["device_seconds"]),
-         words.percent(r["device_seconds"] / run))
-        for r in rows for run in [r["batch"] * r["tokens"] / r["tokens_per_second_median"]]
-    ])  # fmt: skip
-    yield Paragraph(
-        "A run is the whole test, by the clock of the host. The GPU's time is between two events of each step. "
-        "They are part of a step that is captured as a CUDA graph by this package. "
-        "Around another step, such as a prefill or one of TensorRT-RTX, they also count the wait for its launch. "
-        "The rest is the host's loop, launches and copies, which dampen every ratio of a small model."
-    )
 
 
 def _sizes(report: Mapping[str, Any]) -> Iterator[Block]:

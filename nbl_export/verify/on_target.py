@@ -274,8 +274,6 @@ def _clock(runner: Any, subject: str, row: Sequence[int]) -> CheckResult:
     """Reading a token behind a step takes no time that belongs to the step."""
     runner.begin(len(row))
     steps, readings = [], []
-    device_seconds = getattr(runner, "device_seconds", lambda: None)
-    device_seconds()  # counts from here on
     for token in row:
         before = time.perf_counter()
         runner.append([token])
@@ -285,8 +283,6 @@ def _clock(runner: Any, subject: str, row: Sequence[int]) -> CheckResult:
         readings.append(time.perf_counter() - between)
     step, reading = (statistics.median(seconds[_WARM_UP:]) for seconds in (steps, readings))
     share = reading / max(step, 1e-9)
-    computed = device_seconds()
-    on_gpu = "" if computed is None else f" ({1000 * computed / len(row):.3g} ms of the GPU in the mean)"
-    detail = f"a step takes {1000 * step:.3g} ms{on_gpu}, reading its token afterwards {1000 * reading:.3g} ms"
+    detail = f"a step takes {1000 * step:.3g} ms, reading its token afterwards {1000 * reading:.3g} ms"
     metric = "share of a step's time that reading its token takes"
     return CheckResult("clock", subject, metric, share, _MOST_READING, share <= _MOST_READING, detail)

@@ -132,9 +132,9 @@ def test_bench_keeps_raw_timings_and_report_has_a_row_of_each(finished: Path) ->
     assert all(len(t["samples_ns"]) == 1 for t in bench["timings"])
     assert {(r["test"], r["depth"], r["variant"]) for r in report["rows"]} == wanted
     for row in report["rows"]:
-        assert row["tokens_per_second_median"] == row["tokens_per_second_mean"] == row["samples"][0] > 0
+        assert row["tokens_per_second_median"] == row["samples"][0] > 0
         assert row["tokens_per_second_stdev"] == 0
-    for figure in ("peak_memory_bytes", "kv_cache_bytes", "model_bytes", "load_seconds"):
+    for figure in ("peak_memory_bytes", "kv_cache_bytes", "model_bytes"):
         assert all(facts[figure] > 0 for facts in report["variants"].values()), figure
     caches = {variant: facts["kv_cache_bytes"] for variant, facts in report["variants"].items()}
     assert caches["nbl"] * 3 == caches["original"] * 2

@@ -87,7 +87,7 @@ def timed(kind: str, scenarios: Sequence[Scenario], directory: Path, monkeypatch
         scenarios, 1, lambda done, total: None,
         setting=BenchSetting(8, 64, "ort", base=None),
         instruments=Instruments(clock=lambda: device.now, idle=lambda: True),
-        measure=lambda *arguments: Footprint(1, 1, 1.0),
+        measure=lambda *arguments: Footprint(1, 1),
     )  # fmt: skip
     return {(t["test"], t["depth"], t["batch"]): t for t in found["timings"]}
 

@@ -160,7 +160,6 @@ def test_every_check_passes(values: Path) -> None:
     assert [result["check"] for result in found] == ["structure", *["nbl"] * 7, "last_token", "text", "clock"]
     assert [result for result in found if not result["passed"]] == []
     assert found[0]["detail"].endswith("runs on a stand-in")
-    assert "ms (1 ms of the GPU in the mean), reading" in found[-1]["detail"]
     (best,) = [result for result in found if "likeliest" in result["metric"]]
     assert (best["value"], best["tolerance"]) == (0.0, 0.1) and "likeliest tokens are the reference's" in best["detail"]
     logits = [result for result in found if "logit difference" in result["metric"]]

@@ -178,9 +178,6 @@ class Ledger:
     def close(self) -> None:
         self.closed = True
 
-    def device_seconds(self) -> float | None:
-        return None
-
 
 def said_of(prefix: Sequence[int] | np.ndarray) -> np.ndarray:
     value = 0

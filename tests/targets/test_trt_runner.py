@@ -240,36 +240,6 @@ def test_both_contexts_work_in_one_block(tmp_path: Path, monkeypatch: pytest.Mon
     session.close()
 
 
-def noted(calls: list[str], name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*given: Any) -> Any:
-        calls.append(name)
-        return method(*given)
-
-    return call
-
-
-def test_the_device_is_timed_inside_the_captured_step(tmp_path: Path) -> None:
-    """Around a launch, the wait for Python would count as the GPU's."""
-    session, trt = fake_session(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
-    runner = StaticRunner(session, tmp_path)
-    runner.begin(SLOTS)
-    runner.append(rows()[0][:3])
-    assert runner.device_seconds() is None
-    calls: list[str] = []
-    trt.device.marks.clear()
-    for name in ("upload", "mark", "download"):
-        real = getattr(trt.device, name)
-        setattr(trt.device, name, noted(calls, name, real))
-    for token in rows()[0][3:6]:
-        runner.append([token])
-    first, replayed = ["upload", *["mark"] * 4, "download"], ["upload", "download"]  # the first runs, and is captured
-    assert calls == first + 2 * replayed
-    assert trt.device.marks == [(0, False), (1, False), *[(0, True), (1, True)] * 2]
-    assert runner.device_seconds() == pytest.approx(0.003)
-    assert runner.device_seconds() == 0.0
-    session.close()
-
-
 def test_half_precision_logits_come_back_wide(tmp_path: Path) -> None:
     graph = graph_of("llama", (1,), "fp16") / "decoder.onnx"
     session, _ = fake_session(graph, tmp_path)

@@ -111,8 +111,6 @@ class Device:
         self._buffers: list[int] = []
         self._graphs: list[tuple[Any, Any]] = []
         self._pinned: list[int] = []
-        self._events: list[Any] = []
-        self._capturing = False
         self._stream = self._call(self._rt.cudaStreamCreateWithFlags, self._rt.cudaStreamNonBlocking)
         self.stream = int(self._stream)
 
@@ -162,17 +160,6 @@ class Device:
         """Wait for the stream."""
         self._call(self._rt.cudaStreamSynchronize, self._stream)
 
-    def mark(self, which: int) -> None:
-        """Put event 0 or event 1 on the stream; while a step is captured, into the record (an "external" event)."""
-        if not self._events:
-            self._events = [self._call(self._rt.cudaEventCreate) for _ in range(2)]
-        flags = self._rt.cudaEventRecordExternal if self._capturing else self._rt.cudaEventRecordDefault
-        self._call(self._rt.cudaEventRecordWithFlags, self._events[which], self._stream, flags)
-
-    def between_marks(self) -> float:
-        """Seconds from event 0 to event 1, after `synchronize`."""
-        return float(self._call(self._rt.cudaEventElapsedTime, *self._events)) / 1000
-
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Record what `work` puts on the stream, without running it; returns a function that runs the record.
 
@@ -181,15 +168,12 @@ class Device:
         """
         mode = self._rt.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call(self._rt.cudaStreamBeginCapture, self._stream, mode)
-        self._capturing = True
         try:
             work()
         except BaseException:
             with contextlib.suppress(NblError):  # the failed work has invalidated the record
                 self._call(self._rt.cudaStreamEndCapture, self._stream)
             raise
-        finally:
-            self._capturing = False
         graph = self._call(self._rt.cudaStreamEndCapture, self._stream)
         ready = self._call(self._rt.cudaGraphInstantiate, graph, 0)
         self._graphs.append((graph, ready))
@@ -207,8 +191,7 @@ class Device:
             calls += [(rt.cudaGraphExecDestroy, ready), (rt.cudaGraphDestroy, graph)]
         calls += [(rt.cudaFree, address) for address in self._buffers]
         calls += [(rt.cudaFreeHost, address) for address in self._pinned]
-        calls += [(rt.cudaEventDestroy, event) for event in self._events]
         if self._stream is not None:
             calls.append((rt.cudaStreamDestroy, self._stream))
-        self._graphs, self._buffers, self._pinned, self._events, self._stream = [], [], [], [], None
+        self._graphs, self._buffers, self._pinned, self._stream = [], [], [], None
         attempt_all(*(functools.partial(self._call, *call) for call in calls))

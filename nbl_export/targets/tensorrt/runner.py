@@ -123,7 +123,6 @@ class TrtSession:
         self._batch = 0
         self._caches: dict[str, tuple[int, int]] = {}
         self._shapes: dict[int, tuple[int, ...]] = {}
-        self._timed, self._seconds = False, 0.0
         self._logits = next(info for info in record.outputs if info.name == "logits")
         self.widths: tuple[int, ...] = _WIDTHS if library.jit and self._last_only else ()
         try:
@@ -198,19 +197,7 @@ class TrtSession:
             self._step.run((batch, tokens), execute)
         else:
             execute()
-        raw = self._download(batch, tokens)
-        if self._timed:
-            self._seconds += self._device.between_marks()
-        return raw
-
-    def device_seconds(self) -> float | None:
-        """Seconds between the events of each step, without uploads and downloads.
-
-        The events are part of a captured step. Around another step they also count the wait for its launch.
-        """
-        found, self._seconds = self._seconds if self._timed else None, 0.0
-        self._timed = True
-        return found
+        return self._download(batch, tokens)
 
     def _execute(self, context: Any, index: int, shape: tuple[int, int]) -> None:
         with self._messages.explaining("TensorRT refuses a step"):
@@ -218,9 +205,7 @@ class TrtSession:
                 self._shapes.pop(index, None)  # unknown if the library refuses
                 require(context.set_input_shape("input_ids", shape), "the shape of input_ids")
                 self._shapes[index] = shape
-            self._device.mark(0)
             require(context.execute_async_v3(self._device.stream), "a step")
-            self._device.mark(1)
 
     def _download(self, batch: int, tokens: int) -> np.ndarray:
         shape = (batch, 1 if self._last_only else tokens, int(self._logits.shape[-1]))

@@ -54,12 +54,6 @@ class Session(Protocol):
         The array is valid until the next step. See `widened`.
         """
 
-    def device_seconds(self) -> float | None:
-        """Seconds that the device computed in steps since the last call; None if that is not known.
-
-        Steps are timed from the first call on.
-        """
-
     def close(self) -> None:
         """Free all memory."""
 
@@ -254,10 +248,6 @@ class StaticRunner(Speaking):
     def rewind(self, length: int) -> None:
         """Drop everything after the first `length` tokens; costs nothing, because the cache stays."""
         self._rows.rewind(length)
-
-    def device_seconds(self) -> float | None:
-        """See `Session.device_seconds`."""
-        return self._session.device_seconds()
 
     def last_logits(self) -> np.ndarray:
         """Logits [V] float32 after the last token of the first sequence; valid only right after `append`."""

@@ -96,10 +96,6 @@ class OrtSession:
             cache.update_inplace(array)
         return logits
 
-    def device_seconds(self) -> float | None:
-        """None: a CPU computes."""
-        return None
-
     @property
     def cache_bytes(self) -> int:
         """Bytes that the caches of the running batch take."""
