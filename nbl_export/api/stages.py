@@ -121,7 +121,7 @@ def plan(
     Raises:
         UsageError, ValueError: an argument is wrong. NblError: one layer alone is beyond the limit.
     """
-    from nbl_export.options.goals import DEFAULT_INCREASE, PerplexityIncrease, check_request, goal_of, parse_layers
+    from nbl_export.options.goals import asked_increase, check_request, parse_layers
     from nbl_export.options.options import JobOptions
     from nbl_export.options.settle import read_asked
     from nbl_export.plan.inputs import AskedGoal
@@ -136,8 +136,8 @@ def plan(
     if options.layers is not None:
         request = parse_layers(options.layers, selection.inputs.num_layers)
     else:
-        goal = goal_of(options) or PerplexityIncrease(DEFAULT_INCREASE)
-        found = count_within(AskedGoal(goal, max_perplexity_increase), selection, calibration.deciding, _task(quiet))
+        goal = AskedGoal(asked_increase(options), max_perplexity_increase)
+        found = count_within(goal, selection, calibration.deciding, _task(quiet))
         request = found.count
     order = selection.order(request) if isinstance(request, int) else None
     made = choose(selection.scores, request, calibration.tap, selection.select, order)

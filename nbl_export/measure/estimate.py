@@ -31,15 +31,7 @@ from nbl_export.mixers.cut import candidate_cuts
 from nbl_export.mixers.rows import Read, Rows
 from nbl_export.model.checkpoint.shape import Shape
 from nbl_export.model.memory import WEIGHTS_SHARE
-from nbl_export.options.goals import (
-    DEFAULT_STEPS,
-    CacheBudget,
-    asked_layers,
-    default_minutes,
-    goal_of,
-    layers_for_budget,
-    names_layers,
-)
+from nbl_export.options.goals import DEFAULT_STEPS, asked_layers, default_minutes, names_layers
 from nbl_export.options.options import AUTO_CUT, CHECKPOINT_FIT, LIKE_LLAMA, JobOptions
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.plan import CUT_KIND
@@ -175,16 +167,13 @@ class Job:
     @functools.cached_property
     def count(self) -> int:
         """Layers that are replaced: as asked, or a quarter of them if a goal decides; a third have predicted keys."""
-        decoder, goal = self.shape.decoder, goal_of(self.options)
+        decoder = self.shape.decoder
         if self.options.predicts:
             cut = self.options.cut
             return round(decoder.num_layers / 3) if cut == AUTO_CUT else decoder.num_layers - int(cut)
         if self.options.layers is not None:
             layers = asked_layers(self.options, decoder)
             return layers if isinstance(layers, int) else len(layers)
-        if isinstance(goal, CacheBudget):
-            itemsize = self.engine.cache_itemsize(self.options.precision)
-            return layers_for_budget(self.options, goal, decoder, itemsize)[0]
         return max(1, round(decoder.num_layers / 4))
 
     # -- time ----------------------------------------------------------------------------------------------------
@@ -217,9 +206,7 @@ class Job:
     def _tested(self) -> float:
         """Work of the tests of a limit on quality: deciding texts in the original and half of the replaced model."""
         options = self.options
-        return (
-            0 if options.layers or options.kv_budget else 1.5 * _TESTS * deciding_tokens(options.context) * self._token
-        )
+        return 0 if options.layers else 1.5 * _TESTS * deciding_tokens(options.context) * self._token
 
     def _planned(self) -> float:
         """Work of the choice of layers."""

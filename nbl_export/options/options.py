@@ -63,8 +63,8 @@ _OF_ROUNDING = ("accuracy_level", "algo_config", "block_size")
 
 
 def _usual_fit(values: Mapping[str, Any], engine: Capabilities | None, model: ModelFacts) -> str:
-    """Maps are trained where keys are not predicted; a goal of memory, and large models, need closed form."""
-    closed = bool(values["kv_budget"]) or values["cut"] != NO_CUT or not model.fits
+    """Maps are trained where keys are not predicted; large models need closed form."""
+    closed = values["cut"] != NO_CUT or not model.fits
     closed |= values["kind"] != USUAL_KIND  # few kinds can be trained
     if model.maps_tap:
         return CHECKPOINT_FIT
@@ -82,7 +82,7 @@ def _usual_kind(values: Mapping[str, Any], _engine: Capabilities | None, _model:
 
 def _usual_cut(values: Mapping[str, Any], engine: Capabilities | None, model: ModelFacts) -> str:
     """The deepest cut for a limit on quality, unless another option asks for layers that are replaced."""
-    others = ("layers", "kv_budget", "select", "distill_minutes", "distill_steps")
+    others = ("layers", "select", "distill_minutes", "distill_steps")
     asks = any(values[name] for name in others) or values["fit"] != "independent" or values["maps"] != "affine"
     asks |= values["logits"] == "all" or values["kind"] != USUAL_KIND
     lacks = not _cuts(values, engine) or values["decoder_source"] not in CUT_SOURCES or not _predicts(model)
@@ -225,10 +225,6 @@ class JobOptions:
     max_perplexity_increase: str | None = option(
         None, "Most increase of perplexity on other text.", _REPLACED, "main plan", first=True, metavar="5%",
         applies=_ORIGINAL, python="share",
-    )  # fmt: skip
-    kv_budget: str | None = option(
-        None, "Most KV cache: 64MiB@4096, or 15KiB a token.", _REPLACED, "main plan", first=True, metavar="SIZE",
-        applies=_ORIGINAL,
     )  # fmt: skip
     cut: str = option(
         NO_CUT, "First layer that far tokens of a prompt skip (20); auto (default of ort): by quality; or none.",

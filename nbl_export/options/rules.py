@@ -185,7 +185,7 @@ def _beside_cut(case: Case) -> str | bool:
         return f"--cut {options.cut!r}: write a layer (20), auto or none"
     for given, flag in (
         (options.layers, "--layers"),
-        (options.kv_budget, "--kv-budget"), (options.logits == "all", "key logits all"),
+        (options.logits == "all", "key logits all"),
         (options.fit != "independent", f"--fit {options.fit}"), (options.select, "key select"),
     ):  # fmt: skip
         if given:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from nbl_export.errors import UsageError
-from nbl_export.options.goals import GOALS, asked_layers, check_request, check_size
+from nbl_export.options.goals import asked_layers, check_request
 from nbl_export.options.model_facts import ModelFacts
 from nbl_export.options.option import Option
 from nbl_export.options.options import AUTO_CUT, NO_CUT, OPTIONS, JobOptions, flag_of
@@ -32,7 +32,7 @@ __all__ = ["hub_id", "judge", "numbers", "over", "read_asked", "settle"]
 EngineOf = Callable[[str, str], Capabilities]  # engine, provider -> its capabilities; refuses an unknown engine
 
 _OF_ENGINE = ("engine", "provider")  # settled before all that depends on the engine
-_COUNTS = ("layers", "cut", *GOALS)  # one of them sets which layers are replaced
+_COUNTS = ("layers", "cut", "max_perplexity_increase")  # one of them sets which layers are replaced
 _DEFAULT: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(JobOptions)}
 
 
@@ -130,7 +130,6 @@ def judge(case: Case) -> None:
     if case.model.decoder is not None:
         if case.options.layers is not None:
             asked_layers(case.options, case.model.decoder)
-        check_size(case.options, case.model.decoder, case.engine.cache_itemsize(case.options.precision))
         _refuse(OF_DECODER, case)
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from nbl_export.mixers.base import Mixer
-from nbl_export.options.goals import CacheBudget, PerplexityIncrease
 from nbl_export.records.inputs import Lazy
 from nbl_export.records.plan import USUAL_KIND
 from nbl_export.text.parts import Texts
@@ -56,11 +55,10 @@ class OrderInputs:
 
 @dataclass(frozen=True)
 class AskedGoal:
-    """A goal, and the option's text (None: the default limit). fits: layers and cache bytes that meet a budget."""
+    """Most relative increase of perplexity, and the option's text; None for the default limit."""
 
-    goal: PerplexityIncrease | CacheBudget
+    share: float
     text: str | None
-    fits: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

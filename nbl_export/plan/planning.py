@@ -3,10 +3,8 @@
     moments ─► scores ─► order (`select`) ─► its first m layers, or the named layers ─► maps
                            └─► curve of quality against speed
 
-A goal sets the number of layers m, in the order of replacement:
-
-    max-perplexity-increase   m = 1, 2, ... while the increase is shown to be within the goal
-    kv-budget                 the first m whose caches fit; needs no order
+A goal sets the number of layers m, in the order of replacement: m = 1, 2, ... while the increase of perplexity is shown
+to be within the goal.
 
 Perplexity uses the deciding windows of both texts (`held_back`). These windows neither order the layers nor give final
 figures. A count is within the goal if the upper end of its 95% interval is within the goal on every text. Both texts
@@ -32,13 +30,12 @@ from typing import Any
 from nbl_export.errors import NblError
 from nbl_export.mixers.base import Mixer
 from nbl_export.model.switched import SwitchedModel
-from nbl_export.options.goals import CacheBudget, PerplexityIncrease
 from nbl_export.plan.inputs import AskedGoal, PlanInputs, Task, Texts
 from nbl_export.plan.order import Selection, choose, quiet
 from nbl_export.records.plan import Plan
-from nbl_export.records.quality import loss_row, spoken_interval, windows_needed
+from nbl_export.records.quality import loss_row, spoken_interval
 
-__all__ = ["HOPE", "Reached", "count_for_budget", "count_foreseen",
+__all__ = ["HOPE", "Reached", "count_foreseen",
            "count_trained", "count_within", "make_plan", "most_within"]  # fmt: skip
 
 HOPE = 2.5  # the increase in closed form that training may bring within a limit, over the limit
@@ -71,8 +68,6 @@ def make_plan(
 
 
 def _count(inputs: PlanInputs, selection: Selection, task: Task) -> Reached:
-    if isinstance(inputs.goal.goal, CacheBudget):
-        return count_for_budget(inputs.goal)
     if inputs.trains.value and selection.judges and (found := _count_to_train(inputs.goal, selection)).count:
         return found
     return count_within(inputs.goal, selection, inputs.deciding.value, task)
@@ -96,8 +91,7 @@ def count_within(asked: AskedGoal, selection: Selection, texts: Texts, task: Tas
     Raises:
         NblError: one layer alone is not within the limit.
     """
-    assert isinstance(asked.goal, PerplexityIncrease)
-    share, text = asked.goal.share, asked.text or _percent(asked.goal.share)
+    share, text = asked.share, asked.text or _percent(asked.share)
     path = _test(selection, texts, share, task)
     return _reached(path, {"max_perplexity_increase": text, "default": asked.text is None}, share)
 
@@ -118,8 +112,7 @@ def _reached(path: list[dict[str, Any]], goal: Mapping[str, Any], share: float) 
 
 def _count_to_train(asked: AskedGoal, selection: Selection) -> Reached:
     """The layers that training begins with."""
-    assert isinstance(asked.goal, PerplexityIncrease)
-    share, text = asked.goal.share, asked.text or _percent(asked.goal.share)
+    share, text = asked.share, asked.text or _percent(asked.share)
     count = max(1, selection.expected_count(HOPE * share))
     facts = {"max_perplexity_increase": text, "default": asked.text is None, "order": list(selection.order(count))}
     layers = selection.inputs.num_layers
@@ -160,15 +153,6 @@ def count_trained(
     while not (path and path[0]["within"]) and len(order) - len(path) > 0:
         path = _steps(mixes, texts, [order[: len(order) - len(path)]], goal["share"], task) + path
     return _reached(path, goal, goal["share"])
-
-
-def count_for_budget(asked: AskedGoal) -> Reached:
-    """The fewest layers whose caches fit the budget."""
-    assert isinstance(asked.goal, CacheBudget) and asked.fits is not None
-    count, kept_bytes = asked.fits
-    of = f"{asked.goal.tokens} tokens" if asked.goal.tokens > 1 else "a token"
-    said = f"{count} layers: the caches of {of} take {kept_bytes:,} bytes"
-    return Reached(count, {"kv_budget": asked.text, "cache_bytes": kept_bytes}, (said,))
 
 
 def _layers(count: int) -> str:
@@ -216,14 +200,7 @@ def _steps(
 
 
 def _step(order: Sequence[int], losses: Mapping[str, Sequence[Any]], share: float) -> dict[str, Any]:
-    quality_losses = []
-    for name, found in losses.items():
-        before, after = ([getattr(v, total) / v.positions for v in found] for total in ("original_sum", "nbl_sum"))
-        needed = windows_needed(before, after, share)
-        quality_loss = loss_row(name, found)
-        quality_losses.append(
-            {**quality_loss, "tokens_needed": needed and needed * quality_loss["tokens"] // quality_loss["windows"]}
-        )
+    quality_losses = [loss_row(name, found) for name, found in losses.items()]
     within = all(_verdict(quality_loss, share) == "within" for quality_loss in quality_losses)
     return {"layers": len(order), "layer": order[-1], "within": within, "quality_losses": quality_losses}
 
@@ -244,16 +221,7 @@ def _failure(step: Mapping[str, Any], share: float) -> str:
         chosen, key=lambda quality_loss: math.inf if quality_loss["increase"] is None else quality_loss["increase"]
     )
     said = f"{_spoken(worst)} on {worst['text']}"
-    if beyond:
-        return said
-    needed = worst["tokens_needed"]
-    more = f", about {_rounded(needed)} would be needed" if needed else ""
-    return f"{said}, which {worst['tokens']:,} tokens cannot tell from {_percent(share)}{more}"
-
-
-def _rounded(count: int) -> str:
-    """A count with two digits, because it comes from an estimated spread."""
-    return f"{float(f'{count:.1e}'):,.0f}"
+    return said if beyond else f"{said}, which {worst['tokens']:,} tokens cannot tell from {_percent(share)}"
 
 
 def _spoken(quality_loss: Mapping[str, Any]) -> str:

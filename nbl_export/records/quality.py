@@ -30,7 +30,7 @@ import numpy as np
 
 __all__ = ["CONFIDENCE", "FAR", "FAR_SHARE", "NEAR", "Interval", "far_ends", "far_row", "grows_with_length",
            "increase_interval", "interval_ends", "loss_row", "mean_interval", "perplexity", "promise", "spoken_far",
-           "spoken_interval", "spoken_loss", "warn_of_text", "windows_needed"]  # fmt: skip
+           "spoken_interval", "spoken_loss", "warn_of_text"]  # fmt: skip
 
 CONFIDENCE = 0.95
 FAR = 2.0  # a warning needs a loss this many times that on another text, or in a short one
@@ -96,23 +96,6 @@ def increase_interval(before: Sequence[float] | np.ndarray, after: Sequence[floa
     """
     rise = mean_interval(np.asarray(after, np.float64) - np.asarray(before, np.float64))
     return Interval(*(_raised(v) for v in (rise.value, rise.low, rise.high)))
-
-
-def windows_needed(before: Sequence[float], after: Sequence[float], share: float) -> int | None:
-    """How many windows like these would tell whether the perplexity increase is below or above a share.
-
-    With this number, half the 95% interval equals the mean's distance from the share. The number is above that of these
-    windows if their interval contains the share. None if the distance is zero.
-    """
-    rise, limit = np.asarray(after, np.float64) - np.asarray(before, np.float64), math.log1p(share)
-    gap = abs(float(rise.mean()) - limit)
-    if len(rise) < 2 or not math.isfinite(gap) or not gap:
-        return None
-    weight_RT, _, scale_RT = _weighed((rise - rise.mean())[None])
-    error = float((weight_RT * scale_RT).sum())
-    (low,), (high,) = interval_ends(rise[None])
-    least = len(rise) + 1 if low <= limit <= high else 2
-    return max(least, math.ceil(len(rise) * (_student(10**4) * error / gap) ** 2))
 
 
 def spoken_interval(

@@ -58,7 +58,6 @@ SETTLED: list[tuple[Asked, Asked]] = [
     ({"layers": "2"}, {"tap": "residual", "fit": "independent", "cut": "none"}),
     ({"engine": "openvino", "layers": "2"}, {"tap": "normed", "fit": "distilled"}),  # as without a number
     ({"precision": "fp16"}, {"decoder_source": "mobius", "cut": "none"}),
-    ({"kv_budget": "1KiB"}, {"fit": "independent"}),
     ({"select": "cca"}, {"fit": "independent"}),
     ({"fit": "distilled", "tap": "residual"}, {"tap": "residual"}),
     ({"engine": "openvino", "precision": "int8"}, {"precision": "int8", "decoder_source": "openvino"}),
@@ -151,7 +150,6 @@ CHANGED: list[tuple[Asked, Asked, Asked]] = [
     ({"max_perplexity_increase": "5%"}, {"cut": "none"}, {"max_perplexity_increase": "5%", "cut": "none"}),
     ({"engine": "openvino"}, {"layers": "2"}, {"tap": "normed", "fit": "distilled"}),
     ({"layers": "2"}, {"max_perplexity_increase": "5%"}, {"tap": "residual", "fit": "independent"}),
-    ({"layers": "2"}, {"kv_budget": "1KiB"}, {"layers": None, "kv_budget": "1KiB"}),
     ({"engine": "openvino", "precision": "int8"}, {"layers": "2"}, {"precision": "int8"}),
     ({}, {"engine": "openvino"}, {"precision": "fp16", "decoder_source": "openvino"}),
     ({"for": "mlx-lm"}, {"for": "vllm"}, {"maps": "affine", "engine": "ort"}),
@@ -212,7 +210,7 @@ IDLE: list[tuple[str, Asked, ModelFacts | None, str]] = [
     ("distill_steps", {"distill_steps": 40, "kind": "new"}, None, "--fit distilled"),
     ("distill_tokens", {"distill_tokens": 2048, "fit": "independent"}, None, "--fit distilled"),
     ("lora_rank", {"lora_rank": 16, "fit": "drop"}, None, "--fit distilled"),  # the default, but asked for
-    ("label_weight", {"label_weight": 0.5, "kv_budget": "1KiB"}, None, "--fit distilled"),
+    ("label_weight", {"label_weight": 0.5, "layers": "2"}, None, "--fit distilled"),
     ("seed", {"seed": 3, "layers": "2"}, None, "--fit distilled"),
     ("provider", {"provider": "cpu", "engine": "openvino"}, None, "--engine ort"),
     ("max_seq_len", {"max_seq_len": 64}, None, "engines that compile graphs"),
@@ -231,7 +229,7 @@ IDLE: list[tuple[str, Asked, ModelFacts | None, str]] = [
     *(
         (name, {name: value}, NBL, "no longer contains the removed attention")
         for name, value in {
-            "layers": "1", "max_perplexity_increase": "5%", "kv_budget": "1KiB",
+            "layers": "1", "max_perplexity_increase": "5%",
             "select": "cca", "maps": "linear", "kind": "linear", "compute_dtype": "float32",
         }.items()
     ),
@@ -314,7 +312,7 @@ WRONG: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
     ({"engine": "openvino", "decoder_source": "genai"}, None, ("key decoder_source genai is not for engine openvino",)),
     ({"layers": 0}, None, ("--layers 0 replaces nothing; ask for at least 1",)),
     ({"max_perplexity_increase": "0%"}, None, ("--max-perplexity-increase 0% allows no replaced layer",)),
-    ({"layers": "1", "kv_budget": "1KiB"}, None, ("--layers and --kv-budget both set how many layers",)),
+    ({"layers": "1", "max_perplexity_increase": "5%"}, None, ("--max-perplexity-increase both set the number",)),
     ({"maps": "linear", "tap": "residual"}, None, ("acts on the normed input; add the key tap = 'normed'",)),
     ({"builder_option": "block_size"}, None, ("key builder_option block_size: the values of block_size are 16",)),
     ({"builder_option": "speed=9"}, None, ("key builder_option speed=9: expected KEY=VALUE", "fuse_mlp_gate_up")),
@@ -346,8 +344,6 @@ UNFIT: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
     ({"layers": "99"}, PLAIN, ("--layers 99", "at most 2")),
     ({"layers": "0,3"}, PLAIN, ("layer 3 does not exist", "0 to 2")),
     ({"layers": "0-99999999999"}, PLAIN, ("layer 99999999999 does not exist",)),
-    ({"kv_budget": "64MiB"}, PLAIN, ("--kv-budget 64MiB: the cache already fits", "nothing needs to be replaced")),
-    ({"kv_budget": "1B"}, PLAIN, ("--kv-budget 1B cannot be met", "256 bytes")),
     ({"tap": "normed"}, OLMO, ("key tap normed is not possible for olmo2: no norm stands in front", "use residual")),
     ({"context": 513}, PLAIN, ("key context 513 is beyond the model's 512 positions",)),
     ({"depths": (512,), "prompt_tokens": (8,)}, PLAIN, ("the shortest test ends at 520 tokens, the model has 512",)),
@@ -378,7 +374,6 @@ def test_a_value_that_does_not_fit_is_refused(asked: Asked, model: ModelFacts | 
 def test_a_value_that_fits_is_accepted() -> None:
     """The largest and smallest that do."""
     for asked in (
-        {"kv_budget": "512B"}, {"kv_budget": "256B", "provider": "cuda"},  # two bytes an element
         {"context": 512}, {"layers": "0-1"}, {"tap": "normed"},
         {"depths": (500,), "generate_tokens": 12, "prompt_tokens": 16},
         {"engine": "trt", "max_seq_len": 512, "depths": (0, 384)},

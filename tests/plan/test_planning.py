@@ -14,7 +14,6 @@ import torch
 from nbl_export.errors import NblError
 from nbl_export.mixers.lmmse import Moments
 from nbl_export.model.switched import Loss
-from nbl_export.options.goals import PerplexityIncrease
 from nbl_export.plan import order as order_of
 from nbl_export.plan.inputs import AskedGoal, MapKind, Maps, OrderInputs, PlanInputs
 from nbl_export.plan.order import Selection
@@ -96,7 +95,7 @@ def speedup(maps: Maps) -> Any:
 def plan_inputs(order: OrderInputs, request: Any = None, goal: AskedGoal | None = None, **given: Any) -> PlanInputs:
     values: dict[str, Any] = {
         "fit": "independent", "order": order, "request": request,
-        "goal": goal or AskedGoal(PerplexityIncrease(0.1), None),
+        "goal": goal or AskedGoal(0.1, None),
         "trains": Lazy(None, lambda: False),
         "deciding": Lazy(None, lambda: [("near", "one"), ("far", "another")]),
         "speedup": Lazy(None, lambda: speedup), "setting": Lazy(None, lambda: {"engine": "e"}),
@@ -169,7 +168,7 @@ def test_without_a_count_a_limit_decides() -> None:
     plan, _, facts, said = planned(plan_inputs(inputs()))
     assert len(plan.layers) == 4  # exp(2 * 0.01 * 4) - 1 is within 10%, one layer more is not
     assert facts["goal"]["default"] and "10% is allowed" in said[0] and "5 layers" in said[1]
-    asked = AskedGoal(PerplexityIncrease(0.01), "1%")
+    asked = AskedGoal(0.01, "1%")
     with pytest.raises(NblError, match="--max-perplexity-increase 1% cannot be met"):
         planned(plan_inputs(inputs(), None, asked))
 

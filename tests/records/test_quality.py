@@ -16,7 +16,6 @@ from nbl_export.records.quality import (
     interval_ends,
     mean_interval,
     spoken_interval,
-    windows_needed,
 )
 
 DRAWS = 4000
@@ -141,30 +140,6 @@ def test_rows_of_answers_count_equally_however_many_they_have() -> None:
     row = far_row([(10, 20.0, 21.0, 10.0), (100, 200.0, 250.0, 100.0)])
     assert row is not None and row["lost"] == pytest.approx((0.1 + 0.5) / 2) and row["tokens"] == 110
     assert row["perplexity_nbl"] == pytest.approx(math.exp((2.1 + 2.5) / 2))
-
-
-def test_half_an_interval_of_the_windows_needed_is_the_distance_to_the_share() -> None:
-    """For windows like the 16 that were seen."""
-    seen = 0.01 * correlated(0.5, 16)[:300]
-    seen += math.log1p(0.05) + 0.004 - seen.mean(1, keepdims=True)
-    needed = float(np.median([windows_needed([0.0] * 16, row.tolist(), 0.05) or math.nan for row in seen]))
-    low, high = interval_ends(0.01 * correlated(0.5, round(needed))[:300])
-    assert np.mean(high - low) / 2 == pytest.approx(0.004, rel=0.3)
-
-
-def test_a_mean_at_the_share_needs_no_number_of_windows() -> None:
-    assert windows_needed([0.0], [0.1], 0.05) is None
-    assert windows_needed([0.0, 0.0], [math.log1p(0.05)] * 2, 0.05) is None
-    assert windows_needed([0.0, 0.0], [0.1, 0.1], 0.05) == 2
-
-
-def test_windows_that_cannot_tell_need_more_than_there_are() -> None:
-    """Four windows have an interval far wider than many would have."""
-    rises = np.array([0.0, 0.2, 0.1, 0.25])
-    low, high = interval_ends(rises[None])
-    share = math.expm1(0.9 * high[0] + 0.1 * rises.mean())
-    assert low[0] < math.log1p(share) < high[0]
-    assert windows_needed([0.0] * 4, rises.tolist(), share) == 5
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,6 @@ def test_nothing_is_said_of_what_was_not_measured() -> None:
         ({"max_perplexity_increase": "32.4%", "default": False}, ("within", "32.4%")),
         ({"max_perplexity_increase": "40%", "default": True}, ("above", "5% (the default)")),
         ({"max_perplexity_increase": "much", "default": False}, ("above", "5% (the default)")),
-        ({"kv_budget": "1KiB"}, ("above", "5% (the default)")),
         (None, ("above", "5% (the default)")),
     ],
 )

@@ -38,7 +38,7 @@ ASKED = {"eval": EVAL}
 # Another value of each option.
 OTHER: dict[str, Any] = {
     "destination": "mlx-lm", "layers": "2", "cut": "1", "max_perplexity_increase": "5%",
-    "kv_budget": "300B", "fit": "drop", "kind": "predicted", "select": "efficient", "tap": "normed", "maps": "linear",
+    "fit": "drop", "kind": "predicted", "select": "efficient", "tap": "normed", "maps": "linear",
     "distill_minutes": 1.0,
     "distill_steps": 7, "distill_tokens": 7, "lora_rank": 7, "label_weight": 0.7, "calibration_tokens": 1024,
     "context": 64, "compute_dtype": "float32", "seed": 7, "precision": "int8",
@@ -47,7 +47,7 @@ OTHER: dict[str, Any] = {
     "depths": (7,), "repetitions": 7, "prompt_tokens": (7,),
     "generate_tokens": 7, "threads": (1,), "batches": (2,), "engine": "openvino",
 }  # fmt: skip
-_PLAN = ("layers", "cut", "max_perplexity_increase", "kv_budget", "fit", "kind", "select",
+_PLAN = ("layers", "cut", "max_perplexity_increase", "fit", "kind", "select",
          "tap", "maps", "compute_dtype", "logits", "destination")  # fmt: skip
 _DECODER = ("precision", "provider", "logits", "decoder_source", "builder_option", "quantized_model")
 _GRAPHS = tuple(dict.fromkeys((*_PLAN, *_DECODER)))
@@ -106,14 +106,6 @@ def test_the_near_tokens_of_a_cut_are_in_the_key_of_the_plan_alone(key_of_stage:
     assert key_of_stage("plan", near=65) == key_of_stage("plan")
     assert len({key_of_stage("plan", **CUT, max_perplexity_increase=share) for share in (None, "6%", "7%")}) == 3
     assert len({key_of_stage("calibrate", **CUT, compute_dtype=name) for name in ("auto", "float32")}) == 2
-
-
-@pytest.mark.parametrize("option", ["precision", "logits"])
-def test_what_a_goal_counts_is_in_the_key_of_the_plan(option: str, key_of_stage: Any) -> None:
-    """The cache of a budget has the precision's size. The work saved, which orders the layers, counts in both."""
-    given: dict[str, Any] = {"layers": None, "select": None, "kv_budget": "300B"}
-    other = "fp16" if option == "precision" else OTHER[option]  # int8 has the caches of float32
-    assert key_of_stage("plan", **{**given, option: other}) != key_of_stage("plan", **given)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from nbl_export.measure.cost import map_sizes
 from nbl_export.mixers.cut import candidate_cuts
 from nbl_export.mixers.predicted import Predicted
 from nbl_export.model import processes
-from nbl_export.options.goals import DEFAULT_INCREASE, PerplexityIncrease, goal_of
+from nbl_export.options.goals import asked_increase
 from nbl_export.options.options import AUTO_CUT
 from nbl_export.plan.cuts import LENGTH, CutInputs, joined
 from nbl_export.plan.inputs import Maps
@@ -139,14 +139,13 @@ def _restored(path: Path, facts: dict[str, Any], device: Any) -> tuple[Any, int]
 def choice(job: Job) -> CutInputs:
     """The inputs of the stage plan."""
     options, named = job.options, job.options.cut != AUTO_CUT
-    goal = goal_of(options)
     setting = {"engine": options.engine, "precision": options.precision, "tokens": options.prompt_length}
     return CutInputs(
         num_layers=job.decoder.num_layers,
         cuts=(int(options.cut),) if named else _cuts(job),
         nears=tuple(n for n in options.nears if n < job.decoder.max_positions),
         named=named,
-        share=goal.share if isinstance(goal, PerplexityIncrease) else DEFAULT_INCREASE,
+        share=asked_increase(options),
         asked=options.max_perplexity_increase,
         length=_length(job),
         maps=Lazy(job.files_of("calibrate"), lambda: _maps(job)),

@@ -10,17 +10,7 @@ from typing import Any
 
 from nbl_export.files import arrays_sha256, file_sha256, key_of, write_json
 from nbl_export.model import processes
-from nbl_export.options.goals import (
-    DEFAULT_INCREASE,
-    DEFAULT_SELECT,
-    DEFAULT_STEPS,
-    CacheBudget,
-    PerplexityIncrease,
-    asked_layers,
-    default_minutes,
-    goal_of,
-    layers_for_budget,
-)
+from nbl_export.options.goals import DEFAULT_SELECT, DEFAULT_STEPS, asked_increase, asked_layers, default_minutes
 from nbl_export.options.options import CHECKPOINT_FIT
 from nbl_export.plan.cuts import CutInputs, choose_cut
 from nbl_export.plan.inputs import AskedGoal, MapKind, OrderInputs, PlanInputs, Texts
@@ -53,7 +43,7 @@ def declare(job: Job) -> PlanInputs | CutInputs | Lazy[Any]:
         fit=options.fit,
         order=order_of(job),
         request=None if options.layers is None else asked_layers(options, job.decoder),
-        goal=_goal(job),
+        goal=AskedGoal(asked_increase(options), options.max_perplexity_increase),
         deciding=job.text.deciding,
         trains=Lazy(None, lambda: job.trains),
         speedup=Lazy(None, lambda: job.cost.value.speedup),
@@ -85,16 +75,6 @@ def _moments(job: Job) -> Callable[[int, str], Any]:
             return file.sums(layer, tap).moments()
 
     return moments_of
-
-
-def _goal(job: Job) -> AskedGoal:
-    """The goal of the options: a limit on quality if there is none."""
-    options = job.options
-    goal = goal_of(options) or PerplexityIncrease(DEFAULT_INCREASE)
-    if isinstance(goal, CacheBudget):
-        itemsize = job.engine.capabilities.cache_itemsize(options.precision)
-        return AskedGoal(goal, options.kv_budget, layers_for_budget(options, goal, job.decoder, itemsize))
-    return AskedGoal(goal, options.max_perplexity_increase)
 
 
 def run(inputs: PlanInputs | CutInputs | Lazy[Any], place: Place, out: Path) -> dict[str, Any]:
