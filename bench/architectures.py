@@ -127,6 +127,7 @@ def _decoder(directory: Path, head_dim: int) -> Any:
 def static_form(precision: str, checkpoint: Path, text: Path, run: Path) -> dict[str, Any]:
     """The rewritten static form for TensorRT, on ONNX Runtime in float32."""
     from nbl_export.calibrate.collect import collect
+    from nbl_export.graph.decoder import OnnxDecoder
     from nbl_export.graph.names import GRAPH_FILE
     from nbl_export.mixers.linear import Linear
     from nbl_export.mixers.lmmse import fit
@@ -135,7 +136,6 @@ def static_form(precision: str, checkpoint: Path, text: Path, run: Path) -> dict
     from nbl_export.rewrite import rewrite
     from nbl_export.run.facts import architecture_facts, capabilities_of
     from nbl_export.targets.tensorrt import export as static
-    from nbl_export.targets.tensorrt.static.on_ort import open_decoder
 
     spec = read_spec(resolve(str(checkpoint)))
     options = JobOptions(str(checkpoint), engine="trt", precision="fp16", decoder_source="static")
@@ -150,7 +150,9 @@ def static_form(precision: str, checkpoint: Path, text: Path, run: Path) -> dict
     rewrite(run / "original", run / "model", maps, plan.tap, dense=True)
     found: dict[str, Any] = {"replaced_layers": list(plan.layers)}
     for subject, name, chosen in (("original", "original", None), ("nbl", "model", maps)):
-        found[subject] = worst(open_decoder(run / name / GRAPH_FILE), torch_logits(checkpoint, chosen))
+        found[subject] = worst(
+            OnnxDecoder(run / name, 0, file=GRAPH_FILE, exact=True), torch_logits(checkpoint, chosen)
+        )
     return {"status": "verified", "reason": "", **found}
 
 
@@ -186,12 +188,12 @@ def _with_random_maps(checkpoint: Path, chosen: tuple[int, ...]) -> list[np.ndar
 
 
 def _opened(source: str, directory: Path, head_dim: int) -> Any:
+    from nbl_export.graph.decoder import OnnxDecoder
     from nbl_export.graph.names import IR_FILE, STATIC_GRAPH_FILE
     from nbl_export.targets.openvino.session import IrDecoder
-    from nbl_export.targets.tensorrt.static.on_ort import open_decoder
 
     if source == "static":
-        return open_decoder(directory / STATIC_GRAPH_FILE)
+        return OnnxDecoder(directory, head_dim, file=STATIC_GRAPH_FILE, exact=True)
     if source == "openvino":
         return IrDecoder(directory, IR_FILE, exact=True)
     return _decoder(directory, head_dim)

@@ -22,10 +22,10 @@ from nbl_export.targets.tensorrt.library import Library
 from nbl_export.targets.tensorrt.record import EngineRecord
 from nbl_export.targets.tensorrt.runner import TrtSession, refuse_misfit
 from nbl_export.targets.tensorrt.static.host import StaticRunner
-from nbl_export.targets.tensorrt.static.on_ort import open_decoder
 from nbl_export.targets.tensorrt.static.schedule import engine_profiles
 
 from .fake_tensorrt import Context, FakeDevice, FakeTensorRT, FakeTensorRTX
+from .static_tiny import open_decoder
 from .trt_tiny import ADA, PLAIN
 
 __all__ = ["Faulty", "StandIn", "fake_record", "fake_session"]

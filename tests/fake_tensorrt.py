@@ -134,6 +134,7 @@ class FakeTensorRT:
 
         options = ort.SessionOptions()
         options.log_severity_level = 3  # it warns of each cache that is copied
+        options.add_session_config_entry("session.disable_prepacking", "1")  # as `OnnxDecoder`, to the last bit
         self.graph = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
         return self
 

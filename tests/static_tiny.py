@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.mixers.linear import Linear
 from nbl_export.records.decoder import DecoderSpec
-from nbl_export.targets.tensorrt.static.host import StaticDecoder
-from nbl_export.targets.tensorrt.static.on_ort import open_decoder
 
 __all__ = ["ARCHITECTURES", "HEAD", "LAYERS", "SLOTS", "SPEC", "SUBSETS", "TOLERANCE", "VOCAB", "WINDOW", "appended",
-           "maps_of", "parts_of", "rows", "save_checkpoint", "single_row_error", "torch_logits", "worst"]  # fmt: skip
+           "maps_of", "open_decoder", "parts_of", "rows", "save_checkpoint", "single_row_error", "torch_logits",
+           "worst"]  # fmt: skip
 
 HEAD, HIDDEN, LAYERS, VOCAB, WINDOW = 64, 128, 3, 384, 16
 SLOTS = 96
@@ -89,7 +89,12 @@ def worst(got: np.ndarray, expected: np.ndarray) -> float:
     return float(difference.max()) if np.isfinite(difference).all() else float("inf")
 
 
-def appended(decoder: StaticDecoder, parts: Iterable[list[int]]) -> Iterator[np.ndarray]:
+def open_decoder(path: Path, chunk: int | None = None) -> OnnxDecoder:
+    """A graph in float32, or with int4 blocks, as verification opens it."""
+    return OnnxDecoder(path.parent, HEAD, file=path.name, exact=True, chunk=chunk)
+
+
+def appended(decoder: OnnxDecoder, parts: Iterable[list[int]]) -> Iterator[np.ndarray]:
     """Logits after each part of a single row."""
     decoder.begin(1)
     for part in parts:

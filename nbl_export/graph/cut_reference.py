@@ -27,7 +27,6 @@ from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.files import load_graph
 from nbl_export.graph.mixed import MixedSession
 from nbl_export.graph.names import all_logits_file
-from nbl_export.graph.session import PAST, contract_of_session
 from nbl_export.mixers.base import Port, Running, Stored, apply
 from nbl_export.mixers.cut import cut_of
 from nbl_export.mixers.predicted import Predicted, rows_read
@@ -61,7 +60,7 @@ class CutDecoder:
         session = MixedSession(file, Running(others, mixers.stored), tap, exact=exact, shown=(cut.layer,))
         self._stream = session.streams[cut.layer]
         self._apart = is_static(graph)
-        self._decoder: Any = _Slots(session) if self._apart else OnnxDecoder(directory, head_dim, session=session)
+        self._decoder = OnnxDecoder(directory, head_dim, session=session)
         self._sequences: list[Any] = []
 
     def begin(self, batch: int) -> None:
@@ -91,7 +90,7 @@ class CutDecoder:
 
     def _stopping(self, ids_1T: np.ndarray) -> np.ndarray:
         """Logits [T, V] of a step of more than W + 1 tokens."""
-        near, place = self._cut.near, self._decoder.cache_length
+        near, place = self._cut.near, self._decoder.length
         first, far = (self._decoder.run(part) for part in (ids_1T[:, :1], ids_1T[:, 1:-near]))
         self._predict(np.concatenate([first[self._stream], far[self._stream]], 1), place)
         last = self._decoder.step(ids_1T[:, -near:])[0]
@@ -109,45 +108,6 @@ class CutDecoder:
         for layer, mixer in self._maps.items():
             streams: dict[int | None, np.ndarray] = {self._cut.layer: rows_read(x_1TD, mixer.epsilon)}
             self._layers[layer].fill(self._decoder, apply(mixer, streams), place)
-
-
-class _Slots:
-    """One sequence on caches of fixed length, the static form; methods as `OnnxDecoder`'s."""
-
-    def __init__(self, session: MixedSession) -> None:
-        self._session = session
-        contract = contract_of_session(session)
-        self._outputs = [info.name for info in contract.outputs]
-        self._caches = [info for info in contract.inputs if PAST.match(info.name)]
-        self._past: dict[str, np.ndarray] = {}
-        self.cache_length = 0
-
-    def begin(self, batch: int) -> None:
-        self._past = {i.name: np.zeros((batch, *map(int, i.shape[1:])), i.dtype) for i in self._caches}
-        self.cache_length = 0
-
-    def run(self, ids_1T: np.ndarray) -> dict[str, np.ndarray]:
-        writes = np.array([self.cache_length], np.int64)
-        feeds = {"input_ids": ids_1T.astype(np.int64), "write_indices": writes, **self._past}
-        found = dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
-        self._past = {name: found[name.replace("past_key_values", "present")] for name in self._past}
-        self.cache_length += ids_1T.shape[1]
-        return found
-
-    def step(self, ids_1T: np.ndarray) -> np.ndarray:
-        return self.run(ids_1T)["logits"]
-
-    def overwrite(self, cache: str, last_BHTD: np.ndarray) -> None:
-        held = self._past[cache].copy()
-        held[:, :, self.cache_length - last_BHTD.shape[2] : self.cache_length] = last_BHTD
-        self._past[cache] = held
-
-    def mark(self) -> Any:
-        return dict(self._past), self.cache_length
-
-    def rewind(self, mark: Any) -> None:
-        past, self.cache_length = mark
-        self._past = dict(past)
 
 
 def _stored(mixer: Predicted, stored: Stored) -> Predicted:

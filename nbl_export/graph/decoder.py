@@ -1,6 +1,16 @@
 """A decoder graph on plain ONNX Runtime: prefill and cached steps of a right-padded batch, logits as numpy.
 
+    inputs beside input_ids            caches
+    attention_mask, position_ids       grow by each step, padding included
+    write_indices, num_tokens          the static form: of a fixed length; each row writes behind its own tokens
+
 For verification, not for speed: caches are copied through numpy. Only the graph's inputs and outputs matter.
+
+Rules of the static form that a graph needs and cannot check:
+- Caches start zeroed: masked slots are multiplied by 0, and 0 x NaN is NaN.
+- T of a step is at most the free slots of every row, resting rows included (TensorRT's KVCacheUpdate: what lies beyond
+  is undefined).
+- Padding is written behind a row's tokens. The next step overwrites it before any token reads it.
 """
 
 from __future__ import annotations
@@ -11,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from nbl_export.errors import NblError
 from nbl_export.graph.names import GRAPH_FILE
 from nbl_export.graph.session import PAST, contract_of_session, open_session
 
@@ -30,52 +41,79 @@ class OnnxDecoder:
         caches: name of each cache input -> of its output; None: past_key_values.N.key -> present.N.key.
         exact: see `open_session`.
         session: runs in place of a session of the graph (`mixed.MixedSession`); `directory` is then not read.
+        chunk: most tokens of a run; a longer step is several runs. None for any number. For graphs of the static form.
 
     Raises:
         CorruptError: ONNX Runtime cannot load the graph.
+        NblError: the graph has write_indices, and caches whose length is not a number.
     """
 
     def __init__(
         self, directory: Path, head_dim: int, threads: int | None = None, *, file: str = GRAPH_FILE,
-        caches: Mapping[str, str] | None = None, exact: bool = False, session: Any = None,
+        caches: Mapping[str, str] | None = None, exact: bool = False, session: Any = None, chunk: int | None = None,
     ) -> None:  # fmt: skip
         self.session = session or open_session(directory / file, threads, mapped=True, exact=exact)
-        self.head_dim = head_dim
+        self.head_dim, self._chunk = head_dim, chunk
         self.contract = contract_of_session(self.session)
-        named = [a.name for a in self.contract.inputs if PAST.match(a.name)]
+        self._types = {a.name: a.dtype for a in self.contract.inputs}
+        named = [name for name in self._types if PAST.match(name)]
         self._caches = {n: n.replace(*_FED) for n in named} if caches is None else dict(caches)
+        self._slots = 0  # of a cache of fixed length
+        if "write_indices" in self._types:
+            slots = next((a.shape[2] for a in self.contract.inputs if a.name in self._caches), None)
+            if not isinstance(slots, int):
+                raise NblError(f"{directory / file} is not of the static form: its caches have no fixed length")
+            self._slots = slots
         self._past: dict[str, np.ndarray] = {}
         self._mask_BT = np.zeros((0, 0), np.int64)
 
     def begin(self, batch: int) -> None:
         """Start a batch with empty caches."""
         self._mask_BT = np.zeros((batch, 0), np.int64)
-        self._past = {
-            a.name: np.zeros((batch, int(a.shape[1]), 0, self.head_dim), a.dtype)
-            for a in self.contract.inputs
-            if a.name in self._caches
-        }
+        self._past = {}
+        for a in (a for a in self.contract.inputs if a.name in self._caches):
+            size = a.shape[3] if isinstance(a.shape[3], int) else self.head_dim
+            self._past[a.name] = np.zeros((batch, int(a.shape[1]), self._slots, size), a.dtype)
 
     def step(self, ids_BT: np.ndarray, valid_BT: np.ndarray | None = None) -> np.ndarray:
-        """Append tokens; returns float32 logits [B, T, V], or [B, 1, V] from a pruned graph.
+        """Append tokens; returns float32 logits [B, T, V], or [B, 1, V] of each row's last token from a pruned graph.
 
         Logits of rows that a graph with a cut (`mixers.predicted`) does not compute are NaN.
 
         Args:
             ids_BT: token ids.
-            valid_BT: 1 for tokens, 0 for padding on the right; only a first chunk may be padded.
+            valid_BT: 1 for tokens, 0 for padding on the right; only a first step may be padded, or any in the static
+                form.
+
+        Raises:
+            NblError: a row would outgrow a cache of fixed length; nothing has run.
         """
-        logits = self.run(ids_BT, valid_BT)["logits"].astype(np.float32, copy=False)
-        return _in_place(logits, np.ones_like(ids_BT) if valid_BT is None else valid_BT)
+        valid_BT = np.ones_like(ids_BT) if valid_BT is None else valid_BT
+        held, tokens = int(self._mask_BT.sum(1).max()), ids_BT.shape[1]
+        if self._slots and held + tokens > self._slots:
+            raise NblError(f"{held} tokens are cached and {tokens} more do not fit into {self._slots} slots")
+        width = self._chunk or tokens
+        found = self._logits(ids_BT[:, :width], valid_BT[:, :width])
+        for start in range(width, tokens, width):
+            valid = valid_BT[:, start : start + width]
+            logits = self._logits(ids_BT[:, start : start + width], valid)
+            if self.contract.logits == "last":
+                found = np.where(valid[:, :1, None] > 0, logits, found)
+            else:
+                found = np.concatenate([found, logits], 1)
+        return found
+
+    def _logits(self, ids_BT: np.ndarray, valid_BT: np.ndarray) -> np.ndarray:
+        return _in_place(self.run(ids_BT, valid_BT)["logits"].astype(np.float32, copy=False), valid_BT)
 
     def run(self, ids_BT: np.ndarray, valid_BT: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """All outputs of a step by name; arguments as in `step`."""
+        """All outputs of one run by name; arguments as in `step`."""
         valid = np.ones_like(ids_BT) if valid_BT is None else valid_BT
-        positions = self._mask_BT.sum(1)[:, None] + np.arange(ids_BT.shape[1])[None, :]
+        lengths_B = self._mask_BT.sum(1)
         mask = np.concatenate([self._mask_BT, valid.astype(np.int64)], 1)
-        feeds = {"input_ids": ids_BT, "attention_mask": mask, "position_ids": positions}
-        types = {a.name: a.dtype for a in self.contract.inputs}
-        ours = {name: value.astype(types[name], copy=False) for name, value in feeds.items() if name in types}
+        feeds = {"input_ids": ids_BT, "attention_mask": mask, "write_indices": lengths_B, "num_tokens": valid.sum(1),
+                 "position_ids": lengths_B[:, None] + np.arange(ids_BT.shape[1])[None, :]}  # fmt: skip
+        ours = {n: value.astype(self._types[n], copy=False) for n, value in feeds.items() if n in self._types}
         outputs = [a.name for a in self.contract.outputs]
         found = dict(zip(outputs, self.session.run(outputs, {**ours, **self._past}), strict=True))
         self._mask_BT = mask
@@ -83,10 +121,10 @@ class OnnxDecoder:
         return found
 
     def overwrite(self, cache: str, last_BHTD: np.ndarray) -> None:
-        """Replace the last rows of a cache, by the name of its input."""
-        held = self._past[cache]
-        kept = held[:, :, : held.shape[2] - last_BHTD.shape[2]]
-        self._past[cache] = np.concatenate([kept, last_BHTD.astype(held.dtype)], 2)
+        """Replace the last rows of a cache of unpadded sequences, by the name of its input."""
+        held = self._past[cache].copy()
+        held[:, :, self.length - last_BHTD.shape[2] : self.length] = last_BHTD
+        self._past[cache] = held
 
     def mark(self) -> Any:
         """The state of the running batch, for `rewind`. Costs nothing: a step makes new caches and changes none."""
@@ -98,9 +136,14 @@ class OnnxDecoder:
         self._past = dict(past)
 
     @property
-    def cache_length(self) -> int:
-        """Tokens that the caches of the running batch hold, padding included."""
+    def length(self) -> int:
+        """Tokens that the running batch has got, padding included."""
         return int(self._mask_BT.shape[1])
+
+    @property
+    def cache_length(self) -> int:
+        """Tokens that a row of the caches has room for."""
+        return self._slots or self.length
 
     @property
     def cache_bytes(self) -> int:
@@ -116,5 +159,6 @@ def _in_place(logits_BMV: np.ndarray, valid_BT: np.ndarray) -> np.ndarray:
     found = np.full((batch, tokens, vocab), np.nan, np.float32)
     found[:, 0] = logits_BMV[:, 0]
     for row, length in enumerate(valid_BT.sum(1)):
-        found[row, length - given + 1 : length] = logits_BMV[row, 1:]
+        near = max(1, int(length) - given + 1)
+        found[row, near : near + given - 1] = logits_BMV[row, 1:]
     return found

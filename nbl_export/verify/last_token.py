@@ -30,7 +30,7 @@ Chunk = tuple[np.ndarray, np.ndarray]  # token ids [B, T], and 1 at each valid t
 def check_last(
     subject: str, every: Any, last: Any, row: Sequence[int], limit: float, near: int | None = None
 ) -> list[CheckResult]:
-    """Compare the graph `last` with the graph `every` (both an `OnnxDecoder` or `StaticDecoder` of engines).
+    """Compare the graph `last` with the graph `every` (both a `GraphDecoder`).
 
     Half the distance to the nearest other position of the chunk is a second limit. It proves that the logits are those
     of the right token.

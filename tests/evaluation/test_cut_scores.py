@@ -66,9 +66,7 @@ def test_a_continuation_is_scored_as_it_is_served(cut: Path, context: int, count
 
 @pytest.mark.trt
 def test_a_graph_with_caches_of_fixed_length_is_scored_as_it_is_served() -> None:
-    from nbl_export.targets.tensorrt.static.on_ort import open_decoder
-
-    from ..static_tiny import rows
+    from ..static_tiny import open_decoder, rows
     from ..trt_tiny import graph_of
 
     path, ids = graph_of("llama", (), "fp32", cut=(1, 8)) / ALL_LOGITS_FILE, tuple(rows()[0][:56])

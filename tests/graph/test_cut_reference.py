@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -95,7 +96,8 @@ def test_one_short_row_lets_a_whole_batch_climb(exported: Callable[..., Path]) -
 
 
 def test_logits_of_a_graph_with_a_cut_stand_at_their_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder = object.__new__(OnnxDecoder)
+    decoder = OnnxDecoder(Path(), 0, session=SimpleNamespace(get_inputs=list, get_outputs=list))
+    decoder.begin(2)
     given = np.arange(1, 7, dtype=np.float32).reshape(2, 3, 1)
     monkeypatch.setattr(decoder, "run", lambda *_: {"logits": given})
     ids, valid = padded(chunks_of((6, 4)))

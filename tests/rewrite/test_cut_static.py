@@ -16,10 +16,9 @@ from nbl_export.model.linearize import linearize
 from nbl_export.rewrite import rewrite
 from nbl_export.rewrite.tail import difference, keep_last_token
 from nbl_export.targets.tensorrt import export as static
-from nbl_export.targets.tensorrt.static.on_ort import open_decoder
 
 from ..cuts import predicted_maps
-from ..static_tiny import HEAD, HIDDEN, LAYERS, TOLERANCE, rows, worst
+from ..static_tiny import HEAD, HIDDEN, LAYERS, TOLERANCE, open_decoder, rows, worst
 
 NEAR = 8
 # Prompts around W + 1 tokens, later steps of several sizes, and single tokens.

@@ -13,11 +13,10 @@ from nbl_export.graph.names import ALL_LOGITS_FILE
 from nbl_export.rewrite import rewrite
 from nbl_export.rewrite.tail import difference, keep_last_token
 from nbl_export.targets.tensorrt import export as static
-from nbl_export.targets.tensorrt.static.on_ort import open_decoder
 from nbl_export.verify.ladder import TOLERANCES
 from nbl_export.verify.last_token import check_last
 
-from ..static_tiny import TOLERANCE, VOCAB, maps_of, rows, single_row_error, torch_logits, worst  # fmt: skip
+from ..static_tiny import TOLERANCE, VOCAB, maps_of, open_decoder, rows, single_row_error, torch_logits, worst
 
 Form = Callable[[str], ir.Model]
 

@@ -26,7 +26,7 @@ from nbl_export.model.linearize import replaced
 from nbl_export.records.results import CheckResult
 from nbl_export.run import accept as accepting
 from nbl_export.targets import load_engine
-from nbl_export.targets.tensorrt.static.on_ort import open_runner
+from nbl_export.targets.tensorrt.static.host import CheckedRunner
 from nbl_export.verify import ladder, on_target
 from nbl_export.verify.exporter import row_logits
 from nbl_export.verify.ladder import ON_GPU, Probe, Reference, shown_positions
@@ -34,7 +34,7 @@ from nbl_export.verify.on_target import POSITIONS, Expected, expect, load, save
 
 from ..cuts import predicted_maps
 from ..fake_engine import StandIn
-from ..static_tiny import HEAD, HIDDEN, LAYERS, SLOTS, maps_of, rows
+from ..static_tiny import HEAD, HIDDEN, LAYERS, SLOTS, maps_of, open_decoder, rows
 from ..trt_tiny import checkpoint_of, graph_of
 
 pytestmark = pytest.mark.trt
@@ -73,7 +73,7 @@ def test_a_cut_is_compared_in_the_steps_of_its_reference(near: int) -> None:
     texts, margins = zip(*(ladder.greedy(decoder, prompt, probe.new_tokens) for prompt in probe.prompts), strict=True)
     logits = tuple(ladder.run_rows(decoder, [row])[0] for row in probe.rows)
     expected = expect("fp32", probe, {"nbl": Reference(logits, None, texts, margins)}, near)
-    with open_runner(directory / "decoder.onnx") as runner:
+    with CheckedRunner(open_decoder(directory / "decoder.onnx"), directory) as runner:
         found = list(on_target.checks(runner, "nbl", expected, lambda *_: None))
         steps = dataclasses.replace(expected, near=None)
         other = on_target._chunk_behind_cache(runner, "nbl", steps, lambda *_: None)

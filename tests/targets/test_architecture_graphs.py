@@ -25,7 +25,6 @@ from nbl_export.rewrite import rewrite
 from nbl_export.rewrite.tail import keep_last_token
 from nbl_export.targets.checks import Wanted
 from nbl_export.targets.onnx_files import check_files
-from nbl_export.targets.tensorrt.static.on_ort import open_decoder
 from nbl_export.verify import exporter
 from nbl_export.verify.ladder import DECODE_STEPS, Probe, Reference, run_rows
 from tests.exports import build_decoder
@@ -126,7 +125,7 @@ def test_the_static_form(architecture: str, checkpoint: Checkpoint, random_maps:
     build_decoder("static", checkpoint(architecture), tmp_path / "original", "fp32", cache_length=96)
     rewrite(tmp_path / "original", tmp_path / "nbl", random_maps(0, 2))
     for name, chosen in (("original", ()), ("nbl", (0, 2))):
-        found = run_rows(open_decoder(tmp_path / name / STATIC_GRAPH_FILE), rows())
+        found = run_rows(OnnxDecoder(tmp_path / name, 0, file=STATIC_GRAPH_FILE, exact=True), rows())
         assert worst(found, torch_logits(checkpoint(architecture), chosen)) < TOLERANCE
 
 

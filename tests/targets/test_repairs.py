@@ -29,7 +29,6 @@ from nbl_export.targets.openvino import export as openvino_export
 from nbl_export.targets.openvino import trace
 from nbl_export.targets.tensorrt import export as static
 from nbl_export.targets.tensorrt import static_form
-from nbl_export.targets.tensorrt.static.on_ort import open_decoder
 from nbl_export.verify.exporter import row_logits
 from nbl_export.verify.ladder import apart
 
@@ -121,7 +120,7 @@ def test_a_graph_without_the_repair_does_not_run(
 
 def _opened(checkpoint: Path, out: Path) -> Any:
     static.build(checkpoint, out, "fp32", max_seq_len=96)
-    return open_decoder(out / "decoder.onnx")
+    return OnnxDecoder(out, 0, file="decoder.onnx", exact=True)
 
 
 @pytest.mark.parametrize("left_out", ["HeadMajorCaches", "ScaledQueries", "DerivedPositions", "ExplicitMasks"])

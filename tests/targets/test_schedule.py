@@ -1,4 +1,4 @@
-"""Chunks, slots, rows and profiles, without any engine; and text, without any model."""
+"""Profiles and chunks, without any engine; and text, without any model."""
 
 from __future__ import annotations
 
@@ -11,92 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from nbl_export.errors import MissingPackageError, NblError
-from nbl_export.records.decoder import GraphContract, TensorInfo
-from nbl_export.targets.tensorrt.static.host import StaticDecoder, StaticRunner
-from nbl_export.targets.tensorrt.static.schedule import Profile, Rows, Step, engine_profiles, plan_steps, profile_for
+from nbl_export.targets.tensorrt.static.host import StaticRunner
+from nbl_export.targets.tensorrt.static.schedule import Profile, engine_profiles, profile_for
 from nbl_export.targets.tokenizer import Text
 
 from ..tiny import END_IDS
 
 VOCAB = 50
-
-# -- steps -----------------------------------------------------------------------------------------------
-
-
-def test_a_prompt_runs_in_few_chunks_beside_rows_that_rest() -> None:
-    def steps(lengths: list[int], counts: list[int], chunk: int) -> list[Step]:
-        return list(plan_steps(lengths, counts, cache_length=32, chunk=chunk))
-
-    assert steps([3], [10], 4) == [Step(0, 4, (3,), (4,)), Step(4, 4, (7,), (4,)), Step(8, 2, (11,), (2,))]
-    assert steps([0, 5], [6, 2], 4) == [Step(0, 4, (0, 5), (4, 2)), Step(4, 2, (4, 7), (2, 0))]
-    assert [step.width for step in steps([29, 0], [0, 7], 8)] == [3, 3, 1]  # a resting row near its end
-    assert steps([32, 0], [0, 5], 8) == [Step(0, 5, (27, 0), (0, 5))]  # padding over the end of a full row
-
-
-@pytest.mark.parametrize(("lengths", "counts", "row"), [([30], [3], 0), ([0, 32], [1, 1], 1)])
-def test_more_tokens_than_slots_are_refused(lengths: list[int], counts: list[int], row: int) -> None:
-    with pytest.raises(NblError, match=f"row {row}: {lengths[row]} tokens are cached and {counts[row]} more"):
-        plan_steps(lengths, counts, cache_length=32, chunk=8)
-
-
-@st.composite
-def batches(draw: st.DrawFn) -> tuple[list[int], list[int], int, int]:
-    cache_length = draw(st.integers(1, 40))
-    lengths = draw(st.lists(st.integers(0, cache_length), min_size=1, max_size=4))
-    counts = [draw(st.integers(0, cache_length - length)) for length in lengths]
-    return lengths, counts, cache_length, draw(st.integers(1, 50))
-
-
-@given(batches())
-@settings(max_examples=300, deadline=None)
-def test_every_token_is_written_once_where_it_stands_and_nothing_is_lost(
-    batch: tuple[list[int], list[int], int, int],
-) -> None:
-    lengths, counts, cache_length, chunk = batch
-    cache = [["old"] * n + ["free"] * (cache_length - n) for n in lengths]
-    done = [0] * len(lengths)
-    for step in plan_steps(lengths, counts, cache_length, chunk):
-        assert 1 <= step.width <= chunk
-        for row, (at, count) in enumerate(zip(step.writes, step.counts, strict=True)):
-            assert 0 <= at <= cache_length - step.width
-            full = lengths[row] + done[row] == cache_length
-            assert at == lengths[row] + done[row] or (full and count == 0)
-            for t in range(step.width):
-                if full:  # nothing follows in it
-                    continue
-                cache[row][at + t] = f"{step.start + t}" if t < count else "free"
-            assert count == max(0, min(step.width, counts[row] - step.start))
-            done[row] += count
-    assert done == counts
-    for row, length in enumerate(lengths):
-        assert cache[row][: length + counts[row]] == ["old"] * length + [str(k) for k in range(counts[row])]
-
-
-def test_rows_keep_their_lengths_and_equal_ones_can_be_cut() -> None:
-    rows = Rows(2, cache_length=8, chunk=4)
-    for step in rows.plan([5, 2]):
-        rows.advance(step)
-    assert rows.lengths == [5, 2]
-    with pytest.raises(ValueError, match="rewind"):
-        rows.rewind(1)
-    for step in rows.plan([0, 3]):
-        rows.advance(step)
-    with pytest.raises(ValueError, match="rewind"):
-        rows.rewind(1)  # of one length now, and padding has been written
-    one = Rows(1, cache_length=8, chunk=8)
-    for step in one.plan([5]):
-        one.advance(step)
-    one.rewind(3)
-    assert one.lengths == [3]
-    with pytest.raises(ValueError, match="rewind"):
-        one.rewind(4)
-
 
 # -- profiles --------------------------------------------------------------------------------------------
 
@@ -147,36 +72,23 @@ def test_the_narrowest_profile_takes_a_step() -> None:
 class Ledger:
     """A session whose logits spell out what each token can see: a sum that depends on ids and order."""
 
-    def __init__(self, cache_length: int, chunk: int, *, last_only: bool, widths: tuple[int, ...] = ()) -> None:
-        self.cache_length, self.chunk, self.last_only, self.widths = cache_length, chunk, last_only, widths
-        names = ["input_ids", "write_indices", *(["num_tokens"] if last_only else [])]
-        inputs = tuple(TensorInfo(n, "int64", ("batch",)) for n in names)
-        logits = TensorInfo("logits", "float32", ("batch", 1 if last_only else "tokens", VOCAB))
-        self.contract = GraphContract(inputs, (logits,), (0,))
+    def __init__(self, cache_length: int, chunk: int, widths: tuple[int, ...] = ()) -> None:
+        self.cache_length, self.chunk, self.widths = cache_length, chunk, widths
         self.ran: list[int] = []
-        self.closed = False
         self.cache = np.zeros((0, cache_length), int)
-
-    @property
-    def cache_bytes(self) -> int:
-        return self.cache.nbytes
 
     def begin(self, batch: int) -> None:
         self.cache = np.zeros((batch, self.cache_length), int)
 
-    def run(self, ids_BT: np.ndarray, writes: Sequence[int], counts: Sequence[int]) -> np.ndarray:
-        self.ran.append(ids_BT.shape[1])
-        logits = np.zeros((*ids_BT.shape, VOCAB), np.float32)
-        for b, at in enumerate(writes):
-            self.cache[b, at : at + ids_BT.shape[1]] = ids_BT[b]
-            for t in range(ids_BT.shape[1]):
-                logits[b, t] = said_of(self.cache[b, : at + t + 1])
-        if not self.last_only:
-            return logits
-        return logits[np.arange(len(ids_BT)), np.maximum(np.array(counts) - 1, 0)][:, None]
+    def run(self, ids_BT: np.ndarray, start: int, count: int) -> np.ndarray:
+        width = ids_BT.shape[1]
+        assert start + width <= self.cache_length and 0 < count <= width <= self.chunk
+        self.ran.append(width)
+        self.cache[:, start : start + width] = ids_BT
+        return np.stack([said_of(row[: start + count]) for row in self.cache])[:, None]
 
     def close(self) -> None:
-        self.closed = True
+        pass
 
 
 def said_of(prefix: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -186,45 +98,13 @@ def said_of(prefix: Sequence[int] | np.ndarray) -> np.ndarray:
     return (value + (np.arange(VOCAB) == value % VOCAB)).astype(np.float32)
 
 
-@pytest.mark.parametrize(("last_only", "widths"), [(False, ()), (True, ()), (True, (4, 8))])
-@pytest.mark.parametrize("chunk", [1, 3, 24])
-def test_a_ragged_batch_sees_what_each_row_alone_would(chunk: int, last_only: bool, widths: tuple[int, ...]) -> None:
-    session = Ledger(24, chunk, last_only=last_only, widths=widths)
-    decoder = StaticDecoder(session)
-    decoder.begin(3)
-    rng = np.random.default_rng(0)
-    rows: list[list[int]] = [[], [], []]
-    for taken in [(7, 3, 1), (1, 1, 1), (0, 9, 2), (2, 0, 0), (14, 11, 20)]:
-        ids, valid = rng.integers(2, VOCAB, (3, max(taken))), np.zeros((3, max(taken)), int)
-        for b, n in enumerate(taken):
-            valid[b, :n] = 1
-            rows[b] += ids[b, :n].tolist()
-        with pytest.raises(NblError, match="do not fit"):  # before anything runs
-            decoder.step(np.ones((3, 25), int))
-        logits = decoder.step(ids, valid)
-        assert logits.shape == (3, 1 if last_only else max(taken), VOCAB)
-        for b, n in enumerate(taken):
-            for k in range(n if not last_only else min(n, 1)):
-                expected = said_of(rows[b] if last_only else rows[b][: len(rows[b]) - n + k + 1])
-                assert np.array_equal(logits[b, k], expected), (taken, b, k)
-    assert decoder.lengths == (24, 24, 24)
-    assert max(session.ran) <= chunk
-    with pytest.raises(NblError, match="do not fit"):
-        decoder.step(np.ones((3, 1), int))
-
-
-def test_padding_has_to_stand_on_the_right() -> None:
-    decoder = StaticDecoder(Ledger(8, 4, last_only=True))
-    decoder.begin(1)
-    with pytest.raises(ValueError, match="right"):
-        decoder.step(np.ones((1, 2), int), np.array([[0, 1]]))
-    with pytest.raises(NblError, match="no tokens"):
-        decoder.step(np.ones((1, 2), int), np.array([[0, 0]]))
-
-
 @pytest.fixture
 def runner(tmp_path: Path) -> StaticRunner:
-    return StaticRunner(Ledger(16, 4, last_only=True), tmp_path)
+    return over(Ledger(16, 4), tmp_path)
+
+
+def over(session: Any, directory: Path) -> StaticRunner:
+    return StaticRunner(session, directory)
 
 
 def test_greedy_is_the_loop_by_hand(runner: StaticRunner) -> None:
@@ -239,8 +119,8 @@ def test_greedy_is_the_loop_by_hand(runner: StaticRunner) -> None:
 
 def test_prefill_is_padded_to_few_widths_if_there_is_room(tmp_path: Path) -> None:
     """Then rewound and continued: what the padding wrote is never seen."""
-    session = Ledger(20, 16, last_only=True, widths=(4, 8, 16))
-    runner, row = StaticRunner(session, tmp_path), [5, 6, 7, 8, 9, 3, 2, 4, 6, 8, 1, 2]
+    session = Ledger(20, 16, widths=(4, 8, 16))
+    runner, row = over(session, tmp_path), [5, 6, 7, 8, 9, 3, 2, 4, 6, 8, 1, 2]
     runner.begin(20)
     done = 0
     for count, width in ((3, 4), (1, 1), (5, 8), (3, 4)):
@@ -288,13 +168,10 @@ def test_a_session_that_does_not_close_hides_no_error(
         raise OSError("cannot close")
 
     monkeypatch.setattr(Ledger, "close", close)
-    with (
-        pytest.raises(NblError, match="the prompt is empty"),
-        StaticRunner(Ledger(16, 4, last_only=True), tmp_path) as r,
-    ):
+    with pytest.raises(NblError, match="the prompt is empty"), over(Ledger(16, 4), tmp_path) as r:
         r.greedy([], 3)
     assert "does not close after an error: cannot close" in caplog.text
-    with pytest.raises(OSError, match="cannot close"), StaticRunner(Ledger(16, 4, last_only=True), tmp_path):
+    with pytest.raises(OSError, match="cannot close"), over(Ledger(16, 4), tmp_path):
         pass
 
 
@@ -302,9 +179,8 @@ def test_a_session_that_does_not_close_hides_no_error(
 def test_logits_that_are_not_finite_are_no_text(wrong: float) -> None:
     logits = np.array([[[0.5, wrong, 2.0]]], np.float32)
     session: Any = SimpleNamespace(
-        cache_length=8, chunk=4, widths=(4,), contract=SimpleNamespace(inputs=()), begin=lambda _batch: None,
-        run=lambda *_: logits,
-    )  # fmt: skip
+        cache_length=8, chunk=4, widths=(4,), begin=lambda _batch: None, run=lambda *_: logits
+    )
     runner = StaticRunner(session, Path("engine"))
     with pytest.raises(NblError, match=r"engine gives logits that are not finite: .* --precision bf16"):
         runner.greedy([3], 2)

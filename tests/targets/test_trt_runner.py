@@ -25,15 +25,14 @@ from nbl_export.targets.tensorrt import library as tensorrt
 from nbl_export.targets.tensorrt import runner as trt_runner
 from nbl_export.targets.tensorrt.record import read_plan, read_record
 from nbl_export.targets.tensorrt.runner import TrtSession, refuse_misfit
-from nbl_export.targets.tensorrt.static.host import StaticDecoder, StaticRunner, likeliest, widened
-from nbl_export.targets.tensorrt.static.on_ort import open_decoder
+from nbl_export.targets.tensorrt.static.host import CheckedRunner, StaticRunner, likeliest, widened
 from nbl_export.targets.tensorrt.static.schedule import Profile, engine_profiles
 from nbl_export.trust import own_engines
 
 from ..command import assert_refused, nbl
 from ..fake_engine import fake_record, fake_session
 from ..fake_tensorrt import Context, FakeDevice, FakeTensorRT
-from ..static_tiny import SLOTS, SPEC, TOLERANCE, VOCAB, maps_of, rows, torch_logits, worst
+from ..static_tiny import SLOTS, SPEC, TOLERANCE, VOCAB, maps_of, open_decoder, rows, torch_logits, worst
 from ..trt_tiny import ADA, HOPPER, PLAIN, RTX, checkpoint_of, engine_of, graph_of, needs_rtx
 
 pytestmark = pytest.mark.trt
@@ -151,27 +150,21 @@ def test_the_commands_that_run_engines_ask(tmp_path: Path) -> None:
 def test_steps_have_the_tokens_positions_and_caches_that_torch_has(
     architecture: str, library: tensorrt.Library, tmp_path: Path
 ) -> None:
-    """Two rows of different length in chunks, then decode steps from the captured graph, to the last slot.
+    """Two rows in steps, the second padded, then decode steps from the captured graph, to the last slot.
 
     The tolerance is what ONNX Runtime and torch differ by.
     """
     session, trt = fake_session(graph_of(architecture, (1,), "fp32") / "decoder.onnx", tmp_path, library)
-    decoder = StaticDecoder(session)
-    expected = torch_logits(checkpoint_of(architecture), maps_of([1]))
+    expected = np.stack(torch_logits(checkpoint_of(architecture), maps_of([1])))
+    ids = np.array(rows())
     for _ in range(2):  # begin forgets
-        decoder.begin(2)
-        ids, valid = np.array([row[:21] for row in rows()]), np.ones((2, 21), int)
-        valid[1, 12:] = 0
-        got = decoder.step(ids, valid)[:, 0]
-        assert worst(got, np.stack([expected[0][20], expected[1][11]])) < TOLERANCE["fp32"]
-        for k in range(SLOTS - 21):
-            got = decoder.step(np.array([[rows()[0][21 + k]], [rows()[1][12 + k]]]))[:, 0]
-            assert worst(got, np.stack([expected[0][21 + k], expected[1][12 + k]])) < TOLERANCE["fp32"]
-    with pytest.raises(NblError, match="do not fit"):
-        decoder.step(np.ones((2, 1), int))
+        session.begin(2)
+        for start, count, width in ((0, 8, 8), (8, 5, 8), *((k, 1, 1) for k in range(13, SLOTS))):
+            got = session.run(ids[:, start : start + width], start, count)[:, 0]
+            assert worst(got, expected[:, start + count - 1]) < TOLERANCE["fp32"], start
     prefill, decode = trt.contexts
     assert [context.profile for context in trt.contexts] == [0, 1]
-    assert set(prefill.runs) == {(2, 8), (2, 5)}
+    assert set(prefill.runs) == {(2, 8)}
     assert set(decode.runs) == {(2, 1)}
     assert decode.graphs_by_itself is library.jit
     assert not prefill.graphs_by_itself
@@ -185,7 +178,7 @@ def test_steps_have_the_tokens_positions_and_caches_that_torch_has(
 def test_a_step_that_cannot_be_captured_runs_plainly(tmp_path: Path) -> None:
     session, trt = fake_session(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path, captures=False)
     runner = StaticRunner(session, tmp_path)
-    plain = StaticRunner(open_decoder(graph_of("llama", (1,), "fp32") / "decoder.onnx", 8).session, tmp_path)
+    plain = CheckedRunner(open_decoder(graph_of("llama", (1,), "fp32") / "decoder.onnx", 8), tmp_path)
     assert runner.greedy(rows()[0][:11], 12) == plain.greedy(rows()[0][:11], 12)
     assert (trt.device.captured, len(trt.contexts[1].runs)) == (0, 11)
 
@@ -193,19 +186,18 @@ def test_a_step_that_cannot_be_captured_runs_plainly(tmp_path: Path) -> None:
 def test_a_changed_batch_is_bound_and_captured_again(tmp_path: Path) -> None:
     """Also behind a batch that ran no step: it moves the caches, and a graph before it would write to the old place."""
     session, trt = fake_session(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
-    decoder = StaticDecoder(session)
     same = open_decoder(graph_of("llama", (1,), "fp32") / "decoder.onnx", 8)
     for batch in (1, 2, 1, 1):
-        decoder.begin(2)
-        for each in (decoder, same):
+        session.begin(2)
+        for each in (session, same):
             each.begin(batch)
         for start, end in ((0, 3), (3, 4), (4, 5), (5, 6)):
             ids = np.array([row[start:end] for row in rows()[:batch]])
-            assert np.array_equal(decoder.step(ids), same.step(ids)), (batch, start)
+            assert np.array_equal(session.run(ids, start, end - start), same.step(ids)), (batch, start)
         assert session.cache_bytes == batch * SPEC.cache_bytes_per_token(2, 4) * SLOTS
     assert trt.device.captured == 4
     with pytest.raises(NblError, match=r"not built for 3 rows .* key max_batch"):
-        decoder.begin(3)
+        session.begin(3)
 
 
 @pytest.mark.parametrize("library", [PLAIN, RTX], ids=["trt", "trt-rtx"])
@@ -215,13 +207,13 @@ def test_one_row_and_a_batch_decode_in_profiles_of_their_own(library: tensorrt.L
     profiles = tuple(dataclasses.replace(p, batch=(1, 1, 1)) if p.name == "decode" else p
                      for p in engine_profiles(4, 8, SLOTS))  # fmt: skip
     session, trt = fake_session(graph, tmp_path, library, profiles=profiles)
-    decoder, same = StaticDecoder(session), open_decoder(graph, 8)
+    same = open_decoder(graph, 8)
     for batch in (1, 4, 1):
-        for each in (decoder, same):
+        for each in (session, same):
             each.begin(batch)
         for start, end in ((0, 3), (3, 4), (4, 5)):
             ids = np.array([rows()[k % 2][start + k : end + k] for k in range(batch)])
-            assert np.array_equal(decoder.step(ids), same.step(ids)), (batch, start)
+            assert np.array_equal(session.run(ids, start, end - start), same.step(ids)), (batch, start)
     _, one, many = trt.contexts
     assert (set(one.runs), set(many.runs)) == ({(1, 1)}, {(4, 1)})
     assert [context.graphs_by_itself for context in trt.contexts[1:]] == [library.jit] * 2
@@ -243,15 +235,14 @@ def test_both_contexts_work_in_one_block(tmp_path: Path, monkeypatch: pytest.Mon
 def test_half_precision_logits_come_back_wide(tmp_path: Path) -> None:
     graph = graph_of("llama", (1,), "fp16") / "decoder.onnx"
     session, _ = fake_session(graph, tmp_path)
-    decoder, same = StaticDecoder(session), open_decoder(graph, 8)
-    for each in (decoder, same):
+    same = open_decoder(graph, 8)
+    for each in (session, same):
         each.begin(1)
-    ids = np.array([rows()[0][:11]])
-    got = decoder.step(ids)
-    raw = session.run(ids[:, :1], [11], [1])
+    ids = np.array([rows()[0][:7]])
+    raw = session.run(ids, 0, 7)
+    got = widened(raw)
     assert (got.dtype, raw.dtype) == (np.float32, np.float16)
-    assert np.array_equal(got, same.step(ids))
-    assert np.array_equal(got, got.astype(np.float16)) and got.any()
+    assert np.array_equal(got, same.step(ids)) and got.any()
 
 
 def raises(error: Exception) -> Callable[..., Any]:
@@ -277,9 +268,9 @@ def test_a_refusal_is_an_error_and_the_session_goes_on(
     with monkeypatch.context() as patched, pytest.raises(NblError, match=reason):  # noqa: PT012
         patched.setattr(Context, name, lambda *_: bool(said) and trt.say("ERROR", said))
         session.begin(1)
-        session.run(ids, [0], [4])
+        session.run(ids, 0, 4)
     session.begin(1)  # binds again what was not bound to the end
-    assert session.run(ids, [0], [4]).shape == (1, 1, VOCAB)
+    assert session.run(ids, 0, 4).shape == (1, 1, VOCAB)
 
 
 def test_a_shape_that_was_refused_is_set_again(tmp_path: Path) -> None:
@@ -287,11 +278,11 @@ def test_a_shape_that_was_refused_is_set_again(tmp_path: Path) -> None:
     session, trt = fake_session(graph_of("llama", (1,), "fp32") / "decoder.onnx", tmp_path)
     session.begin(1)
     ids = np.ones((1, 4), np.int64)
-    first = session.run(ids, [0], [4])
+    first = session.run(ids, 0, 4)
     trt.profiles = (Profile("prefill", (1, 1, 1), (1, 4, 4)), trt.profiles[1])  # the plan is narrower than its record
     with pytest.raises(NblError, match=r"the shape of input_ids: input_ids: \(1, 5\) does not satisfy"):
-        session.run(np.ones((1, 5), np.int64), [0], [5])
-    assert np.array_equal(session.run(ids, [0], [4]), first)
+        session.run(np.ones((1, 5), np.int64), 0, 5)
+    assert np.array_equal(session.run(ids, 0, 4), first)
     assert trt.contexts[0].runs == [(1, 4), (1, 4)]
 
 

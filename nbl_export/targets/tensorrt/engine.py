@@ -19,17 +19,15 @@ from typing import Any
 
 from nbl_export.errors import NblError
 from nbl_export.files import file_sha256
+from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.names import CUT_ROWS, GRAPH_FILE, all_logits_file
-from nbl_export.mixers.base import Running
-from nbl_export.mixers.cut import cut_of
 from nbl_export.targets.base import Availability, BuildSettings, DecoderFacts, ExportSettings, Target
 from nbl_export.targets.export.finish import check_bounds
 from nbl_export.targets.gpu import CUDA, LEAST_COMPUTE, Gpu, find_gpu, outdated, unpackaged
-from nbl_export.targets.runners import StepDecoder
 from nbl_export.targets.tensorrt.kernels import KERNELS_FILE
 from nbl_export.targets.tensorrt.library import LIBRARIES, Library, load_library
 from nbl_export.targets.tensorrt.record import RECORD_FILE, read_record
-from nbl_export.targets.tensorrt.static.host import StaticDecoder, StaticRunner
+from nbl_export.targets.tensorrt.static.host import CheckedRunner, StaticRunner
 from nbl_export.trust.own_engines import remember
 
 __all__ = ["TRT", "TRT_RTX", "TensorRtEngine"]
@@ -145,30 +143,19 @@ class TensorRtEngine(Target):
     def open_graph(
         self, directory: Path, head_dim: int, file: str | None = None, threads: int | None = None, *,
         exact: bool = False,
-    ) -> StaticDecoder:  # fmt: skip
-        """A float32 copy on ONNX Runtime's CPU provider: the graph with all logits, unless `file` names another."""
-        from nbl_export.targets.tensorrt.static.on_ort import open_decoder
+    ) -> OnnxDecoder:  # fmt: skip
+        """A float32 copy on ONNX Runtime's CPU provider, which has no MatMul for bf16.
 
-        path = directory / (file or all_logits_file(directory))
-        return open_decoder(path, _checked_chunk(path))
+        Always `exact`: by default ONNX Runtime fuses int4 blocks to MatMulNBits with int8 activations (logits off by up
+        to 1).
+        """
+        file = file or all_logits_file(directory)
+        chunk = _checked_chunk(directory / file)
+        return OnnxDecoder(directory, head_dim, threads, file=file, exact=True, chunk=chunk)
 
-    def open_mixed(self, directory: Path, head_dim: int, mixers: Running, tap: str, *, exact: bool) -> StepDecoder:
-        """The same copy, with mixers in place of attention."""
-        if cut_of(mixers.mixers) is not None:
-            return super().open_mixed(directory, head_dim, mixers, tap, exact=exact)
-        from nbl_export.graph.mixed import MixedSession
-        from nbl_export.targets.tensorrt.static.on_ort import OrtSession
-
-        path = directory / all_logits_file(directory)
-        mixed = MixedSession(path, mixers, tap, exact=True)
-        return StaticDecoder(OrtSession(path, _CHECKED_CHUNK, mixed=mixed))
-
-    def open_checked(self, directory: Path, threads: int | None = None) -> StaticRunner:
+    def open_checked(self, directory: Path, threads: int | None = None) -> CheckedRunner:
         """A text runner on the same copy, with the logits that the deployed graph gives."""
-        from nbl_export.targets.tensorrt.static.on_ort import open_runner
-
-        path = directory / GRAPH_FILE
-        return open_runner(path, _checked_chunk(path), threads)
+        return CheckedRunner(self.open_graph(directory, 0, GRAPH_FILE, threads), directory)
 
 
 def _checked_chunk(path: Path) -> int | None:

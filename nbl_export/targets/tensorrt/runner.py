@@ -103,7 +103,12 @@ def refuse_misfit(library: Library, record: EngineRecord, version: str, gpu: Gpu
 
 
 class TrtSession:
-    """A plan and the caches of a batch (a `host.Session`).
+    """A plan and the caches of a batch.
+
+    Attributes:
+        cache_length: slots of a cache.
+        chunk: most tokens of a step.
+        widths: ascending widths that a step of several tokens is padded to; empty for none.
 
     Args:
         trt: the imported library.
@@ -187,11 +192,18 @@ class TrtSession:
                 require(context.set_tensor_address(name, address), f"the address of {name}")
             require(context.set_input_shape(info.name, (batch, *info.shape[1:])), f"the shape of {info.name}")
 
-    def run(self, ids_BT: np.ndarray, writes: Sequence[int], counts: Sequence[int]) -> np.ndarray:
-        """Run one step; returns logits as the engine gives them, valid until the next step."""
+    def run(self, ids_BT: np.ndarray, start: int, count: int) -> np.ndarray:
+        """Run one step; returns logits [B, T, V], or [B, 1, V] of each row's last token, as the engine gives them.
+
+        The array is valid until the next step. See `host.widened`.
+
+        Args:
+            start: slot of the first token, in every row.
+            count: tokens of a row that are not padding.
+        """
         batch, tokens = ids_BT.shape
         index = profile_for(self._record.profiles, batch, tokens)
-        self._device.upload(*self._controls.filled(ids_BT, writes, counts))
+        self._device.upload(*self._controls.filled(ids_BT, start, count))
         execute = functools.partial(self._execute, self._contexts[index], index, (batch, tokens))
         if self._record.profiles[index].decodes:
             self._step.run((batch, tokens), execute)
@@ -251,13 +263,14 @@ class _Controls:
         self._places = places
         self.addresses = {name: self._address + place * _INDEX.itemsize for name, place in places.items()}
 
-    def filled(self, ids_BT: np.ndarray, writes: Sequence[int], counts: Sequence[int]) -> tuple[int, np.ndarray]:
+    def filled(self, ids_BT: np.ndarray, start: int, count: int) -> tuple[int, np.ndarray]:
         """The address on the device, and what is copied there for a step."""
-        for name, values in (("write_indices", writes), ("num_tokens", counts)):
+        for name, value in (("write_indices", start), ("num_tokens", count)):
             if name in self._places:
-                self._host[self._places[name] : self._places[name] + len(values)] = values
-        start, end = self._places["input_ids"], self._places["input_ids"] + ids_BT.size
-        self._host[start:end] = ids_BT.reshape(-1)
+                self._host[self._places[name] : self._places[name] + len(ids_BT)] = value
+        place = self._places["input_ids"]
+        end = place + ids_BT.size
+        self._host[place:end] = ids_BT.reshape(-1)
         return self._address, self._host[:end]
 
 

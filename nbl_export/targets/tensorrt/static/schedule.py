@@ -1,17 +1,6 @@
-"""Plans the steps of a static-form runner: rows, chunks, slots and profiles. Pure; loads no engine.
+"""Optimisation profiles: prefill of 1..chunk tokens, decode of one, and decode of a batch if it may exceed two rows.
 
-    row 0   [######....|                ]    length 6, new tokens ....      a step writes T slots into every row,
-    row 1   [##........|                ]    at the row's own length; the first counts[b] of these are tokens
-
-Rules that the graph needs and cannot check:
-- Caches start zeroed: masked slots are multiplied by 0, and 0 x NaN is NaN.
-- T of a step is at most the free slots of every row that is not full, resting rows included. The reason is
-  write_indices[b] + T <= S (TensorRT's KVCacheUpdate: what lies beyond is undefined).
-- A resting row has count 0, and padding is written behind its length. The next step overwrites this padding before any
-  token reads it. A full row's padding overwrites its own last slots, after which nothing can follow.
-
-Optimisation profiles: prefill of 1..chunk tokens, decode of one, and decode of a batch if it may exceed two rows. A
-profile's kernels are chosen for its optimum, so that one row in an engine for many does not take the kernels of many.
+A profile's kernels are chosen for its optimum, so that one row in an engine for many does not take the kernels of many.
 Measured with TensorRT-RTX 1.7.1:
 - In a profile, a product without any dynamic dimension has its own copy of its matrix (SmolLM2 fp16, all of decode:
   499 MB instead of 288). So decode always allows at least two rows.
@@ -35,7 +24,7 @@ from dataclasses import dataclass
 
 from nbl_export.errors import NblError
 
-__all__ = ["Profile", "Rows", "Step", "engine_profiles", "in_two_tokens", "plan_steps", "profile_for"]
+__all__ = ["Profile", "engine_profiles", "in_two_tokens", "profile_for"]
 
 Triple = tuple[int, int, int]
 _STATIC_DECODE_SLOTS = 24_064
@@ -107,77 +96,3 @@ def profile_for(profiles: Sequence[Profile], batch: int, tokens: int) -> int:
             "again with another key max_batch or key prefill_chunk"
         )
     return min(fitting)[1]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One run of the graph: columns start..start+width of the right-padded new tokens.
-
-    Attributes:
-        width: of the step, which may reach beyond the new tokens.
-        writes: slot of each row's first token (the graph's write_indices).
-        counts: tokens of each row that are not padding (the graph's num_tokens).
-    """
-
-    start: int
-    width: int
-    writes: tuple[int, ...]
-    counts: tuple[int, ...]
-
-
-def plan_steps(
-    lengths: Sequence[int], counts: Sequence[int], cache_length: int, chunk: int, widths: Sequence[int] = ()
-) -> tuple[Step, ...]:
-    """The steps that append counts[b] tokens to row b, which holds lengths[b] of `cache_length`.
-
-    Args:
-        widths: a step of several tokens takes the next of these widths, if the chunk and the free slots allow it.
-
-    Raises:
-        NblError: a row would outgrow its cache; nothing has run.
-    """
-    for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
-        if length + count > cache_length:
-            raise NblError(
-                f"row {row}: {length} tokens are cached and {count} more do not fit into {cache_length} slots; use a "
-                "shorter prompt, or export with a larger --max-seq-len"
-            )
-    steps: list[Step] = []
-    now, done, total = list(lengths), 0, max(counts, default=0)
-    while done < total:
-        room = min(cache_length - n for n in now if n < cache_length)
-        tokens = min(chunk, room, total - done)
-        taken = tuple(max(0, min(tokens, count - done)) for count in counts)
-        usable = (w for w in widths if tokens <= w <= min(chunk, room))
-        width = next(usable, tokens) if tokens > 1 else tokens
-        steps.append(Step(done, width, tuple(min(n, cache_length - width) for n in now), taken))
-        now = [n + t for n, t in zip(now, taken, strict=True)]
-        done += tokens
-    return tuple(steps)
-
-
-class Rows:
-    """The length of each row of a batch."""
-
-    def __init__(self, batch: int, cache_length: int, chunk: int, widths: Sequence[int] = ()) -> None:
-        self.cache_length, self.chunk, self.widths = cache_length, chunk, tuple(widths)
-        self.lengths = [0] * batch
-        self._apart = False  # whether rows have ever had different lengths
-
-    def plan(self, counts: Sequence[int]) -> tuple[Step, ...]:
-        """See `plan_steps`; changes nothing."""
-        return plan_steps(self.lengths, counts, self.cache_length, self.chunk, self.widths)
-
-    def advance(self, step: Step) -> None:
-        """Record that the step has run."""
-        self._apart |= len(set(step.counts)) > 1
-        self.lengths = [n + count for n, count in zip(self.lengths, step.counts, strict=True)]
-
-    def rewind(self, length: int) -> None:
-        """Drop everything after the first `length` tokens of rows of one length.
-
-        Rows of several lengths cannot be rewound: padding may have overwritten the end of a full row (see above).
-        """
-        if len(set(self.lengths)) != 1 or self._apart or not 0 <= length <= self.lengths[0]:
-            raise ValueError(f"cannot rewind rows of {self.lengths} tokens to {length}")
-        self.lengths = [length] * len(self.lengths)
