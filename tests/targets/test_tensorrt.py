@@ -192,21 +192,21 @@ def test_only_a_library_that_captures_by_itself_is_asked_for_kernels_that_can_be
     log_ = messages_of(FakeTensorRT(FakeDevice(), ()))
     asked: list[str] = []
     config = types.SimpleNamespace(set_flag=asked.append)
-    build._build(fake_network(config), log_, (), True, RTX, tmp_path / "plan")
+    build._build(fake_network(config), log_, (), RTX, tmp_path / "plan")
     assert asked == ["user allocation"]
-    build._build(fake_network(PlainConfig()), log_, (), True, PLAIN, tmp_path / "plan")
+    build._build(fake_network(PlainConfig()), log_, (), PLAIN, tmp_path / "plan")
 
 
 def test_a_plan_is_written_and_hashed_part_by_part(tmp_path: Path) -> None:
     log_ = messages_of(FakeTensorRT(FakeDevice(), ()))
     (tmp_path / "plan").write_bytes(b"of a way that was refused")
-    built = build._build(fake_network(PlainConfig()), log_, (), True, PLAIN, tmp_path / "plan")
+    built = build._build(fake_network(PlainConfig()), log_, (), PLAIN, tmp_path / "plan")
     assert (tmp_path / "plan").read_bytes() == b"plan"
     assert (built.plan_bytes, built.plan_sha256) == (4, hashlib.sha256(b"plan").hexdigest())
     with pytest.raises(NblError, match="TensorRT does not build model: it gives no reason"):
-        build._build(fake_network(PlainConfig(), ()), log_, (), True, PLAIN, tmp_path / "plan")
+        build._build(fake_network(PlainConfig(), ()), log_, (), PLAIN, tmp_path / "plan")
     with pytest.raises(OSError, match="No space left"):  # the library would swallow an exception
-        build._build(fake_network(PlainConfig(), (b"x" * 100_000,)), log_, (), True, PLAIN, Path("/dev/full"))
+        build._build(fake_network(PlainConfig(), (b"x" * 100_000,)), log_, (), PLAIN, Path("/dev/full"))
 
 
 @needs_rtx

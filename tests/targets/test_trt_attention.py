@@ -9,12 +9,11 @@ import pytest
 
 from nbl_export.errors import NblError
 from nbl_export.targets.base import BuildSettings
-from nbl_export.targets.tensorrt import build, network
+from nbl_export.targets.tensorrt import build
 from nbl_export.targets.tensorrt import export as static
 from nbl_export.targets.tensorrt.build import build_engine
-from nbl_export.targets.tensorrt.library import load_library
-from nbl_export.targets.tensorrt.messages import Message, messages_of
-from nbl_export.targets.tensorrt.network import ParsedNetwork, parse
+from nbl_export.targets.tensorrt.messages import Message
+from nbl_export.targets.tensorrt.network import ParsedNetwork
 from nbl_export.targets.tensorrt.record import read_record
 
 from ..static_tiny import save_checkpoint
@@ -44,7 +43,7 @@ def test_attention_without_a_kernel_is_decomposed(
     record = build_engine(RTX, without_kernel, tmp_path / "e", ONE)
     assert record.attention == read_record(tmp_path / "e").attention == "decomposable"
     *before, told = [r.getMessage() for r in caplog.records if r.name == build.__name__]
-    assert len(before) == 2
+    assert len(before) == 1
     assert "graph: attention may be decomposed" in told and "not supported by a dedicated kernel" in told
 
 
@@ -73,15 +72,13 @@ SKIPPED = "Skipping tactic 0 due to insufficient memory on requested size of 259
 NO_KERNEL_SAID = "Attention operation was not supported by a dedicated kernel"
 
 
-def refusing(monkeypatch: pytest.MonkeyPatch, *reasons: str) -> list[tuple[tuple[int, int, int], str]]:
-    """The builder refuses for each reason in turn; the value lists decode's tokens and the types of attention."""
-    asked: list[tuple[tuple[int, int, int], str]] = []
+def refusing(monkeypatch: pytest.MonkeyPatch, *reasons: str) -> list[tuple[int, int, int]]:
+    """The builder refuses for each reason in turn; the value lists decode's tokens."""
+    asked: list[tuple[int, int, int]] = []
     real = build._attempt
 
     def attempt(parsed: ParsedNetwork, log: Any, profiles: Any, *rest: Any) -> Any:
-        kind = parsed.trt.LayerType.ATTENTION_INPUT
-        types = {layer.get_input(k).dtype.name for layer in parsed.layers if layer.type == kind for k in range(3)}
-        asked.append((profiles[-1].tokens, " ".join(types)))
+        asked.append(profiles[-1].tokens)
         if len(asked) <= len(reasons):
             return build._refusal([Message("ERROR", reasons[len(asked) - 1])])
         return real(parsed, log, profiles, *rest)
@@ -91,37 +88,19 @@ def refusing(monkeypatch: pytest.MonkeyPatch, *reasons: str) -> list[tuple[tuple
 
 
 @needs_rtx
-@pytest.mark.parametrize(
-    ("refusals", "attention", "tokens"),
-    [(1, "fused in bf16", (1, 1, 1)), (2, "fused", (1, 1, 2)), (3, "decomposable", (1, 1, 1))],
-)
+@pytest.mark.parametrize(("refusals", "attention", "tokens"), [(1, "fused", (1, 1, 2)), (2, "decomposable", (1, 1, 1))])
 def test_what_a_builder_refuses_is_tried_in_the_next_way(
     refusals: int, attention: str, tokens: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    """The real builder of TensorRT-RTX then takes it, with the casts too."""
+    """The real builder of TensorRT-RTX then takes it."""
     asked = refusing(monkeypatch, *[NO_KERNEL_SAID] * refusals)
     record = build_engine(RTX, graph_of("llama", (1,)), tmp_path / "e", ONE)
     assert (record.attention, record.profiles[1].tokens) == (attention, tokens)
-    assert [way[0] for way in asked] == [(1, 1, 1), (1, 1, 1), (1, 1, 2), (1, 1, 1)][: len(asked)]
-    assert [way[1] for way in asked] == ["HALF", "BF16", "HALF", "HALF"][: len(asked)]
+    assert asked == [(1, 1, 1), (1, 1, 2), (1, 1, 1)][: len(asked)]
     told = [r.getMessage() for r in caplog.records if r.name == build.__name__]
     assert len(told) == refusals and all(NO_KERNEL_SAID in text for text in told)
-    assert refusals < 2 or "all 96 slots for each of 4 query heads, 2 times the cache of a layer" in told[1]
-
-
-@needs_rtx
-def test_casts_are_taken_away_before_attention_may_be_decomposed() -> None:
-    trt = load_library(RTX)
-    parsed = parse(trt, messages_of(trt), graph_of("llama") / "decoder.onnx")
-    names = [[layer.get_input(k).name for k in range(layer.num_inputs)] for layer in parsed.layers]
-    bypass = network.attend_in_bf16(parsed)
-    inner = [layer for layer in parsed.layers if layer.type == trt.LayerType.ATTENTION_INPUT]
-    assert all(layer.get_input(k).dtype == trt.DataType.BF16 for layer in inner for k in range(3))
-    assert parsed.contract.outputs[0].dtype == "float16"
-    bypass()
-    again = [[layer.get_input(k).name for k in range(layer.num_inputs)] for layer in parsed.layers]
-    assert again[: len(names)] == names
+    assert "all 96 slots for each of 4 query heads, 2 times the cache of a layer" in told[0]
 
 
 @needs_rtx

@@ -4,7 +4,7 @@ DIR/model/decoder.onnx ─ parse ─ build ─► scratch ─ rename ─► DIR/
 
 A build that a library refuses for its attention is tried again, with more allowed each time:
 
-    fused attention ─► casts to bfloat16 around attention ─► decode of 1 to 2 tokens ─► attention may be decomposed
+    fused attention ─► decode of 1 to 2 tokens ─► attention may be decomposed
 
 Each build of a large model takes minutes. So a build that is refused for another reason, such as memory, ends there.
 Errors of the builder decide, never warnings: it skips a tactic that finds too little memory, and takes another.
@@ -41,10 +41,8 @@ from nbl_export.targets.tensorrt.messages import Message, Messages, errors, mess
 from nbl_export.targets.tensorrt.network import (
     DECOMPOSABLE,
     FUSED,
-    FUSED_BF16,
     ParsedNetwork,
     allow_decomposing,
-    attend_in_bf16,
     copied_heads,
     parse,
 )
@@ -69,7 +67,7 @@ _NO_MEMORY = ("outofmemory", "out of memory", "insufficient memory", "insuficien
 
 @dataclass(frozen=True)
 class _Built:
-    """attention: FUSED, FUSED_BF16 or DECOMPOSABLE."""
+    """attention: FUSED or DECOMPOSABLE."""
 
     plan_bytes: int
     plan_sha256: str
@@ -107,7 +105,7 @@ def build_engine(library: Library, source: Path, out: Path, settings: BuildSetti
     if _FP16_ALONE in computes and parsed.precision != "fp16":
         raise NblError(f"compute capability {_FP16_ALONE} has no {parsed.precision}: use --precision fp16 for it")
     with friendly_os_errors(out), _replacing(out) as scratch:
-        built = _build(parsed, log, profiles, _FP16_ALONE not in computes, library, scratch / ENGINE_FILE)
+        built = _build(parsed, log, profiles, library, scratch / ENGINE_FILE)
         record = _record(library, parsed, settings, computes, built)
         write_json(scratch / RECORD_FILE, record.to_json())
         _copy_text_files(source, scratch)
@@ -128,13 +126,8 @@ def _at_hand() -> tuple[str, ...]:
     return (gpu.compute,) if isinstance(gpu, Gpu) else ()
 
 
-def _build(
-    parsed: ParsedNetwork, log: Messages, profiles: tuple[Profile, ...], narrow: bool, library: Library, path: Path
-) -> _Built:
+def _build(parsed: ParsedNetwork, log: Messages, profiles: tuple[Profile, ...], library: Library, path: Path) -> _Built:
     """Build a plan to `path`, in the first way that the library has kernels for.
-
-    Args:
-        narrow: whether the engine's GPUs have bfloat16.
 
     Raises:
         NblError: the library refuses every way, or refuses one for another reason than attention.
@@ -145,7 +138,7 @@ def _build(
     refused: list[str] = []
     if any(p.decodes and p.tokens[2] > 1 for p in profiles):
         _logger.warning("%s: %s; a smaller --max-seq-len needs none of it", name, _two_tokens(parsed, profiles))
-    for attention, chosen, said in _ways(parsed, profiles, narrow=narrow):
+    for attention, chosen, said in _ways(parsed, profiles):
         if refused:
             _logger.warning("%s: %s: %s", name, said, refused[-1])
         built = _attempt(parsed, log, chosen, library, failed, path)
@@ -157,18 +150,12 @@ def _build(
     raise NblError(f"{failed}: {'; and before: '.join(reversed(refused))}")
 
 
-def _ways(
-    parsed: ParsedNetwork, profiles: tuple[Profile, ...], *, narrow: bool
-) -> Iterator[tuple[str, tuple[Profile, ...], str]]:
+def _ways(parsed: ParsedNetwork, profiles: tuple[Profile, ...]) -> Iterator[tuple[str, tuple[Profile, ...], str]]:
     """Ways to build, the fastest first: attention, profiles, and what a warning says of the way.
 
     The network is changed for a way when the way is taken.
     """
     yield FUSED, profiles, ""
-    if narrow and parsed.precision in ("fp16", "int4"):
-        bypass = attend_in_bf16(parsed)
-        yield FUSED_BF16, profiles, "attention computes in bfloat16, with casts around it"
-        bypass()
     if (wider := in_two_tokens(profiles)) != profiles:
         yield FUSED, wider, _two_tokens(parsed, wider)
     if allow_decomposing(parsed):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -20,7 +19,7 @@ import numpy as np
 from nbl_export.errors import NblError
 from nbl_export.targets.gpu import Gpu, find_gpu, outdated, release_for
 
-__all__ = ["Device", "attempt_all", "check_device", "missing_package", "open_device"]
+__all__ = ["Device", "check_device", "missing_package", "open_device"]
 
 
 _PACKAGE = "cuda-python"
@@ -68,23 +67,6 @@ def open_device() -> Device:
         return Device()
 
 
-def attempt_all(*steps: Callable[[], object]) -> None:
-    """Run all steps, also if some fail.
-
-    Raises:
-        NblError: the first failure.
-    """
-    failures: list[Exception] = []
-    for step in steps:
-        try:
-            step()
-        except Exception as error:
-            failures.append(error)
-    if failures:
-        first = failures[0]
-        raise first if isinstance(first, NblError) else NblError(_text(first)) from first
-
-
 @contextlib.contextmanager
 def _errors_of(what: str) -> Iterator[None]:
     """Turn an exception of the package into an NblError."""
@@ -93,11 +75,8 @@ def _errors_of(what: str) -> Iterator[None]:
     except NblError:
         raise
     except Exception as error:
-        raise NblError(f"{_PACKAGE} refuses {what}: {_text(error)}") from error
-
-
-def _text(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        text = " ".join(str(error).split())[:300]
+        raise NblError(f"{_PACKAGE} refuses {what}: {type(error).__name__}: {text}") from error
 
 
 class Device:
@@ -108,11 +87,13 @@ class Device:
 
     def __init__(self) -> None:
         self._rt: Any = importlib.import_module("cuda.bindings.runtime")
-        self._buffers: list[int] = []
-        self._graphs: list[tuple[Any, Any]] = []
-        self._pinned: list[int] = []
+        self._freeing = contextlib.ExitStack()
         self._stream = self._call(self._rt.cudaStreamCreateWithFlags, self._rt.cudaStreamNonBlocking)
+        self._free_by(self._rt.cudaStreamDestroy, self._stream)
         self.stream = int(self._stream)
+
+    def _free_by(self, function: Any, made: Any) -> None:
+        self._freeing.callback(self._call, function, made)
 
     def _call(self, function: Any, *arguments: Any) -> Any:
         with _errors_of(function.__name__):
@@ -134,13 +115,13 @@ class Device:
                 f"the GPU gives no further {size / 2**20:,.1f} MiB ({error}); use a smaller --max-seq-len, key "
                 "max_batch or key prefill_chunk"
             ) from error
-        self._buffers.append(address)
+        self._free_by(self._rt.cudaFree, address)
         return address
 
     def pinned(self, size: int) -> np.ndarray:
         """Bytes of host memory that the device reads and writes by itself, so that a copy needs no second one."""
         address = int(self._call(self._rt.cudaHostAlloc, size, self._rt.cudaHostAllocDefault))
-        self._pinned.append(address)
+        self._free_by(self._rt.cudaFreeHost, address)
         return np.ctypeslib.as_array((ctypes.c_ubyte * size).from_address(address))
 
     def zero(self, address: int, size: int) -> None:
@@ -175,23 +156,15 @@ class Device:
                 self._call(self._rt.cudaStreamEndCapture, self._stream)
             raise
         graph = self._call(self._rt.cudaStreamEndCapture, self._stream)
+        self._free_by(self._rt.cudaGraphDestroy, graph)
         ready = self._call(self._rt.cudaGraphInstantiate, graph, 0)
-        self._graphs.append((graph, ready))
+        self._free_by(self._rt.cudaGraphExecDestroy, ready)
         return lambda: self._call(self._rt.cudaGraphLaunch, ready, self._stream)
 
     def close(self) -> None:
-        """Free all memory, the stream and the records, also after an error.
+        """Free all memory, the records and the stream, also after an error.
 
         Raises:
-            NblError: the first failure, after everything has been tried.
+            NblError: a failure, after everything has been tried.
         """
-        rt = self._rt
-        calls: list[tuple[Any, Any]] = []
-        for graph, ready in self._graphs:
-            calls += [(rt.cudaGraphExecDestroy, ready), (rt.cudaGraphDestroy, graph)]
-        calls += [(rt.cudaFree, address) for address in self._buffers]
-        calls += [(rt.cudaFreeHost, address) for address in self._pinned]
-        if self._stream is not None:
-            calls.append((rt.cudaStreamDestroy, self._stream))
-        self._graphs, self._buffers, self._pinned, self._stream = [], [], [], None
-        attempt_all(*(functools.partial(self._call, *call) for call in calls))
+        self._freeing.close()

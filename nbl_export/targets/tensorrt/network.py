@@ -6,7 +6,6 @@ The parser is silent about two faults: an input that it drops (the mask is then 
 Attention of a network is a fused kernel of the library, or the matrix products and softmax that it is made of:
 
     fused            one kernel; the library has it for some head sizes, numbers of heads and types
-    fused in bf16    casts to bfloat16 around one kernel, for a library without an fp16 kernel
     decomposable     the builder may multiply matrices; scores [B, heads, tokens, slots] then go through memory
 
 Attention of a parsed network may not be decomposed unless the network says so. Without a kernel its build fails
@@ -20,9 +19,7 @@ The bindings hand every layer out as ILayer. To assign its class is the cast tha
 
 from __future__ import annotations
 
-import functools
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +28,7 @@ from nbl_export.errors import NblError
 from nbl_export.records.decoder import ITEMSIZE, GraphContract, TensorInfo
 from nbl_export.targets.tensorrt.messages import Messages, changes, require
 
-__all__ = ["DECOMPOSABLE", "FUSED", "FUSED_BF16", "ParsedNetwork", "allow_decomposing", "attend_in_bf16",
-           "copied_heads", "parse"]  # fmt: skip
+__all__ = ["DECOMPOSABLE", "FUSED", "ParsedNetwork", "allow_decomposing", "copied_heads", "parse"]
 
 _DTYPES = {
     "HALF": "float16",
@@ -42,7 +38,7 @@ _DTYPES = {
     "INT32": "int32",
     "BOOL": "bool",
 }
-FUSED, FUSED_BF16, DECOMPOSABLE = "fused", "fused in bf16", "decomposable"
+FUSED, DECOMPOSABLE = "fused", "decomposable"
 _PRECISIONS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
 
@@ -143,35 +139,6 @@ def copied_heads(parsed: ParsedNetwork, rows: int) -> tuple[int, int, int]:
     queries = int(next(_attention_layers(parsed)).get_input(0).shape[1])
     held, slots, head = map(int, cache.shape[1:])
     return queries, held, 2 * rows * queries * slots * head * ITEMSIZE[cache.dtype]
-
-
-def attend_in_bf16(parsed: ParsedNetwork) -> Callable[[], None]:
-    """Put casts to bfloat16 around every attention of a network; returns a function that bypasses them again."""
-    trt, net = parsed.trt, parsed.network
-    readers: dict[str, list[tuple[Any, int]]] = defaultdict(list)
-    for layer in list(parsed.layers):
-        for index in range(layer.num_inputs):
-            if (tensor := layer.get_input(index)) is not None:
-                readers[tensor.name].append((layer, index))
-    undo: list[Callable[[], object]] = []
-    for layer in list(_attention_layers(parsed)):
-        layer.__class__ = trt.IAttentionInputLayer
-        attention = layer.attention
-        for index in range(3):
-            tensor = layer.get_input(index)
-            attention.set_input(index, net.add_cast(tensor, trt.DataType.BF16).get_output(0))
-            undo.append(functools.partial(attention.set_input, index, tensor))
-        narrow = attention.get_output(0)
-        wide = net.add_cast(narrow, tensor.dtype).get_output(0)
-        for reader, index in readers[narrow.name]:
-            reader.set_input(index, wide)
-            undo.append(functools.partial(reader.set_input, index, narrow))
-
-    def bypass() -> None:
-        for step in undo:
-            step()
-
-    return bypass
 
 
 def allow_decomposing(parsed: ParsedNetwork) -> bool:

@@ -34,7 +34,7 @@ class EngineRecord:
     Attributes:
         engine: trt or trt-rtx.
         version: version of the library.
-        attention: what was allowed: "fused", "fused in bf16" or "decomposable", see `network`.
+        attention: what was allowed: "fused" or "decomposable", see `network`.
         compute_capabilities: the GPUs that the plan runs on.
         gpu: name of the GPU whose kernels were timed; "" if the plan was built for no GPU of its own.
         cache_bytes_per_token: of one row.

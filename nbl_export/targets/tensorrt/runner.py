@@ -36,7 +36,7 @@ import numpy as np
 from nbl_export.errors import NblError
 from nbl_export.records.decoder import ITEMSIZE, TensorInfo
 from nbl_export.targets.gpu import Gpu, find_gpu
-from nbl_export.targets.tensorrt.device import Device, attempt_all, open_device
+from nbl_export.targets.tensorrt.device import Device, open_device
 from nbl_export.targets.tensorrt.kernels import KERNELS_FILE, KernelCache
 from nbl_export.targets.tensorrt.library import Library, load_library
 from nbl_export.targets.tensorrt.messages import Messages, messages_of, require
@@ -226,20 +226,18 @@ class TrtSession:
         self._device.synchronize()
         return raw
 
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes that the caches of the running batch take."""
-        return sum(_bytes(i, self._batch) for i in self.contract.inputs if i.name.startswith("past_key_values."))
-
     def close(self) -> None:
         """Keep the compiled kernels, free contexts and engine, then all memory.
 
         Raises:
-            NblError: the first failure, after everything has been tried.
+            NblError: a failure, after everything has been tried.
         """
         if self.kernels is not None:
             self.kernels.save()
-        attempt_all(self._device.synchronize, self._drop, self._device.close)
+        with contextlib.ExitStack() as behind:
+            behind.callback(self._device.close)
+            behind.callback(self._drop)
+            self._device.synchronize()
 
     def _drop(self) -> None:
         """Destroy the library's objects, which are in use until the stream is done."""
