@@ -12,21 +12,27 @@ the class takes fewer caches than layers: the exporter lists those of attention 
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nbl_export.errors import CorruptError, NblError
-from nbl_export.mixers import kind_of
+from nbl_export.errors import NblError
 from nbl_export.mixers.base import Mixer
-from nbl_export.model.checkpoint.pretrained import model_with, tokenizer_of
-from nbl_export.model.linearize import linearize, replace_attention
+from nbl_export.model.checkpoint.pretrained import tokenizer_of
+from nbl_export.model.linearize import linearize
 from nbl_export.records.destinations import DESTINATIONS
-from nbl_export.trust.model_settings import drop_code, read_object
+from nbl_export.targets.checkpoint.form import (
+    SIZES,
+    filled,
+    head_dim_of,
+    read_weights,
+    rope_of,
+    write_form,
+    write_weights,
+)
+from nbl_export.trust.model_settings import read_object
 
 __all__ = ["ARCHITECTURES", "check", "load", "remarks", "save"]
 
@@ -34,10 +40,6 @@ ARCHITECTURES = DESTINATIONS["edge-llm"].architectures
 _CODE = Path(__file__).with_name("edge_llm_code.py")
 _MODULE = "configuration_nbl_edge_llm"
 _ATTENTION, _NONE = "attention", "mlp_none"
-# What config.json has of the original's configuration.
-_KEPT = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-         "rms_norm_eps", "vocab_size", "max_position_embeddings", "tie_word_embeddings", "hidden_act",
-         "bos_token_id", "eos_token_id", "pad_token_id")  # fmt: skip
 
 
 def check(config: Any, maps: Mapping[int, Mixer]) -> None:
@@ -57,8 +59,8 @@ def check(config: Any, maps: Mapping[int, Mixer]) -> None:
         raise NblError(f"{form} has no place for the biases of this model's MLPs")
     if config.hidden_act != "silu":
         raise NblError(f"{form} holds MLPs with silu, and this model's have {config.hidden_act}")
-    if _rope(config)["rope_type"] not in ("default", "llama3"):
-        raise NblError(f"{form} has no rotary embeddings of type {_rope(config)['rope_type']}")
+    if rope_of(config)["rope_type"] not in ("default", "llama3"):
+        raise NblError(f"{form} has no rotary embeddings of type {rope_of(config)['rope_type']}")
 
 
 def remarks(directory: Path) -> list[str]:
@@ -71,21 +73,12 @@ def remarks(directory: Path) -> list[str]:
     return found
 
 
-def _rope(config: Any) -> dict[str, Any]:
-    found = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
-    found.setdefault("rope_type", "default")
-    found.setdefault("rope_theta", getattr(config, "rope_theta", None) or 10_000.0)
-    return found
-
-
 def save(model: Any, checkpoint: Path, maps: Mapping[int, Mixer], tap: str, out: Path) -> None:
     """Linearize `model` and round its weights to float16, in place, and save it with the tokenizer of `checkpoint`.
 
     Raises:
         NblError: see `check`; or float16 cannot hold a weight.
     """
-    from huggingface_hub import save_torch_state_dict
-
     check(model.config, maps)
     linearize(model, maps, tap)
     weights = {}
@@ -94,30 +87,26 @@ def save(model: Any, checkpoint: Path, maps: Mapping[int, Mixer], tap: str, out:
         if not torch.isfinite(weights[name]).all():
             raise NblError(f"{name} has numbers above 65,504, which float16 cannot hold; Edge-LLM computes in float16")
         value.copy_(weights[name])
-    if model.config.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)
-    out.mkdir(parents=True)
-    save_torch_state_dict(weights, out)
+    write_weights(weights, model.config, out)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(out)
     tokenizer_of(checkpoint).save_pretrained(out)
-    drop_code(out)  # before ours is named
-    (out / "config.json").write_text(json.dumps(_config(model.config, maps, tap), indent=2) + "\n", encoding="utf-8")
-    shutil.copyfile(_CODE, out / f"{_MODULE}.py")
+    write_form(_config(model.config, maps, tap), _CODE, out)
 
 
 def _config(config: Any, maps: Mapping[int, Mixer], tap: str) -> dict[str, Any]:
     types = [_ATTENTION] * config.num_hidden_layers
     for index, mixer in maps.items():
         types[index] = f"mlp_{tap}" if mixer.kind == "linear" else _NONE
-    rope = _rope(config)
+    rope = rope_of(config)
     return {
         "architectures": ["NblEdgeForCausalLM"],
         "model_type": "nbl_edge_llm",
         "auto_map": {"AutoConfig": f"{_MODULE}.NblEdgeConfig"},
-        **{name: getattr(config, name, None) for name in _KEPT},
+        **{name: getattr(config, name, None) for name in SIZES},
+        "num_key_value_heads": config.num_key_value_heads,
         "attention_bias": bool(getattr(config, "attention_bias", False)),
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        "head_dim": head_dim_of(config),
         "rope_theta": float(rope["rope_theta"]),
         "rope_parameters": rope,
         "torch_dtype": "float16",
@@ -133,21 +122,11 @@ def load(directory: Path) -> Any:
     Raises:
         CorruptError: the weights are not those that config.json names.
     """
-    from safetensors.torch import load_file
     from transformers import CONFIG_MAPPING
 
     said = read_object(directory / "config.json")
-    values = {name: said[name] for name in (*_KEPT, "attention_bias", "head_dim")}
-    model = model_with(CONFIG_MAPPING[said["nbl_original_type"]](**values, rope_parameters=said["rope_parameters"]))
-    kinds = {i: kind for i, kind in enumerate(said["layers_block_type"]) if kind != _ATTENTION}
-    blanks = {i: kind_of("none" if kind == _NONE else "linear").blank(said["hidden_size"]) for i, kind in kinds.items()}
-    replace_attention(model, blanks, said["nbl_tap"])
-    weights: dict[str, torch.Tensor] = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        weights |= {name: value.float() for name, value in load_file(file).items()}
-    missing = [name for name in model.state_dict() if name not in weights and name != "lm_head.weight"]
-    if missing:
-        raise CorruptError(f"{directory} lacks {missing[0]}, which its config.json names; convert again")
-    model.load_state_dict(weights, strict=False, assign=True)
-    model.tie_weights()
-    return model.eval()
+    values = {name: said[name] for name in (*SIZES, "num_key_value_heads", "attention_bias", "head_dim")}
+    config = CONFIG_MAPPING[said["nbl_original_type"]](**values, rope_parameters=said["rope_parameters"])
+    types = enumerate(said["layers_block_type"])
+    kinds = {i: "none" if kind == _NONE else "linear" for i, kind in types if kind != _ATTENTION}
+    return filled(config, kinds, said["nbl_tap"], read_weights(directory), directory)

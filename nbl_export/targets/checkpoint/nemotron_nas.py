@@ -11,23 +11,27 @@ linear_attn; mlx-lm 0.32, models/nemotron-nas.py, which names it linear and take
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from nbl_export.errors import CorruptError, NblError
-from nbl_export.mixers import kind_of
+from nbl_export.errors import NblError
 from nbl_export.mixers.base import Mixer
-from nbl_export.model.checkpoint.pretrained import model_with
 from nbl_export.model.linearize import linearize
 from nbl_export.records.destinations import DESTINATIONS
+from nbl_export.targets.checkpoint.form import (
+    SIZES,
+    filled,
+    head_dim_of,
+    read_weights,
+    rope_of,
+    write_form,
+    write_weights,
+)
 from nbl_export.targets.export.finish import add_text_files
-from nbl_export.trust.model_settings import drop_code, read_object
+from nbl_export.trust.model_settings import read_object
 
 __all__ = ["MATRIX", "check", "check_vocabulary", "load", "save"]
 
@@ -57,10 +61,10 @@ def check(config: Any, replaced: tuple[int, ...], form: str) -> None:
             f"--to {form} rounds the width of an MLP to a multiple of {_MULTIPLE}, and this model's is "
             f"{config.intermediate_size}"
         )
-    if config.hidden_size != config.num_attention_heads * _head_dim(config):
+    if config.hidden_size != config.num_attention_heads * head_dim_of(config):
         raise NblError(f"--to {form} computes the size of a head from the hidden size, and this model states another")
-    if _scaling(config).get("rope_type", "default") not in ("default", *_SCALED):
-        raise NblError(f"--to {form} has no rotary embeddings of type {_scaling(config)['rope_type']}")
+    if rope_of(config)["rope_type"] not in ("default", *_SCALED):
+        raise NblError(f"--to {form} has no rotary embeddings of type {rope_of(config)['rope_type']}")
     if form == "mlx" and 0 in replaced:
         raise NblError("mlx-lm takes its mask from layer 0, which is replaced; replace other layers (--layers)")
 
@@ -91,38 +95,21 @@ def save(model: Any, checkpoint: Path, maps: Mapping[int, Mixer], form: str, out
     Raises:
         NblError: see `check`.
     """
-    from huggingface_hub import save_torch_state_dict
-
     check(model.config, tuple(maps), form)
-    out.mkdir(parents=True)
     linearize(model, maps, "normed")
     weights = {}
     for name, value in model.state_dict().items():
         if name.endswith(".self_attn.linear.bias"):
             continue
         weights[name.replace(".self_attn.linear.", f".self_attn.{MATRIX[form]}.")] = value.contiguous()
-    if model.config.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)
-    save_torch_state_dict(weights, out)
+    write_weights(weights, model.config, out)
     add_text_files(checkpoint, out)  # readers have transformers 4
-    drop_code(out)  # before ours is named
-    config = _config(model.config, tuple(sorted(maps)))
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    shutil.copyfile(_CODE, out / f"{_MODULE}.py")
-
-
-def _head_dim(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-def _scaling(config: Any) -> dict[str, Any]:
-    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    return dict(found)
+    write_form(_config(model.config, tuple(sorted(maps))), _CODE, out)
 
 
 def _config(config: Any, replaced: tuple[int, ...]) -> dict[str, Any]:
-    scaling = _scaling(config)
-    theta = scaling.pop("rope_theta", None) or getattr(config, "rope_theta", 10000.0)
+    scaling = rope_of(config)
+    theta = scaling.pop("rope_theta")
     group = config.num_attention_heads // config.num_key_value_heads
     blocks = [
         {
@@ -131,23 +118,19 @@ def _config(config: Any, replaced: tuple[int, ...]) -> dict[str, Any]:
         }
         for i in range(config.num_hidden_layers)
     ]
-    kept = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps",
-            "vocab_size", "max_position_embeddings", "tie_word_embeddings", "hidden_act", "bos_token_id",
-            "eos_token_id", "pad_token_id")  # fmt: skip
     return {
         "architectures": ["DeciLMForCausalLM"],
         "model_type": "nemotron-nas",
         "auto_map": {"AutoConfig": f"{_MODULE}.NblNasConfig"},
-        **{name: getattr(config, name, None) for name in kept},
+        **{name: getattr(config, name, None) for name in SIZES},
         "num_key_value_heads": None,
         "attention_bias": False,
         "mlp_bias": False,
         "rope_theta": float(theta),
-        "rope_scaling": None if scaling.get("rope_type", "default") == "default" else scaling,
+        "rope_scaling": None if scaling["rope_type"] == "default" else scaling,
         "torch_dtype": "float32",
         "block_configs": blocks,
         "nbl_replaced_layers": list(replaced),
-        "nbl_num_key_value_heads": config.num_key_value_heads,
     }
 
 
@@ -166,42 +149,18 @@ def load(directory: Path) -> Any:
     Raises:
         CorruptError: the weights are not those that config.json names.
     """
-    from safetensors.torch import load_file
     from transformers import LlamaConfig
 
     said = read_object(directory / "config.json")
-    blocks = said["block_configs"]
-    replaced = tuple(i for i, b in enumerate(blocks) if b["attention"]["replace_with_linear"])
-    group = next(b["attention"]["n_heads_in_group"] for b in blocks if b["attention"]["n_heads_in_group"])
-    own = (
-        "block_configs",
-        "auto_map",
-        "model_type",
-        "architectures",
-        "num_key_value_heads",
-        "rope_scaling",
-        "rope_theta",
-    )
-    values = {k: v for k, v in said.items() if k not in own and not k.startswith("nbl_")}
+    layers = [block["attention"] for block in said["block_configs"]]
+    kinds = {i: "linear" for i, layer in enumerate(layers) if layer["replace_with_linear"]}
+    group = next(layer["n_heads_in_group"] for layer in layers if layer["n_heads_in_group"])
+    values = {name: said[name] for name in SIZES} | {"num_key_value_heads": said["num_attention_heads"] // group}
     rope = {"rope_type": "default", **(said["rope_scaling"] or {}), "rope_theta": said["rope_theta"]}
-    config = LlamaConfig(**values, num_key_value_heads=said["num_attention_heads"] // group, rope_parameters=rope)
-    weights: dict[str, torch.Tensor] = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        weights |= load_file(file)
-    maps = {}
-    for i in replaced:
-        names = [f"model.layers.{i}.self_attn.{name}.weight" for name in MATRIX.values()]
-        found = next((weights.pop(name) for name in names if name in weights), None)
-        if found is None:
-            raise CorruptError(f"{directory} has no matrix of layer {i}, which its config.json replaces; convert again")
-        tensors = {"weight": found.float().numpy(), "bias": np.zeros(len(found), np.float32)}
-        maps[i] = kind_of("linear").from_tensors(tensors)
-    model = model_with(config)
-    missing = {n: v.shape for n, v in model.state_dict().items() if n not in weights}
-    foreign = [n for n in missing if ".self_attn." not in n and n != "lm_head.weight"]
-    if foreign:
-        raise CorruptError(f"{directory} lacks {foreign[0]}; convert again")
-    blank = {n: torch.zeros(shape) for n, shape in missing.items()}
-    model.load_state_dict({**weights, **blank}, assign=True)
-    model.tie_weights()
-    return linearize(model, maps, "normed")
+    config = LlamaConfig(**values, rope_parameters=rope)
+    weights = read_weights(directory)
+    for name in [n for n in weights if any(n.endswith(f".self_attn.{own}.weight") for own in MATRIX.values())]:
+        prefix, matrix = name.rpartition(".self_attn.")[0], weights.pop(name)
+        weights[f"{prefix}.self_attn.linear.weight"] = matrix
+        weights[f"{prefix}.self_attn.linear.bias"] = torch.zeros(len(matrix))
+    return filled(config, kinds, "normed", weights, directory)
