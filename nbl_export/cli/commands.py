@@ -310,12 +310,13 @@ def inspect(
     as_json: opt.Json = False,
 ) -> None:
     """Show the contents of a run directory or of an ONNX decoder."""
-    from nbl_export.graph.given import has_graph
+    from nbl_export.graph.given import has_graph, onnx_tools
     from nbl_export.report.console import describe_table, graph_table
     from nbl_export.run.deployed import describe
 
     if has_graph(directory):
-        from nbl_export.rewrite.describe import describe_graph
+        onnx_tools()
+        from nbl_export.graph.describe import describe_graph
 
         found = describe_graph(directory)
         return show(found, graph_table(found), as_json)

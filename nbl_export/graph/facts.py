@@ -1,7 +1,6 @@
-"""What a decoder graph says of itself, as JSON values: sizes, caches, precision, layers that are replaced.
+"""What a decoder graph says of itself: number of layers, hidden size, logits, layers that are replaced.
 
-Sizes come from weights and caches, never from names. The hidden size is the input width of a block's first products.
-The number of query heads is the input width of a block's last product, divided by the head size of the cache.
+The hidden size is the input width of a block's first products, as their weights say, never a name.
 """
 
 from __future__ import annotations
@@ -16,95 +15,62 @@ from nbl_export.files import read_json
 from nbl_export.graph.anatomy import PRODUCTS, AttentionBlock, graph_caches, is_constant
 from nbl_export.graph.names import GENAI_CONFIG
 
-__all__ = ["QUANTISES", "architecture_of", "decoder_facts", "hidden_size", "logits_of", "replaced_layers"]
+__all__ = ["decoder_facts", "logits_of", "replaced_layers"]
 
-QUANTISES = ("DynamicQuantizeLinear", "QuantizeLinear")
-
-
+_QUANTISES = ("DynamicQuantizeLinear", "QuantizeLinear")
 _TRANSPARENT = ("Identity", "Cast", "DequantizeLinear")
 
 
-def decoder_facts(graph: ir.Graph, blocks: list[AttentionBlock], directory: Path | None) -> dict[str, Any]:
-    """The fields of `records.decoder.DecoderSpec`; None if the graph does not state a field."""
-    caches = graph_caches(graph)
-    past = next(iter(caches.values()))[0][0]
-    stated = architecture_of(directory)
-    kv_heads, head = _dimension(past, 1), _dimension(past, 3)
-    heads, attended = None, None
-    if blocks:
-        heads = _attribute(blocks[0], "num_heads") or _attribute(blocks[0], "q_num_heads")
-        kv_heads = kv_heads or _attribute(blocks[0], "kv_num_heads")
-        attended = _dims(_last_product(blocks[0].branch))
-        if attended is not None and heads is None and head:
-            heads = attended[0] // head
-        if attended is not None and heads:
-            head = head or attended[0] // heads
-    return {
-        "architecture": stated.get("architecture"),
-        "num_layers": max([*caches, -1, (stated.get("num_layers") or 0) - 1]) + 1,
-        "hidden_size": hidden_size(blocks[0]) if blocks else None,
-        "num_heads": heads,
-        "num_kv_heads": kv_heads,
-        "head_dim": head,
-        "vocab_size": _vocabulary(graph),
-        "max_positions": stated.get("max_positions"),
-        "sliding_window": max((w for w in map(_window, blocks) if w is not None), default=None),
-    }
+def decoder_facts(graph: ir.Graph, block: AttentionBlock | None, directory: Path) -> dict[str, Any]:
+    """Number of layers and hidden size; the latter is None if the graph does not state it.
+
+    Args:
+        block: any; None if none is understood.
+        directory: may hold config.json and genai_config.json, which know of layers without a cache behind the last.
+    """
+    layers = max([*graph_caches(graph), (_stated_layers(directory) or 0) - 1]) + 1
+    return {"num_layers": layers, "hidden_size": None if block is None else _hidden_size(block)}
 
 
-def architecture_of(directory: Path | None) -> dict[str, Any]:
-    """Architecture, num_layers and max_positions, from config.json and genai_config.json beside a graph."""
-    config, genai = ({} if directory is None else _json(directory / n) for n in ("config.json", GENAI_CONFIG))
-    model = _mapping(genai.get("model"))
-    decoder = _mapping(model.get("decoder"))
-    kind = config.get("model_type")
-    return {
-        "architecture": kind if isinstance(kind, str) else model.get("type"),
-        "num_layers": _whole(config.get("num_hidden_layers")) or _whole(decoder.get("num_hidden_layers")),
-        "max_positions": _whole(config.get("max_position_embeddings")) or _whole(model.get("context_length")),
-    }
+def _stated_layers(directory: Path) -> int | None:
+    """The number of layers by config.json, or else by genai_config.json."""
+    places = (("config.json", ()), (GENAI_CONFIG, ("model", "decoder")))
+    for name, parts in places:
+        try:
+            value: Any = read_json(directory / name)
+        except (OSError, ValueError, RecursionError):
+            continue
+        for part in (*parts, "num_hidden_layers"):
+            value = value.get(part) if isinstance(value, dict) else None
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return None
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = read_json(path)
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return _mapping(value)
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _whole(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
-
-
-def hidden_size(block: AttentionBlock) -> int | None:
+def _hidden_size(block: AttentionBlock) -> int | None:
     """Width of the residual stream: the input width of the first products, else a stated dimension, else None."""
     for value in block.projected:
         for node in value.consumers():
-            dims = _dims(node)
-            if dims is not None:
-                return dims[0]
+            width = _input_width(node)
+            if width is not None:
+                return width
     return _dimension(block.residual, 2)
 
 
-def _dims(node: ir.Node | None) -> tuple[int, int] | None:
-    """Input and output width of a product, from its weight."""
-    if node is None or node.op_type not in PRODUCTS:
+def _input_width(node: ir.Node) -> int | None:
+    """Of a product, from its weight."""
+    if node.op_type not in PRODUCTS:
         return None
-    if node.op_type in QUANTISES:
-        return next((d for user in node.outputs[0].consumers() if (d := _dims(user)) is not None), None)
-    if "K" in node.attributes and "N" in node.attributes:
-        return node.attributes["K"].as_int(), node.attributes["N"].as_int()
+    if node.op_type in _QUANTISES:
+        return next((w for user in node.outputs[0].consumers() if (w := _input_width(user)) is not None), None)
+    if "K" in node.attributes:
+        return node.attributes["K"].as_int()
     weight = next((v for v in node.inputs[1:2] if v is not None and is_constant(v)), None)
     shape = None if weight is None else _shape_of(weight)
     if shape is None or len(shape) != 2:
         return None
     flipped = "transB" in node.attributes and node.attributes["transB"].as_int() == 1
-    return (shape[1], shape[0]) if flipped else (shape[0], shape[1])
+    return shape[1] if flipped else shape[0]
 
 
 def _shape_of(value: ir.Value) -> list[int] | None:
@@ -120,31 +86,6 @@ def _shape_of(value: ir.Value) -> list[int] | None:
     return inner if node.op_type in _TRANSPARENT else None
 
 
-def _last_product(value: ir.Value, depth: int = 12) -> ir.Node | None:
-    """The nearest product before a value (o_proj before a branch)."""
-    waiting = [value]
-    for _ in range(depth):
-        nodes = [node for v in waiting if (node := v.producer()) is not None]
-        for node in nodes:
-            if node.op_type in PRODUCTS and node.op_type not in QUANTISES:
-                return node
-        waiting = [v for node in nodes for v in node.inputs if v is not None and not is_constant(v)]
-    return None
-
-
-def _attention(block: AttentionBlock) -> list[ir.Node]:
-    return [node for past in block.pasts for node in past.consumers() if node.op_type not in ("Shape", "Size")]
-
-
-def _attribute(block: AttentionBlock, name: str) -> int | None:
-    values = (node.attributes[name].as_int() for node in _attention(block) if name in node.attributes)
-    return next((value for value in values if value > 0), None)
-
-
-def _window(block: AttentionBlock) -> int | None:
-    return _attribute(block, "local_window_size")
-
-
 def _dimension(value: ir.Value, index: int) -> int | None:
     shape = value.shape
     dim = None if shape is None or len(shape) <= index else shape[index]
@@ -153,22 +94,10 @@ def _dimension(value: ir.Value, index: int) -> int | None:
     return dim if isinstance(dim, int) else None
 
 
-def _output(graph: ir.Graph) -> ir.Value | None:
-    return next((v for v in graph.outputs if v.name == "logits"), None)
-
-
 def logits_of(graph: ir.Graph) -> str | None:
     """Which logits the graph gives, "last" or "all"; None if no output is named logits."""
-    value = _output(graph)
+    value = next((v for v in graph.outputs if v.name == "logits"), None)
     return None if value is None else "last" if _dimension(value, 1) == 1 else "all"
-
-
-def _vocabulary(graph: ir.Graph) -> int | None:
-    value = _output(graph)
-    if value is None:
-        return None
-    dims = _dims(_last_product(value, 6))
-    return _dimension(value, 2) or (dims[1] if dims is not None else None)
 
 
 def replaced_layers(graph: ir.Graph) -> list[int]:

@@ -83,33 +83,22 @@ def engines_table(engines: dict[str, Any]) -> Table:
 
 
 def graph_table(found: dict[str, Any]) -> Shown:
-    """`rewrite.describe.describe_graph`: the decoder, its caches, what can be done to each layer."""
-    opsets = ", ".join(f"{domain or 'onnx'} {version}" for domain, version in found["opsets"].items())
-    weights = ", ".join(f"{count} {kind}" for kind, count in found["weights"].items())
-    vocabulary = "?" if found["decoder"]["vocab_size"] is None else found["decoder"]["vocab_size"]
+    """`graph.describe.describe_graph`: the decoder, and what can be done to each layer."""
     head = facts([
         ("graph", f"{found['graph']} ({size(found['bytes'])} with its data)"),
-        ("made by", found["producer"] or "it does not say"),
-        ("operators", f"{found['nodes']} nodes, {opsets}"),
-        ("decoder", f"{_decoder(found['decoder'])}, vocabulary {vocabulary}"),
+        ("decoder", f"{found['num_layers']} layers, hidden size {found['hidden_size'] or 'unknown'}"),
         ("replaced", ", ".join(map(str, found["replaced_layers"])) or "no layer"),
-        ("inputs", ", ".join(found["inputs"])),
-        ("precision", f"{found['precision'] or 'unknown'} ({weights} matrices)"),
         ("logits", _LOGITS[found["logits"]]),
-        ("last token only", "possible" if found["tail"] is None else f"not possible: {found['tail']}"),
     ])  # fmt: skip
-    return head, Table.of(("layers", "caches", "shape", "can become a map"), _attention(found), "Attention layers")
+    return head, Table.of(("layers", "caches", "can become a map"), _attention(found), "Attention layers")
 
 
 def _attention(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     """A row for neighbours that can be rewritten alike."""
-    caches = {cache["layer"]: cache for cache in found["caches"]}
     for (taps, reason), group in groupby(found["layers"], key=lambda f: (tuple(f["taps"]), f["reason"])):
-        layers = [row["layer"] for row in group]
-        cache = caches[layers[0]]
-        shape = "?" if cache["shape"] is None else " x ".join(map(str, cache["shape"]))
+        rows = list(group)
         rewrite = f"no: {reason}" if reason else f"yes, of {' or '.join(taps)} input"
-        yield spoken_layers(layers), ", ".join(cache["inputs"]), f"{shape} {cache['dtype']}", rewrite
+        yield spoken_layers([row["layer"] for row in rows]), ", ".join(rows[0]["caches"]), rewrite
 
 
 def doctor_table(found: dict[str, Any], machine: str, gpu: str) -> Shown:

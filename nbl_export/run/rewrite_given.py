@@ -62,7 +62,7 @@ def rewrite_given(path: Path, maps_file: Path, layers: str | None, output: Path)
     _refuse_inside(output, file.parent)
     stored, tap = maps_in(maps_file)
     model = source.load_graph(file)
-    spec = decoder_facts(model.graph, [find_block(model.graph, cache_layers(model.graph)[0])], home_of(file))
+    spec = decoder_facts(model.graph, find_block(model.graph, cache_layers(model.graph)[0]), home_of(file))
     if spec["num_layers"] > MOST_LAYERS:
         raise NblError(f"the configuration beside {file} states {spec['num_layers']} layers; fetch the graph again")
     plan, maps = _plan(maps_file, stored, layers, tap or TAPS[0], spec)

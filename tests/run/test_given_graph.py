@@ -204,7 +204,7 @@ def test_the_layout_of_the_hub(given_graph: Given, maps_file: Any, tmp_path: Pat
     done = nbl("rewrite-graph", hub, "--maps", maps_file(1), "--output", out)
     assert done.status == 0, done.err
     assert sorted(snapshot(out)) == ["config.json", "nbl.json", "onnx/model.onnx"]
-    assert json.loads(nbl("inspect", hub, "--json").out)["decoder"]["architecture"] == "llama"
+    assert json.loads(nbl("inspect", hub, "--json").out)["num_layers"] == LAYERS
 
 
 def test_a_rewritten_graph_can_be_rewritten(given_graph: Given, maps_file: Any, tmp_path: Path) -> None:
@@ -362,21 +362,16 @@ def test_inspect_recognises(source: str, given_graph: Given) -> None:
     done = nbl("inspect", given_graph(source), "--json")
     assert done.status == 0, done.err
     facts = json.loads(done.out)
-    assert facts["decoder"] == {
-        "architecture": "llama", "num_layers": LAYERS, "hidden_size": HIDDEN, "num_heads": 4,
-        "num_kv_heads": 2, "head_dim": HEAD_DIM, "vocab_size": VOCAB, "max_positions": 512, "sliding_window": None,
-    }  # fmt: skip
-    assert facts["precision"] == precision(source)
-    assert facts["logits"] == "all"
-    assert [layer["taps"] for layer in facts["layers"]] == [["residual", "normed"]] * LAYERS
-    assert [cache["layer"] for cache in facts["caches"]] == list(range(LAYERS))
-    assert all("key" in cache["inputs"][0] and "value" in cache["inputs"][1] for cache in facts["caches"])
-    assert facts["tail"] is None
+    assert (facts["num_layers"], facts["hidden_size"], facts["logits"]) == (LAYERS, HIDDEN, "all")
+    assert [(layer["layer"], layer["taps"]) for layer in facts["layers"]] == [
+        (layer, ["residual", "normed"]) for layer in range(LAYERS)
+    ]
+    assert all("key" in layer["caches"][0] and "value" in layer["caches"][1] for layer in facts["layers"])
 
 
 def test_inspect_table(given_graph: Given, finished: Path) -> None:
     table = nbl("inspect", given_graph("mobius-cpu") / "model.onnx").out
-    for part in ("mobius", "hidden size 96", "4 query and 2 key/value heads of 16", "fp32", "0-2"):
+    for part in ("3 layers, hidden size 96", "of all tokens", "0-2"):
         assert part in table
     rewritten = json.loads(nbl("inspect", finished / "model", "--json").out)
     assert (rewritten["logits"], len(rewritten["replaced_layers"]), len(rewritten["layers"])) == ("last", 1, LAYERS - 1)
