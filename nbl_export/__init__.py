@@ -3,11 +3,11 @@
     import nbl_export as nbl
 
     run = nbl.export(MODEL, DIR, layers=8)     the main job; nbl.open(DIR) opens a run that is there
-    run.report                                 its results, as report.json has them
+    run.loss, run.speed                        values with their intervals
     nbl.estimate(MODEL)                        what the main job will take
 
-`nbl_export.api` has these names. They are loaded at first use: importing this package loads neither torch nor any
-engine. `nbl_export.cli` is the command line.
+`nbl_export.api` has these names, and the stages as functions of values. They are loaded at first use: importing this
+package loads neither torch nor any engine. `nbl_export.cli` is the command line.
 
 The import turns off telemetry of ONNX Runtime, its GenAI, huggingface_hub and nncf in this process, unless the
 environment says otherwise, and that of OpenVINO, for which OpenVINO has no environment variable.
@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 from nbl_export.version import __version__
 
 if TYPE_CHECKING:
-    from nbl_export.api import NblError, Run, estimate, export, open
+    from nbl_export.api import Estimate, NblError, Run, estimate, export, open
 
-__all__ = ["NblError", "Run", "__version__", "estimate", "export", "open"]
+__all__ = ["Estimate", "NblError", "Run", "__version__", "estimate", "export", "open"]
 
 for _switch in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "NNCF_CI"):  # read when the libraries are loaded
     os.environ.setdefault(_switch, "1")

@@ -256,9 +256,7 @@ def convert(
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="TARGET", help="The new directory.")] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Go on although verification failed, or has not run yet.")
-    ] = False,
+    force: opt.Force = False,
     as_json: opt.Json = False,
 ) -> None:
     """Write the NBL model, or the original with n-grams, for other engines."""

@@ -48,7 +48,7 @@ def convert(output: Path, form: str, target: Path, ui: Ui, *, force: bool = Fals
 
     Args:
         form: one of FORMS, or an engine that reads one.
-        force: go on although verification failed, or has not run yet.
+        force: go on although verification failed.
 
     Raises:
         UsageError: no such form.

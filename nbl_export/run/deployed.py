@@ -141,15 +141,14 @@ def open_finished(output: Path, ui: Ui, *, force: bool = False) -> Iterator[Job]
     """The verified run in `output`, whose torch model is on the CPU. The run is locked in the context.
 
     Args:
-        force: go on although verification failed, or has not run yet.
+        force: go on although verification failed.
 
     Raises:
         NblError: the run is not finished or failed, or its model is not available.
         CorruptError: the maps have changed since they were fitted.
     """
     with RunDirectory.open_run(output, create=False) as run:
-        last = "distill" if run.manifest["options"].get("fit") == "distilled" else "plan"  # that makes the maps
-        if "verify" not in run.stages and not (force and last in run.stages):
+        if "verify" not in run.stages:
             raise NblError(f"{output} is not finished: run its command again ({run.manifest['command']})")
         if run.manifest["status"] == "failed" and not force:
             raise NblError(f"{output} failed verification; see its verify.json, or use --force to save it anyway")

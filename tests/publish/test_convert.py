@@ -94,23 +94,6 @@ def test_a_run_goes_where_it_is_said_to_go(kind: str, run: Path, runs: dict[str,
             assert (done.status, (tmp_path / name).exists()) == ((1, False) if refused[name] else (0, True)), done.err
 
 
-def test_a_run_that_was_not_verified_is_converted_by_force(runs: dict[str, Path], tmp_path: Path) -> None:
-    """Single stages stop in torch, as docs/reproduce.md says."""
-    run = Path(shutil.copytree(runs["linear"], tmp_path / "run"))
-    manifest = json.loads((run / "nbl.json").read_text(encoding="utf-8"))
-    later = {name: manifest["stages"].pop(name) for name in ("decoder", "rewrite", "verify")}
-    (run / "nbl.json").write_text(json.dumps({**manifest, "status": "incomplete"}), encoding="utf-8")
-    for name in {file.split("/")[0] for stage in later.values() for file in stage["files"]}:
-        shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
-    asked = ("convert", run, "--to", "transformers", "--output", tmp_path / "out")
-    assert_refused(nbl(*asked), 1, "is not finished")
-    done = nbl(*asked, "--force")
-    assert (done.status, (tmp_path / "out" / "config.json").exists()) == (0, True), done.err
-    del manifest["stages"]["plan"]
-    (run / "nbl.json").write_text(json.dumps({**manifest, "status": "incomplete"}), encoding="utf-8")
-    assert_refused(nbl(*asked[:-1], tmp_path / "new", "--force"), 1, "is not finished")
-
-
 def test_a_target_that_is_there_and_a_directory_that_is_no_run(runs: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine")
     asked = ("--to", "nemotron-nas", "--output", tmp_path / "mine")

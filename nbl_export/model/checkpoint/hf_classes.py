@@ -39,7 +39,7 @@ from nbl_export.model.linearize import BESIDE, architecture_of, linearize, multi
 from nbl_export.records.plan import USUAL_KIND
 from nbl_export.trust.model_settings import drop_code
 
-__all__ = ["CLASSES", "empty_linearized", "restored", "save_linearized", "stock_config"]
+__all__ = ["CLASSES", "empty_linearized", "linearized", "restored", "save_linearized", "stock_config"]
 
 
 def _exchange(model: Any) -> None:
@@ -115,12 +115,24 @@ def save_linearized(model: Any, checkpoint: Path, maps: Mapping[int, Mixer], tap
         NblError: the model's architecture has no class here.
     """
     quiet_transformers()
-    made = empty_linearized(model.config, maps, tap)
-    made.load_state_dict(linearize(model, maps, tap).state_dict(), assign=True)
-    made.generation_config = model.generation_config or GenerationConfig.from_model_config(made.config)
-    made.save_pretrained(out)
+    linearized(model, maps, tap).save_pretrained(out)
     tokenizer_of(checkpoint).save_pretrained(out)
     drop_code(out)
+
+
+def linearized(model: Any, maps: Mapping[int, Mixer], tap: str) -> Any:
+    """A model of the class here, with the weights of `model`, which is linearized in place.
+
+    Raises:
+        NblError: the model's architecture has no class here.
+    """
+    made = empty_linearized(model.config, maps, tap)
+    made.load_state_dict(linearize(model, maps, tap).state_dict(), assign=True)
+    for name, buffer in model.named_buffers():  # those that no state has, such as rotary frequencies
+        owner, _, own = name.rpartition(".")
+        made.get_submodule(owner)._buffers[own] = buffer
+    made.generation_config = model.generation_config or GenerationConfig.from_model_config(made.config)
+    return made.eval()
 
 
 def empty_linearized(config: Any, maps: Mapping[int, Mixer], tap: str) -> Any:
