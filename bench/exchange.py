@@ -42,7 +42,7 @@ def row_of(title: str, run: RunDirectory) -> dict[str, Any]:
                    for kind in sorted(set(facts["kinds"]))},
         "losses": [{name: loss[name] for name in _FACTS} for loss in best["quality_losses"]],
         "modelled": {name: points[best["layers"]][name] for name in ("prefill", "decode")},
-        "measured": [row for row in measured if row["batch"] == 1],
+        "measured": measured,
         "seconds": {name: stage["seconds"] for name, stage in run.stages.items() if name != "eval"},
     }  # fmt: skip
 

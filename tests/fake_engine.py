@@ -79,8 +79,8 @@ class Faulty:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.runner, name)
 
-    def begin(self, max_tokens: int, batch: int = 1) -> None:
-        self.runner.begin(max_tokens, batch)
+    def begin(self, max_tokens: int) -> None:
+        self.runner.begin(max_tokens)
         self.length = 0
 
     def append(self, ids: Sequence[int]) -> None:

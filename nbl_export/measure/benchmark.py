@@ -1,7 +1,7 @@
 """Times decoders side by side, in llama-bench's terms, on any TextRunner.
 
     each variant alone, in a child process         peak and steady memory
-    for each number of threads, repeated loads of all variants (`rounds`); with each load, for each batch and depth:
+    repeated loads of all variants (`rounds`); with each load, for each depth:
         depth d      fill A to d, fill B to d      untimed; every run below starts by rewinding to d
           pp<T>      warm A, warm B, a round A B   with the next load B A
           tg<T>      warm A, warm B, a round A B
@@ -18,9 +18,6 @@ intervals (bench/EXPERIMENTS.md). So a load has one round, and the order of vari
 Decode appends given ids instead of sampling, so an end-of-text token never stops a run. On ONNX Runtime GenAI,
 `generate_next_token` with `min_length` takes the same time (SmolLM2 int4, 8 interleaved blocks of 64 tokens: medians
 17.34 and 17.26 ms a token). Rewinding and appending again takes as long as a fresh fill and gives bit-equal logits.
-
-A batch is filled in one piece and continues with its own tokens, because GenAI can do only this (see `targets.onnx`).
-So a batch has no prefill behind a cache. Memory is that of one sequence.
 
 All decoders are in memory at once during timing, unless memory is too short for that (`rounds`). This module itself
 loads neither an engine nor torch.
@@ -44,7 +41,7 @@ from nbl_export.files import versions
 from nbl_export.measure.clocks import read_clocks
 from nbl_export.measure.footprint import Footprint, OpenRunner, measure_footprint
 from nbl_export.measure.instruments import Instruments, background_of
-from nbl_export.measure.rounds import Bench, Progress, Rule, Steps, Variant, groups, time_rounds
+from nbl_export.measure.rounds import Bench, Progress, Rule, Steps, Variant, time_rounds
 from nbl_export.model.memory import available_bytes
 from nbl_export.options.options import GPU_DECODE, JobOptions
 from nbl_export.records.results import Scenario, spoken_background
@@ -61,8 +58,8 @@ Measure = Callable[[OpenRunner, Path, int | None, Sequence[int], int, bool], Foo
 class BenchSetting:
     """Facts about the decoders and the engine that the benchmark needs.
 
-    vocab_size, context_length: of the decoders. base: the variant that the others are compared with. threads: the
-    engine's default. gpu: whether the decoders run on a GPU.
+    vocab_size, context_length: of the decoders. base: the variant that the others are compared with. threads: of
+    the engine. gpu: whether the decoders run on a GPU.
     """
 
     vocab_size: int
@@ -81,8 +78,7 @@ class BenchTests:
     prompt_tokens: tuple[int, ...]
     generate_tokens: int | None
     depths: tuple[int, ...]
-    batches: tuple[int, ...]
-    threads: tuple[int, ...] | None
+    threads: int | None
     repetitions: int | None
 
 
@@ -103,10 +99,8 @@ def side_by_side(
         NblError: no test fits the context, or a runner fails.
     """
     directories = [variant.directory for variant in variants.values()]
-    scenarios = plan_scenarios(
-        tests.prompt_tokens, decode_tokens(tests.generate_tokens, directories, gpu=setting.gpu), tests.depths,
-        tests.batches, tests.threads or (setting.threads,),
-    )  # fmt: skip
+    decoded = decode_tokens(tests.generate_tokens, directories, gpu=setting.gpu)
+    scenarios = plan_scenarios(tests.prompt_tokens, decoded, tests.depths)
     instruments = Instruments()
     if setting.gpu:
         instruments = Instruments(clocks=read_clocks, warm_up_ns=_GPU_WARM_UP_NS, least_ns=_GPU_LEAST_NS)
@@ -116,22 +110,10 @@ def side_by_side(
     return result
 
 
-def plan_scenarios(
-    prompt_tokens: Sequence[int], generate_tokens: int, depths: Sequence[int], batches: Sequence[int] = (1,),
-    threads: Sequence[int | None] = (None,),
-) -> tuple[Scenario, ...]:  # fmt: skip
-    """Prefills and decode at each depth, depths ascending and distinct: pp512@0, tg128@0, pp512@2048, ...
-
-    The list repeats for each batch, and then for each number of threads.
-    """
+def plan_scenarios(prompt_tokens: Sequence[int], generate_tokens: int, depths: Sequence[int]) -> tuple[Scenario, ...]:
+    """Prefills and decode at each depth, depths ascending and distinct: pp512@0, tg128@0, pp512@2048, ..."""
     kinds = (*(("pp", tokens) for tokens in prompt_tokens), ("tg", generate_tokens))
-    return tuple(
-        Scenario(kind, tokens, depth, batch, count)
-        for count in threads
-        for batch in batches
-        for depth in sorted(set(depths))
-        for kind, tokens in kinds
-    )
+    return tuple(Scenario(kind, tokens, depth) for depth in sorted(set(depths)) for kind, tokens in kinds)
 
 
 def decode_tokens(asked: int | None, directories: Iterable[Path], *, gpu: bool) -> int:
@@ -173,35 +155,31 @@ def run(
     instruments, measure = instruments or Instruments(), measure or measure_footprint
     fitting, skipped = _split(scenarios, setting.context_length)
     capacity = max(s.depth + s.tokens for s in fitting)
-    shape = max(s.batch for s in fitting), capacity
-    ids = np.random.default_rng(0).integers(0, setting.vocab_size, shape, dtype=np.int32)
-    by_threads = groups(fitting, lambda s: s.threads)
-    rule = Rule(repetitions) if repetitions else Rule(seconds=Rule().seconds / len(by_threads))
-    steps = Steps(progress)
+    ids = np.random.default_rng(0).integers(0, setting.vocab_size, capacity, dtype=np.int32)
+    rule, steps = Rule(repetitions), Steps(progress)
     steps.plan(len(variants))
-    for same in by_threads:
-        steps.plan_loads(rule.least, variants, same)
+    steps.plan_loads(rule.least, variants, fitting)
 
-    prompt = ids[0, : max((s.tokens for s in fitting if s.kind == "pp"), default=1)].tolist()
+    prompt = ids[: max((s.tokens for s in fitting if s.kind == "pp"), default=1)].tolist()
     described = {}
     for name, variant in variants.items():
-        footprint = measure(variant.open, variant.directory, fitting[0].threads, prompt, capacity, setting.gpu)
+        footprint = measure(variant.open, variant.directory, setting.threads, prompt, capacity, setting.gpu)
         described[name] = _describe(variant, footprint, capacity)
         steps.done()
-    bench = Bench(ids, instruments, steps, apart=_are_too_large(described.values(), gpu=setting.gpu))
-    found = [time_rounds(variants, bench, same, rule, setting.base) for same in by_threads]
-    loads = [load for _, used in found for load in used]
+    apart = _are_too_large(described.values(), gpu=setting.gpu)
+    bench = Bench(ids, setting.threads, instruments, steps, apart)
+    timings, loads = time_rounds(variants, bench, fitting, rule, setting.base)
     return {
         **where_measured(gpu=setting.gpu),
         **({"gpu_clocks": _clocks_of(bench.clocks)} if bench.clocks else {}),
         "background": background_of(loads, len(bench.waits), bench.waits.count(False)),
-        "threads": list(dict.fromkeys(s.threads for s in fitting)),
+        "threads": setting.threads,
         "engine": setting.engine,
         "provider": setting.provider,
         "repetitions": repetitions,
         "apart": bench.apart,
         "base": setting.base,
-        "timings": [timing.to_json() for timings, _ in found for timing in timings],
+        "timings": [timing.to_json() for timing in timings],
         "skipped": skipped,
         "variants": described,
     }
@@ -235,12 +213,8 @@ def _split(scenarios: Sequence[Scenario], context: int) -> tuple[list[Scenario],
 
 
 def _reason(scenario: Scenario, context: int) -> str:
-    if scenario.batch > 1 and scenario.kind == "pp" and scenario.depth:
-        return "a batch is filled in one piece, so a prefill behind a cache needs --batch 1"
-    picked = scenario.batch > 1  # the cache of a batch also holds the token that was picked last
-    if scenario.depth + scenario.tokens + picked > context:
-        own = " and one picked token" if picked else ""
-        return f"{scenario.depth} + {scenario.tokens} tokens{own} exceed the context length of the model, {context}"
+    if scenario.depth + scenario.tokens > context:
+        return f"{scenario.depth} + {scenario.tokens} tokens exceed the context length of the model, {context}"
     return ""
 
 

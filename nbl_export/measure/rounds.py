@@ -1,6 +1,6 @@
 """Times decoders in turns: one round with each load, until the intervals of their ratios are narrow.
 
-    load A B ─► for each batch and depth: fill, warm up, a run of A, a run of B, ... ─► close ─► load B A ─► ...
+    load A B ─► for each depth: fill, warm up, a run of A, a run of B, ... ─► close ─► load B A ─► ...
     after 6, 12 and 18 loads: every interval within 10%, or the next check after 3 minutes? ─► end;  24 ─► end
 
 If memory is short, each variant is loaded and closed by itself: load A, every scenario, close, the same for B.
@@ -33,7 +33,7 @@ from nbl_export.records.paired import PairedRatio, paired_ratio
 from nbl_export.records.results import Scenario, Timing
 from nbl_export.targets.runners import TextRunner
 
-__all__ = ["LOOKS", "NARROW", "Bench", "Progress", "Rule", "Steps", "Variant", "groups", "time_rounds"]
+__all__ = ["LOOKS", "NARROW", "Bench", "Progress", "Rule", "Steps", "Variant", "time_rounds"]
 
 # Loads after which rounds may end. Five would be too few: their range contains the median with 1 - 2/32 = 93.75% only.
 LOOKS = (6, 12, 18, 24)
@@ -94,7 +94,7 @@ class Steps:
         self._total += count
 
     def plan_loads(self, count: int, variants: Mapping[str, Variant], scenarios: Sequence[Scenario]) -> None:
-        fills = len({(s.batch, s.depth) for s in scenarios})
+        fills = len({s.depth for s in scenarios})
         self.plan(count * len(variants) * (fills + 2 * len(scenarios)))
 
     def done(self) -> None:
@@ -105,12 +105,13 @@ class Steps:
 
 @dataclass(frozen=True)
 class Bench:
-    """Shared by every timed run: token ids [B, T], instruments, progress, the result of each wait, and clocks.
+    """Shared by every timed run: token ids [T], threads, instruments, progress, the result of each wait, and clocks.
 
     apart: only one variant is in memory at a time.
     """
 
     ids: np.ndarray
+    threads: int | None
     instruments: Instruments
     steps: Steps
     apart: bool = False
@@ -121,7 +122,7 @@ class Bench:
 def time_rounds(
     variants: Mapping[str, Variant], bench: Bench, scenarios: Sequence[Scenario], rule: Rule, base: str | None
 ) -> tuple[list[Timing], list[dict[str, Any]]]:
-    """Time scenarios that share a number of threads; also the use of each load (`instruments.used_between`).
+    """Time scenarios; also the use of each load (`instruments.used_between`).
 
     Args:
         bench: its progress already plans `rule.least` loads.
@@ -153,10 +154,10 @@ def _load(
     """Load the variants and run every scenario once on each variant."""
     for names in [[name] for name in turn] if bench.apart else [turn]:
         with contextlib.ExitStack() as stack:
-            opened = (variants[name].open(variants[name].directory, scenarios[0].threads) for name in names)
+            opened = (variants[name].open(variants[name].directory, bench.threads) for name in names)
             runners = {name: stack.enter_context(runner) for name, runner in zip(names, opened, strict=True)}
-            for group in groups(scenarios, lambda s: (s.batch, s.depth)):
-                yield from _time_group(bench, runners, group)
+            for depth in dict.fromkeys(s.depth for s in scenarios):
+                yield from _time_group(bench, runners, [s for s in scenarios if s.depth == depth])
 
 
 def _ratios(runs: Mapping[tuple[Scenario, str], Sequence[Timing]], base: str | None) -> Iterator[PairedRatio]:
@@ -166,20 +167,12 @@ def _ratios(runs: Mapping[tuple[Scenario, str], Sequence[Timing]], base: str | N
             yield paired_ratio(old.samples_ns, new.samples_ns, new.loads)
 
 
-def groups(scenarios: Sequence[Scenario], key: Callable[[Scenario], Any]) -> list[list[Scenario]]:
-    """Scenarios grouped by key, in the order of each key's first scenario; each group keeps its order."""
-    found: dict[Any, list[Scenario]] = {}
-    for scenario in scenarios:
-        found.setdefault(key(scenario), []).append(scenario)
-    return list(found.values())
-
-
 def _time_group(bench: Bench, runners: Mapping[str, TextRunner], scenarios: Sequence[Scenario]) -> Iterator[Timing]:
     """Fill every runner to the common depth of the scenarios, then time the scenarios one after the other."""
-    depth, batch = scenarios[0].depth, scenarios[0].batch
+    depth = scenarios[0].depth
     for runner in runners.values():
-        runner.begin(depth + max(s.tokens for s in scenarios), batch)
-        for chunk in _chunks(bench.ids, batch, 0, depth, _FILL_CHUNK if batch == 1 else depth):
+        runner.begin(depth + max(s.tokens for s in scenarios))
+        for chunk in _chunks(bench.ids, 0, depth, _FILL_CHUNK):
             runner.append(chunk)
         bench.steps.done()
     for scenario in scenarios:
@@ -250,13 +243,12 @@ def _warm_up(bench: Bench, runner: TextRunner, scenario: Scenario) -> None:
 def _run_chunks(bench: Bench, scenario: Scenario, tokens: int) -> list[Any]:
     """The first tokens of a run: one chunk of a prefill, single tokens of a decode."""
     end = scenario.depth + tokens
-    return _chunks(bench.ids, scenario.batch, scenario.depth, end, tokens if scenario.kind == "pp" else 1)
+    return _chunks(bench.ids, scenario.depth, end, tokens if scenario.kind == "pp" else 1)
 
 
-def _chunks(ids_BT: np.ndarray, batch: int, start: int, end: int, size: int) -> list[Any]:
-    """Columns start..end in chunks: ids [T] of the first row, or [B, T] of a batch."""
-    rows = ids_BT[0] if batch == 1 else ids_BT[:batch]
-    return [rows[..., i : min(i + size, end)] for i in range(start, end, size)] if end > start else []
+def _chunks(ids_T: np.ndarray, start: int, end: int, size: int) -> list[Any]:
+    """Ids start..end in chunks."""
+    return [ids_T[i : min(i + size, end)] for i in range(start, end, size)]
 
 
 @contextlib.contextmanager

@@ -333,12 +333,8 @@ class JobOptions:
         None, "Length of the decode test; default: 128, fewer for a large model on a CPU.", _BENCH,
         "main bench", least=1,
     )  # fmt: skip
-    threads: tuple[int, ...] | None = option(
-        None, "Threads of the engine; several are timed in turn. Default: the engine's choice.", _BENCH, "main bench",
-        numbers="1,2", least=1, applies=_NOT_COMPILED,
-    )  # fmt: skip
-    batches: tuple[int, ...] = option(
-        (1,), "ort: sequences side by side; default 1.", _BENCH, "main bench", flag="batch", numbers="1,4", least=1,
+    threads: int | None = option(
+        None, "Threads of the engine; default: its own choice.", _BENCH, "main bench", least=1, applies=_NOT_COMPILED,
     )  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -48,21 +48,18 @@ def status_of(checks: Sequence[Mapping[str, Any]]) -> str:
 
 @dataclass(frozen=True)
 class Scenario:
-    """One benchmark row in llama-bench's terms: pp<T> is prefill of T tokens, tg<T> is decode of T tokens.
+    """One benchmark row in llama-bench's terms, behind `depth` cached tokens.
 
-    batch: sequences side by side, each with `tokens` tokens at `depth`. threads: None is the engine's choice.
+    pp<T> is prefill of T tokens, tg<T> is decode of T tokens.
     """
 
     kind: str
     tokens: int
     depth: int
-    batch: int = 1
-    threads: int | None = None
 
     def __post_init__(self) -> None:
         require(self.kind in ("pp", "tg"), f"unknown test kind {self.kind!r}")
         require(self.tokens >= 1 and self.depth >= 0, "tokens are positive, depth is not negative")
-        require(self.batch >= 1 and (self.threads or 1) >= 1, "there is at least one sequence and one thread")
 
     @property
     def test(self) -> str:
@@ -128,8 +125,7 @@ class Timing:
 
     @property
     def tokens_per_second(self) -> tuple[float, ...]:
-        """Tokens per second of all sequences of the batch together."""
-        return tuple(self.scenario.batch * self.scenario.tokens * 1e9 / ns for ns in self.samples_ns)
+        return tuple(self.scenario.tokens * 1e9 / ns for ns in self.samples_ns)
 
     @property
     def ttft_ns(self) -> float | None:

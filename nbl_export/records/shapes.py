@@ -66,10 +66,10 @@ VERIFICATION = {
     "answers": [{"prompt": str, "original": str, "nbl": str}],
 }  # fmt: skip
 
-_TEST = {"test": str, "kind": str, "tokens": int, "depth": int, "batch?": int, "threads?": int}
+_TEST = {"test": str, "kind": str, "tokens": int, "depth": int}
 
 BENCHMARK = {
-    "engine": str, "provider": str, "threads": [int | None], "repetitions?": int, "base?": str, "apart?": bool,
+    "engine": str, "provider": str, "threads?": int, "repetitions?": int, "base?": str, "apart?": bool,
     "background": {
         "cores": int, "others": float | None, "stolen": float, "waits": int, "gave_up": int, "busy": bool,
     },

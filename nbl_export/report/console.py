@@ -142,7 +142,6 @@ def eval_table(result: dict[str, Any]) -> Shown:
 
 def compared_table(value: Mapping[str, Any]) -> Shown:
     """Result of `run.compare.compare`: speed, ratio over the base, latency; memory stands in a decoder's first row."""
-    swept = speed.is_swept(value)
     ratios = {_key(r): r for r in value["ratios"]}
     over = (f"over {value['base']}", "interval") if ratios else ()
     numbers = ("tokens/s", "± sd", *over, "TTFT ms", "TPOT p50 / p95 / p99 ms", "peak memory", "on disk")
@@ -153,7 +152,7 @@ def compared_table(value: Mapping[str, Any]) -> Shown:
         tpot = row["tpot_seconds"]
         rows.append([
             row["variant"],
-            test(row, swept=swept),
+            test(row),
             f"{row['tokens_per_second_median']:.2f}",
             f"{row['tokens_per_second_stdev']:.2f}",
             *(_ratio_cells(ratios.get(_key(row))) if ratios else ()),
@@ -167,7 +166,7 @@ def compared_table(value: Mapping[str, Any]) -> Shown:
 
 
 def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ("kind", "tokens", "depth", "batch", "threads", "variant"))
+    return tuple(row[name] for name in ("kind", "tokens", "depth", "variant"))
 
 
 def _ratio_cells(ratio: Mapping[str, Any] | None) -> tuple[str, str]:

@@ -26,7 +26,7 @@ __all__ = ["Timed", "headline", "judged", "limit_of", "next_steps", "outcome", "
 _SHOWN = 4  # tests of a line; the report has all
 _WIDE = 1.25  # ends of an interval that are further apart say little
 _APART = 0.05  # so much may the ratio of medians differ from the median of ratios
-_TEST = ("kind", "tokens", "depth", "batch", "threads")
+_TEST = ("kind", "tokens", "depth")
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Timed:
         both = [self.latency(row) for row in (self.original, self.nbl)]
         times = "" if "–" in both else f"{both[0]} → {both[1]}, "
         noisy = ", noisy" * self.verdict.endswith("noisy")
-        return f"{words.test(self.row, swept=False)}: {times}{self.spoken_ratio} ({self.interval}){noisy}"
+        return f"{words.test(self.row)}: {times}{self.spoken_ratio} ({self.interval}){noisy}"
 
 
 def timed(report: Mapping[str, Any], kind: str = "") -> list[Timed]:
@@ -93,10 +93,8 @@ def timed(report: Mapping[str, Any], kind: str = "") -> list[Timed]:
 
 
 def headline(report: Mapping[str, Any], kind: str) -> list[Timed]:
-    """Tests of a kind that have a ratio, at the first number of threads and batch: least depth, then longest first."""
+    """Tests of a kind that have a ratio: least depth, then longest first."""
     found = [test for test in timed(report, kind) if test.ratio]
-    first = found[:1] and [found[0].row[name] for name in ("batch", "threads")]
-    found = [test for test in found if [test.row[name] for name in ("batch", "threads")] == first]
     return sorted(found, key=lambda test: (test.row["depth"], -test.row["tokens"]))
 
 

@@ -202,16 +202,10 @@ def _drawings(report: Mapping[str, Any]) -> dict[str, str]:
     except ImportError:  # a machine that only runs engines; the tables say the same
         return {}
     drawn = {}
-    rows, ratios = _main(report["rows"]), _main(report["ratios"])
-    if rows:
-        drawn["throughput"] = plots.throughput(rows, ratios)
+    if report["rows"]:
+        drawn["throughput"] = plots.throughput(report["rows"], report["ratios"])
     if report["curve"]:
         drawn["curve"] = plots.curve(
             report["curve"]["points"], len(report["replaced_layers"]), (report.get("cut") or {}).get("near")
         )
     return drawn
-
-
-def _main(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The first number of threads and the first batch, which the drawings are of."""
-    return [r for r in rows if (r["threads"], r["batch"]) == (rows[0]["threads"], rows[0]["batch"])]

@@ -15,7 +15,7 @@ from nbl_export.report.document import Block, Figure, Heading, Paragraph, Sectio
 from nbl_export.report.outcome import timed
 from nbl_export.report.table import Cell, Column, Table
 
-__all__ = ["engines", "intervals", "is_swept", "speed", "speeds"]
+__all__ = ["engines", "intervals", "speed", "speeds"]
 
 _VARIANTS = {"original": "original", "nbl": "NBL"}
 _THROUGHPUT = Figure(
@@ -33,11 +33,6 @@ def speed(report: Mapping[str, Any]) -> Section:
     return Section("Speed", blocks)
 
 
-def is_swept(report: Mapping[str, Any]) -> bool:
-    """Whether the benchmark had several numbers of threads."""
-    return len({row["threads"] for row in report["rows"]}) > 1
-
-
 def compared(rows: list[tuple[str, str, str, str]]) -> Table:
     """name, original, NBL and change, a row each."""
     return Table.of(("What", *Column.numbers("Original", "NBL", "Change")), rows)
@@ -50,14 +45,17 @@ def _setting(report: Mapping[str, Any]) -> Paragraph:
     said = list(dict.fromkeys(bench.get("arithmetic", {}).values()))  # of the original, then of NBL
     arithmetic = f" The engine {' in the original, and '.join(said)}." if said else ""
     return Paragraph(
-        f"{bench['engine']} on {bench['provider']}, {words.listed(bench['threads'] or 'default')} threads.{arithmetic} "
+        f"{bench['engine']} on {bench['provider']}, {_threads(bench['threads'])}.{arithmetic} "
         f"The two variants took turns, round by round. Speed was {spoken_background(bench['background'])}.{logits}"
     )
 
 
+def _threads(count: int | None) -> str:
+    return f"{count} {words.plural('thread', count)}" if count else "default threads"
+
+
 def speeds(report: Mapping[str, Any], title: str = "") -> Table:
     """Tokens a second, latency, and the ratio of both decoders, a row a test."""
-    swept = is_swept(report)
     columns = (
         Column("Test", "wrap"),
         *Column.numbers("Tokens/s original", "Tokens/s NBL", "Latency original", "Latency NBL", "Ratio"),
@@ -68,7 +66,7 @@ def speeds(report: Mapping[str, Any], title: str = "") -> Table:
         both = (test.original, test.nbl)
         rates = (words.number(row["tokens_per_second_median"] if row else None) for row in both)
         verdict = Cell.verdict(test.verdict, good="faster", bad="slower")
-        said = (words.test(test.row, swept=swept), *rates, *map(test.latency, both))
+        said = (words.test(test.row), *rates, *map(test.latency, both))
         ratio = f"{spoken_ratio(test.ratio['ratio'])} ({test.interval})" if test.ratio else "–"
         rows.append((*said, ratio, verdict))
     return Table.of(columns, rows, title)
@@ -82,7 +80,7 @@ def _speeds(report: Mapping[str, Any]) -> Iterator[Block]:
     )
     yield from _slots(report)
     for skipped in report["bench"].get("skipped") or ():
-        yield Paragraph(f"Not measured: {words.test(skipped, swept=is_swept(report))}. {skipped['reason']}.")
+        yield Paragraph(f"Not measured: {words.test(skipped)}. {skipped['reason']}.")
 
 
 def intervals(report: Mapping[str, Any]) -> Iterator[Block]:

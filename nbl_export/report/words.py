@@ -78,21 +78,14 @@ def listed(values: Sequence[object] | object) -> str:
     return ", ".join(map(str, values)) if isinstance(values, (list, tuple)) else str(values)
 
 
-def test(row: Mapping[str, Any], *, swept: bool) -> str:
-    """A test in words: "prompt of 512 tokens behind 2,048, 4 sequences".
-
-    Args:
-        row: of the report's rows, ratios or skipped tests.
-        swept: the benchmark had several numbers of threads, so the number is part of the words.
-    """
+def test(row: Mapping[str, Any]) -> str:
+    """A test in words, of the report's rows, ratios or skipped tests: "prompt of 512 tokens behind 2,048"."""
     kind, count = row["test"][:2], row["test"][2:]
     if not (count.isascii() and count.isdigit()):
         return str(row["test"])
     tokens = int(count)
     said = f"prompt of {tokens:,} tokens" if kind == "pp" else f"{tokens:,} new tokens"
-    said += f" behind {row['depth']:,}" if row["depth"] else ""
-    said += f", {row['batch']} sequences" if row.get("batch", 1) > 1 else ""
-    return said + (f", {row['threads']} {plural('thread', row['threads'])}" if swept and row.get("threads") else "")
+    return said + (f" behind {row['depth']:,}" if row["depth"] else "")
 
 
 def positions(ends: Sequence[int]) -> list[str]:

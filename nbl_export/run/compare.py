@@ -30,7 +30,7 @@ def compare(
         directories: run directories, of which model/ is measured, or deployable directories.
         against: the base of the ratios. None means the original/ of the first run directory, or else the first of
             several directories. One deployable directory alone has no ratios.
-        options: depths, prompt lengths, threads, batches and repetitions; other options have no effect.
+        options: depths, prompt lengths, threads and repetitions; other options have no effect.
         force: measure a run directory that failed verification.
 
     Raises:
@@ -51,14 +51,14 @@ def compare(
         engine=", ".join(dict.fromkeys(found.engine for found in decoders.values())),
         provider=provider,
         base=base,
-        threads=first.default_threads(),
+        threads=options.threads or first.default_threads(),
         gpu=provider != "cpu" or first.capabilities.static,
     )
     variants = {n: Variant(found.path, found.open, facts[n].cache_bytes_per_token) for n, found in decoders.items()}
     with ui.task("rounds") as progress:
         value = side_by_side(variants, options, setting, progress, ui.say)
     for left_out in value["skipped"]:
-        ui.say(f"  not measured: {test(left_out, swept=False)}: {left_out['reason']}")
+        ui.say(f"  not measured: {test(left_out)}: {left_out['reason']}")
     for name, found in decoders.items():
         value["variants"][name] |= {
             "path": str(found.path),

@@ -19,15 +19,11 @@ class TextRunner(Protocol):
 
     def __exit__(self, *exc: object) -> None: ...
 
-    def begin(self, max_tokens: int, batch: int = 1) -> None:
-        """Forget the sequence; make room for max_tokens of the next sequence, or of each sequence of a batch.
-
-        Raises:
-            NblError: the runner takes one sequence only, and `batch` is more.
-        """
+    def begin(self, max_tokens: int) -> None:
+        """Forget the sequence; make room for max_tokens of the next one."""
 
     def append(self, ids: Sequence[int]) -> None:
-        """Run the decoder over ids as one chunk: prefill, or one decode step for a single id. A batch takes [B, T].
+        """Run the decoder over ids as one chunk: prefill, or one decode step for a single id.
 
         Returns when the device has finished, so that a clock can be read.
         """
@@ -36,7 +32,7 @@ class TextRunner(Protocol):
         """Drop everything after the first `length` tokens."""
 
     def pick(self) -> int:
-        """The most likely next token of the first sequence; valid only right after `append`."""
+        """The most likely next token; valid only right after `append`."""
 
     def encode(self, prompt: str, *, chat: bool) -> list[int]:
         """Token ids of a prompt, through the chat template if there is one and `chat` asks for it."""

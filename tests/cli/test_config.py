@@ -65,12 +65,12 @@ def test_a_file_says_what_flags_say(tmp_path: Path) -> None:
     max-seq-len = 64
     label_weight = 0.2
     depth = "0,2048"
-    threads = [1, 2]
-    batch = 4
+    prompt_tokens = [1, 2]
+    threads = 4
     """
     expected = {
         "model": "m", "layers": "8", "calibration": ("a.txt", "b.jsonl"), "max_seq_len": 64, "label_weight": 0.2,
-        "depths": (0, 2048), "threads": (1, 2), "batches": (4,),
+        "depths": (0, 2048), "prompt_tokens": (1, 2), "threads": 4,
     }  # fmt: skip
     assert read_config(written(tmp_path, text)) == (expected, None)
 
@@ -84,7 +84,7 @@ def test_a_file_says_what_flags_say(tmp_path: Path) -> None:
         ("repetitions = 0", ("repetitions must be at least 1",)),
         ("depth = 'many'", ("--depth", "0,2048")),
         ("depth = ['many']", ("'depths' is of the wrong kind",)),
-        ("threads = []", ("threads needs a number",)),
+        ("prompt_tokens = []", ("prompt_tokens needs a number",)),
         ("tap = 'side'", ("key tap is residual or normed",)),
         ("layers = " + "[" * 5000, ("cannot be read",)),
     ],

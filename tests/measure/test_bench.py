@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
 
@@ -51,16 +50,12 @@ class Tape:
 
 
 class FakeRunner:
-    """A TextRunner that takes ns_per_token x tokens of the tape's time and refuses what no engine can do.
-
-    A batch runs as GenAI lets it: filled once, one token at a time after that, back to the start or to its fill.
-    """
+    """A TextRunner that takes ns_per_token x tokens of the tape's time and refuses what no engine can do."""
 
     def __init__(self, tape: Tape, name: str, ns_per_token: int) -> None:
         self.tape, self.name, self.ns_per_token = tape, name, ns_per_token
         self.held: list[int] = []
         self.capacity = -1
-        self.batch, self.fill = 1, 0
 
     def __enter__(self) -> FakeRunner:
         self.tape.calls.append((self.name, "open"))
@@ -69,18 +64,11 @@ class FakeRunner:
     def __exit__(self, *exc: object) -> None:
         self.tape.calls.append((self.name, "close"))
 
-    def begin(self, max_tokens: int, batch: int = 1) -> None:
-        self.held, self.capacity, self.batch, self.fill = [], max_tokens, batch, 0
-        self.tape.calls.append((self.name, "begin", max_tokens, *([batch] if batch > 1 else [])))
+    def begin(self, max_tokens: int) -> None:
+        self.held, self.capacity = [], max_tokens
+        self.tape.calls.append((self.name, "begin", max_tokens))
 
     def append(self, ids: Sequence[int]) -> None:
-        if self.batch > 1:
-            rows = np.asarray(ids)
-            assert rows.shape[0] == self.batch
-            assert not self.held or rows.shape[1] == 1, "a batch is filled once"
-            assert len({tuple(row) for row in rows.tolist()}) == self.batch or rows.shape[1] < 4, "rows are the same"
-            self.fill = self.fill or rows.shape[1]
-            ids = rows[0].tolist()
         assert len(self.held) + len(ids) <= self.capacity, "the sequence outgrows what begin reserved"
         self.tape.calls.append((self.name, "append", len(self.held), [int(i) for i in ids]))
         self.held.extend(int(i) for i in ids)
@@ -89,8 +77,6 @@ class FakeRunner:
     def rewind(self, length: int) -> None:
         assert length <= len(self.held), "cannot rewind forwards"
         assert gc.isenabled(), "the collector was left off after a timing"
-        assert self.batch == 1 or length in (0, self.fill)
-        self.fill = self.fill if length else 0
         del self.held[length:]
         self.tape.now += 1_000_000  # must not be timed
         self.tape.calls.append((self.name, "rewind", length))
@@ -135,15 +121,14 @@ def run_fake(
 ) -> tuple[dict[str, Any], Tape, list[tuple[int, int]]]:
     """bench.run on two fakes (original 20 ns a token, nbl 10), with the tape and the progress reports.
 
-    With threads the fakes take a number of times less. held_up: nanoseconds that a token takes more, by name and load.
-    idle: what the wait of that number answers.
+    held_up: nanoseconds that a token takes more, by name and load. idle: what the wait of that number answers.
     """
     tape, reports, opened = Tape(), [], collections.Counter[str]()
 
-    def open_fake(path: Path, threads: int | None) -> FakeRunner:
+    def open_fake(path: Path, _threads: int | None) -> FakeRunner:
         opened[path.name] += 1
         more = held_up(path.name, opened[path.name] - 1)
-        return FakeRunner(tape, path.name, {"original": 20, "nbl": 10}[path.name] // (threads or 1) + more)
+        return FakeRunner(tape, path.name, {"original": 20, "nbl": 10}[path.name] + more)
 
     def wait() -> bool:
         tape.calls.append(("idle",))
@@ -199,20 +184,20 @@ def test_decoders_are_measured_by_the_options(
     monkeypatch.setattr(benchmark, "Instruments", lambda: Instruments(clock.__next__, lambda: True))
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-    options = JobOptions("", prompt_tokens=(8, 16), generate_tokens=2, depths=(0,), batches=(1, 2), repetitions=1)
+    options = JobOptions("", prompt_tokens=(8, 16), generate_tokens=2, depths=(0,), repetitions=1)
     variants = {name: Variant(tmp_path / name, open_fake, 1) for name in ("a", "b")}
     setting = BenchSetting(100, 64, "an engine", base="a", threads=3)
     found = benchmark.side_by_side(variants, options, setting, lambda done, total: None, lines.append)
     assert opened == [("a", 3), ("b", 3)]
-    tests = [(t["test"], t["batch"], t["threads"], t["variant"]) for t in found["timings"]]
-    assert tests == [(t, n, 3, v) for n in (1, 2) for t in ("pp8", "pp16", "tg2") for v in ("a", "b")]
-    assert (found["engine"], found["base"], found["repetitions"]) == ("an engine", "a", 1)
+    tests = [(t["test"], t["variant"]) for t in found["timings"]]
+    assert tests == [(t, v) for t in ("pp8", "pp16", "tg2") for v in ("a", "b")]
+    assert [found[name] for name in ("engine", "base", "repetitions", "threads")] == ["an engine", "a", 1, 3]
     assert set(found["machine"]) >= {"cpu", "cores"} and "onnx" in found["versions"]
     assert len(lines) == said and all("on a busy machine: other processes used 1000 of" in line for line in lines)
 
 
 def test_a_timing_is_the_same_from_its_row(tmp_path: Path) -> None:
-    result, _, _ = run_fake(tmp_path, plan_scenarios((8,), 4, (0, 16), (1, 2), (2,)), 2)
+    result, _, _ = run_fake(tmp_path, plan_scenarios((8,), 4, (0, 16)), 2)
     for row in result["timings"]:
         timing = Timing.from_json(row)
         assert timing.to_json() == row and Timing.from_json(timing.to_json()) == timing
@@ -263,10 +248,6 @@ def test_rounds_do_not_go_on_for_longer_than_the_limit(tmp_path: Path) -> None:
     uneven = lambda name, load: 9 * (name == "nbl") * (load % 2)  # noqa: E731
     result, _, _ = run_fake(tmp_path, [Scenario("pp", 64, 0)], None, usage=usage(), held_up=uneven)
     assert [len(t["loads"]) for t in result["timings"]] == [12, 12]  # 144 of 180 seconds
-    (tmp_path / "sweep").mkdir()
-    scenarios = plan_scenarios((64,), 4, (0,), threads=(1, 2))
-    swept, _, _ = run_fake(tmp_path / "sweep", scenarios, None, usage=usage(), held_up=uneven)
-    assert [len(t["loads"]) for t in swept["timings"]] == [6] * 8  # each number of threads has half of them
 
 
 def test_what_others_used_is_recorded_by_load(tmp_path: Path) -> None:
@@ -308,47 +289,6 @@ def test_every_token_and_the_first_pick_have_their_own_time(tmp_path: Path) -> N
     assert sizes == [64, 64, 1, *[1] * 16] * 2  # warm-up, round; decode's warm-up is shorter
     assert decode["nbl"]["token_ns"] == [[10] * 16] * 2
     assert "token_ns" not in prefill["nbl"] and "first_token_ns" not in decode["nbl"]
-
-
-def test_a_sweep_of_threads_loads_the_decoders_again(tmp_path: Path) -> None:
-    scenarios = plan_scenarios((8, 16), 4, (0,), threads=(2, 1))
-    result, tape, reports = run_fake(tmp_path, scenarios, repetitions=1)
-    assert [(s.test, s.threads) for s in scenarios] == [
-        (test, threads) for threads in (2, 1) for test in ("pp8", "pp16", "tg4")
-    ]
-    samples = {(t["test"], t["threads"], t["variant"]): t["samples_ns"][0] for t in result["timings"]}
-    assert samples["pp16", 2, "original"] == 16 * 10 and samples["pp16", 1, "original"] == 16 * 20
-    assert result["threads"] == [2, 1]
-    opened = [c[:2] for c in tape.calls if c[1:2] in (("open",), ("close",))]
-    once = [("original", "open"), ("nbl", "open"), ("nbl", "close"), ("original", "close")]
-    assert opened == once * 2  # never four at once
-    assert reports[-1] == (len(reports), len(reports))
-
-
-def test_a_batch_is_filled_in_one_piece_and_counts_all_its_tokens(tmp_path: Path) -> None:
-    scenarios = plan_scenarios((8,), 4, (0, 600), batches=(1, 3))
-    result, tape, reports = run_fake(tmp_path, scenarios, repetitions=2)
-    assert [c for c in tape.calls if c[:2] == ("nbl", "begin")] == [
-        ("nbl", "begin", 8), ("nbl", "begin", 608), ("nbl", "begin", 8, 3), ("nbl", "begin", 604, 3),
-    ] * 2  # fmt: skip
-    timed = {(t["test"], t["depth"], t["batch"]) for t in result["timings"]}
-    assert timed == {(t, d, b) for t in ("pp8", "tg4") for d in (0, 600) for b in (1, 3)} - {("pp8", 600, 3)}
-    (row,) = result["skipped"]
-    assert (row["test"], row["depth"], row["batch"]) == ("pp8", 600, 3) and "batch" in row["reason"]
-    rows = {(r["test"], r["depth"], r["batch"], r["variant"]): r for r in figures(result)["rows"]}
-    one, three = (rows["tg4", 600, batch, "nbl"]["tokens_per_second_median"] for batch in (1, 3))
-    assert three == pytest.approx(3 * one)  # the fake takes as long for three rows as for one
-    assert rows["tg4", 600, 3, "nbl"]["tpot_seconds"] == rows["tg4", 600, 1, "nbl"]["tpot_seconds"]
-    assert reports[-1] == (len(reports), len(reports))
-
-
-def test_a_batch_needs_room_for_the_token_that_it_picks(tmp_path: Path) -> None:
-    result, _, _ = run_fake(
-        tmp_path, [Scenario("tg", 4, 60, 1), Scenario("tg", 4, 60, 2), Scenario("tg", 3, 60, 2)], 1,
-        BenchSetting(100, 64, "ort"),
-    )  # fmt: skip
-    assert {(t["test"], t["batch"]) for t in result["timings"]} == {("tg4", 1), ("tg3", 2)}
-    assert "picked" in result["skipped"][0]["reason"]
 
 
 def test_a_depth_is_filled_once_and_every_run_rewinds_to_it(tmp_path: Path) -> None:
@@ -403,8 +343,8 @@ def test_what_is_recorded(tmp_path: Path) -> None:
     }
     assert set(result["machine"]) == {"cpu", "cores", "memory_bytes", "os", "python"}
     facts = [result[name] for name in ("threads", "engine", "provider", "repetitions", "base")]
-    assert facts == [[None], "ort", "cpu", 2, "original"]
-    common = {"test", "kind", "tokens", "depth", "batch", "threads", "variant", "samples_ns", "loads"}
+    assert facts == [None, "ort", "cpu", 2, "original"]
+    common = {"test", "kind", "tokens", "depth", "variant", "samples_ns", "loads"}
     assert result["timings"][0].keys() == common | {"first_token_ns"}
     assert result["timings"][4].keys() == common | {"token_ns"}
 
@@ -513,7 +453,7 @@ class HungryRunner(FakeRunner):
         if behaviour in ("SIGSEGV", "SIGKILL"):
             os.kill(os.getpid(), signal.Signals[behaviour])
 
-    def begin(self, max_tokens: int, batch: int = 1) -> None:
+    def begin(self, max_tokens: int) -> None:
         super().begin(max_tokens)
         self.cache = bytearray(os.urandom(1) * 200_000_000)
 

@@ -221,7 +221,7 @@ IDLE: list[tuple[str, Asked, ModelFacts | None, str]] = [
     ("builder_option", {"builder_option": "algo_config=rtn"}, None, "--precision int8 or int4"),
     ("builder_option", {"builder_option": "accuracy_level=1"}, None, "--precision int8 or int4"),
     ("quantized_model", {"quantized_model": "x", "precision": "int8"}, None, "--precision int4"),
-    ("threads", {"threads": (2,), "engine": "trt-rtx"}, None, "compile nothing"),
+    ("threads", {"threads": 2, "engine": "trt-rtx"}, None, "compile nothing"),
     ("cut", {"cut": "1", "engine": "openvino"}, None, "--engine ort with --provider cpu, trt or trt-rtx, and the"),
     ("cut", {"cut": "1"}, NBL, "the original model"),
     ("near", {"near": 8, "layers": "1,"}, None, "--cut"),
@@ -421,5 +421,5 @@ def test_names_and_values_are_read_alike() -> None:
         settled({"precison": "fp16"})
     with pytest.raises(UsageError, match="'label_weight' is of the wrong kind"):
         settled({"label_weight": "much"})
-    with pytest.raises(UsageError, match=r"^--batch '0,x': write numbers of at least 1, comma separated"):
-        numbers("0,x", "batches")
+    with pytest.raises(UsageError, match=r"^--prompt-tokens '0,x': write numbers of at least 1, comma separated"):
+        numbers("0,x", "prompt_tokens")

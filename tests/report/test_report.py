@@ -66,13 +66,13 @@ VERIFY: dict[str, Any] = {
 def timing(test: str, depth: int, variant: str, seconds: Sequence[float], **more: Any) -> dict[str, Any]:
     samples = [int(s * SECOND) for s in seconds]
     kind, tokens = test[:2], int(test[2:])
-    facts = {"test": test, "kind": kind, "tokens": tokens, "depth": depth, "batch": 1, "threads": 2}
+    facts = {"test": test, "kind": kind, "tokens": tokens, "depth": depth}
     return {**facts, "variant": variant, "samples_ns": samples, "loads": list(range(len(samples))), **more}
 
 
 BENCH: dict[str, Any] = {
     "machine": {"cpu": "A processor", "cores": 2, "memory_bytes": 8 << 30, "os": "Linux", "python": "3.12"},
-    "threads": [2],
+    "threads": 2,
     "engine": "ort",
     "provider": "cpu",
     "versions": {"onnxruntime": "1.24.0"},
@@ -241,22 +241,6 @@ def test_a_check_without_a_figure_has_a_mark() -> None:
         verify=changed(VERIFY, checks=[check("structure", 0.0), check("structure", 1.0), check("text", 0.0)])
     )
     assert [row[3:5] for row in shown.table("All 3 checks")[2:]] == [["✓", ""], ["✗", ""], ["0", "0.5"]]
-
-
-def test_threads_and_batches_are_told_apart_in_words(tmp_path: Path) -> None:
-    timings = [
-        {**timing("tg8", 0, variant, [1 / batch] * 5), "threads": threads, "batch": batch}
-        for threads in (2, 1) for batch in (1, 4) for variant in ("original", "nbl")
-    ]  # fmt: skip
-    written = Written(bench=changed(BENCH, timings=timings, threads=[2, 1], batches=[1, 4]), out=tmp_path)
-    rates = {row[0]: row[1] for row in written.table("Speed")[2:]}
-    assert rates == {
-        "8 new tokens, 2 threads": "8.00", "8 new tokens, 4 sequences, 2 threads": "128",
-        "8 new tokens, 1 thread": "8.00", "8 new tokens, 4 sequences, 1 thread": "128",
-    }  # fmt: skip
-    assert "ort on cpu, 2, 1 threads" in written.markdown
-    drawn = re.findall(r'<path [^>]*clip-path[^>]*style="fill: var\(--(nbl|original)', written.html)
-    assert drawn == ["original", "nbl"]  # the first threads and batch
 
 
 def test_a_busy_machine_is_said_wherever_speed_is(written: Written, capsys: Any) -> None:

@@ -45,13 +45,13 @@ OTHER: dict[str, Any] = {
     "provider": "cuda", "max_seq_len": 128, "max_batch": 2, "prefill_chunk": 64, "logits": "all",
     "decoder_source": "mobius", "builder_option": ("block_size=64",), "quantized_model": "q",
     "depths": (7,), "repetitions": 7, "prompt_tokens": (7,),
-    "generate_tokens": 7, "threads": (1,), "batches": (2,), "engine": "openvino",
+    "generate_tokens": 7, "threads": 1, "engine": "openvino",
 }  # fmt: skip
 _PLAN = ("layers", "cut", "max_perplexity_increase", "fit", "kind", "select",
          "tap", "maps", "compute_dtype", "logits", "destination")  # fmt: skip
 _DECODER = ("precision", "provider", "logits", "decoder_source", "builder_option", "quantized_model")
 _GRAPHS = tuple(dict.fromkeys((*_PLAN, *_DECODER)))
-_BENCH = ("depths", "repetitions", "prompt_tokens", "generate_tokens", "threads", "batches")
+_BENCH = ("depths", "repetitions", "prompt_tokens", "generate_tokens", "threads")
 # What each stage reads.
 READS: dict[str, tuple[str, ...]] = {
     "text": ("calibration_tokens", "context", "distill_tokens"),
@@ -112,7 +112,7 @@ def test_the_near_tokens_of_a_cut_are_in_the_key_of_the_plan_alone(key_of_stage:
     ("stage", "given", "same"),
     [
         ("decoder", {}, {"tap": "normed"}), ("decoder", {}, {"max_seq_len": 128}), ("build", {}, {"max_batch": 1}),
-        ("build", {}, {"prefill_chunk": 512}), ("plan", {}, {"precision": "int8"}), ("verify", {}, {"threads": (2,)}),
+        ("build", {}, {"prefill_chunk": 512}), ("plan", {}, {"precision": "int8"}), ("verify", {}, {"threads": 2}),
         ("verify", {}, {"device": "cpu"}),
     ],
 )  # fmt: skip

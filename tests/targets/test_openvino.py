@@ -80,17 +80,6 @@ def test_rewinding_and_appending_gives_equal_logits(directories: dict[str, Path]
             runner.append([5] * 21)
 
 
-def test_a_batch_gives_each_row_its_own_logits(directories: dict[str, Path]) -> None:
-    with OpenVinoRunner(directories["nbl"], 1) as runner:
-        runner.begin(30, batch=2)
-        runner.append([PROMPT, PROMPT[::-1]])
-        both = runner._logits[:, -1]
-        for row, prompt in zip(both, (PROMPT, PROMPT[::-1]), strict=True):
-            runner.begin(30)
-            runner.append(prompt)
-            assert np.abs(runner._logits[0, -1] - row).max() < 1e-5
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="only there does OpenVINO replace the stack of signals")
 def test_ctrl_c_is_handled_after_models_were_freed(directories: dict[str, Path]) -> None:
     """In a process of its own, which a signal on a freed stack would end."""

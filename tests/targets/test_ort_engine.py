@@ -146,35 +146,6 @@ def test_greedy_is_append_and_argmax(runner: GenaiRunner) -> None:
     assert runner.greedy(prompt, 6) == answer
 
 
-def test_a_batch_says_what_each_of_its_rows_says_alone(runner: GenaiRunner) -> None:
-    rows = np.random.default_rng(4).integers(3, runner.settings.vocab_size, (3, 7)).astype(np.int32)
-    alone = [runner.greedy(row.tolist(), 5) for row in rows]
-    assert len({tuple(said) for said in alone}) == 3
-    runner.begin(7 + 4, 3)
-    for _ in range(2):  # filled, run to its end, and rewound to the fill
-        runner.append(rows)  # type: ignore[arg-type]
-        for _ in range(4):
-            runner.append(rows[:, :1])  # type: ignore[arg-type]  # which is not looked at
-        said = [list(runner._generator.get_sequence(b))[7:] for b in range(3)]
-        assert said == alone
-        runner.rewind(7)
-        assert [list(runner._generator.get_sequence(b))[7:] for b in range(3)] == [row[:1] for row in alone]
-        assert runner.pick() == alone[0][0]
-        runner.rewind(0)
-
-
-def test_a_batch_is_held_to_its_room_and_its_fill(runner: GenaiRunner) -> None:
-    rows = np.ones((2, 6), np.int32)
-    runner.begin(9, 2)
-    runner.append(rows)  # type: ignore[arg-type]
-    with pytest.raises(NblError, match="token by token"):
-        runner.append(rows[:, :2])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="first chunk has 6"):
-        runner.rewind(3)
-    with pytest.raises(NblError, match="10 tokens do not fit"):
-        runner.append(rows[:, :4])  # type: ignore[arg-type]
-
-
 def test_chunks_give_the_logits_of_one_prefill(runner: GenaiRunner) -> None:
     ids = tokens_of(runner)
     whole = logits_after(runner, [ids])

@@ -147,20 +147,6 @@ def test_prompts_that_cannot_be_run_are_refused(runner: StaticRunner, tmp_path: 
         runner.append([1] * 6)
 
 
-def test_a_batch_is_its_rows_alone_and_can_be_rewound(runner: Any) -> None:
-    """As the benchmark runs it: rows of one length, in chunks of four."""
-    rows = np.array([[5, 6, 7, 8, 9, 3], [2, 9, 4, 4, 8, 1]])
-    runner.begin(16, 2)
-    runner.append(rows)
-    for length, more in ((4, [[1], [7]]), (2, [[8, 8], [3, 2]])):
-        runner.rewind(length)
-        runner.append(more)
-        kept = [[*row[:length], *new] for row, new in zip(rows.tolist(), more, strict=True)]
-        assert runner.pick() == int(said_of(kept[0]).argmax())
-        assert runner._session.cache[:, : len(kept[0])].tolist() == kept
-        rows = np.array(kept)
-
-
 def test_a_session_that_does_not_close_hides_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

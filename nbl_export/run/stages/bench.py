@@ -50,8 +50,7 @@ def declare(job: Job) -> BenchInputs | LeftOut:
         spec=job.decoder,
         cache_length=job.cache_length,
         tests=BenchTests(
-            options.prompt_tokens, options.generate_tokens, options.depths, options.batches, options.threads,
-            options.repetitions,
+            options.prompt_tokens, options.generate_tokens, options.depths, options.threads, options.repetitions
         ),
     )  # fmt: skip
 
@@ -65,7 +64,7 @@ def run(inputs: BenchInputs, place: Place, out: Path) -> dict[str, Any]:
         context_length=inputs.cache_length,
         engine=inputs.engine_name,
         provider=inputs.provider,
-        threads=engine.default_threads(),
+        threads=inputs.tests.threads or engine.default_threads(),
         gpu=capabilities.static or inputs.provider != "cpu",
     )
     root = place.run.path / ("engine" if capabilities.static else "")

@@ -11,13 +11,10 @@ The code relies on these observations of onnxruntime_genai 0.18 on the CPU provi
   microseconds and merely picks a token. So the token loop here is append and argmax.
 - `rewind_to` works with `past_present_share_buffer`, down to length 0, also with sparse cache ids. Appending the same
   chunks again gives bit-equal logits; other chunk sizes differ by rounding (4e-5 at fp32, SmolLM2).
-- A batch takes one `append_tokens`; another is refused ("can only be called once for batch_size > 1"). A `rewind_to`
-  other than to 0 is refused too. So a batch continues with `generate_next_token`, and is filled again to go back.
-- In a batch `pad_token_id` is masked wherever it stands. A row of padding alone fails in GroupQueryAttention.
 - `get_logits` before the first append, or after a rewind, returns stale memory instead of an error.
 - On a GPU `append_tokens` may return before the step is computed: GenAI's casts to float32 run behind the step.
-  `get_logits` and `get_next_tokens` copy to the host on GenAI's stream and wait for the stream
-  (src/cuda/interface.cpp, CopyDeviceToCpu). So an append on a device other than the CPU reads one of them.
+  `get_logits` copies to the host on GenAI's stream and waits for the stream (src/cuda/interface.cpp, CopyDeviceToCpu).
+  So an append on a device other than the CPU reads the logits.
 - A generator allocates and clears its whole cache on construction: max_length tokens are resident at once.
 - Unset, `intra_op_num_threads` is half of the logical CPUs, 16 at most (src/models/model.cpp). This leaves half of a
   machine without hyper-threading idle, so this module always sets the number.
@@ -81,8 +78,6 @@ class GenaiRunner(Speaking):
         self._waits = self._model.device_type != _CPU_DEVICE
         self._generator: Any = None
         self._capacity = self._length = 0
-        self._batch = 1
-        self._fill = np.zeros((1, 0), np.int32)
 
     def __enter__(self) -> GenaiRunner:
         return self
@@ -91,20 +86,14 @@ class GenaiRunner(Speaking):
         """Free the cache and the model; the runner cannot be used afterwards."""
         self._generator = self._model = None
 
-    def begin(self, max_tokens: int, batch: int = 1) -> None:
-        """Forget the sequence; reserve cache for min(max_tokens, context length) tokens, resident at once.
-
-        A batch reserves one token more, for the token that it picks last.
-        """
+    def begin(self, max_tokens: int) -> None:
+        """Forget the sequence; reserve cache for min(max_tokens, context length) tokens, resident at once."""
         self._generator = None  # free the old cache before the new one is allocated
-        self._batch, self._fill = batch, np.zeros((batch, 0), np.int32)
         self._length, self._capacity = 0, min(max_tokens, self.context_length)
-        longest = self._capacity if batch == 1 else min(max_tokens + 1, self.context_length)
-        shortest = 0 if batch == 1 else longest  # a batch continues behind an end of text
         try:
             params = self._og.GeneratorParams(self._model)
             params.set_search_options(
-                max_length=longest, min_length=shortest, do_sample=False, num_beams=1, batch_size=batch
+                max_length=self._capacity, min_length=0, do_sample=False, num_beams=1, batch_size=1
             )
             self._generator = self._og.Generator(self._model, params)
         except Exception as error:
@@ -115,70 +104,37 @@ class GenaiRunner(Speaking):
     def append(self, ids: Sequence[int]) -> None:
         """Run the decoder over ids as one chunk; returns when the device has finished.
 
-        A batch takes ids [B, T] once, and picks a token. Single steps [B, 1] then continue with the picked tokens. In
-        the first chunk another id replaces the id of padding, which would be masked.
-
         Raises:
             NblError: the sequence would outgrow what `begin` reserved, or the engine fails.
         """
-        count = len(ids) if self._batch == 1 else np.shape(ids)[1]
-        self.check_room(self._length + count, self._capacity)
+        self.check_room(self._length + len(ids), self._capacity)
         try:
-            if self._batch == 1:
-                self._generator.append_tokens(np.asarray(ids, dtype=np.int32))
-            else:
-                self._append_rows(np.asarray(ids, dtype=np.int32))
+            self._generator.append_tokens(np.asarray(ids, dtype=np.int32))
             if self._waits:
-                self._wait()
+                self._generator.get_logits()
         except Exception as error:
-            raise NblError(f"{self.directory} failed on a chunk of {count} tokens: {one_line(error)}") from error
-        self._length += count
-
-    def _append_rows(self, ids_BT: np.ndarray) -> None:
-        if self._length == 0:
-            pad = self.settings.pad_id
-            self._fill = (
-                ids_BT if pad is None else np.where(ids_BT == pad, (pad + 1) % self.settings.vocab_size, ids_BT)
-            )
-            self._generator.append_tokens(self._fill)
-        elif ids_BT.shape[1] != 1:
-            raise ValueError("a batch goes on token by token")
-        self._generator.generate_next_token()  # runs the decoder unless it just ran, and picks
-
-    def _wait(self) -> None:
-        """Wait for the device, by reading a result."""
-        if self._batch == 1:
-            self._generator.get_logits()
-        else:
-            self._generator.get_next_tokens()
+            raise NblError(f"{self.directory} failed on a chunk of {len(ids)} tokens: {one_line(error)}") from error
+        self._length += len(ids)
 
     def rewind(self, length: int) -> None:
-        """Drop everything after the first `length` tokens; costs microseconds, because the cache stays.
-
-        A batch can only go back to its start, or to the end of its first chunk, which runs again.
-        """
+        """Drop everything after the first `length` tokens; costs microseconds, because the cache stays."""
         if not 0 <= length <= self._length:
             raise ValueError(f"cannot rewind {self._length} tokens to {length}")
-        if self._batch > 1 and length not in (0, self._fill.shape[1]):
-            raise ValueError(f"cannot rewind a batch to {length}: its first chunk has {self._fill.shape[1]} tokens")
         try:
-            self._generator.rewind_to(length if self._batch == 1 else 0)
+            self._generator.rewind_to(length)
         except Exception as error:
             raise NblError(
                 f"{self.directory} cannot go back to its first {length} tokens: {one_line(error)}"
             ) from error
         self._length = length
-        if self._batch > 1 and length:
-            self._length = 0
-            self.append(self._fill)  # type: ignore[arg-type]
 
     def last_logits(self) -> np.ndarray:
         """Logits [V] float32 after the last token; valid only right after `append`."""
         return np.asarray(self._generator.get_logits()[0, -1], dtype=np.float32)
 
     def pick(self) -> int:
-        """The most likely next token of the first sequence."""
-        return int(self.last_logits().argmax()) if self._batch == 1 else int(self._generator.get_next_tokens()[0])
+        """The most likely next token."""
+        return int(self.last_logits().argmax())
 
     @functools.cached_property
     def text(self) -> Text:

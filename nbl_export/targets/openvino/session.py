@@ -284,18 +284,18 @@ class OpenVinoRunner(Speaking):
         """Free the model; the runner cannot be used afterwards."""
         self.session.close()
 
-    def begin(self, max_tokens: int, batch: int = 1) -> None:
+    def begin(self, max_tokens: int) -> None:
         """Forget the sequence; states grow as tokens come, so nothing is reserved."""
         self._capacity = min(max_tokens, self.context_length)
-        self.session.begin(batch)
+        self.session.begin(1)
 
     def append(self, ids: Sequence[int]) -> None:
-        """Run the decoder over ids as one chunk. A batch takes [B, T].
+        """Run the decoder over ids as one chunk.
 
         Raises:
             NblError: the sequence would outgrow what `begin` allowed, or OpenVINO fails.
         """
-        ids_BT = np.atleast_2d(np.asarray(ids, np.int64))
+        ids_BT = np.asarray(ids, np.int64)[None]
         self.check_room(self.session.mask_BK.shape[1] + ids_BT.shape[1], self._capacity)
         self._logits = self.session.run(ids_BT, np.ones_like(ids_BT))
 
@@ -310,5 +310,5 @@ class OpenVinoRunner(Speaking):
         return np.asarray(self._logits[0, -1], np.float32)
 
     def pick(self) -> int:
-        """The most likely next token of the first sequence."""
+        """The most likely next token."""
         return int(self._logits[0, -1].argmax())

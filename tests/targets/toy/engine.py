@@ -174,7 +174,7 @@ class ToyDecoder:
 
 
 class ToyRunner(Speaking):
-    """One text, or a batch of texts of one length; see `TextRunner`."""
+    """One text; see `TextRunner`."""
 
     def __init__(self, directory: Path, context_length: int) -> None:
         self.directory, self.context_length = directory, context_length
@@ -186,13 +186,13 @@ class ToyRunner(Speaking):
     def __exit__(self, *exc: object) -> None:
         pass
 
-    def begin(self, max_tokens: int, batch: int = 1) -> None:
-        """Forget the texts; nothing is reserved."""
-        self.decoder.begin(batch)
+    def begin(self, max_tokens: int) -> None:
+        """Forget the text; nothing is reserved."""
+        self.decoder.begin(1)
 
     def append(self, ids: Sequence[int]) -> None:
         """Append one chunk."""
-        self._logits = self.decoder.step(np.atleast_2d(np.asarray(ids, np.int64)))
+        self._logits = self.decoder.step(np.asarray(ids, np.int64)[None])
 
     def rewind(self, length: int) -> None:
         """Drop the tokens behind the first `length`."""

@@ -1,4 +1,4 @@
-"""Text on caches of fixed length: one sequence, or a batch of sequences of equal lengths.
+"""Text on caches of fixed length.
 
     TrtSession  (one step of an engine) ── StaticRunner    begin ─ append ─ rewind ...    for bench, generate and accept
     OnnxDecoder (float32, on a CPU)     ── CheckedRunner   begin ─ append ...             for verification
@@ -59,8 +59,6 @@ def likeliest(raw_V: np.ndarray) -> int:
 class StaticRunner(Speaking):
     """Text on a directory of the static form: the TextRunner of the engines that take this form.
 
-    Sequences of a batch have equal lengths, so no step is padded, and the batch can be rewound.
-
     Args:
         session: a loaded engine.
         directory: holds the tokenizer; named in messages.
@@ -90,26 +88,18 @@ class StaticRunner(Speaking):
                 raise
             log.warning("%s does not close after an error: %s", self.directory, error)
 
-    def begin(self, max_tokens: int, batch: int = 1) -> None:
-        """Forget the sequences; the cache always has its full length, however few tokens are asked for.
-
-        Raises:
-            NblError: the engine was not built for so many sequences.
-        """
+    def begin(self, max_tokens: int) -> None:
+        """Forget the sequence; the cache always has its full length, however few tokens are asked for."""
         self._length, self._capacity = 0, min(max_tokens, self.context_length)
-        self._session.begin(batch)
+        self._session.begin(1)
 
     def append(self, ids: Sequence[int]) -> None:
         """Run the decoder over ids, in as few steps as the chunk allows; returns after the computation.
 
-        Args:
-            ids: [T], or [B, T] of a batch.
-
         Raises:
-            NblError: a sequence would outgrow what `begin` reserved.
+            NblError: the sequence would outgrow what `begin` reserved.
         """
-        ids_BT = np.asarray(ids, np.int64)
-        ids_BT = ids_BT[None] if ids_BT.ndim == 1 else ids_BT
+        ids_BT = np.asarray(ids, np.int64)[None]
         tokens, chunk = ids_BT.shape[1], self._session.chunk
         self.check_room(self._length + tokens, self._capacity)
         for begin in range(0, tokens, chunk):
@@ -132,11 +122,11 @@ class StaticRunner(Speaking):
         self._length = length
 
     def last_logits(self) -> np.ndarray:
-        """Logits [V] float32 after the last token of the first sequence; valid only right after `append`."""
+        """Logits [V] float32 after the last token; valid only right after `append`."""
         return widened(self._raw_V)
 
     def pick(self) -> int:
-        """The most likely next token of the first sequence.
+        """The most likely next token.
 
         Raises:
             NblError: the logits are not finite.
@@ -168,13 +158,13 @@ class CheckedRunner(Speaking):
     def __exit__(self, *exc: object) -> None:
         pass
 
-    def begin(self, max_tokens: int, batch: int = 1) -> None:
+    def begin(self, max_tokens: int) -> None:
         """Forget the sequence."""
-        self._decoder.begin(batch)
+        self._decoder.begin(1)
 
     def append(self, ids: Sequence[int]) -> None:
-        """Run the decoder over ids [T], or [B, T] of a batch."""
-        self._logits_V = self._decoder.step(np.atleast_2d(np.asarray(ids, np.int64)))[0, -1]
+        """Run the decoder over ids."""
+        self._logits_V = self._decoder.step(np.asarray(ids, np.int64)[None])[0, -1]
 
     def rewind(self, length: int) -> None:
         """Drop everything after the first `length` tokens; the cache keeps what it holds."""
@@ -182,9 +172,9 @@ class CheckedRunner(Speaking):
         self._decoder.rewind((caches, mask_BT[:, :length]))
 
     def last_logits(self) -> np.ndarray:
-        """Logits [V] float32 after the last token of the first sequence."""
+        """Logits [V] float32 after the last token."""
         return self._logits_V
 
     def pick(self) -> int:
-        """The most likely next token of the first sequence."""
+        """The most likely next token."""
         return int(self._logits_V.argmax())
