@@ -52,8 +52,6 @@ class Speed:
     phase: str
     tokens: int
     depth: int
-    batch: int
-    threads: int | None
     ratio: Interval
     verdict: str
     original: float
@@ -331,12 +329,12 @@ def _loss(row: Mapping[str, Any]) -> Loss:
 
 
 def _place(row: Mapping[str, Any], variant: str = "") -> tuple[Any, ...]:
-    return variant or row["variant"], row["test"], row["depth"], row["batch"], row["threads"]
+    return variant or row["variant"], row["test"], row["depth"]
 
 
 def _speed(row: Mapping[str, Any], medians: Mapping[tuple[Any, ...], float]) -> Speed:
     return Speed(
-        _PHASES[row["kind"]], row["tokens"], row["depth"], row["batch"], row["threads"],
+        _PHASES[row["kind"]], row["tokens"], row["depth"],
         Interval(row["ratio"], row["low"], row["high"]), row["verdict"], medians[_place(row, row["base"])],
         medians[_place(row)],
     )  # fmt: skip
