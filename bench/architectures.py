@@ -128,7 +128,7 @@ def static_form(precision: str, checkpoint: Path, text: Path, run: Path) -> dict
     """The rewritten static form for TensorRT, on ONNX Runtime in float32."""
     from nbl_export.calibrate.collect import collect
     from nbl_export.graph.decoder import OnnxDecoder
-    from nbl_export.graph.names import GRAPH_FILE
+    from nbl_export.graph.names import STATIC_GRAPH_FILE
     from nbl_export.mixers.linear import Linear
     from nbl_export.mixers.lmmse import fit
     from nbl_export.model.checkpoint.load import load_model, load_tokenizer, read_spec
@@ -140,18 +140,18 @@ def static_form(precision: str, checkpoint: Path, text: Path, run: Path) -> dict
     spec = read_spec(resolve(str(checkpoint)))
     options = JobOptions(str(checkpoint), engine="trt", precision="fp16", decoder_source="static")
     judge(Case(options, capabilities_of("trt"), architecture_facts(spec.architecture)))
-    static.save_graph(static.build_form(checkpoint, SLOTS), run / "original", GRAPH_FILE)
+    static.save_graph(static.build_form(checkpoint, SLOTS), run / "original")
     import torch
 
     ids = load_tokenizer(checkpoint).encode(text.read_text())[: 16 * 64]
     moments = collect(load_model(checkpoint), torch.tensor(ids).view(16, 64), lambda *_: None)["residual"]
     plan = Plan.of(LAYERS, dict.fromkeys((0, 1), "linear"))
     maps = {i: Linear(*fit(moments[i], i)) for i in plan.layers}
-    rewrite(run / "original", run / "model", maps, plan.tap, dense=True)
+    rewrite(run / "original", run / "model", maps, plan.tap)
     found: dict[str, Any] = {"replaced_layers": list(plan.layers)}
     for subject, name, chosen in (("original", "original", None), ("nbl", "model", maps)):
         found[subject] = worst(
-            OnnxDecoder(run / name, 0, file=GRAPH_FILE, exact=True), torch_logits(checkpoint, chosen)
+            OnnxDecoder(run / name, 0, file=STATIC_GRAPH_FILE, exact=True), torch_logits(checkpoint, chosen)
         )
     return {"status": "verified", "reason": "", **found}
 

@@ -14,7 +14,6 @@ a cache is not dataflow, because all layers share the past length and the masks 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -97,8 +96,7 @@ def find_block(graph: ir.Graph, layer: int) -> AttentionBlock:
     if layer not in caches:
         raise RefusalError(layer, f"the graph has caches for layers {list(caches)} only")
     pasts, presents = caches[layer]
-    join = _find_join(graph, layer, pasts, presents)
-    reached = _descendants(graph, pasts, stop=join)
+    join, reached = _find_join(graph, layer, pasts, presents)
     index = next(i for i, v in enumerate(join.inputs[:2]) if v in reached)
     branch, residual = join.inputs[index], join.inputs[1 - index]
     assert branch is not None and residual is not None
@@ -212,19 +210,10 @@ def _ancestors(value: ir.Value, stop: set[ir.Value]) -> set[ir.Value]:
     return found
 
 
-def _descendants(graph: ir.Graph, sources: Iterable[ir.Value], stop: ir.Node | None = None) -> set[ir.Value]:
-    """Values computed from the sources by nodes before `stop`."""
-    reached = set(sources)
-    for node in graph:
-        if node is stop:
-            break
-        if node.op_type not in _READS_ONLY_SHAPE and any(v in reached for v in values_read(node)):
-            reached.update(node.outputs)
-    return reached
-
-
-def _find_join(graph: ir.Graph, layer: int, pasts: tuple[ir.Value, ...], presents: tuple[ir.Value, ...]) -> ir.Node:
-    """The first residual addition through which every path from the layer's caches passes."""
+def _find_join(
+    graph: ir.Graph, layer: int, pasts: tuple[ir.Value, ...], presents: tuple[ir.Value, ...]
+) -> tuple[ir.Node, set[ir.Value]]:
+    """The first residual addition through which every path from the layer's caches passes, and the values before it."""
     reached = set(pasts)
     last = None
     for node in graph:
@@ -232,7 +221,7 @@ def _find_join(graph: ir.Graph, layer: int, pasts: tuple[ir.Value, ...], present
             continue
         if _is_residual_add(node, reached):
             if _is_only_door(graph, node, reached, presents):
-                return node
+                return node, reached
             last = node
         reached.update(node.outputs)
     seen = "" if last is None else f" (the last addition looked at is {last.name or last.outputs[0].name})"
@@ -241,12 +230,8 @@ def _find_join(graph: ir.Graph, layer: int, pasts: tuple[ir.Value, ...], present
     )
 
 
-def _adds(node: ir.Node) -> bool:
-    return node.op_type == "Add" or node.op_type in _SKIP_NORMS
-
-
 def _is_residual_add(node: ir.Node, reached: set[ir.Value]) -> bool:
-    if not _adds(node):
+    if node.op_type != "Add" and node.op_type not in _SKIP_NORMS:
         return False
     pair = node.inputs[:2]
     inside = [v for v in pair if v in reached]
@@ -261,10 +246,7 @@ def _is_only_door(graph: ir.Graph, door: ir.Node, reached: set[ir.Value], presen
     for user in graph:
         if user is door or user.op_type in _READS_ONLY_SHAPE or not any(v in reached for v in values_read(user)):
             continue
-        if any(_is_open(output, presents) for output in user.outputs if output not in reached):
+        others = [output for output in user.outputs if output not in reached]
+        if any(v.consumers() or (v.is_graph_output() and v not in presents) for v in others):
             return False
     return True
-
-
-def _is_open(value: ir.Value, presents: tuple[ir.Value, ...]) -> bool:
-    return bool(value.consumers()) or (value.is_graph_output() and value not in presents)

@@ -38,19 +38,10 @@ class Emitter:
         **attributes: float | str | Sequence[int],
     ) -> ir.Value:
         """Append one node; the node and its output are named `name`."""
-        node = ir.node(op_type, list(inputs), attributes, name=name)
-        out = node.outputs[0]
-        out.name = name
-        if dtype is not None:
-            out.dtype = dtype
-        if shape is not None:
-            out.shape = ir.Shape(shape)
+        node = new_node(op_type, inputs, name, dtype, None if shape is None else ir.Shape(shape), attributes)
+        node.outputs[0].name = name
         self._graph.append(node)
-        return out
-
-    def add(self, node: ir.Node) -> None:
-        """Append an existing node."""
-        self._graph.append(node)
+        return node.outputs[0]
 
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
         """An initializer; the same name returns the same value, so passes share constants."""
@@ -127,11 +118,9 @@ def new_node(
     shape: ir.Shape | None = None, attributes: Mapping[str, Any] | None = None,
 ) -> ir.Node:  # fmt: skip
     """A node that is not in a graph yet; its output is named NAME/output_0."""
-    node = ir.node(op_type, list(inputs), attributes, name=name)
-    output = node.outputs[0]
-    output.name, output.shape = f"{name}/output_0", shape
-    output.type = None if dtype is None else ir.TensorType(dtype)
-    return node
+    kind = None if dtype is None else ir.TensorType(dtype)
+    output = ir.Value(name=f"{name}/output_0", shape=shape, type=kind)
+    return ir.node(op_type, inputs, attributes, outputs=[output], name=name)
 
 
 def need(value: ir.Value | None, what: str) -> ir.Value:

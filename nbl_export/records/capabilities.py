@@ -22,10 +22,9 @@ class Capabilities:
         mapped: decoder source -> the precisions whose export leaves the weights in the checkpoint's files.
         rounded: of these, the precisions whose export holds one matrix in float32 at a time.
         narrow: whether the engine computes in fewer bits than the graph's types state, unless the precision is fp32.
-        static: whether the engine compiles graphs of the static form, with caches of --max-seq-len slots. A CPU
-            verifies a float32 copy of such a graph. The build stage makes the engine that runs.
+        static: whether the engine compiles graphs of the static form, with caches of --max-seq-len slots, which count
+            0..K-1. A CPU verifies a float32 copy of such a graph. The build stage makes the engine that runs.
         cross: whether exports may be for another machine; bench is left out if the engine does not run here.
-        dense_caches: whether caches count 0..K-1.
         provider: ONNX Runtime's execution provider, which the exporter is told.
         providers: ONNX Runtime's other execution providers, which the engine can run with.
         kinds: of mixers (`nbl_export.mixers`) that its decoders hold.
@@ -43,7 +42,6 @@ class Capabilities:
     narrow: bool = False
     static: bool = False
     cross: bool = False
-    dense_caches: bool = False
     provider: str = "cpu"
     providers: tuple[str, ...] = ()
     every_expert: tuple[str, ...] = ()

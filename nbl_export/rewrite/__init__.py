@@ -6,34 +6,26 @@ reason. Mixers of m layers of which fewer could be rewritten are an error.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.anatomy import graph_caches
 from nbl_export.graph.emitter import run_passes
 from nbl_export.graph.files import read_graph
-from nbl_export.graph.names import (
-    ALL_LOGITS_FILE,
-    GENAI_CONFIG,
-    STATIC_GRAPH_FILE,
-    all_logits_file,
-    goes_with_graph,
-    graph_file,
-)
+from nbl_export.graph.names import ALL_LOGITS_FILE, STATIC_GRAPH_FILE, all_logits_file, goes_with_graph, graph_file
 from nbl_export.mixers.base import Mixer, cacheless
 from nbl_export.mixers.cut import cut_of
 from nbl_export.records.plan import spoken_layers
-from nbl_export.rewrite.blocks import RewriteBlocks, SkipNormToAdd, Sweep
-from nbl_export.rewrite.caches import DropCaches, DropUnreadCaches, make_dense
+from nbl_export.rewrite.blocks import RewriteBlocks, SkipNormToAdd
+from nbl_export.rewrite.caches import DropCaches, make_dense
 from nbl_export.rewrite.cut import CutPrompt
 from nbl_export.rewrite.quantize import QuantizeMaps
 from nbl_export.rewrite.tail import keep_last_token
-from nbl_export.trust.model_settings import read_object
 
 __all__ = ["passes_for", "rewrite", "rewrite_model"]
 
@@ -46,11 +38,9 @@ def passes_for(maps: Mapping[int, Mixer], tap: str = "residual") -> Sequence[ir.
         CutPrompt(maps),
         RewriteBlocks(others, tap),
         DropCaches(cacheless(maps)),
-        Sweep(),
-        DropUnreadCaches(),
         SkipNormToAdd(),
         QuantizeMaps(),
-        Sweep(),
+        RemoveUnusedNodesPass(),
     )
 
 
@@ -78,12 +68,12 @@ def rewrite_model(model: ir.Model, maps: Mapping[int, Mixer], tap: str = "residu
         raise RefusalError(None, f"caches {names} remain, where those of layers {spoken_layers(gone)} should be gone")
 
 
-def rewrite(source: Path, out: Path, maps: Mapping[int, Mixer], tap: str = "residual", *, dense: bool = False) -> None:
+def rewrite(source: Path, out: Path, maps: Mapping[int, Mixer], tap: str = "residual") -> None:
     """Write the NBL version of a deployable directory to `out`, which must not exist.
 
     Kept weights are copied from file to file. No maps copy the graph byte for byte. A decoder.onnx gets dense
-    cache ids; a model.onnx keeps the ids of its layers unless `dense` is set. Their runtimes expect these ids. A
-    source with last-token logits has the graph with all logits beside it; so has the output.
+    cache ids; a model.onnx keeps the ids of its layers. Their runtimes expect these ids. A source with last-token
+    logits has the graph with all logits beside it; so has the output.
 
     Raises:
         RefusalError: the graph is not understood.
@@ -100,15 +90,7 @@ def rewrite(source: Path, out: Path, maps: Mapping[int, Mixer], tap: str = "resi
     model = read_graph(source / all_logits_file(source))
     rewrite_model(model, maps, tap)
     ir.save(model, out / name, external_data=f"{name}.data")
-    if dense or name == STATIC_GRAPH_FILE:
-        _count_caches(out / GENAI_CONFIG, make_dense(out / name))
+    if name == STATIC_GRAPH_FILE:
+        make_dense(out / name)
     if last_only:
         keep_last_token(out)
-
-
-def _count_caches(path: Path, caches: int) -> None:
-    """Set the number of caches, which GenAI counts from 0 if it does not find their names in the graph."""
-    if path.is_file():
-        settings = read_object(path)
-        settings["model"]["decoder"]["num_hidden_layers"] = caches
-        path.write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")

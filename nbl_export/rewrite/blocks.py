@@ -5,7 +5,7 @@
 
 The nodes are the mixer's own (`mixers`). If it gives no output, the join goes, and its readers get x.
 This pass removes no nodes, because exporters share rotary tables, masks and shape values across layers. The old block
-only loses its reader (see `DropCaches`, `SkipNormToAdd` and `Sweep`). Refuses a join that `anatomy` cannot find.
+only loses its reader (see `DropCaches` and `SkipNormToAdd`). Refuses a join that `anatomy` cannot find.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.anatomy import AttentionBlock, find_block
@@ -22,7 +21,7 @@ from nbl_export.graph.names import node_name
 from nbl_export.mixers.base import OWN, Mixer, Port, tapped
 from nbl_export.rewrite.builder import GraphBuilder
 
-__all__ = ["SKIP_NORMS", "SUM", "RewriteBlocks", "SkipNormToAdd", "Sweep", "bias_of"]
+__all__ = ["SKIP_NORMS", "SUM", "RewriteBlocks", "SkipNormToAdd", "bias_of"]
 
 SKIP_NORMS = {"SkipSimplifiedLayerNormalization": "SimplifiedLayerNormalization",
           "SkipLayerNormalization": "LayerNormalization"}  # fmt: skip
@@ -87,9 +86,6 @@ def _norm_alone(graph: ir.Graph, skip: ir.Node, value: ir.Value, name: str) -> N
     norm = new_node(SKIP_NORMS[skip.op_type], [value, *weights], name, dtype, old.shape, attributes)
     graph.insert_before(skip, [norm])
     old.replace_all_uses_with(norm.outputs[0])
-
-
-Sweep = RemoveUnusedNodesPass  # unread nodes and initializers
 
 
 class SkipNormToAdd(ir.passes.InPlacePass):

@@ -12,82 +12,57 @@ first get a kept cache, which has the same dimensions. Refuses a cache that any 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableSequence, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from nbl_export.errors import RefusalError
-from nbl_export.graph.anatomy import cache_layers, graph_caches
+from nbl_export.graph.anatomy import graph_caches
 from nbl_export.graph.files import read_graph
 
-__all__ = ["DropCaches", "DropUnreadCaches", "RenumberCaches", "make_dense"]
-
-_DROPPED = "nbl_export.dropped"  # metadata key of a cache input; its value is the layer
+__all__ = ["DropCaches", "RenumberCaches", "make_dense"]
 
 
-def make_dense(path: Path) -> int:
-    """Give a saved graph cache ids 0..K-1, and return K; its data file does not change."""
+def make_dense(path: Path) -> None:
+    """Give a saved graph cache ids 0..K-1; its data file does not change."""
     model = read_graph(path)
     RenumberCaches()(model)
     ir.save(model, path)
-    return len(cache_layers(model.graph))
 
 
 class DropCaches(ir.passes.InPlacePass):
-    """Remove the caches of the given layers; run after `RewriteBlocks`, before `Sweep`."""
+    """Remove the caches of the given layers, and what only they needed; run after `RewriteBlocks`."""
 
     def __init__(self, layers: Sequence[int]) -> None:
         super().__init__()
         self.layers = tuple(layers)
 
-    def requires(self, model: ir.Model) -> None:
-        """At least one layer keeps its cache."""
-        if not set(graph_caches(model.graph)) - set(self.layers):
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        graph, caches = model.graph, graph_caches(model.graph)
+        kept = next((pasts for layer, (pasts, _) in caches.items() if layer not in self.layers), None)
+        if kept is None:
             raise RefusalError(None, "no attention layer would keep its cache; keep at least one")
-
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        graph = model.graph
-        caches = graph_caches(graph)
-        kept = [layer for layer in caches if layer not in self.layers]
-        for layer in self.layers:
-            pasts, presents = caches[layer]
-            for past, replacement in zip(pasts, caches[kept[0]][0], strict=True):
+        for pasts, presents in (caches[layer] for layer in self.layers):
+            for past, replacement in zip(pasts, kept, strict=True):
                 _repoint_shape_readers(past, replacement)
-                past.meta[_DROPPED] = layer
-            _remove(graph.outputs, presents)
+            for present in presents:
+                graph.outputs.remove(present)
+        RemoveUnusedNodesPass()(model)
+        for layer in self.layers:
+            for past in caches[layer][0]:
+                if readers := past.consumers():
+                    reader = readers[0].name or readers[0].op_type
+                    raise RefusalError(layer, f"its cache {past.name} is still read by {reader}")
+                graph.inputs.remove(past)
         return ir.passes.PassResult(model, modified=bool(self.layers))
-
-
-class DropUnreadCaches(ir.passes.InPlacePass):
-    """Remove the cache inputs that `DropCaches` has marked; run after `Sweep`."""
-
-    def requires(self, model: ir.Model) -> None:
-        """No node reads a dropped cache."""
-        for value in _dropped(model.graph):
-            readers = [user.name or user.op_type for user in value.consumers()]
-            if readers:
-                raise RefusalError(value.meta[_DROPPED], f"its cache {value.name} is still read by {readers[0]}")
-
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        gone = _dropped(model.graph)
-        _remove(model.graph.inputs, gone)
-        return ir.passes.PassResult(model, modified=bool(gone))
-
-
-def _dropped(graph: ir.Graph) -> list[ir.Value]:
-    return [value for value in graph.inputs if _DROPPED in value.meta]
 
 
 def _repoint_shape_readers(past: ir.Value, replacement: ir.Value) -> None:
     for user, index in tuple(past.uses()):
         if user.op_type in ("Shape", "Size"):
             user.replace_input_with(index, replacement)
-
-
-def _remove(values: MutableSequence[ir.Value], gone: Sequence[ir.Value]) -> None:
-    for value in gone:
-        values.remove(value)
 
 
 class RenumberCaches(ir.passes.InPlacePass):

@@ -128,7 +128,7 @@ class Target:
         """
         from nbl_export.rewrite import rewrite
 
-        rewrite(original, out, maps, tap, dense=self.capabilities.dense_caches)
+        rewrite(original, out, maps, tap)
 
     def keep_last_token(self, directory: Path) -> None:
         """Make the graph give the logits of the last token; the graph with all logits stays beside it.
@@ -153,7 +153,7 @@ class Target:
         """
         from nbl_export.targets import onnx_files
 
-        return onnx_files.check(directory, contract, wanted, original, dense=self.capabilities.dense_caches)
+        return onnx_files.check(directory, contract, wanted, original)
 
     def held_maps(self, directory: Path) -> HeldMaps:
         """What the graph of a directory holds of mixers."""

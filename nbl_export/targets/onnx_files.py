@@ -17,7 +17,7 @@ import onnx
 
 from nbl_export.graph.exact import graphs_of
 from nbl_export.graph.files import check_structure, skeleton
-from nbl_export.graph.names import ALL_LOGITS_FILE, graph_file
+from nbl_export.graph.names import ALL_LOGITS_FILE, STATIC_GRAPH_FILE, graph_file
 from nbl_export.records.decoder import ITEMSIZE, GraphContract
 from nbl_export.records.quantised import unpacked
 from nbl_export.records.results import CheckResult
@@ -34,15 +34,9 @@ _STEPS = 1.01
 _BITS = {"float16": 11, "bfloat16": 8}  # of a number's digits
 
 
-def check(
-    directory: Path, contract: GraphContract, wanted: Wanted, original: Path | None, *, dense: bool
-) -> list[CheckResult]:
-    """See `Target.check`.
-
-    Args:
-        dense: whether caches count 0..K-1.
-    """
-    results = check_files(directory, contract, wanted, dense=dense)
+def check(directory: Path, contract: GraphContract, wanted: Wanted, original: Path | None) -> list[CheckResult]:
+    """See `Target.check`."""
+    results = check_files(directory, contract, wanted)
     results.append(judge_maps(wanted.subject, held_maps(directory), wanted.maps))
     if (directory / ALL_LOGITS_FILE).is_file():
         problem = difference(directory)
@@ -50,10 +44,11 @@ def check(
     return results if original is None else [*results, *check_untouched(directory, original)]
 
 
-def check_files(directory: Path, contract: GraphContract, wanted: Wanted, *, dense: bool = False) -> list[CheckResult]:
+def check_files(directory: Path, contract: GraphContract, wanted: Wanted) -> list[CheckResult]:
     """Check that the file is valid ONNX, and that its inputs and outputs are those of the plan."""
     cache = next(a for a in contract.inputs if a.name.startswith("past_key_values."))
-    ids = range(len(wanted.cache_layers)) if dense else wanted.cache_layers
+    is_static = graph_file(directory) == STATIC_GRAPH_FILE
+    ids = range(len(wanted.cache_layers)) if is_static else wanted.cache_layers
     held = {f"past_key_values.{i}.{part}" for i in ids for part in ("key", "value")}
     proto = onnx.load(str(directory / graph_file(directory)), load_external_data=False)
     bare = skeleton(proto)

@@ -68,7 +68,7 @@ def test_files_and_logits(
         assert contract.logits == "last"
         assert OnnxDecoder(directory, HEAD_DIM, file=all_logits_file(directory)).contract.logits == "all"
         wanted = Wanted(subject, SPEC, "fp32", "last", tuple(kept), {} if subject == "original" else maps)
-        results = check(directory, contract, wanted, places["original"], dense=False) + held(directory)
+        results = check(directory, contract, wanted, places["original"]) + held(directory)
         assert all(r.passed for r in results), [r for r in results if not r.passed]
         assert difference(directory) == ""
         every = dataclasses.replace(wanted, logits="all")
@@ -86,12 +86,8 @@ def test_other_precisions(source: str, precision: str, exported: Exported, rando
         assert [r.passed for r in results] == [True] * 3, results
 
 
-def test_dense_caches_are_pruned_too(exported: Exported, random_maps: Maps, tmp_path: Path) -> None:
+def test_a_constant_that_differs_is_named(exported: Exported, random_maps: Maps, tmp_path: Path) -> None:
     original = ship(exported("llama"), tmp_path, random_maps(2))["original"]
-    rewrite(original, tmp_path / "dense", random_maps(0), dense=True)
-    assert difference(tmp_path / "dense") == ""
-    assert OnnxDecoder(tmp_path / "dense", HEAD_DIM).contract.cache_layers == (0, 1)
-    assert [r.passed for r in held(tmp_path / "dense")] == [True] * 3
     model = ir.load(original / "model.onnx")
     model.graph.initializers["nbl.tail.last"].const_value = ir.tensor([1], name="nbl.tail.last")
     ir.save(model, original / "model.onnx")

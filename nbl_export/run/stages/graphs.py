@@ -109,7 +109,7 @@ class RewriteInputs:
 
 def declare_rewrite(job: Job) -> RewriteInputs:
     """The inputs of the stage."""
-    return RewriteInputs(Lazy(job.engine.capabilities.dense_caches, lambda: job.engine))
+    return RewriteInputs(Lazy(job.engine.capabilities.static, lambda: job.engine))
 
 
 def run_rewrite(inputs: RewriteInputs, place: Place, out: Path) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def run_rewrite(inputs: RewriteInputs, place: Place, out: Path) -> dict[str, Any
     engine.linearize(original, target, place.maps(), plan.tap)
     facts = {k: place.run.manifest[k] for k in _DEPLOYED_FACTS}
     facts["cut"] = place.run.manifest.get("cut")
-    if engine.capabilities.dense_caches:
+    if engine.capabilities.static:
         facts["cache_layers"] = list(cache_layers(plan))  # layers of the cache ids 0..K-1
     facts = public_facts(facts, place.run.manifest)  # the folder may be published: no paths of this machine
     write_json(target / MANIFEST, {**facts, "versions": versions(PACKAGES), "nbl_export": __version__})

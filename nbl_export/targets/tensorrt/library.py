@@ -70,7 +70,7 @@ _SOURCES = {"static": ("fp32", *_PRECISIONS)}
 
 
 _COMPILED: dict[str, Any] = {
-    "static": True, "proven_by": "ort", "cross": True, "dense_caches": True, "kinds": LINEAR_KINDS | {CUT_KIND},
+    "static": True, "proven_by": "ort", "cross": True, "kinds": LINEAR_KINDS | {CUT_KIND},
     "cache_bytes": dict.fromkeys(_PRECISIONS, 2),
 }  # fmt: skip
 

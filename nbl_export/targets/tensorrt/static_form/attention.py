@@ -78,11 +78,9 @@ def _rebuild(emit: Emitter, node: ir.Node) -> None:
     head, _ = (_rebuild_cache(emit, cache, kv_heads) for cache in (key, value))
     layer = node.name or ""
     inputs = [_to_heads(emit, query, q_heads, head, f"{layer}/query"), *node.inputs[1:]]
-    attributes = [a for k, a in node.attributes.items() if k in _KEPT_ATTRIBUTES]
-    attention = ir.Node("", "Attention", inputs, attributes, name=f"{layer}/heads")
-    attention.outputs[0].name = f"{layer}/heads"
-    emit.add(attention)
-    token_major = emit("Transpose", attention.outputs[0], name=f"{layer}/token_major", perm=[0, 2, 1, 3])
+    attributes = {name: a.value for name, a in node.attributes.items() if name in _KEPT_ATTRIBUTES}
+    attention = emit("Attention", *inputs, name=f"{layer}/heads", **attributes)
+    token_major = emit("Transpose", attention, name=f"{layer}/token_major", perm=[0, 2, 1, 3])
     width = q_heads * head
     shape = emit.constant(f"shape_0_0_{width}", np.array([0, 0, width], np.int64))
     dims = [*shape_of(query)[:2], width]
