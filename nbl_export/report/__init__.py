@@ -1,1 +1,1 @@
-"""Results as a page, tables and plots."""
+"""Results as a page and tables."""
