@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nbl_export.errors import MissingPackageError, NblError, UsageError
+from nbl_export.errors import MissingPackageError, NblError, UsageError, one_line
 from nbl_export.evaluation.measure import AGGREGATIONS, Metric, Outcome
 from nbl_export.files import key_of, read_small
 
@@ -174,9 +174,9 @@ def _load(name: str, stock: dict[str, Any], local: dict[str, tuple[list[dict[str
         return _catalogue().load([task])["tasks"][name]
     except Exception as error:  # the library raises many types; a prompt's template or the task's code can fail too
         if local:
-            raise NblError(f"{where} does not fit task {name}: {_line(error)}") from error
+            raise NblError(f"{where} does not fit task {name}: {one_line(error)}") from error
         raise NblError(
-            f"{where}: its data set cannot be fetched ({_line(error)}); give --data DIR with "
+            f"{where}: its data set cannot be fetched ({one_line(error)}); give --data DIR with "
             f"{name}/SPLIT.jsonl in it, or check the network"
         ) from error
 
@@ -189,7 +189,7 @@ def _check_prompts(task: Any, where: str) -> None:
     try:
         task.fewshot_context(task.eval_docs[0], num_fewshot=shots)
     except Exception as error:
-        raise NblError(f"task {name} has no prompt with {shots} examples: {_line(error)}") from error
+        raise NblError(f"task {name} has no prompt with {shots} examples: {one_line(error)}") from error
     for number, document in enumerate(task.eval_docs, 1):
         try:
             prompt, target = task.doc_to_text(document), task.doc_to_target(document)
@@ -197,12 +197,7 @@ def _check_prompts(task: Any, where: str) -> None:
             if prompt is None or not choices or any(said in (None, "") for said in (target, *choices)):
                 raise ValueError("prompt, answer or a choice is empty")
         except Exception as error:
-            raise NblError(f"{where}, document {number} does not fit task {name}: {_line(error)}") from error
-
-
-def _line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:200]}..."
+            raise NblError(f"{where}, document {number} does not fit task {name}: {one_line(error)}") from error
 
 
 # -- its run -------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nbl_export.errors import NblError
+from nbl_export.errors import NblError, one_line
 from nbl_export.files import SMALL_BYTES, read_json, read_small, write_json
 from nbl_export.records.decoder import MOST_LAYERS
 from nbl_export.trust.contained import check_folder, is_inside
@@ -222,7 +222,7 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        raise NblError(f"{path} cannot be read ({_short(error)}); {_ADVICE}") from error
+        raise NblError(f"{path} cannot be read ({one_line(error)}); {_ADVICE}") from error
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -235,7 +235,3 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_number(text: str) -> Any:
     raise ValueError(f"{text} is not a JSON number")
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
