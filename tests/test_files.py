@@ -40,7 +40,7 @@ from nbl_export.trust.model_settings import check_tokenizer_settings, read_objec
 
 def moments(path: Path) -> None:
     row, square = torch.arange(3.0, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
-    with MomentsWriter(path, {}, 2, ["normed"], (3, 3)) as writer:
+    with MomentsWriter(path, {}, 2, ["normed"], 3) as writer:
         for _ in range(2):
             writer.write({"normed": Sums(1, *[row] * 6, *[square] * 3)})
 
@@ -109,9 +109,9 @@ def test_an_error_leaves_the_old_file(tmp_path: Path) -> None:
     with failing(tmp_path), replaced(tmp_path / "file") as place:
         place.write_text("new")
         raise ZeroDivisionError
-    with failing(tmp_path), MomentsWriter(tmp_path / "file", {}, 2, ["normed"], (3, 3)):
+    with failing(tmp_path), MomentsWriter(tmp_path / "file", {}, 2, ["normed"], 3):
         raise ZeroDivisionError
-    with pytest.raises(AssertionError), MomentsWriter(tmp_path / "file", {}, 2, ["normed"], (3, 3)):
+    with pytest.raises(AssertionError), MomentsWriter(tmp_path / "file", {}, 2, ["normed"], 3):
         pass  # layers are missing
     assert (tmp_path / "file").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]

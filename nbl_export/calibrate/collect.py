@@ -55,9 +55,9 @@ class Collection:
 
     def __init__(self, model: Any, taps: Sequence[str], *, narrow: bool = False) -> None:
         self._model, self._decoder, self._narrow = model, model.get_decoder(), narrow
-        size = int(model.config.hidden_size)
-        self.taps, self.num_layers, self.sizes = tuple(taps), int(model.config.num_hidden_layers), (size, size)
-        self.found = {tap: {i: Accumulator(self.sizes) for i in range(self.num_layers)} for tap in self.taps}
+        self.taps, self.size = tuple(taps), int(model.config.hidden_size)
+        self.num_layers = int(model.config.num_hidden_layers)
+        self.found = {tap: {i: Accumulator() for i in range(self.num_layers)} for tap in self.taps}
         self._handles: list[Any] = []
 
     def __enter__(self) -> Collection:

@@ -42,17 +42,13 @@ _NO_HASH = "0" * 64
 class MomentsWriter:
     """Context manager that writes a moments file layer by layer. The file appears complete or not at all."""
 
-    def __init__(
-        self, path: Path, facts: Mapping[str, Any], num_layers: int, taps: Sequence[str], sizes: tuple[int, int]
-    ) -> None:
+    def __init__(self, path: Path, facts: Mapping[str, Any], num_layers: int, taps: Sequence[str], size: int) -> None:
         self.path, self._open = path, contextlib.ExitStack()
         self._taps, self._written, self._num_layers = tuple(taps), 0, num_layers
         stated = {**facts, "num_layers": num_layers, "taps": list(taps), "sha256": _NO_HASH}
-        size_of = dict(zip("xy", sizes, strict=True))
-        tensors = {}
-        for name in _names(num_layers, self._taps):
-            shape = [size_of[side] for side in name.rpartition(".")[2].split("_")[0]]
-            tensors[name] = "F64", [shape[0] * (shape[0] + 1) // 2] if name.endswith("_upper") else shape
+        shapes = {"yx": [size, size], "xx_upper": [size * (size + 1) // 2], "yy_upper": [size * (size + 1) // 2]}
+        names = _names(num_layers, self._taps)
+        tensors = {name: ("F64", shapes.get(name.rpartition(".")[2], [size])) for name in names}
         self._header, _ = safetensors_header(tensors, {"moments": json.dumps(stated)})
 
     def __enter__(self) -> MomentsWriter:
@@ -93,12 +89,6 @@ class MomentsFile:
         for name in _names(self.num_layers, self.taps):
             if name not in names:
                 raise KeyError(f"{name} is missing")
-
-    @property
-    def sizes(self) -> tuple[int, int]:
-        """The number of features F, and the hidden size D."""
-        outputs, features = self._file.get_slice(f"layers.0.{self.taps[0]}.yx").get_shape()
-        return int(features), int(outputs)
 
     def check(self) -> None:
         """Compare the tensors with their hash.

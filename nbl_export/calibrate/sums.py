@@ -37,21 +37,20 @@ _FINE = 2.0**12  # extra steps of the plain sums, which hold one factor instead 
 class Sums:
     """Float64 sums over rows of one layer about a reference row. `moments` converts them to raw moments.
 
-    xx and yy are symmetric to the last bit, so half of them is stored.
-
+    Vectors are [D], products [D, D]. xx and yy are symmetric to the last bit, so half of them is stored.
     x_unit and y_unit are the powers of two in which entries are counted.
     """
 
     count: int
-    x_ref: torch.Tensor  # [F]
-    y_ref: torch.Tensor  # [D]
-    x_unit: torch.Tensor  # [F]
-    y_unit: torch.Tensor  # [D]
-    x_sum: torch.Tensor  # [F]
-    y_sum: torch.Tensor  # [D]
-    xx: torch.Tensor  # [F, F] X'X
-    yx: torch.Tensor  # [D, F] Y'X
-    yy: torch.Tensor  # [D, D] Y'Y
+    x_ref: torch.Tensor
+    y_ref: torch.Tensor
+    x_unit: torch.Tensor
+    y_unit: torch.Tensor
+    x_sum: torch.Tensor
+    y_sum: torch.Tensor
+    xx: torch.Tensor  # X'X
+    yx: torch.Tensor  # Y'X
+    yy: torch.Tensor  # Y'Y
 
     def moments(self) -> Moments:
         """Raw moments, about zero: sum (x + s)(y + t)' = X'Y + s Sy' + Sx t' + n s t' for the reference rows s, t."""
@@ -70,42 +69,36 @@ class Sums:
         return bool(torch.isfinite(self.xx).all() and torch.isfinite(self.yy).all())
 
 
-def sums_bytes(sizes: tuple[int, int]) -> int:
-    """Bytes of an `Accumulator` of these sizes."""
-    x, y = sizes
-    return 8 * (x * x + x * y + y * y)
+def sums_bytes(size: int) -> int:
+    """Bytes of an `Accumulator` for rows of D = `size` numbers."""
+    return 8 * 3 * size * size
 
 
 class Accumulator:
-    """Collects `Sums` of one layer. The first rows give the reference and the units.
+    """Collects `Sums` of one layer. The first rows give the reference and the units."""
 
-    Args:
-        sizes: F, the number of features, and D.
-    """
-
-    def __init__(self, sizes: tuple[int, int]) -> None:
-        self.sizes = sizes
+    def __init__(self) -> None:
         self.count = 0
         self._has_reference = self.only_refers = False
 
-    def update(self, x_NF: torch.Tensor, y_ND: torch.Tensor) -> None:
-        """Add rows X [N, F] and Y [N, D], float32, on any device."""
-        norms = x_NF.norm(dim=1)
+    def update(self, x_ND: torch.Tensor, y_ND: torch.Tensor) -> None:
+        """Add rows X [N, D] and Y [N, D], float32, on any device."""
+        norms = x_ND.norm(dim=1)
         massive = norms > _MASSIVE * norms.median()
         if not self._has_reference:
-            self._refer(x_NF[:REFERENCE_ROWS], y_ND[:REFERENCE_ROWS], massive[:REFERENCE_ROWS])
+            self._refer(x_ND[:REFERENCE_ROWS], y_ND[:REFERENCE_ROWS], massive[:REFERENCE_ROWS])
         if self.only_refers:
             return
         if not self.count:
             self._begin()
-        self.count += x_NF.shape[0]
-        x_NF, y_ND = (x_NF - self._x_ref).mul_(self._x_scale), (y_ND - self._y_ref).mul_(self._y_scale)
+        self.count += x_ND.shape[0]
+        x_ND, y_ND = (x_ND - self._x_ref).mul_(self._x_scale), (y_ND - self._y_ref).mul_(self._y_scale)
         apart = massive.nonzero().flatten()
         if len(apart):
-            self._add(x_NF[apart].double(), y_ND[apart].double())
-            for rows in (x_NF, y_ND):
+            self._add(x_ND[apart].double(), y_ND[apart].double())
+            for rows in (x_ND, y_ND):
                 rows.index_fill_(0, apart, 0.0)  # zero rows add nothing, and keep the other rows in place
-        for x, y in zip(x_NF.split(_BLOCK), y_ND.split(_BLOCK), strict=True):
+        for x, y in zip(x_ND.split(_BLOCK), y_ND.split(_BLOCK), strict=True):
             self._add(x, y)
 
     def _add(self, x: torch.Tensor, y: torch.Tensor) -> None:
@@ -115,9 +108,9 @@ class Accumulator:
         self._yx += (y.T @ x).round_()
         self._yy += gram(y).round_()
 
-    def _refer(self, x_NF: torch.Tensor, y_ND: torch.Tensor, massive: torch.Tensor) -> None:
-        x_ref, y_ref = x_NF[~massive].mean(0), y_ND[~massive].mean(0)
-        self.start(x_ref, y_ref, _unit(x_NF - x_ref), _unit(y_ND - y_ref))
+    def _refer(self, x_ND: torch.Tensor, y_ND: torch.Tensor, massive: torch.Tensor) -> None:
+        x_ref, y_ref = x_ND[~massive].mean(0), y_ND[~massive].mean(0)
+        self.start(x_ref, y_ref, _unit(x_ND - x_ref), _unit(y_ND - y_ref))
 
     def start(self, x_ref: torch.Tensor, y_ref: torch.Tensor, x_unit: torch.Tensor, y_unit: torch.Tensor) -> None:
         """Set reference rows and units, and begin at zero."""
@@ -133,10 +126,10 @@ class Accumulator:
         self._xx = self._yx = self._yy = self._x_ref.new_zeros(0)
 
     def _begin(self) -> None:
-        x, y = self.sizes
+        size = len(self._x_ref)
         self._x_sum, self._y_sum, self._xx, self._yx, self._yy = (
             torch.zeros(shape, dtype=torch.float64, device=self._x_ref.device)
-            for shape in ((x,), (y,), (x, x), (y, x), (y, y))
+            for shape in 2 * ((size,),) + 3 * ((size, size),)
         )
 
     def share_reference(self) -> None:

@@ -1,7 +1,6 @@
 """Moments -> CCA bound, calibration error and matrices of a mixer, all in float64 and in closed form.
 
-X are rows of a layer's features, Y of its attention output, Y+ = X + Y (of X only the token's own row, which is the
-first D features). With centred second moments
+X are rows of a layer's input at the tap, Y of its attention output, Y+ = X + Y. With centred second moments
     W = Cyx (Cxx + lambda I)^-1,   b = E[Y] - W E[X]                       (LMMSE estimator)
     W = Ryx (Rxx + lambda I)^-1,   b = 0,   R = E[y x'] not centred        (a map without a bias)
     bound = d - || L+^-1 C+x Lx^-T ||_F^2,  Cxx = Lx Lx', C++ = L+ L+'     (CCA, without an SVD)
@@ -34,16 +33,13 @@ _RAISES = 4  # tenfold each: a ridge of 1e-2 costs nothing measurable on whole t
 
 @dataclass(frozen=True)
 class Moments:
-    """Sufficient statistics of one layer: raw, uncentred, float64. Only `calibrate.sums.Sums` can be added.
-
-    X are the features that a kind of mixer asks for (`base.Kind.features`), Y is attention's output.
-    """
+    """Sufficient statistics of one layer: raw, uncentred, float64. Only `calibrate.sums.Sums` can be added."""
 
     count: int
-    x_sum: torch.Tensor  # [F]
+    x_sum: torch.Tensor  # [D]
     y_sum: torch.Tensor  # [D]
-    xx: torch.Tensor  # [F, F] X'X
-    yx: torch.Tensor  # [D, F] Y'X
+    xx: torch.Tensor  # [D, D] X'X
+    yx: torch.Tensor  # [D, D] Y'X
     yy: torch.Tensor  # [D, D] Y'Y
 
     def about_zero(self) -> Moments:
@@ -63,7 +59,7 @@ class Moments:
 
 
 class Fitted(NamedTuple):
-    """Weight [D, F] and bias [D] of a fit in float32."""
+    """Weight [D, D] and bias [D] of a fit in float32."""
 
     weight: np.ndarray
     bias: np.ndarray
@@ -87,13 +83,12 @@ def score(moments: Moments, layer: int, ridge: float = RIDGE, *, bias: bool = Tr
     """Bound and calibration errors of a layer's map; `bias` as in `fit`. Errors are relative to centred moments."""
     _, _, cxx, cyx, cyy = moments.centred()
     error = _error((moments if bias else moments.about_zero()).centred()[2:], layer, ridge)
-    size = len(cyy)
-    c_plus = cxx[:size, :size] + cyx[:, :size] + cyx[:, :size].T + cyy
+    c_plus = cxx + cyx + cyx.T + cyy
     lower_x = cholesky(cxx, layer, ridge)
     lower_plus = cholesky(c_plus, layer, ridge)
-    half = torch.linalg.solve_triangular(lower_plus, cyx + cxx[:size], upper=False)
+    half = torch.linalg.solve_triangular(lower_plus, cyx + cxx, upper=False)
     coherence = torch.linalg.solve_triangular(lower_x, half.T, upper=False)
-    bound = max(0.0, size - coherence.square().sum().item())
+    bound = max(0.0, len(cyy) - coherence.square().sum().item())
     return LayerScore(layer, bound, _ratio(error, cyy.trace()), _ratio(error, c_plus.trace()))
 
 

@@ -74,7 +74,7 @@ def test_sums_of_any_shape(rows: int, size: int) -> None:
     """Fewer columns than parts of X'X, fewer rows than are summed at once, and what is left over of both."""
     generator = torch.Generator().manual_seed(rows)
     x, y = (torch.randn(rows, size, generator=generator) for _ in range(2))
-    accumulator = Accumulator((size, size))
+    accumulator = Accumulator()
     accumulator.start(*torch.zeros(2, size), *torch.ones(2, size))
     accumulator.update(x, y)
     found, (x, y) = accumulator.sums(), (x.double(), y.double())
@@ -86,7 +86,7 @@ def test_maps_agree_with_a_float64_fit_despite_massive_activations() -> None:
     """Residual rows like a real model's: a few tokens with a thousand times the norm, correlated directions."""
     generator = torch.Generator().manual_seed(0)
     mix = torch.randn(HIDDEN, HIDDEN, generator=generator) / 4
-    accumulator = Accumulator((HIDDEN, HIDDEN))
+    accumulator = Accumulator()
     kept = []
     for _ in range(6):
         x = torch.randn(4096, HIDDEN, generator=generator) @ mix + torch.linspace(-3, 3, HIDDEN)
@@ -134,7 +134,7 @@ def test_file_round_trip_is_exact(checkpoint: Checkpoint, tmp_path: Path) -> Non
     with collect.Collection(load_model(checkpoint("llama")), taps) as found:
         found.add(windows())
     facts = {"count": found.count, "done": 1, "identity": {"batches": 1}}
-    with MomentsWriter(path, facts, LAYERS, taps, (HIDDEN, HIDDEN)) as writer:
+    with MomentsWriter(path, facts, LAYERS, taps, HIDDEN) as writer:
         for i in range(LAYERS):
             writer.write(found.layer(i))
     with whole_moments(path) as file:
@@ -152,9 +152,8 @@ def test_sums_of_an_unfinished_calibration_are_refused(tmp_path: Path) -> None:
     path, one = tmp_path / "m.safetensors", torch.ones(1, dtype=torch.float64)
     sums = Sums(1, *[one] * 6, *[one.view(1, 1)] * 3)
     for done in (1, 2):
-        with MomentsWriter(
-            path, {"count": 1, "done": done, "identity": {"batches": 2}}, 1, ["normed"], (1, 1)
-        ) as writer:
+        facts = {"count": 1, "done": done, "identity": {"batches": 2}}
+        with MomentsWriter(path, facts, 1, ["normed"], 1) as writer:
             writer.write({"normed": sums})
         if done == 2:
             with whole_moments(path) as file:

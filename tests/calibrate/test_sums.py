@@ -18,7 +18,7 @@ def test_sums_do_not_depend_on_order_where_plain_float64_ones_do() -> None:
     rows[0][:, 1::2] = -rows[0][:, ::2]  # a reference of zero, which leaves small rows small
     found, plain = [], []
     for order in (range(41), [0, *range(40, 0, -1)], [0, *range(1, 41, 2), *range(2, 41, 2)]):
-        accumulator = Accumulator((HIDDEN, HIDDEN))
+        accumulator = Accumulator()
         for k in order:
             accumulator.update(*rows[k])
         found.append(accumulator.sums())
@@ -32,7 +32,7 @@ def test_sums_do_not_depend_on_order_where_plain_float64_ones_do() -> None:
 def test_sums_go_on_from_where_they_were() -> None:
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randn(2, 300, HIDDEN, generator=generator) * torch.logspace(-3, 3, HIDDEN) for _ in range(3)]
-    through, first, second = (Accumulator((HIDDEN, HIDDEN)) for _ in range(3))
+    through, first, second = (Accumulator() for _ in range(3))
     for x, y in rows:
         through.update(x, y)
     first.update(*rows[0])

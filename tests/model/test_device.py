@@ -157,10 +157,10 @@ def test_bytes_are_those_of_what_is_loaded(checkpoint: Checkpoint) -> None:
     decoder = load_model(directory).get_decoder()
     sizes = [sum(4 * p.numel() for p in layer.parameters()) for layer in decoder.layers]
     assert layer_bytes(directory) == max(sizes) + 4 * decoder.embed_tokens.weight.numel() < float32_bytes(directory)
-    found = Accumulator((6, 4))
-    found.update(torch.randn(20, 6), torch.randn(20, 4))
+    found = Accumulator()
+    found.update(torch.randn(20, 6), torch.randn(20, 6))
     kept = vars(found.sums()).values()
-    assert sums_bytes((6, 4)) == sum(t.nbytes for t in kept if torch.is_tensor(t) and t.dim() == 2)
+    assert sums_bytes(6) == sum(t.nbytes for t in kept if torch.is_tensor(t) and t.dim() == 2)
 
 
 # -- jobs ------------------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def facts(run: Path) -> Any:
 
 def free_for(checkpoint: Path, whole: float, sums: bool = False) -> int:
     """Free bytes that a share of the weights just needs, sums of both taps included or not."""
-    added = 3 * sums_bytes((96, 96)) if sums else 0
+    added = 3 * sums_bytes(96) if sums else 0
     return int((whole * float32_bytes(checkpoint) + added) / 0.6) + 1
 
 

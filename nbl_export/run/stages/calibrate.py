@@ -154,7 +154,7 @@ def _device(inputs: CalibrateInputs, place: Place) -> tuple[Any, bool]:
     from nbl_export.model.mapped import float32_bytes, layer_bytes
 
     spec, short, checkpoint = inputs.spec, inputs.shortage.value, inputs.checkpoint.value
-    sums = len(taps_of(inputs.tap)) * sums_bytes(_sizes(inputs))
+    sums = len(taps_of(inputs.tap)) * sums_bytes(spec.hidden_size)
     if not short and is_gpu(inputs.device.value):
         weights = 0 if inputs.model.is_loaded else float32_bytes(checkpoint)
         if is_gpu(whole := inputs.choose.value(weights + spec.num_layers * sums)):
@@ -165,11 +165,6 @@ def _device(inputs: CalibrateInputs, place: Place) -> tuple[Any, bool]:
     why = f"the weights are {short}" if short else "the GPU has too little memory for the weights and all sums"
     place.ui.say(f"  one layer at a time{f' on {spoken(device)}' if is_gpu(device) else ''}: {why}")
     return device, True
-
-
-def _sizes(inputs: CalibrateInputs) -> tuple[int, int]:
-    """Of a row of X and of Y."""
-    return inputs.spec.hidden_size, inputs.spec.hidden_size
 
 
 def _run_layers(inputs: CalibrateInputs, place: Place, facts: dict[str, Any], out: Path, device: Any) -> None:
@@ -185,7 +180,7 @@ def _run_layers(inputs: CalibrateInputs, place: Place, facts: dict[str, Any], ou
         place.run.scratch() as scratch,
         place.ui.task(f"{windows.numel()} tokens, layer by layer") as progress,
         collect.Collection(model, identity["taps"], narrow=narrow) as found,
-        MomentsWriter(out / MOMENTS_FILE, stated, layers, found.taps, found.sizes) as file,
+        MomentsWriter(out / MOMENTS_FILE, stated, layers, found.taps, found.size) as file,
     ):
         found.by_layer(windows, file.write, scratch, progress)
 
@@ -207,7 +202,7 @@ def _facts(inputs: CalibrateInputs, batches: int, products: str) -> dict[str, An
 def _write(found: Any, path: Path, facts: dict[str, Any]) -> None:
     from nbl_export.calibrate.moments_file import MomentsWriter
 
-    with MomentsWriter(path, {**facts, "count": found.count}, found.num_layers, found.taps, found.sizes) as file:
+    with MomentsWriter(path, {**facts, "count": found.count}, found.num_layers, found.taps, found.size) as file:
         for i in range(found.num_layers):
             file.write(found.layer(i))
 
