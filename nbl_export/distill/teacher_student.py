@@ -131,7 +131,7 @@ class TeacherStudent:
                 hook.remove()
 
     def aim(self, gradients: Mapping[str, torch.Tensor]) -> None:
-        """Initialise the deltas from gradients by the `whole` weights (`TrainedMixer.aim`)."""
+        """Initialise the deltas from gradients by the `whole` weights (`TrainedLinear.aim`)."""
         for index, module in self.affine.items():
             own = f"{index}.linear."
             module.linear.aim({name.removeprefix(own): g for name, g in gradients.items() if name.startswith(own)})
@@ -143,7 +143,7 @@ class TeacherStudent:
 
     @torch.no_grad()
     def measure(self, teacher: TeacherStates) -> None:
-        """Set the units of the deltas (`TrainedMixer.measure`) by what the student's maps read in a batch."""
+        """Set the units of the deltas (`TrainedLinear.measure`) by what the student's maps read in a batch."""
         read: dict[str, torch.Tensor] = {}
         hooks = [
             module.linear.register_forward_pre_hook(lambda _m, args, index=index: read.update({index: args[0]}))

@@ -28,11 +28,9 @@ from nbl_export.mixers.rows import Reads
 from nbl_export.records.plan import LayerScore
 
 if TYPE_CHECKING:
-    import torch
-
     from nbl_export.mixers.lmmse import Moments
 
-__all__ = ["OWN", "Builder", "Kind", "Mixer", "Port", "Running", "Stored", "Streams", "TokenWork", "TrainedMixer",
+__all__ = ["OWN", "Builder", "Kind", "Mixer", "Port", "Running", "Stored", "Streams", "TokenWork",
            "apply", "cacheless", "tapped"]  # fmt: skip
 
 Value = Any  # a value of the graph that a builder makes
@@ -119,24 +117,6 @@ class Mixer(Protocol):
         """What one row of each of `reads` costs."""
 
 
-class TrainedMixer(Protocol):
-    """A torch module that trains a mixer: a fixed start and a low-rank delta (`mixers.modules`)."""
-
-    rows: Mapping[str, torch.Tensor] | None
-
-    def values(self, whole: bool) -> dict[str, torch.Tensor]:
-        """The trained tensors by name; with `whole`, the full matrices that they make, alone."""
-
-    def aim(self, gradients: Mapping[str, torch.Tensor]) -> None:
-        """Initialise the deltas from the gradients by the full matrices, by name."""
-
-    def measure(self, x_BTD: torch.Tensor) -> None:
-        """Set the units of the delta by inputs of the layer."""
-
-    def tensors(self) -> dict[str, np.ndarray]:
-        """The `Mixer.tensors` as trained so far."""
-
-
 class Kind(Protocol):
     """A kind of mixer: how it is calibrated, fitted, judged and read from a file. Torch is loaded by these methods.
 
@@ -187,8 +167,8 @@ class Kind(Protocol):
         """The mixer of the `state_dict` of a module of this kind; errors as in `from_tensors`."""
         return self.from_tensors(state)
 
-    def trained(self, mixer: Mixer, rank: int, generator: Any) -> TrainedMixer | None:
-        """The form that distillation trains, with a delta of some rank; None if this kind is not trained."""
+    def trained(self, mixer: Mixer, rank: int, generator: Any) -> Any:
+        """What distillation trains, with a delta of some rank (as `modules.TrainedLinear`); None: it is not trained."""
         return None
 
 

@@ -81,7 +81,7 @@ def valid_rows(mask: torch.Tensor, tokens: int) -> torch.Tensor:
 
 
 class Wrapped(MixerModule):
-    """What its module `linear` makes of x [B, T, D]: a linear layer, or a mixer in training (`base.TrainedMixer`)."""
+    """What its module `linear` makes of x [B, T, D]: a linear layer, or a mixer in training (`TrainedLinear`)."""
 
     def __init__(self, linear: nn.Module, multiplier: float = 1.0) -> None:
         super().__init__(multiplier)

@@ -57,13 +57,10 @@ def make_plan(
             say(line)
         request, goal = reached.count, reached.facts
     order = selection.order(request) if isinstance(request, int) else None
-    select = "given" if order is None else selection.select
     asked = selection.inputs.kind
-    plan = choose(selection.scores, request, asked.tap, select, order, asked.kind)
+    plan = choose(selection.scores, request, asked.tap, selection.select, order, asked.kind)
     facts = selection.facts(inputs.speedup, inputs.setting)
     maps = selection.maps_of(plan.layers)
-    kinds = {layer: mixer.kind for layer, mixer in maps.items()}
-    plan = Plan.of(plan.num_layers, kinds, plan.tap, plan.select, plan.scores)
     return plan, maps, {**facts, "goal": goal}
 
 
