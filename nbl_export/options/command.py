@@ -41,11 +41,7 @@ def describe_command(options: JobOptions, output: Path) -> str:
 
 
 def _default(options: JobOptions, name: str) -> Any:
-    """The value that the option has without being asked for; `...` if another engine than the default decides."""
-    fixed = {field.name: field.default for field in dataclasses.fields(JobOptions)}
+    """The value that the option has without being asked for, as far as engine and model do not decide."""
     usual = OPTIONS[name].usual
-    found = fixed[name] if usual is None else usual(vars(options), None, ModelFacts())
-    if found is not None or usual is None:
-        return found
-    is_default = (options.engine, options.provider) == (fixed["engine"], fixed["provider"])
-    return fixed[name] if is_default else ...
+    fixed = next(field.default for field in dataclasses.fields(JobOptions) if field.name == name)
+    return fixed if usual is None else usual(vars(options), None, ModelFacts())

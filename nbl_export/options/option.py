@@ -17,7 +17,7 @@ __all__ = ["MAIN", "Applies", "Option", "Usual", "option"]
 
 MAIN = "main"  # the name of the main job among commands
 # The value if nobody asks for one, from the other options, the engine and the model. Without an engine, as when a
-# command is spoken: None if the engine decides.
+# command is spoken: "" if engine or model decide.
 Usual = Callable[[Mapping[str, Any], Capabilities | None, ModelFacts], Any]
 
 

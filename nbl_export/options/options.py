@@ -21,7 +21,7 @@ from nbl_export.records.from_json import read_record, require
 from nbl_export.records.plan import CUT_KIND, MAPS, TAPS, USUAL_KIND
 
 __all__ = ["AUTO_CUT", "BUILDER_OPTIONS", "CHECKPOINT_FIT", "DEFAULT_SLOTS", "DROPPED", "GPU_DECODE", "LIKE_LLAMA",
-           "NO_CUT", "NO_ORIGINAL", "OPTIONS", "PANELS", "JobOptions", "flag_of"]  # fmt: skip
+           "NO_CUT", "NO_ORIGINAL", "OPTIONS", "PANELS", "JobOptions", "flag_of", "has_plain_attention"]  # fmt: skip
 
 # Source of the maps: closed form for each layer; joint training from there; zero, which drops attention; or an NBL
 # checkpoint.
@@ -72,7 +72,7 @@ def _usual_fit(values: Mapping[str, Any], engine: Capabilities | None, model: Mo
         return "distilled"  # whoever says how long asks for it
     if engine is None and not closed:
         return ""  # it depends on the engine and the model, so that a command states it
-    predicts = _cuts(values, engine) and _predicts(model)
+    predicts = _cuts(values, engine) and has_plain_attention(model)
     return "independent" if closed or predicts or values["select"] == "cca" else "distilled"
 
 
@@ -85,8 +85,9 @@ def _usual_cut(values: Mapping[str, Any], engine: Capabilities | None, model: Mo
     others = ("layers", "select", "distill_minutes", "distill_steps")
     asks = any(values[name] for name in others) or values["fit"] != "independent" or values["maps"] != "affine"
     asks |= values["logits"] == "all" or values["kind"] != USUAL_KIND
-    lacks = not _cuts(values, engine) or values["decoder_source"] not in CUT_SOURCES or not _predicts(model)
-    return NO_CUT if asks or lacks or model.maps_tap else AUTO_CUT
+    lacks = not _cuts(values, engine) or values["decoder_source"] not in CUT_SOURCES
+    lacks |= bool(model.maps_tap) or not model.fits or not has_plain_attention(model)
+    return NO_CUT if asks or lacks else AUTO_CUT
 
 
 def _usual_depths(values: Mapping[str, Any], _engine: Capabilities | None, model: ModelFacts) -> tuple[int, ...]:
@@ -128,10 +129,10 @@ def _sources(engine: Capabilities, model: ModelFacts, precision: str = "") -> li
     return [name for name, made in found if name not in model.not_from and (not precision or precision in made)]
 
 
-def _usual_precision(values: Mapping[str, Any], engine: Capabilities | None, model: ModelFacts) -> str | None:
+def _usual_precision(values: Mapping[str, Any], engine: Capabilities | None, model: ModelFacts) -> str:
     """int4, which is rounded one matrix after the other, for a model that does not fit into memory in float32."""
-    if engine is None:
-        return None
+    if engine is None:  # a command states another engine's
+        return "fp32" if (values["engine"], values["provider"]) == ("ort", "cpu") else ""
     asked, possible = values["decoder_source"], _sources(engine, model, SMALLEST)
     rounds = SMALLEST in engine.rounded and (asked in possible or (possible and asked not in engine.sources))
     return SMALLEST if rounds and not model.fits else engine.precisions[0]
@@ -150,11 +151,10 @@ def _usual_maps(values: Mapping[str, Any], _engine: Capabilities | None, _model:
     return "linear" if place and place.bare and values["fit"] != "drop" else "affine"
 
 
-def _predicts(model: ModelFacts) -> bool:
-    """Whether keys of the model can be predicted here, as far as its facts are known."""
-    if not model.architecture:
-        return True
-    return model.fits and model.architecture in LIKE_LLAMA and not (model.decoder and model.decoder.sliding_window)
+def has_plain_attention(model: ModelFacts) -> bool:
+    """Whether keys of the model can be predicted, as far as its facts are known."""
+    has_window = bool(model.decoder and model.decoder.sliding_window)
+    return model.architecture in ("", *LIKE_LLAMA) and not has_window
 
 
 def _usual_tap(values: Mapping[str, Any], _engine: Capabilities | None, model: ModelFacts) -> str:
@@ -179,7 +179,12 @@ _OF_CUT = (Applies("--cut", lambda c: c.options.cut != NO_CUT),)
 _ORT = (Applies("--engine ort", lambda c: bool(c.engine.providers)),)
 _COMPILED = (Applies("engines that compile graphs (trt, trt-rtx)", lambda c: c.engine.static),)
 _NOT_COMPILED = (Applies("engines that compile nothing (ort, openvino)", lambda c: not c.engine.static),)
-_INT4 = (Applies("--precision int4 of decoder_source genai", lambda c: c.builds_int4),)
+_INT4 = (
+    Applies(
+        "--precision int4 of decoder_source genai",
+        lambda c: c.options.precision == "int4" and c.options.decoder_source == "genai",
+    ),
+)
 _BUILT = (
     Applies("decoder_source genai", lambda c: c.options.decoder_source == "genai"),
     Applies(f"--precision int8 or int4 ({', '.join(_OF_ROUNDING)})",

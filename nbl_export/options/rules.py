@@ -1,7 +1,6 @@
-"""What is refused, as rows of three tables. `settle` applies them.
+"""What is refused, as rows of two tables. `settle` applies them.
 
-    FIRST        refused before idle options are found: what the kind of model rules out
-    REFUSED      refused after that: what does not fit the engine or the model
+    REFUSED      what does not fit the engine or the model
     OF_DECODER   refused when the decoder's sizes are known
 
 A row is a function of a `Case`: the options, the facts of the engine and the facts of the model.
@@ -23,14 +22,17 @@ from nbl_export.options.options import (
     DROPPED,
     GPU_DECODE,
     LIKE_LLAMA,
+    NO_CUT,
     NO_ORIGINAL,
     JobOptions,
+    has_plain_attention,
 )
 from nbl_export.records.capabilities import Capabilities
+from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.destinations import DESTINATIONS
 from nbl_export.records.plan import CUT_KIND
 
-__all__ = ["FIRST", "OF_DECODER", "REFUSED", "Case", "Refusal"]
+__all__ = ["OF_DECODER", "REFUSED", "Case", "Refusal"]
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,6 @@ class Case:
         return names_layers(self.options.layers)
 
     @property
-    def builds_int4(self) -> bool:
-        """Whether the GenAI builder writes int4 matrices."""
-        return self.options.precision == "int4" and self.options.decoder_source == "genai"
-
-    @property
     def builder_keys(self) -> tuple[str, ...]:
         """The keys of `builder_option`."""
         return tuple(word.partition("=")[0] for word in self.options.builder_option)
@@ -68,10 +65,15 @@ class Case:
         return self.options.engine + ("" if provider == "cpu" else f" with --provider {provider}")
 
     @property
+    def decoder(self) -> DecoderSpec:
+        """The decoder's sizes, which the rows of `OF_DECODER` need."""
+        assert self.model.decoder is not None
+        return self.model.decoder
+
+    @property
     def cache_length(self) -> int:
         """Most tokens of a sequence."""
-        assert self.model.decoder is not None
-        return self.options.cache_length(self.model.decoder, compiled=self.engine.static)
+        return self.options.cache_length(self.decoder, compiled=self.engine.static)
 
 
 # -- what is refused ----------------------------------------------------------------------------------------------
@@ -105,11 +107,6 @@ def _elsewhere(case: Case) -> str | bool:
     return False
 
 
-def _kind_not_held(case: Case) -> str | bool:
-    """Kinds of layers that the destination does not hold."""
-    return _not_there(case, "", ())
-
-
 def _model_not_held(case: Case) -> str | bool:
     """A model, or named layers, that the destination does not run."""
     named = asked_layers(case.options, case.model.decoder) if case.is_named and case.model.decoder else ()
@@ -124,16 +121,6 @@ def _not_there(case: Case, architecture: str, layers: tuple[int, ...]) -> str | 
     why = place.refuses(kinds, case.engine.kinds, architecture, layers)
     use = "; leave --cut out" if why and options.predicts else ""
     return bool(why) and f"--for {options.destination} is not possible: {why}{use}"
-
-
-FIRST: tuple[Refusal, ...] = (
-    (UsageError, _wrong_builder_option),
-    (UsageError, _elsewhere),
-    (UsageError, lambda c: (
-        bool(c.model.maps_tap) and not c.is_nbl
-        and f"--fit {c.options.fit} needs the original model: {NO_ORIGINAL}"
-    )),
-)  # fmt: skip
 
 
 def _unknown_to_engine(case: Case) -> str | bool:
@@ -198,19 +185,23 @@ def _beside_cut(case: Case) -> str | bool:
 
 def _keys_not_predicted(case: Case) -> str | bool:
     """An architecture whose keys cannot be predicted."""
-    model = case.model
-    if not case.options.predicts or not model.architecture:
+    if not case.options.predicts or has_plain_attention(case.model):
         return False
-    if model.architecture not in LIKE_LLAMA:
-        return f"--cut is not possible for {model.architecture}: its attention is not that of {', '.join(LIKE_LLAMA)}"
-    has_window = model.decoder is not None and model.decoder.sliding_window
-    return bool(has_window) and "--cut is not possible here: attention of this model has a sliding window"
+    if (architecture := case.model.architecture) not in LIKE_LLAMA:
+        return f"--cut is not possible for {architecture}: its attention is not that of {', '.join(LIKE_LLAMA)}"
+    return "--cut is not possible here: attention of this model has a sliding window"
 
 
 REFUSED: tuple[Refusal, ...] = (
+    (UsageError, _wrong_builder_option),
+    (UsageError, _elsewhere),
+    (UsageError, lambda c: (
+        bool(c.model.maps_tap) and not c.is_nbl
+        and f"--fit {c.options.fit} needs the original model: {NO_ORIGINAL}"
+    )),
     (NblError, _keys_not_predicted),
     (UsageError, _unknown_kind),
-    (UsageError, _kind_not_held),
+    (UsageError, lambda c: _not_there(c, "", ())),  # kinds of layers alone
     (UsageError, _beside_cut),
     (UsageError, _unknown_to_engine),
     (UsageError, _not_made),
@@ -267,20 +258,12 @@ def _too_deep(case: Case) -> str | bool:
     )  # fmt: skip
 
 
-def _positions(case: Case) -> int:
-    assert case.model.decoder is not None
-    return case.model.decoder.max_positions
-
-
 def _wrong_cut(case: Case) -> str | bool:
-    options, decoder = case.options, case.model.decoder
-    if not options.predicts or decoder is None:
-        return False
-    if options.cut != AUTO_CUT and not 1 <= int(options.cut) < decoder.num_layers:
-        return f"--cut {options.cut}: this model has layers 0 to {decoder.num_layers - 1}; cut at 1 or above"
-    return options.near is not None and options.near >= _positions(case) and (
-        f"--near {options.near} is beyond the model's {_positions(case)} positions"
-    )  # fmt: skip
+    options, layers, positions = case.options, case.decoder.num_layers, case.decoder.max_positions
+    if options.cut not in (AUTO_CUT, NO_CUT) and not 1 <= int(options.cut) < layers:
+        return f"--cut {options.cut}: this model has layers 0 to {layers - 1}; cut at 1 or above"
+    beyond = options.near is not None and options.near >= positions
+    return beyond and f"--near {options.near} is beyond the model's {positions} positions"
 
 
 _LEAST_CHUNK = 512  # tokens of a step in verification, which an engine takes as one step too
@@ -291,9 +274,8 @@ def _chunk_too_short(case: Case) -> str | bool:
     options = case.options
     if not case.engine.static or not options.predicts:
         return False
-    assert case.model.decoder is not None
     least = min(max(_LEAST_CHUNK, 2 * min(options.nears)), case.cache_length)
-    chunk = options.chunk(case.model.decoder)
+    chunk = options.chunk(case.decoder)
     return chunk < least and f"key prefill_chunk {chunk} is too short for --cut here; use at least {least}"
 
 
@@ -301,8 +283,8 @@ OF_DECODER: tuple[Refusal, ...] = (
     (NblError, _wrong_cut),
     (NblError, _chunk_too_short),
     (NblError, lambda c: (
-        c.engine.static and c.cache_length > _positions(c)
-        and f"--max-seq-len {c.cache_length} is beyond the model's {_positions(c)} positions"
+        c.engine.static and c.cache_length > c.decoder.max_positions
+        and f"--max-seq-len {c.cache_length} is beyond the model's {c.decoder.max_positions} positions"
     )),
     (NblError, lambda c: (
         c.engine.static and c.cache_length < _LEAST_SLOTS
@@ -313,8 +295,8 @@ OF_DECODER: tuple[Refusal, ...] = (
         and f"key prefill_chunk {c.options.prefill_chunk} is beyond --max-seq-len {c.cache_length}"
     )),
     (NblError, lambda c: (
-        c.options.context > _positions(c)
-        and f"key context {c.options.context} is beyond the model's {_positions(c)} positions"
+        c.options.context > c.decoder.max_positions
+        and f"key context {c.options.context} is beyond the model's {c.decoder.max_positions} positions"
     )),
     (NblError, _too_short),
     (NblError, _too_deep),

@@ -21,7 +21,7 @@ from nbl_export.options.goals import asked_layers, check_request
 from nbl_export.options.model_facts import ModelFacts
 from nbl_export.options.option import Option
 from nbl_export.options.options import AUTO_CUT, NO_CUT, OPTIONS, JobOptions, flag_of
-from nbl_export.options.rules import FIRST, OF_DECODER, REFUSED, Case, Refusal
+from nbl_export.options.rules import OF_DECODER, REFUSED, Case, Refusal
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.destinations import destination_named
 from nbl_export.records.from_json import read_record
@@ -70,7 +70,6 @@ def settle(
         raise UsageError(str(error)) from error
     case = Case(options, engine_of(options.engine, options.provider), model)
     check_request(case.options)
-    _refuse(FIRST, case)
     case = _applying(case, given)
     judge(case)
     return case.options

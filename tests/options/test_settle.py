@@ -314,7 +314,7 @@ WRONG: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
     ({"max_perplexity_increase": "0%"}, None, ("--max-perplexity-increase 0% allows no replaced layer",)),
     ({"layers": "1", "max_perplexity_increase": "5%"}, None, ("--max-perplexity-increase both set the number",)),
     ({"maps": "linear", "tap": "residual"}, None, ("acts on the normed input; add the key tap = 'normed'",)),
-    ({"builder_option": "block_size"}, None, ("key builder_option block_size: the values of block_size are 16",)),
+    ({"precision": "int4", "builder_option": "block_size"}, None, ("block_size: the values of block_size are 16",)),
     ({"builder_option": "speed=9"}, None, ("key builder_option speed=9: expected KEY=VALUE", "fuse_mlp_gate_up")),
     ({"precision": "int4", "builder_option": ("block_size=16", "block_size=32")}, None, ("block_size is given twice",)),
     ({"precision": "gguf"}, None, ("--precision gguf is not for engine ort", "fp32, fp16, int8, int4")),
