@@ -26,21 +26,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from nbl_export.errors import CorruptError
-from nbl_export.files import read_json
-from nbl_export.graph.gguf_header import read_header
 from nbl_export.mixers.base import Mixer, Port, TokenWork
 from nbl_export.mixers.rows import Need, Reads, Rows, rows_needed
-from nbl_export.model.architectures import mlp_of
-from nbl_export.model.checkpoint.shape import gguf_config
 from nbl_export.options.options import JobOptions
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.mlp import MlpSpec
 
-__all__ = ["WEIGHT_BYTES", "CostModel", "LayerSizes", "Speedup", "Work", "cost_model", "map_sizes", "read_mlp"]
+__all__ = ["WEIGHT_BYTES", "CostModel", "LayerSizes", "Speedup", "Work", "cost_model", "map_sizes"]
 
 # Bytes of a matrix element; quantised elements include a float32 scale for each block of 32.
 WEIGHT_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.125, "int4": 0.625}
@@ -67,21 +61,6 @@ class LayerSizes:
 def map_sizes(maps: Mapping[int, Mixer]) -> dict[int, LayerSizes]:
     """What each layer with a mixer costs."""
     return {i: LayerSizes(mixer.reads, mixer.work(), Port.OUTPUT not in mixer.gives) for i, mixer in maps.items()}
-
-
-def read_mlp(model: Path) -> MlpSpec:
-    """Sizes of the MLP from a GGUF file, or from the config.json of a directory.
-
-    Raises:
-        CorruptError: the file does not state the sizes.
-    """
-    path = model / "config.json" if model.is_dir() else model
-    try:
-        if path.suffix == ".gguf":
-            return mlp_of(gguf_config(read_header(path)))
-        return mlp_of(read_json(path))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptError(f"{path} gives no sizes of its MLP ({error!r}), which the cost model needs") from error
 
 
 @dataclass(frozen=True)
@@ -206,16 +185,12 @@ class CostModel:
         return self.spec.hidden_size * self.spec.vocab_size
 
 
-def cost_model(options: JobOptions, engine: Capabilities, decoder: DecoderSpec, model: Path | MlpSpec) -> CostModel:
-    """The cost model of a job's shipped graphs.
-
-    Args:
-        model: sizes of the MLP, or a GGUF file or a directory whose config.json states them.
-    """
+def cost_model(options: JobOptions, engine: Capabilities, decoder: DecoderSpec, mlp: MlpSpec) -> CostModel:
+    """The cost model of a job's shipped graphs."""
     size = WEIGHT_BYTES[options.precision]
     return CostModel(
         decoder,
-        read_mlp(model) if isinstance(model, Path) else model,
+        mlp,
         size,
         2.0 if engine.static and options.precision == "int4" else size,  # the static form keeps its head in fp16
         engine.cache_itemsize(options.precision),

@@ -13,6 +13,7 @@ from typing import Any
 
 from nbl_export.errors import NblError
 from nbl_export.measure.cost import CostModel, cost_model
+from nbl_export.model.checkpoint.shape import read_shape
 from nbl_export.options.command import describe_command
 from nbl_export.options.options import JobOptions
 from nbl_export.records.decoder import DecoderSpec
@@ -126,7 +127,8 @@ class Job:
     @lazy(lambda job: [getattr(job.options, name) for name in _COST_OPTIONS])
     def cost(self) -> CostModel:
         """The cost model of the shipped graphs."""
-        return cost_model(self.options, self.engine.capabilities, self.decoder, self.torch.origin())
+        mlp = read_shape(self.torch.origin()).mlp
+        return cost_model(self.options, self.engine.capabilities, self.decoder, mlp)
 
     # -- text --------------------------------------------------------------------------------------------------
 

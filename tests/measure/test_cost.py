@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nbl_export.errors import CorruptError
-from nbl_export.measure.cost import CostModel, LayerSizes, cost_model, map_sizes, read_mlp
+from nbl_export.measure.cost import CostModel, LayerSizes, cost_model, map_sizes
 from nbl_export.mixers.base import TokenWork
 from nbl_export.mixers.predicted import Predicted
 from nbl_export.mixers.rows import Read, Rows
 from nbl_export.model.checkpoint.load import load_model, read_spec
+from nbl_export.model.checkpoint.shape import read_shape
 from nbl_export.model.checkpoint.source import resolve
 from nbl_export.options.options import JobOptions
 from nbl_export.records.decoder import DecoderSpec
@@ -30,7 +30,7 @@ from nbl_export.run.facts import capabilities_of
 from nbl_export.run.stages.cut import saved_work
 from nbl_export.targets.openvino.trace import _trace_experts
 
-from ..tiny import EVERY, HIDDEN, INNER, cases, mlp_module, record_of, save_gguf
+from ..tiny import EVERY, HIDDEN, INNER, cases, mlp_module, record_of
 
 
 def work(elements: int, *reads: Read) -> LayerSizes:
@@ -138,28 +138,18 @@ def test_layers_that_read_other_tokens_are_not_pruned() -> None:
 
 
 @pytest.mark.parametrize("engine", ["ort", "trt-rtx"])
-def test_tails_are_pruned_for_every_engine_unless_all_logits_are_wanted(engine: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"intermediate_size": 1536}')
+def test_tails_are_pruned_for_every_engine_unless_all_logits_are_wanted(engine: str) -> None:
     for logits in ("last", "all"):
         options = JobOptions("m", engine=engine, precision="fp16", logits=logits)
-        model = cost_model(options, capabilities_of(engine), SMOLLM2, tmp_path)
+        model = cost_model(options, capabilities_of(engine), SMOLLM2, MlpSpec(1536))
         assert (model.tail_pruned, model.all_logits) == (logits == "last", logits == "all")
-
-
-def test_sizes_of_the_mlp_are_read_or_missed(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"intermediate_size": 96}')
-    assert read_mlp(tmp_path) == MlpSpec(96)
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(CorruptError, match="no sizes of its MLP"):
-        read_mlp(tmp_path)
-    assert read_mlp(save_gguf(tmp_path / "tiny.gguf")) == MlpSpec(INNER)
 
 
 @pytest.mark.parametrize("architecture", cases(EVERY))
 def test_work_of_an_mlp_is_that_counted(architecture: str, checkpoint: Callable[[str], Path]) -> None:
     """Multiplications and additions of transformers' module, counted by torch; experts that a token takes, or all."""
     record = record_of(architecture)
-    found = read_mlp(checkpoint(architecture))
+    found = read_shape(checkpoint(architecture)).mlp
     for every in (False, True) if record.experts else (False,):  # a dense MLP has no experts
         model = load_model(checkpoint(architecture))
         _trace_experts(model.config)
@@ -192,7 +182,7 @@ def test_a_job_from_a_source_that_computes_every_expert(checkpoint: Callable[[st
     spec = read_spec(resolve(str(directory)))
     for source, every in (("mobius", True), ("genai", False)):
         options = JobOptions(str(directory), decoder_source=source)
-        found = cost_model(options, capabilities_of("ort"), spec, directory)
+        found = cost_model(options, capabilities_of("ort"), spec, read_shape(directory).mlp)
         assert (found.every_expert, found.mlp) == (every, MlpSpec(INNER, 3, experts=16, chosen=8))
 
 

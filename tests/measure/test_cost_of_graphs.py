@@ -15,9 +15,10 @@ import pytest
 
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.names import all_logits_file
-from nbl_export.measure.cost import WEIGHT_BYTES, CostModel, LayerSizes, Work, read_mlp
+from nbl_export.measure.cost import WEIGHT_BYTES, CostModel, LayerSizes, Work
 from nbl_export.mixers.base import TokenWork
 from nbl_export.mixers.rows import Read
+from nbl_export.model.checkpoint.shape import read_shape
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.targets import exporter_of
 from nbl_export.targets.base import ExportSettings
@@ -78,7 +79,7 @@ class Count:
 def costs_of(checkpoint: Path, precision: str, *, pruned: bool) -> CostModel:
     size = WEIGHT_BYTES[precision]
     return CostModel(
-        SPEC, read_mlp(checkpoint), size, size, 4, all_logits=not pruned, tail_pruned=pruned
+        SPEC, read_shape(checkpoint).mlp, size, size, 4, all_logits=not pruned, tail_pruned=pruned
     )  # fmt: skip
 
 

@@ -219,6 +219,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     stubs: dict[str, Any] = {
         "nbl_export.run.job.require_engine": lambda *_args, **_given: None,
         "nbl_export.run.job.cost_model": costs_of,
+        "nbl_export.run.job.read_shape": lambda _: SimpleNamespace(mlp=None),
         "nbl_export.model.checkpoint.load.materialise": lambda *_: Path(),
         "nbl_export.model.checkpoint.load.load_model": lambda _directory: model,
         "nbl_export.model.checkpoint.load.load_tokenizer": lambda _directory: None,
