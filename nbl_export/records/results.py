@@ -109,47 +109,22 @@ class Timing:
     def figures(self) -> dict[str, Any]:
         """A row of report.json: tokens per second and latency; None if not measured.
 
-        ttft_seconds: median. tpot_seconds: p50, p95 and p99.
+        ttft_seconds: time to first token, the median of prefill plus the pick of the next token.
+        tpot_seconds: time per output token, p50, p95 and p99 of the steps of all repetitions, interpolated linearly.
         """
-        tpot = self.tpot_ns
+        rates = [self.scenario.tokens * 1e9 / ns for ns in self.samples_ns]
+        firsts = [prefill + pick for prefill, pick in zip(self.samples_ns, self.first_token_ns, strict=False)]
+        steps = [ns for run in self.token_ns for ns in run]
         return {
             **self.scenario.facts(),
             "variant": self.variant,
-            "tokens_per_second_median": self.median,
-            "tokens_per_second_stdev": self.stdev,
-            "samples": list(self.tokens_per_second),
+            "tokens_per_second_median": statistics.median(rates),
+            "tokens_per_second_stdev": statistics.stdev(rates) if len(rates) > 1 else 0.0,
+            "samples": rates,
             "loads": list(self.loads),
-            "ttft_seconds": None if self.ttft_ns is None else self.ttft_ns / 1e9,
-            "tpot_seconds": tpot and {name: ns / 1e9 for name, ns in tpot.items()},
+            "ttft_seconds": statistics.median(firsts) / 1e9 if firsts else None,
+            "tpot_seconds": {f"p{q}": float(np.percentile(steps, q)) / 1e9 for q in (50, 95, 99)} if steps else None,
         }
-
-    @property
-    def tokens_per_second(self) -> tuple[float, ...]:
-        return tuple(self.scenario.tokens * 1e9 / ns for ns in self.samples_ns)
-
-    @property
-    def ttft_ns(self) -> float | None:
-        """Time to first token: median of prefill plus the pick of the next token."""
-        sums = [prefill + pick for prefill, pick in zip(self.samples_ns, self.first_token_ns, strict=False)]
-        return statistics.median(sums) if sums else None
-
-    @property
-    def tpot_ns(self) -> dict[str, float] | None:
-        """Time per output token: percentiles of the steps of all repetitions, interpolated linearly."""
-        steps = [ns for run in self.token_ns for ns in run]
-        if not steps:
-            return None
-        return {
-            f"p{q}": float(value) for q, value in zip((50, 95, 99), np.percentile(steps, (50, 95, 99)), strict=True)
-        }
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.tokens_per_second)
-
-    @property
-    def stdev(self) -> float:
-        return statistics.stdev(self.tokens_per_second) if len(self.samples_ns) > 1 else 0.0
 
 
 def spoken_background(found: Mapping[str, Any]) -> str:
