@@ -41,7 +41,7 @@ def level(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _read(row: Mapping[str, Any]) -> PairedRatio:
-    names = ("ratio", "low", "high", "confidence", "loads", "wins")
+    names = ("ratio", "low", "high", "confidence", "loads")
     return PairedRatio(**{name: row[name] for name in names}, until_narrow=row.get("until_narrow", False))
 
 

@@ -42,8 +42,8 @@ LEVEL_UNTIL_NARROW = 0.944  # bench/results/intervals.json, "until narrow", of t
 class PairedRatio:
     """The median of the loads' ratios and its closed interval.
 
-    confidence: level of the interval: of the exact test, 0 for one load; by simulation if `until_narrow`. wins: number
-    of loads with a ratio above 1. until_narrow: whether the width of the interval ended the loads.
+    confidence: level of the interval: of the exact test, 0 for one load; by simulation if `until_narrow`.
+    until_narrow: whether the width of the interval ended the loads.
     """
 
     ratio: float
@@ -51,7 +51,6 @@ class PairedRatio:
     high: float
     confidence: float
     loads: int
-    wins: int
     until_narrow: bool = False
 
     @property
@@ -96,7 +95,6 @@ def paired_ratio(
         high=ratios[-rank],
         confidence=LEVEL_UNTIL_NARROW if until_narrow else exact_level(len(ratios)),
         loads=len(ratios),
-        wins=sum(ratio > 1 for ratio in ratios),
         until_narrow=until_narrow,
     )
 
