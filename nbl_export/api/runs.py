@@ -179,9 +179,7 @@ class Run:
 
     def curve(self) -> list[Point]:
         """Other numbers of layers, which were measured while layers were chosen; empty if layers were named."""
-        from nbl_export.run_directory import RunDirectory
-
-        curve = RunDirectory.existing(self.path).manifest.get("curve") or {"texts": [], "points": []}
+        curve = self.manifest.get("curve") or {"texts": [], "points": []}
         return [
             Point(tuple(p["replaced_layers"]), dict(zip(curve["texts"], p["increases"], strict=True)),
                   p["prefill"], p["decode"])

@@ -204,18 +204,12 @@ def _are_too_large(described: Collection[Mapping[str, Any]], *, gpu: bool) -> bo
 
 def _split(scenarios: Sequence[Scenario], context: int) -> tuple[list[Scenario], list[dict[str, Any]]]:
     """Scenarios that can run, and a row with the reason for each other scenario."""
-    reasons = {s: _reason(s, context) for s in scenarios}
-    fitting = [s for s in scenarios if not reasons[s]]
-    skipped = [{**s.facts(), "reason": reason} for s, reason in reasons.items() if reason]
-    if not fitting:
+    longer = [s for s in scenarios if s.depth + s.tokens > context]
+    said = (f"{s.depth} + {s.tokens} tokens exceed the context length of the model, {context}" for s in longer)
+    skipped = [{**s.facts(), "reason": reason} for s, reason in zip(longer, said, strict=True)]
+    if len(longer) == len(scenarios):
         raise NblError(f"nothing to measure: {skipped[0]['reason']}")
-    return fitting, skipped
-
-
-def _reason(scenario: Scenario, context: int) -> str:
-    if scenario.depth + scenario.tokens > context:
-        return f"{scenario.depth} + {scenario.tokens} tokens exceed the context length of the model, {context}"
-    return ""
+    return [s for s in scenarios if s not in longer], skipped
 
 
 def _describe(variant: Variant, footprint: Footprint, tokens: int) -> dict[str, Any]:
