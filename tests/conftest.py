@@ -267,20 +267,24 @@ def ctrl_c() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="module")
 def light_jobs(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Jobs of a test measure memory in the test's own process.
+    """Jobs of a test measure memory in the test's own process and draw no plots.
 
-    This saves some of a tiny job. Tests of memory, and jobs in a process of their own, are as a user's.
+    This saves a quarter of a tiny job. Tests of memory and of plots, and jobs in a process of their own, are as a
+    user's.
     """
-    if "measure" in request.path.relative_to(_TESTS).parts:
+    if {"measure", "report"} & set(request.path.relative_to(_TESTS).parts):
         yield
         return
     from nbl_export.measure import benchmark, footprint
+    from nbl_export.report import plots
 
     def here(open_runner: Any, directory: Path, threads: int | None, *asked: Any) -> footprint.Footprint:
         return footprint.footprint_here(functools.partial(open_runner, directory, threads), *asked)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark, "measure_footprint", here)
+        for drawing in ("throughput", "curve"):
+            patch.setattr(plots, drawing, lambda *_: "<svg></svg>")
         yield
 
 

@@ -47,6 +47,7 @@ HEAVY = {
     "datasets": ("evaluation", "text.hub"),
     "typer": ("cli",),
     "rich": ("report", "run.progress", "trust.terminal", "cli"),
+    "matplotlib": ("report.plots",),
 }  # fmt: skip
 
 
@@ -179,8 +180,8 @@ def test_names_of_files_are_said_in_one_place() -> None:
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
-    heavy = ("torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "tensorrt_rtx",
-             "lm_eval", "openvino", "nncf")  # fmt: skip
+    heavy = ("torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "matplotlib",
+             "tensorrt_rtx", "lm_eval", "openvino", "nncf")  # fmt: skip
     code = f"import sys, nbl_export, nbl_export.cli.app; print([m for m in {heavy!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

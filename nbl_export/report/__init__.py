@@ -1,1 +1,1 @@
-"""Results as a page and tables."""
+"""Results as a page, tables and plots."""

@@ -1,9 +1,9 @@
 """The report as a document: what it says as blocks, and the two writers of a document.
 
-    Document ─► head: blocks            one block: heading, paragraph, table, cards, ...
+    Document ─► head: blocks            one block: heading, paragraph, table, cards, drawing, ...
       │      └► sections ─► title, blocks
       ├► html: one page without script, which fetches nothing; report.html.jinja has its style and its tags
-      └► markdown: GitHub-flavoured; decoration is left out
+      └► markdown: GitHub-flavoured; drawings and decoration are left out
 
 Text of a block is plain: a writer makes it inert.
 """
@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import jinja2
+from markupsafe import Markup
 
 from nbl_export.report.table import Table, Tone, escaped
 
-__all__ = ["Alarm", "Badge", "Block", "Card", "Cards", "Code", "Details", "Document", "Heading",
-           "Items", "Pair", "Paragraph", "Section", "Strip", "html", "markdown", "written"]  # fmt: skip
+__all__ = ["Alarm", "Badge", "Block", "Card", "Cards", "Code", "Details", "Document", "Figure",
+           "Heading", "Items", "Pair", "Paragraph", "Section", "Strip", "html", "markdown", "written"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,14 @@ class Code:
 
 
 @dataclass(frozen=True)
+class Figure:
+    """A drawing by its name; a writer without that drawing leaves it out."""
+
+    name: str
+    caption: str
+
+
+@dataclass(frozen=True)
 class Details:
     """Blocks that a reader opens."""
 
@@ -108,7 +117,9 @@ class Pair:
     right: tuple[Block, ...]
 
 
-Block: TypeAlias = "Heading | Paragraph | Alarm | Badge | Items | Strip | Cards | Table | Code | Details | Pair"
+Block: TypeAlias = (
+    "Heading | Paragraph | Alarm | Badge | Items | Strip | Cards | Table | Code | Figure | Details | Pair"
+)
 
 
 @dataclass(frozen=True)
@@ -131,9 +142,14 @@ class Document:
     sections: tuple[Section, ...]
 
 
-def html(page: Document) -> str:
-    """The document as an HTML page; its text is inert in it."""
-    return _template().render(page=page)
+def html(page: Document, drawings: Mapping[str, str]) -> str:
+    """The document as an HTML page; its text is inert in it.
+
+    Args:
+        drawings: <svg> elements by the names of `Figure`.
+    """
+    trusted = {name: Markup(svg) for name, svg in drawings.items()}
+    return _template().render(page=page, drawings=trusted)
 
 
 @functools.cache
@@ -185,7 +201,7 @@ def _block(block: Block) -> str:
             return _joined((f"### {escaped(summary)}", written(blocks)))
         case Pair(left, right):
             return written((*left, *right))
-        case Strip():
+        case Strip() | Figure():
             return ""
 
 

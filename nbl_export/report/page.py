@@ -59,7 +59,7 @@ def render(
     """
     report = summarize(manifest, verify, bench, quality)
     page = document(report)
-    (out / REPORT_HTML).write_text(html(page), encoding="utf-8")
+    (out / REPORT_HTML).write_text(html(page, _drawings(report)), encoding="utf-8")
     (out / REPORT_MD).write_text(markdown(page), encoding="utf-8")
     write_json(out / REPORT_JSON, report)
     return report
@@ -191,4 +191,20 @@ def document(report: Mapping[str, Any]) -> Document:
 
 def first_screen(report: Mapping[str, Any]) -> str:
     """The head of report.html, as a page."""
-    return html(Document(model.title(report), model.head(report), ()))
+    return html(Document(model.title(report), model.head(report), ()), {})
+
+
+def _drawings(report: Mapping[str, Any]) -> dict[str, str]:
+    """<svg> elements by name; one that has nothing to show is absent, and all are without matplotlib."""
+    try:
+        from nbl_export.report import plots
+    except ImportError:  # a machine that only runs engines; the tables say the same
+        return {}
+    drawn = {}
+    if report["rows"]:
+        drawn["throughput"] = plots.throughput(report["rows"], report["ratios"])
+    if report["curve"]:
+        drawn["curve"] = plots.curve(
+            report["curve"]["points"], len(report["replaced_layers"]), (report.get("cut") or {}).get("near")
+        )
+    return drawn

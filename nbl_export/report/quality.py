@@ -12,7 +12,7 @@ from nbl_export.records.paired import spoken_ratio
 from nbl_export.records.quality import promise, spoken_far, spoken_loss
 from nbl_export.records.results import VERIFIED
 from nbl_export.report import words
-from nbl_export.report.document import Block, Code, Details, Heading, Pair, Paragraph, Section
+from nbl_export.report.document import Block, Code, Details, Figure, Heading, Pair, Paragraph, Section
 from nbl_export.report.length import length
 from nbl_export.report.outcome import limit_of
 from nbl_export.report.table import Column, Table
@@ -168,6 +168,11 @@ def _scores(found: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 _OTHER_SETS = "More or fewer layers"
+_CURVE = Figure(
+    "curve",
+    "Perplexity over the original's, on the text with the largest increase, against the modelled speed-up of prefill. "
+    "A point is a number of layers, or a cut. The ring marks this run.",
+)
 
 
 def curve(report: Mapping[str, Any]) -> tuple[Section, ...]:
@@ -183,7 +188,7 @@ def curve(report: Mapping[str, Any]) -> tuple[Section, ...]:
     table = Table.of(columns, [_set(point) for point in found["points"]])
     note = Paragraph(" ".join(_curve_note(report, found)))
     title = "Other cuts" if is_cut else _OTHER_SETS
-    return (Section(title, (note, table)),)
+    return (Section(title, (note, _CURVE, table)),)
 
 
 def _no_curve(report: Mapping[str, Any]) -> str:

@@ -11,20 +11,25 @@ from typing import Any
 from nbl_export.records.paired import FEWEST_LOADS, LEVEL_UNTIL_NARROW, exact_level, spoken_level, spoken_ratio
 from nbl_export.records.results import spoken_background
 from nbl_export.report import words
-from nbl_export.report.document import Block, Heading, Paragraph, Section
+from nbl_export.report.document import Block, Figure, Heading, Paragraph, Section
 from nbl_export.report.outcome import timed
 from nbl_export.report.table import Cell, Column, Table
 
 __all__ = ["engines", "intervals", "speed", "speeds"]
 
 _VARIANTS = {"original": "original", "nbl": "NBL"}
+_THROUGHPUT = Figure(
+    "throughput",
+    "Tokens per second, median of the rounds. Whiskers go from the slowest to the fastest round. "
+    "In bold the paired ratio.",
+)
 
 
 def speed(report: Mapping[str, Any]) -> Section:
     """What the benchmark measured, or that it measured nothing."""
     if not report["bench"]:
         return Section("Speed", (Paragraph("Speed and memory were not measured."),))
-    blocks = (_setting(report), *_speeds(report), *_sizes(report))
+    blocks = (_setting(report), _THROUGHPUT, *_speeds(report), *_sizes(report))
     return Section("Speed", blocks)
 
 

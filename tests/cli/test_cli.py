@@ -321,7 +321,7 @@ heavy = ("torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "onnxruntime
 atexit.register(lambda: print("LOADED", [m for m in heavy if sys.modules.get(m)], file=sys.stderr))
 """
 _NO_TORCH = """
-sys.modules.update(torch=None, transformers=None, onnx_ir=None, mobius=None, optimum=None)
+sys.modules.update(torch=None, transformers=None, onnx_ir=None, mobius=None, optimum=None, matplotlib=None)
 """
 
 

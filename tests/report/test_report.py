@@ -10,9 +10,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+import numpy as np
 import pytest
 
 from nbl_export.errors import CorruptError
+from nbl_export.report import plots
 from nbl_export.report.console import speed_table
 from nbl_export.report.document import Paragraph, html
 from nbl_export.report.document import markdown as in_markdown
@@ -122,7 +125,7 @@ class Outline(HTMLParser):
 
 
 class Written:
-    """One report; with `out` the three files of it."""
+    """One report; with `out` the three files of it, and only then with drawings."""
 
     def __init__(
         self, manifest: Any = MANIFEST, verify: Any = VERIFY, bench: Any = BENCH, out: Path | None = None
@@ -130,7 +133,7 @@ class Written:
         if out is None:
             self.value = summarize(manifest, verify, bench)
             content = document(self.value)
-            self.html, self.markdown, self.json = html(content), in_markdown(content), self.value
+            self.html, self.markdown, self.json = html(content, {}), in_markdown(content), self.value
             return
         self.value = render(manifest, verify, bench, out)
         self.html = (out / "report.html").read_text(encoding="utf-8")
@@ -203,6 +206,12 @@ CURVE: dict[str, Any] = {
         for n in (1, 3, 4, 5)
     ],
 }  # fmt: skip
+
+
+def test_the_curve_is_drawn_with_a_ring_at_this_runs_number(tmp_path: Path) -> None:
+    render({**MANIFEST, "curve": CURVE, "select": "efficient"}, VERIFY, None, tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert 'id="curve-' in page and "3 layers</text>" in page
 
 
 ANSWERS = [{"prompt": "The sky", "original": " is blue.\n\nIt is", "nbl": " is blue"},
@@ -508,8 +517,10 @@ def test_the_command_is_exact() -> None:
 
 
 def test_same_input_same_bytes(written: Written, tmp_path: Path) -> None:
-    again = Written(copy.deepcopy(MANIFEST), copy.deepcopy(VERIFY), copy.deepcopy(BENCH), tmp_path)
+    with matplotlib.rc_context({"font.size": 25, "axes.linewidth": 9, "svg.hashsalt": None}):
+        again = Written(copy.deepcopy(MANIFEST), copy.deepcopy(VERIFY), copy.deepcopy(BENCH), tmp_path)
     assert (again.html, again.markdown, again.json) == (written.html, written.markdown, written.json)
+    assert "<dc:date>" not in written.html and "Matplotlib" not in written.html
 
 
 def test_markdown_has_the_tables_of_the_page(written: Written) -> None:
@@ -534,7 +545,7 @@ def test_markdown_has_the_tables_of_the_page(written: Written) -> None:
     assert written.table("Scores of all layers")[4] == ["2", "replaced", "12.0", "0.200", "0.0300"]
     assert ["sha256", "f00d" * 16] in written.table("Calibration text")
     assert ["memory", "8.00 GiB"] in written.table("Machine")
-    assert "depth 0" not in written.markdown
+    assert "<svg" not in written.markdown and "depth 0" not in written.markdown
 
 
 def test_the_gpu_of_the_benchmark_is_named() -> None:
@@ -570,9 +581,32 @@ def test_engines_say_what_decode_copies_and_not_which_kernels_run(tokens: tuple[
     assert ("copies keys and values of all slots for each query head" in page) is said
 
 
-def test_the_curve_in_a_line_takes_the_worst_text() -> None:
+def test_throughput_plot_writes_the_paired_ratio(written: Written) -> None:
+    drawing = plots.throughput(written.json["rows"], written.json["ratios"])
+    texts = [text.strip() for text in Outline(drawing).text if text.strip()]
+    assert {"2.00×", "0.50×", "no clear", "difference", "Prompt", "Further tokens", "205"} <= set(texts)
+    bars = re.findall(r'<path [^>]*clip-path[^>]*style="fill: var\(--(nbl|original)', drawing)
+    assert bars == ["original", "nbl"] * 3
+
+
+def test_what_is_drawn_is_what_was_measured(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whiskers reach the lowest and the highest round; a curve takes the worst text."""
+    monkeypatch.setattr(plots, "_svg", lambda figure, *_: figure)
+
+    def whiskers(drawn: Any, across: int) -> list[list[float]]:
+        found = [c for axis in drawn.axes for c in axis.containers if hasattr(c, "has_yerr")]
+        return [s[:, across].tolist() for c in found for lines in c.lines[2] for s in lines.get_segments()]
+
+    rows = written.json["rows"]
+    ends = [[min(row["samples"]), max(row["samples"])] for row in rows]
+    assert whiskers(plots.throughput(rows, []), 0) == pytest.approx(np.array(ends))
     points = [{**point, "increases": [0.1, 0.02, 0.05]} for point in CURVE["points"]]
+    assert plots.curve(points, 3).axes[0].lines[0].get_ydata() == pytest.approx([1.1] * 4)  # type: ignore[attr-defined]
     assert spoken_curve({"points": points}).count("+10.0%") == 4
+    both = [{**point, "near": near} for point in points for near in (64, 128)]
+    of_cuts, *rings = plots.curve(both, 3, 128).axes[0].lines  # type: ignore[attr-defined]
+    assert of_cuts.get_linestyle() == "None"  # two cuts are not more and less of one thing
+    assert [ring.get_xdata().tolist() for ring in rings] == [[both[3]["prefill"]]]
 
 
 def test_points_of_cuts_have_their_near_tokens() -> None:
