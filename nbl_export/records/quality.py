@@ -30,10 +30,10 @@ import numpy as np
 
 __all__ = ["CONFIDENCE", "FAR", "FAR_SHARE", "NEAR", "Interval", "far_ends", "far_row", "grows_with_length",
            "increase_interval", "interval_ends", "loss_row", "mean_interval", "perplexity", "promise", "spoken_far",
-           "spoken_interval", "spoken_loss"]  # fmt: skip
+           "spoken_interval", "spoken_loss", "warn_of_text"]  # fmt: skip
 
 CONFIDENCE = 0.95
-FAR = 2.0  # a warning needs a loss this many times that in a short text
+FAR = 2.0  # a warning needs a loss this many times that on another text, or in a short one
 NEAR = 512  # tokens of a short text
 FAR_SHARE = 2.0  # of answers from far back so many times the limit may be lost
 _NOTICED = 0.05  # no warning below this perplexity increase
@@ -274,6 +274,31 @@ def promise(share: float) -> str:
     return (
         f"perplexity rises by at most {share:.0%} on text like yours and on a second text; answers from far back "
         f"keep at least {1 - FAR_SHARE * share:.0%} of what far text gives them"
+    )
+
+
+def warn_of_text(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """One sentence if the largest perplexity increase is more than `FAR` times the smallest; else None.
+
+    If both increases have intervals, the intervals must also be disjoint.
+
+    Args:
+        rows: one of `verify.perplexity.quality_loss` for each text.
+    """
+    rows = [row for row in rows if row["increase"] is not None]
+    if len(rows) < 2:
+        return None
+    least, most = (pick(rows, key=lambda row: row["increase"]) for pick in (min, max))
+    low, high = least["increase"], most["increase"]
+    if high < _NOTICED or high <= FAR * low:
+        return None
+    ends = least["increase_interval"], most["increase_interval"]
+    if all(ends) and ends[0][1] >= ends[1][0]:
+        return None
+    small, large = (spoken_loss(row)["increase"] for row in (least, most))
+    return (
+        f"the perplexity increase depends on the text: {small} on {least['text']}, but {large} on {most['text']}; "
+        "judge by the text that you will run, and calibrate on text like it or on more texts (repeat --calibration)"
     )
 
 

@@ -60,7 +60,7 @@ VERIFICATION = {
         "perplexity_nbl": float | None, "increase": float | None, "increase_interval": _ENDS, "kl_mean": float | None,
         "kl_interval": _ENDS, "top1_agreement": float | None, "top1_interval": _ENDS, "prompt?": int,
     }],
-    "proof": [str], "warnings": [str], "far?": _FAR,
+    "proof": [str], "warnings": [str], "far?": _FAR, "quality_warning?": str,
     "texts": [{"use": str, "text": str, "tokens": int}],
     "cache_bytes_per_token": {"original": int, "nbl": int},
     "answers": [{"prompt": str, "original": str, "nbl": str}],

@@ -119,6 +119,7 @@ def summarize(
         "fit": manifest.get("fit", {}).get("kind"),
         "without_original": manifest.get("fit", {}).get("kind") == "given",
         "quality": {k: quality.get(k, []) for k in ("lm_eval", "table", "length")} if quality else None,
+        "quality_warning": verify.get("quality_warning"),
         "cache_bytes_per_token": verify["cache_bytes_per_token"],
         "engines": manifest.get("engines"),
         **figures(measured),

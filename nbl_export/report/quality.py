@@ -84,6 +84,8 @@ def _losses(report: Mapping[str, Any]) -> Iterator[Block]:
         "Both decoders read the same windows. These figures are reported, not gated. "
         f"{_MEANS if report['status'] == VERIFIED else ''}"
     )
+    if report["quality_warning"]:
+        yield Paragraph(f"Note: {report['quality_warning']}.")
     yield losses(report["quality_loss"])
     if report.get("far"):
         yield Paragraph(_far(report["far"]))

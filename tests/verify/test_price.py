@@ -1,13 +1,65 @@
-"""The price: figures and intervals of windows."""
+"""The price: figures and intervals of windows, and when the user is told that it is not the same everywhere."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from nbl_export.errors import NblError
+from nbl_export.records.quality import warn_of_text
+from nbl_export.report.page import render
 from nbl_export.verify import perplexity
 from nbl_export.verify.perplexity import quality_loss
+
+from ..report.test_report import BENCH, MANIFEST, VERIFY
+
+
+def rows(*increases: float) -> list[dict[str, object]]:
+    return [
+        {"text": f"text {k}", "increase": increase, "increase_interval": None, "kl_mean": 0.1, "kl_interval": None,
+         "top1_agreement": 0.9, "top1_interval": None}
+        for k, increase in enumerate(increases)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "increases", [(), (0.5,), (0.5, 0.5), (0.3, 0.59), (0.6, 0.31), (0.001, 0.04), (-0.01, 0.049), (-0.1, -0.2)]
+)
+def test_prices_that_are_near(increases: tuple[float, ...]) -> None:
+    assert warn_of_text(rows(*increases)) is None
+
+
+@pytest.mark.parametrize(
+    ("increases", "parts"),
+    [
+        ((0.24, 1.34), ("+24% on text 0", "+134% on text 1")),
+        ((0.61, 0.3), ("+30% on text 1", "+61% on text 0")),
+        ((0.2, 0.5, 0.3), ("+20% on text 0", "+50% on text 1")),
+        ((-0.01, 0.06), ("−1.00% on text 0", "+6.0% on text 1")),
+    ],
+)
+def test_prices_that_are_far(increases: tuple[float, ...], parts: tuple[str, ...]) -> None:
+    said = warn_of_text(rows(*increases))
+    assert said is not None and all(part in said for part in parts)
+
+
+def test_intervals_that_meet_are_not_far() -> None:
+    cheap, dear = rows(0.1, 0.3)
+    cheap["increase_interval"] = [0.05, 0.15]
+    for low, far in ((0.16, True), (0.14, False)):
+        dear["increase_interval"] = [low, 0.4]
+        assert (warn_of_text([cheap, dear]) is not None) is far
+
+
+def test_report_says_so(tmp_path: Path) -> None:
+    for warning, expected in (("the price differs by text: so & so", True), (None, False)):
+        render(MANIFEST, {**VERIFY, "quality_warning": warning}, BENCH, tmp_path)
+        page = (tmp_path / "report.html").read_text()
+        assert ("the price differs by text: so &amp; so" in page) is expected
+        assert ("the price differs by text" in (tmp_path / "report.md").read_text()) is expected
+    render(MANIFEST, VERIFY, BENCH, tmp_path)  # of a verification that did not say
 
 
 class Unigram:

@@ -20,7 +20,7 @@ from nbl_export.plan.cuts import LENGTH
 from nbl_export.plan.inputs import Texts
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy
-from nbl_export.records.quality import spoken_far, spoken_loss
+from nbl_export.records.quality import spoken_far, spoken_loss, warn_of_text
 from nbl_export.run.facts import require_engine
 from nbl_export.run.job import Job
 from nbl_export.run.stages.common import Place
@@ -223,12 +223,13 @@ def conclude(
     plan, size = place.plan, inputs.engine.value.capabilities.cache_itemsize(inputs.precision)
     layers = {"original": plan.num_layers, "nbl": len(cache_layers(plan))}
     per_token = {subject: inputs.spec.cache_bytes_per_token(kept, size) for subject, kept in layers.items()}
+    warning = warn_of_text(quality_losses)
     for row in quality_losses:
         said = spoken_loss(row)["increase"]
         place.ui.say(f"  perplexity {said}, {row['text']}, {row['tokens']:,} tokens")
     if far is not None:
         place.ui.say(f"  {spoken_far(far)}, {far['tokens']:,} tokens")
-    for sentence in verifier.warnings:
+    for sentence in (*verifier.warnings, *filter(None, [warning])):
         place.ui.say(f"  {sentence}")
     found = ladder.summary(verifier.results, inputs.precision, quality_losses, plan)
     return {
@@ -236,6 +237,7 @@ def conclude(
         "proof": ladder.proof(verifier.results, found["status"]),
         "warnings": verifier.warnings,
         "far": far,
+        "quality_warning": warning,
         "texts": uses_of(inputs, place) if quality_losses else [],
         "cache_bytes_per_token": per_token,
     }
