@@ -49,8 +49,8 @@ class Option:
         least, most: bounds of a number.
         numbers: an example, if the value is written as numbers with commas between.
         choices: the possible values; empty if there is no list of them.
-        python: what Python takes beside the field's own type: "int" instead of its text, "share" for a share below 1
-            instead of a percentage, "layers" for a list of layers, "list" for one text instead of a list.
+        python: what Python takes beside the field's own type: "int" or "float" instead of their text, "share" for a
+            share below 1 instead of a percentage, "layers" for a list of layers, "list" for one text instead of a list.
         applies: all of these hold if the option has an effect; without any, it always has.
         usual: its default, if it depends on other options, on the engine or on the model.
     """

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -26,7 +27,7 @@ from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.destinations import destination_named
 from nbl_export.records.from_json import read_record
 
-__all__ = ["judge", "numbers", "over", "read_asked", "settle"]
+__all__ = ["hub_id", "judge", "numbers", "over", "read_asked", "settle"]
 
 EngineOf = Callable[[str, str], Capabilities]  # engine, provider -> its capabilities; refuses an unknown engine
 
@@ -154,6 +155,17 @@ def read_asked(values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+_HUB_PAGE = re.compile(
+    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?!datasets/|spaces/)([\w.-]+/[\w.-]+)(?:[/?#].*)?"
+)
+
+
+def hub_id(model: str) -> str:
+    """The hub id of a model's page on the hub, org/name; any other name as it is."""
+    page = _HUB_PAGE.fullmatch(model)
+    return page[1] if page else model
+
+
 def _value(name: str, value: Any, said: Option | None) -> Any:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if said is not None and said.numbers and isinstance(value, (str, int)) and not isinstance(value, bool):
@@ -161,7 +173,7 @@ def _value(name: str, value: Any, said: Option | None) -> Any:
     takes = () if said is None else said.python
     if "list" in takes and isinstance(value, str):
         return (value,)
-    if "int" in takes and is_number:
+    if {"int", "float"} & set(takes) and is_number:
         return str(value)
     if "share" in takes and is_number:
         if value >= 1:
@@ -169,6 +181,8 @@ def _value(name: str, value: Any, said: Option | None) -> Any:
         return f"{100 * value:.6g}%"
     if "layers" in takes and isinstance(value, (list, tuple)):
         return ",".join(map(str, value)) + ("," if len(value) == 1 else "")  # "8" alone is a count
+    if name == "model" and isinstance(value, str):
+        return hub_id(value)
     if name == "precision" and isinstance(value, str):
         return value.lower()
     if name == "destination" and isinstance(value, str):

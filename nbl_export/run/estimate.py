@@ -23,7 +23,7 @@ from nbl_export.model import processes
 from nbl_export.model.checkpoint.shape import Shape, read_shape
 from nbl_export.model.memory import available_bytes, holds
 from nbl_export.options.options import SMALLEST, JobOptions
-from nbl_export.options.settle import settle
+from nbl_export.options.settle import hub_id, settle
 from nbl_export.report.estimate import spoken_totals
 from nbl_export.report.words import size
 from nbl_export.run.facts import architecture_facts, capabilities_of
@@ -39,6 +39,7 @@ def estimate(model: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         NblError: there is no such model here or on the hub, it does not state its sizes, or an option does not fit.
     """
+    model = hub_id(model)
     shape = read_shape(model)
     known = dataclasses.replace(
         architecture_facts(shape.decoder.architecture), decoder=shape.decoder,

@@ -13,7 +13,7 @@ from nbl_export.files import key_of
 from nbl_export.model import processes
 from nbl_export.model.device import guarded
 from nbl_export.options.options import CHECKPOINT_FIT, NO_ORIGINAL, JobOptions
-from nbl_export.options.settle import read_asked
+from nbl_export.options.settle import hub_id, read_asked
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.requests import PERPLEXITY, EvalRequest, Subject
 from nbl_export.run.deployed import result
@@ -84,7 +84,7 @@ def run_calibration(model: str, given: dict[str, Any], output: Path, ui: Ui, *, 
     refuse_foreign(output)
     recorded = {} if force else RunDirectory.peek(output).manifest.get("options", {})
     # A new run has the closed form, whose moments serve every number of layers.
-    _work(given, JobOptions.from_json({**recorded, "model": model}), output, ui, force, "calibrate")
+    _work(given, JobOptions.from_json({**recorded, "model": hub_id(model)}), output, ui, force, "calibrate")
     return output
 
 

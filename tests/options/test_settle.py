@@ -414,6 +414,9 @@ def test_names_and_values_are_read_alike() -> None:
     assert read_asked({"max_perplexity_increase": 0.05}) == {"max_perplexity_increase": "5%"}
     with pytest.raises(UsageError, match=r"5: write a share below 1 \(0.05\) or a percentage"):
         read_asked({"max_perplexity_increase": 5})
+    for page in ("https://huggingface.co/org/m-1.5B", "https://hf.co/org/m-1.5B/tree/main?x=1"):
+        assert read_asked({"model": page}) == {"model": "org/m-1.5B"}
+    assert read_asked({"model": "https://huggingface.co/datasets/org/m"})["model"].startswith("https:")
     with pytest.raises(UsageError, match="precison is no option; did you mean precision"):
         settled({"precison": "fp16"})
     with pytest.raises(UsageError, match="'label_weight' is of the wrong kind"):

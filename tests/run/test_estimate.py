@@ -63,11 +63,12 @@ atexit.register(lambda: sys.stderr.write(",".join({"torch", "transformers", "onn
     assert min(ratios) > 1 and ratios == pytest.approx([gain["speedup"] for gain in found["gains"]])
 
 
-def test_a_model_of_the_hub_by_its_configuration_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["org/model", "https://huggingface.co/org/model/tree/main"])
+def test_a_model_of_the_hub_by_its_configuration_alone(name: str, tmp_path: Path) -> None:
     with fake_hub() as hub:
         hub.configs["org/model"] = written(tmp_path).read_text(encoding="utf-8")
         environment = hub.environment(tmp_path / "home")
-        done = in_new_process("estimate", "org/model", "--precision", "int4", "--layers", 8, "--json", **environment)
+        done = in_new_process("estimate", name, "--precision", "int4", "--layers", 8, "--json", **environment)
         gone = in_new_process("estimate", "org/other", **environment)
     assert done.status == 0, done.err
     found = json.loads(done.out)
