@@ -8,13 +8,20 @@ from dataclasses import dataclass
 from html import escape
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nbl_export.errors import NblError
+from nbl_export.measure.estimate import Gain, Needs
+from nbl_export.publish.convert import convert
 from nbl_export.records.quality import Interval
-
-if TYPE_CHECKING:
-    from nbl_export.measure.estimate import Gain, Needs
+from nbl_export.report.estimate import spoken_totals
+from nbl_export.report.outcome import outcome
+from nbl_export.report.page import first_screen
+from nbl_export.run.deployed import answers, result
+from nbl_export.run.estimate import estimate as estimated
+from nbl_export.run.pipeline import run_job
+from nbl_export.run.progress import Ui
+from nbl_export.run_directory import RunDirectory
 
 __all__ = ["Answers", "Estimate", "Loss", "Point", "Run", "Speed", "estimate", "export", "open"]
 
@@ -109,8 +116,6 @@ class Estimate:
     refused: str
 
     def __str__(self) -> str:
-        from nbl_export.report.estimate import spoken_totals
-
         said = spoken_totals(vars(self))
         return f"{said}; {self.refused}" if self.refused else said
 
@@ -123,16 +128,12 @@ class Run:
     """
 
     def __init__(self, directory: str | PathLike[str]) -> None:
-        from nbl_export.run_directory import RunDirectory
-
         self.path = Path(directory)
         RunDirectory.existing(self.path)
 
     @property
     def manifest(self) -> Mapping[str, Any]:
         """The value of nbl.json: options, plan, stages, versions."""
-        from nbl_export.run_directory import RunDirectory
-
         return RunDirectory.existing(self.path).manifest
 
     @property
@@ -195,8 +196,6 @@ class Run:
         Raises:
             NblError: the engine does not run here, or the run is not finished.
         """
-        from nbl_export.run.deployed import answers
-
         found = answers(self.path, ("original", "nbl"), prompt, new_tokens, raw=raw, force=force)
         original, nbl = ("".join(pieces) for _, pieces in found)
         return Answers(prompt, original, nbl)
@@ -214,9 +213,6 @@ class Run:
             NblError: the model has no such form, or `path` is there already.
             ParityError: what was written is not the model.
         """
-        from nbl_export.publish.convert import convert
-        from nbl_export.run.progress import Ui
-
         target = Path(path)
         convert(self.path, form, target, Ui(quiet=quiet), force=force)
         return target
@@ -225,22 +221,15 @@ class Run:
         return f"Run({str(self.path)!r}): {self.status}"
 
     def __str__(self) -> str:
-        from nbl_export.report.outcome import outcome
-
         found = self._found()
         return "\n".join([repr(self), *(f"  {name:<13}{said}" for name, said in (outcome(found) if found else ()))])
 
     def _repr_html_(self) -> str | None:
         """The first screen of the report; None (and so the text) before verification."""
-        from nbl_export.report.page import first_screen
-
         found = self._found()
         return None if found is None else _FRAME.format(escape(first_screen(found)))
 
     def _found(self) -> dict[str, Any] | None:
-        from nbl_export.run.deployed import result
-        from nbl_export.run_directory import RunDirectory
-
         return result(RunDirectory.existing(self.path))
 
     def _result(self) -> dict[str, Any]:
@@ -271,9 +260,6 @@ def export(
         NblError: what the user can correct, in a sentence: what, where, what to do.
         ParityError: the NBL graph does not compute what the original graph computes with these layers.
     """
-    from nbl_export.run.pipeline import run_job
-    from nbl_export.run.progress import Ui
-
     asked = dict(_plain({"model": model, **options}))
     run_job(asked, Path(output), Ui(quiet=quiet), force=force)
     return Run(output)
@@ -297,9 +283,6 @@ def estimate(model: str | PathLike[str], **options: Any) -> Estimate:
     Raises:
         NblError: the model does not state its sizes, or an option does not fit.
     """
-    from nbl_export.measure.estimate import Gain, Needs
-    from nbl_export.run.estimate import estimate as estimated
-
     found = estimated(str(model), dict(_plain(options)))
     values = {field.name: found[field.name] for field in dataclasses.fields(Estimate)}
     gains, stages = (tuple(kind(**row) for row in found[name]) for kind, name in ((Gain, "gains"), (Needs, "stages")))

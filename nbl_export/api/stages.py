@@ -16,12 +16,16 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.errors import NblError, UsageError
+from nbl_export.mixers.base import Mixer
+from nbl_export.options.goals import DEFAULT_SELECT, asked_increase, check_request, parse_layers
+from nbl_export.options.options import JobOptions
+from nbl_export.options.settle import read_asked
+from nbl_export.records.inputs import Lazy
+from nbl_export.records.plan import TAPS, LayerScore, Plan
+from nbl_export.run.progress import Ui
 
 if TYPE_CHECKING:
-    from nbl_export.mixers.base import Mixer
-    from nbl_export.options.options import JobOptions
     from nbl_export.plan.order import Selection
-    from nbl_export.records.plan import LayerScore, Plan
 
 __all__ = ["Calibration", "Planned", "calibrate", "linearize", "plan"]
 
@@ -85,8 +89,6 @@ def calibrate(
         NblError: the architecture is not supported, the text is too short, or activations are not finite.
     """
     from nbl_export.calibrate.collect import collect
-    from nbl_export.records.inputs import Lazy
-    from nbl_export.records.plan import TAPS
     from nbl_export.text import corpus, parts
 
     if tap not in TAPS:
@@ -100,7 +102,7 @@ def calibrate(
     both = parts.JobText((read.name, second.name), {part: Lazy(None, partial(rows.get, part)) for part in rows})
     windows = both.windows.value
     taps = tuple(dict.fromkeys(("residual", tap)))
-    with _task(quiet)(f"{windows.numel()} tokens") as progress:
+    with Ui(quiet=quiet).task(f"{windows.numel()} tokens") as progress:
         moments = collect(model, windows, progress, taps)
     choosing, deciding = both.choosing(spec.max_positions).value, both.deciding.value
     return Calibration(model, tap, int(windows.numel()), moments, choosing, deciding)
@@ -121,9 +123,6 @@ def plan(
     Raises:
         UsageError, ValueError: an argument is wrong. NblError: one layer alone is beyond the limit.
     """
-    from nbl_export.options.goals import asked_increase, check_request, parse_layers
-    from nbl_export.options.options import JobOptions
-    from nbl_export.options.settle import read_asked
     from nbl_export.plan.inputs import AskedGoal
     from nbl_export.plan.order import choose
     from nbl_export.plan.planning import count_within
@@ -137,7 +136,7 @@ def plan(
         request = parse_layers(options.layers, selection.inputs.num_layers)
     else:
         goal = AskedGoal(asked_increase(options), max_perplexity_increase)
-        found = count_within(goal, selection, calibration.deciding, _task(quiet))
+        found = count_within(goal, selection, calibration.deciding, Ui(quiet=quiet).task)
         request = found.count
     order = selection.order(request) if isinstance(request, int) else None
     made = choose(selection.scores, request, calibration.tap, selection.select, order)
@@ -181,10 +180,8 @@ def _selection(calibration: Calibration, options: JobOptions, quiet: bool) -> Se
     from nbl_export.measure.cost import CostModel, map_sizes
     from nbl_export.model.architectures import mlp_of
     from nbl_export.model.switched import SwitchedModel
-    from nbl_export.options.goals import DEFAULT_SELECT
     from nbl_export.plan.inputs import MapKind, OrderInputs
     from nbl_export.plan.order import Selection
-    from nbl_export.records.inputs import Lazy
 
     model, spec, moments = calibration.model, _spec(calibration.model), calibration.moments
 
@@ -201,10 +198,4 @@ def _selection(calibration: Calibration, options: JobOptions, quiet: bool) -> Se
         Lazy(None, lambda: calibration.choosing),
         Lazy(None, lambda: saved),
     )
-    return Selection(inputs, _task(quiet))
-
-
-def _task(quiet: bool) -> Any:
-    from nbl_export.run.progress import Ui
-
-    return Ui(quiet=quiet).task
+    return Selection(inputs, Ui(quiet=quiet).task)
