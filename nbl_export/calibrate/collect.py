@@ -28,7 +28,7 @@ from nbl_export.model import bfloat16
 from nbl_export.model.linearize import block_output
 from nbl_export.model.mapped import in_batches
 
-__all__ = ["Collection", "attach", "batches", "collect", "refuse_not_finite", "run_batch"]
+__all__ = ["Collection", "attach", "batches", "collect", "run_batch"]
 
 _BATCH_TOKENS = 4096
 
@@ -140,8 +140,8 @@ class Collection:
             NblError: the layer's activations are not finite.
         """
         found = {tap: accumulators[index].sums() for tap, accumulators in self.found.items()}
-        for sums in found.values():
-            refuse_not_finite(sums, index)
+        if not all(torch.isfinite(product).all() for sums in found.values() for product in (sums.xx, sums.yy)):
+            raise NblError(f"layer {index}: its activations hold NaN or infinity; check the checkpoint's weights")
         return found
 
     def restore(self, index: int, sums: dict[str, Sums]) -> None:
@@ -177,12 +177,6 @@ def collect(
             progress(done, ids_WT.numel())
         layers = {i: collection.layer(i) for i in range(collection.num_layers)}
     return {tap: {i: sums[tap].moments() for i, sums in layers.items()} for tap in taps}
-
-
-def refuse_not_finite(sums: Sums, layer: int) -> None:
-    """Raise NblError if a layer's sums hold NaN or infinity."""
-    if not sums.is_finite:
-        raise NblError(f"layer {layer}: its activations hold NaN or infinity; check the checkpoint's weights")
 
 
 def attach(decoder: Any, layer: int, accumulator: Accumulator, tap: str) -> list[Any]:

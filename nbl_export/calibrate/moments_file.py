@@ -29,7 +29,7 @@ from nbl_export.files import replacing, safetensors_header
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MomentsFile", "MomentsWriter", "open_moments", "whole_moments"]
+__all__ = ["MomentsFile", "MomentsWriter", "open_moments"]
 
 # Name in the file -> field of `Sums`.
 _FIELDS = {
@@ -136,11 +136,14 @@ def _names(num_layers: int, taps: Sequence[str]) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def open_moments(path: Path) -> Iterator[MomentsFile]:
+def open_moments(path: Path, *, whole: bool = True) -> Iterator[MomentsFile]:
     """Open a moments file.
 
+    Args:
+        whole: refuse the sums of an unfinished calibration.
+
     Raises:
-        CorruptError: the file is missing, truncated, or not a moments file.
+        CorruptError: the file is missing, truncated, refused, or not a moments file.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -149,17 +152,6 @@ def open_moments(path: Path) -> Iterator[MomentsFile]:
             found = MomentsFile(path, stack.enter_context(safe_open(str(path), framework="pt")))
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise CorruptError(f"{path} is not a moments file ({error}); run calibrate again") from error
-        yield found
-
-
-@contextlib.contextmanager
-def whole_moments(path: Path) -> Iterator[MomentsFile]:
-    """Open the moments file of a finished calibration.
-
-    Raises:
-        CorruptError: the file is not a moments file, or its calibration is unfinished.
-    """
-    with open_moments(path) as file:
-        if not file.is_complete:
+        if whole and not found.is_complete:
             raise CorruptError(f"{path} is of a calibration that was not finished; run calibrate again")
-        yield file
+        yield found

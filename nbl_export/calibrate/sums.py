@@ -64,10 +64,6 @@ class Sums:
             yy=self.yy + torch.outer(t, self.y_sum) + torch.outer(self.y_sum, t) + n * torch.outer(t, t),
         )
 
-    @property
-    def is_finite(self) -> bool:
-        return bool(torch.isfinite(self.xx).all() and torch.isfinite(self.yy).all())
-
 
 def sums_bytes(size: int) -> int:
     """Bytes of an `Accumulator` for rows of D = `size` numbers."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nbl_export.calibrate import collect
-from nbl_export.calibrate.moments_file import MomentsWriter, whole_moments
+from nbl_export.calibrate.moments_file import MomentsWriter, open_moments
 from nbl_export.calibrate.sums import Accumulator, Sums
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.mixers import lmmse
@@ -137,7 +137,7 @@ def test_file_round_trip_is_exact(checkpoint: Checkpoint, tmp_path: Path) -> Non
     with MomentsWriter(path, facts, LAYERS, taps, HIDDEN) as writer:
         for i in range(LAYERS):
             writer.write(found.layer(i))
-    with whole_moments(path) as file:
+    with open_moments(path) as file:
         file.check()
         assert (file.taps, file.num_layers) == (taps, LAYERS)
         for i in range(LAYERS):
@@ -156,14 +156,14 @@ def test_sums_of_an_unfinished_calibration_are_refused(tmp_path: Path) -> None:
         with MomentsWriter(path, facts, 1, ["normed"], 1) as writer:
             writer.write({"normed": sums})
         if done == 2:
-            with whole_moments(path) as file:
+            with open_moments(path) as file:
                 assert file.sums(0, "normed") == sums
         else:
-            with pytest.raises(CorruptError, match="not finished"), whole_moments(path):
+            with pytest.raises(CorruptError, match="not finished"), open_moments(path):
                 pass
 
 
 def test_foreign_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.safetensors").write_bytes(b"not a safetensors file")
-    with pytest.raises(CorruptError, match=r"m\.safetensors"), whole_moments(tmp_path / "m.safetensors"):
+    with pytest.raises(CorruptError, match=r"m\.safetensors"), open_moments(tmp_path / "m.safetensors"):
         pass

@@ -221,7 +221,7 @@ class _Partial:
         if not self._path.is_file():
             return 0
         try:
-            with open_moments(self._path) as file:
+            with open_moments(self._path, whole=False) as file:
                 file.check()
                 if file.facts["identity"] != self._facts["identity"]:
                     return 0

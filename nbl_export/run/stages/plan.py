@@ -68,10 +68,10 @@ def order_of(job: Job) -> OrderInputs:
 
 
 def _moments(job: Job) -> Callable[[int, str], Any]:
-    from nbl_export.calibrate.moments_file import whole_moments
+    from nbl_export.calibrate.moments_file import open_moments
 
     def moments_of(layer: int, tap: str) -> Any:
-        with whole_moments(job.run.path / MOMENTS_FILE) as file:
+        with open_moments(job.run.path / MOMENTS_FILE) as file:
             return file.sums(layer, tap).moments()
 
     return moments_of
