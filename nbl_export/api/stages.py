@@ -139,7 +139,7 @@ def plan(
         found = count_within(goal, selection, calibration.deciding, Ui(quiet=quiet).task)
         request = found.count
     order = selection.order(request) if isinstance(request, int) else None
-    made = choose(selection.scores, request, calibration.tap, selection.select, order)
+    made = choose(selection.scores, request, calibration.tap, selection.inputs.select, order)
     return Planned(made, selection.maps_of(made.layers))
 
 

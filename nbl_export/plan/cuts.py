@@ -27,7 +27,7 @@ from nbl_export.model import processes
 from nbl_export.plan.inputs import Maps, Task, Texts
 from nbl_export.records.inputs import Lazy
 from nbl_export.records.plan import Plan
-from nbl_export.records.quality import FAR_SHARE, far_ends, far_row, loss_row, spoken_far, spoken_interval
+from nbl_export.records.quality import FAR_SHARE, far_ends, far_row, loss_row, spoken_far, spoken_increase
 from nbl_export.text.far import FEWEST, SHORT, contexts, is_far
 from nbl_export.text.windows import repeated
 
@@ -328,21 +328,15 @@ def _lines(inputs: CutInputs, path: Sequence[Mapping[str, Any]]) -> Iterator[str
     best = path[-1]
     yield _spoken(best["layer"], best["near"], inputs.num_layers)
     for row in best["quality_losses"]:
-        yield f"perplexity {_increase(row)} on {row['text']}"
+        yield f"perplexity {spoken_increase(row)} on {row['text']}"
     if best["far"] is not None:
         yield spoken_far(best["far"])
     for step in path[:-1]:
         worst = max(step["quality_losses"], key=_upper)
-        said = f"{_increase(worst)} on {worst['text']}"
+        said = f"{spoken_increase(worst)} on {worst['text']}"
         if _upper(worst) <= inputs.share:
             said = spoken_far(step["far"])
         yield f"a cut at {step['layer']} with {step['near']} near tokens: {said}"
-
-
-def _increase(row: Mapping[str, Any]) -> str:
-    if row["increase"] is None:
-        return "infinitely much"
-    return spoken_interval(row["increase"], row["increase_interval"], percent=True, sign=True)
 
 
 def _unreachable(inputs: CutInputs, points: Sequence[Mapping[str, Any]]) -> str:

@@ -79,14 +79,9 @@ class Selection:
     # -- order -------------------------------------------------------------------------------------------------
 
     @property
-    def select(self) -> str:
-        """The method that gives the order."""
-        return self.inputs.select
-
-    @property
     def judges(self) -> bool:
         """Whether the model's output gives the order."""
-        return self.select == "efficient"
+        return self.inputs.select == "efficient"
 
     def order(self, count: int) -> tuple[int, ...]:
         """The first `count` layers to replace; a smaller count gives a prefix of a larger count's layers."""

@@ -33,7 +33,7 @@ from nbl_export.model.switched import SwitchedModel
 from nbl_export.plan.inputs import AskedGoal, PlanInputs, Task, Texts
 from nbl_export.plan.order import Selection, choose, quiet
 from nbl_export.records.plan import Plan
-from nbl_export.records.quality import loss_row, spoken_interval
+from nbl_export.records.quality import loss_row, spoken_increase
 
 __all__ = ["HOPE", "Reached", "count_foreseen",
            "count_trained", "count_within", "make_plan", "most_within"]  # fmt: skip
@@ -57,8 +57,8 @@ def make_plan(
             say(line)
         request, goal = reached.count, reached.facts
     order = selection.order(request) if isinstance(request, int) else None
-    asked = selection.inputs.kind
-    plan = choose(selection.scores, request, asked.tap, selection.select, order, asked.kind)
+    select, asked = selection.inputs.select, selection.inputs.kind
+    plan = choose(selection.scores, request, asked.tap, select, order, asked.kind)
     facts = selection.facts(inputs.speedup, inputs.setting)
     maps = selection.maps_of(plan.layers)
     return plan, maps, {**facts, "goal": goal}
@@ -99,7 +99,9 @@ def _reached(path: list[dict[str, Any]], goal: Mapping[str, Any], share: float) 
     if not reached:
         raise NblError(_unreachable(None if goal["default"] else text, path[0], share))
     best = reached[-1]
-    spoken = "; ".join(f"{_spoken(quality_loss)} on {quality_loss['text']}" for quality_loss in best["quality_losses"])
+    spoken = "; ".join(
+        f"{spoken_increase(quality_loss)} on {quality_loss['text']}" for quality_loss in best["quality_losses"]
+    )
     said = [f"{_layers(best['layers'])} perplexity by {spoken}; {text} is allowed"]
     for step in path:
         if step["layers"] == best["layers"] + 1:
@@ -217,14 +219,8 @@ def _failure(step: Mapping[str, Any], share: float) -> str:
     worst = max(
         chosen, key=lambda quality_loss: math.inf if quality_loss["increase"] is None else quality_loss["increase"]
     )
-    said = f"{_spoken(worst)} on {worst['text']}"
+    said = f"{spoken_increase(worst)} on {worst['text']}"
     return said if beyond else f"{said}, which {worst['tokens']:,} tokens cannot tell from {_percent(share)}"
-
-
-def _spoken(quality_loss: Mapping[str, Any]) -> str:
-    if quality_loss["increase"] is None:
-        return "infinitely much"
-    return spoken_interval(quality_loss["increase"], quality_loss["increase_interval"], percent=True, sign=True)
 
 
 def _percent(share: float) -> str:

@@ -30,7 +30,7 @@ import numpy as np
 
 __all__ = ["CONFIDENCE", "FAR", "FAR_SHARE", "NEAR", "Interval", "far_ends", "far_row", "grows_with_length",
            "increase_interval", "interval_ends", "loss_row", "mean_interval", "perplexity", "promise", "spoken_far",
-           "spoken_interval", "spoken_loss", "warn_of_text"]  # fmt: skip
+           "spoken_increase", "spoken_interval", "spoken_loss", "warn_of_text"]  # fmt: skip
 
 CONFIDENCE = 0.95
 FAR = 2.0  # a warning needs a loss this many times that on another text, or in a short one
@@ -228,6 +228,13 @@ def loss_row(name: str, losses: Sequence[Any]) -> dict[str, Any]:
         "increase": increase.value,
         "increase_interval": increase.ends,
     }
+
+
+def spoken_increase(row: Mapping[str, Any]) -> str:
+    """The increase of perplexity of a `loss_row` in words."""
+    if row["increase"] is None:
+        return "infinitely much"
+    return spoken_interval(row["increase"], row["increase_interval"], percent=True, sign=True)
 
 
 def far_row(found: Sequence[tuple[int, float, float, float]]) -> dict[str, Any] | None:
