@@ -6,6 +6,7 @@ comparable. The tokenizer adds special tokens, unless the text already begins wi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,17 +114,15 @@ class DecoderLM(TemplateLM):
             if asked.get("do_sample"):
                 raise NblError("nbl-onnx decodes greedily, but the task asks for sampling; give do_sample=False")
             stops = [stop for stop in handle_stop_sequences(asked.get("until"), eos=eos) if stop]
-            ids = self.scorer.generate(self.tok_encode(request.args[0]), asked["max_gen_toks"], self._ended(stops))
+            ended = functools.partial(self._ended, stops)
+            ids = self.scorer.generate(self.tok_encode(request.args[0]), asked["max_gen_toks"], ended)
             texts.append(postprocess_generated_text(self._decoded(ids), stops, None))
             self.cache_hook.add_partial("generate_until", request.args, texts[-1])
             self.progress(len(texts), len(requests))
         return texts
 
-    def _ended(self, stops: list[str]) -> Callable[[list[int]], bool]:
-        def ended(ids: list[int]) -> bool:
-            return ids[-1] == self.eot_token_id or any(stop in self._decoded(ids) for stop in stops)
-
-        return ended
+    def _ended(self, stops: list[str], ids: list[int]) -> bool:
+        return ids[-1] == self.eot_token_id or any(stop in self._decoded(ids) for stop in stops)
 
     def _decoded(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))

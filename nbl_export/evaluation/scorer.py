@@ -49,11 +49,6 @@ class TokenScores:
     loglikelihoods: np.ndarray
     greedy: np.ndarray
 
-    @property
-    def total(self) -> tuple[float, bool]:
-        """(log-likelihood, greedy?) of the continuation, as the harness wants a score."""
-        return float(self.loglikelihoods.sum()), bool(self.greedy.all())
-
 
 class GraphScorer:
     """Scores on one decoder graph (`graph.decoder.OnnxDecoder`, or an object with the same methods).
@@ -100,7 +95,8 @@ class GraphScorer:
             for index, request in enumerate(group):
                 if index:
                     self._decoder.rewind(mark)
-                found[request] = self._behind(last_V, request.continuation).total
+                scores = self._behind(last_V, request.continuation)
+                found[request] = float(scores.loglikelihoods.sum()), bool(scores.greedy.all())
             progress(len(found), len(set(wanted)))
         return [found[request] for request in wanted]
 
