@@ -8,6 +8,7 @@ scored. It is appended in steps that climb as a whole, so each of its positions 
 the same positions.
 
 Reported, not gated. A pass over the vocabulary computes in float32, a few rows at a time; sums are float64.
+Decoders that do not fit into memory together take turns (`in_turn`): one reads as many windows as may be held.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from nbl_export.errors import NblError
 from nbl_export.records.quality import far_row, increase_interval, mean_interval, perplexity
 from nbl_export.text.far import FEWEST, SHORT, contexts, is_far
 
-__all__ = ["quality_loss"]
+__all__ = ["in_turn", "quality_loss"]
 
 # Of a batch of windows. Two windows at once take about a tenth less time than one by one (SmolLM2, float32). The
 # logits of 512 tokens with a vocabulary of 49,152 are 100 MB, and both graphs have some at a time.
@@ -42,12 +43,14 @@ def quality_loss(
     near: int | None = None,
     *,
     answers: bool = True,
+    held: int = 0,
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     """Perplexity of both graphs, its increase, KL(original || NBL) in nats and top-1 agreement on each text.
 
     Args:
         texts: name and token ids [windows, context]. Without a name, only answers in the second half count.
         near: W, if the prompts of `nbl` stop at a cut. answers: whether answers from far back are looked for.
+        held: bytes of the original's logits that may be kept until `nbl` reads the same windows; 0 is one batch.
 
     Returns:
         one row a text, and one of the answers from far back in all of them (`records.quality.far_row`). Intervals are
@@ -60,19 +63,21 @@ def quality_loss(
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for name, windows in texts:
             found: list[np.ndarray] = []
-            batch, half = 1, windows.shape[1] // 2
-            scored = windows.shape[1] - (max(1, half) if name is None or near is not None else 1)
+            tokens, batch, together = windows.shape[1], 1, 1
+            half = tokens // 2
+            scored = tokens - (max(1, half) if name is None or near is not None else 1)
             while len(found) < len(windows):
-                ids_BT = windows[len(found) : len(found) + batch]
-                parts, row_bytes = _scored(original, nbl, ids_BT, scored, near, pool.map)
-                if answers:
-                    far += [_answers(original, *pair, row_bytes, pool.map) for pair in zip(ids_BT, parts, strict=True)]
+                ids_WT = windows[len(found) : len(found) + together]
+                base, row_bytes = _read(original, ids_WT, batch, scored)
+                short = [_short(original, ids_T, scored, row_bytes, pool.map) for ids_T in ids_WT] if answers else []
+                parts = _compared(nbl, ids_WT, base, near, pool.map)
+                far += [_far(*pair) for pair in zip(short, parts, strict=True)] if answers else []
                 found += [part_T4.mean(0) for part_T4 in parts]
                 progress(done + len(found), total)
+                window_bytes = row_bytes * (tokens - 1)
                 if near is None:  # else one: ONNX Runtime takes a chunk behind a cache for a single sequence
-                    batch = max(
-                        1, min(_STEP_TOKENS // windows.shape[1], _STEP_BYTES // (row_bytes * (windows.shape[1] - 1)))
-                    )
+                    batch = max(1, min(_STEP_TOKENS // tokens, _STEP_BYTES // window_bytes))
+                together = max(batch, held // window_bytes)
             done += len(windows)
             rows += (
                 [] if name is None else [_row(name, windows.size, found) | ({} if near is None else {"prompt": half})]
@@ -80,29 +85,60 @@ def quality_loss(
     return rows, far_row([row for row in far if row])
 
 
-def _scored(
-    original: Any, nbl: Any, ids_BT: np.ndarray, scored: int, near: int | None, spread: Spread
-) -> tuple[list[np.ndarray], int]:
-    """What `_compare` finds at the last `scored` tokens of each window, and the bytes of a position's logits."""
-    base_BTV = _logits(original, ids_BT)
-    prompt = ids_BT.shape[1] // 2
-    ours_BTV = _logits(nbl, ids_BT) if near is None else _behind_prompt(nbl, ids_BT, prompt, near + 1)
-    both = zip(base_BTV[:, -scored:], ours_BTV[:, -scored:], ids_BT[:, -scored:], strict=True)
-    return [_compare(base_TV, ours_TV, ids_T, spread) for base_TV, ours_TV, ids_T in both], base_BTV[0, 0].nbytes
+def in_turn(original: Callable[[], Any], nbl: Callable[[], Any]) -> tuple[Any, Any]:
+    """Two decoders of which one is open at a time: each opens at `begin`, which closes the other."""
+    first, second = _InTurn(original), _InTurn(nbl)
+    first.other, second.other = second, first
+    return first, second
 
 
-def _answers(
-    original: Any, ids_T: np.ndarray, found_T4: np.ndarray, row_bytes: int, spread: Spread
-) -> tuple[int, float, float, float] | None:
-    """The answers from far back at the scored positions of a window, as `far_row` takes them; None if they are few.
+class _InTurn:
+    other: _InTurn
+
+    def __init__(self, opener: Callable[[], Any]) -> None:
+        self._opener: Callable[[], Any] = opener
+        self._decoder: Any = None
+
+    def begin(self, batch: int) -> None:
+        self.other._decoder = None
+        self._decoder = self._decoder or self._opener()
+        self._decoder.begin(batch)
+
+    def step(self, ids_BT: np.ndarray) -> np.ndarray:
+        assert self._decoder is not None
+        logits: np.ndarray = self._decoder.step(ids_BT)
+        return logits
+
+
+def _read(original: Any, ids_WT: np.ndarray, batch: int, scored: int) -> tuple[list[np.ndarray], int]:
+    """The original's logits [B, scored, V] of each batch of windows, and the bytes of a position's logits."""
+    base = [_logits(original, ids_WT[start : start + batch]) for start in range(0, len(ids_WT), batch)]
+    return [base_BTV[:, -scored:] for base_BTV in base], base[0][0, 0].nbytes
+
+
+def _compared(
+    nbl: Any, ids_WT: np.ndarray, base: Sequence[np.ndarray], near: int | None, spread: Spread
+) -> list[np.ndarray]:
+    """What `_compare` finds at the positions of each window that the original was read at."""
+    found, prompt = list[np.ndarray](), ids_WT.shape[1] // 2
+    for base_BTV in base:
+        ids_BT, scored = ids_WT[len(found) : len(found) + len(base_BTV)], base_BTV.shape[1]
+        ours_BTV = _logits(nbl, ids_BT) if near is None else _behind_prompt(nbl, ids_BT, prompt, near + 1)
+        both = zip(base_BTV, ours_BTV[:, -scored:], ids_BT[:, -scored:], strict=True)
+        found += [_compare(base_TV, ours_TV, ids_T, spread) for base_TV, ours_TV, ids_T in both]
+    return found
+
+
+def _short(original: Any, ids_T: np.ndarray, scored: int, row_bytes: int, spread: Spread) -> np.ndarray:
+    """The original's loss in short contexts, at the last scored positions that have one.
 
     Args:
-        found_T4: at the last positions of a window. row_bytes: of a position's logits.
+        row_bytes: of a position's logits.
     """
     end = len(ids_T) - 1
-    begin = max(SHORT - 1, end - len(found_T4))
+    begin = max(SHORT - 1, end - scored)
     if begin >= end:
-        return None
+        return np.empty(0)
     rows_WT, step = ids_T[contexts(begin, end)], max(1, _STEP_BYTES // (2 * SHORT * row_bytes))
     short: list[np.ndarray] = []
     for start in range(0, len(rows_WT), step):
@@ -113,8 +149,13 @@ def _answers(
         targets_N = ids_T[first + 1 : min(first + SHORT * len(part_WT), end) + 1]
         logits_NV = logits_WTV.reshape(-1, logits_WTV.shape[2])[: len(targets_N)]
         short += [_compare(logits_NV, logits_NV, targets_N, spread)[:, 0]]
-    judged_N4 = found_T4[len(found_T4) - (end - begin) :]
-    gain_N = np.concatenate(short) - judged_N4[:, 0]
+    return np.concatenate(short)
+
+
+def _far(short_N: np.ndarray, found_T4: np.ndarray) -> tuple[int, float, float, float] | None:
+    """The answers from far back in a window, as `far_row` takes them; None if they are few."""
+    judged_N4 = found_T4[len(found_T4) - len(short_N) :]
+    gain_N = short_N - judged_N4[:, 0]
     far_N = is_far(gain_N)
     before, after = judged_N4[far_N, :2].sum(0)
     return None if far_N.sum() < FEWEST else (int(far_N.sum()), float(before), float(after), float(gain_N[far_N].sum()))

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from nbl_export.errors import NblError
+from nbl_export.model import memory
 from nbl_export.records.quality import warn_of_text
 from nbl_export.report.page import render
+from nbl_export.run.stages import verify
 from nbl_export.verify import perplexity
 from nbl_export.verify.perplexity import quality_loss
 
@@ -181,6 +187,28 @@ def test_windows_are_read_together_if_their_logits_fit(
     assert (read, row["windows"], seen[-1]) == (batches, 7, (7, 7))
 
 
+@pytest.mark.parametrize(("held", "turns"), [(0, 7), (4, 3), (100, 2)])
+@pytest.mark.parametrize("near", [None, 8])
+def test_decoders_that_take_turns_are_never_open_together_and_find_the_same(
+    near: int | None, held: int, turns: int
+) -> None:
+    """The first window tells the size of logits; then as many windows as may be held are read in a turn."""
+    windows = np.random.default_rng(2).integers(0, 50, (7, 600))
+    texts, opened = [("t", windows)], [weakref.WeakSet[Windowed](), weakref.WeakSet[Windowed]()]
+    count = [0, 0]
+
+    def opener(index: int) -> Windowed:
+        assert not opened[1 - index]
+        count[index] += 1
+        opened[index].add(made := Windowed(index, 50))
+        return made
+
+    first, second = perplexity.in_turn(functools.partial(opener, 0), functools.partial(opener, 1))
+    found = quality_loss(first, second, texts, lambda _d, _t: None, near, held=held * 599 * 50 * 4)
+    assert found == quality_loss(Windowed(0, 50), Windowed(1, 50), texts, lambda _d, _t: None, near)
+    assert count == [turns, turns]
+
+
 class Copying:
     """Tokens that have been read are more likely by some nats than others, of a vocabulary of 50."""
 
@@ -229,3 +257,20 @@ def test_a_single_window_has_no_interval() -> None:
     (row,), _ = quality_loss(Windowed(0), Windowed(1), [("t", np.arange(30)[None])], lambda _d, _t: None)
     assert row["windows"] == 1 and row["increase"] is not None
     assert row["increase_interval"] is row["kl_interval"] is row["top1_interval"] is None
+
+
+@pytest.mark.parametrize(("available", "alone"), [(320, False), (319, True)])
+def test_decoders_take_turns_if_both_do_not_fit(
+    available: int, alone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two graphs of 100 bytes take 1.6 times as much when they are opened."""
+    run = {name: tmp_path / name for name in ("original", "nbl")}
+    for folder in run.values():
+        folder.mkdir()
+        (folder / "model.onnx.data").write_bytes(bytes(100))
+    opened: list[Path] = []
+    engine = SimpleNamespace(open_graph=lambda folder, _head_dim: opened.append(folder))
+    monkeypatch.setattr(memory, "available_bytes", lambda: available)
+    setting: Any = SimpleNamespace(engine=engine, spec=SimpleNamespace(head_dim=8))
+    _, _, held = verify._open_both(setting, run)
+    assert (opened, held) == (([], available // 8) if alone else ([*run.values()], 0))

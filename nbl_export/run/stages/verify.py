@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from nbl_export.errors import NblError
 from nbl_export.files import write_json
 from nbl_export.mixers import cache_layers
 from nbl_export.mixers.cut import cut_of
+from nbl_export.model import memory
 from nbl_export.options.options import CHECKPOINT_FIT
 from nbl_export.plan.cuts import LENGTH
 from nbl_export.plan.inputs import Texts
@@ -30,7 +32,7 @@ from nbl_export.targets.tokenizer import TOKENIZER, Text
 from nbl_export.text import questions
 from nbl_export.text.windows import repeated
 from nbl_export.verify.on_target import expect, save
-from nbl_export.verify.perplexity import quality_loss
+from nbl_export.verify.perplexity import in_turn, quality_loss
 from nbl_export.verify.structure import Setting
 from nbl_export.verify.verifier import Verifier
 
@@ -43,6 +45,8 @@ _ANSWER_TOKENS = 48
 _TWICE_ROWS = 2  # with passages that occur twice, for answers from far back
 _LONG_TOKENS = 2048
 _BEYOND_WINDOW = 512
+_SESSION_SHARE = 1.6  # of a graph's files, that ONNX Runtime takes while it opens them (8B shape in int4: 1.53)
+_LOGITS_SHARE = 1 / 8  # of the available memory, for logits of the original
 _LONGEST_PROBED_WINDOW = 256  # that short rows and the batch exceed; the long row exceeds every window
 
 
@@ -138,16 +142,29 @@ def check(inputs: VerifyInputs, place: Place, out: Path) -> dict[str, Any]:
         place.ui.say(f"  graphs: {sum(r.passed for r in results)} of {len(results)} checks passed")
         quality_losses, far = list[dict[str, Any]](), None
         if not inputs.lacks_attention:  # the loss takes as long again
-            both = {name: setting.engine.open_graph(run[name], inputs.spec.head_dim) for name in DECODERS}
+            original, nbl, held = _open_both(setting, run)
             with place.ui.task("quality loss on held-back text") as progress:
                 final = loss_texts(inputs, near)
                 texts: list[tuple[str | None, Any]] = [*final, (None, _twice(final[0][1]))]
-                quality_losses, far = quality_loss(both["original"], both["nbl"], texts, progress, near)
-            del both
+                quality_losses, far = quality_loss(original, nbl, texts, progress, near, held=held)
+            del original, nbl
         if setting.engine.capabilities.cross:
             save(expect(setting.precision, verifier.probe, verifier.references, near), out / ACCEPTANCE_FILE)
     said = {"answers": _answers(verifier, holder, asked=bool(asked)), "passage": questions.PASSAGE if asked else ""}
     return {**conclude(inputs, place, verifier, quality_losses, far), **said}
+
+
+def _open_both(setting: Setting, run: Mapping[str, Path]) -> tuple[Any, Any, int]:
+    """The original and the NBL decoder, and the logits in bytes that may wait for the second one.
+
+    They take turns if both do not fit into memory.
+    """
+    needed = _SESSION_SHARE * sum(file.stat().st_size for name in DECODERS for file in run[name].iterdir())
+    available = memory.available_bytes()
+    openers = [functools.partial(setting.engine.open_graph, run[name], setting.spec.head_dim) for name in DECODERS]
+    if needed <= available:
+        return openers[0](), openers[1](), 0
+    return *in_turn(*openers), int(_LOGITS_SHARE * available)
 
 
 def _check_exporter(verifier: Verifier, inputs: VerifyInputs, original: Path) -> None:
