@@ -9,7 +9,6 @@ Shows a result on stdout, and progress on stderr.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import json
@@ -24,7 +23,7 @@ import typer
 from nbl_export.errors import UsageError
 from nbl_export.files import read_small
 from nbl_export.options.option import MAIN, Option
-from nbl_export.options.options import OPTIONS, PANELS, JobOptions, flag_of
+from nbl_export.options.options import DEFAULTS, OPTIONS, PANELS, JobOptions, flag_of
 from nbl_export.options.settle import over, read_asked
 from nbl_export.records.from_json import read_record
 from nbl_export.trust.model_settings import read_object
@@ -114,7 +113,7 @@ def _parameter(name: str, record: Option, command: str) -> inspect.Parameter:
 
 def said_of(name: str, record: Option) -> str:
     """The help of an option, with its default if that is a number."""
-    default = next(f.default for f in dataclasses.fields(JobOptions) if f.name == name)
+    default = DEFAULTS[name]
     counted = isinstance(default, (int, float)) and not isinstance(default, bool)
     return f"{record.help.removesuffix('.')}; default {default:g}." if counted else record.help
 

@@ -6,7 +6,6 @@ printf '%s\\n' 'select = "cca"' > keys.toml && nbl-export --config keys.toml --m
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shlex
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from nbl_export.options.model_facts import ModelFacts
 from nbl_export.options.option import MAIN
-from nbl_export.options.options import OPTIONS, JobOptions, flag_of
+from nbl_export.options.options import DEFAULTS, OPTIONS, JobOptions, flag_of
 
 __all__ = ["KEYS_FILE", "describe_command"]
 
@@ -43,5 +42,4 @@ def describe_command(options: JobOptions, output: Path) -> str:
 def _default(options: JobOptions, name: str) -> Any:
     """The value that the option has without being asked for, as far as engine and model do not decide."""
     usual = OPTIONS[name].usual
-    fixed = next(field.default for field in dataclasses.fields(JobOptions) if field.name == name)
-    return fixed if usual is None else usual(vars(options), None, ModelFacts())
+    return DEFAULTS[name] if usual is None else usual(vars(options), None, ModelFacts())

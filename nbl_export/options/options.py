@@ -20,8 +20,9 @@ from nbl_export.records.destinations import DESTINATIONS, Destination
 from nbl_export.records.from_json import read_record, require
 from nbl_export.records.plan import CUT_KIND, MAPS, TAPS, USUAL_KIND
 
-__all__ = ["AUTO_CUT", "BUILDER_OPTIONS", "CHECKPOINT_FIT", "DEFAULT_SLOTS", "DROPPED", "GPU_DECODE", "LIKE_LLAMA",
-           "NO_CUT", "NO_ORIGINAL", "OPTIONS", "PANELS", "JobOptions", "flag_of", "has_plain_attention"]  # fmt: skip
+__all__ = ["AUTO_CUT", "BUILDER_OPTIONS", "CHECKPOINT_FIT", "DEFAULTS", "DEFAULT_SLOTS", "DROPPED", "GPU_DECODE",
+           "LIKE_LLAMA", "NO_CUT", "NO_ORIGINAL", "OPTIONS", "PANELS", "JobOptions", "flag_of",
+           "has_plain_attention"]  # fmt: skip
 
 # Source of the maps: closed form for each layer; joint training from there; zero, which drops attention; or an NBL
 # checkpoint.
@@ -411,6 +412,7 @@ class JobOptions:
 
 
 OPTIONS: dict[str, Option] = {f.name: f.metadata["option"] for f in dataclasses.fields(JobOptions) if f.metadata}
+DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(JobOptions)}
 
 
 def flag_of(name: str) -> str:

@@ -21,7 +21,7 @@ from nbl_export.errors import UsageError
 from nbl_export.options.goals import asked_layers, check_request
 from nbl_export.options.model_facts import ModelFacts
 from nbl_export.options.option import Option
-from nbl_export.options.options import AUTO_CUT, NO_CUT, OPTIONS, JobOptions, flag_of
+from nbl_export.options.options import AUTO_CUT, DEFAULTS, NO_CUT, OPTIONS, JobOptions, flag_of
 from nbl_export.options.rules import OF_DECODER, REFUSED, Case, Refusal
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.destinations import destination_named
@@ -33,7 +33,6 @@ EngineOf = Callable[[str, str], Capabilities]  # engine, provider -> its capabil
 
 _OF_ENGINE = ("engine", "provider")  # settled before all that depends on the engine
 _COUNTS = ("layers", "cut", "max_perplexity_increase")  # one of them sets which layers are replaced
-_DEFAULT: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(JobOptions)}
 
 
 def settle(
@@ -84,7 +83,7 @@ def over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _defaults(values: Mapping[str, Any], engine_of: EngineOf, model: ModelFacts) -> dict[str, Any]:
-    found, defaults = {**_DEFAULT, **values}, {}
+    found, defaults = {**DEFAULTS, **values}, {}
     for name, usual in ((name, record.usual) for name, record in OPTIONS.items() if record.usual):
         engine = None if name in _OF_ENGINE else engine_of(str(found["engine"]), str(found["provider"]))
         defaults[name] = usual(found, engine, model)
@@ -94,8 +93,8 @@ def _defaults(values: Mapping[str, Any], engine_of: EngineOf, model: ModelFacts)
 
 def _asked_for(options: JobOptions, engine_of: EngineOf, model: ModelFacts) -> dict[str, Any]:
     """The values that are not the defaults of these options, with this model or with a plain checkpoint."""
-    values = {name: getattr(options, name) for name in _DEFAULT}
-    usual = [{**_DEFAULT, **_defaults(values, engine_of, facts)} for facts in (model, ModelFacts())]
+    values = {name: getattr(options, name) for name in DEFAULTS}
+    usual = [{**DEFAULTS, **_defaults(values, engine_of, facts)} for facts in (model, ModelFacts())]
     return {name: value for name, value in values.items() if all(value != of[name] for of in usual)}
 
 
@@ -109,7 +108,7 @@ def _applying(case: Case, given: Mapping[str, Any]) -> Case:
         if belongs and name in given:
             raise UsageError(f"{flag_of(name)} is for {belongs}; leave {flag_of(name)} out")
         if belongs:
-            recorded[name] = _DEFAULT[name]
+            recorded[name] = DEFAULTS[name]
     return dataclasses.replace(case, options=dataclasses.replace(case.options, **recorded))
 
 
