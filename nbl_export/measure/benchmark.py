@@ -10,10 +10,8 @@ pp<T> at depth d: d tokens are in the cache, and T more are appended as one chun
 the logits and timed separately. tg<T>: T tokens are appended one at a time, and the clock is read after each token.
 Token ids are random, fixed by a seed, and equal for all variants.
 
-Round i of all variants runs one variant after the other. Each run waits until the threads of the previous run stop
-spinning, because a spinning thread occupies a core. A load fixes the memory layout of weights and cache until
-the next load. Of six copies of one decoder, the fastest decoded 8% faster than the slowest, with clearly separate
-intervals (bench/EXPERIMENTS.md). So a load has one round, and the order of variants rotates with each load.
+Each run waits until the threads of the previous run are idle (`instruments`). A load has one round (`rounds`), and the
+order of variants rotates with each load.
 
 Decode appends given ids instead of sampling, so an end-of-text token never stops a run. On ONNX Runtime GenAI,
 `generate_next_token` with `min_length` takes the same time (SmolLM2 int4, 8 interleaved blocks of 64 tokens: medians
@@ -48,8 +46,7 @@ from nbl_export.records.results import Scenario, spoken_background
 from nbl_export.run_directory import PACKAGES
 from nbl_export.targets.gpu import describe, free_bytes
 
-__all__ = ["BenchSetting", "decode_tokens", "machine", "plan_scenarios", "run", "side_by_side",
-           "where_measured"]  # fmt: skip
+__all__ = ["BenchSetting", "decode_tokens", "machine", "plan_scenarios", "run", "side_by_side"]
 
 Measure = Callable[[OpenRunner, Path, int | None, Sequence[int], int, bool], Footprint]
 
@@ -170,7 +167,8 @@ def run(
     bench = Bench(ids, setting.threads, instruments, steps, apart)
     timings, loads = time_rounds(variants, bench, fitting, rule, setting.base)
     return {
-        **where_measured(gpu=setting.gpu),
+        "machine": machine(gpu=setting.gpu),
+        "versions": versions(PACKAGES),
         **({"gpu_clocks": _clocks_of(bench.clocks)} if bench.clocks else {}),
         "background": background_of(loads, len(bench.waits), bench.waits.count(False)),
         "threads": setting.threads,
@@ -226,11 +224,6 @@ def _model_bytes(directory: Path) -> int:
     return sum(
         path.stat().st_size for kind in ("model.onnx*", "*.engine", "openvino_model.*") for path in directory.glob(kind)
     )
-
-
-def where_measured(*, gpu: bool = False) -> dict[str, Any]:
-    """This machine, and the versions of packages, as a file of results records them."""
-    return {"machine": machine(gpu=gpu), "versions": versions(PACKAGES)}
 
 
 def machine(*, gpu: bool = False) -> dict[str, Any]:
