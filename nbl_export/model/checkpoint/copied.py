@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 from transformers import GenerationConfig
 
-from nbl_export.errors import NblError
 from nbl_export.files import safetensors_header, safetensors_tensors, write_json
 from nbl_export.mixers.base import Mixer
 from nbl_export.model.checkpoint.hf_classes import empty_linearized
-from nbl_export.model.checkpoint.pretrained import check_weights, config_of, reason_of, tokenizer_of
+from nbl_export.model.checkpoint.pretrained import check_weights, config_of, explained, tokenizer_of
 from nbl_export.model.checkpoint.weights import INDEX, WEIGHTS, weight_files
 from nbl_export.model.linearize import multiplier_of, stored_in
 from nbl_export.trust.model_settings import drop_code, read_object
@@ -70,12 +69,8 @@ def check_loadable(checkpoint: Path) -> None:
     Raises:
         NblError: a file is missing or damaged, or a weight is missing or has another shape.
     """
-    try:
+    with explained(f"{checkpoint} cannot be loaded by transformers"):
         check_weights(checkpoint)
-    except NblError:
-        raise
-    except Exception as error:  # safetensors has its own kinds
-        raise NblError(f"{checkpoint} cannot be loaded by transformers: {reason_of(error)}") from error
 
 
 def _tied(model: Any) -> set[str]:

@@ -21,7 +21,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from nbl_export.errors import CorruptError, NblError
+from nbl_export.errors import CorruptError
 from nbl_export.files import read_json, scratch_in
 from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import Mixer
@@ -30,10 +30,10 @@ from nbl_export.model.checkpoint import pretrained
 from nbl_export.model.checkpoint.pretrained import (
     check_weights,
     config_of,
+    explained,
     model_of,
     model_with,
     quiet_transformers,
-    reason_of,
     tokenizer_of,
 )
 from nbl_export.model.checkpoint.source import Linearized, Source, log
@@ -56,15 +56,11 @@ def read_spec(source: Source) -> DecoderSpec:
     """
     quiet_transformers()
     _register(source)
-    try:
+    with explained(f"{source.name} has no usable decoder configuration"):
         config = config_of(source.gguf or source.directory)
         architecture = config.model_type.removeprefix(LINEARIZED if source.linearized else "")
         check_weights(source.gguf or source.directory)
         return spec_of(config, architecture)
-    except NblError:
-        raise
-    except Exception as error:  # transformers raises many kinds on a damaged configuration
-        raise NblError(f"{source.name} has no usable decoder configuration: {reason_of(error)}") from error
 
 
 def spec_of(config: Any, architecture: str) -> DecoderSpec:
@@ -135,12 +131,8 @@ def _compute_buffers(model: Any) -> None:
 
 
 def _loaded(directory: Path, dtype: Any = None) -> Any:
-    try:
+    with explained(f"{directory} cannot be loaded by transformers"):
         return model_of(directory, dtype).eval()
-    except (MemoryError, NblError):
-        raise
-    except Exception as error:
-        raise NblError(f"{directory} cannot be loaded by transformers: {reason_of(error)}") from error
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -149,12 +141,8 @@ def load_tokenizer(directory: Path) -> Any:
     Raises:
         NblError: the directory has no tokenizer that transformers can load.
     """
-    try:
+    with explained(f"{directory} has no usable tokenizer"):
         return tokenizer_of(directory)
-    except NblError:
-        raise
-    except Exception as error:
-        raise NblError(f"{directory} has no usable tokenizer: {error}") from error
 
 
 def materialise(source: Source, target: Path) -> Path:
@@ -180,16 +168,12 @@ def _convert(source: Source, target: Path) -> None:
     origin = source.gguf or source.directory
     with scratch_in(target.parent) as scratch:
         made = scratch / "checkpoint"
-        try:
-            if source.gguf is not None:
-                log.info("dequantising %s", source.gguf.name)
-                _dequantise(source.gguf, made)
-            else:
-                _restore(source.directory, made)
-        except (OSError, MemoryError, NblError):
-            raise
-        except Exception as error:
-            raise NblError(f"{origin} cannot be loaded by transformers: {reason_of(error)}") from error
+        if source.gguf is not None:
+            model, tokenizer = _dequantised(source.gguf)
+        else:
+            model, tokenizer = _restored(source.directory)
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
         drop_code(made)
         sizes = {f.name: f.stat().st_size for f in sorted(made.iterdir())}
         facts = {"fingerprint": source.fingerprint, "file": origin.name, "sizes": sizes}
@@ -198,24 +182,25 @@ def _convert(source: Source, target: Path) -> None:
         os.replace(made, target)
 
 
-def _dequantise(gguf: Path, out: Path) -> None:
+def _dequantised(gguf: Path) -> tuple[Any, Any]:
     from nbl_export.model.mapped import refuse_whole
 
+    log.info("dequantising %s", gguf.name)
     refuse_whole(gguf, f"the conversion of {gguf.name} (safetensors need none)")
-    model = model_of(gguf)
+    model = _loaded(gguf)
     # transformers refuses to save a model that was loaded quantised; these weights are dequantised.
     model.config.__dict__.pop("quantization_config", None)
     model.hf_quantizer = None
-    model.save_pretrained(out)
-    tokenizer_of(gguf).save_pretrained(out)
+    return model, load_tokenizer(gguf)
 
 
-def _restore(directory: Path, out: Path) -> None:
+def _restored(directory: Path) -> tuple[Any, Any]:
     from nbl_export.model.checkpoint.hf_classes import restored
 
     log.info("writing the stock checkpoint of %s", directory.name)
-    restored(load_model(directory)).save_pretrained(out)
-    load_tokenizer(directory).save_pretrained(out)
+    model = load_model(directory)
+    with explained(f"{directory} cannot be loaded by transformers"):
+        return restored(model), load_tokenizer(directory)
 
 
 def _is_whole(target: Path, source: Source) -> bool:

@@ -25,7 +25,8 @@ from nbl_export.graph.gguf_header import read_header
 from nbl_export.model.checkpoint.weights import INDEX, WEIGHTS, weight_files
 from nbl_export.trust.model_settings import check_checkpoint
 
-__all__ = ["check_weights", "config_of", "model_of", "model_with", "quiet_transformers", "reason_of", "tokenizer_of"]
+__all__ = ["check_weights", "config_of", "explained", "model_of", "model_with", "quiet_transformers",
+           "tokenizer_of"]  # fmt: skip
 
 
 def quiet_transformers() -> None:
@@ -39,11 +40,22 @@ def quiet_transformers() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def reason_of(error: Exception) -> str:
-    """A library's message on one line, unless the message refers to a report that is not shown."""
-    if "ignore_mismatched_sizes" in str(error):
-        return "weights do not have the shapes that config.json states; fetch the model again"
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+@contextlib.contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Within: whatever a library raises on a damaged model becomes one sentence.
+
+    Raises:
+        NblError: what is wrong, and the library's message, unless that refers to a report that is not shown.
+    """
+    try:
+        yield
+    except (MemoryError, NblError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+        if "ignore_mismatched_sizes" in str(error):
+            reason = "weights do not have the shapes that config.json states; fetch the model again"
+        raise NblError(f"{what}: {reason}") from error
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from typing import Any
 
 from nbl_export.errors import NblError
 from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE, TEXT_FILES
-from nbl_export.model.checkpoint.pretrained import check_weights, config_of, reason_of
+from nbl_export.model.checkpoint.pretrained import check_weights, config_of, explained
 from nbl_export.model.memory import available_bytes
 from nbl_export.trust.contained import check_inside
 from nbl_export.trust.model_settings import read_object
@@ -118,13 +118,9 @@ def check_bounds(checkpoint: Path) -> None:
     """
     from nbl_export.model.mapped import float32_bytes  # loads torch, which a build machine lacks
 
-    try:
+    with explained(f"{checkpoint} cannot be exported"):
         config = config_of(checkpoint)
         check_weights(checkpoint)
-    except NblError:
-        raise
-    except Exception as error:  # transformers raises many kinds on a damaged folder
-        raise NblError(f"{checkpoint} cannot be exported: {reason_of(error)}") from error
     positions = max(_whole(getattr(config, name, 0)) for name in _POSITIONS)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     tables, available = _ITEM * positions * head, available_bytes()

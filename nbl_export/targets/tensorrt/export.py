@@ -19,7 +19,7 @@ from nbl_export.graph.emitter import run_passes
 from nbl_export.graph.files import read_graph
 from nbl_export.graph.names import ALL_LOGITS_FILE, GRAPH_FILE, STATIC_GRAPH_FILE, all_logits_file
 from nbl_export.model.architectures import windows_of
-from nbl_export.model.checkpoint.pretrained import config_of
+from nbl_export.model.checkpoint.pretrained import config_of, explained
 from nbl_export.model.checkpoint.weights import weight_files
 from nbl_export.rewrite.tail import keep_last_token
 from nbl_export.targets.export.finish import add_text_files, captured
@@ -54,7 +54,8 @@ def build_form(checkpoint: Path, max_seq_len: int) -> ir.Model:
     Raises:
         NblError: see `build`.
     """
-    config = _read_config(checkpoint)
+    with explained(f"{checkpoint} has no usable configuration"):
+        config = config_of(checkpoint)
     refuse_lost_biases(checkpoint)
     _refuse_length(max_seq_len, config)
     with captured("mobius", checkpoint), corrected(checkpoint):
@@ -82,15 +83,6 @@ def write_float32(directory: Path, out: Path) -> None:
     save_graph(model, out, GRAPH_FILE)
     if (directory / ALL_LOGITS_FILE).is_file():
         keep_last_token(out)
-
-
-def _read_config(checkpoint: Path) -> Any:
-    try:
-        return config_of(checkpoint)
-    except NblError:
-        raise
-    except Exception as error:  # transformers raises many kinds on a damaged configuration
-        raise NblError(f"{checkpoint} has no usable configuration: {error}") from error
 
 
 def _refuse_length(max_seq_len: int, config: Any) -> None:
