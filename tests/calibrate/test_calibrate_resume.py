@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from nbl_export.files import file_sha256
-from nbl_export.run.stages import calibrate
+from nbl_export.run.stages import common
 
 from ..command import keys, snapshot
 from ..damage import cut, flip
@@ -24,9 +25,9 @@ PARTIAL = "calibrate.partial.safetensors"
 OFTEN = """
 import os
 os.fsync = lambda *_: None
-import nbl_export.calibrate.collect, nbl_export.run.stages.calibrate
+import nbl_export.calibrate.collect, nbl_export.run.stages.common
 nbl_export.calibrate.collect._BATCH_TOKENS = 128
-nbl_export.run.stages.calibrate._SECONDS = nbl_export.run.stages.calibrate._SHARE = 0
+nbl_export.run.stages.common._SECONDS = nbl_export.run.stages.common._SHARE = 0
 """
 
 
@@ -181,19 +182,15 @@ def test_partial_file_of_other_options_is_not_used(
     assert not (interrupted / PARTIAL).exists()
 
 
-def test_partial_files_cost_little(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_partial_files_cost_little(monkeypatch: pytest.MonkeyPatch) -> None:
     """No sooner than half a minute after the last, and where writing is slow, than fifty times what that took."""
     now, written = [0.0], []
 
-    def write(*_: object) -> None:
+    def keep(_done: int) -> None:
         written.append(now[0])
         now[0] += 4
 
-    monkeypatch.setattr(calibrate, "_write", write)
-    monkeypatch.setattr(calibrate.time, "monotonic", lambda: now[0])
-    partial = calibrate._Partial(tmp_path / PARTIAL, {})
-    for batch in range(60):
+    monkeypatch.setattr(common.time, "monotonic", lambda: now[0])
+    for _ in common.shared_batches([torch.zeros(1)] * 60, 0, lambda *_: None, keep):
         now[0] += 10
-        if partial.is_due():
-            partial.save(None, batch)
     assert written == [30, 234, 438]

@@ -24,6 +24,7 @@ from nbl_export.mixers.predicted_module import features
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.cut import own_map
 from nbl_export.records.inputs import Lazy
+from nbl_export.run.stages import common
 from nbl_export.run.stages import cut as stage
 
 from ..tiny import EPSILON, HEAD_DIM, HIDDEN, KV_HEADS, LAYERS, VOCAB
@@ -148,7 +149,7 @@ def test_a_stage_that_is_killed_again_and_again_counts_each_batch_once(
     checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("_SECONDS", "_SHARE"):
-        monkeypatch.setattr(stage, name, 0.0)
+        monkeypatch.setattr(common, name, 0.0)
     monkeypatch.setattr(collect, "_BATCH_TOKENS", 48)
     model, text = load_model(checkpoint("llama")), windows(6)
     assert collected(model, tmp_path / "whole", text) == 0

@@ -52,10 +52,10 @@ def resumed_batches(
     assert isinstance(declared, calibrate.CalibrateInputs)
     inputs = dataclasses.replace(declared, windows=Lazy(None, lambda: windows))
     found = calibrate._facts(inputs, batches, products)
-    partial, collected = calibrate._Partial(directory / "partial", found), Collected(found["identity"]["taps"])
-    done = partial.restore(collected)
+    partial, collected = directory / "partial", Collected(found["identity"]["taps"])
+    done = calibrate._restored(partial, found, collected)
     assert collected.restored == (1 if done else 0)
-    partial.save(collected, 1)
+    calibrate._write(collected, partial, {**found, "done": 1})
     return done
 
 

@@ -11,7 +11,6 @@ exact (`sums`), so a resumed run and an uninterrupted run give the same bytes.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +24,11 @@ from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy
 from nbl_export.run.job import Job
 from nbl_export.run.stages import cut
-from nbl_export.run.stages.common import LeftOut, Place
+from nbl_export.run.stages.common import LeftOut, Place, shared_batches
 from nbl_export.run_directory import MOMENTS_FILE
 from nbl_export.text.parts import rows_sha256
 
 __all__ = ["CalibrateInputs", "declare", "run", "taps_of"]
-
-_SECONDS = 30.0  # least time between two partial files,
-_SHARE = 50.0  # and at least this many times the seconds of writing one
 
 
 def taps_of(tap: str) -> tuple[str, ...]:
@@ -92,60 +88,47 @@ def run(inputs: CalibrateInputs | cut.CutCalibration, place: Place, out: Path) -
     if isinstance(inputs, cut.CutCalibration):
         return cut.collect(inputs, place, out)
     from nbl_export.calibrate import collect
+    from nbl_export.model import bfloat16
 
-    windows = inputs.windows.value
-    parts = collect.batches(windows)
+    parts = collect.batches(inputs.windows.value)
     device, by_layer = _device(inputs, place)
-    calibration = {
-        **place.run.manifest["calibration"],
-        "products": "bfloat16" if _narrow(inputs, device) else "float32", "device": spoken(device),
-    }  # fmt: skip
-    facts = _facts(inputs, len(parts), calibration["products"])
+    products = "bfloat16" if bfloat16.chosen(inputs.compute_dtype, device) else "float32"
+    facts = _facts(inputs, len(parts), products)
     if by_layer:
         if processes.count() > 1:
             raise NblError("several processes cannot share one layer at a time; start the command without torchrun")
         _run_layers(inputs, place, facts, out, device)
     else:
         _run_whole(inputs, place, parts, facts, out)
-    return {"calibration": calibration}
+    known = place.run.manifest["calibration"]
+    return {"calibration": {**known, "products": products, "device": spoken(device)}}
 
 
 def _run_whole(inputs: CalibrateInputs, place: Place, parts: Sequence[Any], facts: dict[str, Any], out: Path) -> None:
     """Collect with the whole model in memory."""
     from nbl_export.calibrate import collect
 
-    windows = inputs.windows.value
-    partial = _Partial(place.run.partial("calibrate"), facts)
-    total = windows.numel()
+    windows, partial = inputs.windows.value, place.run.partial("calibrate")
     taps, narrow = facts["identity"]["taps"], facts["identity"]["products"] == "bfloat16"
-    model = inputs.model.value
-    with place.ui.task(f"{total} tokens") as progress, collect.Collection(model, taps, narrow=narrow) as found:
-        done = int(processes.tell(str(partial.restore(found) if processes.leads() else 0)))
+    found = collect.Collection(inputs.model.value, taps, narrow=narrow)
+
+    def keep(done: int, path: Path = partial) -> None:
+        found.meet()
+        if processes.leads():
+            _write(found, path, {**facts, "done": done})
+
+    with place.ui.task(f"{windows.numel()} tokens") as progress, found:
+        done = int(processes.tell(str(_restored(partial, facts, found) if processes.leads() else 0)))
         if done:
             place.ui.say(f"  resuming after {done} of {len(parts)} batches")
         if done and processes.leads():
             found.share_references()
         else:
             found.refer(windows)
-        for first in range(done, len(parts), processes.count()):
-            end = min(first + processes.count(), len(parts))
-            for mine in processes.own(end - first):
-                found.add(parts[first + mine])
-            progress(sum(part.numel() for part in parts[:end]), total)
-            if processes.tell("due" * partial.is_due()):
-                found.meet()
-                if processes.leads():
-                    partial.save(found, end)
-        found.meet()
-        if processes.leads():
-            _write(found, out / MOMENTS_FILE, facts)
-
-
-def _narrow(inputs: CalibrateInputs, device: Any) -> bool:
-    """Whether the model's products are in bfloat16."""
-    from nbl_export.model import bfloat16
-
-    return bool(bfloat16.chosen(inputs.compute_dtype, device))
+        for batch in shared_batches(parts, done, progress, keep):
+            if batch is not None:
+                found.add(batch)
+        keep(len(parts), out / MOMENTS_FILE)
 
 
 def _device(inputs: CalibrateInputs, place: Place) -> tuple[Any, bool]:
@@ -207,34 +190,19 @@ def _write(found: Any, path: Path, facts: dict[str, Any]) -> None:
             file.write(found.layer(i))
 
 
-class _Partial:
-    """The unfinished sums of a run, on disk."""
+def _restored(path: Path, facts: dict[str, Any], found: Any) -> int:
+    """Restore the sums of an unfinished run with the same inputs; return its number of batches, or 0."""
+    from nbl_export.calibrate.moments_file import open_moments
 
-    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
-        self._path, self._facts = path, facts
-        self._due = time.monotonic() + _SECONDS
-
-    def restore(self, found: Any) -> int:
-        """Restore the sums of an unfinished run with the same inputs; return its number of batches, or 0."""
-        from nbl_export.calibrate.moments_file import open_moments
-
-        if not self._path.is_file():
-            return 0
-        try:
-            with open_moments(self._path, whole=False) as file:
-                file.check()
-                if file.facts["identity"] != self._facts["identity"]:
-                    return 0
-                for i in range(file.num_layers):
-                    found.restore(i, {tap: file.sums(i, tap) for tap in file.taps})
-                return int(file.facts["done"])
-        except CorruptError:
-            return 0  # damaged: start again
-
-    def is_due(self) -> bool:
-        return time.monotonic() >= self._due
-
-    def save(self, found: Any, done: int) -> None:
-        started = time.monotonic()
-        _write(found, self._path, {**self._facts, "done": done})
-        self._due = time.monotonic() + max(_SECONDS, _SHARE * (time.monotonic() - started))
+    if not path.is_file():
+        return 0
+    try:
+        with open_moments(path, whole=False) as file:
+            file.check()
+            if file.facts["identity"] != facts["identity"]:
+                return 0
+            for i in range(file.num_layers):
+                found.restore(i, {tap: file.sums(i, tap) for tap in file.taps})
+            return int(file.facts["done"])
+    except CorruptError:
+        return 0  # damaged: start again

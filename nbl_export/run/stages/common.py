@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from nbl_export.files import key_of
 from nbl_export.mixers.base import Mixer
+from nbl_export.model import processes
 from nbl_export.records.inputs import identity_of
 from nbl_export.records.plan import Plan
 from nbl_export.records.results import status_of
@@ -16,7 +18,10 @@ from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
 from nbl_export.run_directory import MAPS_FILE, VERIFY_FILE, RunDirectory
 
-__all__ = ["Inputs", "LeftOut", "Place", "Stage"]
+__all__ = ["Inputs", "LeftOut", "Place", "Stage", "shared_batches"]
+
+_SECONDS = 30.0  # least time between two partial files,
+_SHARE = 50.0  # and at least this many times the seconds of writing one
 
 Inputs = TypeVar("Inputs")
 
@@ -94,3 +99,24 @@ class Stage(Generic[Inputs]):
         if not self.by_part:
             job.keys[self.name] = key
         return inputs, key
+
+
+def shared_batches(
+    parts: Sequence[Any], done: int, progress: Callable[[int, int], None], keep: Callable[[int], None]
+) -> Iterator[Any]:
+    """The batches that this process runs, one in each turn of all processes; None in a turn without one.
+
+    Args:
+        parts: all batches, of which `done` are done.
+        keep: writes a partial file of so many batches; all processes call it, now and then.
+    """
+    total, due = sum(part.numel() for part in parts), time.monotonic() + _SECONDS
+    for first in range(done, len(parts), processes.count()):
+        end = min(first + processes.count(), len(parts))
+        mine = next(iter(processes.own(end - first)), None)
+        yield None if mine is None else parts[first + mine]
+        progress(sum(part.numel() for part in parts[:end]), total)
+        if processes.tell("due" * (time.monotonic() >= due)):
+            begun = time.monotonic()
+            keep(end)
+            due = time.monotonic() + max(_SECONDS, _SHARE * (time.monotonic() - begun))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +24,11 @@ from nbl_export.plan.cuts import LENGTH, CutInputs, joined
 from nbl_export.plan.inputs import Maps
 from nbl_export.records.inputs import Lazy
 from nbl_export.run.job import Job
-from nbl_export.run.stages.common import Place
+from nbl_export.run.stages.common import Place, shared_batches
 from nbl_export.run_directory import CUTS_FILE
 from nbl_export.text.parts import rows_sha256
 
 __all__ = ["CutCalibration", "calibration", "choice", "collect", "saved_work"]
-
-_SECONDS, _SHARE = 30.0, 50.0  # between two partial files: least time, and times the seconds of writing one
 
 
 @dataclass(frozen=True)
@@ -100,20 +97,16 @@ def collect(inputs: CutCalibration, place: Place, out: Path) -> dict[str, Any]:
     sums.share_references()
     if done:
         place.ui.say(f"  resuming after {done} of {len(parts)} batches")
-    with place.ui.task(f"{rows.numel()} tokens") as progress, sums.attached(model):
-        due = time.monotonic() + _SECONDS
-        for first in range(done, len(parts), processes.count()):
-            end = min(first + processes.count(), len(parts))
-            mine = next(iter(processes.own(end - first)), None)
-            sums.idle = mine is None
-            run_batch(model, parts[first + (mine or 0)], narrow=narrow)
-            progress(sum(map(len, parts[:end])) * rows.shape[1], rows.numel())
-            if time.monotonic() >= due and processes.leads():
-                begun = time.monotonic()
-                sums.save(partial, {**facts, "done": end})
-                due = time.monotonic() + max(_SECONDS, _SHARE * (time.monotonic() - begun))
+
+    def keep(done: int, path: Path = partial) -> None:
         if processes.leads():
-            sums.save(out / CUTS_FILE, {**facts, "done": len(parts)})
+            sums.save(path, {**facts, "done": done})
+
+    with place.ui.task(f"{rows.numel()} tokens") as progress, sums.attached(model):
+        for batch in shared_batches(parts, done, progress, keep):
+            sums.idle = batch is None
+            run_batch(model, parts[0] if batch is None else batch, narrow=narrow)
+        keep(len(parts), out / CUTS_FILE)
     products = "bfloat16" if narrow else "float32"
     calibration = {**place.run.manifest["calibration"], "products": products, "device": spoken(model.device)}
     return {"calibration": calibration, "calibrated_cuts": list(inputs.cuts)}
