@@ -50,6 +50,7 @@ from nbl_export.mixers import kinds
 from nbl_export.options.command import describe_command
 from nbl_export.options.options import JobOptions
 from nbl_export.records import shapes
+from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.from_json import check_shape, require
 from nbl_export.records.plan import Plan
 from nbl_export.trust.contained import check_folder
@@ -188,6 +189,31 @@ class RunDirectory:
         """Records of finished stages by name: key, seconds, files."""
         stages: dict[str, Any] = self.manifest.setdefault("stages", {})
         return stages
+
+    @property
+    def options(self) -> JobOptions:
+        """The options that the manifest records."""
+        return JobOptions.from_json(self.manifest["options"])
+
+    @property
+    def decoder(self) -> DecoderSpec:
+        """Sizes of the decoder that the manifest records."""
+        return DecoderSpec(**self.manifest["decoder"])
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that the manifest records."""
+        return Plan.from_facts(self.manifest)
+
+    def require(self, *stages: str) -> None:
+        """Raise NblError unless these stages are finished."""
+        if not self.stages.keys() >= {*stages}:
+            raise NblError(f"{self.path} is not finished: run its command again ({self.manifest['command']})")
+
+    def refuse_failed(self, *, force: bool) -> None:
+        """Raise NblError if verification failed, unless `force`."""
+        if self.manifest["status"] == "failed" and not force:
+            raise NblError(f"{self.path} failed verification; see its verify.json, or use --force to go on anyway")
 
     def note(self, **facts: Any) -> None:
         """Merge facts into the manifest, to be written with the next `save`."""

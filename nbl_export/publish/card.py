@@ -83,9 +83,7 @@ def check_publishable(run: RunDirectory, *, force: bool) -> None:
             f"{run.path} is for engine {options['engine']}, whose result belongs to the machine it was compiled for; "
             "publish a run of --engine ort"
         )
-    missing = [stage for stage in ("rewrite", "verify", "report") if stage not in run.stages]
-    if missing:
-        raise NblError(f"{run.path} is not finished: run its command again ({run.manifest['command']})")
+    run.require("rewrite", "verify", "report")
     if run.manifest["status"] != VERIFIED and not force:
         raise NblError(f"{run.path} failed verification; see its verify.json, or use --force to go on all the same")
     for stage in sorted(run.stages.keys() & {"rewrite", "verify", "bench", "eval", "report"}):

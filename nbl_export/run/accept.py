@@ -26,7 +26,7 @@ from nbl_export.measure.benchmark import machine
 from nbl_export.records.results import YES_NO, CheckResult
 from nbl_export.run.deployed import locate
 from nbl_export.run.progress import Ui
-from nbl_export.run_directory import ACCEPTANCE_FILE, ACCEPTANCE_JSON, PACKAGES, RunDirectory
+from nbl_export.run_directory import ACCEPTANCE_FILE, ACCEPTANCE_JSON, DECODERS, PACKAGES, RunDirectory
 from nbl_export.targets import load_engine
 from nbl_export.targets.base import Target
 from nbl_export.verify.on_target import Doing, Expected, checks, load
@@ -35,7 +35,6 @@ from nbl_export.version import __version__
 __all__ = ["CANNOT_RUN", "FINISHED", "MESSAGE", "RESULT", "Event", "Find", "accept", "examine", "examined",
            "refuse_failed"]  # fmt: skip
 
-_SUBJECTS = (("original", "original"), ("nbl", "model"))  # subject, and its directory
 _PACKAGES = ("nbl-export", *PACKAGES, "cuda-python", "cuda-bindings", "tensorrt-cu13", "tensorrt-cu12",
              "tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "onnxruntime-genai-cuda")  # fmt: skip
 
@@ -64,19 +63,18 @@ def accept(
         CorruptError: a file is missing or has changed since it was written.
     """
     run = RunDirectory.existing(directory)
-    options = run.manifest["options"]
-    engine, provider = options["engine"], options.get("provider", "cpu")
+    engine, provider, precision = run.options.engine, run.options.provider, run.options.precision
     if not load_engine(engine, provider).capabilities.cross:
         raise NblError(
             f"{directory} is for an engine of a CPU, which verification has run; accept is for engines of a GPU: trt, "
             "trt-rtx, and --provider cuda"
         )
-    places = {subject: locate(directory, name, force=force).path for subject, name in _SUBJECTS}
+    places = {subject: locate(directory, name, force=force).path for subject, name in DECODERS.items()}
     values = directory / ACCEPTANCE_FILE
     if ACCEPTANCE_FILE in run.stages.get("verify", {}).get("files", {}):
         run.check("verify")
-    if (precision := load(values).precision) != options["precision"]:
-        raise NblError(f"{values} is of {precision}, the run of {options['precision']}; verify again where it was made")
+    if (noted := load(values).precision) != precision:
+        raise NblError(f"{values} is of {noted}, the run of {precision}; verify again where it was made")
     found_by = find or functools.partial(load_engine, engine, provider)
     found = _blank(run, engine if provider == "cpu" else f"{engine} --provider {provider}")
     for subject, place in places.items():
@@ -111,7 +109,7 @@ def _blank(run: RunDirectory, engine: str) -> dict[str, Any]:
         "status": "incomplete",
         "model": str(model.get("title") or model["name"]),
         "engine": engine,
-        "precision": run.manifest["options"]["precision"],
+        "precision": run.options.precision,
         "replaced_layers": run.manifest.get("replaced_layers", []),
         "machine": machine(gpu=True),
         "versions": {"nbl-export": __version__, **versions(_PACKAGES)},

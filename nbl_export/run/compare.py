@@ -14,7 +14,7 @@ from typing import Any
 
 from nbl_export.errors import NblError
 from nbl_export.options.options import JobOptions
-from nbl_export.run.deployed import Located, available_engine, is_model_directory, locate
+from nbl_export.run.deployed import Located, is_model_directory, locate
 from nbl_export.run.progress import Ui
 from nbl_export.targets.base import Target
 
@@ -43,7 +43,8 @@ def compare(
 
     decoders, base = _decoders(directories, against, force)
     facts = {name: found.target.facts(found.path) for name, found in decoders.items()}
-    first = _check(decoders, options)
+    engines = _engines(decoders, options)
+    first = next(iter(engines.values()))
     provider = ", ".join(dict.fromkeys(found.provider for found in decoders.values()))
     setting = BenchSetting(
         vocab_size=min(f.vocab_size for f in facts.values()),
@@ -64,8 +65,8 @@ def compare(
             "path": str(found.path),
             "engine": found.engine,
             "provider": found.provider,
-            "arithmetic": available_engine(found).arithmetic(found.path),
-            **({"slots": facts[name].context_length} if available_engine(found).capabilities.static else {}),
+            "arithmetic": engines[name].arithmetic(found.path),
+            **({"slots": facts[name].context_length} if engines[name].capabilities.static else {}),
         }
     return {**value, **figures(value)}
 
@@ -92,12 +93,10 @@ def _decoders(
     return dict(found), base
 
 
-def _check(decoders: Mapping[str, Located], options: JobOptions) -> Target:
-    """Refuse options that an engine does not support; return the engine of the first decoder. Loads no decoder."""
-    engines = []
-    for name, decoder in decoders.items():
-        engine = available_engine(decoder)
+def _engines(decoders: Mapping[str, Located], options: JobOptions) -> Mapping[str, Target]:
+    """The engine of each decoder. Refuses options that an engine does not support; loads no decoder."""
+    engines = {name: decoder.available() for name, decoder in decoders.items()}
+    for name, engine in engines.items():
         if options.threads is not None and engine.capabilities.static:
-            raise NblError(f"--threads is not for {name}: engine {decoder.engine} computes on a GPU")
-        engines.append(engine)
-    return engines[0]
+            raise NblError(f"--threads is not for {name}: engine {decoders[name].engine} computes on a GPU")
+    return engines

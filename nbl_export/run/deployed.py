@@ -12,9 +12,7 @@ from typing import Any
 from nbl_export.errors import NblError, UsageError
 from nbl_export.graph.names import MANIFEST
 from nbl_export.mixers import cache_layers
-from nbl_export.options.options import JobOptions
 from nbl_export.records.decoder import DecoderSpec
-from nbl_export.records.plan import Plan
 from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
 from nbl_export.run.settled import of_run
@@ -24,8 +22,8 @@ from nbl_export.targets.base import Target
 from nbl_export.targets.runners import TextRunner
 from nbl_export.trust.contained import check_folder, refuse_special
 
-__all__ = ["Located", "answers", "available_engine", "describe", "examine_engines", "is_model_directory",
-           "locate", "open_finished", "open_for_text", "result", "trust_engines"]  # fmt: skip
+__all__ = ["Located", "answers", "describe", "examine_engines", "is_model_directory", "locate", "open_finished",
+           "result", "trust_engines"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,24 +39,27 @@ class Located:
         """The target of that name. It is not a field, since a process that measures gets this value."""
         return load_engine(self.engine, self.provider)
 
+    def available(self) -> Target:
+        """The target.
+
+        Raises:
+            NblError: the engine does not run on this machine.
+        """
+        engine = self.target
+        found = engine.probe_run()
+        if not found.available:
+            asked = f"engine {self.engine}" if self.provider == "cpu" else f"provider {self.provider}"
+            raise NblError(f"{asked} is not available here: {found.reason}")
+        return engine
+
     def open(self, directory: Path, threads: int | None) -> TextRunner:
         """Load a directory on this engine, if the engine runs here. A process that measures calls this too."""
-        return available_engine(self).open_runner(directory, threads)
+        return self.available().open_runner(directory, threads)
 
 
 def is_model_directory(directory: Path) -> bool:
     """Whether a directory holds a decoder itself."""
     return owner_of(directory) is not None
-
-
-def open_for_text(directory: Path, name: str = "model", *, force: bool) -> Any:
-    """A runner on DIR/model (or `name`: original), or on DIR if it holds a decoder itself.
-
-    Raises:
-        NblError: the engine is not available on this machine; also the errors of `locate`.
-    """
-    found = locate(directory, name, force=force)
-    return available_engine(found).open_runner(found.path, None)
 
 
 def answers(
@@ -67,12 +68,14 @@ def answers(
     """Title and streamed answer of some decoders of a run (`DECODERS`), of which one at a time is in memory.
 
     Raises:
-        UsageError: several are asked of a directory that holds one decoder; also the errors of `open_for_text`.
+        UsageError: several are asked of a directory that holds one decoder.
+        NblError: the engine is not available on this machine; also the errors of `locate`.
     """
     if len(variants) > 1 and is_model_directory(directory):
         raise UsageError(f"{directory} holds one decoder, and two are compared; name the run directory")
     for name in variants:
-        with open_for_text(directory, DECODERS[name], force=force) as runner:
+        found = locate(directory, DECODERS[name], force=force)
+        with found.open(found.path, None) as runner:
             yield _TITLES[name], runner.stream(runner.encode(prompt, chat=not raw), new_tokens)
 
 
@@ -95,18 +98,14 @@ def locate(directory: Path, name: str = "model", *, force: bool = False) -> Loca
     if not (directory / MANIFEST).is_file():
         raise NblError(f"{directory} is neither a run directory nor a model directory; nbl-export --output makes one")
     run = RunDirectory.peek(directory)
-    options = run.manifest["options"]
-    engine, provider = options["engine"], options.get("provider", "cpu")
-    stage = MADE_BY[name]
-    status = run.manifest["status"] if name == "model" else ""
-    if load_engine(engine, provider).capabilities.static:
-        stage, name = "build", f"engine/{name}"
-    if stage not in run.stages:
-        raise NblError(f"{directory} is not finished: run its command again ({run.manifest['command']})")
-    if status == "failed" and not force:
-        raise NblError(f"{directory} failed verification; see its verify.json, or use --force to run it anyway")
+    options, stage = run.options, MADE_BY[name]
+    found = Located(directory / name, options.engine, options.provider)
+    if found.target.capabilities.static:
+        stage, found = "build", dataclasses.replace(found, path=directory / "engine" / name)
+    run.require(stage)
+    run.refuse_failed(force=force or name != "model")
     run.check(stage)
-    return Located(directory / name, engine, provider)
+    return found
 
 
 def trust_engines(directories: Sequence[Path]) -> None:
@@ -122,20 +121,6 @@ def trust_engines(directories: Sequence[Path]) -> None:
         raise UsageError(f"--trust-engine is for engine files, and {directories[0]} holds none; leave it out")
 
 
-def available_engine(located: Located) -> Target:
-    """The engine that runs a directory.
-
-    Raises:
-        NblError: the engine does not run on this machine.
-    """
-    engine = load_engine(located.engine, located.provider)
-    found = engine.probe_run()
-    if not found.available:
-        asked = f"engine {located.engine}" if located.provider == "cpu" else f"provider {located.provider}"
-        raise NblError(f"{asked} is not available here: {found.reason}")
-    return engine
-
-
 @contextlib.contextmanager
 def open_finished(output: Path, ui: Ui, *, force: bool = False) -> Iterator[Job]:
     """The verified run in `output`, whose torch model is on the CPU. The run is locked in the context.
@@ -148,14 +133,12 @@ def open_finished(output: Path, ui: Ui, *, force: bool = False) -> Iterator[Job]
         CorruptError: the maps have changed since they were fitted.
     """
     with RunDirectory.open_run(output, create=False) as run:
-        if "verify" not in run.stages:
-            raise NblError(f"{output} is not finished: run its command again ({run.manifest['command']})")
-        if run.manifest["status"] == "failed" and not force:
-            raise NblError(f"{output} failed verification; see its verify.json, or use --force to save it anyway")
+        run.require("verify")
+        run.refuse_failed(force=force)
         for stage in ("plan", "distill"):
             if stage in run.stages:
                 run.check(stage)
-        settled = of_run(run, JobOptions.from_json(run.manifest["options"]), ui.say)
+        settled = of_run(run, run.options, ui.say)
         options = dataclasses.replace(settled.options, device="cpu")  # forms are compared bit for bit
         yield Job(dataclasses.replace(settled, options=options), run, ui)
 
@@ -186,17 +169,14 @@ def describe(directory: Path) -> dict[str, Any]:
     from nbl_export.report.page import codes_of
 
     run = RunDirectory.existing(directory)
-    facts, found = run.manifest, result(run)
-    spec = DecoderSpec(**facts["decoder"])
-    options = facts["options"]
-    capabilities = load_engine(options["engine"], options.get("provider", "cpu")).capabilities
-    itemsize = capabilities.cache_itemsize(options["precision"])
-    kept = len(cache_layers(Plan.from_facts(facts))) if "replaced_layers" in facts else spec.num_layers
+    facts, found, options, spec = run.manifest, result(run), run.options, run.decoder
+    itemsize = load_engine(options.engine, options.provider).capabilities.cache_itemsize(options.precision)
+    kept = len(cache_layers(run.plan)) if "replaced_layers" in facts else spec.num_layers
     return {
         "model": facts["model"],
         "decoder": facts["decoder"],
         "status": facts["status"],
-        "precision": facts["options"]["precision"],
+        "precision": options.precision,
         "codes": codes_of(facts),
         "logits": facts.get("logits"),
         "replaced_layers": facts.get("replaced_layers"),

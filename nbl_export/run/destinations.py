@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,42 +52,35 @@ def routes(directory: Path) -> list[Route]:
         NblError: the directory is no run, or its layers are not chosen yet.
     """
     run = RunDirectory.existing(directory)
-    if "plan" not in run.stages:
-        raise NblError(f"{directory} is not finished: run its command again ({run.manifest['command']})")
+    run.require("plan")
     with contextlib.suppress(Exception):  # a machine without torch, or a folder that is not whole: the table decides
         from nbl_export.model.checkpoint.pretrained import config_of
 
         original = directory / DECODERS["original"]
-        return [_route(name, directory, run.manifest, config_of(original)) for name in DESTINATIONS]
-    return [_route(name, directory, run.manifest, None) for name in DESTINATIONS]
+        return [_route(name, run, config_of(original)) for name in DESTINATIONS]
+    return [_route(name, run, None) for name in DESTINATIONS]
 
 
-def _route(name: str, directory: Path, manifest: Mapping[str, Any], config: Any) -> Route:
-    place, options, layers = DESTINATIONS[name], manifest["options"], manifest["replaced_layers"]
+def _route(name: str, run: RunDirectory, config: Any) -> Route:
+    place, options, plan, directory = DESTINATIONS[name], run.options, run.plan, run.path
     if not place.form:
-        engine, provider = options["engine"], options.get("provider", "cpu")
+        engine, provider = options.engine, options.provider
         folder = "engine/model" if load_engine(place.engine).capabilities.static else "model"
         same = (engine, provider) == (place.engine, place.provider)
         other = f"the run is for {engine}" + (f" with --provider {provider}" if provider != "cpu" else "")
         reason = "" if same else f"{other}; make another with --for {name}"
         return Route(name, place.title, f"{directory / folder}/", reason)
-    architecture = manifest["decoder"]["architecture"]
-    reason = place.refuses(manifest["kinds"], frozenset(), architecture, layers)
+    architecture = run.decoder.architecture
+    bare = options.fit in ("drop", CHECKPOINT_FIT) or (options.maps == "linear" and plan.tap == "normed")
+    reason = place.refuses(plan.mixers, frozenset(), architecture, plan.layers)
     if reason and not place.refuses((USUAL_KIND,), frozenset(), architecture, ()):
         reason += f"; make another run with --for {name}"
-    elif not reason and place.bare and _has_other_maps(manifest):
+    elif not reason and place.bare and not bare:
         reason = f"it holds one matrix a layer on the normed input; make another run with --for {name}"
     elif not reason and config is not None:
-        reason = _unfit(name, config, directory / DECODERS["original"], layers)
+        reason = _unfit(name, config, directory / DECODERS["original"], plan.layers)
     command = f"nbl-export convert {shlex.quote(str(directory))} --to {name} --output NEW"
     return Route(name, place.title, command, reason)
-
-
-def _has_other_maps(manifest: Mapping[str, Any]) -> bool:
-    """Whether maps were fitted with a bias or on the residual stream."""
-    options = manifest["options"]
-    fitted = options.get("fit") not in ("drop", CHECKPOINT_FIT)
-    return fitted and (options.get("maps") != "linear" or manifest["tap"] != "normed")
 
 
 def _unfit(name: str, config: Any, directory: Path, layers: Iterable[int]) -> str:

@@ -84,8 +84,7 @@ class Job:
 
     @property
     def plan(self) -> Plan:
-        """The plan that the manifest records."""
-        return Plan.from_facts(self.run.manifest)
+        return self.run.plan
 
     # -- options and model -------------------------------------------------------------------------------------
 

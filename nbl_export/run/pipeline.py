@@ -14,7 +14,6 @@ from nbl_export.model import processes
 from nbl_export.model.device import guarded
 from nbl_export.options.options import CHECKPOINT_FIT, NO_ORIGINAL, JobOptions
 from nbl_export.options.settle import hub_id, read_asked
-from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.requests import PERPLEXITY, EvalRequest, Subject
 from nbl_export.run.deployed import result
 from nbl_export.run.estimate import foreseen
@@ -154,7 +153,7 @@ def run_evaluation(
 
 def _check_evaluation(run: RunDirectory, request: EvalRequest) -> int:
     """Refuse what cannot be measured; returns the most tokens of a window."""
-    options, decoder = JobOptions.from_json(run.manifest["options"]), DecoderSpec(**run.manifest["decoder"])
+    options, decoder = run.options, run.decoder
     compiled = load_engine(options.engine).capabilities.static
     if run.manifest.get("cut") and compiled:
         raise NblError(f"{run.path} has predicted keys, which are evaluated in graphs of --engine ort alone")

@@ -108,7 +108,7 @@ def settle_run(run: RunDirectory, changes: Mapping[str, Any], say: Say) -> Settl
     Raises:
         NblError: a changed option does not fit the run, or the changed engine is not available here.
     """
-    recorded = JobOptions.from_json(run.manifest["options"])
+    recorded = run.options
     if "engine" in changes:
         _refuse_other_graphs(run, recorded, changes["engine"])
     options = settle(changes, capabilities_of, facts_of_run(run.manifest), recorded)
@@ -120,9 +120,9 @@ def settle_run(run: RunDirectory, changes: Mapping[str, Any], say: Say) -> Settl
 def of_run(run: RunDirectory, options: JobOptions, say: Say) -> Settled:
     """A run with settled options. Its text and its model stay those that it was made from."""
     manifest, here = run.manifest, located(options, run.manifest)
-    decoder, fingerprint = DecoderSpec(**manifest["decoder"]), str(manifest["model"]["fingerprint"])
+    decoder, fingerprint = run.decoder, str(manifest["model"]["fingerprint"])
     facts: dict[str, Any] = {"options": options.to_json()}
-    if options.quantized_model == JobOptions.from_json(manifest["options"]).quantized_model:
+    if options.quantized_model == run.options.quantized_model:
         identity = manifest["quantized"]["fingerprint"] if options.quantized_model else None
         codes = Lazy(identity, lambda: _find_codes(here, decoder))
     else:

@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -188,7 +189,8 @@ class Runner:
 
 
 def answer(pieces: list[str], monkeypatch: pytest.MonkeyPatch) -> Outcome:
-    monkeypatch.setattr(deployed, "open_for_text", lambda *_, **__: Runner(pieces))
+    found = SimpleNamespace(path=Path("anywhere"), open=lambda *_: Runner(pieces))
+    monkeypatch.setattr(deployed, "locate", lambda *_, **__: found)
     return nbl("generate", "anywhere", "Hi")
 
 

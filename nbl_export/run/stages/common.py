@@ -46,14 +46,13 @@ class Place:
 
     @property
     def plan(self) -> Plan:
-        """The plan that the manifest records."""
-        return Plan.from_facts(self.run.manifest)
+        return self.run.plan
 
     def maps(self) -> dict[int, Mixer]:
         """The maps of the plan's layers."""
         from nbl_export.plan.maps_file import load_maps
 
-        return load_maps(self.run.path / MAPS_FILE, self.plan.layers, self.run.manifest["decoder"]["hidden_size"])
+        return load_maps(self.run.path / MAPS_FILE, self.plan.layers, self.run.decoder.hidden_size)
 
     @property
     def verdict(self) -> str:

@@ -172,7 +172,7 @@ def run_distill(inputs: DistillInputs, place: Place, out: Path) -> dict[str, Any
     goal = _Goal(inputs, place) if inputs.deciding else None
     settings = _settings(inputs, goal)
     path = place.run.path / START_FILE
-    start = load_maps(path, maps_in(path)[0], place.run.manifest["decoder"]["hidden_size"])
+    start = load_maps(path, maps_in(path)[0], place.run.decoder.hidden_size)
     state = State(place.run.partial("distill"), _state_key(inputs.fingerprint, path, windows, judging, settings))
     with place.ui.task("distilling") as progress:
         found = training.distill(
