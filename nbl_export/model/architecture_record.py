@@ -15,9 +15,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nbl_export.model.experts import Experts
+__all__ = ["Architecture", "Experts"]
 
-__all__ = ["Architecture"]
+
+@dataclass(frozen=True)
+class Experts:
+    """Configuration keys of the sizes of a layer's experts, and names of their weights in a checkpoint.
+
+    Attributes:
+        width: of a routed expert.
+        shared: width of the expert that every token takes.
+        stored: end of a weight's name -> ends of the names of its parts in a checkpoint, one behind the other. A part
+            of a name with {} has one matrix for each expert.
+    """
+
+    width: str = "intermediate_size"
+    shared: str | None = None
+    stored: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

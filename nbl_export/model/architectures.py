@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nbl_export.errors import NblError
-from nbl_export.model.architecture_record import Architecture
-from nbl_export.model.experts import GRANITE, MIXTRAL, QWEN, Experts
+from nbl_export.model.architecture_record import Architecture, Experts
 from nbl_export.records.mlp import MlpSpec
 
 __all__ = ["ARCHITECTURES", "LINEARIZED", "REFUSED", "architecture_of", "check_config", "is_hybrid", "mlp_of",
@@ -34,6 +33,22 @@ _SANDWICH: dict[str, Any] = {
 
 _NOT_GENAI = {"genai": "the GenAI builder (0.18) does not know it; use the key decoder_source = 'mobius'"}
 _NO_STATIC_EXPERTS = {"static": "the form for TensorRT has no experts"}
+# Names of the weights of experts (`Experts.stored`).
+_QWEN = {
+    "mlp.experts.gate_up_proj": ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
+    "mlp.experts.down_proj": ("mlp.experts.{}.down_proj.weight",),
+}
+_MIXTRAL = {
+    "mlp.experts.gate_up_proj": ("block_sparse_moe.experts.{}.w1.weight", "block_sparse_moe.experts.{}.w3.weight"),
+    "mlp.experts.down_proj": ("block_sparse_moe.experts.{}.w2.weight",),
+    "mlp.gate.weight": ("block_sparse_moe.gate.weight",),
+    "mlp.router.weight": ("block_sparse_moe.gate.weight",),
+}
+_EXPERTS_OF_GRANITE = {
+    "block_sparse_moe.experts.gate_up_proj": ("block_sparse_moe.input_linear.weight",),
+    "block_sparse_moe.experts.down_proj": ("block_sparse_moe.output_linear.weight",),
+    "block_sparse_moe.router.weight": ("block_sparse_moe.router.layer.weight",),
+}
 _EXPERTS = {**_NOT_GENAI, **_NO_STATIC_EXPERTS}
 _POST_NORM: dict[str, Any] = {"norm_before": None, "norm_after": "post_attention_layernorm"}
 _GRANITE: dict[str, Any] = {
@@ -153,7 +168,7 @@ ARCHITECTURES = {
             "Qwen3Moe",
             runtime_type="llama",
             must_be={"mlp_only_layers": (None, []), "decoder_sparse_step": (None, 1)},
-            experts=Experts("moe_intermediate_size", stored=QWEN),
+            experts=Experts("moe_intermediate_size", stored=_QWEN),
             not_from=_EXPERTS,
         ),
         Architecture(
@@ -161,16 +176,16 @@ ARCHITECTURES = {
             "Qwen2Moe",
             runtime_type="llama",
             must_be={"mlp_only_layers": (None, []), "decoder_sparse_step": (None, 1)},
-            experts=Experts("moe_intermediate_size", "shared_expert_intermediate_size", QWEN),
+            experts=Experts("moe_intermediate_size", "shared_expert_intermediate_size", _QWEN),
             not_from=_EXPERTS,
         ),
-        Architecture("olmoe", "Olmoe", runtime_type="olmo", experts=Experts(stored=QWEN), not_from=_EXPERTS),
+        Architecture("olmoe", "Olmoe", runtime_type="olmo", experts=Experts(stored=_QWEN), not_from=_EXPERTS),
         Architecture(
             "granitemoe",
             "GraniteMoe",
             runtime_type="llama",
             **_GRANITE,
-            experts=Experts(stored=GRANITE),
+            experts=Experts(stored=_EXPERTS_OF_GRANITE),
             not_from=_EXPERTS,
         ),
         Architecture("gpt_oss", "GptOss", runtime_type="llama", experts=Experts(), not_from=_NO_STATIC_EXPERTS),
@@ -178,10 +193,10 @@ ARCHITECTURES = {
             "phimoe",
             "Phimoe",
             must_be={"num_experts_per_tok": (None, 2)},  # its router chooses two, whatever the configuration says
-            experts=Experts(stored=MIXTRAL),
+            experts=Experts(stored=_MIXTRAL),
             not_from=_EXPERTS,
         ),
-        Architecture("mixtral", "Mixtral", runtime_type="llama", experts=Experts(stored=MIXTRAL), not_from=_EXPERTS),
+        Architecture("mixtral", "Mixtral", runtime_type="llama", experts=Experts(stored=_MIXTRAL), not_from=_EXPERTS),
     )
 }
 
