@@ -41,8 +41,8 @@ def estimate(model: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     """
     model = hub_id(model)
     shape = read_shape(model)
-    known = dataclasses.replace(
-        architecture_facts(shape.decoder.architecture), decoder=shape.decoder,
+    known = architecture_facts(
+        shape.decoder.architecture, decoder=shape.decoder,
         maps_tap=shape.maps_tap, kinds=frozenset(shape.kinds), fits=holds(shape.parameters),
     )  # fmt: skip
     options = settle({**asked, "model": model}, capabilities_of, known)

@@ -51,12 +51,9 @@ def read_model(model: str, manifest: Mapping[str, Any]) -> tuple[Source, Decoder
 
 def facts_of_model(source: Source, decoder: DecoderSpec) -> ModelFacts:
     """All facts about a model."""
-    return dataclasses.replace(
-        _of_decoder(decoder),
-        maps_tap=source.linearized.tap if source.linearized else "",
-        kinds=frozenset(source.linearized.kinds if source.linearized else ()),
-        fits=_fits(source),
-    )
+    maps = source.linearized
+    known = {"maps_tap": maps.tap, "kinds": frozenset(maps.kinds)} if maps else {}
+    return architecture_facts(decoder.architecture, decoder=decoder, fits=_fits(source), **known)
 
 
 def _fits(source: Source) -> bool:
@@ -68,20 +65,14 @@ def _fits(source: Source) -> bool:
 
 def facts_of_run(manifest: Mapping[str, Any]) -> ModelFacts:
     """The facts about a run's model, which need not be on this machine."""
-    options = JobOptions.from_json(manifest["options"])
-    return dataclasses.replace(
-        _of_decoder(DecoderSpec(**manifest["decoder"])),
-        maps_tap=options.tap if options.fit == CHECKPOINT_FIT else "",
-        kinds=frozenset(manifest.get("kinds", ()) if options.fit == CHECKPOINT_FIT else ()),
-    )
+    options, decoder = JobOptions.from_json(manifest["options"]), DecoderSpec(**manifest["decoder"])
+    has_maps = options.fit == CHECKPOINT_FIT
+    known = {"maps_tap": options.tap, "kinds": frozenset(manifest.get("kinds", ()))} if has_maps else {}
+    return architecture_facts(decoder.architecture, decoder=decoder, **known)
 
 
-def _of_decoder(decoder: DecoderSpec) -> ModelFacts:
-    return dataclasses.replace(architecture_facts(decoder.architecture), decoder=decoder)
-
-
-def architecture_facts(architecture: str) -> ModelFacts:
-    """What options depend on in an architecture.
+def architecture_facts(architecture: str, **known: Any) -> ModelFacts:
+    """What options depend on in an architecture, and other facts of a model that are known.
 
     Raises:
         NblError: the architecture is unknown, which an edited manifest can cause.
@@ -89,7 +80,7 @@ def architecture_facts(architecture: str) -> ModelFacts:
     if architecture not in ARCHITECTURES:
         raise NblError(f"architecture {architecture!r} is not supported; {supported_near(architecture)}")
     record = ARCHITECTURES[architecture]
-    return ModelFacts(architecture=architecture, taps=record.taps, not_from=record.not_from)
+    return ModelFacts(architecture=architecture, taps=record.taps, not_from=record.not_from, **known)
 
 
 # -- the machine --------------------------------------------------------------------------------------------------

@@ -15,8 +15,6 @@ from nbl_export.errors import NblError
 from nbl_export.measure.cost import CostModel, cost_model
 from nbl_export.model.checkpoint.shape import read_shape
 from nbl_export.options.command import describe_command
-from nbl_export.options.options import JobOptions
-from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy, lazy
 from nbl_export.records.plan import Plan
 from nbl_export.records.requests import Subject
@@ -41,12 +39,14 @@ class Job:
         asked: what the stage `eval` measures.
 
     Attributes:
+        fingerprint: what identifies the model.
         torch: values that are made of the model's files.
         keys: of the stages that are not left out, in order.
     """
 
     def __init__(self, settled: Settled, run: RunDirectory, ui: Ui, asked: tuple[Subject, ...] = ()) -> None:
         self.settled, self.run, self.ui = settled, run, ui
+        self.options, self.decoder, self.fingerprint = settled.options, settled.decoder, settled.fingerprint
         self.evaluation = asked
         self.torch = TorchModel(settled, run, ui)
         self.keys: dict[str, str] = {}
@@ -87,19 +87,6 @@ class Job:
         return self.run.plan
 
     # -- options and model -------------------------------------------------------------------------------------
-
-    @property
-    def options(self) -> JobOptions:
-        return self.settled.options
-
-    @property
-    def decoder(self) -> DecoderSpec:
-        return self.settled.decoder
-
-    @property
-    def fingerprint(self) -> str:
-        """What identifies the model."""
-        return self.settled.fingerprint
 
     @property
     def trains(self) -> bool:

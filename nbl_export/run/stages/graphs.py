@@ -5,6 +5,7 @@ decoder ─► original/ ─► rewrite ─► model/, which can be deployed alo
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,7 @@ from nbl_export.run_directory import DECODERS, PACKAGES
 from nbl_export.targets.base import BuildSettings, ExportSettings, Target
 from nbl_export.version import __version__
 
-__all__ = ["DecoderInputs", "RewriteInputs", "declare_decoder", "declare_rewrite", "run_decoder",
-           "run_rewrite"]  # fmt: skip
+__all__ = ["declare_build", "declare_decoder", "declare_rewrite", "run_build", "run_decoder", "run_rewrite"]
 
 _DEPLOYED_FACTS = ("schema", "model", "decoder", "options", "calibration", "num_layers", "replaced_layers", "kinds",
                    "tap", "select", "fit", "scores", "logits")  # fmt: skip
@@ -35,19 +35,16 @@ class DecoderInputs:
     """What the original graph follows from.
 
     Attributes:
-        engine: exports the decoder. kept_logits: "last" or "all".
-        slots: most tokens of a sequence, for graphs with fixed caches.
+        engine: exports the decoder. settings: without the directory of `codes`.
+        kept_logits: "last" or "all".
         codes: a checkpoint with quantised matrices of the same model, or None. tap: with which it must agree.
     """
 
     model: Lazy[Any]
     checkpoint: Lazy[Path]
     engine: Lazy[Target]
-    decoder_source: str
-    precision: str
-    builder_options: tuple[str, ...]
+    settings: ExportSettings
     kept_logits: str
-    cache_length: int
     codes: Lazy[Any]
     tap: str | None
 
@@ -59,11 +56,8 @@ def declare_decoder(job: Job) -> DecoderInputs:
         model=job.torch.model,
         checkpoint=job.torch.checkpoint,
         engine=Lazy([job.engine.capabilities.source, options.provider], lambda: job.engine),
-        decoder_source=options.decoder_source,
-        precision=options.precision,
-        builder_options=options.builder_options,
+        settings=ExportSettings(options.decoder_source, options.precision, job.cache_length, options.builder_options),
         kept_logits=options.kept_logits,
-        cache_length=job.cache_length,
         codes=job.settled.codes,
         tap=options.tap if options.quantized_model else None,
     )
@@ -85,10 +79,7 @@ def run_decoder(inputs: DecoderInputs, place: Place, out: Path) -> dict[str, Any
     inputs.model.forget()  # the exporter loads its own copy
     engine = inputs.engine.value
     original = out / DECODERS["original"]
-    settings = ExportSettings(
-        inputs.decoder_source, inputs.precision, inputs.cache_length, inputs.builder_options, _codes(inputs)
-    )
-    engine.export(inputs.checkpoint.value, original, settings)
+    engine.export(inputs.checkpoint.value, original, dataclasses.replace(inputs.settings, codes=_codes(inputs)))
     if inputs.kept_logits == "last":
         engine.keep_last_token(original)
     return {"logits": inputs.kept_logits}
@@ -97,26 +88,16 @@ def run_decoder(inputs: DecoderInputs, place: Place, out: Path) -> dict[str, Any
 # -- the NBL decoder -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class RewriteInputs:
-    """What the NBL graph follows from, beside plan, maps and the original graph.
-
-    engine: replaces the layers.
-    """
-
-    engine: Lazy[Target]
+def declare_rewrite(job: Job) -> Lazy[Target]:
+    """The engine, which replaces layers of the original graph by the plan and its maps."""
+    return Lazy(job.engine.capabilities.static, lambda: job.engine)
 
 
-def declare_rewrite(job: Job) -> RewriteInputs:
-    """The inputs of the stage."""
-    return RewriteInputs(Lazy(job.engine.capabilities.static, lambda: job.engine))
-
-
-def run_rewrite(inputs: RewriteInputs, place: Place, out: Path) -> dict[str, Any]:
+def run_rewrite(inputs: Lazy[Target], place: Place, out: Path) -> dict[str, Any]:
     """Write model/ with a manifest of its own."""
     plan, target = place.plan, out / DECODERS["nbl"]
     original = place.run.path / DECODERS["original"]
-    engine = inputs.engine.value
+    engine = inputs.value
     engine.linearize(original, target, place.maps(), plan.tap)
     facts = {k: place.run.manifest[k] for k in _DEPLOYED_FACTS}
     facts["cut"] = place.run.manifest.get("cut")
@@ -136,8 +117,7 @@ class BuildInputs:
 
     available: Lazy[Target]
     library: str
-    max_batch: int
-    prefill_chunk: int
+    settings: BuildSettings
 
 
 def declare_build(job: Job) -> BuildInputs | LeftOut:
@@ -147,18 +127,16 @@ def declare_build(job: Job) -> BuildInputs | LeftOut:
     return BuildInputs(
         available=job.available,
         library=job.engine.library_version(),
-        max_batch=job.options.max_batch or 1,
-        prefill_chunk=job.options.chunk(job.decoder),
+        settings=BuildSettings(job.options.max_batch or 1, job.options.chunk(job.decoder)),
     )
 
 
 def run_build(inputs: BuildInputs, place: Place, out: Path) -> dict[str, Any]:
     """Write engine/; returns the records of the engines for the manifest."""
-    engine = inputs.available.value
-    settings, engines = BuildSettings(inputs.max_batch, inputs.prefill_chunk), {}
+    engine, engines = inputs.available.value, {}
     for subject, name in DECODERS.items():
         with place.ui.task(f"compiling {name}"):
-            record = engine.build(place.run.path / name, out / "engine" / name, settings)
+            record = engine.build(place.run.path / name, out / "engine" / name, inputs.settings)
         place.ui.say(f"  {name}: {record['plan_bytes'] / 2**20:,.0f} MiB in {record['build_seconds']:.1f} s")
         engines[subject] = {k: v for k, v in record.items() if k not in ("inputs", "outputs", "schema")}
     return {"engines": engines, "status": place.verdict}
