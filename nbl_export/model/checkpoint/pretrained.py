@@ -170,11 +170,7 @@ def _check_gguf(file: Path, config: Any) -> None:
         model = model_with(config)
     with shared():
         names = get_gguf_hf_weights_map(model, TensorProcessor())
-    shapes = {
-        names[tensor.name]: tuple(int(n) for n in reversed(tensor.shape))
-        for tensor in reader(file).tensors
-        if tensor.name in names
-    }
+    shapes = {names[name]: shape for name, shape in read_header(file).shapes.items() if name in names}
     parameters = {name: tuple(value.shape) for name, value in model.named_parameters()}  # a tied one once
     _refuse_missing(file, parameters.keys() - shapes.keys())
     other = [name for name, shape in parameters.items() if shapes[name] != shape]

@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import NblError
-from nbl_export.graph.gguf_header import Header, read_header
+from nbl_export.graph.gguf_header import read_header
 from nbl_export.graph.given import refuse_graph
-from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, check_config, mlp_of
+from nbl_export.model.architectures import ARCHITECTURES, mlp_of
 from nbl_export.model.checkpoint.source import (
     check_architecture,
+    checked_config,
+    gguf_config,
     gguf_of,
     hub_config,
     is_hub_id,
-    linearized_of,
     read_config,
 )
 from nbl_export.records.decoder import DecoderSpec
@@ -27,7 +28,7 @@ from nbl_export.records.mlp import MlpSpec
 from nbl_export.trust.contained import check_folder, check_inside, refuse_special
 from nbl_export.trust.model_settings import CONFIG_BYTES, read_object
 
-__all__ = ["Shape", "gguf_config", "read_shape"]
+__all__ = ["Shape", "read_shape"]
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,7 @@ def read_shape(model: str | Path) -> Shape:
 
 
 def _of_config(config: dict[str, Any], path: Path) -> Shape:
-    replaced = linearized_of(config, path)
-    if replaced is not None:
-        config = {**config, "model_type": config["model_type"].removeprefix(LINEARIZED)}
-    check_architecture(config, path)
-    check_config(config, path)
+    config, replaced = checked_config(config, path)
     record = ARCHITECTURES[config["model_type"]]
     heads = config.get("num_attention_heads")
     found = {
@@ -137,13 +134,6 @@ def _of_gguf(path: Path) -> Shape:
         "context_length": header.get("context_length"),
     }
     return _shape(config, found, path, "output.weight" not in header.shapes, is_gguf=True)
-
-
-def gguf_config(header: Header) -> dict[str, Any]:
-    """The architecture and the sizes of the MLP that the head of a GGUF file states, under transformers' names."""
-    aliases = {alias: record.name for record in ARCHITECTURES.values() for alias in record.aliases}
-    stated = str(header.keys.get("general.architecture"))
-    return {"model_type": aliases.get(stated, stated), "intermediate_size": header.get("feed_forward_length")}
 
 
 def _shape(config: Mapping[str, Any], found: Mapping[str, Any], path: Path, tied: bool, **more: Any) -> Shape:

@@ -18,6 +18,7 @@ from typing import Any
 
 from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.files import file_sha256, key_of, safetensors_tensors
+from nbl_export.graph.gguf_header import Header, read_header
 from nbl_export.graph.given import refuse_graph
 from nbl_export.graph.names import MANIFEST, TEXT_FILES
 from nbl_export.mixers import kinds
@@ -30,8 +31,8 @@ from nbl_export.records.plan import TAPS, USUAL_KIND
 from nbl_export.trust.contained import check_folder, check_inside, refuse_special
 from nbl_export.trust.model_settings import CONFIG_BYTES, check_checkpoint, check_layers, read_object
 
-__all__ = ["Linearized", "Source", "check_architecture", "gguf_of", "hub_config", "is_hub_id", "linearized_of",
-           "read_config", "resolve", "weight_files"]  # fmt: skip
+__all__ = ["Linearized", "Source", "check_architecture", "checked_config", "gguf_config", "gguf_of", "hub_config",
+           "is_hub_id", "read_config", "resolve"]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -158,12 +159,7 @@ def _fetched(repo: str, fetch: Callable[[Any], str]) -> Path:
 
 def _directory_source(name: str, directory: Path, revision: str | None) -> Source:
     check_checkpoint(directory)
-    config = read_config(directory)
-    replaced = linearized_of(config, directory / "config.json")
-    if replaced is not None:
-        config = {**config, "model_type": config["model_type"].removeprefix(LINEARIZED)}
-    check_architecture(config, directory)
-    check_config(config, directory / "config.json")
+    config, replaced = checked_config(read_config(directory), directory / "config.json")
     weights = weight_files(directory)
     names = {name for file in weights for name in safetensors_tensors(file)}
     check_layers(config.get("num_hidden_layers"), names, directory / "config.json")
@@ -172,7 +168,21 @@ def _directory_source(name: str, directory: Path, revision: str | None) -> Sourc
     return Source(name, directory, None, revision, fingerprint, weights=tuple(weights), linearized=replaced)
 
 
-def linearized_of(config: dict[str, Any], where: Path) -> Linearized | None:
+def checked_config(config: dict[str, Any], where: Path) -> tuple[dict[str, Any], Linearized | None]:
+    """A configuration (config.json) with the original's architecture, and the replaced layers of an NBL checkpoint.
+
+    Raises:
+        NblError: the model is not supported, or its replaced layers are impossible.
+    """
+    replaced = _linearized_of(config, where)
+    if replaced is not None:
+        config = {**config, "model_type": config["model_type"].removeprefix(LINEARIZED)}
+    check_architecture(config, where)
+    check_config(config, where)
+    return config, replaced
+
+
+def _linearized_of(config: dict[str, Any], where: Path) -> Linearized | None:
     """Layers and tap of an NBL checkpoint's configuration; None for another checkpoint.
 
     Raises:
@@ -236,29 +246,28 @@ def check_architecture(config: Mapping[str, Any], where: Path) -> None:
 def _gguf_source(name: str, file: Path) -> Source:
     check_inside(file, file.parent)
     try:
-        reader = pretrained.reader(file)
-        architecture, parts = (_value(reader, name) for name in ("general.architecture", "split.count"))
-        layers = [_value(reader, key) for key in reader.fields if key.endswith(".block_count")]
-        names = [tensor.name for tensor in reader.tensors]
+        pretrained.reader(file)  # finds where a file ends early
     except ImportError as error:
         raise MissingPackageError("gguf", "export", f"reading {file}") from error
     except NblError:
         raise
     except Exception as error:  # the reader raises whatever numpy raises on a short or foreign file
         raise NblError(f"{file} is truncated or not a GGUF file ({error}); fetch it again") from error
-    if parts is not None and int(parts) > 1:
+    header = read_header(file)
+    if (parts := header.keys.get("split.count", 0)) not in (0, 1):
         raise NblError(f"{file} is one of {parts} parts; put them together (llama-gguf-split --merge)")
-    aliases = {alias: record.name for record in ARCHITECTURES.values() for alias in record.aliases}
-    check_architecture({"model_type": aliases.get(str(architecture), architecture)}, file)
-    for stated in layers:  # transformers reads the key of any architecture
-        check_layers(stated, names, file)
+    check_architecture(gguf_config(header), file)
+    for key, stated in header.keys.items():
+        if key.endswith(".block_count"):  # transformers reads the key of any architecture
+            check_layers(stated, header.shapes, file)
     return Source(name, file.parent, file, None, _fingerprint([file], file.parent))
 
 
-def _value(reader: Any, key: str) -> Any:
-    """Value of a GGUF key; None without the key."""
-    field = reader.fields.get(key)
-    return None if field is None else field.contents()
+def gguf_config(header: Header) -> dict[str, Any]:
+    """The architecture and the sizes of the MLP that the head of a GGUF file states, under transformers' names."""
+    aliases = {alias: record.name for record in ARCHITECTURES.values() for alias in record.aliases}
+    stated = header.keys.get("general.architecture")
+    return {"model_type": aliases.get(str(stated), stated), "intermediate_size": header.get("feed_forward_length")}
 
 
 def _fingerprint(files: list[Path], directory: Path) -> str:
