@@ -180,8 +180,6 @@ def _packed(value: Any) -> Any:
         return {"path": str(value)}
     if isinstance(value, frozenset):
         return {"set": sorted(map(_packed, value))}
-    if isinstance(value, range):
-        return {"range": [value.start, value.stop, value.step]}
     if isinstance(value, FunctionType | type | functools._lru_cache_wrapper):
         return {"name": _name_of(value)}
     if isinstance(value, MethodType):
@@ -215,8 +213,6 @@ def _restored(value: Any) -> Any:
         return Path(value["path"])
     if "set" in value:
         return frozenset(value["set"])
-    if "range" in value:
-        return range(*value["range"])
     if "name" in value:
         return _found(value["name"])
     if "method" in value:

@@ -35,13 +35,6 @@ def file_sha256(path: Path) -> str:
 
 def stream_sha256(stream: Any) -> str:
     """Hex digest of the rest of an open file, read in blocks."""
-    return hashlib.file_digest(stream, "sha256").hexdigest() if _HAS_FILE_DIGEST else _digest(stream)
-
-
-_HAS_FILE_DIGEST = hasattr(hashlib, "file_digest")  # Python 3.11
-
-
-def _digest(stream: Any) -> str:
     digest = hashlib.sha256()
     while block := stream.read(1 << 20):
         digest.update(block)

@@ -315,10 +315,10 @@ class RunDirectory:
 
 _RESULTS = {VERIFY_FILE: shapes.VERIFICATION, BENCH_FILE: shapes.BENCHMARK, EVAL_FILE: shapes.EVALUATION}
 _OURS = (
-    TEXT_FILE, MOMENTS_FILE, "calibrate.partial.safetensors", START_FILE, MAPS_FILE,
+    TEXT_FILE, MOMENTS_FILE, CUTS_FILE, "calibrate.partial.safetensors", START_FILE, MAPS_FILE,
     DISTILL_FILE, "distill.partial.safetensors", *DECODERS.values(), VERIFY_FILE,
     ACCEPTANCE_FILE, EVAL_FILE, "engine", BENCH_FILE, REPORT_HTML,
-    REPORT_MD, REPORT_JSON, ACCEPTANCE_JSON, "nbl-checkpoint", CHECKPOINT, MANIFEST,
+    REPORT_MD, REPORT_JSON, ACCEPTANCE_JSON, CHECKPOINT, MANIFEST,
 )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ from nbl_export.model.architectures import architecture_of
 from nbl_export.model.cut import Climb, check_cut, check_served
 
 __all__ = ["BESIDE", "PassThrough", "architecture_of", "block_modules", "block_output", "linearize",
-           "multiplier_of", "replace_attention", "replaced", "run_from", "stored_in", "switched"]  # fmt: skip
+           "multiplier_of", "replace_attention", "run_from", "stored_in", "switched"]  # fmt: skip
 
 BESIDE = "mixer"  # name, in attention, of a module that does not replace attention
 
@@ -104,28 +104,14 @@ def _watch(decoder: Any, modules: Mapping[int, MixerModule]) -> list[Any]:
 
 
 @contextlib.contextmanager
-def replaced(model: Any, maps: Mapping[int, Mixer], tap: str) -> Iterator[None]:
-    """Within: a causal LM has mixers in place of attention; it is as before afterwards."""
-    modules = {i: mixer.module(multiplier_of(model.config)).to(model.device) for i, mixer in maps.items()}
-    for index, module in modules.items():
-        module.layer_idx = index
-    with switched(model.get_decoder(), modules, tap, served=True):
-        yield
-
-
-@contextlib.contextmanager
-def switched(
-    decoder: Any, modules: Mapping[int, MixerModule], tap: str, first: int = 0, *, served: bool = False
-) -> Iterator[None]:
+def switched(decoder: Any, modules: Mapping[int, MixerModule], tap: str, first: int = 0) -> Iterator[None]:
     """Within: layers of a decoder have these modules; layers below `first`, of which none is read, pass their input on.
 
     Layers below `first` stay in the list, since decoders look up a layer's mask and rotary embedding by its index.
-
-    Args:
-        served: layers above a cut compute what is served (`model.cut`), not all positions (`model.all_positions`).
+    Layers above a cut compute all positions (`model.all_positions`).
     """
     layers = decoder.layers
-    places = list(_places(decoder, modules, tap, served=served))
+    places = list(_places(decoder, modules, tap, served=False))
     before = [vars(owner).get(name, owner._modules.get(name)) for owner, name, _ in places]
     handles = _watch(decoder, modules)
     try:

@@ -182,14 +182,10 @@ class SwitchedModel:
         ]
         return torch.cat(found).cpu()
 
-    def quality_loss(self, windows_WT: Any, replaced_set: Collection[int]) -> Loss:
-        """A mix's loss on token ids [windows, context], a tensor or an array."""
-        return self.quality_losses(windows_WT, {"mix": replaced_set})["mix"]
-
     def quality_losses(
         self, windows_WT: Any, replaced_sets: Mapping[Any, Collection[int]], progress: Progress = quiet
     ) -> dict[Any, Loss]:
-        """The loss of each of several mixes on some text; the original runs once for all mixes."""
+        """The loss of each of several mixes on token ids [windows, context]; the original runs once for all mixes."""
         found = self.window_losses(windows_WT, replaced_sets, progress)
         return {name: sum(losses, Loss()) for name, losses in found.items()}
 

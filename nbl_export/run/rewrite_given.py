@@ -28,14 +28,12 @@ from nbl_export.options.goals import parse_layers
 from nbl_export.plan.maps_file import load_maps, maps_in
 from nbl_export.records.decoder import MOST_LAYERS
 from nbl_export.records.plan import TAPS, Plan
-from nbl_export.run_directory import MAPS_FILE, SCHEMA
+from nbl_export.run_directory import MAPS_FILE, PACKAGES, SCHEMA
 from nbl_export.trust.contained import check_inside
 from nbl_export.trust.model_settings import drop_code
 from nbl_export.version import __version__
 
 __all__ = ["rewrite_given"]
-
-_PACKAGES = ("onnx", "onnx-ir", "onnxruntime", "safetensors", "numpy")
 
 
 def rewrite_given(path: Path, maps_file: Path, layers: str | None, output: Path) -> Path:
@@ -154,6 +152,6 @@ def _facts(model: Any, file: Path, maps_file: Path, maps: dict[int, Mixer], plan
         "tap": plan.tap,
         "cut": None if cut is None else {"layer": cut.layer, "near": cut.near},
         "caches": present_names(model.graph, without=cacheless(maps)),
-        "versions": versions(_PACKAGES),
+        "versions": versions(PACKAGES),
         "nbl_export": __version__,
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,13 +85,6 @@ class TorchModel:
         found = device.told(self._options.device, float32_bytes(self.checkpoint.value), self._ui.say)
         self._run.note(torch_device=device.spoken(found))
         return found
-
-    @lazy(_shown)
-    def choose_device(self) -> Callable[[int], Any]:
-        """The function that gives the device for work of a size in bytes."""
-        from nbl_export.model import device
-
-        return functools.partial(device.chosen, self._options.device)
 
     @lazy(_shown)
     def shortage(self) -> str:

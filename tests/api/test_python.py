@@ -167,15 +167,14 @@ def test_a_linearized_model_computes_saves_and_loads(loaded: Any, text: Path, tm
     from transformers import AutoModelForCausalLM
 
     import nbl_export.hf
-    from nbl_export.model.linearize import replaced
+    from nbl_export.model.linearize import linearize
 
     model, tokenizer = loaded()
     documents = text.read_text(encoding="utf-8").split("\n\n")
     planned = api.plan(api.calibrate(model, tokenizer, documents, tokens=512, context=64, quiet=True), [1], quiet=True)
     ids = torch.arange(2, 40)[None]
     with torch.inference_mode():
-        with replaced(model, planned.maps, planned.plan.tap):
-            expected = model(ids, use_cache=False).logits
+        expected = linearize(copy.deepcopy(model), planned.maps, planned.plan.tap)(ids, use_cache=False).logits
         made = api.linearize(model, planned)
         assert type(made) is nbl_export.hf.CLASSES["llama"][1]
         torch.testing.assert_close(made(ids).logits, expected, rtol=0, atol=0)

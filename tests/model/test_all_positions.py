@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from transformers import DynamicCache
 from nbl_export.errors import NblError
 from nbl_export.model import all_positions
 from nbl_export.model.checkpoint.load import load_model
-from nbl_export.model.linearize import replaced, switched
+from nbl_export.model.linearize import linearize, switched
 from nbl_export.model.switched import SwitchedModel
 
 from .test_cut import W, ids, maps_from, modules
@@ -53,8 +54,8 @@ def test_a_row_is_the_last_of_what_is_served_below_two_layers(name: str, checkpo
     for cut in (0, 1, 2):
         maps = maps_from(model, cut)
         found = everywhere(model, maps, text)
-        with replaced(model, maps, "residual"):
-            served = torch.stack([model(text[:, :t], use_cache=False).logits[:, -1] for t in range(1, 25)], 1)
+        climbing = linearize(copy.deepcopy(model), maps)
+        served = torch.stack([climbing(text[:, :t], use_cache=False).logits[:, -1] for t in range(1, 25)], 1)
         same = W + 1 if cut == 0 else 24
         torch.testing.assert_close(found[:, :same], served[:, :same], rtol=1e-4, atol=1e-4)
         assert cut or (found - served)[:, 2 * W :].abs().amax((0, 2)).min() > 1e-3
@@ -87,12 +88,12 @@ def test_losses_of_a_mix_are_those_of_all_positions(narrow: bool, checkpoint: Ca
             logits[:, :-1].log_softmax(-1)
             for logits in (everywhere(model, {2: maps[2]}, text), model(text, use_cache=False).logits)
         )
-    loss = mixes.quality_loss(text, (2,))
+    loss = mixes.quality_losses(text, {"mix": (2,)})["mix"]
     kl = (logs.exp() * (logs - ours)).sum(-1).mean().item()
     target = -ours.gather(2, text[:, 1:, None]).mean().item()
     assert loss.kl == pytest.approx(kl, rel=0.1 if narrow else 1e-3)
     assert loss.nbl_sum / loss.positions == pytest.approx(target, rel=0.02 if narrow else 1e-4)
-    assert mixes.quality_loss(text, (1,)).kl < (1e-2 if narrow else 1e-9)
+    assert mixes.quality_losses(text, {"mix": (1,)})["mix"].kl < (1e-2 if narrow else 1e-9)
 
 
 def test_a_cache_and_padding_are_refused(checkpoint: Callable[[str], Path]) -> None:

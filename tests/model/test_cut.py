@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from nbl_export.mixers.base import Mixer
 from nbl_export.mixers.predicted import Predicted
 from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.cut import own_map
-from nbl_export.model.linearize import linearize, replaced, switched
+from nbl_export.model.linearize import linearize, switched
 
 from ..cuts import by_hand, predicted
 from ..tiny import EPSILON, HIDDEN, LAYERS, VOCAB
@@ -69,24 +70,17 @@ def test_steps_of_any_size_are_the_originals_with_an_edited_cache(name: str, che
 @torch.inference_mode()
 def test_a_short_prompt_is_the_originals_bit_for_bit(checkpoint: Callable[[str], Path]) -> None:
     model = load_model(checkpoint("qwen2"))
-    maps = maps_from(model, 1)
+    climbing = linearize(copy.deepcopy(model), maps_from(model, 1))
     for tokens in (1, W, W + 1, W + 2):
-        right = model(ids(tokens), use_cache=False).logits
-        with replaced(model, maps, "residual"):
-            found = model(ids(tokens), use_cache=False).logits
+        right, found = (each(ids(tokens), use_cache=False).logits for each in (model, climbing))
         assert torch.equal(found, right) == (tokens <= W + 1)
 
 
 @torch.inference_mode()
-def test_rows_that_do_not_climb_are_nan_and_the_model_is_itself_again(checkpoint: Callable[[str], Path]) -> None:
-    model, text = load_model(checkpoint("llama")), ids(20)
-    right = model(text, use_cache=False).logits
-    with replaced(model, maps_from(model, 1), "residual"):
-        found = model(text, use_cache=False).logits[0]
-    climbed = [0, *range(20 - W, 20)]
-    assert (~found.isnan().any(1)).nonzero()[:, 0].tolist() == climbed
-    assert torch.equal(model(text, use_cache=False).logits, right)
-    assert not any("forward" in vars(module) for module in model.modules())
+def test_rows_that_do_not_climb_are_nan(checkpoint: Callable[[str], Path]) -> None:
+    model = load_model(checkpoint("llama"))
+    found = linearize(model, maps_from(model, 1))(ids(20), use_cache=False).logits[0]
+    assert (~found.isnan().any(1)).nonzero()[:, 0].tolist() == [0, *range(20 - W, 20)]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -119,10 +113,10 @@ def test_the_shortest_sequence_says_whether_a_batch_climbs(checkpoint: Callable[
     text, valid = ids(16, 2), torch.ones(2, 16, dtype=torch.long)
     valid[1, : 16 - W - 1] = 0
     right = model(text, attention_mask=valid, use_cache=False).logits
-    with replaced(model, maps_from(model, 1), "residual"):
-        assert torch.equal(model(text, attention_mask=valid, use_cache=False).logits, right)
-        with pytest.raises(NblError, match="padded on the left"):
-            model(text, attention_mask=valid.flip(1), use_cache=False)
+    linearize(model, maps_from(model, 1))
+    assert torch.equal(model(text, attention_mask=valid, use_cache=False).logits, right)
+    with pytest.raises(NblError, match="padded on the left"):
+        model(text, attention_mask=valid.flip(1), use_cache=False)
 
 
 @torch.inference_mode()
@@ -145,12 +139,10 @@ def test_linear_layers_stand_above_a_cut(checkpoint: Callable[[str], Path], rand
     """A map above the cut computes the rows that climb; below the top, its layer only passes them on."""
     model, text = load_model(checkpoint("llama")), ids(20)
     maps: dict[int, Mixer] = {**maps_from(model, 1), 2: random_maps(2)[2]}
-    alone = {2: maps[2]}
-    with replaced(model, alone, "residual"):
-        right, cache = by_hand(model, {1: maps[1]}, DynamicCache(), text)  # type: ignore[dict-item]
+    alone = linearize(copy.deepcopy(model), {2: maps[2]})
+    right, cache = by_hand(alone, {1: maps[1]}, DynamicCache(), text)  # type: ignore[dict-item]
     ours = DynamicCache()
-    with replaced(model, maps, "residual"):
-        found = model(text, cache=ours, use_cache=True).logits
+    found = linearize(model, maps)(text, cache=ours, use_cache=True).logits
     torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4, equal_nan=True)
     assert [layer.get_seq_length() for layer in ours.layers] == [20, 20, 20]
     torch.testing.assert_close(ours.layers[1].keys, cache.layers[1].keys)

@@ -70,7 +70,7 @@ def test_price_of_every_mix_is_that_of_whole_models(architecture: str, tap: str,
     directory = checkpoint(architecture)
     switched = SwitchedModel(load_model(directory), MAPS, tap)
     for replaced_set in (s for n in range(1, LAYERS) for s in itertools.combinations(range(LAYERS), n)):
-        loss = switched.quality_loss(HELD, replaced_set)
+        loss = switched.quality_losses(HELD, {"mix": replaced_set})["mix"]
         kl, original, ours = whole_models(directory, replaced_set, tap)
         assert loss.positions == HELD.numel() - len(HELD)
         assert loss.kl == pytest.approx(kl, rel=1e-3)
@@ -78,7 +78,7 @@ def test_price_of_every_mix_is_that_of_whole_models(architecture: str, tap: str,
 
 
 def test_nothing_replaced_loses_nothing(checkpoint: Checkpoint) -> None:
-    loss = SwitchedModel(load_model(checkpoint("llama")), MAPS, "residual").quality_loss(HELD, ())
+    loss = SwitchedModel(load_model(checkpoint("llama")), MAPS, "residual").quality_losses(HELD, {"mix": ()})["mix"]
     assert loss.kl == 0.0
     assert loss.perplexities[0] == loss.perplexities[1]
 

@@ -22,7 +22,7 @@ from nbl_export.errors import CorruptError, NblError
 from nbl_export.graph.cut_reference import CutDecoder
 from nbl_export.mixers.base import Running
 from nbl_export.model.checkpoint.load import load_model
-from nbl_export.model.linearize import replaced
+from nbl_export.model.linearize import linearize
 from nbl_export.records.results import CheckResult
 from nbl_export.run import accept as accepting
 from nbl_export.targets import load_engine
@@ -45,15 +45,14 @@ def values(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What verification leaves: torch's logits of two short rows and of a row that fills the slots, and its text."""
     first, second = rows()
     probe = Probe((tuple(first[:56]), tuple(second[:41])), (tuple(first[20:44]),), 12, tuple(first))
-    model, found = load_model(checkpoint_of("llama")), {}
+    found = {}
     for subject, maps in (("original", {}), ("nbl", maps_of([1]))):
-        with replaced(model, maps, "residual"):
-            text = list(probe.prompts[0])
-            for _ in range(probe.new_tokens):
-                text.append(int(row_logits(model, text)[-1].argmax()))
-            after = row_logits(model, text)[len(probe.prompts[0]) - 1 : -1]
-            margins = np.sort(after, 1)[:, -1] - np.sort(after, 1)[:, -2]
-            logits, long = tuple(row_logits(model, row) for row in probe.rows), row_logits(model, probe.long)
+        model, text = linearize(load_model(checkpoint_of("llama")), maps), list(probe.prompts[0])
+        for _ in range(probe.new_tokens):
+            text.append(int(row_logits(model, text)[-1].argmax()))
+        after = row_logits(model, text)[len(probe.prompts[0]) - 1 : -1]
+        margins = np.sort(after, 1)[:, -1] - np.sort(after, 1)[:, -2]
+        logits, long = tuple(row_logits(model, row) for row in probe.rows), row_logits(model, probe.long)
         shown = long[shown_positions(len(probe.long))]
         said = tuple(text[len(probe.prompts[0]) :])
         found[subject] = Reference(logits, shown, (said,), (tuple(map(float, margins)),))

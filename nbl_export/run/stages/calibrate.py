@@ -11,14 +11,14 @@ exact (`sums`), so a resumed run and an uninterrupted run give the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.model import processes
-from nbl_export.model.device import is_gpu, spoken
+from nbl_export.model.device import chosen, is_gpu, spoken
 from nbl_export.options.options import CHECKPOINT_FIT, NO_ORIGINAL
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy
@@ -43,7 +43,7 @@ class CalibrateInputs:
     Attributes:
         windows: token windows that maps are fitted on.
         shortage: why the model does not fit into memory, or "".
-        device: of the torch model. choose: gives the device for work of a size in bytes.
+        device: of the torch model. asked_device: a value of `--device`.
     """
 
     fingerprint: str
@@ -55,7 +55,7 @@ class CalibrateInputs:
     checkpoint: Lazy[Path]
     shortage: Lazy[str]
     device: Lazy[Any]
-    choose: Lazy[Callable[[int], Any]]
+    asked_device: Lazy[str]
 
 
 def declare(job: Job) -> CalibrateInputs | cut.CutCalibration | LeftOut:
@@ -75,7 +75,7 @@ def declare(job: Job) -> CalibrateInputs | cut.CutCalibration | LeftOut:
         checkpoint=job.torch.checkpoint,
         shortage=job.torch.shortage,
         device=job.torch.device,
-        choose=job.torch.choose_device,
+        asked_device=Lazy(None, lambda: options.device),
     )
 
 
@@ -140,9 +140,9 @@ def _device(inputs: CalibrateInputs, place: Place) -> tuple[Any, bool]:
     sums = len(taps_of(inputs.tap)) * sums_bytes(spec.hidden_size)
     if not short and is_gpu(inputs.device.value):
         weights = 0 if inputs.model.is_loaded else float32_bytes(checkpoint)
-        if is_gpu(whole := inputs.choose.value(weights + spec.num_layers * sums)):
+        if is_gpu(whole := chosen(inputs.asked_device.value, weights + spec.num_layers * sums)):
             return whole, False
-    device = inputs.choose.value(layer_bytes(checkpoint) + sums)
+    device = chosen(inputs.asked_device.value, layer_bytes(checkpoint) + sums)
     if not short and not is_gpu(device):
         return inputs.device.value, False
     why = f"the weights are {short}" if short else "the GPU has too little memory for the weights and all sums"
