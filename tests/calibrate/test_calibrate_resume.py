@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import random
 import re
 import shutil
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,39 +53,6 @@ def going_on(said: str) -> int:
     """Batches that a run went on after."""
     found = re.search(r"resuming after (\d+) of \d+ batches", said)
     return int(found[1]) if found else 0
-
-
-def wait_for_change(path: Path) -> None:
-    """Wait until a file is written anew, a few seconds at most."""
-    old, end = path.stat().st_mtime_ns if path.exists() else 0, time.monotonic() + 10
-    while time.monotonic() < end and (path.stat().st_mtime_ns if path.exists() else 0) == old:
-        time.sleep(0.005)
-
-
-@pytest.mark.fuzz
-def test_killed_at_random_moments_ends_with_the_same_moments(
-    command: tuple[object, ...], expected: str, tmp_path: Path, server: ForkServer
-) -> None:
-    run, moments = tmp_path / "run", random.Random(0)
-    kills, before = 0, 0
-    for kind in ("early", *["working"] * 5):
-        process = server.start(*command, "--output", run, code=OFTEN)
-        if process.wait_for("calibrate ..."):
-            if kind == "working":
-                wait_for_change(run / PARTIAL)
-            time.sleep(moments.uniform(0, 0.1))
-            process.kill()
-        if process.status == 0:
-            break
-        kills += 1
-        assert going_on(process.err) >= before  # nothing that was in a partial file is done again
-        before = going_on(process.err)
-    assert kills >= 3 and before > 0
-    if process.status != 0:  # killed between the moments and the manifest too: the next run sweeps up
-        done = server.start(*command, "--output", run, code=OFTEN)
-        assert done.status == 0, done.err
-    assert file_sha256(run / "moments.safetensors") == expected
-    assert set(snapshot(run)) == {"text.safetensors", "moments.safetensors", "nbl.json"}
 
 
 KILL_AT_RENAME = """
@@ -166,20 +131,6 @@ def test_damaged_partial_file_is_not_used(
     assert done.status == 0, done.err
     assert going_on(done.err) == 0
     assert file_sha256(interrupted / "moments.safetensors") == expected
-
-
-@pytest.mark.parametrize(
-    "change",
-    [keys(context=64, tap="normed"), *(pytest.param(c, marks=pytest.mark.fuzz) for c in (keys(context=32),)),
-     ("--force",)],
-)  # fmt: skip
-def test_partial_file_of_other_options_is_not_used(
-    change: tuple[object, ...], command: tuple[object, ...], interrupted: Path, server: ForkServer
-) -> None:
-    done = server.start(*command, *change, "--output", interrupted, code=OFTEN)
-    assert done.status == 0, done.err
-    assert going_on(done.err) == 0
-    assert not (interrupted / PARTIAL).exists()
 
 
 def test_partial_files_cost_little(monkeypatch: pytest.MonkeyPatch) -> None:

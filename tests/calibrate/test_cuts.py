@@ -96,28 +96,6 @@ def close(found: torch.Tensor, right: torch.Tensor) -> None:
     torch.testing.assert_close(found, right, rtol=1e-5, atol=2e-6 * float(right.abs().max()))
 
 
-def test_a_pass_that_stops_and_goes_on_gives_the_same_bytes(
-    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cuts, "_BLOCK", 60)
-    model, parts = load_model(checkpoint("llama")), windows(6).split(2)
-    whole = CutSums.of(model, (0, 2))
-    with whole.attached(model):
-        for part in parts:
-            run(model, part)
-    whole.save(tmp_path / "whole", {"done": 3})
-    begun = CutSums.of(model, (0, 2))
-    for done, part in enumerate(parts, start=1):
-        with begun.attached(model):
-            run(model, part)
-        begun.save(tmp_path / "part", {"done": done})
-        begun, facts = load(tmp_path / "part")
-        assert facts == {"done": done}
-    assert (tmp_path / "part").read_bytes() == (tmp_path / "whole").read_bytes()
-    run(model, parts[0])
-    assert begun.count == whole.count == 6 * 47
-
-
 def run(model: Any, text: torch.Tensor) -> None:
     with torch.inference_mode():
         model.get_decoder()(input_ids=text, use_cache=False)

@@ -15,7 +15,7 @@ from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.linearize import linearize
 from nbl_export.plan.maps_file import load_maps
 
-from ..command import assert_refused, nbl
+from ..command import nbl
 
 IDS = torch.arange(2, 40)[None]
 
@@ -40,15 +40,6 @@ def test_the_command_and_a_fresh_process(run: Path, tmp_path: Path) -> None:
     with torch.inference_mode():
         assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), expected(IDS, use_cache=False).logits)
     assert not [p.name for p in run.iterdir() if p.name.startswith(".nbl-export-")]
-
-
-def test_what_failed_verification_is_not_saved_unless_forced(run: Path) -> None:
-    manifest = json.loads((run / "nbl.json").read_text())
-    (run / "nbl.json").write_text(json.dumps({**manifest, "status": "failed"}))
-    saved = run.with_name("saved")
-    assert_refused(nbl(*SAVE, saved, run), 1, run, "failed verification", "--force")
-    assert not saved.exists()
-    assert nbl(*SAVE, saved, run, "--force").status == 0
 
 
 def test_a_configuration_that_contradicts_itself() -> None:

@@ -262,8 +262,11 @@ def transposed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rewrite, "rewrite_model", wrong)
 
 
+_SHORT = ("--depth", 0, "--repetitions", 1, "--prompt-tokens", 8, "--generate-tokens", 3)
+
+
 @pytest.mark.usefixtures("transposed")
-def test_failed_verification(same: Same, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_verification(same: Same, run: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (run / "model" / "model.onnx").unlink()
     failed = nbl(*same, "--output", run)
     assert_refused(failed, 3, "verification failed", run, "check", "(nbl", "allowed", "kept for inspection")
@@ -276,6 +279,11 @@ def test_failed_verification(same: Same, run: Path, monkeypatch: pytest.MonkeyPa
     assert_refused(nbl("generate", run, "Hi"), 1, run, "failed verification", "--force")
     assert nbl("generate", run, "Hi", "--max-new-tokens", 2, "--force").status == 0
     assert nbl("generate", run, "Hi", "--max-new-tokens", 2, "--original").status == 0
+    saved = run.with_name("saved")
+    words = (("bench", run, finished / "model", *_SHORT), ("convert", run, "--to", "transformers", "--output", saved))
+    for given in words:
+        assert_refused(nbl(*given), 1, run, "failed verification", "--force")
+        assert nbl(*given, "--force").status == 0
     assert_refused(nbl("bench", run), 3, "verification failed")
     forced = nbl("bench", run, "--force")
     assert forced.status == 0, forced.err

@@ -67,11 +67,3 @@ def test_what_cannot_be_measured_is_refused(
         return word.replace("RUN", str(finished)).replace("NONE", str(tmp_path / "none"))
 
     assert_refused(nbl("bench", *map(placed, arguments)), status, *map(placed, parts))
-
-
-def test_a_run_that_failed_verification_is_not_measured_unless_forced(run: Path, finished: Path) -> None:
-    manifest = json.loads((run / "nbl.json").read_text(encoding="utf-8"))
-    (run / "nbl.json").write_text(json.dumps({**manifest, "status": "failed"}), encoding="utf-8")
-    words = ("bench", run, finished / "model", *SHORT)
-    assert_refused(nbl(*words), 1, "failed verification", "--force")
-    assert nbl(*words, "--force").status == 0

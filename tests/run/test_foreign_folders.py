@@ -139,12 +139,10 @@ def test_a_tokenizer_with_settings_of_a_wrong_kind() -> None:
         pack(Text("t", "0", ("words",)), tokenizer, 64, 32)
 
 
-@pytest.mark.parametrize("name", ["bench.json", "maps.safetensors", "model/tokenizer.json", "nbl.json"])
+@pytest.mark.parametrize("name", ["bench.json", "maps.safetensors", "model/tokenizer.json", "nbl.json", "original"])
 def test_a_link_out_of_a_run_directory_is_refused(name: str, run: Path, tmp_path: Path) -> None:
-    """Even to the very file that was there."""
-    kept = tmp_path / "elsewhere"
-    shutil.copyfile(run / name, kept)
-    (run / name).unlink()
+    """Even to the very file that was there, or to a directory on another disk."""
+    kept = shutil.move(run / name, tmp_path / "elsewhere")
     (run / name).symlink_to(kept)
     for command in (("report", run), ("inspect", run)):
         assert_refused(nbl(*command), 1, run / name, "link out of its directory")
