@@ -126,13 +126,14 @@ def _write_checkpoint(job: Job, maps: Maps, out: Path) -> list[str]:
     Raises:
         NblError: the model is not available, its architecture has no class, or what was written cannot be loaded.
     """
-    from nbl_export.model.checkpoint.copied import check_loadable, copy_linearized
+    from nbl_export.model.checkpoint.copied import copy_linearized
     from nbl_export.model.checkpoint.hf_classes import save_linearized
+    from nbl_export.model.checkpoint.pretrained import check_weights
 
     checkpoint, tap = job.torch.checkpoint.value, job.plan.tap
     if not copy_linearized(checkpoint, maps, tap, out):
         save_linearized(job.torch.model.value, checkpoint, maps, tap, out)
-    check_loadable(out)
+    check_weights(out)
     return []
 
 

@@ -13,13 +13,14 @@ from nbl_export.files import key_of
 from nbl_export.model import processes
 from nbl_export.model.device import guarded
 from nbl_export.options.options import CHECKPOINT_FIT, NO_ORIGINAL, JobOptions
-from nbl_export.options.settle import hub_id, read_asked
+from nbl_export.options.settle import hub_id, read_asked, settle
 from nbl_export.records.requests import PERPLEXITY, EvalRequest, Subject
 from nbl_export.run.deployed import result
 from nbl_export.run.estimate import foreseen
+from nbl_export.run.facts import capabilities_of, check_machine
 from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
-from nbl_export.run.settled import Settled, refuse_early, settle_job, settle_run
+from nbl_export.run.settled import Settled, settle_job, settle_run
 from nbl_export.run.stages import bench, calibrate, evaluate, graphs, plan, text, verify
 from nbl_export.run.stages.common import Inputs, LeftOut, Place, Stage
 from nbl_export.run_directory import REPORT_JSON, VERIFY_FILE, RunDirectory, refuse_foreign
@@ -91,7 +92,8 @@ def _work(asked: Mapping[str, Any], recorded: JobOptions | None, output: Path, u
     """Settle the options, check all inputs, and run the stages up to a stage."""
     if processes.begin():
         _follow(lambda run, say: settle_job(asked, recorded, {} if force else run.manifest, say), output)
-    refuse_early(asked, recorded, runs_engine=until != "calibrate")
+    early = settle(asked, capabilities_of, recorded=recorded)  # reads no model, which can take a minute
+    check_machine(early, runs_engine=until != "calibrate")
     refuse_foreign(output)
     before = RunDirectory(output) if force else RunDirectory.peek(output)
     settled = settle_job(asked, recorded, before.manifest, ui.say)

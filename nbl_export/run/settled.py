@@ -1,6 +1,5 @@
 """What is asked for becomes a settled job: options, a decoder, and what identifies its model and its text.
 
-asked ─► refuse_early                                   reads no model, which can take a minute
 asked + files of the model ─► settle_job ─► Settled     a whole job
 changes + nbl.json ─────────► settle_run ─► Settled     further stages of a run; its model need not be here
 """
@@ -19,21 +18,13 @@ from nbl_export.options.settle import settle
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy
 from nbl_export.run.destinations import refuse_unfit
-from nbl_export.run.facts import (
-    capabilities_of,
-    check_machine,
-    facts_of_model,
-    facts_of_run,
-    identity_of,
-    read_model,
-    require_engine,
-)
+from nbl_export.run.facts import capabilities_of, facts_of_model, facts_of_run, identity_of, read_model, require_engine
 from nbl_export.run_directory import RunDirectory
 from nbl_export.targets import ENGINES
 from nbl_export.text.corpus import Text
 from nbl_export.text.mixture import identify, read_texts
 
-__all__ = ["Settled", "of_run", "refuse_early", "settle_job", "settle_run"]
+__all__ = ["Settled", "of_run", "settle_job", "settle_run"]
 
 Say = Callable[[str], None]
 
@@ -62,15 +53,6 @@ class Settled:
     sources: list[Any]
     documents: Lazy[Text]
     facts: Mapping[str, Any]
-
-
-def refuse_early(asked: Mapping[str, Any], recorded: JobOptions | None, *, runs_engine: bool) -> None:
-    """Refuse what needs no model to be refused.
-
-    Raises:
-        NblError: an option contradicts another or does not fit the engine, or this machine cannot do it.
-    """
-    check_machine(settle(asked, capabilities_of, recorded=recorded), runs_engine=runs_engine)
 
 
 def settle_job(asked: Mapping[str, Any], recorded: JobOptions | None, manifest: Mapping[str, Any], say: Say) -> Settled:

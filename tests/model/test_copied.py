@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM
 from nbl_export.errors import NblError
 from nbl_export.mixers.base import Mixer
 from nbl_export.model import mapped
-from nbl_export.model.checkpoint.copied import check_loadable, copy_linearized
+from nbl_export.model.checkpoint.copied import copy_linearized
 from nbl_export.model.checkpoint.hf_classes import save_linearized
 from nbl_export.model.checkpoint.load import load_model, load_tokenizer
+from nbl_export.model.checkpoint.pretrained import check_weights
 from nbl_export.model.linearize import linearize
 
 from ..tiny import EVERY, KINDS, cases, narrowed, record_of
@@ -96,7 +97,7 @@ def test_a_model_in_parts_stays_in_parts(parts: int, checkpoint: Checkpoint, ran
     save_file({"tok_embeddings.weight": torch.zeros(3)}, tmp_path / "given" / "other.safetensors")  # no part of it
     assert copy_linearized(tmp_path / "given", random_maps(1), "residual", tmp_path / "copied")
     assert {file.name for file in (tmp_path / "copied").glob("*.safetensors")} == names
-    check_loadable(tmp_path / "copied")
+    check_weights(tmp_path / "copied")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "copied")
     expected = linearize(load_model(checkpoint("llama")), random_maps(1))
     with torch.inference_mode():

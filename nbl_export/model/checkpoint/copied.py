@@ -17,12 +17,12 @@ from transformers import GenerationConfig
 from nbl_export.files import safetensors_header, safetensors_tensors, write_json
 from nbl_export.mixers.base import Mixer
 from nbl_export.model.checkpoint.hf_classes import empty_linearized
-from nbl_export.model.checkpoint.pretrained import check_weights, config_of, explained, tokenizer_of
+from nbl_export.model.checkpoint.pretrained import check_weights, config_of, tokenizer_of
 from nbl_export.model.checkpoint.weights import INDEX, WEIGHTS, weight_files
 from nbl_export.model.linearize import multiplier_of, stored_in
 from nbl_export.trust.model_settings import drop_code, read_object
 
-__all__ = ["check_loadable", "copy_linearized"]
+__all__ = ["copy_linearized"]
 
 _PART = 1 << 26  # bytes that are copied at once
 
@@ -36,7 +36,7 @@ def copy_linearized(checkpoint: Path, maps: Mapping[int, Mixer], tap: str, out: 
     Raises:
         NblError: the model's architecture has no class here, or a file is damaged.
     """
-    check_loadable(checkpoint)
+    check_weights(checkpoint)
     config = config_of(checkpoint)
     model = empty_linearized(config, maps, tap)
     ours = {
@@ -61,16 +61,6 @@ def copy_linearized(checkpoint: Path, maps: Mapping[int, Mixer], tap: str, out: 
         write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
     _save_texts(model, checkpoint, out)
     return True
-
-
-def check_loadable(checkpoint: Path) -> None:
-    """Check that transformers would load a directory, without reading a weight.
-
-    Raises:
-        NblError: a file is missing or damaged, or a weight is missing or has another shape.
-    """
-    with explained(f"{checkpoint} cannot be loaded by transformers"):
-        check_weights(checkpoint)
 
 
 def _tied(model: Any) -> set[str]:

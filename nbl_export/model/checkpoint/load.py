@@ -58,8 +58,8 @@ def read_spec(source: Source) -> DecoderSpec:
     _register(source)
     with explained(f"{source.name} has no usable decoder configuration"):
         config = config_of(source.gguf or source.directory)
-        architecture = config.model_type.removeprefix(LINEARIZED if source.linearized else "")
         check_weights(source.gguf or source.directory)
+        architecture = config.model_type.removeprefix(LINEARIZED if source.linearized else "")
         return spec_of(config, architecture)
 
 

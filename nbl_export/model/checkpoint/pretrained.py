@@ -111,11 +111,11 @@ def check_weights(model: Path) -> None:
     checkpoint have other names; they are left to their reader. Files that have not changed are compared once.
 
     Raises:
-        NblError: the folder is unsafe, or lacks a weight. Whatever transformers raises on a damaged model or on
-            another shape.
+        NblError: the folder is unsafe, or transformers would not load it.
     """
     files = [file for file in (sorted(model.iterdir()) if model.is_dir() else [model]) if file.exists()]
-    _check_weights(model, tuple((f.name, s.st_ino, s.st_size, s.st_mtime_ns) for f in files for s in [f.stat()]))
+    with explained(f"{model} cannot be loaded by transformers"):
+        _check_weights(model, tuple((f.name, s.st_ino, s.st_size, s.st_mtime_ns) for f in files for s in [f.stat()]))
 
 
 @functools.lru_cache(maxsize=16)

@@ -24,7 +24,7 @@ from nbl_export.graph.names import MANIFEST, TEXT_FILES
 from nbl_export.mixers import kinds
 from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, REFUSED, check_config, is_hybrid, supported_near
 from nbl_export.model.checkpoint import pretrained
-from nbl_export.model.checkpoint.stated_cut import StatedCut, stated_cut
+from nbl_export.model.checkpoint.stated_cut import stated_cut
 from nbl_export.model.checkpoint.weights import INDEX, weight_files
 from nbl_export.records.decoder import HYBRID
 from nbl_export.records.plan import TAPS, USUAL_KIND
@@ -45,13 +45,12 @@ _HUB_FILES = (*_READ, "README.md")  # holds the licence
 
 @dataclass(frozen=True)
 class Linearized:
-    """The replaced layers, their kinds (`nbl_export.mixers`) and tap, the hidden size and the cut, from config.json."""
+    """The replaced layers, their kinds (`nbl_export.mixers`), tap and hidden size, from config.json."""
 
     layers: tuple[int, ...]
     kinds: tuple[str, ...]
     tap: str
     size: int
-    cut: StatedCut | None = None
 
 
 @dataclass(frozen=True)
@@ -204,10 +203,10 @@ def _linearized_of(config: dict[str, Any], where: Path) -> Linearized | None:
         raise NblError(f"{where} has layers of the kinds {kinds_given}; known are {', '.join(kinds())}")
     made = dict(sorted(zip(layers, kinds_given, strict=True)))
     try:
-        cut = stated_cut(config.get("nbl_cut"), made, int(count or 0), config.get("max_position_embeddings"))
+        stated_cut(config.get("nbl_cut"), made, int(count or 0), config.get("max_position_embeddings"))
     except ValueError as error:
         raise NblError(f"{where.parent}: {error}; save the checkpoint again") from error
-    return Linearized(tuple(made), tuple(made.values()), str(tap), size if isinstance(size, int) else 0, cut)
+    return Linearized(tuple(made), tuple(made.values()), str(tap), size if isinstance(size, int) else 0)
 
 
 def _is_part(layers: list[int], count: int) -> bool:

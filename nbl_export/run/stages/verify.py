@@ -299,7 +299,8 @@ def make_probe(inputs: VerifyInputs, near: int | None = None) -> Any:
     starts = [k * len(ids) // 4 for k in (0, 1, 2)]
     new_tokens = min(_NEW_TOKENS, cache_length - prompt)
     prompts = tuple(tuple(ids[s : s + prompt]) for s in starts)
-    long = every[: min(_long_tokens(window), cache_length)]
+    most = max(_LONG_TOKENS, window + _BEYOND_WINDOW if window else 0) + ladder.DECODE_STEPS
+    long = every[: min(most, cache_length)]
     return ladder.Probe(
         tuple(map(tuple, rows)),
         prompts,
@@ -307,12 +308,6 @@ def make_probe(inputs: VerifyInputs, near: int | None = None) -> Any:
         tuple(long) if len(long) > len(rows[0]) else (),
         tuple(map(tuple, climbing)),
     )
-
-
-def _long_tokens(window: int) -> int:
-    from nbl_export.verify import ladder
-
-    return max(_LONG_TOKENS, window + _BEYOND_WINDOW if window else 0) + ladder.DECODE_STEPS
 
 
 def loss_texts(inputs: VerifyInputs, near: int | None = None) -> list[tuple[str, Any]]:

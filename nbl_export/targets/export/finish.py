@@ -120,7 +120,7 @@ def check_bounds(checkpoint: Path) -> None:
 
     with explained(f"{checkpoint} cannot be exported"):
         config = config_of(checkpoint)
-        check_weights(checkpoint)
+    check_weights(checkpoint)
     positions = max(_whole(getattr(config, name, 0)) for name in _POSITIONS)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     tables, available = _ITEM * positions * head, available_bytes()
