@@ -28,6 +28,7 @@ import pytest
 from nbl_export.mixers.linear import Linear
 
 from .command import SHORT_PARTS, TINY, in_new_process
+from .fork_server import ForkServer
 from .graph_sources import make_graph
 from .store import Store, key_of
 from .tiny import random_map, save_checkpoint, stdlib_text
@@ -252,6 +253,13 @@ def finished(same: tuple[object, ...], stores: dict[str, Store]) -> Path:
 def run(finished: Path, tmp_path: Path) -> Path:
     """A copy of the finished run directory, in another place."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """Starts the command in processes of their own, for tests that kill it."""
+    with ForkServer(tmp_path_factory.mktemp("logs")) as started:
+        yield started
 
 
 @pytest.fixture

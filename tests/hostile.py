@@ -33,7 +33,7 @@ import onnx
 from nbl_export.options.options import OPTIONS
 
 __all__ = ["OUTSIDE", "damage_bytes", "damage_gguf", "damage_json", "damage_onnx", "damage_safetensors",
-           "damage_sizes", "damage_text", "damage_toml", "damage_xml"]  # fmt: skip
+           "damage_sizes", "damage_text", "damage_toml", "damage_xml", "places"]  # fmt: skip
 
 OUTSIDE = "../outside/secret"
 _SIZES = (0, 1, 255, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1)
@@ -79,15 +79,15 @@ def damage_json(random: Random, path: Path) -> None:
 
 def _damage_tree(random: Random, root: Any, path: Path) -> None:
     for _ in range(random.randint(1, 3)):
-        places = list(_places(root))
-        if not places:
+        found = list(places(root))
+        if not found:
             return
-        container, key = random.choice(places)
+        container, key = random.choice(found)
         kind = random.random()
         if kind < 0.15 and isinstance(container, dict):
             del container[key]
         elif kind < 0.25:
-            other, where = random.choice(places)
+            other, where = random.choice(found)
             container[key] = json.loads(json.dumps(other[where]))
         elif kind < 0.3 and isinstance(container, dict):
             container[_hostile_name(random)] = container.pop(key)
@@ -95,11 +95,12 @@ def _damage_tree(random: Random, root: Any, path: Path) -> None:
             container[key] = _hostile_value(random, container[key], path)
 
 
-def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    keys = list(value) if isinstance(value, dict) else range(min(len(value), 8)) if isinstance(value, list) else ()
+def places(value: Any, most: int = 8) -> Iterator[tuple[Any, Any]]:
+    """Containers and keys of every value, of a list the first ones."""
+    keys = list(value) if isinstance(value, dict) else range(min(len(value), most)) if isinstance(value, list) else ()
     for key in keys:
         yield value, key
-        yield from _places(value[key])
+        yield from places(value[key], most)
 
 
 def _hostile_name(random: Random) -> str:

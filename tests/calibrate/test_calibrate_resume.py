@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,12 +26,6 @@ import nbl_export.calibrate.collect, nbl_export.run.stages.common
 nbl_export.calibrate.collect._BATCH_TOKENS = 128
 nbl_export.run.stages.common._SECONDS = nbl_export.run.stages.common._SHARE = 0
 """
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
-    with ForkServer(tmp_path_factory.mktemp("logs")) as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

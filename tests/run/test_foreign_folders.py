@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from nbl_export.text.corpus import Text
 from nbl_export.text.windows import pack
 
 from ..command import assert_refused, nbl, snapshot
+from ..hostile import places
 from ..hostile_folders import rehash
 
 
@@ -87,24 +88,16 @@ def test_results_that_were_edited_and_hashed_again(name: str, key: str, run: Pat
     assert snapshot(run) == before
 
 
-def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Containers and keys of every value, of a list the first one."""
-    keys = list(value) if isinstance(value, dict) else range(min(len(value), 1)) if isinstance(value, list) else ()
-    for key in keys:
-        yield value, key
-        yield from _places(value[key])
-
-
 @pytest.mark.parametrize("name", ["nbl.json", "verify.json", "bench.json"])
 def test_any_value_of_another_kind_is_refused_or_shown(name: str, run: Path) -> None:
     """Every value is missing, or of each other kind: what a command says of the run ends in a sentence of ours."""
     file, refused = run / name, 0
     others: tuple[Any, ...] = (None, [], {}, "x", [[]], -1, 1e300)
     whole = json.loads(file.read_text(encoding="utf-8"))
-    for place in range(len(list(_places(whole)))):
+    for place in range(len(list(places(whole, 1)))):
         for wrong in others:
             changed = json.loads(json.dumps(whole))
-            container, key = list(_places(changed))[place]
+            container, key = list(places(changed, 1))[place]
             if type(container[key]) is type(wrong):
                 continue
             container[key] = wrong

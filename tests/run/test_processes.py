@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +61,6 @@ if os.environ["RANK"] == "1":
 LIMIT = (*BARE[:2], "--calibration-tokens", "2560", "--max-perplexity-increase", "10000%")
 CUT, LAYERS = (*LIMIT, "--near", "4"), (*LIMIT, "--cut", "none")
 STEPS = "distill_steps = 8\nlora_rank = 2\ncontext = 32\n"
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
-    with ForkServer(tmp_path_factory.mktemp("logs")) as started:
-        yield started
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -183,12 +182,6 @@ def test_model_is_gone_after_the_run(same: Same, run: Path, checkpoint: Any, tmp
 
 
 # -- interruption ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
-    with ForkServer(tmp_path_factory.mktemp("logs")) as started:
-        yield started
 
 
 MORE, NORMED = ("--calibration-tokens", 2048), configured(tap="normed")
