@@ -71,8 +71,7 @@ READS = {
     "publish/card.py": (1, "the template of this package"),
     "report/document.py": (1, "the template of this package"),
     "run/estimate.py": (1, "the system's"),
-    "targets/checkpoint/edge_llm.py": (1, "weights that were written here"),
-    "targets/checkpoint/nemotron_nas.py": (1, "weights that were written here"),
+    "targets/checkpoint/form.py": (1, "weights that were written here"),
     "targets/onnx/export_genai.py": (1, "a graph that was made here"),
     "targets/onnx_files.py": (3, "graphs of a finished run, which `read_proto` has read"),
     "targets/openvino/ir/files.py": (1, "mapped"),
@@ -82,7 +81,7 @@ READS = {
 }  # fmt: skip
 READERS = {"read_text", "read_bytes", "open", "load_file", "GGUFReader"}
 LIBRARIES = {"onnx.load", "ir.load", "np.load", "np.fromfile", "json.load", "tomllib.load", "ModelCard.load"}
-OTHERS = {"read_text", "corpus.read_text", "kernels.open", "variants[name].open", "os.open"}  # read no file, or bounded
+OTHERS = {"read_text", "corpus.read_text", "kernels.open", "variants[name].open", "found.open", "os.open"}  # bounded
 
 
 def reads(source: str) -> list[str]:
