@@ -46,7 +46,11 @@ def copy_linearized(checkpoint: Path, maps: Mapping[int, Mixer], tap: str, out: 
     }
     wanted = model.state_dict().keys() - ours.keys()
     places = {file: safetensors_tensors(file) for file in weight_files(checkpoint)}
-    if wanted - {name for tensors in places.values() for name in tensors} - _tied(model):
+    if (
+        wanted
+        - {name for tensors in places.values() for name in tensors}
+        - set(getattr(model, "all_tied_weights_keys", {}))
+    ):
         return False
     out.mkdir(parents=True)
     files: dict[str, str] = {}
@@ -61,11 +65,6 @@ def copy_linearized(checkpoint: Path, maps: Mapping[int, Mixer], tap: str, out: 
         write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
     _save_texts(model, checkpoint, out)
     return True
-
-
-def _tied(model: Any) -> set[str]:
-    """Names of weights that are other weights too."""
-    return set(getattr(model, "all_tied_weights_keys", {}))
 
 
 def _write(out: Path, source: Path, kept: Mapping[str, Any], added: Mapping[str, np.ndarray]) -> None:

@@ -39,7 +39,9 @@ from nbl_export.model.linearize import BESIDE, architecture_of, linearize, multi
 from nbl_export.records.plan import USUAL_KIND
 from nbl_export.trust.model_settings import drop_code
 
-__all__ = ["CLASSES", "empty_linearized", "linearized", "restored", "save_linearized", "stock_config"]
+__all__ = ["CLASSES", "empty_linearized", "linearized", "restored", "save_linearized"]
+
+_OF_CLASS = ("architectures", "model_type")  # values of a configuration that another class does not take over
 
 
 def _exchange(model: Any) -> None:
@@ -144,20 +146,13 @@ def empty_linearized(config: Any, maps: Mapping[int, Mixer], tap: str) -> Any:
     if config.model_type not in CLASSES:
         raise NblError(f"no NBL checkpoint of architecture {config.model_type}; there are {', '.join(CLASSES)}")
     config_class, model_class = CLASSES[config.model_type]
-    values = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures")}
+    values = {k: v for k, v in config.to_dict().items() if k not in _OF_CLASS}
     kinds = [maps[i].kind for i in sorted(maps)]
     given = None if set(kinds) == {USUAL_KIND} else kinds  # stock configurations leave out what is None
     facts = {"nbl_replaced_layers": sorted(maps), "nbl_tap": tap, "nbl_kinds": given, "nbl_cut": facts_of(maps)}
     made_for = config_class(**values, **facts)
     with torch.device("meta"):
         return model_class(made_for)
-
-
-def stock_config(config: Any) -> Any:
-    """The configuration of the original model, from that of an NBL model."""
-    left_out = ("architectures", "model_type")
-    values = {k: v for k, v in config.to_dict().items() if k not in left_out and not k.startswith("nbl_")}
-    return type(config).__mro__[1](**values)  # the stock class that this class derives from
 
 
 def restored(model: Any) -> Any:
@@ -170,8 +165,9 @@ def restored(model: Any) -> Any:
     kinds = config.nbl_kinds or [USUAL_KIND] * len(config.nbl_replaced_layers)
     layers = [i for i, kind in zip(config.nbl_replaced_layers, kinds, strict=True) if not kind_of(kind).holds_cache]
     left_out = (*(f".{i}.self_attn." for i in layers), f".self_attn.{BESIDE}.")
+    values = {k: v for k, v in config.to_dict().items() if k not in _OF_CLASS and not k.startswith("nbl_")}
     with torch.device("meta"):
-        stock = model_with(stock_config(config))
+        stock = model_with(type(config).__mro__[1](**values))  # the stock class that this class derives from
     kept = {name: value for name, value in model.state_dict().items() if not any(part in name for part in left_out)}
     missing = {name: value.shape for name, value in stock.state_dict().items() if name not in kept}
     foreign = [name for name in missing if ".self_attn." not in name and "norm" not in name]

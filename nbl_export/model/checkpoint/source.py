@@ -100,7 +100,8 @@ def resolve(model: str) -> Source:
         raise NblError(f"{path} is not a model: expected a directory with safetensors, or a .gguf file{advice}")
     if not is_hub_id(model):
         raise NblError(f"no model at {model}: give a local directory, a .gguf file or a hub id (org/name)")
-    return _hub_source(model)
+    directory = _fetched(model, lambda hub: hub.snapshot_download(model, allow_patterns=list(_HUB_FILES)))
+    return _directory_source(model, directory, directory.name)
 
 
 def gguf_of(path: Path) -> Path | None:
@@ -131,11 +132,6 @@ def hub_config(repo: str) -> Path:
         NblError: the hub does not have it, or cannot be reached.
     """
     return _fetched(repo, lambda hub: hub.hf_hub_download(repo, "config.json"))
-
-
-def _hub_source(repo: str) -> Source:
-    directory = _fetched(repo, lambda hub: hub.snapshot_download(repo, allow_patterns=list(_HUB_FILES)))
-    return _directory_source(repo, directory, directory.name)
 
 
 def _fetched(repo: str, fetch: Callable[[Any], str]) -> Path:
@@ -191,7 +187,8 @@ def _linearized_of(config: dict[str, Any], where: Path) -> Linearized | None:
         return None
     layers, tap, count = (config.get(name) for name in ("nbl_replaced_layers", "nbl_tap", "num_hidden_layers"))
     numbers = isinstance(layers, list) and all(type(i) is int for i in layers) and type(count) is int
-    if not numbers or not layers or tap not in TAPS or not _is_part(layers, count):  # type: ignore[arg-type]
+    is_part = numbers and layers and all(0 <= i < count for i in layers) and len(set(layers)) < count
+    if not is_part or tap not in TAPS:
         raise NblError(f"{where} replaces layers {layers} of {count} at the tap {tap!r}; save the checkpoint again")
     size = config.get("hidden_size")  # checked later
     kinds_given = config.get("nbl_kinds") or [USUAL_KIND] * len(layers)
@@ -207,11 +204,6 @@ def _linearized_of(config: dict[str, Any], where: Path) -> Linearized | None:
     except ValueError as error:
         raise NblError(f"{where.parent}: {error}; save the checkpoint again") from error
     return Linearized(tuple(made), tuple(made.values()), str(tap), size if isinstance(size, int) else 0)
-
-
-def _is_part(layers: list[int], count: int) -> bool:
-    """Whether these are some layers of `count`, and not all."""
-    return min(layers) >= 0 and max(layers) < count and len(set(layers)) < count
 
 
 def read_config(directory: Path) -> dict[str, Any]:
