@@ -185,7 +185,8 @@ def _linearized_of(config: dict[str, Any], where: Path) -> Linearized | None:
     """
     if not str(config.get("model_type")).startswith(LINEARIZED):
         return None
-    layers, tap, count = (config.get(name) for name in ("nbl_replaced_layers", "nbl_tap", "num_hidden_layers"))
+    stated: Any = [config.get(name) for name in ("nbl_replaced_layers", "nbl_tap", "num_hidden_layers")]
+    layers, tap, count = stated
     numbers = isinstance(layers, list) and all(type(i) is int for i in layers) and type(count) is int
     is_part = numbers and layers and all(0 <= i < count for i in layers) and len(set(layers)) < count
     if not is_part or tap not in TAPS:

@@ -27,8 +27,6 @@ class BenchInputs:
     """What is measured, beside the graphs; names as in the options."""
 
     available: Lazy[Target]
-    engine_name: str
-    provider: str
     precision: str
     spec: DecoderSpec
     cache_length: int
@@ -44,8 +42,6 @@ def declare(job: Job) -> BenchInputs | LeftOut:
     options = job.options
     return BenchInputs(
         available=job.available,
-        engine_name=options.engine,
-        provider=options.provider,
         precision=options.precision,
         spec=job.decoder,
         cache_length=job.cache_length,
@@ -62,10 +58,10 @@ def run(inputs: BenchInputs, place: Place, out: Path) -> dict[str, Any]:
     setting = BenchSetting(
         vocab_size=spec.vocab_size,
         context_length=inputs.cache_length,
-        engine=inputs.engine_name,
-        provider=inputs.provider,
+        engine=capabilities.name,
+        provider=capabilities.provider,
         threads=inputs.tests.threads or engine.default_threads(),
-        gpu=capabilities.static or inputs.provider != "cpu",
+        gpu=capabilities.static or capabilities.provider != "cpu",
     )
     root = place.run.path / ("engine" if capabilities.static else "")
     token_bytes = functools.partial(spec.cache_bytes_per_token, itemsize=capabilities.cache_itemsize(inputs.precision))
