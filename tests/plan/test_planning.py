@@ -173,8 +173,8 @@ def test_without_a_count_a_limit_decides() -> None:
         planned(plan_inputs(inputs(), None, asked))
 
 
-def test_another_input_is_another_key() -> None:
-    """Every field of the order's inputs but the size of the model, which its fingerprint covers, and the rule."""
+def test_another_input_or_rule_is_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every field of the order's inputs but the size of the model, which its fingerprint covers."""
     start = inputs("efficient")
     others: dict[str, Any] = {
         "kind": MapKind(bias=False),
@@ -183,5 +183,9 @@ def test_another_input_is_another_key() -> None:
     }  # fmt: skip
     assert {f.name for f in dataclasses.fields(OrderInputs)} == others.keys() | {"num_layers", "select"}
     keys = [Selection(dataclasses.replace(start, **{name: other})).key for name, other in others.items()]
-    assert len({Selection(start).key, *keys}) == len(others) + 1
+    for name in ("RULE", "EVERY", "_WEIGHED_TOKENS"):
+        with monkeypatch.context() as patch:
+            patch.setattr(order_of, name, "another")
+            keys.append(Selection(start).key)
+    assert len({Selection(start).key, *keys}) == len(others) + 3 + 1
     assert Selection(inputs("efficient")).key == Selection(start).key

@@ -11,14 +11,10 @@ import torch
 
 from nbl_export.calibrate.sums import Sums
 from nbl_export.distill.training import DistillSettings
-from nbl_export.plan import order
-from nbl_export.plan.greedy import Point
-from nbl_export.plan.order import Selection
 from nbl_export.records.inputs import Lazy
 from nbl_export.run.stages import calibrate, plan
-from nbl_export.run.stages.plan import order_of
 
-from ..jobs import TEXT, job_of
+from ..jobs import job_of
 
 Changes = dict[str, Any]
 
@@ -76,55 +72,6 @@ def test_a_calibration_resumes_from_its_own_sums_alone(change: str, tmp_path: Pa
     assert resumed_batches(tmp_path, **same) == 0
     assert resumed_batches(tmp_path, **same) == 1
     assert resumed_batches(tmp_path, **{**same, **CALIBRATIONS[change]}) == 0
-
-
-# -- the order of layers by the model's output -----------------------------------------------------------------
-
-ORDER = (Point((2,), (0.1,), (0.1,)), Point((2, 0), (0.2,), (0.2,)))
-EFFICIENT = {"select": "efficient"}
-ORDERS: dict[str, tuple[Changes, Changes, Changes]] = {  # options before, options changed, facts changed
-    "tap": (EFFICIENT, {"tap": "normed"}, {}),
-    "maps": ({**EFFICIENT, "tap": "normed"}, {"maps": "linear"}, {}),
-    "dropped attention": (EFFICIENT, {"kind": "none"}, {}),
-    "products": (EFFICIENT, {"compute_dtype": "float32"}, {}),
-    "logits of the weighed work": (EFFICIENT, {"logits": "all"}, {}),
-    "moments": (EFFICIENT, {}, {"stages": {"calibrate": {"key": "", "files": "others"}}}),
-}
-
-
-def key_of_order(directory: Path, options: Changes) -> str:
-    return Selection(order_of(job_of(directory, options))).key
-
-
-@pytest.mark.parametrize("change", ORDERS)
-def test_another_order_of_layers_is_computed_anew(change: str, tmp_path: Path) -> None:
-    options, changed, facts = ORDERS[change]
-    recorded = {
-        "key": key_of_order(tmp_path, options),
-        "texts": ["a text"],
-        "steps": [dataclasses.asdict(step) for step in ORDER],
-    }
-
-    def known(options: Changes, facts: Changes) -> tuple[Point, ...]:
-        return Selection(order_of(job_of(tmp_path, options, facts)), recorded=recorded)._recorded()
-
-    assert known(options, {}) == ORDER
-    assert known({**options, **changed}, facts) == ()
-
-
-@pytest.mark.parametrize("name", ["RULE", "EVERY", "_WEIGHED_TOKENS"])
-def test_another_way_to_judge_layers_computes_the_order_anew(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = key_of_order(tmp_path, EFFICIENT)
-    monkeypatch.setattr(order, name, "another")
-    assert key_of_order(tmp_path, EFFICIENT) != before
-
-
-def test_another_second_text_computes_the_order_anew(tmp_path: Path) -> None:
-    other = {"text": {**TEXT, "parts": {**TEXT["parts"], "second.choosing": "a third"}}}
-    keys = [Selection(order_of(job_of(tmp_path, EFFICIENT, facts))).key for facts in ({}, other)]
-    assert keys[0] != keys[1]
 
 
 # -- an unfinished distillation --------------------------------------------------------------------------------
