@@ -251,10 +251,11 @@ class _Training:
 
     def _gradients(self, ids_BT: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Gradients of each row's loss, name -> [B, ...], and the rows' KL [B]; this process computes its own rows."""
-        size, own = len(ids_BT), list(processes.own(len(ids_BT)))
+        size, mine = len(ids_BT), processes.own(len(ids_BT))
         rows = {name: p.detach().new_zeros(size, *p.shape) for name, p in self.pair.trained.items()}
         kl_B = next(iter(rows.values())).new_zeros(size)
-        if own:
+        if mine:
+            own = slice(mine.start, mine.stop, mine.step)
             found, kl_B[own] = self.pair.gradients(self.pair.teacher_states(ids_BT[own], training=True), *self._weights)
             for name, gradient in found.items():
                 rows[name][own] = gradient

@@ -19,6 +19,9 @@ FILES = sorted((ROOT / "bench" / "results").glob("*.json"))
 # Simulations, and equal tokens, are the same on every machine.
 ANY_MACHINE = {"intervals", "coverage-perplexity", "runtimes-smollm2"}
 
+# Options of the harness' own command line that our raw results used.
+HARNESS = {"--model", "--model_args", "--tasks", "--num_fewshot", "--limit"}
+
 
 def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
@@ -31,6 +34,8 @@ def known_options(program: list[str]) -> set[str]:
         command = root.commands.get(program[1], root)
         keys = {f"--{key.replace('_', '-')}" for key in KEYS}  # a raw result may have typed them
         return {name for parameter in command.params for name in parameter.opts} | keys
+    if program[0] == "lm_eval":
+        return HARNESS
     script = ROOT / program[1]
     words = set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', script.read_text(encoding="utf-8")))
     if "OPTIONS of the main job" in script.read_text(encoding="utf-8"):
