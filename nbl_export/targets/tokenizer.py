@@ -16,7 +16,9 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 from nbl_export.child import Child, Write
 from nbl_export.errors import MissingPackageError, NblError
@@ -29,6 +31,7 @@ __all__ = ["TOKENIZER", "Speaking", "Text", "applied", "read_settings", "render"
 
 
 TOKENIZER = "tokenizer.json"
+_Own = TypeVar("_Own", bound="Speaking")
 
 
 class Text:
@@ -98,10 +101,24 @@ class Speaking(TextRunner):
     context_length: int
     advice = ""
 
+    def __enter__(self: _Own) -> _Own:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Free the model; the runner cannot be used afterwards."""
+
     @functools.cached_property
     def text(self) -> Text:
         """The tokenizer of the directory."""
         return Text(self.directory)
+
+    def last_logits(self) -> np.ndarray:
+        """Logits [V] float32 after the last token; valid only right after `append`."""
+        raise NotImplementedError
+
+    def pick(self) -> int:
+        """The most likely next token."""
+        return int(self.last_logits().argmax())
 
     def encode(self, prompt: str, *, chat: bool) -> list[int]:
         """Token ids of a prompt, through the chat template if there is one and `chat` asks for it."""

@@ -79,9 +79,6 @@ class GenaiRunner(Speaking):
         self._generator: Any = None
         self._capacity = self._length = 0
 
-    def __enter__(self) -> GenaiRunner:
-        return self
-
     def __exit__(self, *exc: object) -> None:
         """Free the cache and the model; the runner cannot be used afterwards."""
         self._generator = self._model = None
@@ -129,12 +126,7 @@ class GenaiRunner(Speaking):
         self._length = length
 
     def last_logits(self) -> np.ndarray:
-        """Logits [V] float32 after the last token; valid only right after `append`."""
         return np.asarray(self._generator.get_logits()[0, -1], dtype=np.float32)
-
-    def pick(self) -> int:
-        """The most likely next token."""
-        return int(self.last_logits().argmax())
 
     @functools.cached_property
     def text(self) -> Text:

@@ -200,30 +200,12 @@ def _info(port: Any) -> TensorInfo:
     return TensorInfo(port.get_any_name(), port.get_element_type().to_string(), dims)
 
 
-class IrDecoder:
+class IrDecoder(Session):
     """Runs batches of rows of different lengths, with the interface of `graph.decoder.OnnxDecoder`.
 
     Rows come padded on the right and run padded on the left, as transformers and OpenVINO GenAI pad a batch. So the
     last column of a pruned graph is each row's last token.
-
-    Args:
-        exact, mixers, tap: see `Session`.
     """
-
-    def __init__(
-        self, directory: Path, file: str = IR_FILE, *, exact: bool = False, threads: int | None = None,
-        mixers: Running | None = None, tap: str = "",
-    ) -> None:  # fmt: skip
-        self.session = Session(directory, file, exact=exact, threads=threads, mixers=mixers, tap=tap)
-
-    @property
-    def contract(self) -> GraphContract:
-        """Inputs, states as if they were inputs, and outputs."""
-        return self.session.contract
-
-    def begin(self, batch: int) -> None:
-        """Start a batch with empty caches."""
-        self.session.begin(batch)
 
     def step(self, ids_BT: np.ndarray, valid_BT: np.ndarray | None = None) -> np.ndarray:
         """Append tokens; returns float32 logits [B, T, V], or [B, 1, V] of each row's last token (pruned graph).
@@ -234,26 +216,21 @@ class IrDecoder:
         """
         valid = np.ones_like(ids_BT) if valid_BT is None else valid_BT
         shifts = ids_BT.shape[1] - valid.sum(1)
-        logits = self.session.run(_rolled(ids_BT, shifts), _rolled(valid, shifts).astype(np.int64))
+        logits = self.run(_rolled(ids_BT, shifts), _rolled(valid, shifts).astype(np.int64))
         return _rolled(logits, -shifts) if logits.shape[1] == ids_BT.shape[1] else logits
 
     def mark(self) -> Any:
         """The state of the running batch, for `rewind`; copies the caches."""
-        return self.session.states(), self.session.mask_BK
+        return self.states(), self.mask_BK
 
     def rewind(self, mark: Any) -> None:
         """Go back to the state `mark` of the same batch."""
-        self.session.put_states(*mark)
+        self.put_states(*mark)
 
     @property
     def cache_length(self) -> int:
         """Tokens that the states of the running batch hold, padding included."""
-        return int(self.session.mask_BK.shape[1])
-
-    @property
-    def cache_bytes(self) -> int:
-        """See `Session.cache_bytes`."""
-        return self.session.cache_bytes
+        return int(self.mask_BK.shape[1])
 
 
 def _rolled(rows: np.ndarray, shifts: np.ndarray) -> np.ndarray:
@@ -277,11 +254,7 @@ class OpenVinoRunner(Speaking):
         self._logits = np.zeros((1, 1, 1), np.float32)
         self._capacity = 0
 
-    def __enter__(self) -> OpenVinoRunner:
-        return self
-
     def __exit__(self, *exc: object) -> None:
-        """Free the model; the runner cannot be used afterwards."""
         self.session.close()
 
     def begin(self, max_tokens: int) -> None:
@@ -306,9 +279,4 @@ class OpenVinoRunner(Speaking):
         self.session.cut(length)
 
     def last_logits(self) -> np.ndarray:
-        """Logits [V] float32 after the last token; valid only right after `append`."""
         return np.asarray(self._logits[0, -1], np.float32)
-
-    def pick(self) -> int:
-        """The most likely next token."""
-        return int(self._logits[0, -1].argmax())

@@ -73,9 +73,6 @@ class StaticRunner(Speaking):
         self._length = self._capacity = 0
         self._raw_V = np.zeros(0, np.float32)
 
-    def __enter__(self) -> StaticRunner:
-        return self
-
     def __exit__(self, *exc: object) -> None:
         """Free the caches and the model; the runner cannot be used afterwards.
 
@@ -122,7 +119,6 @@ class StaticRunner(Speaking):
         self._length = length
 
     def last_logits(self) -> np.ndarray:
-        """Logits [V] float32 after the last token; valid only right after `append`."""
         return widened(self._raw_V)
 
     def pick(self) -> int:
@@ -152,12 +148,6 @@ class CheckedRunner(Speaking):
         self.context_length = decoder.cache_length
         self._logits_V = np.zeros(0, np.float32)
 
-    def __enter__(self) -> CheckedRunner:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        pass
-
     def begin(self, max_tokens: int) -> None:
         """Forget the sequence."""
         self._decoder.begin(1)
@@ -172,9 +162,4 @@ class CheckedRunner(Speaking):
         self._decoder.rewind((caches, mask_BT[:, :length]))
 
     def last_logits(self) -> np.ndarray:
-        """Logits [V] float32 after the last token."""
         return self._logits_V
-
-    def pick(self) -> int:
-        """The most likely next token."""
-        return int(self._logits_V.argmax())
