@@ -58,43 +58,35 @@ class PruneTail(ir.passes.InPlacePass):
         block = find_block(graph, cache_layers(graph)[-1])
         tail = _tail_of(graph, block.join)
         _check_tail(block.layer, block.join, tail)
-        last = _LastClimbing(graph) if _LastClimbing.is_in(graph) else LastValid(graph)
+        index, at = _last_row(graph)
         way = _way_of_single_tokens(block.join, block.branch_index)
         user, i = way[0]
         attention = user.inputs[i]
         assert attention is not None
         producer = attention.producer()  # insert behind it: a product's dequantised weight stays beside the product
         assert producer is not None
-        graph.insert_after(producer, [*last.index, _take_last(last, user, i, "attention")])
-        graph.insert_before(block.join, _take_last(last, block.join, 1 - block.branch_index, "residual"))
+        graph.insert_after(producer, [*index, _take_last(at, user, i, "attention")])
+        graph.insert_before(block.join, _take_last(at, block.join, 1 - block.branch_index, "residual"))
         for value in (v for node in (*tail, *(node for node, _ in way)) for v in node.outputs):
             value.shape = None
         logits.shape = ir.Shape([_batch(graph), 1, _width(graph, logits)])
         return ir.passes.PassResult(model, modified=True)
 
 
-class _LastClimbing:
-    """The last row of a graph with a cut (`rewrite.cut`), as `LastValid`: its index among the rows that climb."""
-
-    def __init__(self, graph: ir.Graph) -> None:
-        self.index: list[ir.Node] = []
-        self.at = next(node for node in graph if node.name == CUT_ROWS).outputs[0]
-
-    @staticmethod
-    def is_in(graph: ir.Graph) -> bool:
-        """Whether a graph has a cut."""
-        return any(node.name == CUT_ROWS for node in graph)
-
-    def take(self, value: ir.Value, name: str) -> ir.Node:
-        """As `LastValid.take`."""
-        return new_node("GatherND", [value, self.at], f"{_PREFIX}/{name}", value.dtype, None, {"batch_dims": 1})
+def _last_row(graph: ir.Graph) -> tuple[list[ir.Node], ir.Value]:
+    """New nodes, and the index of the last row that they compute; a cut (`rewrite.cut`) has computed its own index."""
+    for node in graph:
+        if node.name == CUT_ROWS:
+            return [], node.outputs[0]
+    last = LastValid(graph)
+    return last.index, last.at
 
 
-def _take_last(last: LastValid | _LastClimbing, user: ir.Node, i: int, name: str) -> ir.Node:
+def _take_last(at: ir.Value, user: ir.Node, i: int, name: str) -> ir.Node:
     """Make the node that `user` now reads at its input i; the node is not in the graph yet."""
     value = user.inputs[i]
     assert value is not None
-    node = last.take(value, name)
+    node = new_node("GatherND", [value, at], f"{_PREFIX}/{name}", value.dtype, None, {"batch_dims": 1})
     user.replace_input_with(i, node.outputs[0])
     return node
 
@@ -164,7 +156,7 @@ def _width(graph: ir.Graph, logits: ir.Value) -> int | str:
 
 
 class LastValid:
-    """Takes each row's last valid token of values [B, T, ...] of a graph.
+    """The index of each row's last valid token of values [B, T, ...] of a graph.
 
         attention_mask [B, past + T]   max(mask[:, -T:] x 0..T-1)     rows padded on either side, decode steps
         num_tokens [B]                 max(num_tokens - 1, 0)         the static form, which has no mask
@@ -188,12 +180,8 @@ class LastValid:
 
     def __init__(self, graph: ir.Graph, prefix: str = _PREFIX, constants: str = "nbl.tail") -> None:
         emit = Maker(f"{prefix}/", ir.DataType.INT64, graph, constants)
-        self.index, self._prefix = emit.nodes, prefix
+        self.index = emit.nodes
         self.chunk, self.at = _index(graph, emit)
-
-    def take(self, value: ir.Value, name: str) -> ir.Node:
-        """A node that takes the last valid token; it is not in the graph yet."""
-        return new_node("GatherND", [value, self.at], f"{self._prefix}/{name}", value.dtype, None, {"batch_dims": 1})
 
 
 def _index(graph: ir.Graph, emit: Maker) -> tuple[ir.Value | None, ir.Value]:
