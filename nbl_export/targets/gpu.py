@@ -30,8 +30,7 @@ __all__ = ["CUDA", "JETSON_TENSORRT", "LEAST_COMPUTE", "CudaRelease", "Gpu", "bu
 
 _LIBRARIES = ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1", "libcuda.so")
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
-# CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, _MEMORY_CLOCK_RATE (kHz) and _GLOBAL_MEMORY_BUS_WIDTH (bits)
-_MULTIPROCESSORS, _MEMORY_KHZ, _BUS_BITS = 16, 36, 37
+_MEMORY_KHZ, _BUS_BITS = 36, 37  # CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE, _GLOBAL_MEMORY_BUS_WIDTH
 LEAST_COMPUTE = "7.5"  # CUDA 13 has no kernels below
 JETSON_TENSORRT = "'tensorrt>=10.16,<11'"  # for pip
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
@@ -145,8 +144,7 @@ def describe() -> dict[str, Any] | None:
     facts: dict[str, Any] = {"name": gpu.name, "compute": gpu.compute, "cuda": "{}.{}".format(*gpu.cuda)}
     with contextlib.suppress(AttributeError, OSError):
         device = _integer(driver, "cuDeviceGet", 0)
-        numbers = (_MULTIPROCESSORS, _MEMORY_KHZ, _BUS_BITS)
-        facts["multiprocessors"], clock, bits = (_integer(driver, "cuDeviceGetAttribute", n, device) for n in numbers)
+        clock, bits = (_integer(driver, "cuDeviceGetAttribute", n, device) for n in (_MEMORY_KHZ, _BUS_BITS))
         facts["memory_bytes_per_second"] = 2 * clock * 1000 * bits // 8
         total = ctypes.c_size_t()
         _call(driver, "cuDeviceTotalMem_v2", ctypes.byref(total), device)

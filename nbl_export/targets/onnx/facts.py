@@ -75,7 +75,6 @@ class GenaiSettings:
     context_length: int
     vocab_size: int
     end_ids: tuple[int, ...]
-    pad_id: int | None = None
     head_dim: int | None = None
 
     @classmethod
@@ -95,10 +94,8 @@ class GenaiSettings:
             model = settings["model"]
             end = model["eos_token_id"]
             ends = tuple(int(i) for i in (end if isinstance(end, list) else [end]))
-            pad = model.get("pad_token_id")
-            pad = None if pad is None else int(pad)
             head = model.get("decoder", {}).get("head_size")
             head = None if head is None else int(head)
-            return cls(int(model["context_length"]), int(model["vocab_size"]), ends, pad, head)
+            return cls(int(model["context_length"]), int(model["vocab_size"]), ends, head)
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise NblError(f"{path} cannot be read ({one_line(error)}); export the model again") from error
