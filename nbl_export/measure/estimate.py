@@ -35,7 +35,7 @@ from nbl_export.options.goals import DEFAULT_STEPS, asked_layers, default_minute
 from nbl_export.options.options import AUTO_CUT, CHECKPOINT_FIT, LIKE_LLAMA, JobOptions
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.plan import CUT_KIND
-from nbl_export.text.windows import deciding_tokens, final_tokens, judging_tokens
+from nbl_export.text.windows import judging_tokens, role_tokens
 
 __all__ = ["Gain", "Job", "Needs", "product_flops_per_second"]
 
@@ -206,7 +206,7 @@ class Job:
     def _tested(self) -> float:
         """Work of the tests of a limit on quality: deciding texts in the original and half of the replaced model."""
         options = self.options
-        return 0 if options.layers else 1.5 * _TESTS * deciding_tokens(options.context) * self._token
+        return 0 if options.layers else 1.5 * _TESTS * role_tokens("deciding", options.context) * self._token
 
     def _planned(self) -> float:
         """Work of the choice of layers."""
@@ -221,7 +221,7 @@ class Job:
         """Work of the choice of a cut: layers above it run twice, with their own keys and with predicted ones."""
         if self.options.cut != AUTO_CUT:
             return 0.0
-        judged, deciding = judging_tokens(self.options.context), deciding_tokens(self.options.context) + _TWICE
+        judged, deciding = judging_tokens(self.options.context), role_tokens("deciding", self.options.context) + _TWICE
         tried = math.ceil(math.log2(len(self.cuts) + 1)) + 1  # by halves, and one with more near tokens
         above = self.count / self.shape.decoder.num_layers
         passes = (1 + _SHORT) * (judged + deciding) + 2 * above * (tried * judged + deciding)
@@ -239,7 +239,7 @@ class Job:
     def _verified(self) -> float:
         """Work of the checks, and of the final text in both graphs; with a cut, half of a window is judged."""
         passes = 2 + _SHORT * (0.5 if self.cuts else 1)
-        return (passes * final_tokens(self.options.context) + _PROBED) * self._token
+        return (passes * role_tokens("final", self.options.context) + _PROBED) * self._token
 
     def _timed(self) -> float:
         """Seconds of the benchmark."""

@@ -29,10 +29,9 @@ from nbl_export.text.windows import (
     choosing_texts,
     divide,
     extend,
-    held_back_tokens,
     pack,
     pack_ids,
-    second_tokens,
+    part_tokens,
     token_ids,
 )
 
@@ -59,7 +58,7 @@ def cut(
     Raises:
         NblError: the text is too short for one window of each use, or has tokens that the model lacks.
     """
-    held_back = held_back_tokens(context)
+    held_back = part_tokens(CALIBRATION_ROLES, context)
     most = max(-(-tokens // context), training // context, 1) * context
     ids = token_ids(text, tokenizer, most + held_back, vocab_size)
     windows, held = pack_ids(text, ids, tokens, context, held_back)
@@ -69,7 +68,7 @@ def cut(
 
 def cut_second(text: Text, tokenizer: Any, context: int, vocab_size: int) -> dict[str, torch.Tensor]:
     """The parts of the second text; nothing if it has too few windows."""
-    rows, _ = pack(text, tokenizer, second_tokens(context), context, vocab_size=vocab_size)
+    rows, _ = pack(text, tokenizer, part_tokens(SECOND_ROLES, context), context, vocab_size=vocab_size)
     if len(rows) < len(SECOND_ROLES):
         return {}
     return {f"second.{use}": found for use, found in divide(rows, SECOND_ROLES).items()}
@@ -111,59 +110,27 @@ def read(path: Path, part: str) -> torch.Tensor:
 
 
 class JobText:
-    """Both texts of a job by use, each part read at first use.
+    """Both texts of a job by use, each part read at first use; the module says what parts are for.
 
     Args:
         names: of the calibration text and of the second text.
         rows: part -> its rows.
+
+    Attributes:
+        judging: held-back rows that choose the best step of a training. own_final: of the calibration text alone.
+        deciding, final: texts that decide how many layers a goal takes, and those of the final figures.
     """
 
     def __init__(self, names: tuple[str, str], rows: Mapping[str, Lazy[torch.Tensor]]) -> None:
         self.names, self._rows = names, rows
+        self.windows, self.held_back, self.training = rows["windows"], rows["held_back"], rows["training"]
+        self.judging, self.own_final = rows["choosing"], rows["final"]
+        self.deciding, self.final = self._both("deciding"), self._both("final")
 
     @classmethod
     def of_file(cls, path: Path, names: tuple[str, str], hashes: Mapping[str, str]) -> JobText:
-        """The text in a file that `save` wrote.
-
-        Args:
-            hashes: of its parts.
-        """
+        """The text in a file that `save` wrote, with the hashes of its parts."""
         return cls(names, {part: Lazy(found, partial(read, path, part)) for part, found in hashes.items()})
-
-    @property
-    def windows(self) -> Lazy[torch.Tensor]:
-        """Rows that maps are fitted on."""
-        return self._rows["windows"]
-
-    @property
-    def held_back(self) -> Lazy[torch.Tensor]:
-        """All held-back rows of the calibration text, in its order."""
-        return self._rows["held_back"]
-
-    @property
-    def training(self) -> Lazy[torch.Tensor]:
-        """Rows that maps are trained on."""
-        return self._rows["training"]
-
-    @property
-    def judging(self) -> Lazy[torch.Tensor]:
-        """Held-back rows that choose the best step of a training."""
-        return self._rows["choosing"]
-
-    @property
-    def own_final(self) -> Lazy[torch.Tensor]:
-        """Held-back rows of the calibration text that final figures are measured on."""
-        return self._rows["final"]
-
-    @property
-    def deciding(self) -> Lazy[Texts]:
-        """Texts that decide how many layers a goal takes."""
-        return self._both("deciding")
-
-    @property
-    def final(self) -> Lazy[Texts]:
-        """Texts of the final figures."""
-        return self._both("final")
 
     def choosing(self, positions: int) -> Lazy[Texts]:
         """Texts that layers are chosen by, for a model of so many positions."""

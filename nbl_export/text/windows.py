@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = ["CALIBRATION_ROLES", "DIVISION", "FEWEST_WINDOWS", "SECOND_ROLES", "choosing_texts",
-           "deciding_tokens", "divide", "extend", "final_tokens", "held_back_tokens", "judging_tokens", "pack",
-           "pack_ids", "repeated", "second_tokens", "token_ids"]  # fmt: skip
+           "divide", "extend", "judging_tokens", "pack", "pack_ids", "part_tokens", "repeated", "role_tokens",
+           "token_ids"]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +44,7 @@ _JUDGING_TOKENS = 2048
 _REPEATED, _PASSAGE = 2048, 64  # tokens: some layers are needed only for what stands far back
 _TWICE = "held-back passages, each twice"
 FEWEST_WINDOWS = 3  # one for each purpose
-DIVISION: list[Any] = [
-    [roles, tokens] for roles, tokens in _PART_TOKENS.items()
-]  # in the key of a stage that reads a part
+DIVISION: list[Any] = [[*part] for part in _PART_TOKENS.items()]  # in the key of a stage that reads a part
 
 
 def pack(
@@ -147,37 +145,19 @@ def extend(windows_WT: torch.Tensor, ids: Sequence[int], tokens: int, held_back:
     return torch.cat([windows_WT, following[: len(following) // context * context].view(-1, context)])
 
 
-def held_back_tokens(context: int) -> int:
-    """Tokens of the calibration text that no map is fitted on or trained on, in whole windows."""
-    return _tokens(CALIBRATION_ROLES, context)
+def part_tokens(roles: tuple[str, ...], context: int) -> int:
+    """Tokens of a text that have roles, in whole windows: no map is fitted or trained on these."""
+    return len(roles) * -(-_PART_TOKENS[roles] // context) * context
 
 
-def second_tokens(context: int) -> int:
-    """Tokens of the second text, which nobody calibrates on, in whole windows."""
-    return _tokens(SECOND_ROLES, context)
-
-
-def deciding_tokens(context: int) -> int:
-    """Tokens of both texts that decide how many layers a goal takes."""
-    return _role_tokens("deciding", context)
-
-
-def final_tokens(context: int) -> int:
-    """Tokens of both texts that final figures come from."""
-    return _role_tokens("final", context)
+def role_tokens(role: str, context: int) -> int:
+    """Tokens of both texts with one role, in whole windows."""
+    return sum(roles.count(role) * part_tokens(roles, context) // len(roles) for roles in _PART_TOKENS)
 
 
 def judging_tokens(context: int) -> int:
     """Tokens that layers are chosen by: of both texts, and of repeated passages."""
     return 2 * max(1, _JUDGING_TOKENS // context) * context + _REPEATED
-
-
-def _role_tokens(role: str, context: int) -> int:
-    return sum(roles.count(role) * _tokens(roles, context) // len(roles) for roles in _PART_TOKENS)
-
-
-def _tokens(roles: tuple[str, ...], context: int) -> int:
-    return len(roles) * -(-_PART_TOKENS[roles] // context) * context
 
 
 def divide(windows_WT: torch.Tensor, roles: Sequence[str]) -> dict[str, torch.Tensor]:

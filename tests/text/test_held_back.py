@@ -19,7 +19,7 @@ from nbl_export.run_directory import TEXT_FILE
 from nbl_export.text import corpus, parts
 from nbl_export.text import windows as text_windows
 from nbl_export.text.parts import cut, cut_second
-from nbl_export.text.windows import CALIBRATION_ROLES, SECOND_ROLES, divide, held_back_tokens
+from nbl_export.text.windows import CALIBRATION_ROLES, SECOND_ROLES, divide, part_tokens
 
 from ..command import nbl
 from ..jobs import opened
@@ -75,9 +75,9 @@ def test_parts_of_the_other_text_share_no_token_either() -> None:
 def test_a_text_that_is_too_short_for_every_use_is_refused() -> None:
     text, tokenizer = counting(4 * 64 - 1)
     with pytest.raises(corpus.NblError, match="255 tokens, 256 are needed"):
-        text_windows.pack(text, tokenizer, 1000, 64, held_back_tokens(64))
+        text_windows.pack(text, tokenizer, 1000, 64, part_tokens(CALIBRATION_ROLES, 64))
     text, tokenizer = counting(4 * 64)
-    calibration, held = text_windows.pack(text, tokenizer, 1000, 64, held_back_tokens(64))
+    calibration, held = text_windows.pack(text, tokenizer, 1000, 64, part_tokens(CALIBRATION_ROLES, 64))
     division = divide(held, CALIBRATION_ROLES)
     assert (len(calibration), *(len(division[part]) for part in PARTS)) == (1, 1, 1, 1)
 
