@@ -191,7 +191,7 @@ def test_biases_that_a_source_loses_are_refused(source: str, checkpoint: Checkpo
         build_decoder(source, checkpoint("llama-bias"), tmp_path / "original", "fp32", cache_length=96)
 
 
-HYBRID = r"model is a hybrid model \({}\), which is not supported: only about a quarter of the layers"
+HYBRID = r"is of a hybrid model \({}\), which is not supported: only about a quarter of the layers"
 
 
 @pytest.mark.parametrize(

@@ -224,7 +224,7 @@ def check_architecture(config: Mapping[str, Any], where: Path) -> None:
     """
     model_type = config.get("model_type")
     if is_hybrid(config):
-        raise NblError(f"{where} is a hybrid model ({model_type}), which is not supported: {HYBRID}")
+        raise NblError(f"{where} is of a hybrid model ({model_type}), which is not supported: {HYBRID}")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         advice = "; its language model, saved by itself, may be one of them" if "text_config" in config else ""
         reason = REFUSED.get(str(model_type))
