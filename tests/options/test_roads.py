@@ -48,7 +48,8 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*args: Any, **more: Any) -> JobOptions:
         raise _Reached(settle(*args, **more))
 
-    monkeypatch.setattr(run_settled, "settle", stop)
+    for module in (pipeline, run_settled):
+        monkeypatch.setattr(module, "settle", stop)
 
 
 def reached(call: Callable[[], object]) -> JobOptions:

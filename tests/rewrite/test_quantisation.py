@@ -56,9 +56,9 @@ def test_builder_options_reach_matrices_and_maps(
     [
         ({"builder_option": "speed=high"}, ("key builder_option speed=high", "block_size", "algo_config")),
         ({"builder_option": "hf_remote=true"}, ("key builder_option hf_remote=true", "KEY=VALUE")),
-        ({"builder_option": "block_size"}, ("key builder_option block_size", "16, 32")),
-        ({"builder_option": "block_size=33"}, ("block_size=33", "16, 32")),
-        ({"builder_option": ["block_size=32", "block_size=64"]}, ("block_size", "twice")),
+        ({"builder_option": "block_size", "precision": "int4"}, ("key builder_option block_size", "16, 32")),
+        ({"builder_option": "block_size=33", "precision": "int4"}, ("block_size=33", "16, 32")),
+        ({"builder_option": ["block_size=32", "block_size=64"], "precision": "int4"}, ("block_size", "twice")),
         ({"builder_option": "block_size=32", "decoder_source": "mobius"}, ("decoder_source genai",)),
     ],
     ids=str,
