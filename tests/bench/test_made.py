@@ -53,13 +53,15 @@ def complaints(name: str, value: Any) -> list[str]:
     """What a raw result lacks, or has of another program than today's."""
     made = value.get("made") or {}
     found = [] if made.get("commands") else [f"{name}: no command"]
+    today = made.get("today", {})  # another command makes the same now
     for command in made.get("commands", ()):
+        command = today.get(command, command)
         found += [f"{name}: {option} is no option of today's program" for option in unknown(command)]
     if made.get("rule", "none") not in (None, RULE):
         found.append(f"{name}: its layers were chosen by rule {made.get('rule')}, and today's is {RULE}")
     found += [f"{name}: no {key}" for key in ("machine", "versions") if not value.get(key) and name not in ANY_MACHINE]
     if isinstance(value.get("options"), dict):
-        dead = set(value["options"]) - set(JobOptions.__dataclass_fields__)
+        dead = set(value["options"]) - {*JobOptions.__dataclass_fields__, *made.get("options_that_left", ())}
         found += [f"{name}: {option} is no option of a job today" for option in sorted(dead)]
     if "replaced_layers" in value and [value["replaced_layers"]] != made.get("layers"):
         found.append(f"{name}: layers {made.get('layers')}, but the result is of {value['replaced_layers']}")
