@@ -24,7 +24,7 @@ import torch
 from nbl_export.calibrate.sums import REFERENCE_ROWS, Accumulator, Sums
 from nbl_export.errors import NblError
 from nbl_export.mixers.lmmse import Moments
-from nbl_export.model import bfloat16
+from nbl_export.model import bfloat16, processes
 from nbl_export.model.linearize import block_output
 from nbl_export.model.mapped import in_batches
 
@@ -98,19 +98,24 @@ class Collection:
             yield from accumulators.values()
 
     def by_layer(
-        self, ids_WT: torch.Tensor, write: Callable[[dict[str, Sums]], None], scratch: Path,
+        self, ids_WT: torch.Tensor, write: Callable[[dict[str, Sums]], None] | None, scratch: Path,
         progress: Callable[[int, int], None],
     ) -> None:  # fmt: skip
         """Collect all windows with a mapped model; each layer's sums are written and freed when the layer has run.
 
+        Several processes share the batches.
+
         Args:
+            write: gets the sums of all processes; None in another process than rank 0.
             scratch: a directory for hidden states, 8 x tokens x hidden size bytes.
             progress: called with tokens done in all layers, and the total.
 
         Raises:
             NblError: a weight is missing or damaged, or a layer's activations are not finite.
         """
-        done, total = 0, self.num_layers * ids_WT.numel()
+        parts = batches(ids_WT)
+        own = [parts[k] for k in processes.own(len(parts))]
+        done, total = 0, self.num_layers * sum(part.numel() for part in own)
 
         def seen(tokens: int) -> None:
             nonlocal done
@@ -118,7 +123,10 @@ class Collection:
             progress(min(done, total), total)
 
         def leave(index: int, *_: Any) -> None:
-            write(self.layer(index))
+            for accumulators in self.found.values():
+                accumulators[index].meet()
+            if write is not None:
+                write(self.layer(index))
             for accumulators in self.found.values():
                 accumulators[index].clear()
 
@@ -126,7 +134,11 @@ class Collection:
             self.refer(ids_WT)
             for index, layer in enumerate(self._decoder.layers):
                 self._handles.append(layer.register_forward_hook(functools.partial(leave, index)))
-            self.add(ids_WT)
+            if own:
+                self.add(torch.cat(own))
+            else:  # more processes than batches
+                for index in range(self.num_layers):
+                    leave(index)
 
     @property
     def count(self) -> int:

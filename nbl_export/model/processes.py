@@ -23,8 +23,8 @@ from nbl_export.errors import NblError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["alone", "begin", "count", "end", "from_first", "in_order", "joined", "leads", "local", "own", "rank",
-           "tell"]  # fmt: skip
+__all__ = ["alone", "anywhere", "begin", "count", "end", "from_first", "in_order", "joined", "leads", "local", "own",
+           "rank", "tell"]  # fmt: skip
 
 _TIMEOUT = timedelta(hours=1)  # for the longest work of one process between two calls
 _LONGEST = 128  # bytes of what rank 0 tells
@@ -155,6 +155,15 @@ def tell(said: str = "") -> str:
     if not rank():
         held[: len(said)] = torch.tensor(list(said.encode("ascii")), dtype=torch.uint8)
     return bytes(from_first(held).tolist()).rstrip(b"\0").decode("ascii")
+
+
+def anywhere(found: bool) -> bool:
+    """Whether a process has found something. None goes on before all are here."""
+    if not _threads:
+        return found
+    import torch
+
+    return bool(joined(torch.tensor([int(found)])).item())
 
 
 def from_first(value: torch.Tensor) -> torch.Tensor:

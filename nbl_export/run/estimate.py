@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,8 @@ def foreseen(job: Job, stages: Sequence[Stage[Any]], output: Path) -> str:
         return ""
     estimated = _job(dataclasses.replace(shape, decoder=job.decoder), job.options)
     left = _left(job, stages)
-    needs = [_of_all_processes(stage, stages) for stage in estimated.needs() if stage.stage in left]
+    shared = {stage.name for stage in stages if stage.shared}
+    needs = [need for need in _of_all_processes(estimated, shared) if need.stage in left]
     if not needs:
         return ""
     total, place = _totals(needs), _existing(output)
@@ -91,10 +92,12 @@ def foreseen(job: Job, stages: Sequence[Stage[Any]], output: Path) -> str:
     return f"{said}\n  {_spoken_gain(estimated)}" if estimated.engine.static and "plan" in left else said
 
 
-def _of_all_processes(need: Needs, stages: Sequence[Stage[Any]]) -> Needs:
-    """The memory that a shared stage takes on this machine: each process holds the whole model."""
-    shared = any(stage.shared and stage.name == need.stage for stage in stages)
-    return dataclasses.replace(need, memory_bytes=need.memory_bytes * processes.local()) if shared else need
+def _of_all_processes(job: EstimatedJob, shared: Collection[str]) -> Iterator[Needs]:
+    """What stages take on this machine. One process converts a GGUF file, and each has what a shared stage holds."""
+    converted = dataclasses.replace(job, shape=dataclasses.replace(job.shape, is_gguf=False))
+    for need, each in zip(job.needs(), converted.needs(), strict=True):
+        count = processes.local() if need.stage in shared else 1
+        yield dataclasses.replace(need, memory_bytes=max(need.memory_bytes, count * each.memory_bytes))
 
 
 def _spoken_gain(job: EstimatedJob) -> str:
@@ -126,7 +129,8 @@ def _shortage(needs: Sequence[Needs], memory: float, disk: float, output: Path) 
     if most.memory_bytes > memory:
         return (
             f"the stage {most.stage} needs {size(most.memory_bytes)} of memory at least, and {size(memory)} are "
-            "available: close other programs, or take a machine with more memory or a smaller model"
+            f"available: {'start fewer processes, ' * (processes.local() > 1)}close other programs, or take a machine "
+            "with more memory or a smaller model"
         )
     if left > disk:
         return (

@@ -234,14 +234,8 @@ def _call(job: Job, stage: Stage[Any], key: str) -> None:
     """Have the other processes begin a stage too."""
     if processes.count() > 1:
         job.torch.checkpoint.value  # noqa: B018  written before others read it
-        _refuse_short(job)
         processes.tell(f"{stage.name} {key}")
-        processes.tell()  # nobody loads the model before all have seen the memory that is available
-
-
-def _refuse_short(job: Job) -> None:
-    if short := job.torch.shortage.value:
-        raise NblError(f"each process needs the whole model in memory, and its weights are {short}; start fewer")
+        job.torch.agree()
 
 
 def _follow(settled: Callable[[RunDirectory, Callable[[str], None]], Settled], output: Path) -> None:
@@ -256,8 +250,7 @@ def _follow(settled: Callable[[RunDirectory, Callable[[str], None]], Settled], o
         if isinstance(declared, LeftOut) or declared[1] != expected:
             raise NblError(f"rank {processes.rank()} has other inputs than rank 0; give all the same command and files")
         job.note()
-        _refuse_short(job)
-        processes.tell()
+        job.torch.agree()
         with guarded(name):
             STAGES[_place(name) - 1].run(declared[0], Place(job.run, ui), Path(os.devnull))
     processes.end()

@@ -32,6 +32,7 @@ class TorchModel:
     def __init__(self, settled: Settled, run: RunDirectory, ui: Ui) -> None:
         self._source, self._options = settled.source, settled.options
         self._run, self._ui = run, ui
+        self._is_short_elsewhere = False
         self.fingerprint = settled.fingerprint
 
     def origin(self) -> Path:
@@ -94,7 +95,15 @@ class TorchModel:
         from nbl_export.model.mapped import shortage_of
         from nbl_export.model.memory import WEIGHTS_SHARE
 
-        return shortage_of(self.origin(), WEIGHTS_SHARE / processes.local())
+        found = shortage_of(self.origin(), WEIGHTS_SHARE / processes.local())
+        return found or ("too large for another process" if self._is_short_elsewhere else "")
+
+    def agree(self) -> None:
+        """Call the model too large if it is too large for one process. None loads it before all have looked."""
+        short = bool(self.shortage.value)
+        if processes.anywhere(short) and not short:
+            self._is_short_elsewhere = True
+            self.shortage.forget()
 
     @lazy(lambda model: model._options.compute_dtype)
     def narrow(self) -> bool:

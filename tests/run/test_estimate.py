@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -204,8 +205,22 @@ def test_processes_of_a_machine_hold_a_model_each(run: Path, monkeypatch: pytest
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "40")
     assert 40 * calibrate > most
-    with pytest.raises(NblError, match="the stage calibrate needs"):
+    with pytest.raises(NblError, match=r"the stage calibrate needs .* start fewer processes"):
         estimating.foreseen(job, stages, run)
+
+
+def test_one_process_converts_a_gguf_and_each_holds_its_layer(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = read_shape(opened(run).torch.origin())
+    alone = estimating._job(shape, opened(run).options)
+    layer = next(need.memory_bytes for need in alone.needs() if need.stage == "calibrate")
+    decoder = dataclasses.replace(shape.decoder, vocab_size=1 << 20)  # so that a layer is little of all weights
+    job = dataclasses.replace(alone, shape=dataclasses.replace(shape, is_gguf=True, decoder=decoder))
+    assert job.weights > 4 * layer
+    many = 1 + int(job.weights / layer)
+    for count, expected in ((1, job.weights), (4, job.weights), (many, many * layer)):
+        monkeypatch.setattr(estimating.processes, "local", lambda count=count: count)
+        found = next(n for n in estimating._of_all_processes(job, {"calibrate"}) if n.stage == "calibrate")
+        assert found.memory_bytes == expected
 
 
 def test_a_job_that_resumes_counts_what_is_left(run: Path, same: Same, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,14 @@ nbl_export.calibrate.collect._BATCH_TOKENS = 256
 work = pipeline._work
 pipeline._work = lambda *given: work(*given[:-1], "distill")
 """
+# One process cannot hold the whole model, so that none loads it.
+MAPPED = """
+import os
+import nbl_export.model.mapped as mapped, nbl_export.model.checkpoint.load as load
+if os.environ.get("RANK") in (None, "1"):
+    mapped.shortage_of = lambda *_: "too large"
+load.load_model = None
+"""
 # What torchrun does: one process for each rank, and a signal to all others after one that fails.
 RANKS = """
 import os, signal, socket
@@ -90,6 +98,23 @@ def test_processes_find_what_one_finds(
         assert process.err.count("plan: done") == 1 and ("processes share" in process.err) == (path.name != "one")
     assert file in done["one"]
     assert done["several"] == done["one"]
+
+
+@pytest.mark.parametrize(("batch", "until"), [(256, "distill"), (4096, "calibrate")])
+def test_processes_share_a_model_that_is_larger_than_memory(
+    batch: int, until: str, job: tuple[object, ...], server: ForkServer, tmp_path: Path
+) -> None:
+    """Too large for one process is too large for all. The second job has one batch, so that one process has none."""
+    small = SMALL.replace("256", str(batch)).replace("distill", until) + MAPPED
+    done = {}
+    for count in (1, 2):
+        ranks = RANKS.format(count=count, signal=15) if count > 1 else ""
+        process = server.start(*job, *LAYERS, "--output", tmp_path / str(count), code=ranks + small)
+        assert process.status == 0, process.err
+        assert "one layer at a time" in process.err
+        done[count] = found(tmp_path / str(count))
+    assert "moments.safetensors" in done[1]
+    assert done[2] == done[1]
 
 
 def test_processes_train_the_maps_that_one_trains(job: tuple[object, ...], server: ForkServer, tmp_path: Path) -> None:

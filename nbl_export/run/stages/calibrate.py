@@ -11,12 +11,13 @@ exact (`sums`), so a resumed run and an uninterrupted run give the same bytes.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nbl_export.errors import CorruptError, NblError
+from nbl_export.errors import CorruptError
 from nbl_export.model import processes
 from nbl_export.model.device import chosen, is_gpu, spoken
 from nbl_export.options.options import CHECKPOINT_FIT, NO_ORIGINAL
@@ -91,12 +92,12 @@ def run(inputs: CalibrateInputs | cut.CutCalibration, place: Place, out: Path) -
     from nbl_export.model import bfloat16
 
     parts = collect.batches(inputs.windows.value)
-    device, by_layer = _device(inputs, place)
+    device, why = _device(inputs)
+    by_layer = processes.tell("by layer" if why else "")
     products = "bfloat16" if bfloat16.chosen(inputs.compute_dtype, device) else "float32"
     facts = _facts(inputs, len(parts), products)
     if by_layer:
-        if processes.count() > 1:
-            raise NblError("several processes cannot share one layer at a time; start the command without torchrun")
+        place.ui.say(f"  one layer at a time{f' on {spoken(device)}' if is_gpu(device) else ''}: {why}")
         _run_layers(inputs, place, facts, out, device)
     else:
         _run_whole(inputs, place, parts, facts, out)
@@ -131,8 +132,8 @@ def _run_whole(inputs: CalibrateInputs, place: Place, parts: Sequence[Any], fact
         keep(len(parts), out / MOMENTS_FILE)
 
 
-def _device(inputs: CalibrateInputs, place: Place) -> tuple[Any, bool]:
-    """The device, and whether its memory or the machine's holds only one layer at a time; tells the user if so."""
+def _device(inputs: CalibrateInputs) -> tuple[Any, str]:
+    """The device, and why its memory or the machine's holds only one layer at a time, or ""."""
     from nbl_export.calibrate.sums import sums_bytes
     from nbl_export.model.mapped import float32_bytes, layer_bytes
 
@@ -141,13 +142,11 @@ def _device(inputs: CalibrateInputs, place: Place) -> tuple[Any, bool]:
     if not short and is_gpu(inputs.device.value):
         weights = 0 if inputs.model.is_loaded else float32_bytes(checkpoint)
         if is_gpu(whole := chosen(inputs.asked_device.value, weights + spec.num_layers * sums)):
-            return whole, False
+            return whole, ""
     device = chosen(inputs.asked_device.value, layer_bytes(checkpoint) + sums)
     if not short and not is_gpu(device):
-        return inputs.device.value, False
-    why = f"the weights are {short}" if short else "the GPU has too little memory for the weights and all sums"
-    place.ui.say(f"  one layer at a time{f' on {spoken(device)}' if is_gpu(device) else ''}: {why}")
-    return device, True
+        return inputs.device.value, ""
+    return device, f"the weights are {short}" if short else "the GPU has too little memory for the weights and all sums"
 
 
 def _run_layers(inputs: CalibrateInputs, place: Place, facts: dict[str, Any], out: Path, device: Any) -> None:
@@ -160,12 +159,15 @@ def _run_layers(inputs: CalibrateInputs, place: Place, facts: dict[str, Any], ou
     stated, narrow = {**facts, "count": windows.numel()}, identity["products"] == "bfloat16"
     model = mapped_model(inputs.checkpoint.value, device)
     with (
-        place.run.scratch() as scratch,
         place.ui.task(f"{windows.numel()} tokens, layer by layer") as progress,
         collect.Collection(model, identity["taps"], narrow=narrow) as found,
-        MomentsWriter(out / MOMENTS_FILE, stated, layers, found.taps, found.size) as file,
+        contextlib.ExitStack() as files,
     ):
-        found.by_layer(windows, file.write, scratch, progress)
+        write = None
+        if processes.leads():
+            file = MomentsWriter(out / MOMENTS_FILE, stated, layers, found.taps, found.size)
+            write = files.enter_context(file).write
+        found.by_layer(windows, write, place.run.path, progress)
 
 
 def _facts(inputs: CalibrateInputs, batches: int, products: str) -> dict[str, Any]:

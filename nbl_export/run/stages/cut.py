@@ -85,8 +85,9 @@ def collect(inputs: CutCalibration, place: Place, out: Path) -> dict[str, Any]:
     from nbl_export.model.device import spoken
 
     if inputs.shortage.value:
+        use = "start fewer processes, or " if processes.count() > 1 else ""
         raise NblError(f"predicted keys need the whole model in memory, and its weights are {inputs.shortage.value}; "
-                       "replace layers in its place (--cut none)")  # fmt: skip
+                       f"{use}replace layers in its place (--cut none)")  # fmt: skip
     model, rows = inputs.model.value, joined(inputs.windows.value, inputs.length)
     narrow = bfloat16.chosen(inputs.compute_dtype, model.device)
     facts = {"model": inputs.fingerprint, "windows": rows_sha256(rows), "cuts": list(inputs.cuts), "narrow": narrow}
