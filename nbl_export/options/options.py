@@ -18,9 +18,9 @@ from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.destinations import DESTINATIONS, Destination
 from nbl_export.records.from_json import read_record, require
-from nbl_export.records.plan import CUT_KIND, MAPS, TAPS, USUAL_KIND
+from nbl_export.records.plan import CUT_KIND, DROPPED, MAPS, TAPS, USUAL_KIND
 
-__all__ = ["AUTO_CUT", "BUILDER_OPTIONS", "CHECKPOINT_FIT", "DEFAULTS", "DEFAULT_SLOTS", "DROPPED", "GPU_DECODE",
+__all__ = ["AUTO_CUT", "BUILDER_OPTIONS", "CHECKPOINT_FIT", "DEFAULTS", "DEFAULT_SLOTS", "GPU_DECODE",
            "LIKE_LLAMA", "NO_CUT", "NO_ORIGINAL", "OPTIONS", "PANELS", "JobOptions", "flag_of",
            "has_plain_attention"]  # fmt: skip
 
@@ -35,7 +35,6 @@ _STATIC = "static"  # decoder source whose caches have a fixed length
 DEFAULT_SLOTS, GPU_DECODE = 2048, 128  # slots of a compiled engine, and tokens of the decode test on a GPU
 SMALLEST = "int4"  # precision
 AUTO_CUT, NO_CUT = "auto", "none"  # the deepest cut that quality allows, or no cut
-DROPPED = "none"  # kind of mixer of --fit drop
 NEARS = (64, 128, 256)  # tokens at the end of a prompt that climb above a cut, if none is asked for
 CHECKPOINT_FIT = "given"  # fit of the maps that an NBL checkpoint has
 NO_ORIGINAL = "the checkpoint no longer contains the attention weights of its replaced layers"

@@ -19,7 +19,6 @@ from nbl_export.options.options import (
     BUILDER_OPTIONS,
     CHECKPOINT_FIT,
     CUT_SOURCES,
-    DROPPED,
     GPU_DECODE,
     LIKE_LLAMA,
     NO_CUT,
@@ -30,7 +29,7 @@ from nbl_export.options.options import (
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.destinations import DESTINATIONS
-from nbl_export.records.plan import CUT_KIND
+from nbl_export.records.plan import CUT_KIND, DROPPED
 
 __all__ = ["OF_DECODER", "REFUSED", "Case", "Refusal"]
 

@@ -25,7 +25,7 @@ from nbl_export.options.options import CHECKPOINT_FIT, NO_ORIGINAL
 from nbl_export.plan.inputs import Maps
 from nbl_export.plan.maps_file import load_maps
 from nbl_export.records.destinations import DESTINATIONS, destination_named, spoken_kind
-from nbl_export.records.plan import CUT_KIND
+from nbl_export.records.plan import CUT_KIND, USUAL_KIND
 from nbl_export.run.deployed import open_finished
 from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
@@ -160,7 +160,7 @@ def _matrix_alone(mixer: Mixer) -> Mixer:
     """The linear layer with the matrix of a mixer that is one product; dropped attention has zeros."""
     weight = mixer.product()
     assert weight is not None
-    return kind_of("linear").from_tensors({"weight": weight, "bias": np.zeros(len(weight), np.float32)})
+    return kind_of(USUAL_KIND).from_tensors({"weight": weight, "bias": np.zeros(len(weight), np.float32)})
 
 
 def _write_edge_llm(job: Job, maps: Maps, out: Path) -> list[str]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from nbl_export.records.plan import DROPPED, USUAL_KIND
+
 __all__ = ["LINEAR_KINDS", "Capabilities"]
 
-LINEAR_KINDS = frozenset({"linear", "none"})  # that every engine has: products, or nothing
+LINEAR_KINDS = frozenset({USUAL_KIND, DROPPED})  # that every engine has: products, or nothing
 
 
 @dataclass(frozen=True)

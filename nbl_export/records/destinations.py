@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from nbl_export.errors import UsageError
 from nbl_export.records.capabilities import LINEAR_KINDS
-from nbl_export.records.plan import CUT_KIND, USUAL_KIND
+from nbl_export.records.plan import CUT_KIND, DROPPED, USUAL_KIND
 
 __all__ = ["DESTINATIONS", "Destination", "destination_named", "is_destination", "spoken_kind"]
 
@@ -92,7 +92,7 @@ _ALSO = {
     "tensorrt-edge-llm": "edge-llm",
 }  # fmt: skip
 _NEVER = {"sglang": "SGLang has no linear layers and no predicted keys; use vllm, or transformers"}
-_SPOKEN = {CUT_KIND: "predicted keys", USUAL_KIND: "linear layers", "none": "layers without attention"}
+_SPOKEN = {CUT_KIND: "predicted keys", USUAL_KIND: "linear layers", DROPPED: "layers without attention"}
 
 
 def destination_named(name: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from nbl_export.records.from_json import require
 
-__all__ = ["ATTENTION", "CUT_KIND", "MAPS", "TAPS", "USUAL_KIND", "LayerScore", "Plan", "spoken_layers"]
+__all__ = ["ATTENTION", "CUT_KIND", "DROPPED", "MAPS", "TAPS", "USUAL_KIND", "LayerScore", "Plan", "spoken_layers"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ MAPS = ("affine", "linear")
 
 ATTENTION = "attention"  # the kind of a layer that stays as it is
 USUAL_KIND = "linear"  # of a replaced layer whose kind nobody names
+DROPPED = "none"  # of a layer whose attention is left out
 CUT_KIND = "predicted"  # of a layer above a cut, whose attention stays
 
 

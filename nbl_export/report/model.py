@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from nbl_export.records.plan import USUAL_KIND, spoken_layers
+from nbl_export.records.plan import DROPPED, USUAL_KIND, spoken_layers
 from nbl_export.records.quality import spoken_far, spoken_loss
 from nbl_export.records.results import FAILED, VERIFIED, YES_NO, spoken_background
 from nbl_export.report import words
@@ -46,7 +46,7 @@ def title(report: Mapping[str, Any]) -> str:
 def head(report: Mapping[str, Any]) -> tuple[Block, ...]:
     """Verdict, replaced layers and headline figures."""
     said, replaced = verdict(report), report["replaced_layers"]
-    usual = ["none" if report["fit"] == "drop" else USUAL_KIND] * len(replaced)
+    usual = [DROPPED if report["fit"] == "drop" else USUAL_KIND] * len(replaced)
     return (
         _meta(report),
         _badge(report),

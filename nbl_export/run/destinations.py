@@ -71,7 +71,7 @@ def _route(name: str, run: RunDirectory, config: Any) -> Route:
         reason = "" if same else f"{other}; make another with --for {name}"
         return Route(name, place.title, f"{directory / folder}/", reason)
     architecture = run.decoder.architecture
-    bare = options.fit in ("drop", CHECKPOINT_FIT) or (options.maps == "linear" and plan.tap == "normed")
+    bare = options.fit in ("drop", CHECKPOINT_FIT) or (not options.has_bias and plan.tap == "normed")
     reason = place.refuses(plan.mixers, frozenset(), architecture, plan.layers)
     if reason and not place.refuses((USUAL_KIND,), frozenset(), architecture, ()):
         reason += f"; make another run with --for {name}"

@@ -23,6 +23,7 @@ from nbl_export.mixers.base import Mixer
 from nbl_export.model.checkpoint.pretrained import tokenizer_of
 from nbl_export.model.linearize import linearize
 from nbl_export.records.destinations import DESTINATIONS
+from nbl_export.records.plan import DROPPED, USUAL_KIND
 from nbl_export.targets.checkpoint.form import (
     SIZES,
     filled,
@@ -97,7 +98,7 @@ def save(model: Any, checkpoint: Path, maps: Mapping[int, Mixer], tap: str, out:
 def _config(config: Any, maps: Mapping[int, Mixer], tap: str) -> dict[str, Any]:
     types = [_ATTENTION] * config.num_hidden_layers
     for index, mixer in maps.items():
-        types[index] = f"mlp_{tap}" if mixer.kind == "linear" else _NONE
+        types[index] = f"mlp_{tap}" if mixer.kind == USUAL_KIND else _NONE
     rope = rope_of(config)
     return {
         "architectures": ["NblEdgeForCausalLM"],
@@ -128,5 +129,5 @@ def load(directory: Path) -> Any:
     values = {name: said[name] for name in (*SIZES, "num_key_value_heads", "attention_bias", "head_dim")}
     config = CONFIG_MAPPING[said["nbl_original_type"]](**values, rope_parameters=said["rope_parameters"])
     types = enumerate(said["layers_block_type"])
-    kinds = {i: "none" if kind == _NONE else "linear" for i, kind in types if kind != _ATTENTION}
+    kinds = {i: DROPPED if kind == _NONE else USUAL_KIND for i, kind in types if kind != _ATTENTION}
     return filled(config, kinds, said["nbl_tap"], read_weights(directory), directory)

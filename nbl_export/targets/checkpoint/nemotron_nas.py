@@ -21,6 +21,7 @@ from nbl_export.errors import NblError
 from nbl_export.mixers.base import Mixer
 from nbl_export.model.linearize import linearize
 from nbl_export.records.destinations import DESTINATIONS
+from nbl_export.records.plan import USUAL_KIND
 from nbl_export.targets.checkpoint.form import (
     SIZES,
     filled,
@@ -153,7 +154,7 @@ def load(directory: Path) -> Any:
 
     said = read_object(directory / "config.json")
     layers = [block["attention"] for block in said["block_configs"]]
-    kinds = {i: "linear" for i, layer in enumerate(layers) if layer["replace_with_linear"]}
+    kinds = {i: USUAL_KIND for i, layer in enumerate(layers) if layer["replace_with_linear"]}
     group = next(layer["n_heads_in_group"] for layer in layers if layer["n_heads_in_group"])
     values = {name: said[name] for name in SIZES} | {"num_key_value_heads": said["num_attention_heads"] // group}
     rope = {"rope_type": "default", **(said["rope_scaling"] or {}), "rope_theta": said["rope_theta"]}
