@@ -7,13 +7,15 @@ TOKENIZER is a model directory whose tokenizer has no more words than the shapes
 chosen layers mean nothing. A process may take --memory GiB for weights, so that each model runs one layer at a time.
 A quarter of the layers is chosen by --select. Stages run up to --until.
 The benchmark is a short one: an empty cache, and two loads of each decoder.
-Peak memory is VmHWM of a process that runs only the stage.
+Peak memory is VmHWM of a process that runs only the stage. Its peak without mapped files is RssAnon, read each second.
+A limit of memory is set around the command: systemd-run --scope -p MemoryMax=16G python bench/shapes.py ...
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -95,11 +97,12 @@ def measured(shape: str, options: argparse.Namespace) -> dict[str, Any]:
         found["parameters"] = write_checkpoint(shape, options.tokenizer, model)
         how = (options.select, options.engine, options.precision)
         given = (model, run, options.tokens, options.memory, layers // 4, *how)
-        found["speed"] = json.loads(_child("estimate", given))["machine"]
+        found["speed"] = json.loads(_child("estimate", given)[0])["machine"]
         for stage in names[: names.index(options.until) + 1]:
             started = time.monotonic()
-            peak = int(_child(stage, given).split()[-1]) * 1024
-            found[stage] = {"seconds": time.monotonic() - started, "peak_bytes": peak}
+            said, anonymous = _child(stage, given)
+            seconds, peak = time.monotonic() - started, int(said.split()[-1]) * 1024
+            found[stage] = {"seconds": seconds, "peak_bytes": peak, "peak_anonymous_bytes": anonymous}
             print(shape, stage, found[stage], file=sys.stderr, flush=True)
         if "verify" in found:
             checks = json.loads((run / "verify.json").read_text(encoding="utf-8"))["checks"]
@@ -111,10 +114,22 @@ def measured(shape: str, options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def _child(stage: str, given: tuple[Any, ...]) -> str:
-    """What a process prints that runs only the stage."""
-    command = [sys.executable, "-c", CHILD, stage, *map(str, given)]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+def _child(stage: str, given: tuple[Any, ...]) -> tuple[str, int]:
+    """What a process prints that runs only the stage, and the most bytes that it has beside mapped files."""
+    command, most = [sys.executable, "-c", CHILD, stage, *map(str, given)], 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        while True:
+            status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii")  # a zombie's has no memory
+            anonymous = re.search(r"RssAnon:\s+(\d+) kB", status)
+            most = max(most, 1024 * int(anonymous[1]) if anonymous else 0)
+            try:
+                said, _ = process.communicate(timeout=1)
+                break
+            except subprocess.TimeoutExpired:
+                continue
+    if process.returncode:
+        raise SystemExit(f"{stage}: exit status {process.returncode}")
+    return said, most
 
 
 def main() -> None:
