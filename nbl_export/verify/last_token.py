@@ -4,8 +4,8 @@
     chunk of 7 after a cache of 13          single decode steps after it
     all but the last again, W longer        if a prompt stops at a cut, and prefills of W + 1 and of W + 2 tokens
 
-Both graphs run the same chunks. The figure of a step is that of the worst row. The shipped logits [B, 1, V] are
-compared with the other graph's logits of the row's last valid token.
+Both graphs run the same chunks, one graph after the other. The figure of a step is that of the worst row. The shipped
+logits [B, 1, V] are compared with the other graph's logits of the row's last valid token.
 """
 
 from __future__ import annotations
@@ -19,18 +19,17 @@ import numpy as np
 from nbl_export.records.results import YES_NO, CheckResult
 from nbl_export.verify.ladder import apart
 
-__all__ = ["BATCH_LENGTHS", "check_last"]
+__all__ = ["BATCH_LENGTHS", "check_last", "expected_last"]
 
 BATCH_LENGTHS = (1, 5, 12)
 _CACHED, _CHUNK, _STEPS = 13, 7, 3
 
 Chunk = tuple[np.ndarray, np.ndarray]  # token ids [B, T], and 1 at each valid token [B, T]
+Expected = list[list[list[tuple[np.ndarray, float]]]]  # logits [V] and their limit, of each row of each step of a case
 
 
-def check_last(
-    subject: str, every: Any, last: Any, row: Sequence[int], limit: float, near: int | None = None
-) -> list[CheckResult]:
-    """Compare the graph `last` with the graph `every` (both a `GraphDecoder`).
+def expected_last(every: Any, row: Sequence[int], limit: float, near: int | None = None) -> Expected:
+    """What the logits of last tokens have to be, from the graph with all logits (a `GraphDecoder`).
 
     Half the distance to the nearest other position of the chunk is a second limit. It proves that the logits are those
     of the right token.
@@ -40,8 +39,39 @@ def check_last(
         limit: of the rms of the logit difference over the rms of the logits.
         near: W, if longer steps stop at a cut.
     """
-    cases = [*_cases(row), *([] if near is None else _cut_cases(row, near))]
-    return [_judge(subject, name, every, last, chunks, limit) for name, chunks in cases]
+    found: Expected = []
+    for _, chunks in _cases(row, near):
+        every.begin(len(chunks[0][0]))
+        steps = ((every.step(ids_BT, valid_BT), valid_BT) for ids_BT, valid_BT in chunks)
+        found.append([[_expected(all_TV[: valid_T.sum()], limit) for all_TV, valid_T in zip(*step, strict=True)]
+                      for step in steps])  # fmt: skip
+    return found
+
+
+def _expected(all_TV: np.ndarray, limit: float) -> tuple[np.ndarray, float]:
+    right_V, others_TV = all_TV[-1].copy(), all_TV[:-1]
+    computed_TV = others_TV[~np.isnan(others_TV).any(1)]
+    return right_V, min([limit, *(apart(right_V, other_V) / 2 for other_V in computed_TV)])
+
+
+def check_last(
+    subject: str, expected: Expected, last: Any, row: Sequence[int], near: int | None = None
+) -> list[CheckResult]:
+    """Compare the graph with the logits of the last token (a `GraphDecoder`) with what `expected_last` found.
+
+    Args:
+        row, near: as in `expected_last`.
+    """
+    cases = zip(_cases(row, near), expected, strict=True)
+    return [_judge(subject, name, last, chunks, steps) for (name, chunks), steps in cases]
+
+
+def _cases(row: Sequence[int], near: int | None) -> Iterator[tuple[str, list[Chunk]]]:
+    yield "prefill", [_chunk(row)]
+    yield _behind_cache(row, _CHUNK)
+    yield _batch(row, BATCH_LENGTHS)
+    if near is not None:
+        yield from _cut_cases(row, near)
 
 
 def _cut_cases(row: Sequence[int], near: int) -> Iterator[tuple[str, list[Chunk]]]:
@@ -50,12 +80,6 @@ def _cut_cases(row: Sequence[int], near: int) -> Iterator[tuple[str, list[Chunk]
     yield _behind_cache(row, near + _CHUNK)
     yield _batch(row, tuple(near + length for length in BATCH_LENGTHS[1:]))
     yield _batch(row, (near + 1, near + BATCH_LENGTHS[2]))
-
-
-def _cases(row: Sequence[int]) -> Iterator[tuple[str, list[Chunk]]]:
-    yield "prefill", [_chunk(row)]
-    yield _behind_cache(row, _CHUNK)
-    yield _batch(row, BATCH_LENGTHS)
 
 
 def _chunk(ids: Sequence[int]) -> Chunk:
@@ -81,20 +105,20 @@ def _batch(row: Sequence[int], given: tuple[int, ...]) -> tuple[str, list[Chunk]
     return f"batch of lengths {spoken}, then decode", [(batch, valid), *steps]
 
 
-def _judge(subject: str, name: str, every: Any, last: Any, chunks: list[Chunk], limit: float) -> CheckResult:
+def _judge(
+    subject: str, name: str, last: Any, chunks: list[Chunk], steps: list[list[tuple[np.ndarray, float]]]
+) -> CheckResult:
     figures = []
-    for decoder in (every, last):
-        decoder.begin(len(chunks[0][0]))
-    for ids_BT, valid_BT in chunks:
-        all_BTV = every.step(ids_BT, valid_BT)
+    last.begin(len(chunks[0][0]))
+    for (ids_BT, valid_BT), expected in zip(chunks, steps, strict=True):
         try:
             last_BTV = last.step(ids_BT, valid_BT)
         except Exception as error:  # ONNX Runtime has its own exceptions; a graph with mixed lengths does not run
             return _broken(subject, f"{name}: {' '.join(str(error).split())[:200]}")
         if last_BTV.shape[1] != 1:
             return _broken(subject, f"{name}: gives logits {list(last_BTV.shape)}")
-        for all_TV, found_V, valid_T in zip(all_BTV, last_BTV[:, 0], valid_BT, strict=True):
-            figures.append(_figure(all_TV[: valid_T.sum()], found_V, limit))
+        figures += [(apart(right_V, found_V), limit)
+                    for (right_V, limit), found_V in zip(expected, last_BTV[:, 0], strict=True)]  # fmt: skip
     value, limit = max(figures, key=lambda f: f[0] / f[1] if np.isfinite(f[0]) else np.inf)
     metric = "relative rms logit difference, last token"
     return CheckResult("last_token", subject, metric, value, limit, bool(np.isfinite(value) and value <= limit), name)
@@ -102,10 +126,3 @@ def _judge(subject: str, name: str, every: Any, last: Any, chunks: list[Chunk], 
 
 def _broken(subject: str, detail: str) -> CheckResult:
     return CheckResult("last_token", subject, "logits of the last token alone", 1.0, YES_NO, False, detail)
-
-
-def _figure(all_TV: np.ndarray, found_V: np.ndarray, limit: float) -> tuple[float, float]:
-    """Difference of `found_V` from the last row, and its limit."""
-    right_V, others_TV = all_TV[-1], all_TV[:-1]
-    computed_TV = others_TV[~np.isnan(others_TV).any(1)]
-    return apart(right_V, found_V), min([limit, *(apart(right_V, other_V) / 2 for other_V in computed_TV)])

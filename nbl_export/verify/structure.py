@@ -18,7 +18,7 @@ from nbl_export.records.results import YES_NO, CheckResult
 from nbl_export.targets.base import Target
 from nbl_export.targets.checks import Wanted
 from nbl_export.verify.ladder import TOLERANCES, Probe, Tolerance
-from nbl_export.verify.last_token import check_last
+from nbl_export.verify.last_token import check_last, expected_last
 
 __all__ = ["Setting", "check_directory"]
 
@@ -79,8 +79,8 @@ def exact_limit(decoder: Any) -> float:
 
 def check_directory(
     setting: Setting, shipped: Path, run: Path, decoder: Any, wanted: Wanted, probe: Probe, original: Path | None
-) -> list[CheckResult]:
-    """Checks structure and last_token.
+) -> Callable[[], list[CheckResult]]:
+    """Checks structure and last_token: reads `decoder` now, and gives the rest of the work, for when it is closed.
 
     Args:
         shipped: the directory that is deployed. run: the directory that a CPU runs, see `Target.write_float32`.
@@ -88,12 +88,19 @@ def check_directory(
         original: see `Target.check`.
     """
     engine, head_dim, file = setting.engine, setting.spec.head_dim, setting.engine.pruned_file(run)
-    last = decoder if file is None else engine.open_graph(run, head_dim, file, exact=True)
-    results = engine.check(shipped, last.contract, wanted, original)
-    if file is not None:
-        near = None if (cut := cut_of(wanted.maps)) is None else cut.near
-        results += check_last(wanted.subject, decoder, last, probe.rows[0], exact_limit(decoder), near)
-    return [*results, _measured_cache(wanted.subject, decoder, head_dim)]
+    subject, row, contract = wanted.subject, probe.rows[0], decoder.contract
+    near = None if (cut := cut_of(wanted.maps)) is None else cut.near
+    expected = [] if file is None else expected_last(decoder, row, exact_limit(decoder), near)
+    cache = _measured_cache(subject, decoder, head_dim)
+
+    def check() -> list[CheckResult]:
+        if file is None:
+            return [*engine.check(shipped, contract, wanted, original), cache]
+        last = engine.open_graph(run, head_dim, file, exact=True)
+        results = engine.check(shipped, last.contract, wanted, original)
+        return [*results, *check_last(subject, expected, last, row, near), cache]
+
+    return check
 
 
 def _measured_cache(subject: str, decoder: Any, head_dim: int) -> CheckResult:

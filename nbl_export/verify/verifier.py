@@ -80,13 +80,14 @@ class Verifier:
         setting, probe, truth = self.setting, self.probe, self.references[subject]
         decoder = setting.engine.open_graph(run, setting.spec.head_dim, exact=True)
         wanted, original = setting.wanted(subject, self.maps), shipped["original"] if subject == "nbl" else None
-        self.results += check_directory(setting, shipped[subject], run, decoder, wanted, probe, original)
+        directory = check_directory(setting, shipped[subject], run, decoder, wanted, probe, original)
         limit = exact_limit(decoder)
-        self.results += ladder.check_logits(subject, subject, decoder, probe, truth, limit)
+        logits = ladder.check_logits(subject, subject, decoder, probe, truth, limit)
         if probe.long:
-            self.results += ladder.check_long(subject, subject, decoder, probe.long, truth, limit)
+            logits += ladder.check_long(subject, subject, decoder, probe.long, truth, limit)
+        del decoder
+        self.results += directory() + logits
         if setting.rounds and subject == "nbl":
-            del decoder
             decoder = setting.engine.open_graph(run, setting.spec.head_dim)
             pairs = [(run_rows(decoder, [row])[0], right) for row, right in zip(probe.rows, self._shipped, strict=True)]
             self.results += ladder.judge("shipped", subject, "one sequence", pairs, setting.tolerance.limit)

@@ -14,7 +14,7 @@ from nbl_export.rewrite import rewrite
 from nbl_export.rewrite.tail import difference, keep_last_token
 from nbl_export.targets.tensorrt import export as static
 from nbl_export.verify.ladder import TOLERANCES
-from nbl_export.verify.last_token import check_last
+from nbl_export.verify.last_token import check_last, expected_last
 
 from ..static_tiny import TOLERANCE, VOCAB, maps_of, open_decoder, rows, single_row_error, torch_logits, worst
 
@@ -67,11 +67,12 @@ def attention_alone(graph: dict[str, ir.Node]) -> None:
 def test_a_wrong_token_shows(fault: Callable[[dict[str, ir.Node]], None], form: Form, tmp_path: Path) -> None:
     directory = pruned(form("mistral"), (2,), tmp_path)
     path, every = directory / "decoder.onnx", open_decoder(directory / ALL_LOGITS_FILE, 8)
-    passed = [r.passed for r in check_last("nbl", every, open_decoder(path, 8), rows()[0], TOLERANCES["fp32"].limit)]
+    expected = expected_last(every, rows()[0], TOLERANCES["fp32"].limit)
+    passed = [r.passed for r in check_last("nbl", expected, open_decoder(path, 8), rows()[0])]
     assert passed == [True] * 3
     model = ir.load(path)
     fault({str(node.name): node for node in model.graph})
     ir.save(model, path)
-    passed = [r.passed for r in check_last("nbl", every, open_decoder(path, 8), rows()[0], TOLERANCES["fp32"].limit)]
+    passed = [r.passed for r in check_last("nbl", expected, open_decoder(path, 8), rows()[0])]
     assert passed == [False] * 3
     assert difference(directory)

@@ -22,7 +22,7 @@ from nbl_export.records.results import CheckResult
 from nbl_export.rewrite import rewrite
 from nbl_export.targets.checks import Wanted, judge_maps
 from nbl_export.targets.onnx_files import check_files, check_untouched, held_maps
-from nbl_export.verify import exporter
+from nbl_export.verify import exporter, structure
 from nbl_export.verify import verifier as verifying
 from nbl_export.verify.ladder import (
     DECODE_STEPS,
@@ -44,6 +44,8 @@ SPEC = DecoderSpec("llama", LAYERS, HIDDEN, 4, 2, HEAD_DIM, VOCAB, 512)
 
 class FakeDecoder:
     """Answers with given logits [row][position], and remembers nothing else."""
+
+    contract: Any = None
 
     def __init__(self, logits: list[np.ndarray]) -> None:
         self.table = logits
@@ -194,19 +196,22 @@ def test_one_graph_is_open_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
         yield mock.Mock(greedy=lambda _prompt, tokens: list(range(tokens)))
 
     engine = SimpleNamespace(
-        open_graph=opened, open_mixed=opened, open_checked=open_checked, held_maps=mock.Mock()
+        open_graph=opened, open_mixed=opened, open_checked=open_checked, held_maps=mock.Mock(),
+        pruned_file=lambda _: "pruned", check=lambda *_: [],
     )  # fmt: skip
     setting: Any = SimpleNamespace(
-        engine=engine, spec=SPEC, plan=Plan.of(LAYERS, {}), wanted=mock.Mock(), rounds=True,
-        tolerance=TOLERANCES["int4"], task=lambda _: mock.MagicMock(),
+        engine=engine, spec=SPEC, plan=Plan.of(LAYERS, {}), rounds=True, tolerance=TOLERANCES["int4"],
+        wanted=lambda *_: Wanted("nbl", SPEC, "int4", "last", (), {}), task=lambda _: mock.MagicMock(),
     )  # fmt: skip
-    monkeypatch.setattr(verifying, "check_directory", lambda *_: [])
-    monkeypatch.setattr(verifying, "exact_limit", lambda _: 1e-4)
+    for name, found in {"expected_last": [], "check_last": [], "_measured_cache": mock.Mock(passed=True)}.items():
+        monkeypatch.setattr(structure, name, lambda *_, found=found: found)
+    for module in (structure, verifying):
+        monkeypatch.setattr(module, "exact_limit", lambda _: 1e-4)
     monkeypatch.setattr(verifying, "greedy", lambda *_: ((0, 1, 2, 3), (1.0,) * 4))
     made = Verifier(setting, Probe(tuple(map(tuple, rows)), ((1, 2),), 4), {})
     made.run({"original": Path("a"), "nbl": Path("b")}, {"original": Path("a"), "nbl": Path("b")})
     assert all(r.passed for r in made.results) and list(made.references) == ["original", "nbl"]
-    assert seen == [0] * len(seen) and len(seen) == 9  # references, graph and text of both; what ships of nbl
+    assert seen == [0] * len(seen) and len(seen) == 11  # references, both graphs and text of both; what ships of nbl
 
 
 @pytest.mark.parametrize(("margin", "passed"), [(9.0, True), (np.nan, False)])
