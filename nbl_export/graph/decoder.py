@@ -23,7 +23,7 @@ import numpy as np
 
 from nbl_export.errors import NblError
 from nbl_export.graph.names import GRAPH_FILE
-from nbl_export.graph.session import PAST, contract_of_session, open_session
+from nbl_export.graph.session import PAST, contract_of_session, open_session, returning_memory
 
 __all__ = ["OnnxDecoder"]
 
@@ -39,7 +39,7 @@ class OnnxDecoder:
         head_dim: size of a head, used if the graph only names that dimension.
         threads: intra-op threads; None is ONNX Runtime's choice.
         caches: name of each cache input -> of its output; None: past_key_values.N.key -> present.N.key.
-        exact: see `open_session`.
+        exact: see `open_session`; runs return their memory.
         session: runs in place of a session of the graph (`mixed.MixedSession`); `directory` is then not read.
         chunk: most tokens of a run; a longer step is several runs. None for any number. For graphs of the static form.
 
@@ -53,6 +53,7 @@ class OnnxDecoder:
         caches: Mapping[str, str] | None = None, exact: bool = False, session: Any = None, chunk: int | None = None,
     ) -> None:  # fmt: skip
         self.session = session or open_session(directory / file, threads, mapped=True, exact=exact)
+        self._options = [returning_memory()] if exact else []
         self.head_dim, self._chunk = head_dim, chunk
         self.contract = contract_of_session(self.session)
         self._types = {a.name: a.dtype for a in self.contract.inputs}
@@ -115,7 +116,8 @@ class OnnxDecoder:
                  "position_ids": lengths_B[:, None] + np.arange(ids_BT.shape[1])[None, :]}  # fmt: skip
         ours = {n: value.astype(self._types[n], copy=False) for n, value in feeds.items() if n in self._types}
         outputs = [a.name for a in self.contract.outputs]
-        found = dict(zip(outputs, self.session.run(outputs, {**ours, **self._past}), strict=True))
+        made = self.session.run(outputs, {**ours, **self._past}, *self._options)
+        found = dict(zip(outputs, made, strict=True))
         self._mask_BT = mask
         self._past = {name: found[output] for name, output in self._caches.items()}
         return found

