@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,7 +53,7 @@ def open_session(
     graph: Path | bytes, threads: int | None = None, *, folder: Path | None = None,
     entries: Mapping[str, str] | None = None, mapped: bool = False, exact: bool = False,
 ) -> Any:  # fmt: skip
-    """An InferenceSession on the CPU provider.
+    """An InferenceSession on the CPU provider. Memory of closed sessions goes back to the system first (`_trim`).
 
     Args:
         graph: a file, which is checked first (`graph.trust`), or a serialised model.
@@ -68,6 +71,7 @@ def open_session(
         MissingPackageError: onnxruntime is not installed.
     """
     ort = import_onnxruntime()
+    _trim()
     options = ort.SessionOptions()
     options.log_severity_level = _SILENT
     if threads:
@@ -92,6 +96,16 @@ def open_session(
                 f"{one_line(error)}"
             ) from error
         raise CorruptError(f"ONNX Runtime cannot load {name}: {one_line(error)}") from error
+
+
+def _trim() -> None:
+    """Let glibc return what was freed; it keeps blocks below 32 MiB, which most int4 matrices are (malloc_trim(3)).
+
+    A closed session of the 8B shape leaves 0.6 GB of 8 GB, and the nine parts of a reference leave more.
+    """
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _parsed(model: bytes) -> Any:
