@@ -50,6 +50,7 @@ TABLES: Mapping[str, Table] = {
     "rtx-engines": serving.rtx_engines,
     "ngram": serving.ngram,
     "shapes": second.shapes,
+    "limited": second.limited,
     "intervals": speed.intervals,
     "coverage": speed.coverage,
     "length": quality.length,

@@ -27,6 +27,14 @@ def shapes(read: Read) -> Rows:
     return rows
 
 
+def limited(read: Read) -> Rows:
+    """Peak memory without mapped files, of stages that had a limit of 16 GiB."""
+    shape = read("shapes-8b-16gib")["shapes"]["8B"]
+    stages = {stage: shape[stage]["peak_anonymous_bytes"] for stage in ("calibrate", "plan", "decoder", "rewrite")}
+    stages |= {f"verify, {part}": found["peak_anonymous_bytes"] for part, found in shape["verify"].items()}
+    return [("stage", "peak without mapped files"), "lr", *((name, f"{n / 1e9:.1f} GB") for name, n in stages.items())]
+
+
 def increase(windows: Mapping[str, Sequence[float]]) -> str:
     """The perplexity increase with today's interval, from the losses of each window."""
     found = increase_interval(windows["loss_original"], windows["loss_nbl"])
