@@ -23,7 +23,7 @@ downwards until one passes (`count_trained`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ from nbl_export.records.plan import Plan
 from nbl_export.records.quality import loss_row, spoken_increase
 
 __all__ = ["HOPE", "Reached", "count_foreseen",
-           "count_trained", "count_within", "make_plan", "most_within"]  # fmt: skip
+           "count_trained", "count_within", "make_plan"]  # fmt: skip
 
 HOPE = 2.5  # the increase in closed form that training may bring within a limit, over the limit
 Say = Callable[[str], None]
@@ -122,22 +122,15 @@ def _count_to_train(asked: AskedGoal, selection: Selection) -> Reached:
 def count_foreseen(
     mixes: SwitchedModel, order: Sequence[int], goal: Mapping[str, Any], texts: Texts, task: Task = quiet
 ) -> int:
-    """The most first layers of an order, at least 1, that keep the limit of `goal` on the choosing texts."""
+    """The most first layers of an order, at least 1, that keep the limit of `goal` on every choosing text."""
     sets = {count: order[:count] for count in range(1, len(order) + 1)}
-    return max(1, most_within(mixes, sets, goal["share"], texts, task))
-
-
-def most_within(
-    mixes: SwitchedModel, sets: Mapping[int, Collection[int]], share: float, texts: Texts, task: Task = quiet
-) -> int:
-    """The largest count whose set raises perplexity by at most `share` on every text; 0 if there is none."""
     within = dict.fromkeys(sets, True)
     for name, windows in texts:
         with task(f"{len(sets)} sets of layers, on {name}") as progress:
             for count, loss in mixes.quality_losses(windows, sets, progress).items():
                 before, after = loss.perplexities
-                within[count] &= after / before - 1 <= share  # False for NaN
-    return max([count for count, kept in within.items() if kept], default=0)
+                within[count] &= after / before - 1 <= goal["share"]  # False for NaN
+    return max([count for count, kept in within.items() if kept], default=1)
 
 
 def count_trained(
