@@ -1,7 +1,15 @@
 """Errors that a user can act on: the message says what is wrong, where, and what to do."""
 
-__all__ = ["AcceptanceError", "BusyError", "CorruptError", "MissingPackageError", "NblError", "ParityError",
-           "RefusalError", "UsageError"]  # fmt: skip
+__all__ = [
+    "AcceptanceError",
+    "BusyError",
+    "CorruptError",
+    "MissingPackageError",
+    "NblError",
+    "ParityError",
+    "RefusalError",
+    "UsageError",
+]
 
 
 class NblError(Exception):

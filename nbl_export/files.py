@@ -17,10 +17,28 @@ from typing import IO, Any
 
 from nbl_export.errors import NblError
 
-__all__ = ["PACKAGE", "SMALL_BYTES", "arrays_sha256", "file_sha256", "friendly_os_errors", "is_scratch", "key_of",
-           "make_folder", "move_into_place", "read_json", "read_small", "refuse_occupied", "remove", "replaced",
-           "replacing", "safetensors_header", "safetensors_tensors", "scratch_in", "stream_sha256",
-           "write_json"]  # fmt: skip
+__all__ = [
+    "PACKAGE",
+    "SMALL_BYTES",
+    "arrays_sha256",
+    "file_sha256",
+    "friendly_os_errors",
+    "is_scratch",
+    "key_of",
+    "make_folder",
+    "move_into_place",
+    "read_json",
+    "read_small",
+    "refuse_occupied",
+    "remove",
+    "replaced",
+    "replacing",
+    "safetensors_header",
+    "safetensors_tensors",
+    "scratch_in",
+    "stream_sha256",
+    "write_json",
+]
 
 PACKAGE = Path(__file__).parent  # the folder of nbl_export
 _SCRATCH = ".nbl-export-"
@@ -104,7 +122,8 @@ def safetensors_header(
     end = 0
     for name, (dtype, shape) in tensors.items():
         bits = re.search(r"\d+", dtype)  # BOOL has a byte
-        begin, end = end, end + (int(bits[0]) // 8 if bits else 1) * math.prod(shape)
+        begin = end
+        end = end + (int(bits[0]) // 8 if bits else 1) * math.prod(shape)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)

@@ -57,19 +57,42 @@ from nbl_export.trust.contained import check_folder
 from nbl_export.trust.lock import locked
 from nbl_export.trust.model_settings import drop_code
 
-__all__ = ["ACCEPTANCE_FILE", "ACCEPTANCE_JSON", "BENCH_FILE", "CHECKPOINT", "CUTS_FILE", "DECODERS",
-           "DISTILL_FILE", "EVAL_FILE", "MADE_BY", "MAPS_FILE", "MOMENTS_FILE", "PACKAGES", "REPORT_HTML",
-           "REPORT_JSON", "REPORT_MD", "SCHEMA", "START_FILE", "TEXT_FILE", "VERIFY_FILE",
-           "RunDirectory", "refuse_foreign"]  # fmt: skip
+__all__ = [
+    "ACCEPTANCE_FILE",
+    "ACCEPTANCE_JSON",
+    "BENCH_FILE",
+    "CHECKPOINT",
+    "CUTS_FILE",
+    "DECODERS",
+    "DISTILL_FILE",
+    "EVAL_FILE",
+    "MADE_BY",
+    "MAPS_FILE",
+    "MOMENTS_FILE",
+    "PACKAGES",
+    "REPORT_HTML",
+    "REPORT_JSON",
+    "REPORT_MD",
+    "SCHEMA",
+    "START_FILE",
+    "TEXT_FILE",
+    "VERIFY_FILE",
+    "RunDirectory",
+    "refuse_foreign",
+]
 
 SCHEMA = 1
 
 
 DECODERS = {"original": "original", "nbl": "model"}  # variant -> directory
 MADE_BY = {"original": "decoder", "model": "rewrite"}  # directory of a decoder -> its stage
-VERIFY_FILE, BENCH_FILE, EVAL_FILE = "verify.json", "bench.json", "eval.json"
+VERIFY_FILE = "verify.json"
+BENCH_FILE = "bench.json"
+EVAL_FILE = "eval.json"
 DISTILL_FILE = "distill.json"
-REPORT_JSON, REPORT_HTML, REPORT_MD = "report.json", "report.html", "report.md"
+REPORT_JSON = "report.json"
+REPORT_HTML = "report.html"
+REPORT_MD = "report.md"
 TEXT_FILE = "text.safetensors"
 CHECKPOINT = "checkpoint"
 CUTS_FILE = "cuts.safetensors"
@@ -356,7 +379,8 @@ def _check_manifest(manifest: Any) -> None:
         KeyError, TypeError, ValueError, AttributeError or OverflowError: a value is missing or of the wrong kind.
     """
     check_shape(manifest, shapes.MANIFEST)
-    stages, layers = manifest["stages"], manifest["decoder"]["num_layers"]
+    stages = manifest["stages"]
+    layers = manifest["decoder"]["num_layers"]
     if any(Path(name).is_absolute() or ".." in Path(name).parts for s in stages.values() for name in s["files"]):
         raise ValueError("a stage names a file outside the run")
     options = JobOptions.from_json(manifest["options"])
@@ -367,7 +391,8 @@ def _check_manifest(manifest: Any) -> None:
         raise KeyError(missing[0])
     require(manifest.get("num_layers", layers) == layers, "'num_layers' is not the decoder's")
     if "plan" in stages:
-        known, used = kinds(), Plan.from_facts(manifest).mixers
+        known = kinds()
+        used = Plan.from_facts(manifest).mixers
         require(set(used) <= set(known), f"'kinds' are of {', '.join(known)}")
     curve = manifest.get("curve") or {"points": []}
     fits = all(len(point["increases"]) == len(curve["texts"]) for point in curve["points"])

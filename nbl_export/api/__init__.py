@@ -11,5 +11,20 @@ from nbl_export.api.runs import Answers, Estimate, Loss, Point, Run, Speed, esti
 from nbl_export.api.stages import Calibration, Planned, calibrate, linearize, plan
 from nbl_export.errors import NblError
 
-__all__ = ["Answers", "Calibration", "Estimate", "Loss", "NblError", "Planned", "Point", "Run", "Speed", "calibrate",
-           "estimate", "export", "linearize", "open", "plan"]  # fmt: skip
+__all__ = [
+    "Answers",
+    "Calibration",
+    "Estimate",
+    "Loss",
+    "NblError",
+    "Planned",
+    "Point",
+    "Run",
+    "Speed",
+    "calibrate",
+    "estimate",
+    "export",
+    "linearize",
+    "open",
+    "plan",
+]

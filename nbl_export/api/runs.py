@@ -182,10 +182,14 @@ class Run:
         """Other numbers of layers, which were measured while layers were chosen; empty if layers were named."""
         curve = self.manifest.get("curve") or {"texts": [], "points": []}
         return [
-            Point(tuple(p["replaced_layers"]), dict(zip(curve["texts"], p["increases"], strict=True)),
-                  p["prefill"], p["decode"])
+            Point(
+                tuple(p["replaced_layers"]),
+                dict(zip(curve["texts"], p["increases"], strict=True)),
+                p["prefill"],
+                p["decode"],
+            )
             for p in curve["points"]
-        ]  # fmt: skip
+        ]
 
     def compare(self, prompt: str, new_tokens: int = 128, *, raw: bool = False, force: bool = False) -> Answers:
         """Answers of both decoders, one after the other.
@@ -243,9 +247,8 @@ class Run:
 
 
 def export(
-    model: str | PathLike[str], output: str | PathLike[str], *, force: bool = False, quiet: bool = False,
-    **options: Any,
-) -> Run:  # fmt: skip
+    model: str | PathLike[str], output: str | PathLike[str], *, force: bool = False, quiet: bool = False, **options: Any
+) -> Run:
     """Make a verified and measured NBL decoder in a directory. An interrupted run goes on where it was.
 
     Args:
@@ -303,10 +306,14 @@ def _loss(row: Mapping[str, Any]) -> Loss:
         return Interval(row[value], *(row[ends] or (None, None)))
 
     return Loss(
-        row["text"], row["tokens"], row["perplexity_original"], row["perplexity_nbl"],
-        interval("increase", "increase_interval"), interval("kl_mean", "kl_interval"),
+        row["text"],
+        row["tokens"],
+        row["perplexity_original"],
+        row["perplexity_nbl"],
+        interval("increase", "increase_interval"),
+        interval("kl_mean", "kl_interval"),
         interval("top1_agreement", "top1_interval"),
-    )  # fmt: skip
+    )
 
 
 def _place(row: Mapping[str, Any], variant: str = "") -> tuple[Any, ...]:
@@ -315,7 +322,11 @@ def _place(row: Mapping[str, Any], variant: str = "") -> tuple[Any, ...]:
 
 def _speed(row: Mapping[str, Any], medians: Mapping[tuple[Any, ...], float]) -> Speed:
     return Speed(
-        _PHASES[row["kind"]], row["tokens"], row["depth"],
-        Interval(row["ratio"], row["low"], row["high"]), row["verdict"], medians[_place(row, row["base"])],
+        _PHASES[row["kind"]],
+        row["tokens"],
+        row["depth"],
+        Interval(row["ratio"], row["low"], row["high"]),
+        row["verdict"],
+        medians[_place(row, row["base"])],
         medians[_place(row)],
-    )  # fmt: skip
+    )

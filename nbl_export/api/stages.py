@@ -74,9 +74,15 @@ class Planned:
 
 
 def calibrate(
-    model: Any, tokenizer: Any, text: str | PathLike[str] | Sequence[str] | None = None, *, tokens: int = 65_536,
-    context: int = 512, tap: str = "residual", quiet: bool = False,
-) -> Calibration:  # fmt: skip
+    model: Any,
+    tokenizer: Any,
+    text: str | PathLike[str] | Sequence[str] | None = None,
+    *,
+    tokens: int = 65_536,
+    context: int = 512,
+    tap: str = "residual",
+    quiet: bool = False,
+) -> Calibration:
     """Collect the moments of every layer.
 
     Args:
@@ -93,7 +99,8 @@ def calibrate(
 
     if tap not in TAPS:
         raise UsageError(f"tap is {' or '.join(TAPS)}, not {tap!r}")
-    spec, read = _spec(model), _read(text)
+    spec = _spec(model)
+    read = _read(text)
     if str(model.dtype) != "torch.float32":
         raise UsageError(f"the model is in {model.dtype}; load it in float32 (dtype=torch.float32)")
     rows = parts.cut(read, tokenizer, tokens, context, tokens, spec.vocab_size)
@@ -104,14 +111,20 @@ def calibrate(
     taps = tuple(dict.fromkeys(("residual", tap)))
     with Ui(quiet=quiet).task(f"{windows.numel()} tokens") as progress:
         moments = collect(model, windows, progress, taps)
-    choosing, deciding = both.choosing(spec.max_positions).value, both.deciding.value
+    choosing = both.choosing(spec.max_positions).value
+    deciding = both.deciding.value
     return Calibration(model, tap, int(windows.numel()), moments, choosing, deciding)
 
 
 def plan(
-    calibration: Calibration, layers: int | str | Sequence[int] | None = None, *, select: str | None = None,
-    max_perplexity_increase: str | None = None, maps: str = "affine", quiet: bool = False,
-) -> Planned:  # fmt: skip
+    calibration: Calibration,
+    layers: int | str | Sequence[int] | None = None,
+    *,
+    select: str | None = None,
+    max_perplexity_increase: str | None = None,
+    maps: str = "affine",
+    quiet: bool = False,
+) -> Planned:
     """Choose layers, and fit their maps in closed form. The arguments are options of the command line.
 
     Args:
@@ -183,7 +196,9 @@ def _selection(calibration: Calibration, options: JobOptions, quiet: bool) -> Se
     from nbl_export.plan.inputs import MapKind, OrderInputs
     from nbl_export.plan.order import Selection
 
-    model, spec, moments = calibration.model, _spec(calibration.model), calibration.moments
+    model = calibration.model
+    spec = _spec(calibration.model)
+    moments = calibration.moments
 
     def saved(maps: Mapping[int, Mixer], tokens: int) -> float:
         cost = CostModel(spec, mlp_of(model.config.to_dict()), 4, 4, 4, tokens)  # float32 graphs

@@ -54,8 +54,11 @@ class Collection:
     """
 
     def __init__(self, model: Any, taps: Sequence[str], *, narrow: bool = False) -> None:
-        self._model, self._decoder, self._narrow = model, model.get_decoder(), narrow
-        self.taps, self.size = tuple(taps), int(model.config.hidden_size)
+        self._model = model
+        self._decoder = model.get_decoder()
+        self._narrow = narrow
+        self.taps = tuple(taps)
+        self.size = int(model.config.hidden_size)
         self.num_layers = int(model.config.num_hidden_layers)
         self.found = {tap: {i: Accumulator() for i in range(self.num_layers)} for tap in self.taps}
         self._handles: list[Any] = []
@@ -98,9 +101,12 @@ class Collection:
             yield from accumulators.values()
 
     def by_layer(
-        self, ids_WT: torch.Tensor, write: Callable[[dict[str, Sums]], None] | None, scratch: Path,
+        self,
+        ids_WT: torch.Tensor,
+        write: Callable[[dict[str, Sums]], None] | None,
+        scratch: Path,
         progress: Callable[[int, int], None],
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Collect all windows with a mapped model; each layer's sums are written and freed when the layer has run.
 
         Several processes share the batches.
@@ -115,7 +121,8 @@ class Collection:
         """
         parts = batches(ids_WT)
         own = [parts[k] for k in processes.own(len(parts))]
-        done, total = 0, self.num_layers * sum(part.numel() for part in own)
+        done = 0
+        total = self.num_layers * sum(part.numel() for part in own)
 
         def seen(tokens: int) -> None:
             nonlocal done
@@ -208,7 +215,8 @@ def attach(decoder: Any, layer: int, accumulator: Accumulator, tap: str) -> list
 
     def on_output(_module: Any, _args: Any, output: Any) -> None:
         y = output[0] if isinstance(output, tuple) else output
-        y_BTD, x_BTD = (y if multiplier == 1.0 else y * multiplier).float(), seen.pop("x")
+        y_BTD = (y if multiplier == 1.0 else y * multiplier).float()
+        x_BTD = seen.pop("x")
         if len(x_BTD) > len(y_BTD):  # the layer runs in batches
             x_BTD, seen["x"] = x_BTD[: len(y_BTD)], x_BTD[len(y_BTD) :]
         with bfloat16.products(y_BTD.device, False):

@@ -68,7 +68,8 @@ class CutShape:
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the sums by name."""
-        outputs, inputs = 2 * self.width, 2 * self.inputs
+        outputs = 2 * self.width
+        inputs = 2 * self.inputs
         found: dict[str, tuple[int, ...]] = {}
         for cut in self.cuts:
             above = len(self.above(cut))
@@ -91,7 +92,9 @@ class CutSums:
     idle = False
 
     def __init__(self, shape: CutShape, sums: dict[str, torch.Tensor], count: int = 0) -> None:
-        self.shape, self.sums, self.count = shape, sums, count
+        self.shape = shape
+        self.sums = sums
+        self.count = count
         self._features: dict[int, torch.Tensor] = {}
 
     @staticmethod
@@ -101,7 +104,8 @@ class CutSums:
         Raises:
             NblError: there are no such cuts, or attention above them is not like llama's.
         """
-        config, layers = model.config, model.get_decoder().layers
+        config = model.config
+        layers = model.get_decoder().layers
         for index, layer in enumerate(layers):
             check_cut(layer, config, index)
         norm = getattr(layers[0], architecture_of(config).norm_before or "")
@@ -221,7 +225,8 @@ def load(path: Path, device: Any = "cpu") -> tuple[CutSums, dict[str, Any]]:
             held = {name: file.get_tensor(name).to(device, torch.float64) for name in sizes}
         if _sha256({name: value.cpu() for name, value in held.items()}) != stated["sha256"]:
             raise ValueError("its content is not what was written")
-        made, facts = CutSums(shape, held, int(stated["count"])), dict(stated["facts"])
+        made = CutSums(shape, held, int(stated["count"]))
+        facts = dict(stated["facts"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, NblError) as error:
         raise CorruptError(f"{path} holds no sums of cuts ({error}); run calibrate again") from error
     return made, facts
@@ -240,7 +245,8 @@ def fit(sums: CutSums, cut: int, near: int) -> dict[int, Predicted]:
     Raises:
         NblError: the sums hold NaN or infinity, or the stream at the cut does not vary.
     """
-    shape, held = sums.shape, {name: value.cpu() for name, value in sums.sums.items()}
+    shape = sums.shape
+    held = {name: value.cpu() for name, value in sums.sums.items()}
     mean_x = held[f"cuts.{cut}.sum"] / sums.count
     cxx = held[f"cuts.{cut}.xx"] / sums.count - torch.outer(mean_x, mean_x)
     lower = cholesky(cxx, cut, RIDGE)

@@ -43,8 +43,11 @@ class MomentsWriter:
     """Context manager that writes a moments file layer by layer. The file appears complete or not at all."""
 
     def __init__(self, path: Path, facts: Mapping[str, Any], num_layers: int, taps: Sequence[str], size: int) -> None:
-        self.path, self._open = path, contextlib.ExitStack()
-        self._taps, self._written, self._num_layers = tuple(taps), 0, num_layers
+        self.path = path
+        self._open = contextlib.ExitStack()
+        self._taps = tuple(taps)
+        self._written = 0
+        self._num_layers = num_layers
         stated = {**facts, "num_layers": num_layers, "taps": list(taps), "sha256": _NO_HASH}
         shapes = {"yx": [size, size], "xx_upper": [size * (size + 1) // 2], "yy_upper": [size * (size + 1) // 2]}
         names = _names(num_layers, self._taps)
@@ -52,7 +55,8 @@ class MomentsWriter:
         self._header, _ = safetensors_header(tensors, {"moments": json.dumps(stated)})
 
     def __enter__(self) -> MomentsWriter:
-        self._stream, self._digest = self._open.enter_context(replacing(self.path)), hashlib.sha256()
+        self._stream = self._open.enter_context(replacing(self.path))
+        self._digest = hashlib.sha256()
         self._stream.write(self._header)
         return self
 
@@ -81,9 +85,11 @@ class MomentsFile:
     """An open moments file: its facts, and the sums of one layer at a time. Use `open_moments`."""
 
     def __init__(self, path: Path, file: Any) -> None:
-        self.path, self._file = path, file
+        self.path = path
+        self._file = file
         self.facts: dict[str, Any] = json.loads(file.metadata()["moments"])
-        self.num_layers, self.taps = int(self.facts["num_layers"]), tuple(self.facts["taps"])
+        self.num_layers = int(self.facts["num_layers"])
+        self.taps = tuple(self.facts["taps"])
         self.is_complete = self.facts["done"] == self.facts["identity"]["batches"]
         names = set(file.keys())
         for name in _names(self.num_layers, self.taps):
@@ -121,7 +127,8 @@ def _upper(square: torch.Tensor) -> Iterator[torch.Tensor]:
 def _symmetric(upper: torch.Tensor) -> torch.Tensor:
     """The symmetric matrix whose upper triangle has these rows, one after another."""
     size = math.isqrt(2 * len(upper))
-    square, begin = upper.new_zeros(size, size), 0
+    square = upper.new_zeros(size, size)
+    begin = 0
     for i, row in enumerate(square):
         row[i:] = upper[begin : begin + size - i]
         begin += size - i

@@ -54,7 +54,9 @@ class Sums:
 
     def moments(self) -> Moments:
         """Raw moments, about zero: sum (x + s)(y + t)' = X'Y + s Sy' + Sx t' + n s t' for the reference rows s, t."""
-        n, s, t = self.count, self.x_ref, self.y_ref
+        n = self.count
+        s = self.x_ref
+        t = self.y_ref
         return Moments(
             n,
             x_sum=self.x_sum + n * s,
@@ -88,7 +90,8 @@ class Accumulator:
         if not self.count:
             self._begin()
         self.count += x_ND.shape[0]
-        x_ND, y_ND = (x_ND - self._x_ref).mul_(self._x_scale), (y_ND - self._y_ref).mul_(self._y_scale)
+        x_ND = (x_ND - self._x_ref).mul_(self._x_scale)
+        y_ND = (y_ND - self._y_ref).mul_(self._y_scale)
         apart = massive.nonzero().flatten()
         if len(apart):
             self._add(x_ND[apart].double(), y_ND[apart].double())
@@ -105,14 +108,18 @@ class Accumulator:
         self._yy += gram(y).round_()
 
     def _refer(self, x_ND: torch.Tensor, y_ND: torch.Tensor, massive: torch.Tensor) -> None:
-        x_ref, y_ref = x_ND[~massive].mean(0), y_ND[~massive].mean(0)
+        x_ref = x_ND[~massive].mean(0)
+        y_ref = y_ND[~massive].mean(0)
         self.start(x_ref, y_ref, _unit(x_ND - x_ref), _unit(y_ND - y_ref))
 
     def start(self, x_ref: torch.Tensor, y_ref: torch.Tensor, x_unit: torch.Tensor, y_unit: torch.Tensor) -> None:
         """Set reference rows and units, and begin at zero."""
-        self._x_ref, self._y_ref = x_ref.float(), y_ref.float()
-        self._x_unit, self._y_unit = x_unit.double(), y_unit.double()
-        self._x_scale, self._y_scale = (_STEPS / x_unit).float(), (_STEPS / y_unit).float()
+        self._x_ref = x_ref.float()
+        self._y_ref = y_ref.float()
+        self._x_unit = x_unit.double()
+        self._y_unit = y_unit.double()
+        self._x_scale = (_STEPS / x_unit).float()
+        self._y_scale = (_STEPS / y_unit).float()
         self._has_reference = True
         self.clear()
 
@@ -148,21 +155,29 @@ class Accumulator:
 
     def sums(self) -> Sums:
         """The sums so far, on the CPU."""
-        x, y = self._x_unit / _STEPS, self._y_unit / _STEPS
+        x = self._x_unit / _STEPS
+        y = self._y_unit / _STEPS
         values = {
-            "x_ref": self._x_ref.double(), "y_ref": self._y_ref.double(), "x_unit": self._x_unit,
-            "y_unit": self._y_unit, "x_sum": self._x_sum * x, "y_sum": self._y_sum * y,
-            "xx": mirrored(self._xx * torch.outer(x, x)), "yx": self._yx * torch.outer(y, x),
+            "x_ref": self._x_ref.double(),
+            "y_ref": self._y_ref.double(),
+            "x_unit": self._x_unit,
+            "y_unit": self._y_unit,
+            "x_sum": self._x_sum * x,
+            "y_sum": self._y_sum * y,
+            "xx": mirrored(self._xx * torch.outer(x, x)),
+            "yx": self._yx * torch.outer(y, x),
             "yy": mirrored(self._yy * torch.outer(y, y)),
-        }  # fmt: skip
+        }
         return Sums(self.count, **{name: value.cpu() for name, value in values.items()})
 
     def restore(self, sums: Sums, device: torch.device | str = "cpu") -> None:
         """Restore the state that gave these sums: the same sums come after the same further rows."""
         self.start(*(getattr(sums, n).to(device) for n in ("x_ref", "y_ref", "x_unit", "y_unit")))
         self.count = sums.count
-        x, y = self._x_unit / _STEPS, self._y_unit / _STEPS
-        self._x_sum, self._y_sum = sums.x_sum.to(device) / x, sums.y_sum.to(device) / y
+        x = self._x_unit / _STEPS
+        y = self._y_unit / _STEPS
+        self._x_sum = sums.x_sum.to(device) / x
+        self._y_sum = sums.y_sum.to(device) / y
         self._xx = sums.xx.to(device) / torch.outer(x, x)
         self._yx = sums.yx.to(device) / torch.outer(y, x)
         self._yy = sums.yy.to(device) / torch.outer(y, y)

@@ -29,8 +29,19 @@ from nbl_export.options.settle import over
 from nbl_export.trust.terminal import Formatter, visible
 from nbl_export.version import __version__
 
-__all__ = ["GOES_ON", "INTERRUPTED", "Command", "Group", "Interrupts", "app", "explain", "fail", "main",
-           "record_of", "show_all"]  # fmt: skip
+__all__ = [
+    "GOES_ON",
+    "INTERRUPTED",
+    "Command",
+    "Group",
+    "Interrupts",
+    "app",
+    "explain",
+    "fail",
+    "main",
+    "record_of",
+    "show_all",
+]
 
 _COMPLETION = ("install_completion", "show_completion")
 INTERRUPTED = 130

@@ -181,10 +181,13 @@ def evaluate(
         if given is not None and not named:
             raise UsageError(f"{flag} is for {needs}; leave {flag} out")
     request = EvalRequest(
-        tasks=_words(tasks), limit=limit, data=data,
-        texts=_named("--perplexity", perplexity), long_texts=_named("--long-context", long_context),
+        tasks=_words(tasks),
+        limit=limit,
+        data=data,
+        texts=_named("--perplexity", perplexity),
+        long_texts=_named("--long-context", long_context),
         context=ppl_context,
-    )  # fmt: skip
+    )
     run = run_evaluation(directory, request, ui(as_json), changes=asked, force=force)
     result = run.read_json(EVAL_FILE)
     show(result, eval_table(result), as_json)

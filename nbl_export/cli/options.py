@@ -33,8 +33,22 @@ if TYPE_CHECKING:
     from nbl_export.report.table import Shown, Table
     from nbl_export.run.progress import Ui
 
-__all__ = ["GENERAL", "Config", "Force", "Json", "Model", "Output", "Run", "TrustEngine", "read_config",
-           "refuse_options_before", "said_of", "show", "takes", "ui"]  # fmt: skip
+__all__ = [
+    "GENERAL",
+    "Config",
+    "Force",
+    "Json",
+    "Model",
+    "Output",
+    "Run",
+    "TrustEngine",
+    "read_config",
+    "refuse_options_before",
+    "said_of",
+    "show",
+    "takes",
+    "ui",
+]
 
 _MOST_CONFIG_BYTES = 1 << 20
 
@@ -175,7 +189,8 @@ def read_config(path: Path) -> tuple[dict[str, Any], JobOptions | None]:
 def _of_run(path: Path) -> dict[str, Any]:
     """The recorded options, with absolute paths of model and texts."""
     manifest = read_object(path, _MOST_CONFIG_BYTES)
-    options, places = manifest.get("options"), manifest.get("places")
+    options = manifest.get("options")
+    places = manifest.get("places")
     if not isinstance(options, dict):
         raise UsageError(f"--config {path} is not the nbl.json of a run, because it has no options")
     places = places if isinstance(places, dict) else {}

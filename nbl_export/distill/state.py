@@ -22,7 +22,8 @@ class State:
     """
 
     def __init__(self, path: Path, key: str) -> None:
-        self.path, self.key = path, key
+        self.path = path
+        self.key = key
 
     def load(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """Tensors and facts; None if the file is ignored or missing."""

@@ -63,14 +63,17 @@ class TeacherStudent:
     """
 
     def __init__(self, model: Any, maps: Mapping[int, Mixer], tap: str, dtype: str, rank: int, seed: int) -> None:
-        self.model, self.decoder, self.tap = model, model.get_decoder(), tap
+        self.model = model
+        self.decoder = model.get_decoder()
+        self.tap = tap
         self.layers = self.decoder.layers
         self.first = min(maps)
         self.narrow = dtype == "bf16" or (dtype == "auto" and bfloat16.fast(model.device))
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self._weights = bfloat16.Weights(model) if self.narrow else None
-        generator, multiplier = torch.Generator().manual_seed(seed), multiplier_of(model.config)
+        generator = torch.Generator().manual_seed(seed)
+        multiplier = multiplier_of(model.config)
         self.affine = nn.ModuleDict()
         self._kinds = dict[int, Kind]()
         for i, mixer in maps.items():
@@ -219,7 +222,8 @@ class TeacherStudent:
             labels = None if next_N is None else next_N[here]
             found: tuple[torch.Tensor, torch.Tensor]
             found = _Divergence.apply(logits_of(self.model, student_ND[here]), target, labels, label_weight)
-            loss, kl = loss + found[0], kl + found[1]
+            loss = loss + found[0]
+            kl = kl + found[1]
         return loss / len(teacher_ND), kl / len(teacher_ND)
 
 

@@ -55,7 +55,9 @@ NARROWED_AT = 0.4  # share of the steps or minutes after which layers are given 
 
 _CLIP = 1.0  # largest norm of a row's gradient
 # Training retreats if the mean KL of so many steps is this many times the KL at the start. The rate then falls.
-_RECENT, _AWAY, _SLOWER = 5, 1.5, 0.25
+_RECENT = 5
+_AWAY = 1.5
+_SLOWER = 0.25
 
 
 @dataclass(frozen=True)
@@ -142,10 +144,16 @@ class _Training:
     """Optimizer, best maps so far, and everything that a run needs to resume after a kill."""
 
     def __init__(self, pair: TeacherStudent, settings: DistillSettings, held_WT: torch.Tensor) -> None:
-        self.pair, self.settings, self._held_WT = pair, settings, held_WT
-        self.fraction, self.slowed = 0.0, 1.0
-        self.step, self.best_at, self.retreated_at = 0, 0.0, 0
-        self._earlier, self._started = 0.0, time.monotonic()
+        self.pair = pair
+        self.settings = settings
+        self._held_WT = held_WT
+        self.fraction = 0.0
+        self.slowed = 1.0
+        self.step = 0
+        self.best_at = 0.0
+        self.retreated_at = 0
+        self._earlier = 0.0
+        self._started = time.monotonic()
         self.result = Distilled(pair.maps())
         self.narrowed = not settings.narrows
         self._take_on()
@@ -154,7 +162,8 @@ class _Training:
         """Make optimizer and held-back states for the layers that the student replaces."""
         own = processes.own(len(self._held_WT))
         self._held = {row: self.pair.teacher_states(self._held_WT[row : row + 1]) for row in own}
-        parameters, rate = self.pair.trained.values(), self.settings.learning_rate
+        parameters = self.pair.trained.values()
+        rate = self.settings.learning_rate
         self.optimizer = torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.99))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda _: self.slowed * 0.5 * (1 + math.cos(math.pi * min(1.0, self.fraction)))
@@ -163,13 +172,16 @@ class _Training:
 
     def narrow(self, layers: Collection[int]) -> None:
         """Train only these layers from here on; they keep what the optimizer knows of them."""
-        known, self.narrowed = self.optimizer.state, True
+        known = self.optimizer.state
+        self.narrowed = True
         self.pair.keep_only(layers)
         self._take_on()
         self.optimizer.state.update({p: known[p] for p in self.pair.trained.values() if p in known})
         self._set_rate()
-        self.result.maps, self.result.narrowed = self.pair.maps(), len(self.result.held_kl)
-        self.best_at, self.retreated_at = self.fraction, self.step
+        self.result.maps = self.pair.maps()
+        self.result.narrowed = len(self.result.held_kl)
+        self.best_at = self.fraction
+        self.retreated_at = self.step
         self.result.held_kl.append((self.step, self._held_kl()))
 
     @property
@@ -195,7 +207,8 @@ class _Training:
                 parameter.copy_(self._kept[name])
         self.optimizer.state.clear()
         self.slowed *= _SLOWER
-        self.retreated_at, self.best_at = self.step, self.fraction
+        self.retreated_at = self.step
+        self.best_at = self.fraction
         self._set_rate()
         return True
 
@@ -251,7 +264,8 @@ class _Training:
 
     def _gradients(self, ids_BT: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Gradients of each row's loss, name -> [B, ...], and the rows' KL [B]; this process computes its own rows."""
-        size, mine = len(ids_BT), processes.own(len(ids_BT))
+        size = len(ids_BT)
+        mine = processes.own(len(ids_BT))
         rows = {name: p.detach().new_zeros(size, *p.shape) for name, p in self.pair.trained.items()}
         kl_B = next(iter(rows.values())).new_zeros(size)
         if mine:
@@ -281,7 +295,8 @@ class _Training:
         best = min(self.held_kl)
         self.result.held_kl.append((self.step, found))
         if found < best:
-            self.result.maps, self.best_at = self.pair.maps(), self.fraction
+            self.result.maps = self.pair.maps()
+            self.best_at = self.fraction
             self.keep()
         return found
 
@@ -310,7 +325,8 @@ class _Training:
         state.save(tensors, {**kept, "step": self.step, "seconds": self.seconds})
 
     def _restore(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
-        self.narrowed, self.result.narrowed = facts["narrowed"], facts["since"]
+        self.narrowed = facts["narrowed"]
+        self.result.narrowed = facts["since"]
         if set(facts["layers"]) != set(self.result.maps):
             self.pair.keep_only(facts["layers"])
             self._take_on()
@@ -321,7 +337,8 @@ class _Training:
             for name, units in self.pair.units.items():
                 units.copy_(tensors[f"units.{name}"])
         self._kept = {name: tensors[f"kept.{name}"] for name in self.pair.trained}
-        self.slowed, self.retreated_at = facts["slowed"], facts["retreated_at"]
+        self.slowed = facts["slowed"]
+        self.retreated_at = facts["retreated_at"]
         state = self.optimizer.state_dict()
         for key, value in tensors.items():
             if key.startswith("optimizer."):
@@ -336,7 +353,9 @@ class _Training:
         }
         self.result.held_kl = [(int(step), float(kl)) for step, kl in facts["held_kl"]]
         self.result.train_kl = [float(kl) for kl in facts["train_kl"]]
-        self.step, self.best_at, self._earlier = facts["step"], facts["best_at"], facts["seconds"]
+        self.step = facts["step"]
+        self.best_at = facts["best_at"]
+        self._earlier = facts["seconds"]
         self._look_at_the_clock()
         self._set_rate()
 
@@ -406,7 +425,8 @@ def _clipped_mean(rows: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _batches(windows_WT: torch.Tensor, settings: DistillSettings) -> Iterator[torch.Tensor]:
     """Token ids [B, T] of each step. Each epoch cuts the text anew from a random offset, and shuffles the rows."""
     generator = torch.Generator().manual_seed(settings.seed)
-    text, length = windows_WT.flatten(), min(settings.window, windows_WT.shape[1])
+    text = windows_WT.flatten()
+    length = min(settings.window, windows_WT.shape[1])
     size = max(1, min(len(text) // length - 1, settings.batch_tokens // length))
     queue: list[torch.Tensor] = []
     for _ in range(settings.steps):
@@ -414,5 +434,6 @@ def _batches(windows_WT: torch.Tensor, settings: DistillSettings) -> Iterator[to
             start = int(torch.randint(length, (1,), generator=generator)) if len(text) > length else 0
             rows = text[start : start + (len(text) - start) // length * length].view(-1, length)
             queue += list(rows[torch.randperm(len(rows), generator=generator)])
-        batch, queue = queue[:size], queue[size:]
+        batch = queue[:size]
+        queue = queue[size:]
         yield torch.stack(batch)

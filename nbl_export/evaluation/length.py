@@ -35,7 +35,8 @@ COPYING = "copying"
 TESTS = (*OF_TEXT, COPYING)
 
 _FIRST = 128  # tokens of the first part of a window; each following part ends at twice as many
-_ITEMS, _MOST = 8, 16  # keys, or random sequences, of each length: without a limit, and at most
+_ITEMS = 8  # keys, or random sequences, of each length: without a limit, and at most
+_MOST = 16
 _SEED = 0
 _NEEDLE = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
 _QUESTION = "\n\nWhat is the pass key? The pass key is"
@@ -56,9 +57,15 @@ class _Item:
 
 
 def run_length(
-    test: str, text: Text | None, scorer: GraphScorer, window: int, limit: int | None,
-    progress: Callable[[int, int], None], *, behind_prompt: bool = False,
-) -> Outcome:  # fmt: skip
+    test: str,
+    text: Text | None,
+    scorer: GraphScorer,
+    window: int,
+    limit: int | None,
+    progress: Callable[[int, int], None],
+    *,
+    behind_prompt: bool = False,
+) -> Outcome:
     """One of `TESTS` on a model: mean loss in nats and share of correct tokens or keys, for each position or length.
 
     Args:
@@ -78,7 +85,8 @@ def run_length(
         items = [_Item(item.ids, item.ends[-1:], item.counts[-1:]) for item in items]
     found: dict[str, list[float]] = {}
     for done, item in enumerate(items, 1):
-        scores, cuts = scorer.token_scores(item.request), np.cumsum(item.counts)[:-1]
+        scores = scorer.token_scores(item.request)
+        cuts = np.cumsum(item.counts)[:-1]
         parts = zip(np.split(scores.loglikelihoods, cuts), np.split(scores.greedy, cuts), strict=True)
         for end, (loss, greedy) in zip(item.ends, parts, strict=True):
             found.setdefault(f"loss {end}", []).append(-float(loss.mean()))
@@ -110,10 +118,12 @@ def _key(row: list[int], tokenizer: Any, length: int, key: int, depth: float) ->
     def encoded(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    needle, asked = encoded(_NEEDLE.format(key=key)), encoded(f"{_QUESTION} {key}")
+    needle = encoded(_NEEDLE.format(key=key))
+    asked = encoded(f"{_QUESTION} {key}")
     other = encoded(f"{_QUESTION} {key + 10_000 if key < 50_000 else key - 10_000}")  # another first digit
     same = next(i for i, (a, b) in enumerate(zip(asked, other, strict=False)) if a != b)
-    question, answer = asked[:same], asked[same:]
+    question = asked[:same]
+    answer = asked[same:]
     text = row[: max(0, length - len(needle) - len(question) - len(answer))]
     if len(text) < length // 2:
         raise NblError(f"{length} tokens have no room for text and a pass key; give a larger --ppl-context")

@@ -29,7 +29,9 @@ class DecoderLM(TemplateLM):
 
     def __init__(self, scorer: GraphScorer, name: str = "") -> None:
         super().__init__()
-        self.scorer, self.tokenizer, self.max_length = scorer, scorer.tokenizer, scorer.max_length
+        self.scorer = scorer
+        self.tokenizer = scorer.tokenizer
+        self.max_length = scorer.max_length
         self._name = name
         self.progress: Callable[[int, int], None] = lambda _done, _total: None
 
@@ -108,7 +110,8 @@ class DecoderLM(TemplateLM):
         Raises:
             NblError: the task asks for sampling.
         """
-        eos, texts = str(self.tokenizer.decode([self.eot_token_id])), list[str]()
+        eos = str(self.tokenizer.decode([self.eot_token_id]))
+        texts = list[str]()
         for request in requests:
             asked = normalize_gen_kwargs(request.args[1], _NEW_TOKENS)
             if asked.get("do_sample"):

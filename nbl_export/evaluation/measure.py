@@ -63,7 +63,7 @@ class Outcome:
 
 def run_windows(
     windows: Sequence[list[int]], scorer: GraphScorer, progress: Callable[[int, int], None], prompt: int = 1
-) -> Outcome:  # fmt: skip
+) -> Outcome:
     """Perplexity over windows of token ids: exp of the mean loss of all tokens behind the first ones of each window.
 
     Args:

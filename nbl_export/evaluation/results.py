@@ -136,7 +136,8 @@ def _length(group: Group) -> dict[str, Any]:
     rows: `tokens`, the end of the positions or the length of the items, with the figures of each variant (loss in nats,
     share of correct tokens or keys), and the paired differences of the loss. warnings: one sentence each.
     """
-    first, pairs = next(iter(group.values())), _pair(group)
+    first = next(iter(group.values()))
+    pairs = _pair(group)
     ends = [int(name.split()[1]) for name in first["metrics"] if name.startswith("loss ")]
     return {
         **_facts(group),
@@ -154,7 +155,8 @@ def _length_row(group: Group, end: int) -> dict[str, Any]:
 def _loss_difference(new: Entry, old: Entry, end: int) -> dict[str, Any]:
     """Loss after minus loss before, and the increase of perplexity, with paired 95% intervals."""
     rise = _rise(new, old, end)
-    loss, increase = mean_interval(rise), increase_interval(np.zeros(len(rise)), rise)
+    loss = mean_interval(rise)
+    increase = increase_interval(np.zeros(len(rise)), rise)
     return {
         "loss": loss.value,
         "loss_interval": loss.ends,
@@ -171,7 +173,8 @@ def _rise(new: Entry, old: Entry, end: int) -> np.ndarray:
 
 def _warning(new: Entry, old: Entry, ends: list[int]) -> str | None:
     """One sentence if a test's loss grows with length; else None."""
-    near, far = [end for end in ends if end <= NEAR], ends[-1]
+    near = [end for end in ends if end <= NEAR]
+    far = ends[-1]
     if not near or far <= NEAR:
         return None
     counts = np.diff((1, *near))

@@ -64,7 +64,9 @@ class GraphScorer:
 
     def __init__(self, decoder: Any, tokenizer: Any, max_length: int, near: int | None = None) -> None:
         self._decoder = decoder
-        self.tokenizer, self.max_length, self.near = tokenizer, max_length, near
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.near = near
         decoder.begin(1)
         logits_BTV = decoder.step(np.zeros((1, 2), np.int64))
         if logits_BTV.shape[1] != 2:
@@ -108,7 +110,8 @@ class GraphScorer:
     def generate(self, prompt: Sequence[int], new_tokens: int, ended: Callable[[list[int]], bool]) -> list[int]:
         """The greedy continuation; it ends if `ended` is true of its ids, or at `new_tokens` tokens."""
         self._decoder.begin(1)
-        last_V, ids = self._read(prompt[-max(1, self.max_length - new_tokens) :]), list[int]()
+        last_V = self._read(prompt[-max(1, self.max_length - new_tokens) :])
+        ids = list[int]()
         while True:
             ids.append(int(last_V.argmax()))
             if len(ids) == new_tokens or ended(ids):

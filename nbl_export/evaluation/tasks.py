@@ -31,7 +31,8 @@ __all__ = ["Benchmark", "harness_version", "load_benchmark", "quiet_harness", "r
 
 _SHOWN = ("output_type", "doc_to_text", "doc_to_target", "doc_to_choice", "num_fewshot", "dataset_path", "dataset_name")
 _MOST_BYTES = 64 << 20  # of one file; all of its documents are in memory
-_SPLITS, _EXAMPLES = ("test_split", "validation_split"), ("fewshot_split", "training_split")
+_SPLITS = ("test_split", "validation_split")
+_EXAMPLES = ("fewshot_split", "training_split")
 _SEED = 1234  # the harness' default for few-shot sampling
 
 
@@ -132,7 +133,8 @@ def _local(directory: Path, stock: dict[str, Any], shots: int) -> dict[str, tupl
         files = {split: directory / f"{split}.jsonl" for kind in kinds if (split := stock.get(kind))}
         return {split: file for split, file in files.items() if file.is_file()}
 
-    documents, examples = here(_SPLITS), here(_EXAMPLES) if shots else {}
+    documents = here(_SPLITS)
+    examples = here(_EXAMPLES) if shots else {}
     if not documents:
         return {}
     if shots and not examples and (split := next(filter(None, map(stock.get, _EXAMPLES)), None)):
@@ -143,7 +145,8 @@ def _local(directory: Path, stock: dict[str, Any], shots: int) -> dict[str, tupl
 def _read(path: Path) -> tuple[list[dict[str, Any]], str]:
     """Rows of a file, and its SHA-256."""
     try:
-        raw, rows = read_small(path, _MOST_BYTES), list[dict[str, Any]]()
+        raw = read_small(path, _MOST_BYTES)
+        rows = list[dict[str, Any]]()
     except (OSError, ValueError) as error:
         raise NblError(f"{path} cannot be read ({error}); give its first documents only") from error
     for number, line in enumerate(raw.split(b"\n"), 1):
@@ -185,14 +188,16 @@ def _check_prompts(task: Any, where: str) -> None:
     """Render every document once, so that a missing field is an error now and not after an hour."""
     if not len(task.eval_docs):
         raise NblError(f"{where} has no documents")
-    name, shots = task.config.task, task.config.num_fewshot
+    name = task.config.task
+    shots = task.config.num_fewshot
     try:
         task.fewshot_context(task.eval_docs[0], num_fewshot=shots)
     except Exception as error:
         raise NblError(f"task {name} has no prompt with {shots} examples: {one_line(error)}") from error
     for number, document in enumerate(task.eval_docs, 1):
         try:
-            prompt, target = task.doc_to_text(document), task.doc_to_target(document)
+            prompt = task.doc_to_text(document)
+            target = task.doc_to_target(document)
             choices = task.doc_to_choice(document) if task.config.doc_to_choice is not None else ["-"]
             if prompt is None or not choices or any(said in (None, "") for said in (target, *choices)):
                 raise ValueError("prompt, answer or a choice is empty")
@@ -210,7 +215,8 @@ def run_benchmark(benchmark: Benchmark, lm: Any, limit: int | None) -> Outcome:
     """
     from lm_eval.evaluator import evaluate
 
-    task, name = benchmark.task, str(benchmark.task.task_name)
+    task = benchmark.task
+    name = str(benchmark.task.task_name)
     task.set_fewshot_seed(seed=_SEED)  # anew for each model: all get the same examples
     started = time.monotonic()
     found = evaluate(lm=lm, task_dict={"tasks": {name: task}}, limit=limit, bootstrap_iters=0)  # `figure` has errors
@@ -219,7 +225,8 @@ def run_benchmark(benchmark: Benchmark, lm: Any, limit: int | None) -> Outcome:
     samples = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
     metrics = {}
     for metric in samples[0]["metrics"]:
-        kind, higher = getattr(task.aggregation().get(metric), "__name__", ""), bool(task.higher_is_better()[metric])
+        kind = getattr(task.aggregation().get(metric), "__name__", "")
+        higher = bool(task.higher_is_better()[metric])
         value = found["results"][name].get(f"{metric},{samples[0]['filter']}")
         if kind in AGGREGATIONS:
             metrics[metric] = Metric.of(kind, [sample[metric] for sample in samples], higher_is_better=higher)

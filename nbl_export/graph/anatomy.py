@@ -22,8 +22,18 @@ from nbl_export.errors import RefusalError
 from nbl_export.graph.caches import graph_caches
 from nbl_export.graph.emitter import values_read
 
-__all__ = ["PRODUCTS", "AttentionBlock", "Join", "Written", "cache_layers", "find_attention", "find_block",
-           "find_written", "graph_caches", "is_constant"]  # fmt: skip
+__all__ = [
+    "PRODUCTS",
+    "AttentionBlock",
+    "Join",
+    "Written",
+    "cache_layers",
+    "find_attention",
+    "find_block",
+    "find_written",
+    "graph_caches",
+    "is_constant",
+]
 
 # Operators that multiply activations by weights, or that quantise activations for such a product.
 PRODUCTS = ("MatMul", "Gemm", "MatMulNBits", "MatMulBnb4", "MatMulInteger", "QLinearMatMul", "FusedMatMul",
@@ -98,7 +108,8 @@ def find_block(graph: ir.Graph, layer: int) -> AttentionBlock:
     pasts, presents = caches[layer]
     join, reached = _find_join(graph, layer, pasts, presents)
     index = next(i for i, v in enumerate(join.inputs[:2]) if v in reached)
-    branch, residual = join.inputs[index], join.inputs[1 - index]
+    branch = join.inputs[index]
+    residual = join.inputs[1 - index]
     assert branch is not None and residual is not None
     projected = _projected(residual, branch, join)
     if not projected:

@@ -127,9 +127,11 @@ def _trace(
         return
     if node.op_type in _ATTENTION:
         slot = _ATTENTION[node.op_type].get(value.index() or 0)
-        sources, merge = ([] if slot is None else list(node.inputs[slot : slot + 1])), (node, slot or 0)
+        sources = [] if slot is None else list(node.inputs[slot : slot + 1])
+        merge = (node, slot or 0)
     elif node.op_type in _MERGES:
-        sources, merge = list(node.inputs if node.op_type == "Concat" else node.inputs[:1]), (node, 0)
+        sources = list(node.inputs if node.op_type == "Concat" else node.inputs[:1])
+        merge = (node, 0)
     elif node.op_type in _MOVES:
         sources = list(node.inputs[:1])
     else:
@@ -141,7 +143,8 @@ def _trace(
 
 def _trace_branch(choice: ir.Node, value: ir.Value, present: ir.Value) -> Iterator[_Pair]:
     """Trace an output of the rewrite's own choice in its second branch, the original's; the choice is the merge."""
-    branch, index = choice.attributes.get("else_branch"), value.index() or 0
+    branch = choice.attributes.get("else_branch")
+    index = value.index() or 0
     if branch is None or branch.type != ir.AttributeType.GRAPH or index >= len(branch.as_graph().outputs):
         return  # a damaged graph
     for pair in _trace(branch.as_graph().outputs[index], present, None, set()):
@@ -183,7 +186,8 @@ def _numbers(groups: Sequence[Sequence[_Pair]]) -> list[int]:
 def _refuse_unpaired(graph: ir.Graph, found: Sequence[_Pair], layers: Sequence[int]) -> None:
     """Refuse an odd number of caches, and inputs that are named like caches but that no output continues."""
     if len(found) % 2:
-        layer, name = layers[-1], found[-1].past.name
+        layer = layers[-1]
+        name = found[-1].past.name
         raise RefusalError(layer, f"it does not have one key and one value cache, both as input and output ({name})")
     paired = {pair.past for pair in found}
     for value in graph.inputs:

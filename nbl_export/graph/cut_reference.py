@@ -52,7 +52,8 @@ class CutDecoder:
     def __init__(self, directory: Path, head_dim: int, mixers: Running, tap: str, *, exact: bool = False) -> None:
         cut = cut_of(mixers.mixers)
         assert cut is not None
-        self._cut, file = cut, directory / all_logits_file(directory)
+        self._cut = cut
+        file = directory / all_logits_file(directory)
         self._maps = {layer: _stored(mixer, mixers.stored.get(layer, {})) for layer, mixer in cut.maps.items()}
         graph = load_graph(file).graph
         self._layers = {layer: _Layer.of(graph, layer) for layer in cut.maps}
@@ -90,12 +91,14 @@ class CutDecoder:
 
     def _stopping(self, ids_1T: np.ndarray) -> np.ndarray:
         """Logits [T, V] of a step of more than W + 1 tokens."""
-        near, place = self._cut.near, self._decoder.length
+        near = self._cut.near
+        place = self._decoder.length
         first, far = (self._decoder.run(part) for part in (ids_1T[:, :1], ids_1T[:, 1:-near]))
         self._predict(np.concatenate([first[self._stream], far[self._stream]], 1), place)
         last = self._decoder.step(ids_1T[:, -near:])[0]
         logits_TV = np.full((ids_1T.shape[1], last.shape[1]), np.nan, np.float32)
-        logits_TV[0], logits_TV[-near:] = first["logits"][0, 0], last
+        logits_TV[0] = first["logits"][0, 0]
+        logits_TV[-near:] = last
         return logits_TV
 
     def _predict(self, x_1TD: np.ndarray, place: int) -> None:
@@ -112,7 +115,8 @@ class CutDecoder:
 
 def _stored(mixer: Predicted, stored: Stored) -> Predicted:
     """The map with what a graph stores of it."""
-    weight, bias = stored.get("weight", mixer.weight), stored.get("bias", mixer.bias)
+    weight = stored.get("weight", mixer.weight)
+    bias = stored.get("bias", mixer.bias)
     return dataclasses.replace(mixer, weight=weight, bias=bias)
 
 
@@ -132,14 +136,17 @@ class Rotary:
     def __call__(self, x_BHTD: np.ndarray, place: int) -> np.ndarray:
         """Rotate tokens of which the first is at position `place`."""
         here = slice(place, place + x_BHTD.shape[2])
-        cos_TR, sin_TR = self.cosines[here].astype(np.float32), self.sines[here].astype(np.float32)
+        cos_TR = self.cosines[here].astype(np.float32)
+        sin_TR = self.sines[here].astype(np.float32)
         half = cos_TR.shape[1]
         firsts, seconds = (
             (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
             if self.interleaved
             else (slice(0, half), slice(half, 2 * half))
         )
-        found, a, b = x_BHTD.copy(), x_BHTD[..., firsts], x_BHTD[..., seconds]
+        found = x_BHTD.copy()
+        a = x_BHTD[..., firsts]
+        b = x_BHTD[..., seconds]
         found[..., firsts] = a * cos_TR - b * sin_TR
         found[..., seconds] = b * cos_TR + a * sin_TR
         return found
@@ -163,7 +170,8 @@ class _Layer:
             tables = [None if node is None else node.inputs[0] for node in gathers]
             name = ""
         else:
-            attention, name = find_attention(block), "rotary_"
+            attention = find_attention(block)
+            name = "rotary_"
             tables = [attention.inputs[place] for place in _TABLES]
         values = [None if table is None else table.const_value for table in tables]
         if any(value is None for value in values):

@@ -49,12 +49,21 @@ class OnnxDecoder:
     """
 
     def __init__(
-        self, directory: Path, head_dim: int, threads: int | None = None, *, file: str = GRAPH_FILE,
-        caches: Mapping[str, str] | None = None, exact: bool = False, session: Any = None, chunk: int | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        directory: Path,
+        head_dim: int,
+        threads: int | None = None,
+        *,
+        file: str = GRAPH_FILE,
+        caches: Mapping[str, str] | None = None,
+        exact: bool = False,
+        session: Any = None,
+        chunk: int | None = None,
+    ) -> None:
         self.session = session or open_session(directory / file, threads, mapped=True, exact=exact)
         self._options = [returning_memory()] if exact else []
-        self.head_dim, self._chunk = head_dim, chunk
+        self.head_dim = head_dim
+        self._chunk = chunk
         self.contract = contract_of_session(self.session)
         self._types = {a.name: a.dtype for a in self.contract.inputs}
         named = [name for name in self._types if PAST.match(name)]
@@ -90,7 +99,8 @@ class OnnxDecoder:
             NblError: a row would outgrow a cache of fixed length; nothing has run.
         """
         valid_BT = np.ones_like(ids_BT) if valid_BT is None else valid_BT
-        held, tokens = int(self._mask_BT.sum(1).max()), ids_BT.shape[1]
+        held = int(self._mask_BT.sum(1).max())
+        tokens = ids_BT.shape[1]
         if self._slots and held + tokens > self._slots:
             raise NblError(f"{held} tokens are cached and {tokens} more do not fit into {self._slots} slots")
         width = self._chunk or tokens
@@ -112,8 +122,13 @@ class OnnxDecoder:
         valid = np.ones_like(ids_BT) if valid_BT is None else valid_BT
         lengths_B = self._mask_BT.sum(1)
         mask = np.concatenate([self._mask_BT, valid.astype(np.int64)], 1)
-        feeds = {"input_ids": ids_BT, "attention_mask": mask, "write_indices": lengths_B, "num_tokens": valid.sum(1),
-                 "position_ids": lengths_B[:, None] + np.arange(ids_BT.shape[1])[None, :]}  # fmt: skip
+        feeds = {
+            "input_ids": ids_BT,
+            "attention_mask": mask,
+            "write_indices": lengths_B,
+            "num_tokens": valid.sum(1),
+            "position_ids": lengths_B[:, None] + np.arange(ids_BT.shape[1])[None, :],
+        }
         ours = {n: value.astype(self._types[n], copy=False) for n, value in feeds.items() if n in self._types}
         outputs = [a.name for a in self.contract.outputs]
         made = self.session.run(outputs, {**ours, **self._past}, *self._options)

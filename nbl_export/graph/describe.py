@@ -23,7 +23,9 @@ def describe_graph(path: Path) -> dict[str, Any]:
     check_graph_place(path)
     file = find_graph(path)
     model = load_graph(file)
-    graph, layers, first = model.graph, [], None
+    graph = model.graph
+    layers = []
+    first = None
     for layer, (pasts, _) in graph_caches(graph).items():
         found: dict[str, Any] = {"layer": layer, "caches": [str(v.name) for v in pasts], "taps": [], "reason": None}
         try:

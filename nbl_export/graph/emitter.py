@@ -10,9 +10,24 @@ import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
 
-__all__ = ["Emitter", "Maker", "add_initializer", "cache_slots", "choose", "drop_input", "element_type",
-           "graph_input", "need", "new_node", "register", "run_passes", "shape_of", "size", "type_of",
-           "values_read"]  # fmt: skip
+__all__ = [
+    "Emitter",
+    "Maker",
+    "add_initializer",
+    "cache_slots",
+    "choose",
+    "drop_input",
+    "element_type",
+    "graph_input",
+    "need",
+    "new_node",
+    "register",
+    "run_passes",
+    "shape_of",
+    "size",
+    "type_of",
+    "values_read",
+]
 
 
 Dim = int | str | ir.SymbolicDim | None
@@ -60,7 +75,10 @@ class Maker:
 
     def __init__(self, prefix: str, dtype: ir.DataType, graph: ir.Graph | None = None, constants: str = "") -> None:
         self.nodes: list[ir.Node] = []
-        self._prefix, self._dtype, self._graph, self._constants = prefix, dtype, graph, constants
+        self._prefix = prefix
+        self._dtype = dtype
+        self._graph = graph
+        self._constants = constants
         self._made: dict[str, ir.Value] = {}
 
     def constant(self, name: str, values: Any, kind: ir.DataType | None = None) -> ir.Value:
@@ -76,14 +94,21 @@ class Maker:
         return self._made[name]
 
     def __call__(
-        self, op_type: str, name: str, *inputs: ir.Value | None, kind: ir.DataType | None = None, outputs: int = 1,
-        domain: str = "", **attributes: Any,
-    ) -> Any:  # fmt: skip
+        self,
+        op_type: str,
+        name: str,
+        *inputs: ir.Value | None,
+        kind: ir.DataType | None = None,
+        outputs: int = 1,
+        domain: str = "",
+        **attributes: Any,
+    ) -> Any:
         """The output of a new node; several if `outputs` is not 1."""
         name = f"{self._prefix}{name}"
         node = ir.node(op_type, inputs, attributes, domain=domain, num_outputs=outputs, name=name)
         for number, value in enumerate(node.outputs):
-            value.name, value.type = f"{name}/output_{number}", ir.TensorType(kind or self._dtype)
+            value.name = f"{name}/output_{number}"
+            value.type = ir.TensorType(kind or self._dtype)
         self.nodes.append(node)
         return node.outputs[0] if outputs == 1 else node.outputs
 
@@ -114,9 +139,13 @@ def values_read(node: ir.Node) -> Iterator[ir.Value]:
 
 
 def new_node(
-    op_type: str, inputs: Sequence[ir.Value | None], name: str, dtype: ir.DataType | None = None,
-    shape: ir.Shape | None = None, attributes: Mapping[str, Any] | None = None,
-) -> ir.Node:  # fmt: skip
+    op_type: str,
+    inputs: Sequence[ir.Value | None],
+    name: str,
+    dtype: ir.DataType | None = None,
+    shape: ir.Shape | None = None,
+    attributes: Mapping[str, Any] | None = None,
+) -> ir.Node:
     """A node that is not in a graph yet; its output is named NAME/output_0."""
     kind = None if dtype is None else ir.TensorType(dtype)
     output = ir.Value(name=f"{name}/output_0", shape=shape, type=kind)
@@ -197,7 +226,8 @@ def register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
     """
     if tensor.name in graph.initializers:
         raise RefusalError(None, f"it already has an initializer {tensor.name}; this graph has been rewritten before")
-    shape, dtype = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
+    shape = ir.Shape(tensor.shape.numpy())
+    dtype = ir.TensorType(tensor.dtype)
     value = ir.Value(name=tensor.name, const_value=tensor, shape=shape, type=dtype)
     graph.register_initializer(value)
     return value

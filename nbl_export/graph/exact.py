@@ -65,8 +65,10 @@ def _dequantised(proto: Any, node: Any) -> list[Any]:
     """Make a MatMul of a MatMulNBits; returns the nodes that make its matrix, outside of all branches."""
     from onnx import helper, numpy_helper
 
-    own, tensors = _numbers(node), {tensor.name: tensor for tensor in proto.graph.initializer}
-    shape, name = [own["N"], own["K"] // own["block_size"]], node.name
+    own = _numbers(node)
+    tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
+    shape = [own["N"], own["K"] // own["block_size"]]
+    name = node.name
     x, codes, scales, *rest = node.input
     for tensor, dims in ((codes, [own["N"], own["K"]]), (scales, shape)):
         del tensors[tensor].dims[:]
@@ -75,7 +77,8 @@ def _dequantised(proto: Any, node: Any) -> list[Any]:
     if zeros not in tensors:
         proto.graph.initializer.append(numpy_helper.from_array(np.full(shape, 128, np.uint8), zeros))
     blocks: dict[str, Any] = {"axis": 1, "block_size": own["block_size"]}
-    wide, turned = f"{name}/wide", f"{name}/turned"
+    wide = f"{name}/wide"
+    turned = f"{name}/turned"
     made = [
         helper.make_node("DequantizeLinear", [codes, scales, zeros], [wide], f"{name}/DequantizeLinear", **blocks),
         helper.make_node("Transpose", [wide], [turned], f"{name}/Transpose"),

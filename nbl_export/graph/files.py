@@ -110,9 +110,16 @@ class _Closed(ir.ExternalTensor):
 
 def _as(kind: type[ir.ExternalTensor], tensor: ir.ExternalTensor) -> ir.ExternalTensor:
     return kind(
-        tensor.location, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=str(tensor.name),
-        doc_string=tensor.doc_string, metadata_props=tensor.metadata_props, base_dir=tensor.base_dir,
-    )  # fmt: skip
+        tensor.location,
+        tensor.offset,
+        tensor.length,
+        tensor.dtype,
+        shape=tensor.shape,
+        name=str(tensor.name),
+        doc_string=tensor.doc_string,
+        metadata_props=tensor.metadata_props,
+        base_dir=tensor.base_dir,
+    )
 
 
 def _closed(model: ir.Model) -> ir.Model:

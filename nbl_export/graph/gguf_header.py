@@ -20,10 +20,14 @@ __all__ = ["Header", "read_header"]
 
 # Type of a value -> its form for `struct`.
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_TEXT, _ARRAY = 8, 9
+_TEXT = 8
+_ARRAY = 9
 _MOST_DIMENSIONS = 4
 # A large vocabulary, Gemma's, has 1.3 million elements: words, scores, types and merges.
-_MOST_KEYS, _MOST_TENSORS, _MOST_ELEMENTS, _MOST_BYTES = 1 << 12, 1 << 16, 1 << 21, 1 << 27
+_MOST_KEYS = 1 << 12
+_MOST_TENSORS = 1 << 16
+_MOST_ELEMENTS = 1 << 21
+_MOST_BYTES = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,8 @@ def read_header(path: Path) -> Header:
         try:
             if head.read(4) != b"GGUF" or head.number("I") not in (2, 3):
                 raise ValueError("it does not begin as GGUF 2 or 3")
-            tensors, count = head.number("Q"), head.number("Q")
+            tensors = head.number("Q")
+            count = head.number("Q")
             _refuse_more(count, _MOST_KEYS, "keys")
             _refuse_more(tensors, _MOST_TENSORS, "tensors")
             keys = {head.text(): _value(head, head.number("I")) for _ in range(count)}
@@ -67,7 +72,9 @@ class _Head:
     """The head of an open file; `bytes` and `elements` may still be read."""
 
     def __init__(self, stream: BinaryIO) -> None:
-        self._stream, self.bytes, self.elements = stream, _MOST_BYTES, _MOST_ELEMENTS
+        self._stream = stream
+        self.bytes = _MOST_BYTES
+        self.elements = _MOST_ELEMENTS
 
     def read(self, size: int) -> bytes:
         _refuse_more(size, self.bytes, "bytes")
@@ -89,7 +96,8 @@ def _value(head: _Head, kind: int) -> Any:
         return head.text()
     if kind != _ARRAY:
         return head.number(_form(kind))
-    of, length = head.number("I"), head.number("Q")
+    of = head.number("I")
+    length = head.number("Q")
     _refuse_more(length, head.elements, "elements of arrays")
     head.elements -= length
     if of != _TEXT:
@@ -107,7 +115,8 @@ def _form(kind: int) -> str:
 
 
 def _shape(head: _Head) -> tuple[str, tuple[int, ...]]:
-    name, dimensions = head.text(), head.number("I")
+    name = head.text()
+    dimensions = head.number("I")
     if not 1 <= dimensions <= _MOST_DIMENSIONS:
         raise ValueError(f"the tensor {name} has {dimensions} dimensions")
     shape = tuple(head.number("Q") for _ in range(dimensions))

@@ -84,7 +84,8 @@ def companions(path: Path, skipped: set[Path]) -> Iterator[tuple[Path, Path]]:
         files = [path.parent / name for name in _BESIDE_A_FILE if (path.parent / name).is_file()]
         directory = path.parent
     else:
-        directory, files = path, [file for file in sorted(path.rglob("*")) if file.is_file()]
+        directory = path
+        files = [file for file in sorted(path.rglob("*")) if file.is_file()]
     left_out: list[str] = []
     for file in files:
         name = file.relative_to(directory)

@@ -49,9 +49,11 @@ class MixedSession:
         self, file: Path, mixers: Running, tap: str, *, exact: bool = False, shown: Sequence[int] = ()
     ) -> None:
         model = load_graph(file)
-        graph, self._mixers = model.graph, mixers
+        graph = model.graph
+        self._mixers = mixers
         blocks = [find_block(graph, layer) for layer in mixers.layers]
-        streams, taps = [block.residual for block in blocks], [tapped(block, tap) for block in blocks]
+        streams = [block.residual for block in blocks]
+        taps = [tapped(block, tap) for block in blocks]
         dropped = {value for block in blocks for value in block.presents}
         outputs = {layer: find_block(graph, layer).residual for layer in shown}
         self.streams = {layer: str(value.name) for layer, value in outputs.items()}
@@ -122,14 +124,17 @@ def _parts(
     for given, made in zip(inputs, outputs, strict=True):
         part = ir.Model(
             ir.convenience.extract(model.graph, list(given), list(made)),
-            ir_version=model.ir_version, functions=list(model.functions.values()),
-        )  # fmt: skip
+            ir_version=model.ir_version,
+            functions=list(model.functions.values()),
+        )
         yield ir.to_proto(part).SerializeToString()
 
 
 def _read(value: ir.Value, stops: Collection[ir.Value]) -> list[ir.Value]:
     """Inputs of the graph and stops that a value is computed from; the search ends at stops."""
-    found, waiting, seen = [], [value], set()
+    found = []
+    waiting = [value]
+    seen = set()
     while waiting:
         here = waiting.pop()
         if here in seen:

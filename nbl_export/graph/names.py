@@ -4,9 +4,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["ALL_LOGITS_FILE", "ALL_LOGITS_IR", "CUT_ROWS", "DETOKENIZER_IR", "GENAI_CONFIG", "GRAPH_FILE", "IR_FILE",
-           "IR_WEIGHTS", "MANIFEST", "OWN_NODES", "STATIC_GRAPH_FILE", "TEXT_FILES", "TOKENIZER_IR", "all_logits_file",
-           "constant_name", "goes_with_graph", "graph_file", "node_name", "product_name"]  # fmt: skip
+__all__ = [
+    "ALL_LOGITS_FILE",
+    "ALL_LOGITS_IR",
+    "CUT_ROWS",
+    "DETOKENIZER_IR",
+    "GENAI_CONFIG",
+    "GRAPH_FILE",
+    "IR_FILE",
+    "IR_WEIGHTS",
+    "MANIFEST",
+    "OWN_NODES",
+    "STATIC_GRAPH_FILE",
+    "TEXT_FILES",
+    "TOKENIZER_IR",
+    "all_logits_file",
+    "constant_name",
+    "goes_with_graph",
+    "graph_file",
+    "node_name",
+    "product_name",
+]
 
 GRAPH_FILE = "model.onnx"
 STATIC_GRAPH_FILE = "decoder.onnx"  # the static form at the deployed precision, for a compiler

@@ -39,7 +39,8 @@ def quantize_weight(graph: ir.Graph, node: ir.Node, block: int) -> bool:
         "DequantizeLinear", [packed, scale], {"axis": 0, "block_size": block}, name=f"{node.name}/DequantizeLinear"
     )
     wide.outputs[0].name = f"{weight.name}_wide"
-    wide.outputs[0].shape, wide.outputs[0].type = ir.Shape(dims), ir.TensorType(dtype)
+    wide.outputs[0].shape = ir.Shape(dims)
+    wide.outputs[0].type = ir.TensorType(dtype)
     home = node.graph
     assert home is not None
     home.insert_before(node, [wide])  # the node may be in a branch

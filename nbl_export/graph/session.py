@@ -50,9 +50,14 @@ def returning_memory() -> Any:
 
 
 def open_session(
-    graph: Path | bytes, threads: int | None = None, *, folder: Path | None = None,
-    entries: Mapping[str, str] | None = None, mapped: bool = False, exact: bool = False,
-) -> Any:  # fmt: skip
+    graph: Path | bytes,
+    threads: int | None = None,
+    *,
+    folder: Path | None = None,
+    entries: Mapping[str, str] | None = None,
+    mapped: bool = False,
+    exact: bool = False,
+) -> Any:
     """An InferenceSession on the CPU provider. Memory of closed sessions goes back to the system first (`_trim`).
 
     Args:
@@ -81,7 +86,8 @@ def open_session(
     entries = dict(entries or {}) | ({_UNPACKED: "1"} if mapped and _is_float32(proto) else {})
     if exact:
         entries |= exact_model(proto)
-        loaded, folder = proto.SerializeToString(), graph.parent if isinstance(graph, Path) else folder
+        loaded = proto.SerializeToString()
+        folder = graph.parent if isinstance(graph, Path) else folder
     if folder is not None:
         entries[_DATA_FOLDER] = str(folder)
     for key, value in entries.items():

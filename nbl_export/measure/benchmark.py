@@ -80,9 +80,12 @@ class BenchTests:
 
 
 def side_by_side(
-    variants: Mapping[str, Variant], tests: BenchTests | JobOptions, setting: BenchSetting, progress: Progress,
+    variants: Mapping[str, Variant],
+    tests: BenchTests | JobOptions,
+    setting: BenchSetting,
+    progress: Progress,
     say: Callable[[str], None],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Plan the tests that are asked for, and measure them on every variant.
 
     Args:
@@ -129,14 +132,21 @@ def decode_tokens(asked: int | None, directories: Iterable[Path], *, gpu: bool) 
 
 _DECODE_BYTES = 80 << 30  # eight seconds at 10 GB/s
 # A GPU raises its clocks under load. NVIDIA's trtexec warms up for 0.2 s and measures for 3 s.
-_GPU_WARM_UP_NS, _GPU_LEAST_NS = 500_000_000, 1_000_000_000
+_GPU_WARM_UP_NS = 500_000_000
+_GPU_LEAST_NS = 1_000_000_000
 _MEMORY_SHARE = 0.9  # of the available memory, for the peaks of all variants together
 
 
 def run(
-    variants: Mapping[str, Variant], scenarios: Sequence[Scenario], repetitions: int | None, progress: Progress, *,
-    setting: BenchSetting, instruments: Instruments | None = None, measure: Measure | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    variants: Mapping[str, Variant],
+    scenarios: Sequence[Scenario],
+    repetitions: int | None,
+    progress: Progress,
+    *,
+    setting: BenchSetting,
+    instruments: Instruments | None = None,
+    measure: Measure | None = None,
+) -> dict[str, Any]:
     """Measure every scenario on every variant and return the value of bench.json.
 
     Args:
@@ -149,11 +159,13 @@ def run(
     Raises:
         NblError: no scenario fits the context, or a runner fails.
     """
-    instruments, measure = instruments or Instruments(), measure or measure_footprint
+    instruments = instruments or Instruments()
+    measure = measure or measure_footprint
     fitting, skipped = _split(scenarios, setting.context_length)
     capacity = max(s.depth + s.tokens for s in fitting)
     ids = np.random.default_rng(0).integers(0, setting.vocab_size, capacity, dtype=np.int32)
-    rule, steps = Rule(repetitions), Steps(progress)
+    rule = Rule(repetitions)
+    steps = Steps(progress)
     steps.plan(len(variants))
     steps.plan_loads(rule.least, variants, fitting)
 

@@ -26,7 +26,9 @@ def read_clocks() -> dict[str, Any] | None:
     if (found := _nvml()) is None:
         return None
     library, device = found
-    driver, number, reasons = ctypes.create_string_buffer(96), ctypes.c_uint(), ctypes.c_ulonglong()
+    driver = ctypes.create_string_buffer(96)
+    number = ctypes.c_uint()
+    reasons = ctypes.c_ulonglong()
     said: dict[str, Any] = {}
     with contextlib.suppress(AttributeError):
         if not library.nvmlSystemGetDriverVersion(driver, len(driver)):

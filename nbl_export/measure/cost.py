@@ -133,7 +133,8 @@ class CostModel:
         needs = self._needs(sizes)
         total = 2.0 * (tokens if self.all_logits and not self.tail_pruned else 1) * self._head
         for layer in range(self.spec.num_layers):
-            leaving, own = needs[layer + 1], sizes.get(layer)
+            leaving = needs[layer + 1]
+            own = sizes.get(layer)
             rows = leaving.count(tokens)
             total += 2.0 * rows * self.mlp.multiply_adds(self.spec.hidden_size, every=self.every_expert)
             if own is not None:

@@ -60,7 +60,10 @@ def product_flops_per_second() -> float:
 
     The shortest product counts, since other programs that run at the same time make the rate too low.
     """
-    rng, rows, width, seconds = np.random.default_rng(0), 512, 1024, []
+    rng = np.random.default_rng(0)
+    rows = 512
+    width = 1024
+    seconds = []
     x, weight = (rng.standard_normal(shape, np.float32) for shape in ((rows, width), (width, width)))
     for _ in range(20):
         start = time.perf_counter()
@@ -136,7 +139,8 @@ class Job:
     @property
     def graph(self) -> float:
         """Bytes of a graph. Its embedding stays in float32, or float16, unless it is the head."""
-        s, size = self.shape, WEIGHT_BYTES[self.options.precision]
+        s = self.shape
+        size = WEIGHT_BYTES[self.options.precision]
         table = 0 if s.tied else s.head_parameters * (2 if self.options.precision in ("fp16", "bf16") else 4)
         return (s.parameters_of_layers + s.head_parameters) * size + table
 
@@ -149,7 +153,8 @@ class Job:
     @property
     def cuts(self) -> tuple[int, ...]:
         """Cuts that are calibrated."""
-        asked, layers = self.options.cut, self.shape.decoder.num_layers
+        asked = self.options.cut
+        layers = self.shape.decoder.num_layers
         return () if not self.options.predicts else candidate_cuts(layers) if asked == AUTO_CUT else (int(asked),)
 
     @property
@@ -210,7 +215,9 @@ class Job:
 
     def _planned(self) -> float:
         """Work of the choice of layers."""
-        options, layers, judged = self.options, self.shape.decoder.num_layers, judging_tokens(self.options.context)
+        options = self.options
+        layers = self.shape.decoder.num_layers
+        judged = judging_tokens(self.options.context)
         work = 0.0 if self.trains else self._tested
         if options.select != "cca" and not names_layers(options.layers):
             tokens = judged * (layers / 2 + 0.75 * self.count)  # each layer alone; one or two candidates of each step
@@ -221,7 +228,8 @@ class Job:
         """Work of the choice of a cut: layers above it run twice, with their own keys and with predicted ones."""
         if self.options.cut != AUTO_CUT:
             return 0.0
-        judged, deciding = judging_tokens(self.options.context), role_tokens("deciding", self.options.context) + _TWICE
+        judged = judging_tokens(self.options.context)
+        deciding = role_tokens("deciding", self.options.context) + _TWICE
         tried = math.ceil(math.log2(len(self.cuts) + 1)) + 1  # by halves, and one with more near tokens
         above = self.count / self.shape.decoder.num_layers
         passes = (1 + _SHORT) * (judged + deciding) + 2 * above * (tried * judged + deciding)
@@ -230,7 +238,8 @@ class Job:
 
     def _trained(self) -> float:
         """Seconds of training."""
-        minutes, steps = self.options.distill_minutes, self.options.distill_steps
+        minutes = self.options.distill_minutes
+        steps = self.options.distill_steps
         if minutes is None and steps is None:
             minutes, steps = (default_minutes(self.shape.parameters), None) if self._tested else (None, DEFAULT_STEPS)
         step = 3 * _STEP * self._token / self._torch_rate
@@ -243,7 +252,8 @@ class Job:
 
     def _timed(self) -> float:
         """Seconds of the benchmark."""
-        options, work = self.options, 0.0
+        options = self.options
+        work = 0.0
         for depth in options.depths:
             work += self._pass(depth) + 2 * sum(self._pass(n, depth) for n in options.prompt_tokens)
             work += (options.generate_tokens or 64) * _DECODED * WEIGHT_BYTES[options.precision] * self._token
@@ -255,30 +265,47 @@ class Job:
 
     def needs(self) -> tuple[Needs, ...]:
         """Each stage that the job runs, in order."""
-        s, d, options, graph = self.shape, self.shape.decoder, self.options, self.graph
-        rate, read = self.product_flops_per_second, options.calibration_tokens
-        is_rounded, has_maps = options.precision not in ("fp32", "fp16", "bf16"), options.fit == CHECKPOINT_FIT
-        converted, exported = self.weights if s.is_gguf or s.maps_tap else 0.0, self.weights
+        s = self.shape
+        d = self.shape.decoder
+        options = self.options
+        graph = self.graph
+        rate = self.product_flops_per_second
+        read = options.calibration_tokens
+        is_rounded = options.precision not in ("fp32", "fp16", "bf16")
+        has_maps = options.fit == CHECKPOINT_FIT
+        converted = self.weights if s.is_gguf or s.maps_tap else 0.0
+        exported = self.weights
         if options.precision in self.engine.mapped.get(options.decoder_source, ()):
             exported = 12.0 * s.head_parameters if options.precision in self.engine.rounded else 0.0
         if self.cuts:
-            sums, kept, planned = 2 * read * self._cut_sums, 8.0 * self._cut_sums, self._cut_chosen()
-            held, choosing, maps = self.weights + kept, self.weights, 4.0 * self.count * self._map_elements
+            sums = 2 * read * self._cut_sums
+            kept = 8.0 * self._cut_sums
+            planned = self._cut_chosen()
+            held = self.weights + kept
+            choosing = self.weights
+            maps = 4.0 * self.count * self._map_elements
         else:
-            sums, kept, planned = _SUMS * read * self.moments / 16, self.moments, self._planned()
+            sums = _SUMS * read * self.moments / 16
+            kept = self.moments
+            planned = self._planned()
             layer = 4.0 * s.layer_parameters  # one at a time is in memory, if memory is short
             held = max(layer + 4.5 * kept / d.num_layers + 12.0 * _BATCH * s.mlp.active, s.is_gguf * self.weights)
-            choosing, maps = 80.0 * d.hidden_size**2, 4.0 * self.count * d.hidden_size**2
+            choosing = 80.0 * d.hidden_size**2
+            maps = 4.0 * self.count * d.hidden_size**2
         stages = (
             Needs("calibrate", read * self._hidden / self._torch_rate + sums / rate, held, kept + converted),
             Needs("plan", planned / self._torch_rate, choosing, maps),
             Needs("distill", self._trained() + self._tested / self._torch_rate, self.weights, maps),
-            Needs("decoder", (self.weights * (2 if is_rounded else 1) + graph) / _WRITTEN,
-                  graph + exported, graph + (converted if has_maps else 0.0)),
+            Needs(
+                "decoder",
+                (self.weights * (2 if is_rounded else 1) + graph) / _WRITTEN,
+                graph + exported,
+                graph + (converted if has_maps else 0.0),
+            ),
             Needs("rewrite", graph / _WRITTEN, 0.0, graph),
             Needs("verify", self._verified() / rate, graph if is_rounded else 0.0, 0.0),
             Needs("bench", self._timed(), graph, 0.0),
-        )  # fmt: skip
+        )
         left_out = {"calibrate", "plan"} if has_maps else set()
         left_out |= set() if self.trains else {"distill"}
         left_out |= {"bench"} if self.engine.cross else set()
@@ -289,7 +316,8 @@ class Job:
 
         The named layers, or `count` layers in the middle, are replaced. The upper `count` layers have predicted keys.
         """
-        other, most = self._with_cut(), self.shape.decoder.max_positions
+        other = self._with_cut()
+        most = self.shape.decoder.max_positions
         jobs = [(self, True), *([(other, False)] if other else [])]
         return tuple(one._gain(tokens, own) for one, own in jobs for tokens in sorted({min(n, most) for n in _PROMPTS}))
 
@@ -303,12 +331,14 @@ class Job:
 
     def _cut_sizes(self) -> dict[int, LayerSizes]:
         layers = self.shape.decoder.num_layers
-        cut, work = layers - self.count, TokenWork(self._map_elements, self._map_elements)
+        cut = layers - self.count
+        work = TokenWork(self._map_elements, self._map_elements)
         reads = Read(rows=Rows.LAST, tokens=self.options.nears[0]), Read(cut, Rows.ALL)
         return dict.fromkeys(range(cut, layers), LayerSizes(reads, (TokenWork(0, 0), work), attends=True))
 
     def _layer_sizes(self) -> dict[int, LayerSizes]:
-        decoder, options = self.shape.decoder, self.options
+        decoder = self.shape.decoder
+        options = self.options
         first = (decoder.num_layers - self.count) // 2
         named = asked_layers(options, decoder) if options.layers else self.count
         layers = range(first, first + self.count) if isinstance(named, int) else named

@@ -40,9 +40,13 @@ class Footprint:
 
 
 def measure_footprint(
-    open_runner: OpenRunner, directory: Path, threads: int | None, prompt: Sequence[int], capacity: int,
+    open_runner: OpenRunner,
+    directory: Path,
+    threads: int | None,
+    prompt: Sequence[int],
+    capacity: int,
     gpu: bool = False,
-) -> Footprint:  # fmt: skip
+) -> Footprint:
     """Load a decoder alone in a fresh process, run one sequence, and read the memory of that process.
 
     The child process has ended on return, also after Ctrl-C.
@@ -64,9 +68,14 @@ def measure_footprint(
 
 
 def _child(
-    write: Write, open_runner: OpenRunner, directory: Path, threads: int | None, prompt: Sequence[int], capacity: int,
+    write: Write,
+    open_runner: OpenRunner,
+    directory: Path,
+    threads: int | None,
+    prompt: Sequence[int],
+    capacity: int,
     gpu: bool,
-) -> None:  # fmt: skip
+) -> None:
     try:
         found = footprint_here(functools.partial(open_runner, directory, threads), prompt, capacity, gpu)
         write(dataclasses.astuple(found))

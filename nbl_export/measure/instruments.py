@@ -81,7 +81,8 @@ def used_between(before: Reading, after: Reading) -> dict[str, float | None]:
     "others" and "stolen" are None if the system does not count processor time. This process then seems to use more
     than all processes together.
     """
-    seconds, busy = after.clock - before.clock, after.busy - before.busy
+    seconds = after.clock - before.clock
+    busy = after.busy - before.busy
     own = after.own - before.own
     if seconds <= 0 or busy <= 0 or busy < own / 2:
         return {"seconds": seconds, "others": None, "stolen": None}

@@ -88,7 +88,9 @@ class Steps:
     """Progress over the planned steps: the caller's own steps, and fills, warm-ups and runs of every load."""
 
     def __init__(self, progress: Progress) -> None:
-        self._progress, self._done, self._total = progress, 0, 0
+        self._progress = progress
+        self._done = 0
+        self._total = 0
 
     def plan(self, count: int) -> None:
         self._total += count
@@ -133,7 +135,8 @@ def time_rounds(
     for number in itertools.count():
         if number >= rule.least:
             bench.steps.plan_loads(1, variants, scenarios)
-        before, start = bench.instruments.usage(), number % len(variants)
+        before = bench.instruments.usage()
+        start = number % len(variants)
         for timing in _load(variants, bench, scenarios, [*variants][start:] + [*variants][:start]):
             runs[timing.scenario, timing.variant].append(dataclasses.replace(timing, loads=(number,)))
         used.append(used_between(before, bench.instruments.usage()))
@@ -163,7 +166,8 @@ def _load(
 def _ratios(runs: Mapping[tuple[Scenario, str], Sequence[Timing]], base: str | None) -> Iterator[PairedRatio]:
     for (scenario, name), own in runs.items():
         if name != base and (scenario, base) in runs:
-            old, new = _joined(runs[scenario, str(base)]), _joined(own)
+            old = _joined(runs[scenario, str(base)])
+            new = _joined(own)
             yield paired_ratio(old.samples_ns, new.samples_ns, new.loads)
 
 
@@ -197,15 +201,19 @@ def _run(bench: Bench, variant: str, runner: TextRunner, scenario: Scenario) -> 
     mean: Callable[[float], tuple[int, ...]] = lambda total: (round(total / len(stamps)),)  # noqa: E731
     steps = tuple(after - start for run in stamps for start, after in itertools.pairwise(run))
     return Timing(
-        scenario, variant, mean(sum(run[-1] - run[0] for run in stamps)),
+        scenario,
+        variant,
+        mean(sum(run[-1] - run[0] for run in stamps)),
         first_token_ns=mean(sum(picks)) if scenario.kind == "pp" else (),
         token_ns=(steps,) if scenario.kind == "tg" else (),
-    )  # fmt: skip
+    )
 
 
 def _repeated(bench: Bench, runner: TextRunner, scenario: Scenario, least_ns: int) -> Iterator[tuple[list[int], int]]:
     """Runs of a scenario until they took so long together: the clock around each step, and the time of a pick."""
-    clock, chunks, taken = bench.instruments.clock, _run_chunks(bench, scenario, scenario.tokens), 0
+    clock = bench.instruments.clock
+    chunks = _run_chunks(bench, scenario, scenario.tokens)
+    taken = 0
     while True:
         with _collector_paused():
             stamps = [clock()]

@@ -30,8 +30,20 @@ from nbl_export.records.plan import LayerScore
 if TYPE_CHECKING:
     from nbl_export.mixers.lmmse import Moments
 
-__all__ = ["OWN", "Builder", "Kind", "Mixer", "Port", "Running", "Stored", "Streams", "TokenWork",
-           "apply", "cacheless", "tapped"]  # fmt: skip
+__all__ = [
+    "OWN",
+    "Builder",
+    "Kind",
+    "Mixer",
+    "Port",
+    "Running",
+    "Stored",
+    "Streams",
+    "TokenWork",
+    "apply",
+    "cacheless",
+    "tapped",
+]
 
 Value = Any  # a value of the graph that a builder makes
 OWN = None  # the layer's own input at its tap, among streams
@@ -204,7 +216,8 @@ class Running:
     """
 
     def __init__(self, mixers: Mapping[int, Mixer], stored: Mapping[int, Stored] | None = None) -> None:
-        self.mixers, self.stored = mixers, stored or {}
+        self.mixers = mixers
+        self.stored = stored or {}
         self.layers = tuple(sorted(mixers))
 
     def __call__(self, layer: int, x_BTD: np.ndarray) -> np.ndarray:

@@ -45,6 +45,7 @@ def cut_of(mixers: Mapping[int, Mixer]) -> Cut | None:
 
 def candidate_cuts(num_layers: int) -> tuple[int, ...]:
     """The cuts that are calibrated and judged, ascending."""
-    low, high = max(1, num_layers // 2), max(1, num_layers - max(1, num_layers // 8))
+    low = max(1, num_layers // 2)
+    high = max(1, num_layers - max(1, num_layers // 8))
     step = max(1, math.ceil((high - low + 1) / _MOST))
     return tuple(range(low, high + 1, step)) if num_layers > 1 else ()

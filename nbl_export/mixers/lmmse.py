@@ -48,7 +48,8 @@ class Moments:
 
     def centred(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Means of X and Y, and Cxx, Cyx, Cyy."""
-        mean_x, mean_y = self.x_sum / self.count, self.y_sum / self.count
+        mean_x = self.x_sum / self.count
+        mean_y = self.y_sum / self.count
         return (
             mean_x,
             mean_y,
@@ -137,5 +138,7 @@ def cholesky(matrix: torch.Tensor, layer: int, ridge: float) -> torch.Tensor:
 def _warn_of_ridge(layer: int, ridge: float) -> None:
     log.warning(
         "layer %d: the calibration text has too few different inputs for it, so its map has a ridge of %.0e; "
-        "give more --calibration-tokens for a better map", layer, ridge,
-    )  # fmt: skip
+        "give more --calibration-tokens for a better map",
+        layer,
+        ridge,
+    )

@@ -24,7 +24,9 @@ class PredictedModule(MixerModule):
 
     def __init__(self, like: Any) -> None:
         super().__init__()
-        self.cut, self.near, self.epsilon = like.cut, like.near, like.epsilon
+        self.cut = like.cut
+        self.near = like.near
+        self.epsilon = like.epsilon
         self.reads = (like.cut,)
         self.linear = nn.Linear(like.weight.shape[1], len(like.weight))
 

@@ -35,10 +35,14 @@ class Everywhere:
 
     def __init__(self, attention: Any, module: MixerModule) -> None:
         assert module.near is not None
-        self._attention, self._module, self._near = attention, module, module.near
+        self._attention = attention
+        self._module = module
+        self._near = module.near
 
     def __call__(self, hidden_states: torch.Tensor, **given: Any) -> tuple[torch.Tensor, Any]:
-        attention, tokens, mask = self._attention, hidden_states.shape[1], given.get("attention_mask")
+        attention = self._attention
+        tokens = hidden_states.shape[1]
+        mask = given.get("attention_mask")
         if given.get("cache", given.get("past_key_values")) is not None:
             raise NblError("all positions above a cut are computed without a cache; give use_cache=False")
         if mask is not None and not valid_rows(mask, tokens).all():
@@ -64,11 +68,13 @@ Keys = tuple[torch.Tensor, torch.Tensor]  # keys and values [B, heads of keys, T
 
 def attend(query_BHTS: torch.Tensor, own: Keys, far: Keys, near: int, scale: float) -> torch.Tensor:
     """Attention [B, heads, T, head size] over own keys and predicted keys, all rotated."""
-    groups, tokens = query_BHTS.shape[1] // own[0].shape[1], query_BHTS.shape[2]
+    groups = query_BHTS.shape[1] // own[0].shape[1]
+    tokens = query_BHTS.shape[2]
     blocks = []
     for begin in range(0, tokens, _BLOCK):
         end = min(begin + _BLOCK, tokens)
-        far_S, own_S = torch.arange(1, max(1, end - near)), torch.arange(max(1, begin - near + 1), end)
+        far_S = torch.arange(1, max(1, end - near))
+        own_S = torch.arange(max(1, begin - near + 1), end)
         key, value = (
             torch.cat([mine[:, :, :1], there[:, :, 1 : 1 + len(far_S)], mine[:, :, end - len(own_S) : end]], 2)
             for mine, there in zip(own, far, strict=True)

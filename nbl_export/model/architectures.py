@@ -14,8 +14,18 @@ from nbl_export.errors import NblError
 from nbl_export.model.architecture_record import Architecture, Experts
 from nbl_export.records.mlp import MlpSpec
 
-__all__ = ["ARCHITECTURES", "LINEARIZED", "REFUSED", "architecture_of", "check_config", "is_hybrid", "mlp_of",
-           "supported_near", "unlike_llama", "windows_of"]  # fmt: skip
+__all__ = [
+    "ARCHITECTURES",
+    "LINEARIZED",
+    "REFUSED",
+    "architecture_of",
+    "check_config",
+    "is_hybrid",
+    "mlp_of",
+    "supported_near",
+    "unlike_llama",
+    "windows_of",
+]
 
 
 _CAUSAL = {"use_bidirectional_attention": (None, False)}
@@ -236,7 +246,8 @@ def mlp_of(config: Mapping[str, Any]) -> MlpSpec:
 
 def is_hybrid(config: Mapping[str, Any]) -> bool:
     """Whether some layers of a model have no attention, by its configuration (config.json)."""
-    name, inner = str(config.get("model_type")).removeprefix(LINEARIZED), config.get("text_config")
+    name = str(config.get("model_type")).removeprefix(LINEARIZED)
+    inner = config.get("text_config")
     kinds = config.get("layer_types") or (("mamba",) if name == "granitemoehybrid" else ())  # transformers' default
     return (
         name in _HYBRIDS

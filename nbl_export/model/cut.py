@@ -40,7 +40,9 @@ class Climb:
     """
 
     def __init__(self, layer: Any, module: MixerModule, near: int) -> None:
-        self._layer, self._module, self._near = layer, module, near
+        self._layer = layer
+        self._module = module
+        self._near = near
 
     def __call__(self, hidden_states: torch.Tensor, **given: Any) -> torch.Tensor:
         tokens = hidden_states.shape[1]
@@ -76,13 +78,16 @@ class Climb:
         if Port.OUTPUT in self._module.gives:
             self._module.count_tokens(x_BTD[:, 1:far], cache)
             return
-        attention, index = self._layer.self_attn, self._layer.self_attn.layer_idx
+        attention = self._layer.self_attn
+        index = self._layer.self_attn.layer_idx
         stream_BTD = self._module.streams[self._module.reads[0]]
         keys, values = (as_heads(part[:, 1:], attention) for part in self._module.predict(stream_BTD[:, :far]))
         keys = rotate(attention, keys, *(rows[:, 1:far] for rows in given["position_embeddings"]))
         if first_B is not None:  # a padded row: the place of its first token in the cache is among the far ones
-            held, padded = cache.layers[index], first_B.nonzero()[:, 0]
-            keys, values = keys.clone(), values.clone()
+            held = cache.layers[index]
+            padded = first_B.nonzero()[:, 0]
+            keys = keys.clone()
+            values = values.clone()
             keys[padded, :, first_B[padded] - 1] = held.keys[padded, :, -1]
             values[padded, :, first_B[padded] - 1] = held.values[padded, :, -1]
         cache.update(keys, values, index)
@@ -116,7 +121,8 @@ def _padding(mask: torch.Tensor | None, tokens: int) -> tuple[torch.Tensor | Non
     if mask.ndim != 4:
         raise NblError("a cut needs masks of attention `sdpa` or `eager`; load the model with one of them")
     valid_BT = valid_rows(mask, tokens)
-    first_B, count_B = valid_BT.int().argmax(1), valid_BT.sum(1)
+    first_B = valid_BT.int().argmax(1)
+    count_B = valid_BT.sum(1)
     if (first_B + count_B != tokens).any():
         raise NblError("a cut needs batches that are padded on the left; set the tokenizer's padding_side to left")
     return (first_B if first_B.any() else None), int(count_B.min())
@@ -144,9 +150,7 @@ def _lower(x_BTD: torch.Tensor, past: int, near: int) -> torch.Tensor:
     return torch.ones(1, 1, near, tokens, dtype=torch.bool, device=x_BTD.device).tril(tokens - near)
 
 
-def _masks(
-    mask: torch.Tensor, first_B: torch.Tensor | None, past: int, near: int
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+def _masks(mask: torch.Tensor, first_B: torch.Tensor | None, past: int, near: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Masks of the first row [B, 1, 1, P + 1] and of the near rows [B, 1, W, P + T].
 
     The first row's own key is the last one in the cache when its query comes.
@@ -177,7 +181,7 @@ def check_served(modules: Mapping[int, MixerModule], layers: int) -> tuple[int, 
         return None
     if len(found) > 1:
         raise NblError("predicted keys of one model have one cut and one number of near tokens")
-    (cut, near), = found  # fmt: skip
+    ((cut, near),) = found
     for index in range(cut, layers):
         if index not in modules:
             raise NblError(f"layer {index}: above the cut at layer {cut}, it needs predicted keys or a linear map")
@@ -195,7 +199,8 @@ def own_map(model: Any, layer: int, near: int) -> Predicted:
         NblError: the layer's attention is not like llama's.
     """
     decoder = model.get_decoder()
-    block, config = decoder.layers[layer], decoder.config
+    block = decoder.layers[layer]
+    config = decoder.config
     check_cut(block, config, layer)
     norm = getattr(block, architecture_of(config).norm_before or "")
     products = (block.self_attn.k_proj, block.self_attn.v_proj)

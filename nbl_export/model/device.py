@@ -41,9 +41,10 @@ def chosen(option: str, needed_bytes: int) -> torch.device:
         return _gpu() if fits else torch.device("cpu")
     if option == "cuda":
         why = (
-            "this torch is built without CUDA" if torch.version.cuda is None
+            "this torch is built without CUDA"
+            if torch.version.cuda is None
             else "torch sees no GPU (see nvidia-smi and CUDA_VISIBLE_DEVICES)"
-        )  # fmt: skip
+        )
         raise NblError(f"--device cuda: {why}; use --device cpu")
     return torch.device("cpu")
 
@@ -94,7 +95,8 @@ def guarded(work: str, *, by_engine: bool = False) -> Iterator[None]:
     Raises:
         NblError: torch or an engine had an error of CUDA.
     """
-    full, failed = "run the command again with --device cpu", "run the command again, or with --device cpu"
+    full = "run the command again with --device cpu"
+    failed = "run the command again, or with --device cpu"
     if by_engine:
         full = "end other programs on it (nvidia-smi lists them), or use a shorter sequence or a smaller --precision"
         failed = "run the command again, and see nvidia-smi"

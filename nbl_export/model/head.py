@@ -19,7 +19,8 @@ __all__ = ["Head", "divergence", "log_probabilities", "logits_of"]
 
 def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Logits [..., V] in float32 from last hidden states [..., D], as the model's own forward computes them."""
-    record, config = architecture_of(model.config), model.config
+    record = architecture_of(model.config)
+    config = model.config
     logits: torch.Tensor = model.lm_head(hidden)
     if record.logits_divisor is not None:
         logits = logits / getattr(config, record.logits_divisor)
@@ -46,9 +47,11 @@ class Head:
     """
 
     def __init__(self, model: Any, *, narrow: bool = False) -> None:
-        record, config = architecture_of(model.config), model.config
+        record = architecture_of(model.config)
+        config = model.config
         weight_VD = model.lm_head.weight.detach()
-        self._model, self.size = model, weight_VD.shape[0]
+        self._model = model
+        self.size = weight_VD.shape[0]
         self._weight_VD = weight_VD.to(torch.bfloat16) if narrow else weight_VD
         self._divisor = None if record.logits_divisor is None else float(getattr(config, record.logits_divisor))
         self._cap = None if record.logits_cap is None else getattr(config, record.logits_cap)
@@ -99,7 +102,8 @@ def divergence(
     mean_NK = (apart_NKV @ share_NV[..., None])[..., 0]
     hit_NK = apart_NKV.gather(2, target_N[:, None, None].expand(-1, apart_NKV.shape[1], 1))[..., 0]
     shift_NK = torch.zeros_like(mean_NK)
-    most, least = apart_NKV.max().item(), mean_NK.min().item()
+    most = apart_NKV.max().item()
+    least = mean_NK.min().item()
     if not (most <= _SAFE and least >= -_NEAR):  # NaN too
         shift_NK = mean_NK
         apart_NKV -= shift_NK[..., None]

@@ -28,8 +28,19 @@ from nbl_export.model.all_positions import Everywhere
 from nbl_export.model.architectures import architecture_of
 from nbl_export.model.cut import Climb, check_cut, check_served
 
-__all__ = ["BESIDE", "PassThrough", "architecture_of", "block_modules", "block_output", "linearize",
-           "multiplier_of", "replace_attention", "run_from", "stored_in", "switched"]  # fmt: skip
+__all__ = [
+    "BESIDE",
+    "PassThrough",
+    "architecture_of",
+    "block_modules",
+    "block_output",
+    "linearize",
+    "multiplier_of",
+    "replace_attention",
+    "run_from",
+    "stored_in",
+    "switched",
+]
 
 BESIDE = "mixer"  # name, in attention, of a module that does not replace attention
 

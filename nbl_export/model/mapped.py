@@ -35,8 +35,16 @@ from nbl_export.model.checkpoint.source import read_config
 from nbl_export.model.checkpoint.weights import weight_files
 from nbl_export.model.memory import WEIGHTS_SHARE, available_bytes
 
-__all__ = ["WeightReader", "float32_bytes", "in_batches", "layer_bytes", "mapped_model", "on_disk",
-           "refuse_whole", "shortage_of"]  # fmt: skip
+__all__ = [
+    "WeightReader",
+    "float32_bytes",
+    "in_batches",
+    "layer_bytes",
+    "mapped_model",
+    "on_disk",
+    "refuse_whole",
+    "shortage_of",
+]
 
 
 def mapped_model(directory: Path, device: Any = "cpu", *, head: bool = False) -> Any:
@@ -47,7 +55,9 @@ def mapped_model(directory: Path, device: Any = "cpu", *, head: bool = False) ->
     """
     from accelerate import init_empty_weights
 
-    config, weights, device = config_of(directory), WeightReader(directory), torch.device(device)
+    config = config_of(directory)
+    weights = WeightReader(directory)
+    device = torch.device(device)
     with init_empty_weights(include_buffers=False):  # the rotary frequencies are computed buffers
         model = model_with(config)
     decoder = model.get_decoder()
@@ -72,7 +82,9 @@ class _Block:
     """
 
     def __init__(self, module: nn.Module, stored: Callable[[str], str], weights: WeightReader, device: Any) -> None:
-        self._forward, self._weights, self._device = module.forward, weights, device
+        self._forward = module.forward
+        self._weights = weights
+        self._device = device
         self.batches: Callable[[Any, Any, Any], torch.Tensor] | None = None
         self._places = []
         for name, empty in module.state_dict(keep_vars=True).items():
@@ -217,7 +229,8 @@ def float32_bytes(model: Path) -> int:
 
 def layer_bytes(directory: Path) -> int:
     """Most bytes in float32 of a decoder layer and the embedding."""
-    layers, embedding = Counter[str](), 0
+    layers = Counter[str]()
+    embedding = 0
     for name, size in _sizes(directory):
         if found := re.search(r"layers\.\d+\.", name):
             layers[found[0]] += size
@@ -245,7 +258,8 @@ def _headers(directory: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def shortage_of(model: Path, share: float = WEIGHTS_SHARE) -> str:
     """Why a model is too large for a share of the available memory, in words; "" if the model fits."""
-    needed, available = float32_bytes(model), available_bytes()
+    needed = float32_bytes(model)
+    available = available_bytes()
     if needed <= share * available:
         return ""
     return f"{needed / 2**30:.1f} GiB in float32, {available / 2**30:.1f} GiB of memory available"

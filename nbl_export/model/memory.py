@@ -21,14 +21,16 @@ __all__ = ["WEIGHTS_SHARE", "available_bytes", "holds", "keep_freed_memory"]
 
 WEIGHTS_SHARE = 0.6  # of the available memory, that the weights of a whole model may take
 
-_ROOT, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_ROOT = Path("/sys/fs/cgroup")
+_OWN_GROUPS = Path("/proc/self/cgroup")
 # Files of a control group: limit, use, and the file pages in `memory.stat`, which the kernel can drop.
 # Linux: Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
 _V2 = ("memory.max", "memory.current", ("active_file", "inactive_file"))
 _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file"))
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
+_M_TRIM_THRESHOLD = -1  # malloc.h of glibc
+_M_MMAP_MAX = -4
 
 
 def available_bytes() -> int:
@@ -61,9 +63,11 @@ def _groups() -> Iterator[tuple[Path, tuple[str, str, tuple[str, str]]]]:
     for line in lines:
         number, kinds, path = line.split(":", 2)
         if number == "0":
-            root, files = _ROOT, _V2
+            root = _ROOT
+            files = _V2
         elif "memory" in kinds.split(","):
-            root, files = _ROOT / "memory", _V1
+            root = _ROOT / "memory"
+            files = _V1
         else:
             continue
         inner = root / path.lstrip("/")

@@ -23,8 +23,21 @@ from nbl_export.errors import NblError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["alone", "anywhere", "begin", "count", "end", "from_first", "in_order", "joined", "leads", "local", "own",
-           "rank", "tell"]  # fmt: skip
+__all__ = [
+    "alone",
+    "anywhere",
+    "begin",
+    "count",
+    "end",
+    "from_first",
+    "in_order",
+    "joined",
+    "leads",
+    "local",
+    "own",
+    "rank",
+    "tell",
+]
 
 _TIMEOUT = timedelta(hours=1)  # for the longest work of one process between two calls
 _LONGEST = 128  # bytes of what rank 0 tells

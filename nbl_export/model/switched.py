@@ -87,7 +87,9 @@ class SwitchedModel:
     def __init__(
         self, model: Any, maps: Mapping[int, Mixer], tap: str, *, narrow: bool = False, scratch: Path | None = None
     ) -> None:
-        self.model, self._narrow, self._scratch = model, narrow, scratch
+        self.model = model
+        self._narrow = narrow
+        self._scratch = scratch
         self.most_tokens = 2048 if scratch is None else 8192  # each run reads all weights of a mapped model
         self.head = Head(model, narrow=narrow)
         self._decoder = model.get_decoder()
@@ -111,9 +113,14 @@ class SwitchedModel:
 
     @torch.no_grad()
     def run(
-        self, replaced_set: Collection[int], *, ids_BT: torch.Tensor | None = None,
-        entering_BTD: torch.Tensor | None = None, first: int = 0, watch: Collection[int] = (),
-    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:  # fmt: skip
+        self,
+        replaced_set: Collection[int],
+        *,
+        ids_BT: torch.Tensor | None = None,
+        entering_BTD: torch.Tensor | None = None,
+        first: int = 0,
+        watch: Collection[int] = (),
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         """Run a mix on some windows, from their tokens or from the hidden states that enter layer `first`.
 
         Returns:
@@ -146,9 +153,13 @@ class SwitchedModel:
 
     @torch.no_grad()
     def losses(
-        self, ids_T: torch.Tensor, original_TD: torch.Tensor, replaced_sets: Mapping[Any, torch.Tensor],
-        positions_N: torch.Tensor | None = None, each: list[torch.Tensor] | None = None,
-    ) -> dict[Any, Loss]:  # fmt: skip
+        self,
+        ids_T: torch.Tensor,
+        original_TD: torch.Tensor,
+        replaced_sets: Mapping[Any, torch.Tensor],
+        positions_N: torch.Tensor | None = None,
+        each: list[torch.Tensor] | None = None,
+    ) -> dict[Any, Loss]:
         """Each mix's loss on one window, from last hidden states; the original's logits are computed once.
 
         Args:
@@ -194,7 +205,9 @@ class SwitchedModel:
     ) -> dict[Any, list[Loss]]:
         """As `quality_losses`, for each window separately."""
         windows_WT = torch.as_tensor(windows_WT)
-        at_once, total, done = max(1, self.most_tokens // windows_WT.shape[1]), len(windows_WT), 0
+        at_once = max(1, self.most_tokens // windows_WT.shape[1])
+        total = len(windows_WT)
+        done = 0
         found_SWL = torch.zeros(len(replaced_sets), total, len(fields(Loss)), dtype=torch.float64)
         parts = windows_WT.split(at_once)
         for part in processes.own(len(parts)):
@@ -224,7 +237,9 @@ class Runs:
     """
 
     def __init__(self, model: SwitchedModel, ids_BT: torch.Tensor, again: bool) -> None:
-        self._model, self._ids_BT, self._again = model, ids_BT, again
+        self._model = model
+        self._ids_BT = ids_BT
+        self._again = again
         self._original: torch.Tensor | None = None
         self._entering: dict[int, torch.Tensor] = {}
 

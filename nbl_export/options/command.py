@@ -23,7 +23,8 @@ _A_LINE_EACH = "%s\\n"
 
 def describe_command(options: JobOptions, output: Path) -> str:
     """The command line that repeats this run; defaults are left out."""
-    words, keys = ["--model", options.model, "--engine", options.engine], []
+    words = ["--model", options.model, "--engine", options.engine]
+    keys = []
     for name, record in OPTIONS.items():
         value = getattr(options, name)
         if MAIN not in record.commands or name == "engine" or value == _default(options, name):

@@ -13,13 +13,23 @@ from nbl_export.errors import NblError, UsageError
 from nbl_export.options.options import JobOptions
 from nbl_export.records.decoder import DecoderSpec
 
-__all__ = ["DEFAULT_INCREASE", "DEFAULT_SELECT", "DEFAULT_STEPS", "asked_increase", "asked_layers", "check_request",
-           "default_minutes", "names_layers", "parse_layers"]  # fmt: skip
+__all__ = [
+    "DEFAULT_INCREASE",
+    "DEFAULT_SELECT",
+    "DEFAULT_STEPS",
+    "asked_increase",
+    "asked_layers",
+    "check_request",
+    "default_minutes",
+    "names_layers",
+    "parse_layers",
+]
 
 DEFAULT_INCREASE = 0.05  # of perplexity, if neither a count nor a goal is given
 DEFAULT_SELECT = "efficient"  # the order of layers, if the model's output can judge
 DEFAULT_STEPS = 320  # of a training, if neither steps nor minutes are given and no limit on quality
-_USUAL_MINUTES, _USUAL_PARAMETERS = 10.0, 135e6
+_USUAL_MINUTES = 10.0
+_USUAL_PARAMETERS = 135e6
 
 
 def asked_increase(options: JobOptions) -> float:
@@ -35,7 +45,8 @@ def asked_increase(options: JobOptions) -> float:
     if not found:
         raise UsageError(f"--max-perplexity-increase {text!r} is not a percentage; write 5%")
     if not found[2] and float(found[1]) < 1:
-        share, percent = f"{float(found[1]) * 100:g}%", f"{found[1]}%"
+        share = f"{float(found[1]) * 100:g}%"
+        percent = f"{found[1]}%"
         raise UsageError(f"--max-perplexity-increase {text!r} may mean {share} or {percent}; write one of them")
     return float(found[1]) / 100
 
@@ -77,7 +88,8 @@ def _read_layers(text: str) -> int | tuple[tuple[int, int], ...]:
             raise UsageError(
                 f"--layers {text!r}: {part!r} is not a layer or a range; write a count (8) or layers from 0 (0,7,24-29)"
             )
-        low, high = int(first), int(last) if dash else int(first)
+        low = int(first)
+        high = int(last) if dash else int(first)
         if high < low:
             raise UsageError(f"--layers {text!r}: the range {part} runs backwards; write {high}-{low}")
         if twice := [max(low, a) for a, b in ranges if low <= b and a <= high]:

@@ -20,9 +20,22 @@ from nbl_export.records.destinations import DESTINATIONS, Destination
 from nbl_export.records.from_json import read_record, require
 from nbl_export.records.plan import CUT_KIND, DROPPED, MAPS, TAPS, USUAL_KIND
 
-__all__ = ["AUTO_CUT", "BUILDER_OPTIONS", "CHECKPOINT_FIT", "DEFAULTS", "DEFAULT_SLOTS", "GPU_DECODE",
-           "LIKE_LLAMA", "NO_CUT", "NO_ORIGINAL", "OPTIONS", "PANELS", "JobOptions", "flag_of",
-           "has_plain_attention"]  # fmt: skip
+__all__ = [
+    "AUTO_CUT",
+    "BUILDER_OPTIONS",
+    "CHECKPOINT_FIT",
+    "DEFAULTS",
+    "DEFAULT_SLOTS",
+    "GPU_DECODE",
+    "LIKE_LLAMA",
+    "NO_CUT",
+    "NO_ORIGINAL",
+    "OPTIONS",
+    "PANELS",
+    "JobOptions",
+    "flag_of",
+    "has_plain_attention",
+]
 
 # Source of the maps: closed form for each layer; joint training from there; zero, which drops attention; or an NBL
 # checkpoint.
@@ -32,9 +45,11 @@ DTYPES = ("auto", "float32", "bfloat16")  # of products while calibrating and ch
 DEVICES = ("auto", "cpu", "cuda")  # of torch
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # ends a line, or moves a terminal's cursor
 _STATIC = "static"  # decoder source whose caches have a fixed length
-DEFAULT_SLOTS, GPU_DECODE = 2048, 128  # slots of a compiled engine, and tokens of the decode test on a GPU
+DEFAULT_SLOTS = 2048  # slots of a compiled engine, and tokens of the decode test on a GPU
+GPU_DECODE = 128
 SMALLEST = "int4"  # precision
-AUTO_CUT, NO_CUT = "auto", "none"  # the deepest cut that quality allows, or no cut
+AUTO_CUT = "auto"  # the deepest cut that quality allows, or no cut
+NO_CUT = "none"
 NEARS = (64, 128, 256)  # tokens at the end of a prompt that climb above a cut, if none is asked for
 CHECKPOINT_FIT = "given"  # fit of the maps that an NBL checkpoint has
 NO_ORIGINAL = "the checkpoint no longer contains the attention weights of its replaced layers"
@@ -133,7 +148,8 @@ def _usual_precision(values: Mapping[str, Any], engine: Capabilities | None, mod
     """int4, which is rounded one matrix after the other, for a model that does not fit into memory in float32."""
     if engine is None:  # a command states another engine's
         return "fp32" if (values["engine"], values["provider"]) == ("ort", "cpu") else ""
-    asked, possible = values["decoder_source"], _sources(engine, model, SMALLEST)
+    asked = values["decoder_source"]
+    possible = _sources(engine, model, SMALLEST)
     rounds = SMALLEST in engine.rounded and (asked in possible or (possible and asked not in engine.sources))
     return SMALLEST if rounds and not model.fits else engine.precisions[0]
 
@@ -202,152 +218,301 @@ class JobOptions:
 
     model: str
     destination: str | None = option(
-        None, f"Where the result is served: {', '.join(DESTINATIONS)}. Sets engine and kinds of layers.", _ENGINE,
-        first=True, flag="for", metavar="DESTINATION", choices=tuple(DESTINATIONS),
-    )  # fmt: skip
+        None,
+        f"Where the result is served: {', '.join(DESTINATIONS)}. Sets engine and kinds of layers.",
+        _ENGINE,
+        first=True,
+        flag="for",
+        metavar="DESTINATION",
+        choices=tuple(DESTINATIONS),
+    )
     engine: str = option(
-        "ort", "ort (default), openvino, trt or trt-rtx (TensorRT).", _ENGINE, "main build", first=True,
-        metavar="ENGINE", usual=_usual_engine,
-    )  # fmt: skip
+        "ort",
+        "ort (default), openvino, trt or trt-rtx (TensorRT).",
+        _ENGINE,
+        "main build",
+        first=True,
+        metavar="ENGINE",
+        usual=_usual_engine,
+    )
     provider: str = option(
-        "cpu", "ort: for cpu (default) or cuda.", _ENGINE, first=True, metavar="PROVIDER",
-        applies=_ORT, usual=_usual_provider,
-    )  # fmt: skip
+        "cpu",
+        "ort: for cpu (default) or cuda.",
+        _ENGINE,
+        first=True,
+        metavar="PROVIDER",
+        applies=_ORT,
+        usual=_usual_provider,
+    )
     precision: str = option(
-        "fp32", "ort: fp32 (default), fp16, int8, int4; openvino: fp16 (default), fp32, int8, int4; trt, trt-rtx: bf16 "
+        "fp32",
+        "ort: fp32 (default), fp16, int8, int4; openvino: fp16 (default), fp32, int8, int4; trt, trt-rtx: bf16 "
         "(default), fp16, int4. ort, openvino: int4 is the default if float32 does not fit into memory.",
-        _ENGINE, "main rewrite", first=True, metavar="PRECISION", usual=_usual_precision,
-    )  # fmt: skip
+        _ENGINE,
+        "main rewrite",
+        first=True,
+        metavar="PRECISION",
+        usual=_usual_precision,
+    )
     decoder_source: str = option(
-        "genai", "What exports the decoder graph; ort: genai (default) or mobius (default if genai cannot); "
-        "openvino: openvino; trt, trt-rtx: static.", _ENGINE, "main rewrite", metavar="SOURCE", usual=_usual_source,
+        "genai",
+        "What exports the decoder graph; ort: genai (default) or mobius (default if genai cannot); "
+        "openvino: openvino; trt, trt-rtx: static.",
+        _ENGINE,
+        "main rewrite",
+        metavar="SOURCE",
+        usual=_usual_source,
         key=True,
-    )  # fmt: skip
+    )
     layers: str | None = option(
-        None, 'How many layers ("8") or which ("0,7,24-29"); default: --cut.', _REPLACED,
-        "main plan rewrite", first=True, metavar="LAYERS", python="int layers", applies=_ORIGINAL,
-    )  # fmt: skip
+        None,
+        'How many layers ("8") or which ("0,7,24-29"); default: --cut.',
+        _REPLACED,
+        "main plan rewrite",
+        first=True,
+        metavar="LAYERS",
+        python="int layers",
+        applies=_ORIGINAL,
+    )
     max_perplexity_increase: str | None = option(
-        None, "Most increase of perplexity on other text.", _REPLACED, "main plan", first=True, metavar="5%",
-        applies=_ORIGINAL, python="share",
-    )  # fmt: skip
+        None,
+        "Most increase of perplexity on other text.",
+        _REPLACED,
+        "main plan",
+        first=True,
+        metavar="5%",
+        applies=_ORIGINAL,
+        python="share",
+    )
     cut: str = option(
-        NO_CUT, "First layer that far tokens of a prompt skip (20); auto (default of ort): by quality; or none.",
-        _REPLACED, "main plan", first=True, metavar="LAYER", python="int", usual=_usual_cut, applies=_PREDICTING,
-    )  # fmt: skip
+        NO_CUT,
+        "First layer that far tokens of a prompt skip (20); auto (default of ort): by quality; or none.",
+        _REPLACED,
+        "main plan",
+        first=True,
+        metavar="LAYER",
+        python="int",
+        usual=_usual_cut,
+        applies=_PREDICTING,
+    )
     near: int | None = option(
-        None, "Tokens at the end of a prompt that pass all layers; default: 64, or with --cut auto 64, 128 or 256.",
-        _REPLACED, "main plan", least=1, applies=_OF_CUT,
-    )  # fmt: skip
+        None,
+        "Tokens at the end of a prompt that pass all layers; default: 64, or with --cut auto 64, 128 or 256.",
+        _REPLACED,
+        "main plan",
+        least=1,
+        applies=_OF_CUT,
+    )
     fit: str = option(
-        "independent", "independent, distilled (trained; default with a limit, where keys are not predicted), or drop.",
-        _REPLACED, "main plan", first=True, choices=FITS, metavar="FIT", usual=_usual_fit,
-    )  # fmt: skip
+        "independent",
+        "independent, distilled (trained; default with a limit, where keys are not predicted), or drop.",
+        _REPLACED,
+        "main plan",
+        first=True,
+        choices=FITS,
+        metavar="FIT",
+        usual=_usual_fit,
+    )
     kind: str = option(
-        USUAL_KIND, "Kind of mixer in place of attention: linear (default), or one that you add; not with --cut.",
-        _REPLACED, "main plan", metavar="KIND", usual=_usual_kind, applies=_REPLACING, key=True,
-    )  # fmt: skip
+        USUAL_KIND,
+        "Kind of mixer in place of attention: linear (default), or one that you add; not with --cut.",
+        _REPLACED,
+        "main plan",
+        metavar="KIND",
+        usual=_usual_kind,
+        applies=_REPLACING,
+        key=True,
+    )
     select: str | None = option(
-        None, "Order: efficient (default), or the paper's cca.", _REPLACED, "main plan",
-        choices=SELECTS, metavar="ORDER", applies=_ORDERED, key=True,
-    )  # fmt: skip
+        None,
+        "Order: efficient (default), or the paper's cca.",
+        _REPLACED,
+        "main plan",
+        choices=SELECTS,
+        metavar="ORDER",
+        applies=_ORDERED,
+        key=True,
+    )
     maps: str = option(
-        "affine", "affine (matrix and bias, default), or linear (matrix alone on the normed input, as "
-        "Nemotron-NAS checkpoints need).", _REPLACED, "main plan", choices=MAPS, metavar="KIND", applies=_FITTED,
-        usual=_usual_maps, key=True,
-    )  # fmt: skip
+        "affine",
+        "affine (matrix and bias, default), or linear (matrix alone on the normed input, as "
+        "Nemotron-NAS checkpoints need).",
+        _REPLACED,
+        "main plan",
+        choices=MAPS,
+        metavar="KIND",
+        applies=_FITTED,
+        usual=_usual_maps,
+        key=True,
+    )
     tap: str = option(
-        "residual", "What a map is applied to: residual (default) or normed (default of --fit distilled).", _REPLACED,
-        "main calibrate plan", choices=TAPS, metavar="TAP", usual=_usual_tap, key=True,
-    )  # fmt: skip
+        "residual",
+        "What a map is applied to: residual (default) or normed (default of --fit distilled).",
+        _REPLACED,
+        "main calibrate plan",
+        choices=TAPS,
+        metavar="TAP",
+        usual=_usual_tap,
+        key=True,
+    )
     distill_minutes: float | None = option(
-        None, "Minutes of --fit distilled.", _DISTILL, first=True, metavar="MINUTES", applies=_TRAINED,
-    )  # fmt: skip
+        None, "Minutes of --fit distilled.", _DISTILL, first=True, metavar="MINUTES", applies=_TRAINED
+    )
     distill_steps: int | None = option(
-        None, "Training steps of --fit distilled; default 320 without minutes.", _DISTILL, least=1,
-        applies=_TRAINED, key=True,
-    )  # fmt: skip
+        None,
+        "Training steps of --fit distilled; default 320 without minutes.",
+        _DISTILL,
+        least=1,
+        applies=_TRAINED,
+        key=True,
+    )
     distill_tokens: int = option(
-        262_144, "Tokens of the text that --fit distilled trains on, from its beginning.", _DISTILL, least=1,
-        applies=_TRAINED, key=True,
-    )  # fmt: skip
+        262_144,
+        "Tokens of the text that --fit distilled trains on, from its beginning.",
+        _DISTILL,
+        least=1,
+        applies=_TRAINED,
+        key=True,
+    )
     lora_rank: int = option(
-        16, "Rank of the delta that --fit distilled trains on each map.", _DISTILL, least=1, applies=_TRAINED, key=True,
-    )  # fmt: skip
+        16, "Rank of the delta that --fit distilled trains on each map.", _DISTILL, least=1, applies=_TRAINED, key=True
+    )
     label_weight: float = option(
-        0.1, "Share of the text's own next tokens in the loss of --fit distilled.", _DISTILL, least=0, most=1,
-        metavar="SHARE", applies=_TRAINED, key=True,
-    )  # fmt: skip
+        0.1,
+        "Share of the text's own next tokens in the loss of --fit distilled.",
+        _DISTILL,
+        least=0,
+        most=1,
+        metavar="SHARE",
+        applies=_TRAINED,
+        key=True,
+    )
     calibration: tuple[str, ...] = option(
-        (), "File or hub dataset (org/name@split); repeat to mix.", _CALIBRATE, "main calibrate", first=True,
-        metavar="TEXT", python="list",
-    )  # fmt: skip
+        (),
+        "File or hub dataset (org/name@split); repeat to mix.",
+        _CALIBRATE,
+        "main calibrate",
+        first=True,
+        metavar="TEXT",
+        python="list",
+    )
     calibration_tokens: int = option(65_536, "Tokens to calibrate on.", _CALIBRATE, "main calibrate", least=1)
     context: int = option(512, "Length of a window in tokens.", _CALIBRATE, "main calibrate", least=2, key=True)
     compute_dtype: str = option(
         "auto",
         "Products while calibrating and choosing layers: float32, bfloat16, or auto (default; bfloat16 if the "
-        "processor has it).", _TORCH, "main calibrate", choices=DTYPES, metavar="DTYPE", applies=_ORIGINAL, key=True,
-    )  # fmt: skip
+        "processor has it).",
+        _TORCH,
+        "main calibrate",
+        choices=DTYPES,
+        metavar="DTYPE",
+        applies=_ORIGINAL,
+        key=True,
+    )
     device: str = option(
-        "auto", "Where torch calibrates, chooses layers, trains and verifies: cpu, cuda (one GPU), or auto (default; "
-        "the GPU if torch sees one and the work fits).", _TORCH, "main calibrate plan rewrite verify eval",
-        choices=DEVICES, metavar="DEVICE",
-    )  # fmt: skip
-    seed: int = option(
-        0, "Seed of distillation.", _DISTILL, least=0, applies=_TRAINED, key=True,
-    )  # fmt: skip
+        "auto",
+        "Where torch calibrates, chooses layers, trains and verifies: cpu, cuda (one GPU), or auto (default; "
+        "the GPU if torch sees one and the work fits).",
+        _TORCH,
+        "main calibrate plan rewrite verify eval",
+        choices=DEVICES,
+        metavar="DEVICE",
+    )
+    seed: int = option(0, "Seed of distillation.", _DISTILL, least=0, applies=_TRAINED, key=True)
     max_seq_len: int | None = option(
-        None, "trt, trt-rtx: most tokens of a sequence; default 2048.", _ENGINE, least=1, applies=_COMPILED,
-    )  # fmt: skip
+        None, "trt, trt-rtx: most tokens of a sequence; default 2048.", _ENGINE, least=1, applies=_COMPILED
+    )
     max_batch: int | None = option(
-        None, "trt, trt-rtx: most sequences at once; default 1.", _ENGINE, "main build", least=1,
-        applies=_COMPILED, key=True,
-    )  # fmt: skip
+        None,
+        "trt, trt-rtx: most sequences at once; default 1.",
+        _ENGINE,
+        "main build",
+        least=1,
+        applies=_COMPILED,
+        key=True,
+    )
     prefill_chunk: int | None = option(
-        None, "trt, trt-rtx: tokens of a prefill step; default 512, or 2048 with --cut.", _ENGINE, "main build",
-        least=1, applies=_COMPILED, key=True,
-    )  # fmt: skip
+        None,
+        "trt, trt-rtx: tokens of a prefill step; default 512, or 2048 with --cut.",
+        _ENGINE,
+        "main build",
+        least=1,
+        applies=_COMPILED,
+        key=True,
+    )
     logits: str | None = option(
-        None, "Logits of the last token (default), as generation needs, or all.", _ENGINE, choices=("last", "all"),
-        metavar="last|all", key=True,
-    )  # fmt: skip
+        None,
+        "Logits of the last token (default), as generation needs, or all.",
+        _ENGINE,
+        choices=("last", "all"),
+        metavar="last|all",
+        key=True,
+    )
     builder_option: tuple[str, ...] = option(
-        (), "How the GenAI builder quantises: algo_config (int4 on a CPU: k_quant_mixed), block_size, accuracy_level, "
-        "shared_embeddings, fuse_mlp_gate_up; a list sets more.", _ENGINE, "main rewrite", metavar="KEY=VALUE",
-        python="list", applies=_BUILT, key=True,
-    )  # fmt: skip
+        (),
+        "How the GenAI builder quantises: algo_config (int4 on a CPU: k_quant_mixed), block_size, accuracy_level, "
+        "shared_embeddings, fuse_mlp_gate_up; a list sets more.",
+        _ENGINE,
+        "main rewrite",
+        metavar="KEY=VALUE",
+        python="list",
+        applies=_BUILT,
+        key=True,
+    )
     quantized_model: str | None = option(
-        None, "int4: use the codes of this checkpoint of the same model (GPTQ, AWQ or Olive).", _ENGINE,
-        "main rewrite", metavar="MODEL", applies=_INT4,
-    )  # fmt: skip
+        None,
+        "int4: use the codes of this checkpoint of the same model (GPTQ, AWQ or Olive).",
+        _ENGINE,
+        "main rewrite",
+        metavar="MODEL",
+        applies=_INT4,
+    )
     depths: tuple[int, ...] = option(
-        (0, 2048), "Tokens already in the cache; default 0,2048, or 0 with --cut; trt, trt-rtx: 0 and what fits "
-        "--max-seq-len, at most 2048.", _BENCH, "main bench", flag="depth", numbers="0,2048", least=0,
+        (0, 2048),
+        "Tokens already in the cache; default 0,2048, or 0 with --cut; trt, trt-rtx: 0 and what fits "
+        "--max-seq-len, at most 2048.",
+        _BENCH,
+        "main bench",
+        flag="depth",
+        numbers="0,2048",
+        least=0,
         usual=_usual_depths,
-    )  # fmt: skip
+    )
     repetitions: int | None = option(
-        None, "Measured rounds, each on decoders loaded anew; default: 6, or up to 24 in 3 minutes while an interval "
-        "is wider than 10%.", _BENCH, "main bench", least=1,
-    )  # fmt: skip
+        None,
+        "Measured rounds, each on decoders loaded anew; default: 6, or up to 24 in 3 minutes while an interval "
+        "is wider than 10%.",
+        _BENCH,
+        "main bench",
+        least=1,
+    )
     prompt_tokens: tuple[int, ...] = option(
-        (512,), "Lengths of the prefill test; default 512, or 512,2048 with --cut.", _BENCH, "main bench",
-        numbers="128,512", least=1, usual=lambda values, _, __: (512,) if values["cut"] == NO_CUT else (512, 2048),
-    )  # fmt: skip
+        (512,),
+        "Lengths of the prefill test; default 512, or 512,2048 with --cut.",
+        _BENCH,
+        "main bench",
+        numbers="128,512",
+        least=1,
+        usual=lambda values, _, __: (512,) if values["cut"] == NO_CUT else (512, 2048),
+    )
     generate_tokens: int | None = option(
-        None, "Length of the decode test; default: 128, fewer for a large model on a CPU.", _BENCH,
-        "main bench", least=1,
-    )  # fmt: skip
+        None,
+        "Length of the decode test; default: 128, fewer for a large model on a CPU.",
+        _BENCH,
+        "main bench",
+        least=1,
+    )
     threads: int | None = option(
-        None, "Threads of the engine; default: its own choice.", _BENCH, "main bench", least=1, applies=_NOT_COMPILED,
-    )  # fmt: skip
+        None, "Threads of the engine; default: its own choice.", _BENCH, "main bench", least=1, applies=_NOT_COMPILED
+    )
 
     def __post_init__(self) -> None:
         for name, record in OPTIONS.items():
             value = getattr(self, name)
             values = value if isinstance(value, tuple) else () if value is None else (value,)
             numbers = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
-            low, high = record.least, record.most
+            low = record.least
+            high = record.most
             require(all(low is None or v >= low for v in numbers), f"{name} must be at least {low}")
             require(all(high is None or v <= high for v in numbers), f"{flag_of(name)} is {high} at most")
             require(not record.numbers or value is None or len(numbers) > 0, f"{name} needs a number")

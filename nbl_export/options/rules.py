@@ -95,12 +95,14 @@ def _wrong_builder_option(case: Case) -> str | bool:
 
 def _elsewhere(case: Case) -> str | bool:
     """An engine that is not the destination's."""
-    options, place = case.options, DESTINATIONS.get(case.options.destination or "")
+    options = case.options
+    place = DESTINATIONS.get(case.options.destination or "")
     if place is None or not place.engine:
         return False
     for asked, needed, flag in (
-        (options.engine, place.engine, "--engine"), (options.provider, place.provider, "--provider"),
-    ):  # fmt: skip
+        (options.engine, place.engine, "--engine"),
+        (options.provider, place.provider, "--provider"),
+    ):
         if asked != needed:
             return f"--for {options.destination} needs {flag} {needed}, not {asked}; leave {flag} out"
     return False
@@ -113,7 +115,8 @@ def _model_not_held(case: Case) -> str | bool:
 
 
 def _not_there(case: Case, architecture: str, layers: tuple[int, ...]) -> str | bool:
-    options, place = case.options, DESTINATIONS.get(case.options.destination or "")
+    options = case.options
+    place = DESTINATIONS.get(case.options.destination or "")
     if place is None:
         return False
     kinds = case.model.kinds or ({CUT_KIND} if options.predicts else {options.kind})
@@ -136,7 +139,8 @@ def _unknown_to_engine(case: Case) -> str | bool:
 
 def _unknown_kind(case: Case) -> str | bool:
     """A kind of mixer that the engine does not hold, or that another option asks for."""
-    options, held = case.options, case.engine.kinds - {CUT_KIND, DROPPED}
+    options = case.options
+    held = case.engine.kinds - {CUT_KIND, DROPPED}
     if case.is_nbl or options.predicts or (options.kind == DROPPED and options.fit == "drop"):
         return False
     use = {CUT_KIND: "predicted keys are asked for by --cut", DROPPED: "--fit drop leaves attention out"}
@@ -151,11 +155,15 @@ def _unknown_kind(case: Case) -> str | bool:
 
 def _not_made(case: Case) -> str | bool:
     """Precision against decoder source."""
-    options, sources = case.options, case.engine.sources
+    options = case.options
+    sources = case.engine.sources
     if options.precision in sources[options.decoder_source]:
         return False
-    others = [f"the key decoder_source = '{name}'" for name, made in sources.items()
-              if options.precision in made and name not in case.model.not_from]  # fmt: skip
+    others = [
+        f"the key decoder_source = '{name}'"
+        for name, made in sources.items()
+        if options.precision in made and name not in case.model.not_from
+    ]
     return (
         f"the decoder source {options.decoder_source} makes no {options.precision} graph; "
         f"use {' or '.join([*others, '--precision ' + ', '.join(sources[options.decoder_source])])}"
@@ -172,8 +180,9 @@ def _beside_cut(case: Case) -> str | bool:
     for given, flag in (
         (options.layers, "--layers"),
         (options.logits == "all", "key logits all"),
-        (options.fit != "independent", f"--fit {options.fit}"), (options.select, "key select"),
-    ):  # fmt: skip
+        (options.fit != "independent", f"--fit {options.fit}"),
+        (options.select, "key select"),
+    ):
         if given:
             return f"--cut does not go with {flag}; give one of them"
     if options.cut != AUTO_CUT and options.max_perplexity_increase:
@@ -249,16 +258,23 @@ def _too_short(case: Case) -> str | bool:
 
 def _too_deep(case: Case) -> str | bool:
     """A depth of a compiled engine that leaves no room for a test: the slots are part of the graph."""
-    options, depth = case.options, max(case.options.depths)
+    options = case.options
+    depth = max(case.options.depths)
     room = case.cache_length - min(*options.prompt_tokens, options.generate_tokens or GPU_DECODE)
-    return case.engine.static and depth > max(0, room) and (
-        f"--depth {depth} leaves no room for a test in {case.cache_length} slots; use at most --depth {max(0, room)}, "
-        "or export with a larger --max-seq-len"
-    )  # fmt: skip
+    return (
+        case.engine.static
+        and depth > max(0, room)
+        and (
+            f"--depth {depth} leaves no room for a test in {case.cache_length} slots; "
+            f"use at most --depth {max(0, room)}, or export with a larger --max-seq-len"
+        )
+    )
 
 
 def _wrong_cut(case: Case) -> str | bool:
-    options, layers, positions = case.options, case.decoder.num_layers, case.decoder.max_positions
+    options = case.options
+    layers = case.decoder.num_layers
+    positions = case.decoder.max_positions
     if options.cut not in (AUTO_CUT, NO_CUT) and not 1 <= int(options.cut) < layers:
         return f"--cut {options.cut}: this model has layers 0 to {layers - 1}; cut at 1 or above"
     beyond = options.near is not None and options.near >= positions

@@ -36,9 +36,8 @@ _COUNTS = ("layers", "cut", "max_perplexity_increase")  # one of them sets which
 
 
 def settle(
-    asked: Mapping[str, Any], engine_of: EngineOf, model: ModelFacts | None = None,
-    recorded: JobOptions | None = None,
-) -> JobOptions:  # fmt: skip
+    asked: Mapping[str, Any], engine_of: EngineOf, model: ModelFacts | None = None, recorded: JobOptions | None = None
+) -> JobOptions:
     """The options of a job.
 
     A recorded value that was a default follows the new defaults. Rules whose facts are unknown are left out: call again
@@ -83,7 +82,8 @@ def over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _defaults(values: Mapping[str, Any], engine_of: EngineOf, model: ModelFacts) -> dict[str, Any]:
-    found, defaults = {**DEFAULTS, **values}, {}
+    found = {**DEFAULTS, **values}
+    defaults = {}
     for name, usual in ((name, record.usual) for name, record in OPTIONS.items() if record.usual):
         engine = None if name in _OF_ENGINE else engine_of(str(found["engine"]), str(found["provider"]))
         defaults[name] = usual(found, engine, model)
@@ -196,7 +196,8 @@ def numbers(text: str, name: str) -> tuple[int, ...]:
         UsageError: a part is not a number, or a number is too small.
     """
     said = OPTIONS[name]
-    parts, least = [part.strip() for part in text.split(",")], int(said.least or 0)
+    parts = [part.strip() for part in text.split(",")]
+    least = int(said.least or 0)
     if not all(part.isascii() and part.isdigit() and int(part) >= least for part in parts):
         example = f"comma separated ({said.numbers})"
         raise UsageError(f"{flag_of(name)} {text!r}: write numbers of at least {least}, {example}")

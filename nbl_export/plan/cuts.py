@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 __all__ = ["LENGTH", "CutInputs", "choose_cut", "joined"]
 
 LENGTH = 1024  # tokens of a row: far keys are most of what its later tokens read
-_ROWS, _TWICE_ROWS = 16, 4  # that decide: of each text, and of passages
+_ROWS = 16  # that decide: of each text, and of passages
+_TWICE_ROWS = 4
 _EVERY = 2  # every second position is foreseen
 _HOPELESS = 2.0  # times the limit: such a cut is not tried with more near tokens, which halve a loss or less
 _PROMPTS = (512, 2048)  # tokens of the prompts whose saved work is weighed
@@ -101,7 +102,8 @@ def choose_cut(inputs: CutInputs, task: Task, say: Say) -> tuple[Plan, dict[int,
         NblError: no candidate is within the limit.
     """
     if inputs.named:
-        cut, near = inputs.cuts[0], inputs.nears[0]
+        cut = inputs.cuts[0]
+        near = inputs.nears[0]
         say(_spoken(cut, near, inputs.num_layers))
         return _planned(inputs, cut, near, {})
     path: list[dict[str, Any]] = []
@@ -136,7 +138,8 @@ def _planned(
 
 def _by_saving(inputs: CutInputs) -> list[tuple[int, int]]:
     """Candidates, most of a prompt saved first."""
-    saved, maps = inputs.saved.value, inputs.maps.value
+    saved = inputs.saved.value
+    maps = inputs.maps.value
     pairs = [(cut, near) for cut in inputs.cuts for near in inputs.nears]
     worth = {(c, n): sum(saved(maps(c, n), tokens) for tokens in _PROMPTS) for c, n in pairs}
     return sorted(pairs, key=lambda pair: -worth[pair])
@@ -146,7 +149,8 @@ class _Foreseen:
     """Candidates whose increase on the choosing texts is known, or follows from others' increases."""
 
     def __init__(self, inputs: CutInputs, judge: _Judge) -> None:
-        self._inputs, self._judge = inputs, judge
+        self._inputs = inputs
+        self._judge = judge
         self.texts: list[str] = []
         self._worst: dict[tuple[int, int], float] = {}  # the largest increase of a text over the limit
         self._points: dict[tuple[int, int], dict[str, Any]] = {}
@@ -158,8 +162,10 @@ class _Foreseen:
 
     def halve(self) -> None:
         """Find the lowest cut that holds with the fewest near tokens."""
-        cuts, near = self._inputs.cuts, min(self._inputs.nears)
-        low, high = 0, len(cuts)
+        cuts = self._inputs.cuts
+        near = min(self._inputs.nears)
+        low = 0
+        high = len(cuts)
         while low < high:
             middle = (low + high) // 2
             low, high = (low, middle) if self._measured(cuts[middle], near) <= 1 else (middle + 1, high)
@@ -205,7 +211,8 @@ class _Judge:
     """Losses of cuts on the choosing and the deciding texts, and what is lost of their answers from far back."""
 
     def __init__(self, inputs: CutInputs, task: Task) -> None:
-        self._inputs, self._task = inputs, task
+        self._inputs = inputs
+        self._task = task
 
     def foresee(self, maps: Maps) -> tuple[dict[str, tuple[float, float]], float | None]:
         """Increase of perplexity and KL on each choosing text, and the lost share of answers."""
@@ -266,12 +273,14 @@ class _Judge:
         import torch
 
         if row.far is None:
-            begin, end = max(row.begin, SHORT - 1), len(row.ids_T) - 1
+            begin = max(row.begin, SHORT - 1)
+            end = len(row.ids_T) - 1
             if end <= begin:
                 return torch.arange(0), torch.zeros(0)
             index = torch.from_numpy(contexts(begin, end))
             last_ND = mixes.runs(row.ids_T[index], again=False).original[:, SHORT - 1 :].flatten(0, 1)
-            short, target_N = last_ND[: end - begin], row.ids_T[begin + 1 :]
+            short = last_ND[: end - begin]
+            target_N = row.ids_T[begin + 1 :]
             whole_N = mixes.cross_entropies(original_TD[begin:end], target_N) if known_N is None else known_N[begin:end]
             gain = mixes.cross_entropies(short, target_N) - whole_N
             far = is_far(gain)
@@ -291,7 +300,8 @@ class _Judge:
 
     @functools.cached_property
     def _deciding(self) -> list[_Row]:
-        texts, length = self._inputs.deciding.value, self._inputs.length
+        texts = self._inputs.deciding.value
+        length = self._inputs.length
         rows = [_Row(name, ids_T) for name, ids_WT in texts for ids_T in _spread(joined(ids_WT, length), _ROWS)]
         parts = [repeated(part, len(part))[0] for part in _spread(joined(texts[0][1], 2 * length), _TWICE_ROWS)]
         return [*rows, *(_Row(None, part, len(part) // 2) for part in parts)]
@@ -303,10 +313,15 @@ def _point(
     """A point of the curve."""
     speed = inputs.speedup.value(maps)
     return {
-        "layers": len(maps), "replaced_layers": sorted(maps), "near": next(iter(maps.values())).reads[0].tokens,
-        "kl": [kl for _, kl in losses.values()], "increases": [increase for increase, _ in losses.values()],
-        "far": far, "prefill": speed.prefill, "decode": speed.decode,
-    }  # fmt: skip
+        "layers": len(maps),
+        "replaced_layers": sorted(maps),
+        "near": next(iter(maps.values())).reads[0].tokens,
+        "kl": [kl for _, kl in losses.values()],
+        "increases": [increase for increase, _ in losses.values()],
+        "far": far,
+        "prefill": speed.prefill,
+        "decode": speed.decode,
+    }
 
 
 def _finite(value: float | None) -> float:

@@ -88,7 +88,9 @@ class _Solo:
 
     def __init__(self, effects: Effects) -> None:
         kl_K, rise_K = (value.mean(0, dtype=torch.float64).cpu() for value in (effects.kl_NK, effects.rise_NK))
-        self.effects, self.loss, self.scale = effects, (kl_K + rise_K) / 2, _scale(effects)
+        self.effects = effects
+        self.loss = (kl_K + rise_K) / 2
+        self.scale = _scale(effects)
 
     def beside(self, base: Effects) -> torch.Tensor:
         """What a set and each layer cost together beyond the sum of both [K]."""
@@ -113,10 +115,16 @@ class Search:
     """
 
     def __init__(
-        self, judge: Judge, steps: tuple[Point, ...], saving: Callable[[Sequence[int]], float], progress: Progress,
+        self,
+        judge: Judge,
+        steps: tuple[Point, ...],
+        saving: Callable[[Sequence[int]], float],
+        progress: Progress,
         kept: Sequence[int] = (),
-    ) -> None:  # fmt: skip
-        self._judge, self._saving, self._kept = judge, saving, kept
+    ) -> None:
+        self._judge = judge
+        self._saving = saving
+        self._kept = kept
         self._effects_alone = judge.alone(progress)
         self._alone = [_Solo(part) for part in self._effects_alone.split(judge.parts)]
         if not any(math.isfinite(_overall(loss_P)) for loss_P in torch.stack([solo.loss for solo in self._alone], 1)):
@@ -147,7 +155,8 @@ class Search:
         return [_overall(loss_P) for loss_P in loss_PK.unbind(1)]
 
     def _step(self) -> tuple[Point, Effects]:
-        known, estimates = self.steps[-1].layers if self.steps else (), self._estimates()
+        known = self.steps[-1].layers if self.steps else ()
+        estimates = self._estimates()
         foreseen = {
             i: self._value(loss + self._excess.get(i, 0.0), (*known, i))
             for i, loss in enumerate(estimates)
@@ -250,7 +259,8 @@ class Judge:
 
     def __init__(self, mixes: SwitchedModel, texts: Sequence[torch.Tensor]) -> None:
         alike = [torch.cat(list(group)) for _, group in itertools.groupby(texts, lambda text: text.shape[1])]
-        self._mixes, self.num_layers = mixes, mixes.num_layers
+        self._mixes = mixes
+        self.num_layers = mixes.num_layers
         self.parts = [len(text) * len(_judged_rows(text)) for text in texts]  # judged positions of each text
         places = torch.arange(sum(self.parts)).split([ids_WT[:, _judged_rows(ids_WT)].numel() for ids_WT in alike])
         own, places = zip(*(_own(*group) for group in zip(alike, places, strict=True)), strict=True)
@@ -304,7 +314,8 @@ class Judge:
         share_NV = base_NV.softmax(1)
         narrow_NKV = head.changes(base_NV, change_NKD)
         apart_NKV = narrow_NKV.float()
-        mean_NK1, square_NK1 = apart_NKV @ share_NV[..., None], apart_NKV.square() @ share_NV[..., None]
+        mean_NK1 = apart_NKV @ share_NV[..., None]
+        square_NK1 = apart_NKV.square() @ share_NV[..., None]
         pull: tuple[torch.Tensor, ...] = ()
         if pulled:
             typed_N1V = share_NV[:, None].to(narrow_NKV.dtype)

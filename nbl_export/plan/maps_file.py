@@ -50,7 +50,8 @@ def maps_in(path: Path) -> tuple[tuple[int, ...], str | None]:
         raise CorruptError(f"{path} is not a file; name the maps.safetensors of a run")
     try:
         with safe_open(str(path), framework="np") as file:
-            names, about = list(file.keys()), file.metadata() or {}
+            names = list(file.keys())
+            about = file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
         raise CorruptError(f"{path} is not a maps file ({error}); name the maps.safetensors of a run") from error
     found = [match for name in names if (match := _TENSOR.fullmatch(name)) and (match[2] or match[3] == "bias")]
@@ -94,7 +95,10 @@ class _Stored(dict[str, np.ndarray]):
 
     def __init__(self, file: Any, layer: int, names: Mapping[str, str], width: int | None) -> None:
         super().__init__()
-        self._file, self._layer, self._names, self._width = file, layer, names, width
+        self._file = file
+        self._layer = layer
+        self._names = names
+        self._width = width
 
     def __missing__(self, name: str) -> np.ndarray:
         if name not in self._names:

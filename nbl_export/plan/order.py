@@ -43,7 +43,9 @@ class Selection:
     """
 
     def __init__(self, inputs: OrderInputs, task: Task = quiet, recorded: Mapping[str, Any] | None = None) -> None:
-        self.inputs, self._task, self._found = inputs, task, recorded
+        self.inputs = inputs
+        self._task = task
+        self._found = recorded
         self._steps: tuple[Point, ...] = ()
         self._names: list[str] = []  # of the texts that gave the order
         self._maps: dict[int, Mixer] = {}
@@ -51,7 +53,9 @@ class Selection:
     @functools.cached_property
     def scores(self) -> tuple[LayerScore, ...]:
         """Scores of all layers: bounds at the residual tap for every tap, errors of the chosen one."""
-        asked, moments, found = self.inputs.kind, self.inputs.moments.value, []
+        asked = self.inputs.kind
+        moments = self.inputs.moments.value
+        found = []
         kind = kind_of(asked.kind)
         for i in range(self.inputs.num_layers):
             score = kind.score(moments(i, "residual"), i)
@@ -67,7 +71,8 @@ class Selection:
         return {i: self._maps[i] for i in layers}
 
     def _fit(self, layers: Collection[int]) -> dict[int, Mixer]:
-        asked, moments = self.inputs.kind, self.inputs.moments.value
+        asked = self.inputs.kind
+        moments = self.inputs.moments.value
         kind = kind_of(asked.kind)
         return {i: kind.fit(moments(i, asked.tap), i, bias=asked.bias) for i in layers}
 
@@ -115,7 +120,8 @@ class Selection:
     def _search(self) -> Search:
         self._names, texts = map(list, zip(*self.inputs.texts.value, strict=True))
         tokens = sum(windows.numel() for windows in texts)
-        saved, maps = self.inputs.saved.value, self._all_maps
+        saved = self.inputs.saved.value
+        maps = self._all_maps
 
         def saving(gone: Sequence[int]) -> float:
             return saved({i: maps[i] for i in gone}, _WEIGHED_TOKENS)
@@ -163,9 +169,13 @@ class Selection:
     def _point(self, speedup: Callable[[Maps], Any], point: Point) -> dict[str, Any]:
         speed = speedup(self.maps_of(point.layers))
         return {
-            "layers": len(point.layers), "replaced_layers": sorted(point.layers), "kl": list(point.kl),
-            "increases": list(point.increases), "prefill": speed.prefill, "decode": speed.decode,
-        }  # fmt: skip
+            "layers": len(point.layers),
+            "replaced_layers": sorted(point.layers),
+            "kl": list(point.kl),
+            "increases": list(point.increases),
+            "prefill": speed.prefill,
+            "decode": speed.decode,
+        }
 
 
 # -- from scores and a request to a plan -----------------------------------------------------------------------
@@ -177,9 +187,13 @@ def ranked(scores: Sequence[LayerScore]) -> tuple[int, ...]:
 
 
 def choose(
-    scores: Sequence[LayerScore], request: int | tuple[int, ...], tap: str = "residual", select: str = "cca",
-    order: Sequence[int] | None = None, kind: str = USUAL_KIND,
-) -> Plan:  # fmt: skip
+    scores: Sequence[LayerScore],
+    request: int | tuple[int, ...],
+    tap: str = "residual",
+    select: str = "cca",
+    order: Sequence[int] | None = None,
+    kind: str = USUAL_KIND,
+) -> Plan:
     """The plan for a count or for named layers, all of one kind.
 
     A count takes the first layers of `order` (default: `ranked`).
@@ -188,5 +202,6 @@ def choose(
         order = ranked(scores) if order is None else order
         replaced = tuple(sorted(order[:request]))
     else:
-        replaced, select = request, "given"
+        replaced = request
+        select = "given"
     return Plan.of(len(scores), dict.fromkeys(replaced, kind), tap, select, tuple(scores))

@@ -35,8 +35,7 @@ from nbl_export.plan.order import Selection, choose, quiet
 from nbl_export.records.plan import Plan
 from nbl_export.records.quality import loss_row, spoken_increase
 
-__all__ = ["HOPE", "Reached", "count_foreseen",
-           "count_trained", "count_within", "make_plan"]  # fmt: skip
+__all__ = ["HOPE", "Reached", "count_foreseen", "count_trained", "count_within", "make_plan"]
 
 HOPE = 2.5  # the increase in closed form that training may bring within a limit, over the limit
 Say = Callable[[str], None]
@@ -50,14 +49,17 @@ def make_plan(
     Raises:
         NblError: the goal cannot be met.
     """
-    request, goal = inputs.request, None
+    request = inputs.request
+    goal = None
     if request is None:
         reached = _count(inputs, selection, task)
         for line in reached.lines:
             say(line)
-        request, goal = reached.count, reached.facts
+        request = reached.count
+        goal = reached.facts
     order = selection.order(request) if isinstance(request, int) else None
-    select, asked = selection.inputs.select, selection.inputs.kind
+    select = selection.inputs.select
+    asked = selection.inputs.kind
     plan = choose(selection.scores, request, asked.tap, select, order, asked.kind)
     facts = selection.facts(inputs.speedup, inputs.setting)
     maps = selection.maps_of(plan.layers)
@@ -88,14 +90,16 @@ def count_within(asked: AskedGoal, selection: Selection, texts: Texts, task: Tas
     Raises:
         NblError: one layer alone is not within the limit.
     """
-    share, text = asked.share, asked.text or _percent(asked.share)
+    share = asked.share
+    text = asked.text or _percent(asked.share)
     path = _test(selection, texts, share, task)
     return _reached(path, {"max_perplexity_increase": text, "default": asked.text is None}, share)
 
 
 def _reached(path: list[dict[str, Any]], goal: Mapping[str, Any], share: float) -> Reached:
     """The last step within the limit, of tested steps in ascending order."""
-    reached, text = [step for step in path if step["within"]], goal["max_perplexity_increase"]
+    reached = [step for step in path if step["within"]]
+    text = goal["max_perplexity_increase"]
     if not reached:
         raise NblError(_unreachable(None if goal["default"] else text, path[0], share))
     best = reached[-1]
@@ -111,7 +115,8 @@ def _reached(path: list[dict[str, Any]], goal: Mapping[str, Any], share: float) 
 
 def _count_to_train(asked: AskedGoal, selection: Selection) -> Reached:
     """The layers that training begins with."""
-    share, text = asked.share, asked.text or _percent(asked.share)
+    share = asked.share
+    text = asked.text or _percent(asked.share)
     count = max(1, selection.expected_count(HOPE * share))
     facts = {"max_perplexity_increase": text, "default": asked.text is None, "order": list(selection.order(count))}
     layers = selection.inputs.num_layers
@@ -184,7 +189,8 @@ def _steps(
 ) -> list[dict[str, Any]]:
     """Quality loss of some sets on each text, and whether it is shown to be within `share`."""
     orders = {len(order): order for order in found}
-    losses, said = {}, " or ".join(map(str, orders))
+    losses = {}
+    said = " or ".join(map(str, orders))
     for name, windows in texts:
         with task(f"replacing {said} layers, on {name}") as progress:
             losses[name] = mixes.window_losses(windows, orders, progress)

@@ -204,7 +204,8 @@ def find(manifest: Mapping[str, Any], hub_id: str | None = None) -> BaseModel:
         NblError: the run was made from a hub model other than `hub_id`.
         UsageError: the run or its files state a hub id that the hub would not take.
     """
-    model, place = manifest["model"], manifest.get("places", {}).get("model")
+    model = manifest["model"]
+    place = manifest.get("places", {}).get("model")
     revision = model.get("revision")
     if hub_id and revision and hub_id != model["name"]:
         raise NblError(f"this run was made from {model['name']}, not from {hub_id}; leave --base-model out")
@@ -214,7 +215,8 @@ def find(manifest: Mapping[str, Any], hub_id: str | None = None) -> BaseModel:
     if hub_id:
         check_hub_id(hub_id, "the base model")
     if "license" not in terms and hub_id:
-        terms, origin = {**terms, **_of_hub(hub_id, revision)}, f"the card of {hub_id}"
+        terms = {**terms, **_of_hub(hub_id, revision)}
+        origin = f"the card of {hub_id}"
     link = terms.get("license_link", "https://")
     if not link.startswith(("https://", "http://")):  # it points into the base model's repository
         terms["license_link"] = f"{_HUB}{hub_id}/blob/main/{link}" if hub_id else None

@@ -55,7 +55,8 @@ def convert(output: Path, form: str, target: Path, ui: Ui, *, force: bool = Fals
         NblError: `target` is there already, the run is not finished or failed, or its model has no such form.
         ParityError: what was written is not the model.
     """
-    asked, form = form, _form_of(form)
+    asked = form
+    form = _form_of(form)
     refuse_occupied(target)
     with open_finished(output, ui, force=force) as job:
         maps = load_maps(job.run.path / MAPS_FILE, job.plan.layers, job.decoder.hidden_size)
@@ -79,8 +80,10 @@ def _write(job: Job, maps: Maps, form: str, out: Path) -> list[str]:
 def _form_of(asked: str) -> str:
     """The form that a destination reads, or that `asked` is itself."""
     if asked.lower() in _OF_LLAMA_CPP:
-        raise UsageError(f"--to {asked} is llama.cpp's own: its convert_hf_to_gguf.py makes a GGUF file of "
-                         "convert --to nemotron-nas (docs/serving.md)")  # fmt: skip
+        raise UsageError(
+            f"--to {asked} is llama.cpp's own: its convert_hf_to_gguf.py makes a GGUF file of "
+            "convert --to nemotron-nas (docs/serving.md)"
+        )
     if asked in FORMS:
         return asked
     with contextlib.suppress(UsageError):
@@ -100,7 +103,8 @@ def _refuse_unread(job: Job, maps: Maps, asked: str, form: str) -> None:
     """
     if form == "ngram":
         return
-    name, run = destination_named(asked), job.run.path
+    name = destination_named(asked)
+    run = job.run.path
     place = DESTINATIONS[name]
     kinds = {mixer.kind for mixer in maps.values()}
     if place.refuses(kinds, frozenset(), "", ()):
@@ -130,7 +134,8 @@ def _write_checkpoint(job: Job, maps: Maps, out: Path) -> list[str]:
     from nbl_export.model.checkpoint.hf_classes import save_linearized
     from nbl_export.model.checkpoint.pretrained import check_weights
 
-    checkpoint, tap = job.torch.checkpoint.value, job.plan.tap
+    checkpoint = job.torch.checkpoint.value
+    tap = job.plan.tap
     if not copy_linearized(checkpoint, maps, tap, out):
         save_linearized(job.torch.model.value, checkpoint, maps, tap, out)
     check_weights(out)
@@ -148,7 +153,8 @@ def _write_nemotron_nas(job: Job, maps: Maps, form: str, out: Path) -> list[str]
     from nbl_export.model.linearize import linearize
     from nbl_export.targets.checkpoint import nemotron_nas
 
-    model, ids = job.torch.model.value, _ids(job)
+    model = job.torch.model.value
+    ids = _ids(job)
     nemotron_nas.check(model.config, tuple(maps), form)
     alone = {i: _matrix_alone(mixer) for i, mixer in maps.items()}
     nemotron_nas.save(copy.deepcopy(model), job.torch.checkpoint.value, alone, form, out)
@@ -174,7 +180,8 @@ def _write_edge_llm(job: Job, maps: Maps, out: Path) -> list[str]:
     from nbl_export.targets.checkpoint import edge_llm
 
     edge_llm.check(job.torch.model.value.config, maps)
-    model, ids = copy.deepcopy(job.torch.model.value), _ids(job)
+    model = copy.deepcopy(job.torch.model.value)
+    ids = _ids(job)
     edge_llm.save(model, job.torch.checkpoint.value, maps, job.plan.tap, out)
     same = _compared(job, edge_llm.load(out), log_probabilities(model, ids), ids)
     return [same, *edge_llm.remarks(out)]

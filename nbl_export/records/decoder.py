@@ -91,7 +91,8 @@ class GraphContract:
         for info in self.inputs:
             if not info.name.startswith("past_key_values."):
                 continue
-            heads, stated = info.shape[1], info.shape[3]
+            heads = info.shape[1]
+            stated = info.shape[3]
             require(isinstance(heads, int), f"{info.name} has no fixed number of heads")
             require(not isinstance(stated, int) or stated == head_dim, f"{info.name} has head size {stated}")
             total += int(heads) * head_dim * ITEMSIZE[info.dtype]

@@ -54,7 +54,8 @@ def read_record(kind: type[T], values: Mapping[str, Any]) -> T:
 
 
 def _read(value: Any, hint: Any, name: str) -> Any:
-    parts, kind = typing.get_args(hint), typing.get_origin(hint) or hint
+    parts = typing.get_args(hint)
+    kind = typing.get_origin(hint) or hint
     if kind is types.UnionType:
         for part in parts:
             with contextlib.suppress(TypeError):

@@ -26,7 +26,8 @@ class Lazy(Generic[T]):
     """
 
     def __init__(self, identity: Any, load: Callable[[], T]) -> None:
-        self.identity, self._load = identity, load
+        self.identity = identity
+        self._load = load
         self._loaded: list[T] = []
 
     @property

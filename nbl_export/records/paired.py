@@ -30,8 +30,17 @@ from typing import Any
 from nbl_export.errors import CorruptError
 from nbl_export.records.results import Timing
 
-__all__ = ["CONFIDENCE", "FEWEST_LOADS", "LEVEL_UNTIL_NARROW", "PairedRatio", "exact_level", "figures",
-           "paired_ratio", "spoken_level", "spoken_ratio"]  # fmt: skip
+__all__ = [
+    "CONFIDENCE",
+    "FEWEST_LOADS",
+    "LEVEL_UNTIL_NARROW",
+    "PairedRatio",
+    "exact_level",
+    "figures",
+    "paired_ratio",
+    "spoken_level",
+    "spoken_ratio",
+]
 
 CONFIDENCE = 0.95
 FEWEST_LOADS = 5
@@ -133,7 +142,8 @@ def figures(bench: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
         CorruptError: two variants have different rounds.
     """
     timings = [Timing.from_json(row) for row in bench.get("timings", ())]
-    base, until_narrow = bench.get("base", "original"), bench.get("repetitions") is None
+    base = bench.get("base", "original")
+    until_narrow = bench.get("repetitions") is None
     known = {(t.scenario, t.variant): t for t in timings}
     others = [t for t in timings if t.variant != base and (t.scenario, base) in known]
     ratios = [_ratio(known[t.scenario, base], t, until_narrow=until_narrow) for t in others]
@@ -142,7 +152,8 @@ def figures(bench: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 def _ratio(base: Timing, own: Timing, *, until_narrow: bool) -> dict[str, Any]:
     """Pair the rounds: round k of both variants ran one after the other, on the same load."""
-    scenario, counts = own.scenario, (len(base.samples_ns), len(own.samples_ns))
+    scenario = own.scenario
+    counts = (len(base.samples_ns), len(own.samples_ns))
     if base.loads != own.loads or counts != (len(own.loads),) * 2:
         names = {"original": "the original", "nbl": "NBL"}
         raise CorruptError(

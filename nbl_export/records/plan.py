@@ -70,9 +70,13 @@ class Plan:
 
     @classmethod
     def of(
-        cls, num_layers: int, kinds: Mapping[int, str], tap: str = "residual", select: str = "cca",
+        cls,
+        num_layers: int,
+        kinds: Mapping[int, str],
+        tap: str = "residual",
+        select: str = "cca",
         scores: tuple[LayerScore, ...] = (),
-    ) -> Plan:  # fmt: skip
+    ) -> Plan:
         """The plan of a decoder in which some layers have these kinds."""
         require(set(kinds) <= set(range(num_layers)), "a layer with a kind does not exist")
         return cls(tuple(kinds.get(i, ATTENTION) for i in range(num_layers)), tap, select, scores)

@@ -28,9 +28,27 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["CONFIDENCE", "FAR", "FAR_SHARE", "NEAR", "Interval", "far_ends", "far_row", "grows_with_length",
-           "increase_interval", "interval_ends", "loss_row", "mean_interval", "perplexity", "promise", "spoken_far",
-           "spoken_increase", "spoken_interval", "spoken_loss", "warn_of_text"]  # fmt: skip
+__all__ = [
+    "CONFIDENCE",
+    "FAR",
+    "FAR_SHARE",
+    "NEAR",
+    "Interval",
+    "far_ends",
+    "far_row",
+    "grows_with_length",
+    "increase_interval",
+    "interval_ends",
+    "loss_row",
+    "mean_interval",
+    "perplexity",
+    "promise",
+    "spoken_far",
+    "spoken_increase",
+    "spoken_interval",
+    "spoken_loss",
+    "warn_of_text",
+]
 
 CONFIDENCE = 0.95
 FAR = 2.0  # a warning needs a loss this many times that on another text, or in a short one
@@ -69,22 +87,26 @@ def mean_interval(values: Sequence[float] | np.ndarray, bounds: tuple[float, flo
     x = np.asarray(values, np.float64)
     if not np.isfinite(x).all():
         return Interval(None)
-    value, count = float(x.mean()), len(x)
+    value = float(x.mean())
+    count = len(x)
     if count < 2:
         return Interval(value)
     low, high = (float(end[0]) for end in interval_ends(x[None]))
     if bounds is not None:
-        low, high = max(low, bounds[0]), min(high, bounds[1])
+        low = max(low, bounds[0])
+        high = min(high, bounds[1])
     return Interval(value, low, high)
 
 
 def interval_ends(rows_TW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Ends [T] of the interval of the mean of each row of at least two windows, in the order of the text."""
-    count, mean_T = rows_TW.shape[1], rows_TW.mean(1)
+    count = rows_TW.shape[1]
+    mean_T = rows_TW.mean(1)
     apart_TW = rows_TW - mean_T[:, None]
     spread_T = rows_TW.std(1, ddof=1)
     skewness_T = np.divide((apart_TW**3).mean(1), spread_T**3, out=np.zeros(len(rows_TW)), where=spread_T > 0)
-    t, error_T = _student(count - 1), _half_widths(apart_TW) / _student(count - 1)
+    t = _student(count - 1)
+    error_T = _half_widths(apart_TW) / _student(count - 1)
     low_T = mean_T - error_T * np.maximum(t, _corrected(t, skewness_T, count))
     return low_T, mean_T - error_T * np.minimum(-t, _corrected(-t, skewness_T, count))
 
@@ -108,7 +130,8 @@ def spoken_interval(
     if value is None or not math.isfinite(value):
         return "not finite"
     scale = 100 if percent else 1
-    mark, unit = "+" if sign else "", "%" if percent else ""
+    mark = "+" if sign else ""
+    unit = "%" if percent else ""
     half = scale * (ends[1] - ends[0]) / 2 if ends else 0.0
     places = _places(half) if half > 0 else _places(abs(scale * value) / 10)
 
@@ -142,13 +165,15 @@ def _half_widths(apart_TW: np.ndarray) -> np.ndarray:
     """Half the interval [T] around the mean of each row, from the distances of its windows to the mean."""
     weight_RT, shift_RT, scale_RT = _weighed(apart_TW)
     degrees = apart_TW.shape[1] - 1
-    low_T, high_T = np.zeros(len(apart_TW)), (np.abs(shift_RT) + _student(degrees) * scale_RT).max(0)
+    low_T = np.zeros(len(apart_TW))
+    high_T = (np.abs(shift_RT) + _student(degrees) * scale_RT).max(0)
     for _ in range(40):
         half_T = (low_T + high_T) / 2
         ends = (np.arctan((side * half_T - shift_RT) / scale_RT / math.sqrt(degrees)) for side in (1, -1))
         above_RT, below_RT = (_inside(angle_RT, degrees) for angle_RT in ends)
         short_T = (weight_RT * (above_RT - below_RT)).sum(0) / 2 < CONFIDENCE
-        low_T, high_T = np.where(short_T, half_T, low_T), np.where(short_T, high_T, half_T)
+        low_T = np.where(short_T, half_T, low_T)
+        high_T = np.where(short_T, high_T, half_T)
     return np.where(apart_TW.any(1), high_T, 0.0)
 
 
@@ -157,7 +182,8 @@ def _weighed(apart_TW: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     The inverse of r^|i - j| has three diagonals. So all follow from sums of squares and of neighbours' products.
     """
-    count, r_R1 = apart_TW.shape[1], _ALIKE[:, None]
+    count = apart_TW.shape[1]
+    r_R1 = _ALIKE[:, None]
     ends_T = apart_TW[:, 0] + apart_TW[:, -1]
     squares_T = np.square(apart_TW).sum(1)
     inner_T = squares_T - np.square(apart_TW[:, 0]) - np.square(apart_TW[:, -1])
@@ -174,7 +200,8 @@ def _weighed(apart_TW: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 @functools.cache
 def _student(degrees: int) -> float:
     """The two-sided quantile of Student's t at CONFIDENCE."""
-    low, high = 0.0, math.pi / 2
+    low = 0.0
+    high = math.pi / 2
     for _ in range(60):
         angle = (low + high) / 2
         low, high = (angle, high) if _inside(angle, degrees) < CONFIDENCE else (low, angle)
@@ -183,8 +210,10 @@ def _student(degrees: int) -> float:
 
 def _inside(angle: Any, degrees: int) -> Any:
     """P(|T| < tan(angle) sqrt(degrees)), negative for a negative angle (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
-    odd, squared = degrees % 2, np.cos(angle) ** 2
-    term, total = (np.cos(angle) if odd else 1.0), 0.0
+    odd = degrees % 2
+    squared = np.cos(angle) ** 2
+    term = np.cos(angle) if odd else 1.0
+    total = 0.0
     for power in range(odd, degrees - 1, 2):
         total = total + term
         term = term * ((power + 1) / (power + 2)) * squared
@@ -216,7 +245,8 @@ def loss_row(name: str, losses: Sequence[Any]) -> dict[str, Any]:
         np.array([getattr(loss, total) / loss.positions for loss in losses])
         for total in ("original_sum", "nbl_sum", "kl_sum")
     )
-    increase, apart = increase_interval(before, after), mean_interval(kl)
+    increase = increase_interval(before, after)
+    apart = mean_interval(kl)
     return {
         "text": name,
         "tokens": sum(loss.positions + 1 for loss in losses),
@@ -254,9 +284,13 @@ def far_row(found: Sequence[tuple[int, float, float, float]]) -> dict[str, Any] 
         "perplexity_nbl": perplexity(after / count),
         "lost": lost.value,
         "lost_interval": lost.ends,
-        "per_window": {"answers": count.tolist(), "loss_original": before.tolist(), "loss_nbl": after.tolist(),
-                       "gain": gain.tolist()},
-    }  # fmt: skip
+        "per_window": {
+            "answers": count.tolist(),
+            "loss_original": before.tolist(),
+            "loss_nbl": after.tolist(),
+            "gain": gain.tolist(),
+        },
+    }
 
 
 def far_ends(row: Mapping[str, Any]) -> tuple[float, float]:
@@ -296,7 +330,8 @@ def warn_of_text(rows: Sequence[Mapping[str, Any]]) -> str | None:
     if len(rows) < 2:
         return None
     least, most = (pick(rows, key=lambda row: row["increase"]) for pick in (min, max))
-    low, high = least["increase"], most["increase"]
+    low = least["increase"]
+    high = most["increase"]
     if high < _NOTICED or high <= FAR * low:
         return None
     ends = least["increase_interval"], most["increase_interval"]
@@ -317,5 +352,6 @@ def grows_with_length(near_W: np.ndarray, far_W: np.ndarray) -> bool:
     Args:
         near_W, far_W: loss after minus loss before of each window, key or sequence, in nats.
     """
-    far, apart = mean_interval(far_W), mean_interval(far_W - FAR * near_W)
+    far = mean_interval(far_W)
+    apart = mean_interval(far_W - FAR * near_W)
     return far.value is not None and far.value >= math.log1p(_NOTICED) and apart.low is not None and apart.low > 0

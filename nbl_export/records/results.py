@@ -13,10 +13,10 @@ import numpy as np
 
 from nbl_export.records.from_json import read_record, require
 
-__all__ = ["FAILED", "VERIFIED", "YES_NO", "CheckResult", "Scenario", "Timing", "spoken_background",
-           "status_of"]  # fmt: skip
+__all__ = ["FAILED", "VERIFIED", "YES_NO", "CheckResult", "Scenario", "Timing", "spoken_background", "status_of"]
 
-VERIFIED, FAILED = "verified", "failed"
+VERIFIED = "verified"
+FAILED = "failed"
 YES_NO = 0.5  # tolerance of a check without a figure: its value is 0 if it passed, else 1
 
 

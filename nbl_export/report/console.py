@@ -14,8 +14,17 @@ from nbl_export.report.outcome import outcome, spoken_cut
 from nbl_export.report.table import Column, Shown, Table, facts
 from nbl_export.report.words import size, test
 
-__all__ = ["checks_table", "compared_table", "describe_table", "doctor_table", "engines_table", "eval_table",
-           "graph_table", "routes_table", "speed_table"]  # fmt: skip
+__all__ = [
+    "checks_table",
+    "compared_table",
+    "describe_table",
+    "doctor_table",
+    "engines_table",
+    "eval_table",
+    "graph_table",
+    "routes_table",
+    "speed_table",
+]
 
 _LOGITS = {"last": "of the last token", "all": "of all tokens", None: "no output of that name"}
 
@@ -26,17 +35,22 @@ _LOGITS = {"last": "of the last token", "all": "of all tokens", None: "no output
 def describe_table(found: dict[str, Any]) -> Shown:
     """A run directory, see `run.deployed.describe`."""
     logits = found["logits"]
-    head = facts([
-        ("model", found["model"]["name"]),
-        ("decoder", _decoder(found["decoder"])),
-        ("precision", ", ".join(filter(None, (found["precision"], found["codes"])))),
-        ("logits", f"{_LOGITS[logits]}, in both decoders" if logits in ("last", "all") else "not built yet"),
-        ("replaced layers", spoken_cut(found) or _layers(found["replaced_layers"])),
-        *(row for row in (outcome(found["result"]) if found["result"] else ()) if row[0] != "layers"),
-        ("status", found["status"] + ("" if "report" in found["stages"] else "; not finished: give the command again")),
-        ("stages", ", ".join(f"{n} {s:.1f} s" for n, s in found["stages"].items()) or "none finished"),
-        ("command", found["command"]),
-    ])  # fmt: skip
+    head = facts(
+        [
+            ("model", found["model"]["name"]),
+            ("decoder", _decoder(found["decoder"])),
+            ("precision", ", ".join(filter(None, (found["precision"], found["codes"])))),
+            ("logits", f"{_LOGITS[logits]}, in both decoders" if logits in ("last", "all") else "not built yet"),
+            ("replaced layers", spoken_cut(found) or _layers(found["replaced_layers"])),
+            *(row for row in (outcome(found["result"]) if found["result"] else ()) if row[0] != "layers"),
+            (
+                "status",
+                found["status"] + ("" if "report" in found["stages"] else "; not finished: give the command again"),
+            ),
+            ("stages", ", ".join(f"{n} {s:.1f} s" for n, s in found["stages"].items()) or "none finished"),
+            ("command", found["command"]),
+        ]
+    )
     columns = ("decoder", *Column.numbers("layers with cache", "cache bytes a token", "size on disk"))
     rows = ((name, *_variant(variant)) for name, variant in found["variants"].items())
     graphs = Table.of(columns, rows, "Graphs")
@@ -68,28 +82,42 @@ def routes_table(found: list[dict[str, str]]) -> Shown:
         rows = [(f"{row['name']} ({row['title']})", row[cell]) for row in found if (not row["reason"]) is possible]
         return Table.of(("destination", column), rows or [("none", "")], title)
 
-    return (table("Can be served by", "take", "take", possible=True),
-            table("Cannot be served by", "because", "reason", possible=False))  # fmt: skip
+    return (
+        table("Can be served by", "take", "take", possible=True),
+        table("Cannot be served by", "because", "reason", possible=False),
+    )
 
 
 def engines_table(engines: dict[str, Any]) -> Table:
     """What the build stage made."""
     columns = ("engine", "made by", "precision", *Column.numbers("size", "built in", "caches of all slots"))
-    return Table.of(columns, [
-        (name, f"{made['engine']} {made['version']}", made["precision"], size(made["plan_bytes"]),
-         f"{made['build_seconds']:.1f} s", size(made["cache_bytes"]))
-        for name, made in engines.items()
-    ], "Engines")  # fmt: skip
+    return Table.of(
+        columns,
+        [
+            (
+                name,
+                f"{made['engine']} {made['version']}",
+                made["precision"],
+                size(made["plan_bytes"]),
+                f"{made['build_seconds']:.1f} s",
+                size(made["cache_bytes"]),
+            )
+            for name, made in engines.items()
+        ],
+        "Engines",
+    )
 
 
 def graph_table(found: dict[str, Any]) -> Shown:
     """`graph.describe.describe_graph`: the decoder, and what can be done to each layer."""
-    head = facts([
-        ("graph", f"{found['graph']} ({size(found['bytes'])} with its data)"),
-        ("decoder", f"{found['num_layers']} layers, hidden size {found['hidden_size'] or 'unknown'}"),
-        ("replaced", ", ".join(map(str, found["replaced_layers"])) or "no layer"),
-        ("logits", _LOGITS[found["logits"]]),
-    ])  # fmt: skip
+    head = facts(
+        [
+            ("graph", f"{found['graph']} ({size(found['bytes'])} with its data)"),
+            ("decoder", f"{found['num_layers']} layers, hidden size {found['hidden_size'] or 'unknown'}"),
+            ("replaced", ", ".join(map(str, found["replaced_layers"])) or "no layer"),
+            ("logits", _LOGITS[found["logits"]]),
+        ]
+    )
     return head, Table.of(("layers", "caches", "can become a map"), _attention(found), "Attention layers")
 
 
@@ -105,8 +133,11 @@ def doctor_table(found: dict[str, Any], machine: str, gpu: str) -> Shown:
     """`examine_engines` for people: what works here, what could be added, and lines about processor and GPU."""
 
     def engines(title: str, column: str, *, available: bool) -> Table:
-        rows = [(f"{name} ({answer['title']})", answer["reason"]) for name, answer in found.items()
-                if answer["available"] is available]  # fmt: skip
+        rows = [
+            (f"{name} ({answer['title']})", answer["reason"])
+            for name, answer in found.items()
+            if answer["available"] is available
+        ]
         return Table.of(("engine", column), rows or [("none", "")], title)
 
     works = engines("Works here", "with", available=True)
@@ -145,22 +176,25 @@ def compared_table(value: Mapping[str, Any]) -> Shown:
     ratios = {_key(r): r for r in value["ratios"]}
     over = (f"over {value['base']}", "interval") if ratios else ()
     numbers = ("tokens/s", "± sd", *over, "TTFT ms", "TPOT p50 / p95 / p99 ms", "peak memory", "on disk")
-    rows, seen = [], set()
+    rows = []
+    seen = set()
     for row in value["rows"]:
         facts = value["variants"][row["variant"]] if row["variant"] not in seen else None
         seen.add(row["variant"])
         tpot = row["tpot_seconds"]
-        rows.append([
-            row["variant"],
-            test(row),
-            f"{row['tokens_per_second_median']:.2f}",
-            f"{row['tokens_per_second_stdev']:.2f}",
-            *(_ratio_cells(ratios.get(_key(row))) if ratios else ()),
-            None if row["ttft_seconds"] is None else f"{1000 * row['ttft_seconds']:.1f}",
-            " / ".join(f"{1000 * s:.2f}" for s in tpot.values()) if tpot else None,
-            facts and size(facts["peak_memory_bytes"]),
-            facts and size(facts["model_bytes"]),
-        ])  # fmt: skip
+        rows.append(
+            [
+                row["variant"],
+                test(row),
+                f"{row['tokens_per_second_median']:.2f}",
+                f"{row['tokens_per_second_stdev']:.2f}",
+                *(_ratio_cells(ratios.get(_key(row))) if ratios else ()),
+                None if row["ttft_seconds"] is None else f"{1000 * row['ttft_seconds']:.1f}",
+                " / ".join(f"{1000 * s:.2f}" for s in tpot.values()) if tpot else None,
+                facts and size(facts["peak_memory_bytes"]),
+                facts and size(facts["model_bytes"]),
+            ]
+        )
     said = f"Speed was {spoken_background(value['background'])}."
     return Table.of(("decoder", "test", *Column.numbers(*numbers)), rows), said
 

@@ -22,8 +22,26 @@ from markupsafe import Markup
 
 from nbl_export.report.table import Table, Tone, escaped
 
-__all__ = ["Alarm", "Badge", "Block", "Card", "Cards", "Code", "Details", "Document", "Figure",
-           "Heading", "Items", "Pair", "Paragraph", "Section", "Strip", "html", "markdown", "written"]  # fmt: skip
+__all__ = [
+    "Alarm",
+    "Badge",
+    "Block",
+    "Card",
+    "Cards",
+    "Code",
+    "Details",
+    "Document",
+    "Figure",
+    "Heading",
+    "Items",
+    "Pair",
+    "Paragraph",
+    "Section",
+    "Strip",
+    "html",
+    "markdown",
+    "written",
+]
 
 
 @dataclass(frozen=True)

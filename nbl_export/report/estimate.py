@@ -31,12 +31,16 @@ def _figures(row: Mapping[str, Any]) -> tuple[str, str, str]:
 def _first_tokens(gains: Sequence[Mapping[str, Any]]) -> Table:
     rows = []
     for gain in gains:
-        count, kind = gain["layers"], gain["kind"] if gain["is_asked"] else f"{gain['kind']} (--cut auto)"
+        count = gain["layers"]
+        kind = gain["kind"] if gain["is_asked"] else f"{gain['kind']} (--cut auto)"
         who = f"{count} {plural('layer', count)} with {kind}"
         times = (_milliseconds(gain["original_seconds"]), _milliseconds(gain["nbl_seconds"]))
         rows.append((who, f"{gain['tokens']:,}", *times, f"{gain['speedup']:.2f}×"))
-    return Table.of(("replaced", *Column.numbers("prompt", "original", "NBL", "faster")), rows,
-                    "First token of a prompt, by counted work")  # fmt: skip
+    return Table.of(
+        ("replaced", *Column.numbers("prompt", "original", "NBL", "faster")),
+        rows,
+        "First token of a prompt, by counted work",
+    )
 
 
 def _milliseconds(seconds: float | None) -> str:
@@ -45,18 +49,31 @@ def _milliseconds(seconds: float | None) -> str:
 
 def estimate_table(job: Mapping[str, Any]) -> Shown:
     """Model and machine, a row for each stage, and the reason of a refusal."""
-    decoder, options, machine = job["decoder"], job["options"], job["machine"]
+    decoder = job["decoder"]
+    options = job["options"]
+    machine = job["machine"]
     tiles = ", twice as many in bfloat16" if machine["tiles"] else ""
-    head = facts([
-        ("model", job["model"]),
-        ("decoder", f"{decoder['architecture']}, {decoder['num_layers']} layers, hidden size {decoder['hidden_size']}, "
-                    f"{number(job['parameters'] / 1e6)} million parameters"),
-        ("job", f"--engine {options['engine']} --precision {options['precision']} --fit {options['fit']}, about "
-                f"{job['replaced']} layers replaced, {options['calibration_tokens']:,} tokens of calibration"),
-        ("this machine", f"{number(machine['product_flops_per_second'] / 1e9)} billion operations a second in float32"
-                         f"{tiles}; {size(machine['memory_bytes'])} of memory available, "
-                         f"{size(machine['disk_bytes'])} of disk left here"),
-    ])  # fmt: skip
+    head = facts(
+        [
+            ("model", job["model"]),
+            (
+                "decoder",
+                f"{decoder['architecture']}, {decoder['num_layers']} layers, hidden size {decoder['hidden_size']}, "
+                f"{number(job['parameters'] / 1e6)} million parameters",
+            ),
+            (
+                "job",
+                f"--engine {options['engine']} --precision {options['precision']} --fit {options['fit']}, about "
+                f"{job['replaced']} layers replaced, {options['calibration_tokens']:,} tokens of calibration",
+            ),
+            (
+                "this machine",
+                f"{number(machine['product_flops_per_second'] / 1e9)} billion operations a second in float32"
+                f"{tiles}; {size(machine['memory_bytes'])} of memory available, "
+                f"{size(machine['disk_bytes'])} of disk left here",
+            ),
+        ]
+    )
     rows = [(row["stage"], *_figures(row)) for row in (*job["stages"], {"stage": "whole job", **job})]
     columns = ("stage", *Column.numbers("time", "memory", "disk"))
     refused = (f"The job would be refused: {job['refused']}.",) if job["refused"] else ()

@@ -76,7 +76,8 @@ def _figures(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _positions(one: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    places, name = words.positions([row["tokens"] for row in one["rows"]]), one["task"].partition(":")[2]
+    places = words.positions([row["tokens"] for row in one["rows"]])
+    name = one["task"].partition(":")[2]
     for place, row in zip(places, one["rows"], strict=True):
         losses = (figure.get("loss") for figure in _figures(row))
         shown = (words.number(math.exp(loss) if loss is not None and loss < 700 else None) for loss in losses)

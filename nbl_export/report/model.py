@@ -45,7 +45,8 @@ def title(report: Mapping[str, Any]) -> str:
 
 def head(report: Mapping[str, Any]) -> tuple[Block, ...]:
     """Verdict, replaced layers and headline figures."""
-    said, replaced = verdict(report), report["replaced_layers"]
+    said = verdict(report)
+    replaced = report["replaced_layers"]
     usual = [DROPPED if report["fit"] == "drop" else USUAL_KIND] * len(replaced)
     return (
         _meta(report),
@@ -54,15 +55,17 @@ def head(report: Mapping[str, Any]) -> tuple[Block, ...]:
         *([Paragraph(said, "lead")] if said else ()),
         *_busy(report),
         *_apart(report),
-        Cards((_speed(report, "pp", "First token"), _loss(report), _speed(report, "tg", "Further tokens"),
-               _cache(report))),
+        Cards(
+            (_speed(report, "pp", "First token"), _loss(report), _speed(report, "tg", "Further tokens"), _cache(report))
+        ),
         Paragraph(_lead(report)),
         Strip(report["num_layers"], dict(zip(replaced, report["kinds"] or usual, strict=False))),
-    )  # fmt: skip
+    )
 
 
 def _meta(report: Mapping[str, Any]) -> Paragraph:
-    model, bench = report["model"], report["bench"]
+    model = report["model"]
+    bench = report["bench"]
     parts = [f"{model['architecture']}", ", ".join(filter(None, (report["precision"], report["codes"])))]
     parts += [f"{bench['engine']} on {bench['provider']}"] if bench else []
     parts += [f"revision {model['revision']}"] if model.get("revision") else []
@@ -98,12 +101,14 @@ def _failure(check: Mapping[str, Any]) -> str:
 
 
 def _lead(report: Mapping[str, Any]) -> str:
-    replaced, total = report["replaced_layers"], report["num_layers"]
+    replaced = report["replaced_layers"]
+    total = report["num_layers"]
     if not replaced:
         return f"None of the {total} attention layers is replaced: both variants are the original."
     if cut := spoken_cut(report):
         return _of_cut(report, cut)
-    one, is_drop = len(replaced) == 1, report["fit"] == "drop"
+    one = len(replaced) == 1
+    is_drop = report["fit"] == "drop"
     done = "left out" if is_drop else "replaced by a linear layer"
     chosen = _CHOSEN_BY.get(report["select"], "as requested")
     chosen = "from the checkpoint" if report["without_original"] else chosen
@@ -149,10 +154,12 @@ def _speed(report: Mapping[str, Any], kind: str, name: str) -> Card:
     tests = headline(report, kind)
     if not tests:
         return Card(name, "not measured", tone="words")
-    first, lines = tests[0], [test.line for test in tests[:_SHOWN]]
+    first = tests[0]
+    lines = [test.line for test in tests[:_SHOWN]]
     if len(tests) > _SHOWN:
         lines.append(f"and {len(tests) - _SHOWN} more below")
-    said, time = first.verdict.removesuffix(", noisy"), first.latency(first.nbl)
+    said = first.verdict.removesuffix(", noisy")
+    time = first.latency(first.nbl)
     figure = said if said not in _TONES else first.spoken_ratio if time == "–" else time
     return Card(name, figure, tuple(lines), _TONES.get(first.verdict, "" if said in _TONES else "words"))
 
@@ -220,7 +227,8 @@ def _check(check: Mapping[str, Any]) -> tuple[Cell | str, ...]:
     said = Cell.verdict(verdict, good="passed", bad="failed")
     seen = words.number(check["value"], "not finite")
     if tolerance == YES_NO and check["value"] in (0.0, 1.0) and check["check"] != "text":
-        seen, allowed = "✓" if check["passed"] else "✗", ""
+        seen = "✓" if check["passed"] else "✗"
+        allowed = ""
     return check["check"], check["subject"], check["metric"], seen, allowed, said, check.get("detail") or ""
 
 
@@ -247,8 +255,16 @@ _TRAINING = ("distill_tokens", "lora_rank", "label_weight")
 
 def experts(report: Mapping[str, Any]) -> Section:
     """One fold: intervals, checks, scores, uses of text, and what another needs to make the same model."""
-    blocks = (*intervals(report), *uses(report), *_checks(report["checks"], report["precision"]), *_layers(report),
-              *_text(report), *_settings(report), *_versions(report), *_stages(report))  # fmt: skip
+    blocks = (
+        *intervals(report),
+        *uses(report),
+        *_checks(report["checks"], report["precision"]),
+        *_layers(report),
+        *_text(report),
+        *_settings(report),
+        *_versions(report),
+        *_stages(report),
+    )
     return Section("For experts", (Details("Checks, scores, texts, settings, versions", blocks),))
 
 
@@ -260,11 +276,18 @@ def _layers(report: Mapping[str, Any]) -> tuple[Block, ...]:
 def scores(found: Mapping[str, Any], title: str = "") -> Table:
     """Scores of layers, smallest bound first, of the value of report.json or nbl.json."""
     columns = ("Layer", "Attention", *Column.numbers("CCA bound", "NMSE", "Relative error"))
-    return Table.of(columns, [
-        (str(score["layer"]), "replaced" if score["layer"] in found["replaced_layers"] else "kept",
-         *(words.number(score[name]) for name in ("bound", "nmse", "relative_error")))
-        for score in sorted(found["scores"], key=lambda score: (score["bound"], score["layer"]))
-    ], title)  # fmt: skip
+    return Table.of(
+        columns,
+        [
+            (
+                str(score["layer"]),
+                "replaced" if score["layer"] in found["replaced_layers"] else "kept",
+                *(words.number(score[name]) for name in ("bound", "nmse", "relative_error")),
+            )
+            for score in sorted(found["scores"], key=lambda score: (score["bound"], score["layer"]))
+        ],
+        title,
+    )
 
 
 def _settings(report: Mapping[str, Any]) -> tuple[Block, ...]:
@@ -289,16 +312,30 @@ def _stages(report: Mapping[str, Any]) -> tuple[Block, ...]:
 def _text(report: Mapping[str, Any]) -> tuple[Block, ...]:
     text = report["calibration"]
     parts = ((f"sha256 of {part['name']}", part["sha256"]) for part in text.get("parts", ()))
-    facts = (("name", text["name"]), ("sha256", text["sha256"]), *parts, ("tokens", f"{text['tokens']:,}"),
-             ("context", text["context"]))  # fmt: skip
+    facts = (
+        ("name", text["name"]),
+        ("sha256", text["sha256"]),
+        *parts,
+        ("tokens", f"{text['tokens']:,}"),
+        ("context", text["context"]),
+    )
     return _facts("Text" if report["without_original"] else "Calibration text", facts)
 
 
 def _machine(report: Mapping[str, Any]) -> tuple[Block, ...]:
-    machine, torch = report["machine"] or {}, report.get("torch_device")
-    facts = (("processor", machine.get("cpu")), ("cores", machine.get("cores")),
-             ("memory", words.size(machine.get("memory_bytes"))), ("system", machine.get("os")),
-             ("Python", machine.get("python"))) if machine else ()  # fmt: skip
+    machine = report["machine"] or {}
+    torch = report.get("torch_device")
+    facts = (
+        (
+            ("processor", machine.get("cpu")),
+            ("cores", machine.get("cores")),
+            ("memory", words.size(machine.get("memory_bytes"))),
+            ("system", machine.get("os")),
+            ("Python", machine.get("python")),
+        )
+        if machine
+        else ()
+    )
     devices = (("calibration ran on", report["calibration"].get("device")), ("torch ran on", torch))
     clocks = (report["bench"] or {}).get("gpu_clocks") or {}
     shown = (*facts, *_gpu(machine.get("gpu") or {}, clocks), *(row for row in devices if row[1]))

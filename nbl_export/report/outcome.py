@@ -20,8 +20,18 @@ from nbl_export.records.quality import FAR_SHARE, far_ends, spoken_far, spoken_l
 from nbl_export.records.results import FAILED
 from nbl_export.report import words
 
-__all__ = ["Timed", "headline", "judged", "limit_of", "next_steps", "outcome", "spoken_cut", "timed", "verdict",
-           "worst_loss"]  # fmt: skip
+__all__ = [
+    "Timed",
+    "headline",
+    "judged",
+    "limit_of",
+    "next_steps",
+    "outcome",
+    "spoken_cut",
+    "timed",
+    "verdict",
+    "worst_loss",
+]
 
 _SHOWN = 4  # tests of a line; the report has all
 _WIDE = 1.25  # ends of an interval that are further apart say little
@@ -100,7 +110,8 @@ def headline(report: Mapping[str, Any], kind: str) -> list[Timed]:
 
 def outcome(report: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     """Verdict, layers, speed, cache and loss, a line each, of the value of report.json."""
-    replaced, total = report["replaced_layers"], report["num_layers"]
+    replaced = report["replaced_layers"]
+    total = report["num_layers"]
     which = f"{len(replaced)} of {total} replaced" + (f": {spoken_layers(replaced)}" if replaced else "")
     cache = report["cache_bytes_per_token"]
     ends = f"{words.size(cache['original'])} to {words.size(cache['nbl'])} a token"
@@ -120,7 +131,8 @@ def verdict(report: Mapping[str, Any]) -> str:
     if report["status"] == FAILED or not report["replaced_layers"]:
         return ""
     gain, is_worth = _gain(report)
-    quality, limit = judged(report), limit_of(report)[0]
+    quality = judged(report)
+    limit = limit_of(report)[0]
     loses = "What it loses was not measured."
     if quality:
         loss = spoken_loss(worst_loss(report["quality_loss"]))["increase"]
@@ -203,7 +215,8 @@ def judged(report: Mapping[str, Any]) -> str:
 
     "" if no loss was measured.
     """
-    rows, share = report["quality_loss"], limit_of(report)[1]
+    rows = report["quality_loss"]
+    share = limit_of(report)[1]
     if not rows:
         return ""
     ends = [_ends(row) for row in rows]

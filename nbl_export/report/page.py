@@ -39,9 +39,12 @@ _COPIED = ("model", "options", "command", "versions", "calibration", "num_layers
 
 
 def render(
-    manifest: dict[str, Any], verify: dict[str, Any], bench: dict[str, Any] | None, out: Path,
+    manifest: dict[str, Any],
+    verify: dict[str, Any],
+    bench: dict[str, Any] | None,
+    out: Path,
     quality: dict[str, Any] | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Write report.html, report.md and report.json into `out`; the same input gives the same bytes.
 
     Args:
@@ -97,7 +100,9 @@ def summarize(
     quality: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The value of report.json, a function of its inputs; figures that are not finite become None."""
-    manifest, verify, measured = _without_places(_finite(manifest)), _finite(verify), bench or {}
+    manifest = _without_places(_finite(manifest))
+    verify = _finite(verify)
+    measured = bench or {}
     checks = verify["checks"]
     return {
         "schema": 1,

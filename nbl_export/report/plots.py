@@ -18,7 +18,11 @@ from matplotlib.figure import Figure
 
 __all__ = ["curve", "throughput"]
 
-_NBL, _ORIGINAL, _INK, _TEXT, _GRID = "#1b6ec2", "#c9a66b", "#17212b", "#53606c", "#dce1e6"
+_NBL = "#1b6ec2"
+_ORIGINAL = "#c9a66b"
+_INK = "#17212b"
+_TEXT = "#53606c"
+_GRID = "#dce1e6"
 _VARIABLES = {_NBL: "--nbl", _ORIGINAL: "--original", _INK: "--ink", _TEXT: "--ink-2", _GRID: "--line"}
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -67,7 +71,9 @@ def _bars(axis: Axes, rows: Sequence[dict[str, Any]], texts: dict[tuple[str, int
     highest = max(max(r["samples"]) for r in rows)
     named: set[str] = set()
     for row in rows:
-        variant, median, samples = row["variant"], row["tokens_per_second_median"], row["samples"]
+        variant = row["variant"]
+        median = row["tokens_per_second_median"]
+        samples = row["samples"]
         at = groups.index((row["test"], row["depth"])) + (-0.19 if variant == "original" else 0.19)
         label = None if variant in named else _NAMES[variant]
         named.add(variant)
@@ -98,7 +104,8 @@ def curve(points: Sequence[dict[str, Any]], layers: int, near: int | None = None
     with style.context(["default", _STYLE]):
         figure = Figure(figsize=(_WIDTH, 3.6), layout="constrained")
         axis = figure.subplots()
-        xs, ys = [p["prefill"] for p in points], [1 + max(p["increases"]) for p in points]
+        xs = [p["prefill"] for p in points]
+        ys = [1 + max(p["increases"]) for p in points]
         joined = "none" if near else "-"  # two cuts are not more and less of one thing
         axis.plot(xs, ys, linestyle=joined, marker="o", color=_NBL, markersize=5, label=_NAMES["nbl"])
         for x, y in [

@@ -28,7 +28,8 @@ _MEANS = (
 
 def answers(report: Mapping[str, Any]) -> tuple[Section, ...]:
     """What both decoders wrote in the check `text`, side by side; nothing if it did not run."""
-    found, passage = report["answers"], report["passage"]
+    found = report["answers"]
+    passage = report["passage"]
     if not found:
         return ()
     same = sum(one["original"] == one["nbl"] for one in found)
@@ -182,11 +183,13 @@ def curve(report: Mapping[str, Any]) -> tuple[Section, ...]:
     found = report.get("curve")
     if not found:
         return (Section(_OTHER_SETS, (Paragraph(_no_curve(report)),)),)
-    rises, is_cut = tuple(f"Increase, {name}" for name in found["texts"]), bool(report.get("cut"))
+    rises = tuple(f"Increase, {name}" for name in found["texts"])
+    is_cut = bool(report.get("cut"))
     columns = (
-        Column.numbers("Cut at", "Near tokens", *rises, "Answers from far back", "Prefill") if is_cut
+        Column.numbers("Cut at", "Near tokens", *rises, "Answers from far back", "Prefill")
+        if is_cut
         else (*Column.numbers("Layers", *rises, "Prefill", "Decode"), Column("Which", "wrap"))
-    )  # fmt: skip
+    )
     table = Table.of(columns, [_set(point) for point in found["points"]])
     note = Paragraph(" ".join(_curve_note(report, found)))
     title = "Other cuts" if is_cut else _OTHER_SETS
@@ -216,7 +219,8 @@ def _rise(share: float) -> str:
 
 
 def _set(point: Mapping[str, Any]) -> tuple[str, ...]:
-    rises, prefill = (_rise(share) for share in point["increases"]), f"×{spoken_ratio(point['prefill'])}"
+    rises = (_rise(share) for share in point["increases"])
+    prefill = f"×{spoken_ratio(point['prefill'])}"
     if "near" in point:
         far = point.get("far")
         lost = "–" if far is None else _rise(-far)
@@ -235,7 +239,8 @@ def _curve_note(report: Mapping[str, Any], curve: Mapping[str, Any]) -> Iterator
     yield f"Speed is modelled{of}: a prefill of {curve['tokens']} tokens, then one decode step."
     goal = report.get("goal") or {}
     if goal.get("default"):
-        count, limit = len(report["replaced_layers"]), goal["max_perplexity_increase"]
+        count = len(report["replaced_layers"])
+        limit = goal["max_perplexity_increase"]
         yield f"Neither a count nor a goal was given, so the increase was limited to {limit} on every text."
         yield f"This run took the most layers that are shown to keep the limit: {count} {words.plural('layer', count)}."
     if report["fit"] == "independent":

@@ -100,7 +100,8 @@ def intervals(report: Mapping[str, Any]) -> Iterator[Block]:
 
 def _slots(report: Mapping[str, Any]) -> Iterator[Block]:
     """What a cache of fixed length does to the ratios, and what decode's bytes say at two lengths."""
-    slots, tested = report["bench"].get("slots"), [r["depth"] + r["tokens"] for r in report["rows"]]
+    slots = report["bench"].get("slots")
+    tested = [r["depth"] + r["tokens"] for r in report["rows"]]
     if not slots or not tested:
         return
     sizes = [report["variants"][variant] for variant in _VARIANTS]
@@ -126,8 +127,10 @@ def _level(report: Mapping[str, Any]) -> str:
             f"median in at least {spoken_level(LEVEL_UNTIL_NARROW)} of the trials."
         )
     counts = sorted({ratio["loads"] for ratio in report["ratios"]} - {1})
-    return " ".join(f"An interval of {n} loads contains the true median in {spoken_level(exact_level(n))} of all cases."
-                    for n in counts)  # fmt: skip
+    return " ".join(
+        f"An interval of {n} loads contains the true median in {spoken_level(exact_level(n))} of all cases."
+        for n in counts
+    )
 
 
 def _sizes(report: Mapping[str, Any]) -> Iterator[Block]:
@@ -162,18 +165,21 @@ def engines(report: Mapping[str, Any]) -> tuple[Section, ...]:
     """One section, or none if nothing was compiled."""
     if not report["engines"]:
         return ()
-    before, after = report["engines"]["original"], report["engines"]["nbl"]
+    before = report["engines"]["original"]
+    after = report["engines"]["nbl"]
 
     def row(name: str, key: str, spoken: Any) -> tuple[str, str, str, str]:
         return name, spoken(before[key]), spoken(after[key]), words.change(before[key], after[key])
 
-    table = compared([
-        row("Build time", "build_seconds", words.duration),
-        row("Engine on disk", "plan_bytes", words.size),
-        row("KV cache per token", "cache_bytes_per_token", words.size),
-        row("KV cache of all slots", "cache_bytes", words.size),
-        row("Layers with a cache", "cache_layers", str),
-    ])  # fmt: skip
+    table = compared(
+        [
+            row("Build time", "build_seconds", words.duration),
+            row("Engine on disk", "plan_bytes", words.size),
+            row("KV cache per token", "cache_bytes_per_token", words.size),
+            row("KV cache of all slots", "cache_bytes", words.size),
+            row("Layers with a cache", "cache_layers", str),
+        ]
+    )
     return (Section("Engines", (Paragraph(_compiled(before)), table)),)
 
 

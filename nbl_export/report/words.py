@@ -6,8 +6,21 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["change", "duration", "figure", "listed", "milliseconds", "number", "percent", "plural", "positions",
-           "signed", "size", "task", "test"]  # fmt: skip
+__all__ = [
+    "change",
+    "duration",
+    "figure",
+    "listed",
+    "milliseconds",
+    "number",
+    "percent",
+    "plural",
+    "positions",
+    "signed",
+    "size",
+    "task",
+    "test",
+]
 
 
 def number(value: float | None, missing: str = "–") -> str:
@@ -80,7 +93,8 @@ def listed(values: Sequence[object] | object) -> str:
 
 def test(row: Mapping[str, Any]) -> str:
     """A test in words, of the report's rows, ratios or skipped tests: "prompt of 512 tokens behind 2,048"."""
-    kind, count = row["test"][:2], row["test"][2:]
+    kind = row["test"][:2]
+    count = row["test"][2:]
     if not (count.isascii() and count.isdigit()):
         return str(row["test"])
     tokens = int(count)

@@ -39,7 +39,8 @@ class RewriteBlocks(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
         for block in [find_block(graph, layer) for layer in sorted(self.mixers)]:
-            layer, mixer = block.layer, self.mixers[block.layer]
+            layer = block.layer
+            mixer = self.mixers[block.layer]
             _check_same_size(block, mixer)
             x = tapped(block, self.tap)
             build = GraphBuilder(graph, layer, element_type(graph, block.residual), x.shape)
@@ -63,7 +64,8 @@ def _pass_on(graph: ir.Graph, block: AttentionBlock) -> None:
 
     before   y -- SkipSimplifiedLayerNormalization(x, y) -> normed, sum      after   SimplifiedLayerNormalization(x)
     """
-    join, x = block.join, block.residual
+    join = block.join
+    x = block.residual
     if (bias := bias_of(join)) is not None:
         add = new_node("Add", [x, bias], node_name(block.layer, "Add"), x.dtype, x.shape)
         graph.insert_before(join, [add])
@@ -80,7 +82,8 @@ def _norm_alone(graph: ir.Graph, skip: ir.Node, value: ir.Value, name: str) -> N
     if skip.op_type not in SKIP_NORMS or not skip.outputs[0].consumers():
         return
     weights = skip.inputs[2 : 3 if skip.op_type == "SkipSimplifiedLayerNormalization" else 4]
-    epsilon, old = skip.attributes["epsilon"].as_float(), skip.outputs[0]
+    epsilon = skip.attributes["epsilon"].as_float()
+    old = skip.outputs[0]
     dtype = value.dtype or element_type(graph, value)
     attributes = {"axis": -1, "stash_type": 1, "epsilon": epsilon}
     norm = new_node(SKIP_NORMS[skip.op_type], [value, *weights], name, dtype, old.shape, attributes)
@@ -100,7 +103,9 @@ class SkipNormToAdd(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         found = [node for node in model.graph if _only_sum_is_read(node)]
         for node in found:
-            left, right, bias = node.inputs[0], node.inputs[1], bias_of(node)
+            left = node.inputs[0]
+            right = node.inputs[1]
+            bias = bias_of(node)
             total = node.outputs[SUM]
             terms = [(left, right)] if bias is None else [(left, right), (None, bias)]
             adds: list[ir.Node] = []
@@ -108,7 +113,8 @@ class SkipNormToAdd(ir.passes.InPlacePass):
                 adds.append(ir.node("Add", [a if a is not None else adds[-1].outputs[0], b], name=f"{node.name}/Add"))
                 adds[-1].outputs[0].name = f"{total.name}/sum{len(adds)}"
             last = adds[-1].outputs[0]
-            last.type, last.shape = total.type, total.shape
+            last.type = total.type
+            last.shape = total.shape
             model.graph.insert_before(node, adds)
             total.replace_all_uses_with(last)
             model.graph.remove(node, safe=True)

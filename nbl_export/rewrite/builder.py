@@ -20,7 +20,10 @@ class GraphBuilder:
 
     def __init__(self, graph: ir.Graph, layer: int, dtype: ir.DataType, shape: ir.Shape | None) -> None:
         self.nodes: list[ir.Node] = []
-        self._graph, self._layer, self._dtype, self._shape = graph, layer, dtype, shape
+        self._graph = graph
+        self._layer = layer
+        self._dtype = dtype
+        self._shape = shape
 
     def matmul(self, x: ir.Value, matrix: np.ndarray, name: str) -> ir.Value:
         transposed = np.ascontiguousarray(matrix.T)  # as MatMul takes it

@@ -40,7 +40,8 @@ class DropCaches(ir.passes.InPlacePass):
         self.layers = tuple(layers)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        graph, caches = model.graph, graph_caches(model.graph)
+        graph = model.graph
+        caches = graph_caches(model.graph)
         kept = next((pasts for layer, (pasts, _) in caches.items() if layer not in self.layers), None)
         if kept is None:
             raise RefusalError(None, "no attention layer would keep its cache; keep at least one")

@@ -37,8 +37,10 @@ from nbl_export.rewrite.tail import LastValid
 
 __all__ = ["CutPrompt"]
 
-_PREFIX, _CONSTANTS = "/nbl/cut", "nbl.cut"
-_INT, _BOOL = ir.DataType.INT64, ir.DataType.BOOL
+_PREFIX = "/nbl/cut"
+_CONSTANTS = "nbl.cut"
+_INT = ir.DataType.INT64
+_BOOL = ir.DataType.BOOL
 
 
 class CutPrompt(ir.passes.InPlacePass):
@@ -71,7 +73,8 @@ class CutPrompt(ir.passes.InPlacePass):
             raise RefusalError(cut.layer, "it has no attention, so a prompt cannot be cut below it")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        graph, cut = model.graph, cut_of(self.mixers)
+        graph = model.graph
+        cut = cut_of(self.mixers)
         if cut is None:
             return ir.passes.PassResult(model, modified=False)
         blocks = {layer: find_block(graph, layer) for layer in cut.maps}
@@ -100,7 +103,8 @@ def _cut(graph: ir.Graph, x: ir.Value, mixer: Predicted) -> Climb:
     least = ints("ReduceMin", "least", count, keepdims=0)
     skip = ints("Greater", "skip", least, ints.constant("most", mixer.near + 1), kind=_BOOL)
     graph.insert_before(graph[0], [*last.index, *ints.nodes])
-    maker, dtype = x.producer(), element_type(graph, x)
+    maker = x.producer()
+    dtype = element_type(graph, x)
     joined = maker is not None and maker.op_type in SKIP_NORMS and x.index() == SUM
     terms = [value for value in (maker.inputs[:2] if maker is not None and joined else [x]) if value is not None]
     bias = bias_of(maker) if maker is not None and joined else None
@@ -155,7 +159,8 @@ class _Step:
 
     def branches(self, terms: Sequence[ir.Value], bias: ir.Value | None, mixer: Predicted) -> tuple[ir.Graph, ir.Graph]:
         """Few rows, and all rows. Outputs: the last row's index, the terms' rows, and the fields of a `Climb`."""
-        few, every = Maker(f"{_PREFIX}/Few/", _INT), Maker(f"{_PREFIX}/All/", _INT)
+        few = Maker(f"{_PREFIX}/Few/", _INT)
+        every = Maker(f"{_PREFIX}/All/", _INT)
         outputs = self._few(few, terms, bias, mixer)
         same = [every("Identity", "last", self.at)]
         same += [every("Identity", f"rows_{n}", value, kind=self.dtype) for n, value in enumerate(terms)]
@@ -165,7 +170,9 @@ class _Step:
         return ir.Graph((), outputs, nodes=few.nodes, name="Few"), ir.Graph((), same, nodes=every.nodes, name="All")
 
     def _few(self, make: Maker, terms: Sequence[ir.Value], bias: ir.Value | None, mixer: Predicted) -> list[ir.Value]:
-        number, dtype, near = self.ints.constant, self.dtype, mixer.near
+        number = self.ints.constant
+        dtype = self.dtype
+        near = mixer.near
         end = make("Squeeze", "end", self.at, number("last", [-1]))
         zero = make("Sub", "zero", end, end)
         near_rows = make("Add", "near_rows", end, number("near", np.arange(1 - near, 1)[None]))
@@ -200,14 +207,16 @@ class _Step:
         return make("Unsqueeze", "added_B11MS", added, number("outer", [1, 2]), kind=self.dtype)
 
     def _features(self, make: Maker, terms: Sequence[ir.Value], mixer: Predicted) -> ir.Value:
-        number, dtype = self.ints.constant, self.dtype
+        number = self.ints.constant
+        dtype = self.dtype
         x, *others = terms
         for n, other in enumerate(others):
             x = make("Add", f"sum_{n}", x, other, kind=dtype)
         ones = number("norm", np.ones(mixer.inputs), dtype)
         kind = "SimplifiedLayerNormalization"
         normed: ir.Value = make(kind, "norm", x, ones, kind=dtype, axis=-1, stash_type=1, epsilon=mixer.epsilon)
-        axis, behind = number("row", [1]), number("near_begins", [-mixer.near])
+        axis = number("row", [1])
+        behind = number("near_begins", [-mixer.near])
         far: ir.Value = make("Slice", "far", normed, axis, behind, axis, kind=dtype)
         until = number("before_ends", [-mixer.near - 1])
         before = make("Slice", "before", normed, number("begin", [0]), until, axis, kind=dtype)

@@ -60,9 +60,14 @@ class Climb:
 
 
 def cut_attention(
-    graph: ir.Graph, layer: int, attention: ir.Node, block: AttentionBlock, mixer: Predicted, climb: Climb,
+    graph: ir.Graph,
+    layer: int,
+    attention: ir.Node,
+    block: AttentionBlock,
+    mixer: Predicted,
+    climb: Climb,
     shared: Maker,
-) -> None:  # fmt: skip
+) -> None:
     """Put a choice in the place of a layer's GroupQueryAttention.
 
     Args:
@@ -85,7 +90,8 @@ def cut_attention(
     )
     graph.insert_before(attention, [choice])
     for old, new in zip(attention.outputs, choice.outputs, strict=True):
-        new.shape, new.type = old.shape, old.type
+        new.shape = old.shape
+        new.type = old.type
         old.replace_all_uses_with(new, replace_graph_outputs=True)
     names = [output.name for output in attention.outputs]
     graph.remove(attention, safe=True)
@@ -116,12 +122,23 @@ class _Few:
     """The branch of the rows that climb. H are heads of keys, G those of queries for each, S keys and P of the past."""
 
     def __init__(
-        self, graph: ir.Graph, layer: int, attention: ir.Node, block: AttentionBlock, mixer: Predicted, climb: Climb,
+        self,
+        graph: ir.Graph,
+        layer: int,
+        attention: ir.Node,
+        block: AttentionBlock,
+        mixer: Predicted,
+        climb: Climb,
         shared: Maker,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._make = Maker(node_name(layer, ""), climb.dtype)
-        self._graph, self._layer, self._mixer, self._climb, self._float = graph, layer, mixer, climb, shared.constant
-        self._given, self._settings = attention.inputs, _attributes(attention)
+        self._graph = graph
+        self._layer = layer
+        self._mixer = mixer
+        self._climb = climb
+        self._float = shared.constant
+        self._given = attention.inputs
+        self._settings = _attributes(attention)
         self._pasts = block.pasts
         self._heads = self._settings["kv_num_heads"]
         self._size = len(mixer.weight) // 2 // self._heads
@@ -130,7 +147,8 @@ class _Few:
 
     def outputs(self) -> list[ir.Value]:
         """Output of the heads [B, M, Q], and the caches behind the step."""
-        make, climb = self._make, self._climb
+        make = self._make
+        climb = self._climb
         queries, own = self._projected()
         title = product_name(self._layer, "weight").rpartition("/")[2]
         made = make("MatMul", title, climb.features, self._map("weight", self._mixer.weight.T))
@@ -167,7 +185,8 @@ class _Few:
 
     def _behind(self, name: str, past: ir.Value, new: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Keys or values up to this step's last, [B, H, P + T, ·], and the cache, which may be longer."""
-        make, axis = self._make, self._integers("length", [2])
+        make = self._make
+        axis = self._integers("length", [2])
         before = make("Slice", f"{name}Before", past, self._integers("begin", [0]), self._climb.past, axis)
         used = make("Concat", f"{name}Used", before, new, axis=2)
         end = self._integers("end", [np.iinfo(np.int64).max])
@@ -175,7 +194,10 @@ class _Few:
         return used, make("Concat", f"{name}Present", used, rest, axis=2)
 
     def _attend(self, queries: ir.Value, keys: ir.Value, values: ir.Value) -> ir.Value:
-        make, heads, group, size = self._make, self._heads, self._group, self._size
+        make = self._make
+        heads = self._heads
+        group = self._group
+        size = self._size
         scale = self._settings.get("scale", 0.0) or size**-0.5
         q = self._rotated("Queries", queries, self._climb.own, heads * group)
         q = make("Mul", "Scaled", q, self._float("scale", scale))

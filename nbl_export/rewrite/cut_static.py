@@ -29,8 +29,10 @@ from nbl_export.rewrite.tail import LastValid
 
 __all__ = ["cut_static", "name_rows"]
 
-_PREFIX, _CONSTANTS = "/nbl/cut", "nbl.cut"
-_INT, _BOOL = ir.DataType.INT64, ir.DataType.BOOL
+_PREFIX = "/nbl/cut"
+_CONSTANTS = "nbl.cut"
+_INT = ir.DataType.INT64
+_BOOL = ir.DataType.BOOL
 
 
 def cut_static(
@@ -44,7 +46,8 @@ def cut_static(
     Raises:
         RefusalError: keys are not rotated by positions, or do not reach a cache as the static form writes them.
     """
-    mixer, dtype = next(iter(maps.values())), element_type(graph, x)
+    mixer = next(iter(maps.values()))
+    dtype = element_type(graph, x)
     written = {layer: find_written(block) for layer, block in blocks.items()}
     positions = _positions(*next(iter(written.items())))
     ints, make = (Maker(f"{_PREFIX}/", kind, graph, _CONSTANTS) for kind in (_INT, dtype))
@@ -91,8 +94,10 @@ class _Step:
     def of(cls, graph: ir.Graph, ints: Maker, near: int) -> _Step:
         last = LastValid(graph, f"{_PREFIX}/chunk", f"{_CONSTANTS}.chunk")
         graph.extend(last.index)
-        zero, one = ints.constant("zero", 0), ints.constant("one", 1)
-        column, none = ints.constant("column", [1]), ints.constant("none", [0])
+        zero = ints.constant("zero", 0)
+        one = ints.constant("one", 1)
+        column = ints.constant("column", [1])
+        none = ints.constant("none", [0])
 
         def counted(name: str, count: ir.Value) -> ir.Value:
             """0, 1, ... below a count [1], as a column."""
@@ -102,7 +107,8 @@ class _Step:
 
         length = ints("Shape", "length", graph_input(graph, "input_ids"), start=1, end=2)
         few = ints("Min", "few", length, ints.constant("most", [near + 1]))  # M
-        steps_T1, climbing_M1 = counted("all", length), counted("few", few)
+        steps_T1 = counted("all", length)
+        climbing_M1 = counted("few", few)
         last_place = ints("Sub", "last_place", few, one)
         last_row = ints("Min", CUT_ROWS.removeprefix(f"{_PREFIX}/"), last.at, last_place)
         stop = ints("Sub", "stop", last.at, last_row)  # [B, 1, 1]: rows that stop
@@ -180,7 +186,8 @@ def _features(ints: Maker, make: Maker, step: _Step, x: ir.Value, mixer: Predict
     """What maps read, of the far rows [B, T - M, F]; of unpadded sequences, and more than these of padded ones."""
     ones = make.constant("norm", np.ones(mixer.inputs))
     normed = make("RMSNormalization", "norm", x, ones, axis=-1, epsilon=mixer.epsilon)
-    axis, one = ints.constant("row", [1]), ints.constant("begin", [1])
+    axis = ints.constant("row", [1])
+    one = ints.constant("begin", [1])
     far = make("Slice", "far", normed, one, step.end, axis)
     end = ints("Sub", "before_end", step.end, one)
     before = make("Slice", "before", normed, ints.constant("none", [0]), end, axis)
@@ -199,10 +206,9 @@ def _predicted(
     )
     made = make("MatMul", product_name(layer, "weight").rpartition("/")[2], features, weight)
     made = make("Add", "Add", made, bias)
-    axis, width = ints.constant("width_axis", [2]), len(mixer.bias) // 2
+    axis = ints.constant("width_axis", [2])
+    width = len(mixer.bias) // 2
     start, middle, end = (ints.constant(f"width_{n}", [n]) for n in (0, width, 2 * width))
-    keys, values = (
-        make("Slice", "FarKeys", made, start, middle, axis),
-        make("Slice", "FarValues", made, middle, end, axis),
-    )
+    keys = make("Slice", "FarKeys", made, start, middle, axis)
+    values = make("Slice", "FarValues", made, middle, end, axis)
     return keys, values

@@ -39,7 +39,9 @@ class QuantizeMaps(ir.passes.InPlacePass):
     """Quantise the MatMul of each bypass if the graph has MatMulNBits, or int4 blocks; else do nothing."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        graph, scheme, block = model.graph, _scheme_of(model.graph), _block_of(model.graph)
+        graph = model.graph
+        scheme = _scheme_of(model.graph)
+        block = _block_of(model.graph)
         ours = (n for n in graph.all_nodes() if n.op_type == "MatMul" and (n.name or "").startswith(_PREFIX))
         maps = [n for n in ours if n.inputs[1] is not None and n.inputs[1].const_value is not None]
         modified = False
@@ -79,8 +81,10 @@ def _quantize(graph: ir.Graph, node: ir.Node, scheme: _Scheme) -> None:
         domain="com.microsoft",
         name=f"{node.name}_Q{scheme.bits}",
     )
-    output, old = replacement.outputs[0], node.outputs[0]
-    output.shape, output.type = old.shape, old.type
+    output = replacement.outputs[0]
+    old = node.outputs[0]
+    output.shape = old.shape
+    output.type = old.type
     home = node.graph
     assert home is not None
     home.insert_before(node, [replacement])  # the node may be in a branch
@@ -97,7 +101,8 @@ def _pack(weight: ir.TensorProtocol, scheme: _Scheme) -> tuple[ir.Node, list[ir.
     except ImportError as error:
         raise MissingPackageError("onnxruntime", "cpu", "quantising the maps") from error
 
-    shape, dtype = weight.shape.numpy(), ir.TensorType(weight.dtype)
+    shape = weight.shape.numpy()
+    dtype = ir.TensorType(weight.dtype)
     constant = ir.Value(name=weight.name, const_value=weight, shape=ir.Shape(shape), type=dtype)
     x = ir.Value(name="x", shape=ir.Shape(["N", shape[0]]), type=dtype)
     product = ir.node("MatMul", [x, constant], name="map")

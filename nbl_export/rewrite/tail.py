@@ -219,9 +219,13 @@ def _from_mask(emit: Maker, ids: ir.Value, mask: ir.Value) -> tuple[ir.Value, ir
     end, start, step, axis, last = (
         emit.constant(name, values)
         for name, values in (
-            ("end", [np.iinfo(np.int64).max]), ("first", 0), ("step", 1), ("axis", [1]), ("last", [-1]),
+            ("end", [np.iinfo(np.int64).max]),
+            ("first", 0),
+            ("step", 1),
+            ("axis", [1]),
+            ("last", [-1]),
         )
-    )  # fmt: skip
+    )
     length = emit("Shape", "length", ids, start=1, end=2)
     chunk = emit("Slice", "mask", mask, emit("Neg", "start", length), end, axis)
     positions = emit("Range", "positions", start, emit("Squeeze", "tokens", length), step)
@@ -248,7 +252,8 @@ def difference(directory: Path) -> str:
     expected = ir.to_proto(_pruned(directory / ALL_LOGITS_FILE))
     found = ir.to_proto(read_graph(directory / graph_file(directory)))
     for kind in ("input", "output", "initializer", "node"):
-        ours, theirs = getattr(found.graph, kind), getattr(expected.graph, kind)
+        ours = getattr(found.graph, kind)
+        theirs = getattr(expected.graph, kind)
         if len(ours) != len(theirs):
             return f"{len(ours)} {kind}s, not {len(theirs)}"
         for one, other in zip(ours, theirs, strict=True):

@@ -32,14 +32,28 @@ from nbl_export.targets.base import Target
 from nbl_export.verify.on_target import Doing, Expected, checks, load
 from nbl_export.version import __version__
 
-__all__ = ["CANNOT_RUN", "FINISHED", "MESSAGE", "RESULT", "Event", "Find", "accept", "examine", "examined",
-           "refuse_failed"]  # fmt: skip
+__all__ = [
+    "CANNOT_RUN",
+    "FINISHED",
+    "MESSAGE",
+    "RESULT",
+    "Event",
+    "Find",
+    "accept",
+    "examine",
+    "examined",
+    "refuse_failed",
+]
 
 _PACKAGES = ("nbl-export", *PACKAGES, "cuda-python", "cuda-bindings", "tensorrt-cu13", "tensorrt-cu12",
              "tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "onnxruntime-genai-cuda")  # fmt: skip
 
 LIMIT_SECONDS = 1800.0  # from one answer of the process to the next; a GPU that hangs never answers
-RESULT, CANNOT_RUN, MESSAGE, DOING, FINISHED = "result", "cannot run", "message", "doing", "finished"
+RESULT = "result"
+CANNOT_RUN = "cannot run"
+MESSAGE = "message"
+DOING = "doing"
+FINISHED = "finished"
 _LISTS = {RESULT: "checks", MESSAGE: "messages"}  # of acceptance.json
 _LONGEST = 500  # characters of a message
 
@@ -48,9 +62,13 @@ Find = Callable[[], Target]  # finds the engine; a function that another process
 
 
 def accept(
-    directory: Path, ui: Ui, *, force: bool = False, find: Find | None = None,
+    directory: Path,
+    ui: Ui,
+    *,
+    force: bool = False,
+    find: Find | None = None,
     look: Callable[..., Generator[Event, None, None]] | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Check both decoders and return the value of acceptance.json.
 
     Args:
@@ -63,7 +81,9 @@ def accept(
         CorruptError: a file is missing or has changed since it was written.
     """
     run = RunDirectory.existing(directory)
-    engine, provider, precision = run.options.engine, run.options.provider, run.options.precision
+    engine = run.options.engine
+    provider = run.options.provider
+    precision = run.options.precision
     if not load_engine(engine, provider).capabilities.cross:
         raise NblError(
             f"{directory} is for an engine of a CPU, which verification has run; accept is for engines of a GPU: trt, "
@@ -139,9 +159,13 @@ def refuse_failed(found: dict[str, Any], directory: Path) -> None:
 
 
 def examined(
-    find: Find, subject: str, directory: Path, values: Path, yardstick: float | None = None,
+    find: Find,
+    subject: str,
+    directory: Path,
+    values: Path,
+    yardstick: float | None = None,
     seconds: float = LIMIT_SECONDS,
-) -> Generator[Event, None, None]:  # fmt: skip
+) -> Generator[Event, None, None]:
     """Check one decoder in a process of its own, and yield its events.
 
     Args:
@@ -153,7 +177,8 @@ def examined(
     Yields:
         [RESULT, the fields of a CheckResult], [MESSAGE, text of a library], [CANNOT_RUN, reason], at last [FINISHED].
     """
-    check, doing = "structure", "starting"
+    check = "structure"
+    doing = "starting"
     with Child(examine, find, subject, directory, values, yardstick) as child:
         while True:
             try:

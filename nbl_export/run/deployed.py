@@ -22,8 +22,17 @@ from nbl_export.targets.base import Target
 from nbl_export.targets.runners import TextRunner
 from nbl_export.trust.contained import check_folder, refuse_special
 
-__all__ = ["Located", "answers", "describe", "examine_engines", "is_model_directory", "locate", "open_finished",
-           "result", "trust_engines"]  # fmt: skip
+__all__ = [
+    "Located",
+    "answers",
+    "describe",
+    "examine_engines",
+    "is_model_directory",
+    "locate",
+    "open_finished",
+    "result",
+    "trust_engines",
+]
 
 
 @dataclass(frozen=True)
@@ -98,10 +107,12 @@ def locate(directory: Path, name: str = "model", *, force: bool = False) -> Loca
     if not (directory / MANIFEST).is_file():
         raise NblError(f"{directory} is neither a run directory nor a model directory; nbl-export --output makes one")
     run = RunDirectory.peek(directory)
-    options, stage = run.options, MADE_BY[name]
+    options = run.options
+    stage = MADE_BY[name]
     found = Located(directory / name, options.engine, options.provider)
     if found.target.capabilities.static:
-        stage, found = "build", dataclasses.replace(found, path=directory / "engine" / name)
+        stage = "build"
+        found = dataclasses.replace(found, path=directory / "engine" / name)
     run.require(stage)
     run.refuse_failed(force=force or name != "model")
     run.check(stage)
@@ -169,7 +180,10 @@ def describe(directory: Path) -> dict[str, Any]:
     from nbl_export.report.page import codes_of
 
     run = RunDirectory.existing(directory)
-    facts, found, options, spec = run.manifest, result(run), run.options, run.decoder
+    facts = run.manifest
+    found = result(run)
+    options = run.options
+    spec = run.decoder
     itemsize = load_engine(options.engine, options.provider).capabilities.cache_itemsize(options.precision)
     kept = len(cache_layers(run.plan)) if "replaced_layers" in facts else spec.num_layers
     return {

@@ -62,9 +62,13 @@ def routes(directory: Path) -> list[Route]:
 
 
 def _route(name: str, run: RunDirectory, config: Any) -> Route:
-    place, options, plan, directory = DESTINATIONS[name], run.options, run.plan, run.path
+    place = DESTINATIONS[name]
+    options = run.options
+    plan = run.plan
+    directory = run.path
     if not place.form:
-        engine, provider = options.engine, options.provider
+        engine = options.engine
+        provider = options.provider
         folder = "engine/model" if load_engine(place.engine).capabilities.static else "model"
         same = (engine, provider) == (place.engine, place.provider)
         other = f"the run is for {engine}" + (f" with --provider {provider}" if provider != "cpu" else "")

@@ -42,11 +42,15 @@ def estimate(model: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     model = hub_id(model)
     shape = read_shape(model)
     known = architecture_facts(
-        shape.decoder.architecture, decoder=shape.decoder,
-        maps_tap=shape.maps_tap, kinds=frozenset(shape.kinds), fits=holds(shape.parameters),
-    )  # fmt: skip
+        shape.decoder.architecture,
+        decoder=shape.decoder,
+        maps_tap=shape.maps_tap,
+        kinds=frozenset(shape.kinds),
+        fits=holds(shape.parameters),
+    )
     options = settle({**asked, "model": model}, capabilities_of, known)
-    job, free = _job(shape, options), shutil.disk_usage(Path.cwd()).free
+    job = _job(shape, options)
+    free = shutil.disk_usage(Path.cwd()).free
     stages = job.needs()
     names = ("engine", "precision", "fit", "calibration_tokens", "context")
     return {
@@ -54,14 +58,18 @@ def estimate(model: str, asked: Mapping[str, Any]) -> dict[str, Any]:
         "decoder": dataclasses.asdict(shape.decoder),
         "parameters": shape.parameters,
         "options": {name: getattr(options, name) for name in names},
-        "machine": {"product_flops_per_second": job.product_flops_per_second, "tiles": job.tiles,
-                    "memory_bytes": job.available_bytes, "disk_bytes": free},
+        "machine": {
+            "product_flops_per_second": job.product_flops_per_second,
+            "tiles": job.tiles,
+            "memory_bytes": job.available_bytes,
+            "disk_bytes": free,
+        },
         "stages": [dataclasses.asdict(stage) for stage in stages],
         **_totals(stages),
         "replaced": job.count,
         "gains": [dataclasses.asdict(gain) for gain in job.gains()],
         "refused": _shortage(stages, job.available_bytes, free, Path.cwd()),
-    }  # fmt: skip
+    }
 
 
 def foreseen(job: Job, stages: Sequence[Stage[Any]], output: Path) -> str:
@@ -81,7 +89,8 @@ def foreseen(job: Job, stages: Sequence[Stage[Any]], output: Path) -> str:
     needs = [need for need in _of_all_processes(estimated, shared) if need.stage in left]
     if not needs:
         return ""
-    total, place = _totals(needs), _existing(output)
+    total = _totals(needs)
+    place = _existing(output)
     if refused := _shortage(needs, estimated.available_bytes, shutil.disk_usage(place).free, output):
         raise NblError(refused)
     said = f"estimate: {spoken_totals(total)}"
@@ -102,10 +111,14 @@ def _of_all_processes(job: EstimatedJob, shared: Collection[str]) -> Iterator[Ne
 
 def _spoken_gain(job: EstimatedJob) -> str:
     """What the kind of a job can give for the longer prompt, and what predicted keys would give."""
-    found, count = job.gains(), job.shape.decoder.num_layers
+    found = job.gains()
+    count = job.shape.decoder.num_layers
     tokens = max(gain.tokens for gain in found)
-    gains = (f"{gain.speedup:.2f}x if {gain.layers} layers have {gain.kind}{'' if gain.is_asked else ' (--cut auto)'}"
-             for gain in found if gain.tokens == tokens)  # fmt: skip
+    gains = (
+        f"{gain.speedup:.2f}x if {gain.layers} layers have {gain.kind}{'' if gain.is_asked else ' (--cut auto)'}"
+        for gain in found
+        if gain.tokens == tokens
+    )
     return f"gain of a prompt of {tokens:,} tokens, by counted work: about {', '.join(gains)}, of {count}"
 
 
@@ -125,7 +138,8 @@ def _totals(needs: Sequence[Needs]) -> dict[str, float]:
 
 def _shortage(needs: Sequence[Needs], memory: float, disk: float, output: Path) -> str:
     """Why the stages cannot end, in a sentence; "" if memory and disk can suffice."""
-    most, left = max(needs, key=lambda stage: stage.memory_bytes), _totals(needs)["disk_bytes"]
+    most = max(needs, key=lambda stage: stage.memory_bytes)
+    left = _totals(needs)["disk_bytes"]
     if most.memory_bytes > memory:
         return (
             f"the stage {most.stage} needs {size(most.memory_bytes)} of memory at least, and {size(memory)} are "
@@ -165,8 +179,10 @@ def spoken_machine() -> str:
     """Processor, memory and fast number types of this machine in a line."""
     from nbl_export.measure.benchmark import machine
 
-    found, narrow = machine(), "with" if _has_products("avx512_bf16", "amx_tile") else "without"
-    cores, memory = found["cores"], size(found["memory_bytes"])
+    found = machine()
+    narrow = "with" if _has_products("avx512_bf16", "amx_tile") else "without"
+    cores = found["cores"]
+    memory = size(found["memory_bytes"])
     return f"processor: {found['cpu']}, cores: {cores}, {narrow} bfloat16 products; memory: {memory}"
 
 

@@ -22,8 +22,16 @@ from nbl_export.records.decoder import DecoderSpec
 from nbl_export.targets import load_engine
 from nbl_export.text.mixture import absolute_sources
 
-__all__ = ["architecture_facts", "capabilities_of", "check_machine", "facts_of_model",
-           "facts_of_run", "identity_of", "read_model", "require_engine"]  # fmt: skip
+__all__ = [
+    "architecture_facts",
+    "capabilities_of",
+    "check_machine",
+    "facts_of_model",
+    "facts_of_run",
+    "identity_of",
+    "read_model",
+    "require_engine",
+]
 
 
 def capabilities_of(engine: str, provider: str = "cpu") -> Capabilities:
@@ -65,7 +73,8 @@ def _fits(source: Source) -> bool:
 
 def facts_of_run(manifest: Mapping[str, Any]) -> ModelFacts:
     """The facts about a run's model, which need not be on this machine."""
-    options, decoder = JobOptions.from_json(manifest["options"]), DecoderSpec(**manifest["decoder"])
+    options = JobOptions.from_json(manifest["options"])
+    decoder = DecoderSpec(**manifest["decoder"])
     has_maps = options.fit == CHECKPOINT_FIT
     known = {"maps_tap": options.tap, "kinds": frozenset(manifest.get("kinds", ()))} if has_maps else {}
     return architecture_facts(decoder.architecture, decoder=decoder, **known)
@@ -109,9 +118,11 @@ def require_engine(options: JobOptions, *, to_prove: bool = False) -> None:
     Raises:
         NblError: the engine is not available; the message has the reason.
     """
-    engine, name = load_engine(options.engine, options.provider), options.engine
+    engine = load_engine(options.engine, options.provider)
+    name = options.engine
     if to_prove and (prover := engine.capabilities.proven_by):
-        engine, name = load_engine(prover), prover
+        engine = load_engine(prover)
+        name = prover
     found = engine.probe()
     if not found.available:
         raise NblError(f"engine {name} is not available here: {found.reason}")

@@ -45,8 +45,12 @@ class Job:
     """
 
     def __init__(self, settled: Settled, run: RunDirectory, ui: Ui, asked: tuple[Subject, ...] = ()) -> None:
-        self.settled, self.run, self.ui = settled, run, ui
-        self.options, self.decoder, self.fingerprint = settled.options, settled.decoder, settled.fingerprint
+        self.settled = settled
+        self.run = run
+        self.ui = ui
+        self.options = settled.options
+        self.decoder = settled.decoder
+        self.fingerprint = settled.fingerprint
         self.evaluation = asked
         self.torch = TorchModel(settled, run, ui)
         self.keys: dict[str, str] = {}
@@ -59,7 +63,8 @@ class Job:
         Raises:
             NblError: the directory holds a run of another model.
         """
-        known, settled = self.run.manifest.get("model"), self.settled
+        known = self.run.manifest.get("model")
+        settled = self.settled
         same = known and known["fingerprint"] == settled.fingerprint
         if known and not same and self.run.stages:
             raise NblError(

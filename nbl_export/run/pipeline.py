@@ -112,14 +112,21 @@ def _work(asked: Mapping[str, Any], recorded: JobOptions | None, output: Path, u
 
 def _has_text(job: Job) -> bool:
     """Whether the run has the text that the options ask for."""
-    stage, declared = STAGES[0], STAGES[0].declared(job)
+    stage = STAGES[0]
+    declared = STAGES[0].declared(job)
     return not isinstance(declared, LeftOut) and job.run.is_done(stage.name, declared[1])
 
 
 def run_stages(
-    output: Path, until: str, ui: Ui, *, changes: dict[str, Any] | None = None, force: bool = False, needs: str = "",
+    output: Path,
+    until: str,
+    ui: Ui,
+    *,
+    changes: dict[str, Any] | None = None,
+    force: bool = False,
+    needs: str = "",
     asked: tuple[Subject, ...] = (),
-) -> RunDirectory:  # fmt: skip
+) -> RunDirectory:
     """Run the stages of an existing run directory up to a stage, with changed options if any.
 
     Args:
@@ -155,7 +162,8 @@ def run_evaluation(
 
 def _check_evaluation(run: RunDirectory, request: EvalRequest) -> int:
     """Refuse what cannot be measured; returns the most tokens of a window."""
-    options, decoder = run.options, run.decoder
+    options = run.options
+    decoder = run.decoder
     compiled = load_engine(options.engine).capabilities.static
     if run.manifest.get("cut") and compiled:
         raise NblError(f"{run.path} has predicted keys, which are evaluated in graphs of --engine ort alone")
@@ -170,7 +178,8 @@ def _prepare(request: EvalRequest, positions: int, ui: Ui) -> tuple[Subject, ...
     from nbl_export.evaluation import length, tasks
     from nbl_export.text import corpus
 
-    long, subjects = request.long_window(positions), []
+    long = request.long_window(positions)
+    subjects = []
     tests = [(PERPLEXITY, request.window, pair) for pair in request.texts]
     tests += [(test, long, pair) for pair in request.long_texts for test in length.OF_TEXT]
     for test, context, (name, file) in tests:
@@ -199,11 +208,14 @@ def _place(until: str) -> int:
 
 def _advance(job: Job, until: str, *, ignore_failure: bool = False, needs: str = "") -> None:
     """Run stages in order up to one."""
-    run, ui, stages = job.run, job.ui, STAGES[: _place(until)]
+    run = job.run
+    ui = job.ui
+    stages = STAGES[: _place(until)]
     for index, stage in enumerate(stages):
         if not any(each.shared for each in stages[index:]):
             processes.end()
-        declared, place = stage.declared(job), Place(run, ui, readers(stage.name))
+        declared = stage.declared(job)
+        place = Place(run, ui, readers(stage.name))
         if isinstance(declared, LeftOut):
             if stage.name == needs:
                 raise NblError(f"nothing to {stage.title} here: {declared.reason or 'the engine compiles nothing'}")
@@ -243,7 +255,8 @@ def _follow(settled: Callable[[RunDirectory, Callable[[str], None]], Settled], o
     job: Job | None = None
     while told := processes.tell():
         name, expected = told.split()
-        ui, run = Ui(quiet=True), RunDirectory.existing(output)
+        ui = Ui(quiet=True)
+        run = RunDirectory.existing(output)
         job = job or Job(settled(run, ui.say), run, ui)
         job.run.manifest = run.manifest
         declared = [stage.declared(job) for stage in STAGES[: _place(name)]][-1]

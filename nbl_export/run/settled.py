@@ -101,8 +101,10 @@ def settle_run(run: RunDirectory, changes: Mapping[str, Any], say: Say) -> Settl
 
 def of_run(run: RunDirectory, options: JobOptions, say: Say) -> Settled:
     """A run with settled options. Its text and its model stay those that it was made from."""
-    manifest, here = run.manifest, located(options, run.manifest)
-    decoder, fingerprint = run.decoder, str(manifest["model"]["fingerprint"])
+    manifest = run.manifest
+    here = located(options, run.manifest)
+    decoder = run.decoder
+    fingerprint = str(manifest["model"]["fingerprint"])
     facts: dict[str, Any] = {"options": options.to_json()}
     if options.quantized_model == run.options.quantized_model:
         identity = manifest["quantized"]["fingerprint"] if options.quantized_model else None

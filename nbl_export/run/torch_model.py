@@ -30,8 +30,10 @@ class TorchModel:
     """Values that are made of the model's files. Building it loads nothing."""
 
     def __init__(self, settled: Settled, run: RunDirectory, ui: Ui) -> None:
-        self._source, self._options = settled.source, settled.options
-        self._run, self._ui = run, ui
+        self._source = settled.source
+        self._options = settled.options
+        self._run = run
+        self._ui = ui
         self._is_short_elsewhere = False
         self.fingerprint = settled.fingerprint
 

@@ -194,9 +194,14 @@ class Target:
         return self.open_runner(directory, threads)
 
     def open_graph(
-        self, directory: Path, head_dim: int, file: str | None = None, threads: int | None = None, *,
+        self,
+        directory: Path,
+        head_dim: int,
+        file: str | None = None,
+        threads: int | None = None,
+        *,
         exact: bool = False,
-    ) -> GraphDecoder:  # fmt: skip
+    ) -> GraphDecoder:
         """The graph for verification and scores: the graph with all logits, unless `file` names another.
 
         Args:

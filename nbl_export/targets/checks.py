@@ -124,7 +124,8 @@ class _Emitted:
         self.matrices: dict[str, np.ndarray] = {}
         self.vectors: dict[str, np.ndarray] = {}
         if (cut := cut_of({0: mixer})) is not None:  # one product, put in by `rewrite.cut`
-            self.matrices, self.vectors = {"weight": cut.maps[0].weight}, {"bias": cut.maps[0].bias}
+            self.matrices = {"weight": cut.maps[0].weight}
+            self.vectors = {"bias": cut.maps[0].bias}
             return
         mixer.emit(self, dict.fromkeys(read.stream for read in mixer.reads))
 

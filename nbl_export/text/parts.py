@@ -122,10 +122,15 @@ class JobText:
     """
 
     def __init__(self, names: tuple[str, str], rows: Mapping[str, Lazy[torch.Tensor]]) -> None:
-        self.names, self._rows = names, rows
-        self.windows, self.held_back, self.training = rows["windows"], rows["held_back"], rows["training"]
-        self.judging, self.own_final = rows["choosing"], rows["final"]
-        self.deciding, self.final = self._both("deciding"), self._both("final")
+        self.names = names
+        self._rows = rows
+        self.windows = rows["windows"]
+        self.held_back = rows["held_back"]
+        self.training = rows["training"]
+        self.judging = rows["choosing"]
+        self.own_final = rows["final"]
+        self.deciding = self._both("deciding")
+        self.final = self._both("final")
 
     @classmethod
     def of_file(cls, path: Path, names: tuple[str, str], hashes: Mapping[str, str]) -> JobText:

@@ -27,9 +27,22 @@ from nbl_export.text.corpus import Text
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CALIBRATION_ROLES", "DIVISION", "FEWEST_WINDOWS", "SECOND_ROLES", "choosing_texts",
-           "divide", "extend", "judging_tokens", "pack", "pack_ids", "part_tokens", "repeated", "role_tokens",
-           "token_ids"]  # fmt: skip
+__all__ = [
+    "CALIBRATION_ROLES",
+    "DIVISION",
+    "FEWEST_WINDOWS",
+    "SECOND_ROLES",
+    "choosing_texts",
+    "divide",
+    "extend",
+    "judging_tokens",
+    "pack",
+    "pack_ids",
+    "part_tokens",
+    "repeated",
+    "role_tokens",
+    "token_ids",
+]
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +54,8 @@ CALIBRATION_ROLES = ("deciding", "choosing", "deciding", "final", "final", "deci
 SECOND_ROLES = ("unused", "deciding", "choosing", "choosing", "final", "deciding")
 _PART_TOKENS: dict[tuple[str, ...], int] = {CALIBRATION_ROLES: 4096, SECOND_ROLES: 8192}
 _JUDGING_TOKENS = 2048
-_REPEATED, _PASSAGE = 2048, 64  # tokens: some layers are needed only for what stands far back
+_REPEATED = 2048  # tokens: some layers are needed only for what stands far back
+_PASSAGE = 64
 _TWICE = "held-back passages, each twice"
 FEWEST_WINDOWS = 3  # one for each purpose
 DIVISION: list[Any] = [[*part] for part in _PART_TOKENS.items()]  # in the key of a stage that reads a part
@@ -70,7 +84,8 @@ def pack_ids(
     """
     import torch
 
-    wanted, spare = max(1, -(-tokens // context)), -(-held_back // context)
+    wanted = max(1, -(-tokens // context))
+    spare = -(-held_back // context)
     windows = min(len(ids) // context, wanted + spare)
     held = min(spare, max(FEWEST_WINDOWS, windows // 8, windows - wanted))
     if windows - held < 1:
@@ -208,5 +223,6 @@ def repeated(windows_WT: torch.Tensor, length: int) -> torch.Tensor:
 
 def _spread(windows_WT: Any, count: int) -> Any:
     """At most `count` windows, spread evenly from the first to the last."""
-    count, last = min(count, len(windows_WT)), len(windows_WT) - 1
+    count = min(count, len(windows_WT))
+    last = len(windows_WT) - 1
     return windows_WT[[k * last // max(1, count - 1) for k in range(count)]]

@@ -39,7 +39,8 @@ def is_inside(file: Path, directory: Path) -> bool:
     except ValueError:  # an invalid name
         return False
     try:
-        home, target = directory.resolve(), file.resolve()
+        home = directory.resolve()
+        target = file.resolve()
     except (OSError, RuntimeError, ValueError):  # removed meanwhile
         return False
     return target.is_relative_to(home) or _is_blob(target, home)
@@ -79,7 +80,8 @@ def check_folder(directory: Path) -> None:
         CorruptError: names an entry that is a link out of the folder, a pipe, a socket or a device.
         NblError: the folder holds more, or is deeper, than the folder of any model.
     """
-    waiting, seen = [Path()], 0
+    waiting = [Path()]
+    seen = 0
     while waiting:
         below = waiting.pop()
         entries = _entries(directory / below, _MOST_ENTRIES - seen)
@@ -114,7 +116,8 @@ def _entries(place: Path, most: int) -> list[os.DirEntry[str]]:
 def _check_link(link: Path, directory: Path) -> None:
     refuse_special(link)
     check_inside(link, directory)
-    home, target = directory.resolve(), link.resolve()
+    home = directory.resolve()
+    target = link.resolve()
     unread = any(target.is_relative_to(home / name) for name in _UNREAD)
     if unread and target.is_dir():
         raise CorruptError(f"{link} is a link into {target}, which is not checked; replace it by a copy (cp -rL)")

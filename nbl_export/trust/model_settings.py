@@ -31,8 +31,15 @@ from nbl_export.files import SMALL_BYTES, read_json, read_small, write_json
 from nbl_export.records.decoder import MOST_LAYERS
 from nbl_export.trust.contained import check_folder, is_inside
 
-__all__ = ["CONFIG_BYTES", "check_checkpoint", "check_layers", "check_tokenizer_settings", "drop_code",
-           "read_object", "read_text"]  # fmt: skip
+__all__ = [
+    "CONFIG_BYTES",
+    "check_checkpoint",
+    "check_layers",
+    "check_tokenizer_settings",
+    "drop_code",
+    "read_object",
+    "read_text",
+]
 
 CONFIG_BYTES = 8 << 20
 _MOST_BYTES = {"config.json": CONFIG_BYTES, "generation_config.json": 1 << 20, "tokenizer_config.json": 64 << 20}
@@ -45,7 +52,8 @@ _ATTENTIONS = ("eager", "sdpa", None)  # others are packages, or kernels that tr
 _QUANTISED = ("gptq", "awq", "olive")  # `model.checkpoint.quantized` reads these; others bring code, some from the hub
 _SAVED_FROM = ("special_tokens_map_file", "name_or_path")  # where the tokenizer was saved; no library opens it
 # Text of tokens may look like a path. No library opens it.
-_TEXTS, _TEXT_ENDS = ("chat_template", "added_tokens_decoder"), ("_token", "_tokens")
+_TEXTS = ("chat_template", "added_tokens_decoder")
+_TEXT_ENDS = ("_token", "_tokens")
 
 
 _UNREAD_SETTINGS = ("processor_config.json", "preprocessor_config.json")  # of the same libraries

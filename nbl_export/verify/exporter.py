@@ -36,7 +36,8 @@ def row_logits(model: Any, row: Sequence[int], positions: np.ndarray | None = No
 
 def check_logits(model: Any, precision: str, probe: Probe, original: Reference) -> list[CheckResult]:
     """Compare the original's logits with those of the torch model."""
-    limit, metric = TOLERANCES[precision].limit, "relative rms logit difference from torch"
+    limit = TOLERANCES[precision].limit
+    metric = "relative rms logit difference from torch"
     rows = [_figure(model, row, logits) for row, logits in zip(probe.rows, original.logits, strict=True)]
     figures = [("one pass over each row", float(np.max(rows)))]  # NaN if one is
     if original.long is not None:

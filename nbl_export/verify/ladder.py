@@ -31,15 +31,35 @@ import numpy as np
 from nbl_export.records.plan import Plan
 from nbl_export.records.results import FAILED, CheckResult, status_of
 
-__all__ = ["DECODE_STEPS", "LONG_CHUNK", "ON_GPU", "PERPLEXITY", "TOLERANCES", "Probe", "Reference", "Tolerance",
-           "apart", "check_greedy", "check_logits", "check_long", "greedy", "judge", "largest_margin", "proof",
-           "run_chunks", "run_long", "run_rows", "shown_positions"]  # fmt: skip
+__all__ = [
+    "DECODE_STEPS",
+    "LONG_CHUNK",
+    "ON_GPU",
+    "PERPLEXITY",
+    "TOLERANCES",
+    "Probe",
+    "Reference",
+    "Tolerance",
+    "apart",
+    "check_greedy",
+    "check_logits",
+    "check_long",
+    "greedy",
+    "judge",
+    "largest_margin",
+    "proof",
+    "run_chunks",
+    "run_long",
+    "run_rows",
+    "shown_positions",
+]
 
 
 DECODE_STEPS = 16
 LONG_CHUNK = 512  # tokens of a long row that are appended at once
 PERPLEXITY = "perplexity increase over the torch model"  # metric of check exporter for int8 and int4
-_SHOWN_EVERY, _SHOWN_LAST = 8, 64  # compared positions of a long row's prefill: every 8th, and the last 64
+_SHOWN_EVERY = 8  # compared positions of a long row's prefill: every 8th, and the last 64
+_SHOWN_LAST = 64
 
 
 @dataclass(frozen=True)
@@ -119,7 +139,8 @@ class Reference:
 def shown_positions(length: int) -> np.ndarray:
     """Ascending positions of a long row whose logits are compared; the decode steps come last."""
     prefill = length - DECODE_STEPS
-    every, last = range(0, prefill, _SHOWN_EVERY), range(max(0, prefill - _SHOWN_LAST), length)
+    every = range(0, prefill, _SHOWN_EVERY)
+    last = range(max(0, prefill - _SHOWN_LAST), length)
     return np.array(sorted({*every, *last}), np.int64)
 
 
@@ -129,7 +150,8 @@ def run_rows(decoder: Any, rows: Sequence[Sequence[int]]) -> list[np.ndarray]:
     ids = np.zeros((len(rows), max(lengths)), np.int64)
     valid = np.zeros_like(ids)
     for b, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-        ids[b, :length], valid[b, :length] = row[:length], 1
+        ids[b, :length] = row[:length]
+        valid[b, :length] = 1
     decoder.begin(len(rows))
     prefill = decoder.step(ids, valid)
     steps = [
@@ -213,7 +235,8 @@ def apart(right: np.ndarray, found: np.ndarray) -> float:
     computed = ~np.isnan(right).all(-1)
     if (np.isnan(found).all(-1) == computed).any():
         return float("nan")
-    right, found = right[computed], found[computed]
+    right = right[computed]
+    found = found[computed]
     away = found.astype(np.float64) - right
     return float(np.sqrt(np.square(away).mean() / np.square(right, dtype=np.float64).mean()))
 
@@ -236,7 +259,8 @@ def largest_margin(
     said: Sequence[Sequence[int]], expected: Sequence[Sequence[int]], margins: Sequence[Sequence[float]]
 ) -> tuple[float, int]:
     """The largest margin of the tokens at which texts first differ, and the number of tokens before these."""
-    worst, same = 0.0, 0
+    worst = 0.0
+    same = 0
     for ours, theirs, gaps in zip(said, expected, margins, strict=True):
         split = next((k for k, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), None)
         same += len(theirs) if split is None else split

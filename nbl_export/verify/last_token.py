@@ -22,7 +22,9 @@ from nbl_export.verify.ladder import apart
 __all__ = ["BATCH_LENGTHS", "check_last", "expected_last"]
 
 BATCH_LENGTHS = (1, 5, 12)
-_CACHED, _CHUNK, _STEPS = 13, 7, 3
+_CACHED = 13
+_CHUNK = 7
+_STEPS = 3
 
 Chunk = tuple[np.ndarray, np.ndarray]  # token ids [B, T], and 1 at each valid token [B, T]
 Expected = list[list[list[tuple[np.ndarray, float]]]]  # logits [V] and their limit, of each row of each step of a case
@@ -43,13 +45,18 @@ def expected_last(every: Any, row: Sequence[int], limit: float, near: int | None
     for _, chunks in _cases(row, near):
         every.begin(len(chunks[0][0]))
         steps = ((every.step(ids_BT, valid_BT), valid_BT) for ids_BT, valid_BT in chunks)
-        found.append([[_expected(all_TV[: valid_T.sum()], limit) for all_TV, valid_T in zip(*step, strict=True)]
-                      for step in steps])  # fmt: skip
+        found.append(
+            [
+                [_expected(all_TV[: valid_T.sum()], limit) for all_TV, valid_T in zip(*step, strict=True)]
+                for step in steps
+            ]
+        )
     return found
 
 
 def _expected(all_TV: np.ndarray, limit: float) -> tuple[np.ndarray, float]:
-    right_V, others_TV = all_TV[-1].copy(), all_TV[:-1]
+    right_V = all_TV[-1].copy()
+    others_TV = all_TV[:-1]
     computed_TV = others_TV[~np.isnan(others_TV).any(1)]
     return right_V, min([limit, *(apart(right_V, other_V) / 2 for other_V in computed_TV)])
 
@@ -94,7 +101,8 @@ def _behind_cache(row: Sequence[int], length: int) -> tuple[str, list[Chunk]]:
 
 
 def _batch(row: Sequence[int], given: tuple[int, ...]) -> tuple[str, list[Chunk]]:
-    ids, lengths = np.asarray(row, np.int64), np.array(given)
+    ids = np.asarray(row, np.int64)
+    lengths = np.array(given)
     places = np.arange(lengths.max())
     starts = np.arange(len(lengths))[:, None]  # rows of a batch begin at different tokens
     valid = (places < lengths[:, None]).astype(np.int64)
@@ -117,8 +125,9 @@ def _judge(
             return _broken(subject, f"{name}: {' '.join(str(error).split())[:200]}")
         if last_BTV.shape[1] != 1:
             return _broken(subject, f"{name}: gives logits {list(last_BTV.shape)}")
-        figures += [(apart(right_V, found_V), limit)
-                    for (right_V, limit), found_V in zip(expected, last_BTV[:, 0], strict=True)]  # fmt: skip
+        figures += [
+            (apart(right_V, found_V), limit) for (right_V, limit), found_V in zip(expected, last_BTV[:, 0], strict=True)
+        ]
     value, limit = max(figures, key=lambda f: f[0] / f[1] if np.isfinite(f[0]) else np.inf)
     metric = "relative rms logit difference, last token"
     return CheckResult("last_token", subject, metric, value, limit, bool(np.isfinite(value) and value <= limit), name)

@@ -40,7 +40,8 @@ __all__ = ["POSITIONS", "SUBJECTS", "Expected", "checks", "expect", "load", "sav
 
 SUBJECTS = ("original", "nbl")
 POSITIONS = DECODE_STEPS + 1  # of each row: the last token of the prefill, and the cached steps
-_LIKELIEST, _KEPT = 32, 144  # tokens whose logits are kept
+_LIKELIEST = 32  # tokens whose logits are kept
+_KEPT = 144
 _SCHEMA = 2
 _METADATA = "acceptance"
 _WARM_UP = 8  # steps that are not timed
@@ -141,7 +142,8 @@ def load(path: Path) -> Expected:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if stated["schema"] != _SCHEMA:
             raise ValueError(f"schema {stated['schema']}, this version reads {_SCHEMA}")
-        rows, prompts = _taken(arrays, "rows"), _taken(arrays, "prompts")
+        rows = _taken(arrays, "rows")
+        prompts = _taken(arrays, "prompts")
         near = stated.get("near")
         found = Expected(str(stated["precision"]), rows, prompts, arrays, None if near is None else int(near))
         _check(found)
@@ -184,7 +186,8 @@ def checks(
         runner: a `TextRunner` with `last_logits`.
         yardstick: the largest figure of the original's engine, if the subject is another; see `Tolerance.ratio`.
     """
-    check, limit = subject, expected.tolerance.limit
+    check = subject
+    limit = expected.tolerance.limit
     if yardstick is not None and expected.tolerance.ratio is not None:
         limit = min(limit, max(yardstick * expected.tolerance.ratio, 1e-4))
     sure: list[np.ndarray] = []
@@ -250,7 +253,8 @@ def _chunk_behind_cache(runner: Any, subject: str, expected: Expected, doing: Do
     With a cut the prefill is one chunk, as in the reference, and the steps are chunks that climb whole.
     """
     doing("last_token", "running a chunk behind a cache")
-    row, prefill = expected.rows[0], len(expected.rows[0]) - DECODE_STEPS
+    row = expected.rows[0]
+    prefill = len(expected.rows[0]) - DECODE_STEPS
     if expected.near is None:
         bounds = sorted({0, prefill // 2, prefill, len(row)})
     else:
@@ -263,7 +267,8 @@ def _chunk_behind_cache(runner: Any, subject: str, expected: Expected, doing: Do
     _appended(runner, _parts(other), begun=True)
     runner.rewind(0)
     got = np.take_along_axis(_appended(runner, parts, begun=True)[places], columns, 1)
-    value, limit = apart(logits, got), expected.tolerance.limit
+    value = apart(logits, got)
+    limit = expected.tolerance.limit
     passed = bool(np.isfinite(value) and value <= limit)
     detail = f"chunks of {', '.join(str(len(part)) for part in parts)} tokens, on slots of another text"
     metric = "relative rms logit difference, chunk behind a cache"
@@ -273,7 +278,8 @@ def _chunk_behind_cache(runner: Any, subject: str, expected: Expected, doing: Do
 def _clock(runner: Any, subject: str, row: Sequence[int]) -> CheckResult:
     """Reading a token behind a step takes no time that belongs to the step."""
     runner.begin(len(row))
-    steps, readings = [], []
+    steps = []
+    readings = []
     for token in row:
         before = time.perf_counter()
         runner.append([token])

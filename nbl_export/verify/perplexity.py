@@ -28,7 +28,8 @@ __all__ = ["in_turn", "quality_loss"]
 
 # Of a batch of windows. Two windows at once take about a tenth less time than one by one (SmolLM2, float32). The
 # logits of 512 tokens with a vocabulary of 49,152 are 100 MB, and both graphs have some at a time.
-_STEP_TOKENS, _STEP_BYTES = 1024, 1 << 28
+_STEP_TOKENS = 1024
+_STEP_BYTES = 1 << 28
 _ROW_BYTES = 1 << 19  # of logits processed at once, so that they fit in a processor cache
 _PART_ROWS = 64  # that a thread compares; numpy computes without the interpreter's lock
 
@@ -57,13 +58,16 @@ def quality_loss(
         [low, high], computed from "per_window", and None for a single window. "prompt": tokens of a window that are
         not scored, with `near`.
     """
-    total, done = sum(len(windows) for _, windows in texts), 0
+    total = sum(len(windows) for _, windows in texts)
+    done = 0
     rows: list[dict[str, Any]] = []
     far: list[tuple[int, float, float, float] | None] = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for name, windows in texts:
             found: list[np.ndarray] = []
-            tokens, batch, together = windows.shape[1], 1, 1
+            tokens = windows.shape[1]
+            batch = 1
+            together = 1
             half = tokens // 2
             scored = tokens - (max(1, half) if name is None or near is not None else 1)
             while len(found) < len(windows):
@@ -87,8 +91,10 @@ def quality_loss(
 
 def in_turn(original: Callable[[], Any], nbl: Callable[[], Any]) -> tuple[Any, Any]:
     """Two decoders of which one is open at a time: each opens at `begin`, which closes the other."""
-    first, second = _InTurn(original), _InTurn(nbl)
-    first.other, second.other = second, first
+    first = _InTurn(original)
+    second = _InTurn(nbl)
+    first.other = second
+    second.other = first
     return first, second
 
 
@@ -120,9 +126,11 @@ def _compared(
     nbl: Any, ids_WT: np.ndarray, base: Sequence[np.ndarray], near: int | None, spread: Spread
 ) -> list[np.ndarray]:
     """What `_compare` finds at the positions of each window that the original was read at."""
-    found, prompt = list[np.ndarray](), ids_WT.shape[1] // 2
+    found = list[np.ndarray]()
+    prompt = ids_WT.shape[1] // 2
     for base_BTV in base:
-        ids_BT, scored = ids_WT[len(found) : len(found) + len(base_BTV)], base_BTV.shape[1]
+        ids_BT = ids_WT[len(found) : len(found) + len(base_BTV)]
+        scored = base_BTV.shape[1]
         ours_BTV = _logits(nbl, ids_BT) if near is None else _behind_prompt(nbl, ids_BT, prompt, near + 1)
         both = zip(base_BTV, ours_BTV[:, -scored:], ids_BT[:, -scored:], strict=True)
         found += [_compare(base_TV, ours_TV, ids_T, spread) for base_TV, ours_TV, ids_T in both]
@@ -139,7 +147,8 @@ def _short(original: Any, ids_T: np.ndarray, scored: int, row_bytes: int, spread
     begin = max(SHORT - 1, end - scored)
     if begin >= end:
         return np.empty(0)
-    rows_WT, step = ids_T[contexts(begin, end)], max(1, _STEP_BYTES // (2 * SHORT * row_bytes))
+    rows_WT = ids_T[contexts(begin, end)]
+    step = max(1, _STEP_BYTES // (2 * SHORT * row_bytes))
     short: list[np.ndarray] = []
     for start in range(0, len(rows_WT), step):
         part_WT = rows_WT[start : start + step]
@@ -202,7 +211,8 @@ def _apart(base_TV: np.ndarray, ours_TV: np.ndarray, target_T: np.ndarray) -> np
         apart_N = np.einsum("nv,nv->n", exp_NV, base_NV - ours_NV) / np.exp(base_norm) + ours_norm - base_norm
         found[here, 0] = base_norm - base_NV[place, target]
         found[here, 1] = ours_norm - ours_NV[place, target]
-        found[here, 2], found[here, 3] = apart_N, base_best == ours_best
+        found[here, 2] = apart_N
+        found[here, 3] = base_best == ours_best
     return found
 
 
@@ -216,7 +226,9 @@ def _normalised(logits_NV: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 def _row(name: str, tokens: int, found: Sequence[np.ndarray]) -> dict[str, Any]:
     before, after, kl, agree = np.array(found).T
-    increase, apart, same = increase_interval(before, after), mean_interval(kl), mean_interval(agree, (0.0, 1.0))
+    increase = increase_interval(before, after)
+    apart = mean_interval(kl)
+    same = mean_interval(agree, (0.0, 1.0))
     return {
         "text": name,
         "tokens": tokens,

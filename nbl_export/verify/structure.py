@@ -87,8 +87,12 @@ def check_directory(
         decoder: of `run`, of the graph with the most logits.
         original: see `Target.check`.
     """
-    engine, head_dim, file = setting.engine, setting.spec.head_dim, setting.engine.pruned_file(run)
-    subject, row, contract = wanted.subject, probe.rows[0], decoder.contract
+    engine = setting.engine
+    head_dim = setting.spec.head_dim
+    file = setting.engine.pruned_file(run)
+    subject = wanted.subject
+    row = probe.rows[0]
+    contract = decoder.contract
     near = None if (cut := cut_of(wanted.maps)) is None else cut.near
     expected = [] if file is None else expected_last(decoder, row, exact_limit(decoder), near)
     cache = _measured_cache(subject, decoder, head_dim)

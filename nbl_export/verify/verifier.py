@@ -42,7 +42,9 @@ class Verifier:
     """
 
     def __init__(self, setting: Setting, probe: Probe, maps: Mapping[int, Mixer]) -> None:
-        self.setting, self.probe, self.maps = setting, probe, maps
+        self.setting = setting
+        self.probe = probe
+        self.maps = maps
         self.results: list[CheckResult] = []
         self.references: dict[str, Reference] = {}
         self.said: dict[str, list[list[int]]] = {}
@@ -64,7 +66,8 @@ class Verifier:
 
     def _reference(self, original: Path, mixers: Running) -> Reference:
         """Logits of the original graph with mixers, and greedy text in the arithmetic that ships."""
-        setting, probe = self.setting, self.probe
+        setting = self.setting
+        probe = self.probe
         opened = functools.partial(setting.engine.open_mixed, original, setting.spec.head_dim, mixers, setting.plan.tap)
         decoder = opened(exact=True)
         exact = _exact_reference(decoder, probe, stops=cut_of(mixers.mixers) is not None)
@@ -73,13 +76,17 @@ class Verifier:
             decoder = opened(exact=False)
             self._shipped = [run_rows(decoder, [row])[0] for row in probe.rows]
         texts = [greedy(decoder, prompt, probe.new_tokens) for prompt in probe.prompts]
-        said, gaps = tuple(ids for ids, _ in texts), tuple(margins for _, margins in texts)
+        said = tuple(ids for ids, _ in texts)
+        gaps = tuple(margins for _, margins in texts)
         return dataclasses.replace(exact, greedy=said, margins=gaps)
 
     def _compare(self, subject: str, shipped: Mapping[str, Path], run: Path) -> None:
-        setting, probe, truth = self.setting, self.probe, self.references[subject]
+        setting = self.setting
+        probe = self.probe
+        truth = self.references[subject]
         decoder = setting.engine.open_graph(run, setting.spec.head_dim, exact=True)
-        wanted, original = setting.wanted(subject, self.maps), shipped["original"] if subject == "nbl" else None
+        wanted = setting.wanted(subject, self.maps)
+        original = shipped["original"] if subject == "nbl" else None
         directory = check_directory(setting, shipped[subject], run, decoder, wanted, probe, original)
         limit = exact_limit(decoder)
         logits = ladder.check_logits(subject, subject, decoder, probe, truth, limit)
@@ -94,7 +101,8 @@ class Verifier:
 
     def _text(self, subject: str, run: Path) -> None:
         """Check text. The original's is reported: a near-tie of the original says nothing of the rewrite."""
-        truth, tolerance = self.references[subject], self.setting.tolerance
+        truth = self.references[subject]
+        tolerance = self.setting.tolerance
         if not truth.greedy:
             return
         with self.setting.engine.open_checked(run) as runner:

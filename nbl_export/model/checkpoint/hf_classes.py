@@ -52,11 +52,13 @@ def _exchange(model: Any) -> None:
         NblError: keys of this architecture cannot be predicted.
     """
     config = model.config
-    replaced, count = config.nbl_replaced_layers or [], config.num_hidden_layers
+    replaced = config.nbl_replaced_layers or []
+    count = config.num_hidden_layers
     if not set(replaced) < set(range(count)) or config.nbl_tap not in architecture_of(config).taps:
         raise ValueError(f"config.json replaces layers {replaced} of {count} at the tap {config.nbl_tap!r}")
     kinds = dict(zip(replaced, config.nbl_kinds or [USUAL_KIND] * len(replaced), strict=True))
-    size, multiplier = config.hidden_size, multiplier_of(config)
+    size = config.hidden_size
+    multiplier = multiplier_of(config)
     cut = stated_cut(config.nbl_cut, kinds, count, config.max_position_embeddings)
     like = None
     if cut is not None:
@@ -70,7 +72,8 @@ def _exchange(model: Any) -> None:
 def _classes_of(record: Architecture) -> tuple[Any, Any]:
     """Configuration and model class of an architecture: stock classes with four more values and replaced attention."""
     model_base = getattr(transformers, f"{record.classes}ForCausalLM")
-    config_base, name = model_base.config_class, f"Nbl{record.classes}"
+    config_base = model_base.config_class
+    name = f"Nbl{record.classes}"
     fields = {
         "__annotations__": {
             "nbl_replaced_layers": list[int] | None,

@@ -25,8 +25,7 @@ from nbl_export.graph.gguf_header import read_header
 from nbl_export.model.checkpoint.weights import INDEX, WEIGHTS, weight_files
 from nbl_export.trust.model_settings import check_checkpoint
 
-__all__ = ["check_weights", "config_of", "explained", "model_of", "model_with", "quiet_transformers",
-           "tokenizer_of"]  # fmt: skip
+__all__ = ["check_weights", "config_of", "explained", "model_of", "model_with", "quiet_transformers", "tokenizer_of"]
 
 
 def quiet_transformers() -> None:
@@ -148,9 +147,14 @@ def _load(model: Path, dtype: Any = None, **more: Any) -> Any:
         from transformers import AutoModelForCausalLM
 
         loaded, report = AutoModelForCausalLM.from_pretrained(
-            dtype=dtype or torch.float32, output_loading_info=True, use_safetensors=True, trust_remote_code=False,
-            local_files_only=True, **given, **more,
-        )  # fmt: skip
+            dtype=dtype or torch.float32,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            **given,
+            **more,
+        )
     _refuse_missing(model, report["missing_keys"])
     return loaded
 
@@ -175,7 +179,8 @@ def _check_gguf(file: Path, config: Any) -> None:
     _refuse_missing(file, parameters.keys() - shapes.keys())
     other = [name for name, shape in parameters.items() if shapes[name] != shape]
     if other:
-        found, stated = list(shapes[other[0]]), list(parameters[other[0]])
+        found = list(shapes[other[0]])
+        stated = list(parameters[other[0]])
         raise NblError(f"{file} has {other[0]} in shape {found}, and its keys state {stated}; fetch the model again")
 
 
@@ -221,7 +226,8 @@ def shared() -> Iterator[None]:
     import gguf
 
     kept = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = reader, _name_map
+    gguf.GGUFReader = reader
+    gguf.get_tensor_name_map = _name_map
     try:
         yield
     finally:

@@ -28,7 +28,8 @@ __all__ = ["METHODS", "check_same", "describe", "find"]
 
 # quant_method in config.json, as transformers and the GenAI builder (0.18, models/loaders/quant_model.py) name them.
 METHODS = ("gptq", "awq", "olive")
-_BITS, _BLOCKS = 4, (16, 32, 64, 128, 256)  # of MatMulNBits on the CPU
+_BITS = 4  # of MatMulNBits on the CPU
+_BLOCKS = (16, 32, 64, 128, 256)
 _ROUNDING = 1e-2  # bfloat16 has 8 bits
 _ROWS = 256  # rows of a matrix that are compared
 # Eight zero points of 8 in an int32. The GPTQ format stores zero points minus 1, and the builder adds 1. GPTQModel 5
@@ -68,7 +69,8 @@ def find(name: str, spec: DecoderSpec) -> source.Source:
     theirs = load.read_spec(found)
     other = [f.name for f in dataclasses.fields(spec) if getattr(spec, f.name) != getattr(theirs, f.name)]
     if other:
-        ours, its = getattr(spec, other[0]), getattr(theirs, other[0])
+        ours = getattr(spec, other[0])
+        its = getattr(theirs, other[0])
         raise NblError(f"--quantized-model {name} is another model: {other[0]} is {its}, and {ours} in --model")
     return found
 
@@ -98,7 +100,8 @@ def check_same(found: source.Source, original: Path, tap: str) -> None:
         NblError: another model, other norms before the maps, norms that do not belong to the matrices of AWQ, or zero
             points in GPTQModel's format.
     """
-    theirs, ours = _open(found.weights), _open(source.resolve(str(original)).weights)
+    theirs = _open(found.weights)
+    ours = _open(source.resolve(str(original)).weights)
     zeros = next((file.get_tensor(name) for name, file in theirs.items() if name.endswith(".qzeros")), None)
     if (_settings(found) or {}).get("method") == "gptq" and zeros is not None and bool((zeros == _EIGHTS).all()):
         raise NblError(
@@ -130,12 +133,14 @@ def _open(files: tuple[Path, ...]) -> dict[str, Any]:
 
 def _differ(one: Any, other: Any, name: str) -> bool:
     """Whether the first rows of a tensor differ by more than rounding; False for codes."""
-    a, b = one.get_slice(name)[:_ROWS], other.get_slice(name)[:_ROWS]
+    a = one.get_slice(name)[:_ROWS]
+    b = other.get_slice(name)[:_ROWS]
     if not (a.is_floating_point() and b.is_floating_point()):
         return False
     if a.shape != b.shape:
         return True
-    a, b = a.float(), b.float()
+    a = a.float()
+    b = b.float()
     return bool(((a - b).abs() > _ROUNDING * b.abs() + _ROUNDING * b.abs().mean()).any())
 
 

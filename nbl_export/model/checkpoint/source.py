@@ -31,8 +31,18 @@ from nbl_export.records.plan import TAPS, USUAL_KIND
 from nbl_export.trust.contained import check_folder, check_inside, refuse_special
 from nbl_export.trust.model_settings import CONFIG_BYTES, check_checkpoint, check_layers, read_object
 
-__all__ = ["Linearized", "Source", "check_architecture", "checked_config", "gguf_config", "gguf_of", "hub_config",
-           "is_hub_id", "read_config", "resolve"]  # fmt: skip
+__all__ = [
+    "Linearized",
+    "Source",
+    "check_architecture",
+    "checked_config",
+    "gguf_config",
+    "gguf_of",
+    "hub_config",
+    "is_hub_id",
+    "read_config",
+    "resolve",
+]
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,8 @@ def weight_files(directory: Path) -> list[Path]:
         NblError: there are none, the directory has one file and an index of others, or the index is damaged.
         CorruptError: a file is a link out of the directory.
     """
-    index, single = directory / INDEX, (directory / WEIGHTS).is_file()
+    index = directory / INDEX
+    single = (directory / WEIGHTS).is_file()
     if not index.exists():
         if not single:  # otherwise transformers looks for a pickle
             raise NblError(f"{directory} has no safetensors weights{_hint(directory)}")

@@ -48,12 +48,13 @@ def declare(job: Job) -> BenchInputs | LeftOut:
         tests=BenchTests(
             options.prompt_tokens, options.generate_tokens, options.depths, options.threads, options.repetitions
         ),
-    )  # fmt: skip
+    )
 
 
 def run(inputs: BenchInputs, place: Place, out: Path) -> dict[str, Any]:
     """Write bench.json."""
-    engine, spec = inputs.available.value, inputs.spec
+    engine = inputs.available.value
+    spec = inputs.spec
     capabilities = engine.capabilities
     setting = BenchSetting(
         vocab_size=spec.vocab_size,

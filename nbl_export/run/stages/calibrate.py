@@ -109,8 +109,10 @@ def _run_whole(inputs: CalibrateInputs, place: Place, parts: Sequence[Any], fact
     """Collect with the whole model in memory."""
     from nbl_export.calibrate import collect
 
-    windows, partial = inputs.windows.value, place.run.partial("calibrate")
-    taps, narrow = facts["identity"]["taps"], facts["identity"]["products"] == "bfloat16"
+    windows = inputs.windows.value
+    partial = place.run.partial("calibrate")
+    taps = facts["identity"]["taps"]
+    narrow = facts["identity"]["products"] == "bfloat16"
     found = collect.Collection(inputs.model.value, taps, narrow=narrow)
 
     def keep(done: int, path: Path = partial) -> None:
@@ -137,7 +139,9 @@ def _device(inputs: CalibrateInputs) -> tuple[Any, str]:
     from nbl_export.calibrate.sums import sums_bytes
     from nbl_export.model.mapped import float32_bytes, layer_bytes
 
-    spec, short, checkpoint = inputs.spec, inputs.shortage.value, inputs.checkpoint.value
+    spec = inputs.spec
+    short = inputs.shortage.value
+    checkpoint = inputs.checkpoint.value
     sums = len(taps_of(inputs.tap)) * sums_bytes(spec.hidden_size)
     if not short and is_gpu(inputs.device.value):
         weights = 0 if inputs.model.is_loaded else float32_bytes(checkpoint)
@@ -155,8 +159,11 @@ def _run_layers(inputs: CalibrateInputs, place: Place, facts: dict[str, Any], ou
     from nbl_export.calibrate.moments_file import MomentsWriter
     from nbl_export.model.mapped import mapped_model
 
-    windows, identity, layers = inputs.windows.value, facts["identity"], inputs.spec.num_layers
-    stated, narrow = {**facts, "count": windows.numel()}, identity["products"] == "bfloat16"
+    windows = inputs.windows.value
+    identity = facts["identity"]
+    layers = inputs.spec.num_layers
+    stated = {**facts, "count": windows.numel()}
+    narrow = identity["products"] == "bfloat16"
     model = mapped_model(inputs.checkpoint.value, device)
     with (
         place.ui.task(f"{windows.numel()} tokens, layer by layer") as progress,

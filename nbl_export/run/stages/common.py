@@ -109,7 +109,8 @@ def shared_batches(
         parts: all batches, of which `done` are done.
         keep: writes a partial file of so many batches; all processes call it, now and then.
     """
-    total, due = sum(part.numel() for part in parts), time.monotonic() + _SECONDS
+    total = sum(part.numel() for part in parts)
+    due = time.monotonic() + _SECONDS
     for first in range(done, len(parts), processes.count()):
         end = min(first + processes.count(), len(parts))
         mine = next(iter(processes.own(end - first)), None)

@@ -63,7 +63,8 @@ def calibration(job: Job) -> CutCalibration:
 
 def _cuts(job: Job) -> tuple[int, ...]:
     """All candidates, or the named cut; what the run has sums of already stays."""
-    asked, known = job.options.cut, job.run.manifest.get("calibrated_cuts") or ()
+    asked = job.options.cut
+    known = job.run.manifest.get("calibrated_cuts") or ()
     if asked != AUTO_CUT and int(asked) in known:
         return tuple(known)
     return candidate_cuts(job.decoder.num_layers) if asked == AUTO_CUT else (int(asked),)
@@ -86,12 +87,16 @@ def collect(inputs: CutCalibration, place: Place, out: Path) -> dict[str, Any]:
 
     if inputs.shortage.value:
         use = "start fewer processes, or " if processes.count() > 1 else ""
-        raise NblError(f"predicted keys need the whole model in memory, and its weights are {inputs.shortage.value}; "
-                       f"{use}replace layers in its place (--cut none)")  # fmt: skip
-    model, rows = inputs.model.value, joined(inputs.windows.value, inputs.length)
+        raise NblError(
+            f"predicted keys need the whole model in memory, and its weights are {inputs.shortage.value}; "
+            f"{use}replace layers in its place (--cut none)"
+        )
+    model = inputs.model.value
+    rows = joined(inputs.windows.value, inputs.length)
     narrow = bfloat16.chosen(inputs.compute_dtype, model.device)
     facts = {"model": inputs.fingerprint, "windows": rows_sha256(rows), "cuts": list(inputs.cuts), "narrow": narrow}
-    partial, parts = place.run.partial("calibrate"), batches(rows)
+    partial = place.run.partial("calibrate")
+    parts = batches(rows)
     restored = _restored(partial, facts, model.device) if processes.leads() else None
     sums, done = restored or (CutSums.of(model, inputs.cuts), 0)
     done = int(processes.tell(str(done)))
@@ -132,7 +137,8 @@ def _restored(path: Path, facts: dict[str, Any], device: Any) -> tuple[Any, int]
 
 def choice(job: Job) -> CutInputs:
     """The inputs of the stage plan."""
-    options, named = job.options, job.options.cut != AUTO_CUT
+    options = job.options
+    named = job.options.cut != AUTO_CUT
     setting = {"engine": options.engine, "precision": options.precision, "tokens": options.prompt_length}
     return CutInputs(
         num_layers=job.decoder.num_layers,

@@ -100,7 +100,8 @@ def _opened(inputs: EvalInputs, place: Place, variant: str) -> Iterator[Any]:
     from nbl_export.evaluation.scorer import GraphScorer, graph_scorer, near_of
     from nbl_export.model.checkpoint.load import load_tokenizer
 
-    directory, engine = place.run.path / DECODERS[variant], inputs.engine.value
+    directory = place.run.path / DECODERS[variant]
+    engine = inputs.engine.value
     place.run.check(MADE_BY[DECODERS[variant]])
     if not engine.capabilities.static:
         yield graph_scorer(directory)
@@ -115,7 +116,8 @@ def _measure(subject: Subject, scorer: Any, progress: Callable[[int, int], None]
     """The outcome of a subject. Behind a prompt: the first half of each window is one, in both decoders."""
     from nbl_export.evaluation import length, measure, tasks
 
-    test, context = subject.config.get("output_type"), subject.config.get("context", 0)
+    test = subject.config.get("output_type")
+    context = subject.config.get("context", 0)
     if test in length.TESTS:
         return length.run_length(
             test, subject.value, scorer, context, subject.limit, progress, behind_prompt=behind_prompt

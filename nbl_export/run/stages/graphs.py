@@ -95,7 +95,8 @@ def declare_rewrite(job: Job) -> Lazy[Target]:
 
 def run_rewrite(inputs: Lazy[Target], place: Place, out: Path) -> dict[str, Any]:
     """Write model/ with a manifest of its own."""
-    plan, target = place.plan, out / DECODERS["nbl"]
+    plan = place.plan
+    target = out / DECODERS["nbl"]
     original = place.run.path / DECODERS["original"]
     engine = inputs.value
     engine.linearize(original, target, place.maps(), plan.tap)
@@ -133,7 +134,8 @@ def declare_build(job: Job) -> BuildInputs | LeftOut:
 
 def run_build(inputs: BuildInputs, place: Place, out: Path) -> dict[str, Any]:
     """Write engine/; returns the records of the engines for the manifest."""
-    engine, engines = inputs.available.value, {}
+    engine = inputs.available.value
+    engines = {}
     for subject, name in DECODERS.items():
         with place.ui.task(f"compiling {name}"):
             record = engine.build(place.run.path / name, out / "engine" / name, inputs.settings)

@@ -53,7 +53,8 @@ def declare(job: Job) -> PlanInputs | CutInputs | Lazy[Any]:
 
 def order_of(job: Job) -> OrderInputs:
     """What the order of replacement follows from."""
-    options, decoder = job.options, job.decoder
+    options = job.options
+    decoder = job.decoder
     usual = options.select or DEFAULT_SELECT
     return OrderInputs(
         kind=MapKind(options.kind, options.tap, options.has_bias),
@@ -88,12 +89,14 @@ def run(inputs: PlanInputs | CutInputs | Lazy[Any], place: Place, out: Path) -> 
         (plan, maps), fit = inputs.value, inputs.identity[0]
     elif isinstance(inputs, CutInputs):
         plan, maps, found = choose_cut(inputs, place.ui.task, say)
-        fit, facts = "independent", {**facts, **found}
+        fit = "independent"
+        facts = {**facts, **found}
     else:
         from nbl_export.plan.order import Selection
         from nbl_export.plan.planning import make_plan
 
-        fit, selection = inputs.fit, Selection(inputs.order, place.ui.task, place.run.manifest.get("greedy"))
+        fit = inputs.fit
+        selection = Selection(inputs.order, place.ui.task, place.run.manifest.get("greedy"))
         plan, maps, found = make_plan(inputs, selection, say, place.ui.task)
         facts |= found
         trains = inputs.trains.value
@@ -145,7 +148,8 @@ def declare_distill(job: Job) -> DistillInputs | LeftOut:
         return LeftOut()
     if not job.trains:
         return LeftOut("the model does not fit into memory, which training needs")
-    options, narrows = job.options, "order" in (job.run.manifest.get("goal") or {})
+    options = job.options
+    narrows = "order" in (job.run.manifest.get("goal") or {})
     return DistillInputs(
         fingerprint=job.fingerprint,
         distill_steps=options.distill_steps,
@@ -168,7 +172,9 @@ def run_distill(inputs: DistillInputs, place: Place, out: Path) -> dict[str, Any
     from nbl_export.distill.state import State
     from nbl_export.plan.maps_file import load_maps, maps_in, save_maps
 
-    plan, windows, judging = place.plan, inputs.training.value, inputs.judging.value
+    plan = place.plan
+    windows = inputs.training.value
+    judging = inputs.judging.value
     goal = _Goal(inputs, place) if inputs.deciding else None
     settings = _settings(inputs, goal)
     path = place.run.path / START_FILE
@@ -176,9 +182,14 @@ def run_distill(inputs: DistillInputs, place: Place, out: Path) -> dict[str, Any
     state = State(place.run.partial("distill"), _state_key(inputs.fingerprint, path, windows, judging, settings))
     with place.ui.task("distilling") as progress:
         found = training.distill(
-            inputs.model.value, start, plan.tap, windows, judging, settings,
+            inputs.model.value,
+            start,
+            plan.tap,
+            windows,
+            judging,
+            settings,
             training.Callbacks(progress, lambda s: place.ui.say(f"  {s}"), state, goal.narrow if goal else None),
-        )  # fmt: skip
+        )
     facts = goal.reach(found.maps) if goal else {}
     replaced = facts.get("replaced_layers", plan.layers)
     if processes.leads():
@@ -191,20 +202,28 @@ def run_distill(inputs: DistillInputs, place: Place, out: Path) -> dict[str, Any
 def _settings(inputs: DistillInputs, goal: _Goal | None) -> Any:
     from nbl_export.distill import training
 
-    steps, minutes = inputs.distill_steps, inputs.distill_minutes
+    steps = inputs.distill_steps
+    minutes = inputs.distill_minutes
     if goal and not steps and not minutes:
         minutes = default_minutes(inputs.model.value.num_parameters())
     return training.DistillSettings(
-        steps or (training.UNLIMITED if minutes else DEFAULT_STEPS), minutes, seed=inputs.seed, dtype="auto",
-        lora_rank=inputs.lora_rank, label_weight=inputs.label_weight, narrows=goal is not None,
-    )  # fmt: skip
+        steps or (training.UNLIMITED if minutes else DEFAULT_STEPS),
+        minutes,
+        seed=inputs.seed,
+        dtype="auto",
+        lora_rank=inputs.lora_rank,
+        label_weight=inputs.label_weight,
+        narrows=goal is not None,
+    )
 
 
 class _Goal:
     """A limit on quality that trained maps are to keep, by the plan's order of replacement."""
 
     def __init__(self, inputs: DistillInputs, place: Place) -> None:
-        self._inputs, self._place, self._goal = inputs, place, place.run.manifest["goal"]
+        self._inputs = inputs
+        self._place = place
+        self._goal = place.run.manifest["goal"]
         self._order: tuple[int, ...] = tuple(self._goal["order"])
 
     def narrow(self, maps: dict[int, Any]) -> tuple[int, ...]:
@@ -212,7 +231,8 @@ class _Goal:
         from nbl_export.plan.planning import count_foreseen
 
         assert self._inputs.choosing is not None
-        begun, texts = len(self._order), self._inputs.choosing.value
+        begun = len(self._order)
+        texts = self._inputs.choosing.value
         count = count_foreseen(self._with(maps), self._order, self._goal, texts, self._place.ui.task)
         self._order = self._order[:count]
         self._place.ui.say(f"  {count} of {begun} layers stay; the training goes on with these")
@@ -223,7 +243,8 @@ class _Goal:
         from nbl_export.plan.planning import count_trained
 
         assert self._inputs.deciding is not None
-        order, texts = [i for i in self._order if i in maps], self._inputs.deciding.value
+        order = [i for i in self._order if i in maps]
+        texts = self._inputs.deciding.value
         reached = count_trained(self._with(maps), order, self._goal, texts, self._place.ui.task)
         for line in reached.lines:
             self._place.ui.say(f"  {line}")

@@ -69,7 +69,9 @@ def run(inputs: TextInputs, place: Place, out: Path) -> dict[str, Any]:
     """Write text.safetensors; returns names, hashes and sizes for the manifest."""
     from nbl_export.text import parts
 
-    text, second, context = inputs.documents.value, inputs.second.value, inputs.context
+    text = inputs.documents.value
+    second = inputs.second.value
+    context = inputs.context
     rows = parts.cut(
         text, inputs.tokenizer.value, inputs.calibration_tokens, context, inputs.distill_tokens, inputs.vocab_size
     )

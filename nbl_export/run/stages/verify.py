@@ -87,7 +87,8 @@ class VerifyInputs:
 
 def declare(job: Job) -> VerifyInputs:
     """The inputs of the stage. Compiled engines are proven by ONNX Runtime, whichever they are."""
-    options, text = job.options, job.text
+    options = job.options
+    text = job.text
     proven_by = "static form" if job.engine.capabilities.static else [options.engine, options.provider]
     return VerifyInputs(
         model=job.torch.model,
@@ -126,10 +127,12 @@ def run(inputs: VerifyInputs, place: Place, out: Path) -> dict[str, Any]:
 
 def check(inputs: VerifyInputs, place: Place, out: Path) -> dict[str, Any]:
     """The content of verify.json."""
-    setting, maps = setting_of(inputs, place), place.maps()
+    setting = setting_of(inputs, place)
+    maps = place.maps()
     cut = cut_of(maps)
     near = None if cut is None else cut.near
-    probe, holder = make_probe(inputs, near), _tokenizer(inputs, place)
+    probe = make_probe(inputs, near)
+    holder = _tokenizer(inputs, place)
     asked = ask(holder, near or 0, inputs.cache_length)
     if asked:
         probe = dataclasses.replace(probe, prompts=asked, new_tokens=_ANSWER_TOKENS)
@@ -140,7 +143,8 @@ def check(inputs: VerifyInputs, place: Place, out: Path) -> dict[str, Any]:
         _check_exporter(verifier, inputs, run["original"])
         results = verifier.results
         place.ui.say(f"  graphs: {sum(r.passed for r in results)} of {len(results)} checks passed")
-        quality_losses, far = list[dict[str, Any]](), None
+        quality_losses = list[dict[str, Any]]()
+        far = None
         if not inputs.lacks_attention:  # the loss takes as long again
             original, nbl, held = _open_both(setting, run)
             with place.ui.task("quality loss on held-back text") as progress:
@@ -171,7 +175,8 @@ def _check_exporter(verifier: Verifier, inputs: VerifyInputs, original: Path) ->
     """Check exporter. The torch model is forgotten afterwards."""
     from nbl_export.verify import exporter
 
-    setting, model = verifier.setting, inputs.mapped if inputs.shortage.value else inputs.model
+    setting = verifier.setting
+    model = inputs.mapped if inputs.shortage.value else inputs.model
     with setting.task("torch model") as progress:
         if setting.precision in exporter.ROUNDED:
             decoder, (_, windows) = setting.engine.open_graph(original, inputs.spec.head_dim), loss_texts(inputs)[0]
@@ -195,7 +200,8 @@ def ask(holder: Path | None, near: int, cache_length: int) -> tuple[tuple[int, .
     """Questions in the model's chat template; none without one, or if they are too short for a cut, or too long."""
     if holder is None:
         return ()
-    text, fits = Text(holder), range(near + 1, cache_length - _ANSWER_TOKENS + 1)
+    text = Text(holder)
+    fits = range(near + 1, cache_length - _ANSWER_TOKENS + 1)
     with contextlib.suppress(NblError):  # a template that cannot be applied
         found = [tuple(text.asked(turn) or ()) for turn in questions.turns()]
         return tuple(found) if all(len(ids) in fits for ids in found) else ()
@@ -209,7 +215,8 @@ def _answers(verifier: Verifier, holder: Path | None, *, asked: bool) -> list[di
     """
     if set(verifier.said) != set(DECODERS) or holder is None:
         return []
-    text, prompts = Text(holder), verifier.probe.prompts
+    text = Text(holder)
+    prompts = verifier.probe.prompts
     shown = questions.QUESTIONS if asked else tuple(map(text.whole, prompts))
     return [
         {"prompt": shown[k]} | {name: text.behind(prompt, said[k]) for name, said in verifier.said.items()}
@@ -231,13 +238,17 @@ def setting_of(inputs: VerifyInputs, place: Place) -> Setting:
 
 
 def conclude(
-    inputs: VerifyInputs, place: Place, verifier: Verifier, quality_losses: list[dict[str, Any]],
+    inputs: VerifyInputs,
+    place: Place,
+    verifier: Verifier,
+    quality_losses: list[dict[str, Any]],
     far: dict[str, Any] | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """The content of verify.json; prints the perplexity increases, what answers from far back keep, and warnings."""
     from nbl_export.verify import ladder
 
-    plan, size = place.plan, inputs.engine.value.capabilities.cache_itemsize(inputs.precision)
+    plan = place.plan
+    size = inputs.engine.value.capabilities.cache_itemsize(inputs.precision)
     layers = {"original": plan.num_layers, "nbl": len(cache_layers(plan))}
     per_token = {subject: inputs.spec.cache_bytes_per_token(kept, size) for subject, kept in layers.items()}
     warning = warn_of_text(quality_losses)
@@ -283,7 +294,8 @@ def make_probe(inputs: VerifyInputs, near: int | None = None) -> Any:
     """
     from nbl_export.verify import ladder
 
-    windows, cache_length = inputs.windows.value, inputs.cache_length
+    windows = inputs.windows.value
+    cache_length = inputs.cache_length
     ids = inputs.held_back.value.flatten().tolist()
     window = inputs.spec.sliding_window or 0
     (first, second), prompt = _PREFILL_TOKENS, _PROMPT_TOKENS
@@ -291,7 +303,9 @@ def make_probe(inputs: VerifyInputs, near: int | None = None) -> Any:
         first = window + 24
     every = [*ids, *windows.flatten().tolist()]
     if near is not None:
-        first, second, prompt = max(first, near + 25), near + 2, near + prompt
+        first = max(first, near + 25)
+        second = near + 2
+        prompt = near + prompt
         ids = ids if len(ids) >= 2 * first else every
     first, second = (min(n, cache_length - ladder.DECODE_STEPS, len(ids) // 2) for n in (first, second))
     rows = (ids[: first + ladder.DECODE_STEPS], ids[-(second + ladder.DECODE_STEPS) :])

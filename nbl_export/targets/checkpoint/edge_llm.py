@@ -40,7 +40,8 @@ __all__ = ["ARCHITECTURES", "check", "load", "remarks", "save"]
 ARCHITECTURES = DESTINATIONS["edge-llm"].architectures
 _CODE = Path(__file__).with_name("edge_llm_code.py")
 _MODULE = "configuration_nbl_edge_llm"
-_ATTENTION, _NONE = "attention", "mlp_none"
+_ATTENTION = "attention"
+_NONE = "mlp_none"
 
 
 def check(config: Any, maps: Mapping[int, Mixer]) -> None:

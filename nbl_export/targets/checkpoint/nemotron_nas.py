@@ -39,7 +39,8 @@ __all__ = ["MATRIX", "check", "check_vocabulary", "load", "save"]
 # Form, as `convert --to` names it -> name of a layer's matrix.
 MATRIX = {"nemotron-nas": "linear_attn", "mlx": "linear"}
 _MULTIPLE = 256
-_LLAMA_3, _MOST_TOKENIZER = 128_256, 64 << 20  # tokens, and bytes of tokenizer.json
+_LLAMA_3 = 128_256  # tokens, and bytes of tokenizer.json
+_MOST_TOKENIZER = 64 << 20
 _CODE = Path(__file__).with_name("nemotron_nas_config.py")
 _MODULE = "configuration_nbl_nas"
 _SCALED = ("linear", "llama3", "yarn")  # rotary embeddings that both readers know
@@ -161,7 +162,8 @@ def load(directory: Path) -> Any:
     config = LlamaConfig(**values, rope_parameters=rope)
     weights = read_weights(directory)
     for name in [n for n in weights if any(n.endswith(f".self_attn.{own}.weight") for own in MATRIX.values())]:
-        prefix, matrix = name.rpartition(".self_attn.")[0], weights.pop(name)
+        prefix = name.rpartition(".self_attn.")[0]
+        matrix = weights.pop(name)
         weights[f"{prefix}.self_attn.linear.weight"] = matrix
         weights[f"{prefix}.self_attn.linear.bias"] = torch.zeros(len(matrix))
     return filled(config, kinds, "normed", weights, directory)

@@ -56,7 +56,8 @@ def add_text_files(checkpoint: Path, out: Path) -> None:
 
 
 def _make_tokenizer_portable(checkpoint: Path, out: Path) -> None:
-    theirs, ours = checkpoint / "tokenizer_config.json", out / "tokenizer_config.json"
+    theirs = checkpoint / "tokenizer_config.json"
+    ours = out / "tokenizer_config.json"
     if not (theirs.exists() and ours.exists() and (out / "tokenizer.json").exists()):
         return
     if read_object(theirs).get("tokenizer_class") != "TokenizersBackend":
@@ -82,7 +83,9 @@ def captured(what: str, checkpoint: Path) -> Iterator[None]:
     """
     said = io.StringIO()
     root = logging.getLogger()
-    level, handlers, disabled = root.level, root.handlers[:], root.manager.disable
+    level = root.level
+    handlers = root.handlers[:]
+    disabled = root.manager.disable
     if not log.isEnabledFor(logging.DEBUG):
         logging.disable(logging.ERROR)
     try:
@@ -106,7 +109,8 @@ def captured(what: str, checkpoint: Path) -> Iterator[None]:
 
 # The GenAI builder (0.18, `make_rotary_embedding_caches_from_scratch`) and mobius make rotary tables for these.
 _POSITIONS = ("max_position_embeddings", "original_max_position_embeddings", "seq_length")
-_TABLES, _ITEM = 4, 4  # angles, the angles twice, sines and cosines; float32
+_TABLES = 4  # angles, the angles twice, sines and cosines; float32
+_ITEM = 4
 _LEAST_BYTES = 1 << 26  # of tables; below this much they may be larger than the weights
 
 
@@ -123,7 +127,8 @@ def check_bounds(checkpoint: Path) -> None:
     check_weights(checkpoint)
     positions = max(_whole(getattr(config, name, 0)) for name in _POSITIONS)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    tables, available = _ITEM * positions * head, available_bytes()
+    tables = _ITEM * positions * head
+    available = available_bytes()
     most = min(available // _TABLES, max(float32_bytes(checkpoint), _LEAST_BYTES))
     if tables > most:
         raise NblError(

@@ -84,7 +84,8 @@ def refuse_lost_biases(checkpoint: Path) -> None:
 def _restore_config(checkpoint: Path, path: Path) -> None:
     """Set the model's context length (mobius 0.1 writes 4096 for every model), and a type that GenAI knows."""
     config = _config(checkpoint)
-    positions, record = _positions(config), ARCHITECTURES[config["model_type"]]
+    positions = _positions(config)
+    record = ARCHITECTURES[config["model_type"]]
     settings = read_json(path)
     settings["model"]["context_length"] = settings["search"]["max_length"] = positions
     if record.runtime_type is not None:

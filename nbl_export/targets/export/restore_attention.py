@@ -38,7 +38,9 @@ from nbl_export.model.checkpoint.pretrained import config_of
 __all__ = ["restore_attention"]
 
 _LAYER = re.compile(r"^past_key_values\.(\d+)\.key$")
-_PAST_KEY, _COS, _SIN = 3, 7, 8  # inputs of GroupQueryAttention
+_PAST_KEY = 3  # inputs of GroupQueryAttention
+_COS = 7
+_SIN = 8
 _SHARED = (".cos_cache", ".sin_cache")  # end the names of tables that mobius' graphs look positions up in
 _ROUNDING = {4: 1e-3, 2: 1e-2}  # by bytes of an element: equal tables differ by less, other tables by more
 _NEAR = 1e-2  # relative distance of a rounded root
@@ -50,7 +52,8 @@ def restore_attention(checkpoint: Path, out: Path) -> None:
     config = config_of(checkpoint)
     model = read_graph(out / GRAPH_FILE)
     nodes = _attention_by_layer(model.graph)
-    windows, scale = windows_of(config), _scale(config)
+    windows = windows_of(config)
+    scale = _scale(config)
     changed = [_set_window(node, windows[layer]) for layer, node in nodes.items()]
     changed += [_set_scale(node, scale) for node in nodes.values() if scale is not None]
     changed += [_drop_rotary_size(node) for node in nodes.values()]
@@ -106,7 +109,8 @@ def _restore_root(graph: ir.Graph, root: float) -> bool:
             if given is None or given.size != 1:
                 continue
             array = np.full(given.shape.numpy(), root, given.numpy().dtype)
-            number, exact = given.numpy().item(), array.item()
+            number = given.numpy().item()
+            exact = array.item()
             if number != exact and math.isclose(number, exact, rel_tol=_NEAR):
                 node.replace_input_with(index, register(graph, ir.tensor(array, name="nbl.embedding_root")))
                 return True
@@ -147,7 +151,8 @@ def _restore_tables(graph: ir.Graph, nodes: dict[int, ir.Node], config: Any) -> 
             exact = wanted[index - _COS]
             if not _differs(table, exact):
                 continue
-            key, given = (str(table.name), kind), table.const_value.numpy()
+            key = (str(table.name), kind)
+            given = table.const_value.numpy()
             if key not in done:
                 done[key] = register(graph, ir.tensor(exact.astype(given.dtype), name=f"{table.name}.{kind or 'all'}"))
             node.replace_input_with(index, done[key])

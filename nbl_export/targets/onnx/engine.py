@@ -49,7 +49,8 @@ class OrtEngine(Target):
                 return Availability(
                     False, f"{clash}; they overwrite each other's files: uninstall both, then install one"
                 )
-            genai, onnxruntime = load_package("onnxruntime_genai"), load_package("onnxruntime")
+            genai = load_package("onnxruntime_genai")
+            onnxruntime = load_package("onnxruntime")
             answer = _known_answer()
             if answer != [17.0, 30.0]:
                 return Availability(False, f"onnxruntime {onnxruntime.__version__} computes {answer}, not [17, 30]")
@@ -81,9 +82,14 @@ class OrtEngine(Target):
         return GenaiRunner(path, threads)
 
     def open_graph(
-        self, directory: Path, head_dim: int, file: str | None = None, threads: int | None = None, *,
+        self,
+        directory: Path,
+        head_dim: int,
+        file: str | None = None,
+        threads: int | None = None,
+        *,
         exact: bool = False,
-    ) -> OnnxDecoder:  # fmt: skip
+    ) -> OnnxDecoder:
         """The directory's graph on plain ONNX Runtime's CPU provider."""
         return OnnxDecoder(directory, head_dim, threads, file=file or all_logits_file(directory), exact=exact)
 

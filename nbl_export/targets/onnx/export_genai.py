@@ -202,7 +202,8 @@ def _alone(whole: Any, node: Any) -> Any:
     weights = [value for value in inputs if value.const_value is not None]
     outputs = [ir.Value(name=v.name, shape=v.shape, type=v.type) for v in node.outputs]
     copy = ir.Node(node.domain, node.op_type, inputs, node.attributes.values(), outputs=outputs, name=node.name)
-    given, imports = [value for value in inputs if value.const_value is None], whole.graph.opset_imports
+    given = [value for value in inputs if value.const_value is None]
+    imports = whole.graph.opset_imports
     graph = ir.Graph(given, outputs, nodes=[copy], initializers=weights, opset_imports=dict(imports), name="rounded")
     return ir.Model(graph, ir_version=whole.ir_version)
 
@@ -213,7 +214,8 @@ def _take_place(node: Any, made: Any, weight: Any) -> None:
 
     from nbl_export.graph.emitter import register
 
-    whole, nodes = node.graph, list(made)
+    whole = node.graph
+    nodes = list(made)
     for name, value in made.initializers.items():
         if name not in whole.initializers:
             tensor = value.const_value

@@ -86,7 +86,8 @@ class GenaiRunner(Speaking):
     def begin(self, max_tokens: int) -> None:
         """Forget the sequence; reserve cache for min(max_tokens, context length) tokens, resident at once."""
         self._generator = None  # free the old cache before the new one is allocated
-        self._length, self._capacity = 0, min(max_tokens, self.context_length)
+        self._length = 0
+        self._capacity = min(max_tokens, self.context_length)
         try:
             params = self._og.GeneratorParams(self._model)
             params.set_search_options(

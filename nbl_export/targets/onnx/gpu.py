@@ -124,7 +124,8 @@ def load_cuda() -> None:
         MissingPackageError: onnxruntime or onnxruntime-genai is not installed.
         NblError: a library is missing or does not load; the message names the library.
     """
-    onnxruntime, genai = load_package("onnxruntime"), load_package("onnxruntime_genai")
+    onnxruntime = load_package("onnxruntime")
+    genai = load_package("onnxruntime_genai")
     said = io.StringIO()  # `preload_dlls` prints what it does not find
     with contextlib.redirect_stdout(said):
         onnxruntime.preload_dlls()

@@ -123,9 +123,14 @@ class OpenVinoEngine(Target):
         return said
 
     def open_graph(
-        self, directory: Path, head_dim: int, file: str | None = None, threads: int | None = None, *,
+        self,
+        directory: Path,
+        head_dim: int,
+        file: str | None = None,
+        threads: int | None = None,
+        *,
         exact: bool = False,
-    ) -> IrDecoder:  # fmt: skip
+    ) -> IrDecoder:
         """The graph in the arithmetic that ships, or in float32."""
         return IrDecoder(directory, file or _most_logits(directory), exact=exact, threads=threads)
 

@@ -87,7 +87,8 @@ def _convert_tokenizer(checkpoint: Path, out: Path) -> None:
 
 # -- states ---------------------------------------------------------------------------------------------
 
-_PAST, _PRESENT = "past_key_values.", "present."
+_PAST = "past_key_values."
+_PRESENT = "present."
 _BATCH = 0  # axis of a cache [batch, heads, tokens, head size]
 
 

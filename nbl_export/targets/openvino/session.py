@@ -71,10 +71,17 @@ class Session:
     """
 
     def __init__(
-        self, directory: Path, file: str = IR_FILE, *, exact: bool = False, threads: int | None = None,
-        mixers: Running | None = None, tap: str = "",
-    ) -> None:  # fmt: skip
-        self.directory, self._mixers = directory, mixers
+        self,
+        directory: Path,
+        file: str = IR_FILE,
+        *,
+        exact: bool = False,
+        threads: int | None = None,
+        mixers: Running | None = None,
+        tap: str = "",
+    ) -> None:
+        self.directory = directory
+        self._mixers = mixers
         core = load_openvino().Core()
         model = read_ir(directory, file)
         parts = [model] if mixers is None else parts_of(model, mixers.layers, tap)

@@ -28,7 +28,8 @@ def kept_signal_stack() -> Iterator[None]:
     if sys.platform != "linux":
         yield
         return
-    libc, own = ctypes.CDLL(None), _Stack()
+    libc = ctypes.CDLL(None)
+    own = _Stack()
     libc.sigaltstack(None, ctypes.byref(own))
     try:
         yield

@@ -28,7 +28,8 @@ __all__ = ["LOWEST", "convert"]
 
 LOWEST = torch.finfo(torch.float16).min  # of a masked score: bfloat16 and float16 hold it
 _MASKS = ("create_causal_mask", "create_sliding_window_causal_mask")  # as transformers' decoders call them
-_PAST, _PRESENT = "past_key_values.", "present."
+_PAST = "past_key_values."
+_PRESENT = "present."
 
 
 class _Caches:
@@ -76,15 +77,19 @@ class _Step(nn.Module):
         masks = _masks(input_ids, attention_mask, position_ids, self._window)
         with _given(self.model, masks):
             out = self.model(
-                input_ids=input_ids, attention_mask=masks[0], position_ids=position_ids, use_cache=True,
+                input_ids=input_ids,
+                attention_mask=masks[0],
+                position_ids=position_ids,
+                use_cache=True,
                 **{self._cache_name: caches},
-            )  # fmt: skip
+            )
         return (out.logits, *caches.held.values())
 
 
 def _masks(ids_BT: Any, mask_BK: Any, position_BT: Any, window: int | None) -> tuple[Any, Any]:
     """Additive masks [B, 1, T, K]: of all tokens up to a token, and of those in its window, itself included."""
-    new, total = ids_BT.shape[1], mask_BK.shape[1]
+    new = ids_BT.shape[1]
+    total = mask_BK.shape[1]
     columns = torch.arange(total)
     own = torch.arange(new) + (total - new)
     seen = (columns[None, :] <= own[:, None])[None, None] & (mask_BK != 0)[:, None, None, :]
@@ -115,8 +120,11 @@ def convert(model: Any) -> Any:
     _check_rotary(config)
     _trace_experts(config)
     _compute_in_float32(model)
-    batch, new, past = 2, 3, 5
-    heads, names = config.num_key_value_heads, _names_of(config)
+    batch = 2
+    new = 3
+    past = 5
+    heads = config.num_key_value_heads
+    names = _names_of(config)
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     pasts = [torch.zeros(batch, heads, past, size) for _ in names]
     inputs: Mapping[str, torch.Tensor] = {
@@ -206,7 +214,8 @@ def _fold_sizes(model: Any) -> None:
         source = node.input_value(0).get_node() if node.get_type_name() == "Gather" else None
         if source is None or source.get_type_name() != "ShapeOf":
             continue
-        place, dims = node.input_value(1).get_node(), source.get_input_partial_shape(0)
+        place = node.input_value(1).get_node()
+        dims = source.get_input_partial_shape(0)
         if place.get_type_name() != "Constant" or dims.rank.is_dynamic:
             continue
         found = [dims[int(k)] for k in np.atleast_1d(place.get_data()).ravel()]

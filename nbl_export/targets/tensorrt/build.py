@@ -180,7 +180,8 @@ def _attempt(
     Raises:
         NblError: the library makes no configuration. OSError: the disk is full.
     """
-    build, refusal = parsed.builder.build_serialized_network_to_stream, None
+    build = parsed.builder.build_serialized_network_to_stream
+    refusal = None
     with path.open("wb") as file:
         with log.explaining(failed) as said:
             writer = _plan_writer(parsed.trt, file)
@@ -194,7 +195,8 @@ def _attempt(
 
 def _config(parsed: ParsedNetwork, profiles: Sequence[Profile], library: Library) -> Any:
     """The builder's configuration, inside a block of `Messages.explaining`."""
-    trt, builder = parsed.trt, parsed.builder
+    trt = parsed.trt
+    builder = parsed.builder
     config = require(builder.create_builder_config())
     if library.jit:  # refuses kernels that allocate or wait for the host, which a CUDA graph cannot hold
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
@@ -212,7 +214,8 @@ def _plan_writer(trt: Any, file: BinaryIO) -> Any:
         def __init__(self) -> None:
             trt.IStreamWriter.__init__(self)
             self.failure: OSError | None = None
-            self.digest, self.size = hashlib.sha256(), 0
+            self.digest = hashlib.sha256()
+            self.size = 0
 
         def write(self, data: bytes, *_size: int) -> int:
             try:

@@ -141,9 +141,14 @@ class TensorRtEngine(Target):
         return StaticRunner(open_session(self.library, path), path)
 
     def open_graph(
-        self, directory: Path, head_dim: int, file: str | None = None, threads: int | None = None, *,
+        self,
+        directory: Path,
+        head_dim: int,
+        file: str | None = None,
+        threads: int | None = None,
+        *,
         exact: bool = False,
-    ) -> OnnxDecoder:  # fmt: skip
+    ) -> OnnxDecoder:
         """A float32 copy on ONNX Runtime's CPU provider, which has no MatMul for bf16.
 
         Always `exact`: by default ONNX Runtime fuses int4 blocks to MatMulNBits with int8 activations (logits off by up

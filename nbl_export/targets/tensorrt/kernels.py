@@ -38,7 +38,8 @@ class KernelCache:
         Args:
             runtime_config: an `IRuntimeConfig`, which makes the cache.
         """
-        self._cache, blob = runtime_config.create_runtime_cache(), self._read()
+        self._cache = runtime_config.create_runtime_cache()
+        blob = self._read()
         if self._cache is not None and blob and self._cache.deserialize(blob):
             self._known = blob
         else:
@@ -47,7 +48,8 @@ class KernelCache:
 
     def save(self) -> None:
         """Write the kernels, if new ones were compiled. A failure is a warning, because the file only saves time."""
-        cache, self._cache = self._cache, None
+        cache = self._cache
+        self._cache = None
         if cache is None:
             return
         try:

@@ -83,7 +83,8 @@ class Messages:
             NblError: the library has refused.
         """
         said: list[Message] = []
-        outer, self._sink = self._sink, said
+        outer = self._sink
+        self._sink = said
         try:
             yield said
         except NblError:

@@ -38,7 +38,8 @@ _DTYPES = {
     "INT32": "int32",
     "BOOL": "bool",
 }
-FUSED, DECOMPOSABLE = "fused", "decomposable"
+FUSED = "fused"
+DECOMPOSABLE = "decomposable"
 _PRECISIONS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
 

@@ -19,8 +19,7 @@ from nbl_export.targets.tensorrt.static.schedule import Profile
 from nbl_export.trust.contained import check_folder, check_inside
 from nbl_export.trust.own_engines import is_own
 
-__all__ = ["ENGINE_FILE", "RECORD_FILE", "EngineRecord", "read_plan", "read_record",
-           "refuse_foreign"]  # fmt: skip
+__all__ = ["ENGINE_FILE", "RECORD_FILE", "EngineRecord", "read_plan", "read_record", "refuse_foreign"]
 
 ENGINE_FILE = "decoder.engine"
 RECORD_FILE = "engine.json"
@@ -82,7 +81,8 @@ def read_record(directory: Path) -> EngineRecord:
         NblError: the directory holds no engine.
         CorruptError: engine.json cannot be read, the plan has another size, or an entry is a link out of the directory.
     """
-    path, plan = directory / RECORD_FILE, directory / ENGINE_FILE
+    path = directory / RECORD_FILE
+    plan = directory / ENGINE_FILE
     if not path.is_file():
         raise NblError(f"{directory} holds no engine: {RECORD_FILE} is missing; nbl-export build makes one")
     check_folder(directory)

@@ -76,7 +76,8 @@ def refuse_misfit(library: Library, record: EngineRecord, version: str, gpu: Gpu
     Raises:
         NblError: engine, version or compute capability differ, or there is no GPU.
     """
-    name, title = library.capabilities.name, library.capabilities.title
+    name = library.capabilities.name
+    title = library.capabilities.title
     again = f"build it again here: nbl-export build DIR --engine {name}"
     if record.engine != name:
         raise NblError(f"{directory} holds an engine of {record.engine}, not of {name}; {again}")
@@ -98,8 +99,13 @@ def refuse_misfit(library: Library, record: EngineRecord, version: str, gpu: Gpu
             f"{directory} was built for compute capability {built}, and the {gpu.name} has {gpu.compute}; {again}"
         )
     if record.gpu and record.gpu != gpu.name:
-        log.warning("%s has kernels that were chosen on the %s, and runs on the %s; %s for speed", directory,
-                    record.gpu, gpu.name, again)  # fmt: skip
+        log.warning(
+            "%s has kernels that were chosen on the %s, and runs on the %s; %s for speed",
+            directory,
+            record.gpu,
+            gpu.name,
+            again,
+        )
 
 
 class TrtSession:
@@ -117,14 +123,21 @@ class TrtSession:
     """
 
     def __init__(
-        self, library: Library, directory: Path, record: EngineRecord, trt: Any, device: Device,
+        self,
+        library: Library,
+        directory: Path,
+        record: EngineRecord,
+        trt: Any,
+        device: Device,
         kernels: KernelCache | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.contract = record.contract
         self.cache_length = record.max_seq_len
         self.chunk = record.prefill_chunk
         self.kernels = kernels
-        self._record, self._device, self._messages = record, device, messages_of(trt)
+        self._record = record
+        self._device = device
+        self._messages = messages_of(trt)
         self._batch = 0
         self._caches: dict[str, tuple[int, int]] = {}
         self._shapes: dict[int, tuple[int, ...]] = {}
@@ -169,7 +182,8 @@ class TrtSession:
 
     def _bind(self, batch: int) -> None:
         caches = [info for info in self.contract.inputs if info.name.startswith("past_key_values.")]
-        self._batch, self._shapes = 0, {}  # until all is bound
+        self._batch = 0  # until all is bound
+        self._shapes = {}
         self._step.reset()
         for info in caches:
             size = _bytes(info, batch)
@@ -301,9 +315,8 @@ def _bytes(info: TensorInfo, batch: int) -> int:
 
 
 def _open_contexts(
-    library: Library, trt: Any, messages: Messages, engine: Any, device: Device,
-    kernels: KernelCache | None,
-) -> list[Any]:  # fmt: skip
+    library: Library, trt: Any, messages: Messages, engine: Any, device: Device, kernels: KernelCache | None
+) -> list[Any]:
     """A context for each profile of the engine; each stays on its profile.
 
     Raises:
@@ -336,7 +349,8 @@ def _make_config(library: Library, trt: Any, engine: Any, *, decode: bool) -> An
     config = require(engine.create_runtime_config(), "a runtime configuration")
     config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
     if library.jit:
-        graphs, kinds = trt.CudaGraphStrategy, trt.DynamicShapesKernelSpecializationStrategy
+        graphs = trt.CudaGraphStrategy
+        kinds = trt.DynamicShapesKernelSpecializationStrategy
         config.cuda_graph_strategy = graphs.WHOLE_GRAPH_CAPTURE if decode else graphs.DISABLED
         config.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER
     return config
@@ -353,7 +367,8 @@ class DecodeStep:
     """
 
     def __init__(self, device: Device, *, captures: bool) -> None:
-        self._device, self._captures = device, captures
+        self._device = device
+        self._captures = captures
         self._shape: tuple[int, ...] | None = None
         self._replay: Callable[[], None] | None = None
 

@@ -88,10 +88,16 @@ def rows_of(
     lengths = np.diff(np.append(begin, len(climb)))
     return Rows(
         climb=climb if len(far) else None,
-        owner=request[climb[begin]], lengths=lengths, seen=at[climb[begin + lengths - 1]] + 1,
-        far=far, fresh=fresh, fresh_blocks=table[request[first], (at[first] - 1) // block],
-        last=last, blocks=table[request[last], at[last] // block], ends=(ends - 1)[counts > 0],
-    )  # fmt: skip
+        owner=request[climb[begin]],
+        lengths=lengths,
+        seen=at[climb[begin + lengths - 1]] + 1,
+        far=far,
+        fresh=fresh,
+        fresh_blocks=table[request[first], (at[first] - 1) // block],
+        last=last,
+        blocks=table[request[last], at[last] // block],
+        ends=(ends - 1)[counts > 0],
+    )
 
 
 class Cut:
@@ -104,7 +110,8 @@ class Cut:
     """
 
     def __init__(self, facts: Any, layers: tuple[int, int], size: int) -> None:
-        self.near, self._epsilon = facts["near"], facts["epsilon"]
+        self.near = facts["near"]
+        self._epsilon = facts["epsilon"]
         self.lowest, self.highest = layers
         self._held = torch.empty(0, size)  # of each block
         self._features = torch.empty(0)
@@ -130,8 +137,10 @@ class Cut:
 
     def fill(self, step: Any, attention: Any, positions: torch.Tensor) -> None:
         """Put the predicted keys and values of the far rows into a layer's cache."""
-        rows, attn = step.nbl_rows, attention.attn
-        heads, size = attn.num_kv_heads, attn.head_size
+        rows = step.nbl_rows
+        attn = attention.attn
+        heads = attn.num_kv_heads
+        size = attn.head_size
         ours = get_tensor_model_parallel_rank() * attention.total_num_kv_heads // get_tensor_model_parallel_world_size()
         made = attention.mixer.linear(self._features).unflatten(-1, (2, -1, size))[:, :, ours : ours + heads]
         keys, values = (part.contiguous() for part in made.unbind(1))
@@ -157,7 +166,7 @@ class _Above:
 
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor, **others: Any
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         stock: Any = super()
         steps = get_forward_context().attn_metadata
         step = steps.get(self.self_attn.attn.layer_name) if isinstance(steps, dict) else None
@@ -178,7 +187,8 @@ class _Above:
 
 def put_cut(layers: Any, facts: Any, vllm_config: Any) -> list[str]:
     """Let the layers from the cut up predict keys. Returns names of the maps' biases, as the checkpoint has them."""
-    lowest, count = facts["layer"], len(layers)
+    lowest = facts["layer"]
+    count = len(layers)
     size = vllm_config.model_config.hf_config.hidden_size
     cut = Cut(facts, (lowest, count - 1), size)
     backend = layers[lowest].self_attn.attn.attn_backend
@@ -192,10 +202,15 @@ def put_cut(layers: Any, facts: Any, vllm_config: Any) -> list[str]:
         prefix = attention.attn.layer_name.removesuffix(".attn")
         attention.mixer = nn.Module()
         attention.mixer.linear = ReplicatedLinear(
-            2 * size, 2 * attention.total_num_kv_heads * attention.attn.head_size, bias=True,
-            quant_config=vllm_config.quant_config, prefix=f"{prefix}.mixer.linear", return_bias=False,
-        )  # fmt: skip
-        layer.cut, layer.index = cut, index
+            2 * size,
+            2 * attention.total_num_kv_heads * attention.attn.head_size,
+            bias=True,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.mixer.linear",
+            return_bias=False,
+        )
+        layer.cut = cut
+        layer.index = index
         layer.__class__ = type(f"{type(layer).__name__}AboveCut", (_Above, type(layer)), {})
     return [f"model.layers.{index}.self_attn.mixer.linear.bias" for index in range(lowest, count)]
 
@@ -205,15 +220,18 @@ def _builder(stock: Any, near: int) -> Any:
 
     class CutBuilder(stock):
         def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
-            common, prompts = common_attn_metadata, common_attn_metadata.rswa_prefix_lens
+            common = common_attn_metadata
+            prompts = common_attn_metadata.rswa_prefix_lens
             if prompts is None:  # a trial run
                 return super().build(common_prefix_len, common, fast_build)
             counts = common.query_start_loc_cpu.diff().cpu().numpy()
             ends = common.seq_lens if common.seq_lens_cpu_upper_bound is None else common.seq_lens_cpu_upper_bound
-            starts, table = ends.cpu().numpy() - counts, common.block_table_tensor.cpu().numpy()
+            starts = ends.cpu().numpy() - counts
+            table = common.block_table_tensor.cpu().numpy()
             rows = rows_of(starts, counts, prompts.cpu().numpy(), table, self.kv_cache_spec.block_size, near)
             made = super().build(common_prefix_len if rows.climb is None else 0, _few(common, rows), fast_build)
-            made.nbl_rows, made.nbl_far_slots = rows, common.slot_mapping[rows.far]
+            made.nbl_rows = rows
+            made.nbl_far_slots = common.slot_mapping[rows.far]
             return made
 
     return CutBuilder
@@ -224,17 +242,27 @@ def _few(common: Any, rows: Rows) -> Any:
     if rows.climb is None or not len(rows.climb):
         return common
     starts = torch.from_numpy(np.append(0, np.cumsum(rows.lengths)).astype(np.int32))
-    owner, device = torch.from_numpy(rows.owner), common.seq_lens.device
+    owner = torch.from_numpy(rows.owner)
+    device = common.seq_lens.device
     seen = torch.from_numpy(rows.seen.astype(np.int32))
     return replace(
-        common, query_start_loc=starts.to(device), query_start_loc_cpu=starts, seq_lens=seen.to(device),
-        seq_lens_cpu_upper_bound=seen, num_reqs=len(owner), num_actual_tokens=len(rows.climb),
-        max_query_len=int(rows.lengths.max()), max_seq_len=int(rows.seen.max()),
-        block_table_tensor=common.block_table_tensor[owner], slot_mapping=common.slot_mapping[rows.climb],
+        common,
+        query_start_loc=starts.to(device),
+        query_start_loc_cpu=starts,
+        seq_lens=seen.to(device),
+        seq_lens_cpu_upper_bound=seen,
+        num_reqs=len(owner),
+        num_actual_tokens=len(rows.climb),
+        max_query_len=int(rows.lengths.max()),
+        max_seq_len=int(rows.seen.max()),
+        block_table_tensor=common.block_table_tensor[owner],
+        slot_mapping=common.slot_mapping[rows.climb],
         positions=None if common.positions is None else common.positions[rows.climb],
         is_prefilling=None if common.is_prefilling is None else common.is_prefilling[owner],
-        rswa_prefix_lens=None, _num_computed_tokens_cache=None, _token_to_req_indices_cache=None,
-    )  # fmt: skip
+        rswa_prefix_lens=None,
+        _num_computed_tokens_cache=None,
+        _token_to_req_indices_cache=None,
+    )
 
 
 def _normed(stream_ND: torch.Tensor, epsilon: float) -> torch.Tensor:

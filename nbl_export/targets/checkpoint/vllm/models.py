@@ -31,8 +31,17 @@ from vllm.model_executor.models.utils import PPMissingLayer
 
 from nbl_export.targets.checkpoint.vllm.cut import put_cut
 
-__all__ = ["Dropped", "Joined", "LinearAttention", "Linearized", "NblLlamaForCausalLM", "NblMistralForCausalLM",
-           "NblPhi3ForCausalLM", "NblQwen2ForCausalLM", "NblQwen3ForCausalLM"]  # fmt: skip
+__all__ = [
+    "Dropped",
+    "Joined",
+    "LinearAttention",
+    "Linearized",
+    "NblLlamaForCausalLM",
+    "NblMistralForCausalLM",
+    "NblPhi3ForCausalLM",
+    "NblQwen2ForCausalLM",
+    "NblQwen3ForCausalLM",
+]
 
 
 class LinearAttention(nn.Module):
@@ -77,7 +86,8 @@ class Linearized:
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)  # type: ignore[call-arg]
         config = vllm_config.model_config.hf_config
-        replaced, count = config.nbl_replaced_layers or [], config.num_hidden_layers
+        replaced = config.nbl_replaced_layers or []
+        count = config.num_hidden_layers
         if not replaced or not set(replaced) < set(range(count)):
             raise ValueError(f"config.json replaces layers {replaced} of {count}; convert the run again")
         if config.nbl_tap not in ("residual", "normed") or config.nbl_parallel not in ("replicated", "column"):
@@ -90,8 +100,11 @@ class Linearized:
             return
         if not set(kinds.values()) <= {"linear", "none"}:
             raise ValueError(f"config.json has layers of the kinds {config.nbl_kinds}; vLLM runs linear layers")
-        here = {i: layer for i, layer in enumerate(self.model.layers)  # type: ignore[attr-defined]
-                if not isinstance(layer, PPMissingLayer)}  # fmt: skip
+        here = {
+            i: layer
+            for i, layer in enumerate(self.model.layers)  # type: ignore[attr-defined]
+            if not isinstance(layer, PPMissingLayer)
+        }
         if set(here) <= set(replaced):
             raise ValueError(
                 f"the pipeline stage of layers {min(here)} to {max(here)} has no attention, and vLLM cannot plan its "
@@ -114,7 +127,8 @@ class Linearized:
 
 def _check_cut(config: Any, kinds: dict[int, str], vllm_config: Any) -> None:
     """Raises ValueError: vLLM does not serve this cut as it was started."""
-    facts, speculative = config.nbl_cut, vllm_config.speculative_config
+    facts = config.nbl_cut
+    speculative = vllm_config.speculative_config
     parts = {"layer", "near", "epsilon"}
     above = dict.fromkeys(range(facts.get("layer", 0), config.num_hidden_layers), "predicted")
     if set(facts) != parts or facts["layer"] < 1 or kinds != above:

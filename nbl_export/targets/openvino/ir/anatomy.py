@@ -141,7 +141,8 @@ class Dataflow:
         if layer not in self.states:
             raise RefusalError(layer, f"the IR has states for layers {list(self.states)} only")
         states = self.states[layer]
-        behind, earlier = self.below([state.read for state in states]), self.above(states[0].assign)
+        behind = self.below([state.read for state in states])
+        earlier = self.above(states[0].assign)
         for node in self.nodes:
             if node.get_name() not in behind or not _adds_vectors(node):
                 continue
@@ -155,7 +156,8 @@ class Dataflow:
 
     def _described(self, layer: int, join: Any, branch: int, behind: set[str]) -> Block:
         residual = join.input_value(1 - branch)
-        end, start = self._place[join.get_name()], self._place[residual.get_node().get_name()]
+        end = self._place[join.get_name()]
+        start = self._place[residual.get_node().get_name()]
         inner = self.below([residual.get_node()])
         products = [
             (node, data)

@@ -23,8 +23,20 @@ from nbl_export.files import read_small
 from nbl_export.graph.names import IR_FILE, IR_WEIGHTS
 from nbl_export.records.quantised import Blocks
 
-__all__ = ["check_ir", "constants_of", "difference", "float_constant", "group_of", "ordered",
-           "precision_of", "raw_bytes", "read_ir", "save_ir", "share_constants", "stored_matrix"]  # fmt: skip
+__all__ = [
+    "check_ir",
+    "constants_of",
+    "difference",
+    "float_constant",
+    "group_of",
+    "ordered",
+    "precision_of",
+    "raw_bytes",
+    "read_ir",
+    "save_ir",
+    "share_constants",
+    "stored_matrix",
+]
 
 # No part can match where another one does: the text is a stranger's.
 _DATA = re.compile(r"<data\b[^<>]*>")
@@ -58,7 +70,8 @@ def check_ir(directory: Path, file: str = IR_FILE) -> None:
     Raises:
         CorruptError: a file is missing, empty or too short.
     """
-    graph, weights = directory / file, directory / IR_WEIGHTS
+    graph = directory / file
+    weights = directory / IR_WEIGHTS
     for path in (graph, weights):
         if not path.is_file():
             raise CorruptError(f"{path} is missing; fetch or export the directory again")
@@ -133,7 +146,8 @@ def _text(graph: Path) -> str:
 def _places(text: str) -> Iterator[tuple[int, int]]:
     """Offset and size of each constant in the text of a graph."""
     for tag in _DATA.findall(text):
-        offset, size = _OFFSET.search(tag), _SIZE.search(tag)
+        offset = _OFFSET.search(tag)
+        size = _SIZE.search(tag)
         if offset and size:
             yield int(offset[0]), int(size[0])
 
@@ -152,7 +166,8 @@ def _constants(graph: Path, weights: Path) -> Iterator[tuple[tuple[int, int], by
 
 def difference(one: Any, other: Any) -> str:
     """How two models differ; "" if nodes, wiring, attributes and constants are equal. Names do not matter."""
-    ours, theirs = ordered(one), ordered(other)
+    ours = ordered(one)
+    theirs = ordered(other)
     if len(ours) != len(theirs):
         return f"{len(ours)} nodes, not {len(theirs)}"
     places = [{node.get_name(): k for k, node in enumerate(nodes)} for nodes in (ours, theirs)]
@@ -206,7 +221,9 @@ def stored_matrix(product: Any) -> Blocks | None:
     Raises:
         CorruptError: the matrix is stored in another layout.
     """
-    node, zeros, scales = product.input_value(1).get_node(), np.zeros(1, np.float32), None
+    node = product.input_value(1).get_node()
+    zeros = np.zeros(1, np.float32)
+    scales = None
     while (step := node.get_type_name()) in (*_MOVES, "Subtract", "Multiply"):
         if step == "Subtract":
             zeros = _values(_bare(node.input_value(1)))
@@ -224,7 +241,8 @@ def stored_matrix(product: Any) -> Blocks | None:
     if step != "Constant" or kind not in _CODES or scales is None:
         raise CorruptError(f"the IR stores {node.get_friendly_name()} as {kind}, which is not known here")
     rows = node.get_output_shape(0)[0]
-    codes, steps = (_values(node) - zeros).reshape(rows, -1), scales.reshape(rows, -1)
+    codes = (_values(node) - zeros).reshape(rows, -1)
+    steps = scales.reshape(rows, -1)
     return Blocks(codes, steps, codes.shape[1] // steps.shape[1])
 
 
@@ -261,7 +279,8 @@ def _bare(value: Any) -> Any:
 
 def _values(node: Any) -> np.ndarray:
     """Values of a constant, or its codes, as float32 in the constant's shape."""
-    kind, shape = _type(node), list(node.get_output_shape(0))
+    kind = _type(node)
+    shape = list(node.get_output_shape(0))
     if kind not in ("u4", "i4"):
         return np.asarray(node.get_data(), np.float32).reshape(shape)
     packed = np.asarray(node.data).view(np.uint8).reshape(-1)

@@ -60,7 +60,8 @@ def rewrite_ir(source: Path, out: Path, maps: Mapping[int, Mixer], tap: str = "r
     if not maps:
         return
     model = read_ir(source, ALL_LOGITS_IR if last_only else IR_FILE)
-    precision, group = precision_of(model), group_of(model)
+    precision = precision_of(model)
+    group = group_of(model)
     bypass_attention(Dataflow(model), maps, tap)
     drop_states(model, maps)
     model = compress(model, precision, group=group, only_new=True)
@@ -87,7 +88,8 @@ def keep_last_token_ir(directory: Path) -> None:
         RefusalError: the tail of this graph cannot be pruned; no file has changed.
     """
     model = read_ir(directory)
-    precision, group = precision_of(model), group_of(model)
+    precision = precision_of(model)
+    group = group_of(model)
     try:
         prune_tail(model)
     except RefusalError as error:
@@ -146,9 +148,13 @@ def compress(model: Any, precision: str, *, group: int = 0, only_new: bool = Fal
             return nncf.compress_weights(model, mode=modes.INT8_ASYM)
         leave = nncf.AdvancedCompressionParameters(group_size_fallback_mode=nncf.GroupSizeFallbackMode.IGNORE)
         found = nncf.compress_weights(
-            model, mode=modes.INT4_SYM, ratio=1.0, group_size=group, all_layers=only_new or None,
+            model,
+            mode=modes.INT4_SYM,
+            ratio=1.0,
+            group_size=group,
+            all_layers=only_new or None,
             advanced_parameters=leave,
-        )  # fmt: skip
+        )
         return nncf.compress_weights(found, mode=modes.INT8_ASYM)  # what no group divides
 
 

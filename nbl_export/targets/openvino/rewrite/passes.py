@@ -48,7 +48,8 @@ class _Linear:
     def __init__(self, layer: int) -> None:
         from openvino import opset13
 
-        self._ops, self._layer = opset13, layer
+        self._ops = opset13
+        self._layer = layer
 
     def matmul(self, x: Any, matrix: np.ndarray, name: str) -> Any:
         weight = self._constant(name, np.ascontiguousarray(matrix, np.float32))  # [outputs, inputs]

@@ -37,9 +37,11 @@ def prune_tail(model: Any) -> None:
     ends = (last.input(data), block.join.input(1 - block.branch))
     for end, title in zip(ends, ("attention", "residual"), strict=True):
         taken = ops.gather(
-            end.get_source_output(), ops.constant([-1], dtype=np.int64), ops.constant(_TOKENS, dtype=np.int64),
+            end.get_source_output(),
+            ops.constant([-1], dtype=np.int64),
+            ops.constant(_TOKENS, dtype=np.int64),
             name=f"/nbl/last/{title}",
-        )  # fmt: skip
+        )
         end.replace_source_output(taken.output(0))
     _resize(flow, block)
     model.validate_nodes_and_infer_types()
@@ -63,7 +65,8 @@ def _is_shape(value: Any, block: Block) -> bool:
     node = value.get_node()
     if node.get_type_name() != "ShapeOf":
         return False
-    own, other = node.get_input_partial_shape(0), block.residual.get_partial_shape()
+    own = node.get_input_partial_shape(0)
+    other = block.residual.get_partial_shape()
     return bool(own.rank == other.rank and own[-1] == other[-1])
 
 

@@ -87,7 +87,8 @@ class StaticRunner(Speaking):
 
     def begin(self, max_tokens: int) -> None:
         """Forget the sequence; the cache always has its full length, however few tokens are asked for."""
-        self._length, self._capacity = 0, min(max_tokens, self.context_length)
+        self._length = 0
+        self._capacity = min(max_tokens, self.context_length)
         self._session.begin(1)
 
     def append(self, ids: Sequence[int]) -> None:
@@ -97,7 +98,8 @@ class StaticRunner(Speaking):
             NblError: the sequence would outgrow what `begin` reserved.
         """
         ids_BT = np.asarray(ids, np.int64)[None]
-        tokens, chunk = ids_BT.shape[1], self._session.chunk
+        tokens = ids_BT.shape[1]
+        chunk = self._session.chunk
         self.check_room(self._length + tokens, self._capacity)
         for begin in range(0, tokens, chunk):
             part_BT = ids_BT[:, begin : begin + chunk]
@@ -144,7 +146,8 @@ class CheckedRunner(Speaking):
     """
 
     def __init__(self, decoder: OnnxDecoder, directory: Path) -> None:
-        self.directory, self._decoder = directory, decoder
+        self.directory = directory
+        self._decoder = decoder
         self.context_length = decoder.cache_length
         self._logits_V = np.zeros(0, np.float32)
 

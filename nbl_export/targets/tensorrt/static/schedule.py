@@ -62,7 +62,9 @@ def engine_profiles(max_batch: int, chunk: int, cache_length: int, *, two_rows: 
     if not 1 <= chunk <= cache_length:
         raise NblError(f"key prefill_chunk {chunk} is not possible: use 1 to --max-seq-len, {cache_length}")
     widest = max(2, chunk)
-    token, rows, shared = (1, 1, 1), (1, max_batch, max_batch), (1, max_batch, max(2, max_batch))
+    token = (1, 1, 1)
+    rows = (1, max_batch, max_batch)
+    shared = (1, max_batch, max(2, max_batch))
     found = [Profile("prefill", shared if two_rows else rows, (1, widest, widest)), Profile("decode", shared, token)]
     if max_batch > 2:
         found[1:] = Profile("decode", (1, 1, 2), token), Profile("decode_batch", shared, token)

@@ -119,7 +119,8 @@ def _to_heads(emit: Emitter, value: ir.Value, heads: int, head: int, name: str) 
     return emit("Transpose", split, name=name, perm=[0, 2, 1, 3])
 
 
-_BOOL, _I64 = ir.DataType.BOOL, ir.DataType.INT64
+_BOOL = ir.DataType.BOOL
+_I64 = ir.DataType.INT64
 
 
 class ExplicitMasks(ir.passes.InPlacePass):
@@ -134,7 +135,8 @@ class ExplicitMasks(ir.passes.InPlacePass):
         self._windows = tuple(windows)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        graph, emit = model.graph, Emitter(model.graph)
+        graph = model.graph
+        emit = Emitter(model.graph)
         positions = next((o for n in graph for o in n.outputs if o.name == POSITIONS), None)
         if positions is None:
             raise RefusalError(None, "it has no positions, which the masks need; run DerivedPositions first")
@@ -153,7 +155,8 @@ class ExplicitMasks(ir.passes.InPlacePass):
 
 def _mask(emit: Emitter, positions: ir.Value, cache_length: int, window: int | None) -> ir.Value:
     batch, tokens = shape_of(positions)
-    column, full = [batch, 1, tokens, 1], [batch, 1, tokens, cache_length]
+    column = [batch, 1, tokens, 1]
+    full = [batch, 1, tokens, cache_length]
     name = "mask" if window is None else f"mask_window_{window}"
     keys = emit.constant("cache_slots", np.arange(cache_length, dtype=np.int64).reshape(1, 1, 1, cache_length))
     axes = emit.constant("axes_1_3", np.array([1, 3], np.int64))
@@ -208,9 +211,11 @@ class DerivedPositions(ir.passes.InPlacePass):
     """Replace the input position_ids by computed positions; run after `HeadMajorCaches`."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        graph, emit = model.graph, Emitter(model.graph)
+        graph = model.graph
+        emit = Emitter(model.graph)
         given = graph_input(graph, "position_ids")
-        ids, write = graph_input(graph, "input_ids"), graph_input(graph, "write_indices")
+        ids = graph_input(graph, "input_ids")
+        write = graph_input(graph, "write_indices")
         batch, tokens = shape_of(ids)
         steps = _count_up(emit, ids, tokens)
         axis = emit.constant("axis_1", np.array([1], np.int64))
