@@ -1,60 +1,87 @@
-"""Prints the shape of the package and how widely its subjects are spread, beside the values recorded before.
+"""Prints the shape of the package beside the values recorded before.
 
     python tests/structure.py               `make check` runs it; nothing of it is a limit
     python tests/structure.py --record      writes today's values into structure.json
 
-A source file mentions a subject if a unit of it matches the subject's pattern. Units are identifiers (a name with its
-attribute is one), modules of this package that are imported, and strings without a space, which are keys, options and
-names of files. Comments, docstrings and prose are none. `SlidingWindow`, `sliding_window` and "sliding-window" are the
-unit "sliding window"; a string keeps its quotes.
+statements      statements of the package without docstrings: blank lines and prose cost nothing
+packed          `a, b = x, y`, `# fmt: skip` on anything but a table, and comprehensions in or of several loops
+methods' files  source files that name a method outside its folder `methods/NAME/`
+target methods  public methods of the class `Target`
+arrows          imports to a level that is not lower, and circles of files, as tests/test_imports.py finds them
+
+A file names a method if a unit of it matches the method's words. Units are identifiers (a name with its attribute is
+one), modules of this package that are imported, and strings without a space, which are keys, options and names of
+files. Comments, docstrings and prose are none. `SlidingWindow`, `sliding_window` and "sliding-window" are the unit
+"sliding window"; a string keeps its quotes.
 """
 
 from __future__ import annotations
 
 import ast
+import io
 import json
 import re
 import sys
+import tokenize
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PACKAGE, RECORD = ROOT / "nbl_export", Path(__file__).with_name("structure.json")
+PACKAGE = ROOT / "nbl_export"
+RECORD = Path(__file__).with_name("structure.json")
 LONGEST = 6
-# Patterns of subjects whose name alone would find other things too, or not all of them.
-PATTERNS = {
-    "kind linear": r"^'?linear'?$|\b(mixers|trained) linear\b|\blinear (maps|bias|change)\b",
-    "kind none": r"^'?none'?$|mixers none\b",
-    "target ort": r"\bort\b|targets onnx\b",
-    "target trt": r"\b(trt|tensorrt)\b",
-    "stage text": r"\bstages text\b",  # the string is a key of much else
-    "form transformers": r"^'transformers'$|\bhf\b",
+# Words of each method. A line of attention, `nn.Linear` and the like, is not the method "linear".
+METHODS = {
+    "predicted_kv": r"\bpredicted\b|\bexit layers?\b|\brecent (tokens|window)\b|\bskipped tokens\b",
+    "linear": r"^'linear'$|\b(methods|mixers|trained) linear\b|\blinear (maps?|layers?)\b",
 }
+ALLOWED = ("methods/__init__.py", "options/options.py")  # the table of methods, and the fields of options
+_COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+_TABLES = (ast.Dict, ast.List, ast.Set, ast.Tuple)
 _CAPITAL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 
 Values = dict[str, int]
 
 
-def subjects() -> Iterator[tuple[str, str]]:
-    """Kind, target, form or stage, and the name that its registry has."""
-    sys.path.insert(0, str(ROOT))
-    from nbl_export.mixers import kinds
-    from nbl_export.publish.convert import FORMS
-    from nbl_export.run.pipeline import STAGES
-    from nbl_export.targets import all_targets
-
-    targets = dict.fromkeys(target.capabilities.name for target in all_targets())
-    for sort, names in {"kind": kinds(), "target": targets, "form": FORMS}.items():
-        yield from ((sort, name) for name in names)
-    yield from (("stage", stage.name) for stage in STAGES)
+def sources() -> dict[str, str]:
+    """Source file of the package -> its text."""
+    paths = sorted(PACKAGE.rglob("*.py"))
+    return {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in paths}
 
 
-def pattern(sort: str, name: str) -> re.Pattern[str]:
-    """What a unit that mentions a subject matches. Words such as "plan" are everywhere, so a stage is its string."""
-    words = _words(name)
-    default = rf"^'{words}'$|\bstages {words}\b" if sort == "stage" else rf"\b{words}\b"
-    return re.compile(PATTERNS.get(f"{sort} {name}", default))
+def statements(tree: ast.AST) -> int:
+    """Statements in a node, docstrings left out."""
+    return sum(isinstance(node, ast.stmt) and not _is_docstring(node) for node in ast.walk(tree))
+
+
+def _is_docstring(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def packed_assignments(tree: ast.Module) -> int:
+    """Statements that assign several values to several names."""
+    found = (node for node in ast.walk(tree) if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple))
+    return sum(any(isinstance(target, ast.Tuple) for target in node.targets) for node in found)
+
+
+def skipped_format(text: str, tree: ast.Module) -> int:
+    """`# fmt: skip` on anything but the assignment of a table."""
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    skipped = [token.start[0] for token in tokens if token.type == tokenize.COMMENT and "fmt: skip" in token.string]
+    assigned = (node for node in ast.walk(tree) if isinstance(node, ast.Assign | ast.AnnAssign))
+    tables = {node.end_lineno for node in assigned if isinstance(node.value, _TABLES)}
+    return sum(line not in tables for line in skipped)
+
+
+def nested_comprehensions(tree: ast.Module) -> int:
+    """Comprehensions with another one inside, or with several loops."""
+    found = [node for node in ast.walk(tree) if isinstance(node, _COMPREHENSIONS)]
+    return sum(len(node.generators) > 1 or _holds_another(node) for node in found)
+
+
+def _holds_another(node: ast.AST) -> bool:
+    return any(inner is not node and isinstance(inner, _COMPREHENSIONS) for inner in ast.walk(node))
 
 
 def units(tree: ast.Module) -> Iterator[str]:
@@ -80,66 +107,65 @@ def _words(name: str) -> str:
     return " ".join(re.split(r"[^A-Za-z0-9]+", _CAPITAL.sub("_", name))).strip().lower()
 
 
-def mentions() -> dict[str, list[str]]:
-    """Subject -> source files of the package that mention it."""
-    found = {path: set(units(tree)) for path, tree in trees(PACKAGE).items()}
-    return {
-        f"{sort} {name}": [path for path, said in found.items() if any(pattern(sort, name).search(u) for u in said)]
-        for sort, name in subjects()
-    }
+def names_method(method: str, path: str, tree: ast.Module) -> bool:
+    """Whether a file outside the method's folder names the method."""
+    own = path.startswith(f"methods/{method}/")
+    return not own and any(re.search(METHODS[method], unit) for unit in units(tree))
 
 
-def trees(folder: Path) -> dict[str, ast.Module]:
-    """Source files of a folder, by their names in it."""
-    paths = sorted(folder.rglob("*.py"))
-    return {p.relative_to(folder).as_posix(): ast.parse(p.read_text(encoding="utf-8")) for p in paths}
-
-
-def lines_of(folder: Path) -> Values:
-    """Source file -> its lines."""
-    paths = sorted(folder.rglob("*.py"))
-    return {p.relative_to(ROOT).as_posix(): len(p.read_text(encoding="utf-8").splitlines()) for p in paths}
-
-
-def functions() -> Values:
-    """Function of the package -> its lines."""
-    return {
-        f"{path}:{node.name}": (node.end_lineno or 0) - node.lineno + 1
-        for path, tree in trees(PACKAGE).items()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef)
-    }
+def public_methods(tree: ast.Module, name: str) -> int:
+    """Public methods of a class."""
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+    return sum(isinstance(node, ast.FunctionDef) and not node.name.startswith("_") for node in body)
 
 
 def _longest(values: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {count}" for name, count in Counter(values).most_common(LONGEST))
 
 
-def _beside(now: Mapping[str, int], before: Mapping[str, int]) -> str:
-    names: Iterable[str] = dict.fromkeys((*now, *before))
-    return ", ".join(f"{name} {now.get(name, 'left')} ({before.get(name, 'new')})" for name in names)
+def measures(texts: Mapping[str, str], trees: Mapping[str, ast.Module]) -> Values:
+    """Name of a measure -> its value."""
+    sys.path.insert(0, str(ROOT))
+    from tests.test_imports import arrows_up, circles
+
+    found = {
+        "source files": len(trees),
+        "statements": sum(statements(tree) for tree in trees.values()),
+        "packed assignments": sum(packed_assignments(tree) for tree in trees.values()),
+        "fmt: skip outside tables": sum(skipped_format(texts[path], tree) for path, tree in trees.items()),
+        "nested comprehensions": sum(nested_comprehensions(tree) for tree in trees.values()),
+        "target methods": public_methods(trees["targets/base.py"], "Target"),
+        "arrows up": len(arrows_up()),
+        "circles": len(circles()),
+    }
+    for method in METHODS:
+        naming = [path for path, tree in trees.items() if names_method(method, path, tree)]
+        found[f"files that name {method}"] = len(naming)
+        found[f"files that name {method}, allowed"] = len(set(naming) & set(ALLOWED))
+    return found
+
+
+def functions(trees: Mapping[str, ast.Module]) -> Values:
+    """Function of the package -> its statements."""
+    found = ((path, node) for path, tree in trees.items() for node in ast.walk(tree))
+    return {f"{path}:{node.name}": statements(node) for path, node in found if isinstance(node, ast.FunctionDef)}
 
 
 def main(*asked: str) -> None:
     """Print, or record."""
-    before = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {}
-    source, tests = lines_of(PACKAGE), lines_of(ROOT / "tests")
-    lines = {"nbl_export": sum(source.values()), "tests": sum(tests.values()), "source files": len(source)}
-    found = {subject: len(files) for subject, files in mentions().items()}
+    texts = sources()
+    trees = {path: ast.parse(text) for path, text in texts.items()}
+    now = measures(texts, trees)
     if "--record" in asked:
-        RECORD.write_text(json.dumps({"lines": lines, "mentions": found}, indent=1) + "\n", encoding="utf-8")
+        RECORD.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
         return
-    out = [
-        f"lines (before): {_beside(lines, before.get('lines', {}))}",
-        f"longest files: {_longest({**source, **tests})}",
-        f"longest functions: {_longest(functions())}",
-        f"modules a folder: {_longest(Counter(name.rpartition('/')[0] for name in source))}",
-        "source files that mention each subject (before):",
+    before = json.loads(RECORD.read_text(encoding="utf-8"))
+    out = [f"{name}: {value} ({before.get(name, 'new')})" for name, value in now.items()]
+    out += [
+        f"statements of files: {_longest({path: statements(tree) for path, tree in trees.items()})}",
+        f"statements of functions: {_longest(functions(trees))}",
+        f"modules a folder: {_longest(Counter(path.rpartition('/')[0] for path in trees))}",
     ]
-    for sort in ("kind", "target", "form", "stage"):
-        own = [{k.partition(" ")[2]: n for k, n in v.items() if k.startswith(f"{sort} ")}
-               for v in (found, before.get("mentions", {}))]  # fmt: skip
-        out.append(f"  {sort}: {_beside(*own)}")
     sys.stdout.write("\n".join(out) + "\n")
 
 

@@ -1,6 +1,6 @@
 """Targets: one package an engine, and a protocol (`base.Target`). Differences between targets are data.
 
-No package imports another target's package; `export`, `chat_template`, `tokenizer` and the like serve all of them.
+No package imports another target's package; `export`, `tokenizer`, `checks` and the like serve all of them.
 """
 
 from __future__ import annotations

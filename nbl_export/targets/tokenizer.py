@@ -1,8 +1,7 @@
 """Text and token ids by the tokenizer files of a directory, and its continuation; no torch, no transformers.
 
-The `tokenizers` package reads tokenizer.json. `chat_template` renders the chat template.
-
-Renders a chat template as transformers does (`apply_chat_template`), in a sandbox and in a process with limits.
+The `tokenizers` package reads tokenizer.json. `jinja2` renders the chat template as transformers does
+(`apply_chat_template`), in a sandbox and in a process with limits.
 
 A template is a program: it can repeat a text, or loop, for ever. So a process of its own renders it, which may take
 half a gigabyte of memory and ten seconds. The values are: messages, add_generation_prompt, the special tokens,
