@@ -126,7 +126,8 @@ def _rank(count: int) -> int:
 
 def _confidence(count: int, rank: int) -> float:
     """Confidence of [r_(k), r_(n+1-k)], which misses the median if fewer than k ratios lie on one side of it."""
-    return 1 - 2 * sum(math.comb(count, below) for below in range(rank)) / 2**count
+    missed = 2 * sum(math.comb(count, below) for below in range(rank))
+    return 1 - missed / (1 << count)
 
 
 # -- figures of bench.json -------------------------------------------------------------------------------------

@@ -35,7 +35,8 @@ class Blocks:
     def values(self) -> np.ndarray:
         """The matrix [N, K] in float32."""
         points = self._spread(self.zeros) if isinstance(self.zeros, np.ndarray) else self.zeros
-        return (self.codes.astype(np.float32) - points) * self.steps
+        values: np.ndarray = (self.codes.astype(np.float32) - points) * self.steps
+        return values
 
     @property
     def steps(self) -> np.ndarray:
