@@ -25,8 +25,8 @@ from unittest import mock
 from nbl_export.options.command import KEYS_FILE
 
 __all__ = [
-    "BARE", "SHORT_PARTS", "TINY", "Outcome", "assert_refused", "configured", "in_new_process", "keys", "nbl",
-    "repeated", "snapshot", "stage_lines", "text_is_read",
+    "BARE", "TINY", "Outcome", "assert_refused", "configured", "in_new_process", "keys", "nbl",
+    "repeated", "shorten_parts", "snapshot", "stage_lines", "text_is_read",
 ]  # fmt: skip
 
 # A run that is as small as the options allow: a few seconds.
@@ -36,14 +36,16 @@ _TINY = {
 }  # as tiny.toml has it  # fmt: skip
 TINY = ("--config", str(Path(__file__).parent / "tiny.toml"), "--calibration-tokens", "1024")
 BARE = ("--config", str(Path(__file__).parent / "bare.toml"), *TINY[2:])  # for an NBL checkpoint
-# Code: a quarter of the windows for each use of text. All jobs of the tests have it, so they agree on what is done.
-SHORT_PARTS = """
-from nbl_export.text import windows
-windows._PART_TOKENS = {roles: tokens // 4 for roles, tokens in windows._PART_TOKENS.items()}
-"""
 _STAGE = re.compile(
     r"^(text|calibrate|plan|decoder graph|rewrite|verify|bench|report)( \.\.\.|: reused|: done in [\d.]+ s)$"
 )
+
+
+def shorten_parts() -> None:
+    """A quarter of the windows for each use of text. All jobs of the tests have it, so they agree on what is done."""
+    from nbl_export.text import windows
+
+    windows.PART_TOKENS.update({roles: tokens // 4 for roles, tokens in windows.PART_TOKENS.items()})
 
 
 @dataclass(frozen=True)

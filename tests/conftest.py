@@ -27,7 +27,7 @@ import pytest
 
 from nbl_export.mixers.linear import Linear
 
-from .command import SHORT_PARTS, TINY, in_new_process
+from .command import TINY, in_new_process, shorten_parts
 from .fork_server import ForkServer
 from .graph_sources import make_graph
 from .store import Store, key_of
@@ -80,24 +80,13 @@ def _place(item: pytest.Item) -> int:
     return _LONG.index(name) if name in _LONG else len(_LONG)
 
 
-# A test is quick unless it has a marker of its own, asks for a finished job or another engine, or its file starts jobs
-# or processes, or imports what is for other engines.
-_JOBS = {"finished", "run", "same"}
-_BEYOND = re.compile(
-    r"subprocess|in_new_process|ForkServer|\bChild\b|\bnbl\(|verify_tiny|lm_eval"
-    r"|FakeHub|FakeDatasets|targets\.(openvino|tensorrt)|import openvino"
-)
-
-
-@functools.cache
-def _is_beyond(path: Path) -> bool:
-    return _BEYOND.search(path.read_text(encoding="utf-8")) is not None
+_JOBS = {"finished", "run", "same"}  # fixtures of a finished job
 
 
 def _is_quick(item: pytest.Item) -> bool:
+    """Whether a test has no marker of its own and asks for no finished job."""
     marks = {mark.name for mark in item.iter_markers()} - {"parametrize", "skipif", "usefixtures"}
-    other = marks or _JOBS & set(getattr(item, "fixturenames", ())) or re.search("openvino|static|trt", item.name)
-    return not (other or _is_beyond(item.path))
+    return not (marks or _JOBS & set(getattr(item, "fixturenames", ())))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -140,8 +129,8 @@ def short_parts() -> Iterator[None]:
     from nbl_export.text import windows
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(windows, "_PART_TOKENS", dict(windows._PART_TOKENS))  # put back
-        exec(SHORT_PARTS)
+        patch.setattr(windows, "PART_TOKENS", dict(windows.PART_TOKENS))  # put back
+        shorten_parts()
         yield
 
 
@@ -241,7 +230,8 @@ def finished(same: tuple[object, ...], stores: dict[str, Store]) -> Path:
     """The run directory that `same` leaves. Never write to it: `run` is a copy. What was said lies beside it."""
 
     def make(folder: Path) -> None:
-        done = in_new_process(*same, "--output", folder / "run", code=SHORT_PARTS)  # no patch of a test reaches it
+        code = f"sys.path.insert(0, {str(_ROOT)!r}); from tests.command import shorten_parts; shorten_parts()"
+        done = in_new_process(*same, "--output", folder / "run", code=code)  # no patch of a test reaches it
         assert done.status == 0, done.err
         (folder / "stdout").write_text(done.out, encoding="utf-8")
         (folder / "stderr").write_text(done.err, encoding="utf-8")

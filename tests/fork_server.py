@@ -174,7 +174,7 @@ if __name__ == "__main__":
     import nbl_export.report.page
     import nbl_export.rewrite
     import nbl_export.run.pipeline  # noqa: F401
-    from tests.command import SHORT_PARTS
+    from tests.command import shorten_parts
 
-    exec(SHORT_PARTS)
+    shorten_parts()
     _serve()

@@ -14,6 +14,8 @@ import pytest
 
 from nbl_export.child import Child, Write, _packed, _restored
 
+pytestmark = pytest.mark.process
+
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:

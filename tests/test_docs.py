@@ -22,6 +22,8 @@ from nbl_export.run.facts import capabilities_of
 
 from .command import nbl
 
+pytestmark = [pytest.mark.job, pytest.mark.process]
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "bench").glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 TYPED = ("README.md", "CONTRIBUTING.md")

@@ -37,6 +37,8 @@ from nbl_export.targets.tensorrt.record import read_record
 from nbl_export.targets.tokenizer import applied, read_settings
 from nbl_export.trust.model_settings import check_tokenizer_settings, read_object
 
+pytestmark = pytest.mark.engine
+
 
 def moments(path: Path) -> None:
     row, square = torch.arange(3.0, dtype=torch.float64), torch.eye(3, dtype=torch.float64)

@@ -34,6 +34,8 @@ from .command import BARE, Outcome, nbl
 from .fuzz_kinds import COMMANDS, KINDS, REFUSED, Kind, has, make_pristine, victim
 from .sandbox import MOST_BYTES, Sandbox, watched
 
+pytestmark = [pytest.mark.job, pytest.mark.process]
+
 
 @pytest.fixture(scope="module")
 def pristine(

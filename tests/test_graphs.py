@@ -30,7 +30,11 @@ def rendered(exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     return make
 
 
-@pytest.mark.parametrize("case", render.CASES, ids="-".join)
+def _param(case: tuple[str, str, str]) -> Any:
+    return pytest.param(case, id="-".join(case), marks=pytest.mark.engine if case[1] in ("openvino", "static") else ())
+
+
+@pytest.mark.parametrize("case", map(_param, render.CASES))
 def test_golden_text(case: tuple[str, str, str], rendered: Callable[..., dict[str, str]]) -> None:
     if case[1] == "openvino":
         pytest.importorskip("openvino")

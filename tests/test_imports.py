@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from nbl_export.targets import all_targets
 
 PACKAGE = Path(__file__).parent.parent / "nbl_export"
@@ -192,6 +194,7 @@ def test_names_of_files_are_said_in_one_place() -> None:
     assert found == []
 
 
+@pytest.mark.process
 def test_importing_the_package_loads_nothing_heavy() -> None:
     heavy = ("torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "matplotlib",
              "tensorrt_rtx", "lm_eval", "openvino", "nncf")  # fmt: skip

@@ -15,6 +15,8 @@ import pytest
 
 from .command import in_new_process
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).parent.parent
 VERSION = "9.8.7"
 

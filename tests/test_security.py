@@ -14,6 +14,8 @@ from .command import TINY, configured, nbl
 from .damage import name_code, named_code
 from .jobs import until
 
+pytestmark = [pytest.mark.job, pytest.mark.process]
+
 PACKAGE = Path(__file__).parent.parent / "nbl_export"
 FILES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"))
 

@@ -31,6 +31,7 @@ __all__ = [
     "CALIBRATION_ROLES",
     "DIVISION",
     "FEWEST_WINDOWS",
+    "PART_TOKENS",
     "SECOND_ROLES",
     "choosing_texts",
     "divide",
@@ -52,13 +53,13 @@ _PIECE_CHARS = 1 << 16
 
 CALIBRATION_ROLES = ("deciding", "choosing", "deciding", "final", "final", "deciding", "deciding")
 SECOND_ROLES = ("unused", "deciding", "choosing", "choosing", "final", "deciding")
-_PART_TOKENS: dict[tuple[str, ...], int] = {CALIBRATION_ROLES: 4096, SECOND_ROLES: 8192}
+PART_TOKENS: dict[tuple[str, ...], int] = {CALIBRATION_ROLES: 4096, SECOND_ROLES: 8192}
 _JUDGING_TOKENS = 2048
 _REPEATED = 2048  # tokens: some layers are needed only for what stands far back
 _PASSAGE = 64
 _TWICE = "held-back passages, each twice"
 FEWEST_WINDOWS = 3  # one for each purpose
-DIVISION: list[Any] = [[*part] for part in _PART_TOKENS.items()]  # in the key of a stage that reads a part
+DIVISION: list[Any] = [[*part] for part in PART_TOKENS.items()]  # in the key of a stage that reads a part
 
 
 def pack(
@@ -162,12 +163,12 @@ def extend(windows_WT: torch.Tensor, ids: Sequence[int], tokens: int, held_back:
 
 def part_tokens(roles: tuple[str, ...], context: int) -> int:
     """Tokens of a text that have roles, in whole windows: no map is fitted or trained on these."""
-    return len(roles) * -(-_PART_TOKENS[roles] // context) * context
+    return len(roles) * -(-PART_TOKENS[roles] // context) * context
 
 
 def role_tokens(role: str, context: int) -> int:
     """Tokens of both texts with one role, in whole windows."""
-    return sum(roles.count(role) * part_tokens(roles, context) // len(roles) for roles in _PART_TOKENS)
+    return sum(roles.count(role) * part_tokens(roles, context) // len(roles) for roles in PART_TOKENS)
 
 
 def judging_tokens(context: int) -> int:

@@ -22,6 +22,8 @@ from nbl_export.report.page import summarize
 from ..command import in_new_process
 from ..report.test_report import BENCH, MANIFEST, VERIFY
 
+pytestmark = pytest.mark.process
+
 DOCS = Path(__file__).parent.parent.parent / "docs"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SHORT: dict[str, Any] = {

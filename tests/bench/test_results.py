@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
 PAGES = [ROOT / "bench" / "EXPERIMENTS.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -17,6 +17,8 @@ from ..command import keys, snapshot
 from ..damage import cut, flip
 from ..fork_server import ForkServer
 
+pytestmark = pytest.mark.process
+
 PARTIAL = "calibrate.partial.safetensors"
 # Small batches, and a partial file after each of them; a killed process leaves its writes to the system all the same.
 OFTEN = """

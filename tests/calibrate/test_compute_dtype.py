@@ -20,6 +20,8 @@ from nbl_export.model.checkpoint.load import load_model
 from ..command import assert_refused, configured, keys, nbl, snapshot, stage_lines
 from ..tiny import HIDDEN, VOCAB
 
+pytestmark = pytest.mark.job
+
 Checkpoint = Callable[[str], Path]
 CPU = torch.device("cpu")
 IDS = torch.from_numpy(np.random.default_rng(0).integers(2, VOCAB, (32, 64)))

@@ -21,6 +21,8 @@ from nbl_export.model.checkpoint.load import load_model
 from ..command import keys, nbl
 from ..tiny import LAYERS
 
+pytestmark = pytest.mark.job
+
 Checkpoint = Callable[[str], Path]
 
 

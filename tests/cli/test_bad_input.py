@@ -22,6 +22,8 @@ from ..command import TINY, assert_refused, nbl, snapshot
 from ..damage import cut, edit
 from ..tiny import LAYERS
 
+pytestmark = [pytest.mark.job, pytest.mark.process]
+
 Same = tuple[object, ...]
 Damage = Callable[[Path], object]
 

@@ -32,6 +32,8 @@ from ..command import (
 from ..jobs import until
 from ..tiny import HEAD_DIM, LAYERS
 
+pytestmark = [pytest.mark.job, pytest.mark.process]
+
 Same = tuple[object, ...]
 
 STAGES = ["calibrate", "plan", "decoder graph", "rewrite", "verify", "bench", "report"]

@@ -21,6 +21,8 @@ from nbl_export.options.options import flag_of as flag
 from ..command import assert_refused, nbl
 from ..jobs import until
 
+pytestmark = [pytest.mark.job, pytest.mark.process]
+
 ROOT = Path(__file__).parents[2]
 
 

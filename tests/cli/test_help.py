@@ -9,6 +9,8 @@ import pytest
 from ..command import assert_refused, nbl
 from .test_cli import SUBCOMMANDS
 
+pytestmark = pytest.mark.job
+
 
 @pytest.mark.parametrize("command", [(), *((name,) for name in SUBCOMMANDS)], ids=str)
 def test_h_is_help(command: tuple[str, ...]) -> None:

@@ -11,6 +11,8 @@ from nbl_export.model.checkpoint.source import resolve
 
 from ..command import assert_refused, nbl
 
+pytestmark = pytest.mark.job
+
 
 def test_weights_are_named_instead_of_their_directory(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"weights")

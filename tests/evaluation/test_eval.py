@@ -15,6 +15,8 @@ from ..command import assert_refused, keys, nbl, snapshot
 from ..damage import cut, edit
 from ..evaluation_tiny import write_tasks
 
+pytestmark = [pytest.mark.engine, pytest.mark.job]
+
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'nbl-export[eval]'")
 
 LIMIT = 2 * TOLERANCES["fp32"].limit  # a log softmax moves by at most twice what its logits move by

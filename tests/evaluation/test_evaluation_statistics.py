@@ -7,6 +7,8 @@ import pytest
 
 from nbl_export.evaluation.measure import AGGREGATIONS, difference, figure
 
+pytestmark = pytest.mark.engine
+
 N, ROUNDS = 400, 3000
 
 

@@ -13,6 +13,8 @@ from nbl_export.errors import NblError, UsageError
 
 from ..evaluation_tiny import LAMBADA, PIQA, QUESTIONS, TASKS, write_rows, write_tasks
 
+pytestmark = pytest.mark.engine
+
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'nbl-export[eval]'")
 
 

@@ -22,6 +22,8 @@ from nbl_export.verify.ladder import TOLERANCES
 
 from ..command import in_new_process, nbl
 
+pytestmark = [pytest.mark.job, pytest.mark.process]
+
 LIMIT = 2 * TOLERANCES["fp32"].limit
 WINDOW = 1024
 

@@ -11,6 +11,8 @@ import pytest
 
 from nbl_export.graph.names import GRAPH_FILE
 
+pytestmark = pytest.mark.process
+
 # Blocks are freed between blocks that stay, as matrices of a closed session are.
 FREED = """
 import ctypes, re, sys

@@ -32,6 +32,8 @@ from nbl_export.options.options import JobOptions
 from nbl_export.records.paired import figures
 from nbl_export.records.results import Scenario, Timing
 
+pytestmark = pytest.mark.process
+
 SETTING = BenchSetting(100, 4096, "ort")
 PICK_NS = 3  # what a fake takes to pick a token
 

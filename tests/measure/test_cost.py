@@ -32,6 +32,8 @@ from nbl_export.targets.openvino.trace import _trace_experts
 
 from ..tiny import EVERY, HIDDEN, INNER, cases, mlp_module, record_of
 
+pytestmark = pytest.mark.engine
+
 
 def work(elements: int, *reads: Read) -> LayerSizes:
     """Sizes of a layer that reads its own row, if nothing else is said."""

@@ -33,7 +33,7 @@ WITHIN = 2.0
 @pytest.fixture(autouse=True)
 def whole_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a user's job."""
-    monkeypatch.setattr(windows, "_PART_TOKENS", {CALIBRATION_ROLES: 4096, SECOND_ROLES: 8192})
+    monkeypatch.setattr(windows, "PART_TOKENS", {CALIBRATION_ROLES: 4096, SECOND_ROLES: 8192})
 
 
 def job(shape: Shape, rate: float = 2e11, memory: int = 23 * GIB, *, tiles: bool = False, **options: Any) -> Job:

@@ -17,6 +17,8 @@ from nbl_export.measure.clocks import read_clocks
 from nbl_export.measure.instruments import Reading, background_of, read_usage, used_between, wait_until_idle
 from nbl_export.records.results import spoken_background
 
+pytestmark = pytest.mark.process
+
 
 @pytest.mark.parametrize(
     ("cores_used", "looks"),

@@ -34,6 +34,8 @@ from tests.verifying import verify_tiny
 from ..command import assert_refused, configured, nbl
 from .toy_thin import RANK, THIN, Thin
 
+pytestmark = pytest.mark.job
+
 SUBSETS = [s for n in (1, 2) for s in itertools.combinations(range(LAYERS), n)]
 CLOSE = 1e-4  # logits of float32 engines, of about 1
 

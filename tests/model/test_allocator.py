@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 _SCRIPT = """
 import resource, sys
 from nbl_export.model.memory import keep_freed_memory

@@ -22,6 +22,8 @@ from ..jobs import opened as opened_run
 from ..jobs import until
 from ..tiny import INNER, LAYERS, save_gguf
 
+pytestmark = pytest.mark.job
+
 
 @pytest.fixture(scope="session")
 def gguf(checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:

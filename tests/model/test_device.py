@@ -32,6 +32,8 @@ from ..fake_cuda import GPU, OnGpu, fake_cuda
 from ..jobs import until
 from ..tiny import VOCAB, random_map
 
+pytestmark = pytest.mark.job
+
 Checkpoint = Callable[[str], Path]
 IDS = torch.randint(2, VOCAB, (4, 48), generator=torch.Generator().manual_seed(0))
 ROW = tuple(IDS[0].tolist())

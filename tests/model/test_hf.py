@@ -17,6 +17,8 @@ from nbl_export.plan.maps_file import load_maps
 
 from ..command import nbl
 
+pytestmark = [pytest.mark.job, pytest.mark.process]
+
 IDS = torch.arange(2, 40)[None]
 
 

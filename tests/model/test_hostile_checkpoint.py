@@ -22,6 +22,8 @@ from ..command import TINY, assert_refused, nbl
 from ..test_security import EVIL
 from ..tiny import save_gguf
 
+pytestmark = [pytest.mark.job, pytest.mark.process]
+
 Checkpoint = Callable[[str], Path]
 
 

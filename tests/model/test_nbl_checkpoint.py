@@ -26,6 +26,8 @@ from ..command import BARE, assert_refused, nbl, repeated
 from ..mixers.toy_thin import RANK, THIN, Thin
 from ..tiny import EVERY, HIDDEN, cases, record_of
 
+pytestmark = pytest.mark.job
+
 IDS = torch.arange(2, 40)[None]
 LAYERS = (0, 2)
 

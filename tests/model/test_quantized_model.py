@@ -22,6 +22,8 @@ from ..command import TINY, assert_refused, configured, keys, nbl
 from ..jobs import until
 from ..tiny import HIDDEN, save_checkpoint
 
+pytestmark = pytest.mark.job
+
 Same = tuple[object, ...]
 INT4 = ("--precision", "int4", *configured(builder_option="accuracy_level=1"))
 

@@ -25,6 +25,8 @@ from nbl_export.run_directory import RunDirectory
 from ..command import assert_refused, in_new_process, keys, nbl, repeated
 from .test_settle import assert_settled, settled
 
+pytestmark = [pytest.mark.job, pytest.mark.process]
+
 Recorded = Callable[..., Path]
 QUIET = Ui(quiet=True)
 # Options that change other options, and one that has no effect beside them.

@@ -15,6 +15,8 @@ from nbl_export.model.linearize import linearize
 from ..command import configured, nbl
 from ..tiny import HIDDEN, LAYERS, VOCAB
 
+pytestmark = pytest.mark.job
+
 IDS = torch.arange(2, 42)
 
 

@@ -17,6 +17,8 @@ from nbl_export.plan import planning
 from ..command import Outcome, configured, nbl
 from ..jobs import until
 
+pytestmark = pytest.mark.job
+
 Same = tuple[object, ...]
 
 

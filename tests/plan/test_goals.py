@@ -21,6 +21,8 @@ from nbl_export.plan.planning import count_foreseen, count_trained, count_within
 from ..command import assert_refused, nbl
 from ..tiny import LAYERS
 
+pytestmark = pytest.mark.job
+
 
 def limited(text: str | None) -> JobOptions:
     return JobOptions("m", max_perplexity_increase=text)

@@ -32,6 +32,8 @@ from ..mixers.test_lmmse import moments, sample
 from ..rewrite.test_rewrite import rows, worst
 from ..tiny import HEAD_DIM, HIDDEN, random_map
 
+pytestmark = pytest.mark.job
+
 Exported = Callable[..., Path]
 TOLERANCE = 2e-4  # of fp32 logits, as in test_rewrite
 

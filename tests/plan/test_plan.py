@@ -22,6 +22,8 @@ from nbl_export.records.plan import LayerScore, Plan
 from ..command import keys, nbl
 from ..tiny import LAYERS
 
+pytestmark = pytest.mark.job
+
 SCORES = tuple(LayerScore(i, bound, 0.5, 0.1) for i, bound in enumerate((5.0, 1.0, 3.0, 1.0, 9.0)))
 
 

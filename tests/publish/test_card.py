@@ -19,6 +19,8 @@ from ..command import assert_refused, in_new_process, keys, nbl, snapshot
 from ..damage import flip
 from ..fake_hub import fake_hub
 
+pytestmark = [pytest.mark.job, pytest.mark.process]
+
 README = Path("model") / "README.md"
 
 

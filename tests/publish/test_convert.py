@@ -30,6 +30,8 @@ from ..damage import name_code, named_code
 from ..jobs import until
 from ..tiny import HIDDEN, SPLIT, random_map, save_checkpoint
 
+pytestmark = pytest.mark.job
+
 IDS = torch.arange(3, 40)[None]
 
 

@@ -31,6 +31,8 @@ from nbl_export.targets.checkpoint import edge_llm
 from ..command import nbl
 from ..tiny import HIDDEN, LAYERS, random_map, save_checkpoint
 
+pytestmark = pytest.mark.job
+
 IDS = torch.arange(3, 40)[None]
 MAPS: dict[int, Mixer] = {1: random_map(1), 2: Nothing(HIDDEN)}
 PREDICTED = Predicted(np.zeros((4, 2 * HIDDEN), np.float32), np.zeros(4, np.float32), HIDDEN, 1, 8, 1e-5)

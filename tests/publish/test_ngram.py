@@ -17,6 +17,8 @@ from nbl_export.targets.onnx.ngram import write_ngram
 from ..command import assert_refused, nbl
 from ..tiny import VOCAB
 
+pytestmark = pytest.mark.job
+
 
 @pytest.fixture(scope="module")
 def folder(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -103,6 +103,7 @@ def simulated() -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.process
 def test_intervals_hold_the_median_whatever_the_correlation_and_the_noise(simulated: list[dict[str, Any]]) -> None:
     """Also where rounds end by their width."""
     assert {row["correlation"] for row in simulated} == {0.0, 0.5, 0.95} and len(simulated) == 12
@@ -110,6 +111,7 @@ def test_intervals_hold_the_median_whatever_the_correlation_and_the_noise(simula
     assert min(row["held"][c] for row in simulated for c in columns) >= 0.93
 
 
+@pytest.mark.process
 def test_rounds_taken_for_independent_would_not(simulated: list[dict[str, Any]]) -> None:
     """So the simulation can tell."""
     name = "12 loads, rounds as if independent"

@@ -20,6 +20,8 @@ from nbl_export.targets.tensorrt import export as static
 from ..cuts import predicted_maps
 from ..static_tiny import HEAD, HIDDEN, LAYERS, TOLERANCE, open_decoder, rows, worst
 
+pytestmark = pytest.mark.engine
+
 NEAR = 8
 # Prompts around W + 1 tokens, later steps of several sizes, and single tokens.
 STEPS = [[NEAR + 1, 1, NEAR + 2, 1, NEAR], [3 * NEAR + 5, 1, 2 * NEAR + 3, 1, 1], [1, NEAR + 4, NEAR + 2, NEAR + 1]]

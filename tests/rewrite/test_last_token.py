@@ -31,6 +31,8 @@ from nbl_export.verify.last_token import BATCH_LENGTHS, check_last, expected_las
 from ..command import assert_refused, configured, nbl
 from ..tiny import HEAD_DIM, HIDDEN, LAYERS, VOCAB
 
+pytestmark = pytest.mark.job
+
 Exported = Callable[..., Path]
 Maps = Callable[..., dict[int, Linear]]
 SPEC = DecoderSpec("llama", LAYERS, HIDDEN, 4, 2, HEAD_DIM, VOCAB, 512)

@@ -12,6 +12,8 @@ import pytest
 from ..command import assert_refused, configured, nbl
 from ..jobs import until
 
+pytestmark = pytest.mark.job
+
 Same = tuple[object, ...]
 
 

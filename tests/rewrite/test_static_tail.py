@@ -18,6 +18,8 @@ from nbl_export.verify.last_token import check_last, expected_last
 
 from ..static_tiny import TOLERANCE, VOCAB, maps_of, open_decoder, rows, single_row_error, torch_logits, worst
 
+pytestmark = pytest.mark.engine
+
 Form = Callable[[str], ir.Model]
 
 

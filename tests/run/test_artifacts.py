@@ -12,6 +12,8 @@ import pytest
 from nbl_export.errors import NblError
 from nbl_export.files import friendly_os_errors
 
+pytestmark = pytest.mark.process
+
 # Each change that Python makes to the file system raises an audit event. The script does the same work again and
 # again, and dies at the first, the second, ... event, until it comes through; each time the work is then finished.
 _SCRIPT = """

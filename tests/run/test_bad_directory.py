@@ -25,6 +25,8 @@ from ..command import TINY, assert_refused, configured, nbl, snapshot, stage_lin
 from ..damage import cut, edit, flip
 from ..jobs import until
 
+pytestmark = [pytest.mark.job, pytest.mark.process]
+
 Same = tuple[object, ...]
 
 

@@ -10,6 +10,8 @@ import pytest
 
 from ..command import assert_refused, nbl, snapshot
 
+pytestmark = pytest.mark.job
+
 SHORT = ("--depth", 0, "--repetitions", 1, "--prompt-tokens", 8, "--generate-tokens", 3, "--threads", 1)
 
 

@@ -18,6 +18,8 @@ from nbl_export.plan.maps_file import load_maps
 from ..command import BARE, assert_refused, keys, nbl, snapshot
 from ..jobs import until
 
+pytestmark = pytest.mark.job
+
 CUT = ("--near", "4", "--max-perplexity-increase", "10000%")
 
 

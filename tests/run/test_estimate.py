@@ -24,6 +24,8 @@ from ..fake_hub import fake_hub
 from ..jobs import opened
 from ..model.test_shape import written
 
+pytestmark = [pytest.mark.job, pytest.mark.process]
+
 Same = tuple[object, ...]
 # What a manifest has after calibration.
 _FIRST = ("schema", "status", "model", "decoder", "sources", "text", "calibration", "places", "num_layers", "options",

@@ -22,6 +22,8 @@ from ..command import assert_refused, nbl, snapshot
 from ..hostile import places
 from ..hostile_folders import rehash
 
+pytestmark = pytest.mark.job
+
 
 def test_no_command_waits_for_a_pipe(
     checkpoint: Callable[[str], Path], exported: Callable[..., Path], run: Path, text: Path, tmp_path: Path

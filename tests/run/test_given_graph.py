@@ -28,6 +28,8 @@ from ..damage import name_code, named_code
 from ..graph_sources import OPTIMUM_PYTHON
 from ..tiny import HEAD_DIM, HIDDEN, LAYERS, VOCAB
 
+pytestmark = [pytest.mark.job, pytest.mark.process]
+
 # Largest logit difference by precision: the logits' own scale is 2 to 3; int8 and int4 round every weight.
 TOLERANCE = {"fp32": 5e-5, "fp16": 0.01, "int8": 0.1, "int4": 0.6}
 needs_optimum = pytest.mark.skipif(OPTIMUM_PYTHON is None, reason="NBL_OPTIMUM_PYTHON names no environment")

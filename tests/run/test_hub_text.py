@@ -20,6 +20,8 @@ from ..damage import flip
 from ..fake_datasets import MIX_ROWS, FakeDatasets
 from ..fake_hub import FakeHub, fake_hub
 
+pytestmark = [pytest.mark.job, pytest.mark.process]
+
 KEPT = "text.safetensors"
 WORDS = "words of an other text that somebody gave to the hub, in a few rows of a single column. "
 OTHER = {"org/other@train": [{"text": f"{i} {WORDS * 20}"} for i in range(30)]}

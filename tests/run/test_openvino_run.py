@@ -14,6 +14,8 @@ from ..command import TINY, assert_refused, nbl
 from ..jobs import until
 from ..tiny import HEAD_DIM
 
+pytestmark = [pytest.mark.engine, pytest.mark.job]
+
 
 @pytest.fixture(scope="module")
 def asked(checkpoint: Callable[[str], Path], text: Path) -> tuple[object, ...]:

@@ -14,6 +14,8 @@ from nbl_export.files import file_sha256
 from ..command import BARE, Outcome, assert_refused, nbl, snapshot
 from ..fork_server import ForkServer
 
+pytestmark = [pytest.mark.job, pytest.mark.process]
+
 # Small batches, and jobs that end before graphs are exported.
 SMALL = """
 import nbl_export.calibrate.collect, nbl_export.run.pipeline as pipeline

@@ -23,6 +23,8 @@ from nbl_export.targets.base import Availability
 from ..command import assert_refused, configured, keys, nbl, snapshot, stage_lines
 from ..fork_server import ForkServer
 
+pytestmark = [pytest.mark.job, pytest.mark.process]
+
 Same = tuple[object, ...]
 
 TITLES = {"calibrate": "calibrate", "plan": "plan", "decoder": "decoder graph", "rewrite": "rewrite",

@@ -23,6 +23,8 @@ from nbl_export.run.stages.common import LeftOut
 
 from ..jobs import TEXT, job_of
 
+pytestmark = pytest.mark.engine
+
 EVAL = (Subject("a", None, 10, {"sha256": "0"}, {"shots": 0}, "harness 1"),)
 TRT = {"engine": "trt-rtx", "decoder_source": "static", "precision": "fp16"}
 # The options of a job in which the stage is not left out, and in which a changed plan hides no lack of a later key.

@@ -33,6 +33,8 @@ from ..command import TINY, assert_refused, configured, nbl
 from ..jobs import until
 from ..tiny import LAYERS, VARIANTS, VOCAB, cases, made_by, random_map, record_of, save_checkpoint
 
+pytestmark = pytest.mark.job
+
 Checkpoint = Callable[[str], Path]
 Exported = Callable[..., Path]
 Maps = Callable[..., dict[int, Linear]]

@@ -17,6 +17,8 @@ from nbl_export.errors import NblError
 from nbl_export.targets import tokenizer as chat_template
 from nbl_export.targets.tokenizer import applied, render
 
+pytestmark = pytest.mark.process
+
 TEXT = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}>{% endif %}"

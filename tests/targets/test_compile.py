@@ -25,6 +25,8 @@ from ..fake_engine import StandIn
 from ..static_tiny import LAYERS, SPEC, maps_of, save_checkpoint
 from ..verifying import verify_tiny
 
+pytestmark = [pytest.mark.engine, pytest.mark.job, pytest.mark.process]
+
 _PROBE = TRT_RTX.probe()
 needs_rtx = pytest.mark.skipif(not _PROBE.available, reason=_PROBE.reason)
 SLOTS = 128

@@ -18,6 +18,8 @@ from nbl_export.graph.genai_config import read_genai_config
 
 from ..command import Outcome, assert_refused, in_new_process, nbl
 
+pytestmark = [pytest.mark.job, pytest.mark.process]
+
 _CANARY = """
 #include <stdio.h>
 __attribute__((constructor)) static void sing(void) { FILE *f = fopen(MARKER, "w"); if (f) fclose(f); }

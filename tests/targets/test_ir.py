@@ -18,6 +18,8 @@ from nbl_export.targets.openvino.signals import kept_signal_stack
 from ..damage import cut
 from ..tiny import HEAD_DIM, LAYERS
 
+pytestmark = pytest.mark.engine
+
 
 @pytest.fixture
 def directory(exported: Callable[..., Path], tmp_path: Path) -> Path:

@@ -25,6 +25,8 @@ from nbl_export.targets.openvino.signals import kept_signal_stack
 
 from ..tiny import VOCAB, made_by, narrowed, random_map, record_of
 
+pytestmark = [pytest.mark.engine, pytest.mark.process]
+
 PROMPT = np.random.default_rng(5).integers(2, VOCAB, 20).tolist()
 
 

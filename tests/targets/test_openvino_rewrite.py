@@ -26,6 +26,8 @@ from nbl_export.targets.openvino.session import IrDecoder
 
 from ..tiny import HEAD_DIM, HIDDEN, LAYERS, VOCAB, made_by, random_map
 
+pytestmark = pytest.mark.engine
+
 SUBSETS = [s for n in (1, 2) for s in itertools.combinations(range(LAYERS), n)]
 IDS = np.random.default_rng(3).integers(2, VOCAB, (2, 40))
 LENGTHS = (24, 17)

@@ -22,6 +22,8 @@ from nbl_export.targets.onnx.gpu import load_cuda
 
 from ..command import assert_refused, nbl
 
+pytestmark = pytest.mark.job
+
 Same = tuple[object, ...]
 HOPPER = Gpu("NVIDIA H100", "9.0", (13, 0))
 ADA = Gpu("NVIDIA RTX 4090", "8.9", (13, 0))

@@ -31,6 +31,8 @@ from nbl_export.verify.ladder import run_rows
 
 from ..tiny import _SPECIAL, EVERY, HEAD_DIM, HIDDEN, VOCAB, record_of, save_checkpoint
 
+pytestmark = pytest.mark.engine
+
 NEAR = 1e-5  # of the largest logit; wrong wiring is beyond 1e-2
 SOURCES = ("genai", "mobius", "openvino")
 LISTS = ("smollm3", "phi3-long")  # with one number a layer or a frequency: their sizes stay

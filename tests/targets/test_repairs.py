@@ -36,6 +36,8 @@ from ..exports import build_decoder
 from ..tiny import LAYERS, random_map
 from ..verifying import verify_tiny
 
+pytestmark = [pytest.mark.engine, pytest.mark.job]
+
 Checkpoint = Callable[[str], Path]
 
 

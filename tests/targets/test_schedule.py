@@ -21,6 +21,8 @@ from nbl_export.targets.tokenizer import Text
 
 from ..tiny import END_IDS
 
+pytestmark = pytest.mark.engine
+
 VOCAB = 50
 
 # -- profiles --------------------------------------------------------------------------------------------

@@ -44,6 +44,8 @@ from ..static_tiny import (
     worst,
 )  # fmt: skip
 
+pytestmark = pytest.mark.engine
+
 FAULT = 100 * TOLERANCE["fp32"]  # what a planted fault must exceed; they give 0.3 and more
 
 Form = Callable[[str], ir.Model]

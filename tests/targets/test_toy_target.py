@@ -16,6 +16,8 @@ from tests.command import nbl
 
 from .toy import engine as toy
 
+pytestmark = pytest.mark.job
+
 
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

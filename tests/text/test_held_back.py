@@ -24,13 +24,15 @@ from nbl_export.text.windows import CALIBRATION_ROLES, SECOND_ROLES, divide, par
 from ..command import nbl
 from ..jobs import opened
 
+pytestmark = pytest.mark.job
+
 PARTS = ("deciding", "choosing", "final")
 
 
 @pytest.fixture(autouse=True)
 def whole_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a user's job."""
-    monkeypatch.setattr(text_windows, "_PART_TOKENS", {CALIBRATION_ROLES: 4096, SECOND_ROLES: 8192})
+    monkeypatch.setattr(text_windows, "PART_TOKENS", {CALIBRATION_ROLES: 4096, SECOND_ROLES: 8192})
 
 
 def counting(tokens: int) -> tuple[Any, Any]:
@@ -111,7 +113,7 @@ def test_stages_read_the_parts_that_are_theirs(run: Path, monkeypatch: pytest.Mo
     assert passages.flatten().tolist() == near.choosing.flatten()[: passages.numel()].tolist()
     final = [windows for _, windows in verify.loss_texts(verify.declare(job))]
     assert rows(final[0]) == rows(near.final) and rows(final[1]) == rows(second.final)
-    assert final[1].size == final[0].size == 2048  # SHORT_PARTS
+    assert final[1].size == final[0].size == 2048  # shorten_parts
 
     class Recorder:
         @property
@@ -159,7 +161,7 @@ def test_a_run_says_what_it_read_for_what(run: Path) -> None:
     texts = json.loads((run / "verify.json").read_text())["texts"]
     uses = [(t["use"], t["tokens"]) for t in texts]
     assert ("calibration: scores and maps", 1024) in uses
-    assert [tokens for use, tokens in uses if use == "choice of layers"] == [1024, 1024, 512]  # SHORT_PARTS
+    assert [tokens for use, tokens in uses if use == "choice of layers"] == [1024, 1024, 512]  # shorten_parts
     assert [tokens for use, tokens in uses if use == "final figures"] == [2048, 2048]
     assert "distillation: judging" not in dict(uses) and "number of layers" not in dict(uses)
     done = nbl("verify", run, "--json")

@@ -22,6 +22,8 @@ from nbl_export.text.mixture import HUB_MIX, read_texts
 from ..fake_datasets import MIX_ROWS, FakeDatasets
 from ..fake_hub import FakeHub, fake_hub
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeDatasets:

@@ -20,6 +20,8 @@ from nbl_export.text.mixture import absolute_sources, identify, mix, read_texts
 
 from ..command import keys, nbl
 
+pytestmark = pytest.mark.job
+
 
 @pytest.mark.parametrize("values", [["a", "a"], [""]])
 def test_bad_values_are_refused(values: list[str]) -> None:

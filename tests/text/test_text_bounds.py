@@ -22,6 +22,8 @@ from nbl_export.text.windows import pack
 
 from ..fake_datasets import FakeDatasets
 
+pytestmark = pytest.mark.process
+
 MIB = 1 << 20
 # Pieces and their join, of one byte a character; and what the interpreter needs.
 BOUND = 2 * corpus.READ_BYTES + 24 * MIB

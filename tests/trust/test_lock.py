@@ -14,6 +14,8 @@ from nbl_export.run_directory import RunDirectory
 
 from ..command import assert_refused, nbl, snapshot
 
+pytestmark = pytest.mark.job
+
 PLACES: dict[str, Callable[[Path, Path], object]] = {
     "a link": lambda lock, target: lock.symlink_to(target),
     "a link to nothing": lambda lock, target: lock.symlink_to(target.with_name("new")),

@@ -17,6 +17,8 @@ from nbl_export.targets.tensorrt.static.schedule import Profile
 from nbl_export.trust import own_engines
 from nbl_export.trust.own_engines import is_own, remember
 
+pytestmark = pytest.mark.engine
+
 DIGEST, OTHER = "ab" * 32, "cd" * 32
 
 

@@ -21,6 +21,8 @@ from nbl_export.trust.terminal import Console, visible
 
 from ..command import Outcome, nbl
 
+pytestmark = pytest.mark.job
+
 PACKAGE = Path(__file__).parents[2] / "nbl_export"
 # Markup that closes what was never opened, a style, a link, an emoji code, colours by ESC and by C1, a title, BEL, CR,
 # and an override of direction.

@@ -23,6 +23,8 @@ from ..tiny import HEAD_DIM, HIDDEN, KV_HEADS, random_map
 from ..verifying import verify_tiny
 from .test_tiny_graphs import check
 
+pytestmark = pytest.mark.job
+
 NEAR = 4
 KEYS = KV_HEADS * HEAD_DIM
 PREFILL = ("nbl", "nbl", "relative rms logit difference, prefill")

@@ -33,6 +33,8 @@ from ..command import TINY, configured, nbl
 from ..jobs import until
 from ..tiny import HIDDEN, VOCAB
 
+pytestmark = pytest.mark.job
+
 Runs = Callable[..., Path]
 EXACT = 1e-5  # on a tiny model; 1e-4 is the gate
 

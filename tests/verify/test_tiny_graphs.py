@@ -14,6 +14,8 @@ from nbl_export.targets import exporter_of
 from ..tiny import EVERY, VARIANTS, cases, made_by
 from ..verifying import ENGINES, verify_tiny
 
+pytestmark = pytest.mark.job
+
 Checkpoint = Callable[[str], Path]
 Case = tuple[str, str, str]  # architecture, source, precision
 
