@@ -79,7 +79,7 @@ READS = {
     "targets/openvino/ir/files.py": (1, "mapped"),
     "targets/tensorrt/export.py": (1, "weights, mapped"),
     "targets/tensorrt/record.py": (1, "an engine of the user, of the recorded size"),
-    "text/corpus.py": (1, "in blocks, of which the first are kept"),
+    "text/corpus.py": (1, "the first bytes up to a limit; hashed in blocks"),
 }  # fmt: skip
 READERS = {"read_text", "read_bytes", "open", "load_file", "GGUFReader"}
 LIBRARIES = {"onnx.load", "ir.load", "np.load", "np.fromfile", "json.load", "tomllib.load", "ModelCard.load"}

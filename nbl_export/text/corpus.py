@@ -9,6 +9,8 @@ several sources, and the default text; `installed_text` is the default text with
 
 At most `READ_BYTES` of the unpacked text are read, so memory is bounded for a file of any size. The hash covers the
 whole file on disk, packed or not: equal hashes give equal documents.
+
+The library `datasets` reads the hub alone. Of local files it changes line ends and dates, and its memory has no limit.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import codecs
 import gzip
 import hashlib
 import importlib.metadata as metadata
+import itertools
 import json
 import logging
 import re
@@ -46,8 +49,7 @@ __all__ = [
 
 READ_BYTES = 64 << 20  # most bytes of one text: some fifteen million tokens
 _LINE_CHARS = 8 << 20  # most characters of one line of JSON
-_JSON_BYTES = 32 << 20  # most characters of a .json, which is parsed whole
-_BLOCK_BYTES = 1 << 20
+_JSON_CHARS = 32 << 20  # most characters of a .json, which is parsed whole
 _PROBED_BYTES = 1 << 16  # a file with zeros among these is binary
 
 
@@ -81,121 +83,80 @@ def _read_file(path: Path, name: str = "") -> Text:
         NblError: the file is unreadable, empty, binary, not UTF-8, not JSON, or without a text field.
     """
     try:
-        with path.open("rb") as stream:
-            reader = _Reader(path, stream)
-            documents = tuple(document for document in _documents(path, reader) if document.strip())
-            if not documents:
-                raise NblError(f"calibration text {path} {'is empty' if reader.blank else 'holds no text'}")
-            stream.seek(0)
-            return Text(name or path.name, stream_sha256(stream), documents, cut=reader.cut)
+        with path.open("rb") as file:
+            text, cut = _decoded(path, gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file)
+            file.seek(0)
+            digest = stream_sha256(file)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise NblError(f"calibration text {path} is truncated or not a gzip file ({error}); fetch it again") from error
     except OSError as error:
         raise NblError(f"calibration text {path} cannot be read: {error.strerror}") from error
+    if not text or text.isspace():
+        raise NblError(f"calibration text {path} is empty")
+    documents = tuple(document for document in _documents(path, text, cut) if document.strip())
+    if not documents:
+        raise NblError(f"calibration text {path} holds no text")
+    return Text(name or path.name, digest, documents, cut=cut)
 
 
-class _Reader:
-    """Decoded pieces of a file. After the last piece, `cut`: the file holds more; `blank`: all pieces were blank."""
-
-    def __init__(self, path: Path, stream: IO[bytes]) -> None:
-        self._path = path
-        self._stream: Any = gzip.GzipFile(fileobj=stream) if path.suffix == ".gz" else stream
-        self.cut = False
-        self.blank = True
-
-    def pieces(self) -> Iterator[str]:
-        """The text, one block at a time."""
-        decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        passed = 0
-        while block := self._read(min(_BLOCK_BYTES, READ_BYTES - passed)):
-            if passed == 0 and b"\0" in block[:_PROBED_BYTES]:
-                raise NblError(f"calibration text {self._path} is a binary file; give UTF-8 text, .jsonl or .json")
-            self.blank = self.blank and not block.strip()
-            yield self._decoded(decoder, block, passed)
-            passed += len(block)
-        self.cut = passed >= READ_BYTES and bool(self._read(1))
-        if not self.cut:
-            yield self._decoded(decoder, b"", passed)
-
-    def _read(self, size: int) -> bytes:
-        try:
-            return bytes(self._stream.read(size))
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise NblError(
-                f"calibration text {self._path} is truncated or not a gzip file ({error}); fetch it again"
-            ) from error
-
-    def _decoded(self, decoder: codecs.IncrementalDecoder, block: bytes, passed: int) -> str:
-        waiting = len(decoder.getstate()[0])
-        try:
-            return decoder.decode(block, final=not block)
-        except UnicodeDecodeError as error:
-            raise NblError(
-                f"calibration text {self._path} is not UTF-8 (byte {passed - waiting + error.start}); "
-                "convert it with iconv"
-            ) from error
-
-
-def _documents(path: Path, reader: _Reader) -> Iterator[str]:
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    if suffix == ".jsonl":
-        yield from (_field(path, number, line) for number, line in _lines(path, reader))
-    elif suffix == ".json":
-        yield from _rows(path, reader)
-    else:
-        yield "".join(reader.pieces())
-
-
-def _lines(path: Path, reader: _Reader) -> Iterator[tuple[int, str]]:
-    """Number and text of each line that is not blank; a last line that the reading limit cut is left out."""
-    number = 1
-    rest = ""
-    for piece in reader.pieces():
-        if not rest and not piece.strip():  # keeps a million blank lines cheap
-            number += piece.count("\n")
-            continue
-        *lines, rest = (rest + piece).split("\n")
-        if len(rest) > _LINE_CHARS:
-            raise NblError(
-                f"calibration text {path}, line {number + len(lines)} is longer than {_LINE_CHARS >> 20} Mi "
-                "characters; cut it into several documents"
-            )
-        yield from ((n, line) for n, line in enumerate(lines, number) if line.strip())
-        number += len(lines)
-    if rest.strip() and not reader.cut:
-        yield number, rest
-
-
-def _rows(path: Path, reader: _Reader) -> Iterator[str]:
-    pieces: list[str] = []
-    for piece in reader.pieces():
-        pieces.append(piece)
-        if sum(map(len, pieces)) > _JSON_BYTES:
-            raise NblError(
-                f"calibration text {path} is a list of more than {_JSON_BYTES >> 20} Mi characters; "
-                "write it as .jsonl, one object a line"
-            )
-    if reader.blank:
-        return
+def _decoded(path: Path, stream: IO[bytes] | gzip.GzipFile) -> tuple[str, bool]:
+    """The text of the first `READ_BYTES`, and whether more bytes follow."""
+    data = stream.read(READ_BYTES)
+    cut = bool(stream.read(1))
+    if b"\0" in data[:_PROBED_BYTES]:
+        raise NblError(f"calibration text {path} is a binary file; give UTF-8 text, .jsonl or .json")
     try:
-        rows = json.loads("".join(pieces))
-    except (ValueError, RecursionError) as error:
-        raise NblError(f"calibration text {path} is not JSON: {error}") from error
+        text, _ = codecs.utf_8_decode(data, "strict", not cut)  # the limit may lie inside a character
+    except UnicodeDecodeError as error:
+        raise NblError(f"calibration text {path} is not UTF-8 (byte {error.start}); convert it with iconv") from error
+    return text.removeprefix("\ufeff"), cut
+
+
+def _documents(path: Path, text: str, cut: bool) -> Iterator[str]:
+    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    if suffix not in (".json", ".jsonl"):
+        yield text
+        return
+    for place, row in _rows(path, text) if suffix == ".json" else _lines(path, text, cut):
+        document = row.get("text") if isinstance(row, dict) else None
+        if not isinstance(document, str):
+            raise NblError(f"calibration text {path}, {place} has no text field")
+        yield document
+
+
+def _rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    if len(text) > _JSON_CHARS:
+        raise NblError(
+            f"calibration text {path} is a list of more than {_JSON_CHARS >> 20} Mi characters; "
+            "write it as .jsonl, one object a line"
+        )
+    rows = _parsed(str(path), text)
     if not isinstance(rows, list):
         raise NblError(f"calibration text {path} must be a JSON list of objects with a text field")
-    yield from (_text_of(path, number, row) for number, row in enumerate(rows, 1))
+    yield from ((f"entry {number}", row) for number, row in enumerate(rows, 1))
 
 
-def _field(path: Path, number: int, line: str) -> str:
+def _lines(path: Path, text: str, cut: bool) -> Iterator[tuple[str, Any]]:
+    """Number and value of each line that is not blank; a last line that the reading limit cut is left out."""
+    number = 1
+    begin = 0
+    for line in re.finditer(r"[^\n]+", text):
+        number += text.count("\n", begin, line.start())
+        begin, end = line.span()
+        if end - begin > _LINE_CHARS:
+            raise NblError(
+                f"calibration text {path}, line {number} is longer than {_LINE_CHARS >> 20} Mi characters; "
+                "cut it into several documents"
+            )
+        if not line[0].isspace() and not (cut and end == len(text)):
+            yield f"line {number}", _parsed(f"{path}, line {number}", line[0])
+
+
+def _parsed(place: str, text: str) -> Any:
     try:
-        return _text_of(path, number, json.loads(line))
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise NblError(f"calibration text {path}, line {number} is not JSON: {error}") from error
-
-
-def _text_of(path: Path, number: int, row: Any) -> str:
-    value = row.get("text") if isinstance(row, dict) else None
-    if not isinstance(value, str):
-        raise NblError(f"calibration text {path}, entry {number} has no text field")
-    return value
+        raise NblError(f"calibration text {place} is not JSON: {error}") from error
 
 
 log = logging.getLogger(__name__)
@@ -292,8 +253,8 @@ def installed_text(reason: str = "", *, failed: bool = False) -> Text:
     if failed:
         log.warning("calibration text: %s; using the %s instead", reason, _OFFLINE)
     digest = hashlib.sha256("".join(t.sha256 for t in texts).encode()).hexdigest()
-    documents = tuple(_interleave([_paragraphs(t.documents) for t in texts]))
-    return Text(name, digest, documents, parts, cut=any(t.cut for t in texts))
+    documents = itertools.chain.from_iterable(zip(*(_paragraphs(t.documents) for t in texts), strict=False))
+    return Text(name, digest, tuple(documents), parts, cut=any(t.cut for t in texts))
 
 
 def stdlib_text() -> Text:
@@ -303,12 +264,11 @@ def stdlib_text() -> Text:
 
 def _package_files() -> list[Path]:
     try:
-        files = metadata.files(_PACKAGE) or []
+        folder = metadata.distribution(_PACKAGE).locate_file(f"{_PACKAGE}/conversion/standard_cal_data")
     except metadata.PackageNotFoundError:
         return []
-    wanted = {f"standard_cal_data/{stem}.utf8": stem for stem in _PACKAGE_FILES}
-    found = {stem: Path(str(f.locate())) for f in files for end, stem in wanted.items() if str(f).endswith(end)}
-    return [found[stem] for stem in _PACKAGE_FILES if stem in found and found[stem].is_file()]
+    paths = [Path(str(folder)) / f"{stem}.utf8" for stem in _PACKAGE_FILES]
+    return [path for path in paths if path.is_file()]
 
 
 def _paragraphs(documents: Iterable[str], target_chars: int = 2000) -> list[str]:
@@ -335,8 +295,3 @@ def cut_documents(documents: Iterable[str]) -> list[str]:
     for document in documents:
         found += [document] if len(document) <= _LONG_DOCUMENT_CHARS else _paragraphs([document])
     return found
-
-
-def _interleave(streams: list[list[str]]) -> Iterator[str]:
-    for group in zip(*streams, strict=False):
-        yield from group

@@ -3,8 +3,8 @@
     unavailable()          why the hub is not asked: a switch, no library, no answer within seconds
     stream(sources, ...)   child `answer` ─► lines of JSON ─► documents of each source
 
-    ["text", 0, "one document"] ... ["end", 0, cut], then the same for source 1
-    ["error", 0, "why dataset 0 cannot be read"], and the process ends
+    ["text", "one document"] ... ["end", cut] of source 0, then the same of source 1
+    ["error", "why this dataset cannot be read"], and the process ends
 
 A child can be stopped while its library waits for the network. The child's memory is freed when it ends. It works in an
 empty directory, because the library prefers a local folder of a dataset's name to the hub. A document is the column
@@ -55,17 +55,17 @@ def answer(write: Write, sources: Sequence[str], most: int, empty: Path) -> None
             os.environ[name] = os.path.abspath(os.path.expanduser(place))
     os.chdir(empty)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what the library prints
-    for number, source in enumerate(sources):
+    for source in sources:
+        left = most
         try:
-            left = most
             for document in _documents(source):
-                write(["text", number, document[:left]])
+                write(["text", document[:left]])
                 left -= len(document)
                 if left <= 0:
                     break
-            write(["end", number, left <= 0])
+            write(["end", left <= 0])
         except Exception as error:  # the library raises many kinds
-            write(["error", number, _said(error)])
+            write(["error", _said(error)])
             return
 
 
@@ -93,13 +93,10 @@ def _documents(source: str) -> Iterator[str]:
 
 def _chat(messages: Any) -> str | None:
     """Role and content of each message, with an empty line between messages; None if these are no messages."""
-    said = []
-    for message in messages if isinstance(messages, list) else [None]:
-        role, content = (message.get(k) for k in ("role", "content")) if isinstance(message, dict) else (None, None)
-        if not isinstance(role, str) or not isinstance(content, str):
-            return None
-        said.append(f"{role}: {content}")
-    return "\n\n".join(said)
+    try:
+        return "\n\n".join(message["role"] + ": " + message["content"] for message in messages)
+    except (TypeError, LookupError):
+        return None
 
 
 def _said(error: Exception) -> str:
@@ -143,10 +140,7 @@ def unavailable() -> str:
 
 
 def _has_library() -> bool:
-    try:
-        found = importlib.util.find_spec("datasets")
-    except ValueError:
-        return False
+    found = importlib.util.find_spec("datasets")
     return found is not None and found.origin is not None  # a mere folder of this name has no origin
 
 
@@ -176,26 +170,26 @@ def stream(sources: Sequence[str], most: int, seconds: float | None = None) -> l
     if not _has_library():
         raise NblError(f"no calibration text at {sources[0]}; if it is a hub dataset id, pip install datasets")
     found: list[tuple[tuple[str, ...], bool]] = []
-    documents: list[str] = []
     end = None if seconds is None else time.monotonic() + seconds
     with (
         tempfile.TemporaryDirectory(prefix="nbl-export-") as empty,
         Child(answer, list(sources), most, Path(empty)) as child,
     ):
-        while len(found) < len(sources):
-            try:
-                line = child.answer(None if end is None else max(0.0, end - time.monotonic()))
-            except TimeoutError:
-                raise HubError(sources[len(found)], f"not read within {seconds:.0f} s") from None
-            said: Any = line or ("error", len(found), f"the reading process {child.ending()}")
-            kind, number, value = said
-            if kind == "error":
-                raise HubError(sources[number], value)
-            if kind == "text":
+        for source in sources:
+            documents: list[str] = []
+            while True:
+                try:
+                    line = child.answer(None if end is None else max(0.0, end - time.monotonic()))
+                except TimeoutError:
+                    raise HubError(source, f"not read within {seconds:.0f} s") from None
+                said: Any = line or ("error", f"the reading process {child.ending()}")
+                kind, value = said
+                if kind != "text":
+                    break
                 documents.append(value)
-                continue
+            if kind == "error":
+                raise HubError(source, value)
             if not any(map(str.strip, documents)):
-                raise HubError(sources[number], "it holds no text")
+                raise HubError(source, "it holds no text")
             found.append((tuple(documents), value))
-            documents.clear()
     return found

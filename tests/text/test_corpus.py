@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,23 +18,38 @@ from nbl_export.text.corpus import Text, read_text
 from nbl_export.text.windows import pack
 
 
-def test_plain_jsonl_and_json_give_the_same_documents(tmp_path: Path) -> None:
-    documents = ["One document.", "Another, with an é and a 漢."]
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": d, "id": 3}) for d in documents), encoding="utf-8")
-    (tmp_path / "a.json").write_text(json.dumps([{"text": d} for d in documents]), encoding="utf-8")
-    (tmp_path / "a.txt").write_text(documents[1], encoding="utf-8")
-    assert read_text(str(tmp_path / "a.jsonl")).documents == tuple(documents)
-    assert read_text(str(tmp_path / "a.json")).documents == tuple(documents)
-    assert read_text(str(tmp_path / "a.txt")).documents == (documents[1],)
+@pytest.mark.parametrize("packed", ["", ".gz"])
+def test_every_form_gives_the_same_documents(packed: str, tmp_path: Path) -> None:
+    documents = ["One document.\r\n", "Another, with an é and a 漢.", "2020-01-01"]
+    rows = [{"text": document, "id": 3} for document in documents]
+    forms = {"a.jsonl": "\n\n".join(map(json.dumps, rows)), "a.json": json.dumps(rows), "a.txt": documents[0]}
+    for name, content in forms.items():
+        written = ("\ufeff" + content).encode()
+        file = tmp_path / f"{name}{packed}"
+        file.write_bytes(gzip.compress(written) if packed else written)
+        found = read_text(str(file))
+        assert found.documents == tuple(documents[:1] if name == "a.txt" else documents)
+        assert found.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"not gzip", gzip.compress(b"x" * 5000)[:-20], gzip.compress(b"abc")[:12]],
+    ids=["no gzip", "cut in its data", "cut behind its header"],  # the bytes hold the time of day
+)
+def test_damaged_compressed_text_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(content)
+    with pytest.raises(NblError, match=r"a\.jsonl\.gz is truncated or not a gzip file"):
+        read_text(str(tmp_path / "a.jsonl.gz"))
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [("a.txt", b"", "is empty"), ("a.txt", b" \n", "is empty"), ("a.txt", b"ab\0cd", "binary"),
      ("a.txt", b"\x7fELF\0", "is a binary file.*UTF-8"), ("a.txt", "é".encode("utf-16"), "binary"),
-     ("a.json", b"[" * 100_000, "not JSON"), ("a.jsonl", b'{"text": null}', "entry 1 has no text field"),
+     ("a.json", b"[" * 100_000, "not JSON"), ("a.jsonl", b'{"text": null}', "line 1 has no text field"),
      ("a.txt", b"caf\xe9", r"not UTF-8 \(byte 3\).*iconv"), ("a.jsonl", b'{"text": "x"}\n{bad', "line 2 is not JSON"),
-     ("a.jsonl", b'{"txt": "x"}', "entry 1 has no text field"), ("a.json", b'{"text": "x"}', "must be a JSON list"),
+     ("a.jsonl", b'\n{"txt": "x"}', "line 2 has no text field"), ("a.json", b'{"text": "x"}', "must be a JSON list"),
      ("a.json", b"[1]", "entry 1 has no text field"), ("a.json", b"[", "not JSON"), ("a.json", b"[]", "holds no text")],
 )  # fmt: skip
 def test_bad_text_is_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:
@@ -103,14 +120,6 @@ def test_the_warning_names_what_is_short(tokens: int, said: str, caplog: pytest.
     if said:
         assert f"{held.numel():,} of 5,120" in said
         assert ("calibrate" in said) == (used.numel() < 160 * 64 - 30)
-
-
-def test_default_text_without_the_package_is_pythons_own(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(corpus, "_package_files", list)
-    assert "pydoc_data" in corpus.installed_text().name
-    assert "pip install --no-deps" in caplog.text
 
 
 def test_default_text_mixes_its_files_from_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

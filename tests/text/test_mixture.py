@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nbl_export.errors import NblError, UsageError
+from nbl_export.errors import UsageError
 from nbl_export.model.checkpoint.load import load_tokenizer
 from nbl_export.text import corpus, windows
 from nbl_export.text.corpus import Text
@@ -73,28 +73,6 @@ def test_hash_says_the_texts_in_their_order(tmp_path: Path) -> None:
     }
     assert len(hashes) == 4
     assert read_texts([str(tmp_path / "a")]).sha256 == hashlib.sha256((tmp_path / "a").read_bytes()).hexdigest()
-
-
-@pytest.mark.parametrize("ending", [".txt", ".jsonl", ".json"])
-def test_compressed_text_is_the_text(ending: str, tmp_path: Path) -> None:
-    rows = [{"text": "One."}, {"text": "Two é."}]
-    content = {".txt": "One.", ".jsonl": "\n".join(map(json.dumps, rows)), ".json": json.dumps(rows)}[ending].encode()
-    (tmp_path / f"a{ending}").write_bytes(content)
-    (tmp_path / f"a{ending}.gz").write_bytes(gzip.compress(content))
-    packed, plain = (corpus.read_text(str(tmp_path / f"a{ending}{gz}")) for gz in (".gz", ""))
-    assert packed.documents == plain.documents
-    assert packed.sha256 == hashlib.sha256((tmp_path / f"a{ending}.gz").read_bytes()).hexdigest()
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"not gzip", gzip.compress(b"x" * 5000)[:-20], gzip.compress(b"abc")[:12]],
-    ids=["no gzip", "cut in its data", "cut behind its header"],  # the bytes hold the time of day
-)
-def test_damaged_compressed_text_is_named(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl.gz").write_bytes(content)
-    with pytest.raises(NblError, match=r"a\.jsonl\.gz is truncated or not a gzip file"):
-        corpus.read_text(str(tmp_path / "a.jsonl.gz"))
 
 
 def test_two_texts_through_the_command(checkpoint: Callable[[str], Path], text: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from ..fake_datasets import FakeDatasets
 pytestmark = pytest.mark.process
 
 MIB = 1 << 20
-# Pieces and their join, of one byte a character; and what the interpreter needs.
+# Bytes and their text, of one byte a character; and what the interpreter needs.
 BOUND = 2 * corpus.READ_BYTES + 24 * MIB
 
 
@@ -90,13 +90,12 @@ def test_a_file_of_gibibytes_that_is_not_packed(tmp_path: Path) -> None:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if so little of a text were read."""
     monkeypatch.setattr(corpus, "READ_BYTES", 1000)
-    monkeypatch.setattr(corpus, "_BLOCK_BYTES", 64)
 
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("packed", ["", ".gz"])
 def test_what_is_read_is_the_beginning(packed: str, tmp_path: Path) -> None:
-    """Also where a character or a line lies across blocks, or across the end of what is read."""
+    """Also if a character or a line lies across the end of what is read."""
     lines = [json.dumps({"text": f"é漢 {i}"}, ensure_ascii=False) for i in range(200)]
     write = gzip.compress if packed else bytes
     (tmp_path / f"a.jsonl{packed}").write_bytes(write("\n".join(lines).encode()))
@@ -114,16 +113,6 @@ def test_what_is_read_is_the_beginning(packed: str, tmp_path: Path) -> None:
     (tmp_path / f"d.txt{packed}").write_bytes(write("é".encode()[:1]))
     with pytest.raises(NblError, match=r"not UTF-8 \(byte 0\)"):
         read_text(str(tmp_path / f"d.txt{packed}"))
-
-
-def test_the_hash_is_of_the_whole_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Texts that differ behind what is read are different texts: a run on one is not resumed with the other."""
-    monkeypatch.setattr(corpus, "READ_BYTES", 100)
-    for name, end in (("a.txt", b"1"), ("b.txt", b"2")):
-        (tmp_path / name).write_bytes(b"x" * 200 + end)
-    one, other = (read_text(str(tmp_path / name)) for name in ("a.txt", "b.txt"))
-    assert one.documents == other.documents
-    assert one.sha256 != other.sha256
 
 
 @pytest.mark.usefixtures("small")
