@@ -18,9 +18,8 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.connection import wait
 from pathlib import Path
-
-from nbl_export.child import readable
 
 __all__ = ["ForkServer", "ForkedRun"]
 
@@ -79,7 +78,7 @@ class ForkedRun:
         A run that never ends is killed and fails its test: a library can lose the exception of Ctrl-C.
         """
         assert self._server.stdout is not None
-        if not readable(self._server.stdout.fileno(), _PATIENCE_SECONDS):
+        if not wait([self._server.stdout.fileno()], _PATIENCE_SECONDS):
             os.killpg(self.pid, signal.SIGKILL)
         said, number = self._server.stdout.readline().split()
         assert said == "status", said

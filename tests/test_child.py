@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import pickle
 import resource
+import struct
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nbl_export.child import Child, Write, _packed, _restored
+from nbl_export.child import Child, Write
 
 pytestmark = pytest.mark.process
 
@@ -41,14 +44,19 @@ def answers(write: Write, *given: Any) -> None:
         write(value() if callable(value) else value)
 
 
-def raw(write: Write, line: str) -> None:
+def describe(write: Write, found: list[Any]) -> None:
+    write([repr(found[:5]), repr(vars(found[5]))])
+
+
+def raw(write: Write, message: bytes) -> None:
     """What foreign code in the process may do: write to whatever is open."""
     for number in range(3, 64):
         try:
-            os.write(number, line.encode())
+            os.write(number, message)
         except OSError:
             continue
-    write("end")
+    for _ in range(1000):  # more than the pipe holds: a process that nobody reads must end
+        write("x" * 1000)
 
 
 def test_answers_come_one_by_one_and_what_is_printed_is_none() -> None:
@@ -59,22 +67,63 @@ def test_answers_come_one_by_one_and_what_is_printed_is_none() -> None:
 
 
 def test_arguments_arrive_as_they_were() -> None:
-    found = _restored(_packed([Path("p"), (1, (2,)), {1: "x"}, Sizes(Path("a"), (9,)), Sizes, Engine("n")]))
-    assert found[:5] == [Path("p"), (1, (2,)), {1: "x"}, Sizes(Path("a"), (9,)), Sizes]
-    assert vars(found[5]) == vars(Engine("n"))
+    given = [Path("p"), (1, (2,)), {1: "x"}, Sizes(Path("a"), (9,)), Sizes, Engine("n")]
+    with Child(describe, given) as child:
+        assert child.answer(60) == [repr(given[:5]), repr(vars(given[5]))]
 
 
 def test_what_no_other_process_finds_is_refused() -> None:
-    with pytest.raises(TypeError, match="cannot be found by another process"):
-        Child(answers, lambda: 1)
+    child = Child(answers, lambda: 1)
+    with pytest.raises(AttributeError, match="lambda"), child:
+        pass
+    assert child.status() != 0
 
 
-@pytest.mark.parametrize("line", ["{", "[" * 100_000, '{"name": "os:getcwd"}'])
-def test_an_answer_is_data_alone(line: str) -> None:
-    """A line that names a function is a value like others, and a line that is no JSON ends the answers."""
-    with Child(raw, f"{line}\n") as child:
-        found = child.answer(60)
-    assert found == ({"name": "os:getcwd"} if "name" in line else None)
+def framed(payload: bytes) -> bytes:
+    return struct.pack("!i", len(payload)) + payload
+
+
+@pytest.mark.parametrize(
+    ("message", "value"),
+    [
+        (framed(b'{"name": "os:getcwd"}'), {"name": "os:getcwd"}),
+        (framed(b"{"), None),
+        (framed(b"[" * 100_000), None),
+        (framed(pickle.dumps(os.getcwd)), None),
+        (struct.pack("!i", (64 << 20) + 1), None),
+        (struct.pack("!i", -2), None),
+        (struct.pack("!iQ", -1, 1 << 62), None),
+    ],
+    ids=["names a function", "no JSON", "deep", "a pickle", "too long", "negative length", "64-bit length"],
+)
+def test_an_answer_is_data_alone(message: bytes, value: Any) -> None:
+    """A message that names a function is a value like others. What is no JSON, or too long, ends child and answers."""
+    with Child(raw, message) as child:
+        assert child.answer(60) == value
+        if value is None:
+            assert child.answer(60) is None
+            assert child.status() == 0
+
+
+def test_a_script_without_a_guard_runs_once_and_the_working_directory_is_not_imported(tmp_path: Path) -> None:
+    """`multiprocessing` runs the script again in its process, and imports itself from the working directory."""
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("json", "multiprocessing", "pickle", "socket"):
+        (tmp_path / "elsewhere" / f"{name}.py").write_text(f"import os; os.write(2, b'imported {name}')")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.append({str(Path(__file__).parents[1])!r})\n"
+        "print('ran')\n"
+        "from nbl_export.child import Child\n"
+        "from tests.test_child import answers\n"
+        "with Child(answers, 1) as child:\n"
+        "    print(child.answer(60))\n"
+    )
+    held = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, str(script)]
+    done = subprocess.run(command, cwd=tmp_path / "elsewhere", env=held, capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("ran\n1\n", "a library speaks\n")
 
 
 def test_a_child_that_says_nothing_is_ended() -> None:

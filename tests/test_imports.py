@@ -41,6 +41,7 @@ HEAVY = {
     "onnxruntime_genai": ("targets.onnx",),
     "tensorrt": ("targets.tensorrt",),
     "tensorrt_rtx": ("targets.tensorrt",),
+    "pynvml": ("measure.clocks",),
     "lm_eval": ("evaluation",),
     "openvino": ("targets.openvino",),
     "openvino_tokenizers": ("targets.openvino",),

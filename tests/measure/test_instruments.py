@@ -117,40 +117,52 @@ class Nvml:
     def __init__(self, status: int = 0, reasons: int = 0) -> None:
         self.status, self.reasons = status, reasons
 
-    def nvmlInit_v2(self) -> int:
+    def nvmlInitWithFlags(self, _flags: int) -> int:
         return 0
 
-    def nvmlDeviceGetHandleByPciBusId_v2(self, address: bytes, device: Any) -> int:
-        device._obj.value = 4711
-        return 0 if address == SECOND else 6  # NVML_ERROR_NOT_FOUND
+    def nvmlDeviceGetHandleByPciBusId_v2(self, address: ctypes.c_char_p, device: Any) -> int:
+        ctypes.cast(device, ctypes.POINTER(ctypes.c_void_p)).contents.value = 4711
+        return 0 if address.value == SECOND else 6  # NVML_ERROR_NOT_FOUND
 
-    def nvmlSystemGetDriverVersion(self, text: Any, _length: int) -> int:
+    def nvmlSystemGetDriverVersion(self, text: Any, _length: ctypes.c_uint) -> int:
         text.value = b"580.65.06"
         return 0
 
-    def nvmlDeviceGetClockInfo(self, device: ctypes.c_void_p, kind: int, out: Any) -> int:
-        assert device.value == 4711
-        out._obj.value = {1: 1980, 2: 2619}[kind]
+    def nvmlDeviceGetClockInfo(self, device: Any, kind: ctypes.c_uint, out: Any) -> int:
+        assert ctypes.cast(device, ctypes.c_void_p).value == 4711
+        out._obj.value = {1: 1980, 2: 2619}[kind.value]
         return 0
 
-    def nvmlDeviceGetEnforcedPowerLimit(self, _device: ctypes.c_void_p, out: Any) -> int:
+    def nvmlDeviceGetEnforcedPowerLimit(self, _device: Any, out: Any) -> int:
         out._obj.value = 700_000
         return self.status
 
-    def nvmlDeviceGetCurrentClocksThrottleReasons(self, _device: ctypes.c_void_p, out: Any) -> int:
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, _device: Any, out: Any) -> int:
         out._obj.value = self.reasons
         return self.status
 
 
 def test_driver_clocks_and_power_limit_are_read_of_the_gpu_that_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    pynvml = pytest.importorskip("pynvml")
+
+    def clocks_by(library: Nvml | None, address: str = SECOND.decode()) -> dict[str, Any] | None:
+        def load(name: str) -> Nvml:
+            if library is None:
+                raise OSError(f"{name}: cannot open shared object file")
+            return library
+
+        monkeypatch.setattr(pynvml, "nvmlLib", None)
+        monkeypatch.setattr(pynvml, "_nvmlGetFunctionPointer_cache", {})
+        monkeypatch.setattr(pynvml, "CDLL", load)
+        monkeypatch.setattr(clocks, "bus_id", lambda: address)
+        return read_clocks()
+
     known = {"driver": "580.65.06", "sm_mhz": 1980, "memory_mhz": 2619}
-    monkeypatch.setattr(clocks, "bus_id", SECOND.decode)
     slowed = {"power_limit_watts": 700.0, "slowed_by": ["power limit", "temperature"]}
-    for library, more in ((Nvml(reasons=0x1 | 0x4 | 0x20), slowed), (Nvml(status=3), {})):
-        monkeypatch.setattr(clocks.ctypes, "CDLL", lambda _name, library=library: library)
-        assert read_clocks() == {**known, **more}
-    for address in ("0000:01:00.0", ""):  # NVML does not know it; the driver does not say
-        monkeypatch.setattr(clocks, "bus_id", lambda address=address: address)
-        assert read_clocks() is None
-    monkeypatch.setattr(clocks, "_NVML", ())  # no such library
+    assert clocks_by(Nvml(reasons=0x1 | 0x4 | 0x20)) == {**known, **slowed}
+    assert clocks_by(Nvml(status=3)) == known
+    assert clocks_by(Nvml(), "0000:01:00.0") is None, "NVML does not know it"
+    assert clocks_by(Nvml(), "") is None, "the driver does not say"
+    assert clocks_by(None) is None
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # not installed
     assert read_clocks() is None

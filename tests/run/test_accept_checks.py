@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import logging
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from nbl_export import child
 from nbl_export.child import Child
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.graph.cut_reference import CutDecoder
@@ -264,7 +263,7 @@ def test_another_process_finds_the_engine_of_a_run(values: Path, tmp_path: Path)
 def test_another_process_opens_decoders_of_every_engine_of_a_gpu(name: str, provider: str) -> None:
     """As the footprint of `bench` does: the engine reaches the process as it is."""
     engine = load_engine(name, provider)
-    same = child._restored(json.loads(json.dumps(child._packed(engine.open_runner)))).__self__
+    same = pickle.loads(pickle.dumps(engine.open_runner)).__self__
     assert type(same) is type(engine) and vars(same) == vars(engine)
 
 
