@@ -254,15 +254,15 @@ def convert(
         typer.Option(
             "--to",
             metavar="FORM",
-            help="transformers, nemotron-nas, mlx, edge-llm or ngram (the original, which GenAI decodes with "
-            "n-grams); or the destination: vllm, tensorrt-llm, ... Without it, destinations are listed.",
+            help="transformers, nemotron-nas, mlx or edge-llm; or the destination: vllm, tensorrt-llm, ... "
+            "Without it, destinations are listed.",
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="TARGET", help="The new directory.")] = None,
     force: opt.Force = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Write the NBL model, or the original with n-grams, for other engines."""
+    """Write the NBL model for other engines."""
     if to is None:
         from nbl_export.report.console import routes_table
         from nbl_export.run.destinations import routes
