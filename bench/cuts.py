@@ -1,7 +1,7 @@
 """What jobs with predicted keys give: the cut, loss behind a prompt, speed, and the time of the job.
 
     nbl-export --model MODEL --output DIR                                       the default job
-    nbl-export eval DIR --tasks lambada_openai --data DATA --limit 500            last words of passages
+    nbl-export eval DIR --tasks DATA/lambada_openai.yaml --limit 500            last words of passages
     python bench/cuts.py "SmolLM2-135M=DIR" ... > RESULT.json
 
 Each argument is TITLE=DIR. Losses are those of the report: of windows that neither fitted nor chose. Samples of each

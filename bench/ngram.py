@@ -2,9 +2,9 @@
 
     python bench/ngram.py DIR/original NGRAM > RAW.json
 
-NGRAM is what `nbl-export convert DIR --to ngram` wrote. A round loads both directories anew and asks each of them one
-prompt of each kind, which no other round asks. Each uses one thread. So its processor time is that of its own work,
-also on a machine that other work shares.
+NGRAM is a copy of DIR/original with the settings of docs/drafts.md. A round loads both directories anew and asks each
+of them one prompt of each kind, which no other round asks. Each uses one thread. So its processor time is that of its
+own work, also on a machine that other work shares.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Files of LAMBADA, ARC and PIQA in other forms, as rows of the data sets that lm-evaluation-harness reads.
+"""Files of LAMBADA, ARC and PIQA in other forms, as tasks of lm-evaluation-harness on local rows.
 
-    python bench/stock_rows.py FILES DATA          then: nbl-export eval DIR --tasks ... with the key data
+    python bench/stock_rows.py FILES DATA          then: nbl-export eval DIR --tasks DATA/arc_easy.yaml
 
 FILES/lambada_openai/test.jsonl                       {"context", "continuation"}            -> {"text"}
 FILES/arc_easy/test.jsonl, arc_challenge/test.jsonl   {"question", "choices", "gold" from 0} -> "choices", "answerKey"
@@ -11,26 +11,42 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["convert"]
+from nbl_export.evaluation.tasks import catalogue
+
+__all__ = ["convert", "write_task"]
 
 Row = dict[str, Any]
+SPLITS = {"training_split": "train", "validation_split": "validation", "test_split": "test"}
 
 
 def convert(files: Path, data: Path) -> list[Path]:
-    """Write DATA/TASK/SPLIT.jsonl for each task in `files`; return what is written."""
+    """Write DATA/TASK.yaml and DATA/TASK/SPLIT.jsonl for each task in `files`; return the YAML files."""
     written = []
     for task, (name, split, rows) in _TASKS.items():
         path = files / task / name
         if path.is_file():
-            target = data / task / f"{split}.jsonl"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text("".join(json.dumps(row) + "\n" for row in rows(path)), encoding="utf-8")
-            written.append(target)
+            written.append(write_task(data, task, {split: rows(path)}))
     return written
+
+
+def write_task(data: Path, task: str, splits: Mapping[str, Iterable[Row]]) -> Path:
+    """Write a stock task whose documents are these rows; return its YAML file. JSON is YAML too."""
+    files = {}
+    for split, rows in splits.items():
+        file = data.resolve() / task / f"{split}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        files[split] = str(file)
+    stock = catalogue().task_index[task].yaml_path
+    local = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
+    absent = {kind: None for kind, split in SPLITS.items() if split not in files}
+    target = data / f"{task}.yaml"
+    target.write_text(json.dumps({"include": str(stock), **local, **absent}, indent=1) + "\n", encoding="utf-8")
+    return target
 
 
 def _lines(path: Path) -> Iterator[Row]:

@@ -2,7 +2,7 @@
 
     python bench/tasks.py MODEL DATA RESULT.json --rows "paper 8=cca:0,7,24-29" "ours 8=maps:DIR/maps.safetensors"
 
-DATA has the tasks' files (the key `data` of `eval`). A row is NAME=HOW:WHAT with one of these values of HOW:WHAT:
+DATA has the tasks' files (`stock_rows.py`). A row is NAME=HOW:WHAT with one of these values of HOW:WHAT:
 
     cca:LAYERS     the closed form on the residual stream, on 65,536 tokens of the default text
     drop:LAYERS    attention dropped
@@ -184,24 +184,23 @@ def main() -> None:
     narrow = not options.float32 and bfloat16.fast(torch.device("cpu"))
     result |= {"machine": machine(), "versions": versions(("torch", "transformers", "lm_eval"))}
     result |= {"products": "bfloat16" if narrow else "float32", "calibration": bed.text}
-    for name in options.tasks.split(","):
-        with tasks.quiet_harness():
-            benchmark = tasks.load_benchmark(name, options.data)
+    names = options.tasks.split(",")
+    subjects = tasks.load_tasks(tuple(f"{options.data}/{name}.yaml" for name in names), options.limit)
+    for name, subject in zip(names, subjects, strict=True):
         entry = result["tasks"].setdefault(name, {"documents": 0, "rows": {}})
-        every = len(benchmark.task.eval_docs)
-        documents = min(options.limit or every, every)
+        documents = subject.limit or subject.data["documents"]
         if entry["documents"] != documents:
             entry.update(documents=documents, rows={})
         missing = [row for row in rows if row.name not in entry["rows"]]
         if not missing:
             continue
         lm = answering(bed.tokenizer, bed.spec.max_positions)
-        tasks.run_benchmark(benchmark, lm, options.limit)
+        tasks.run_task(subject.value, lm, subject.limit)
         log(f"{name}: {len(lm.asked)} requests, {sum(len(_read(r)) for r in lm.asked)} tokens")
         scores = Everyone(bed.model, missing, narrow).score(lm.asked)
         outcomes = {}
         for row, lm.scores in scores.items():
-            outcomes[row] = tasks.run_benchmark(benchmark, lm, options.limit)
+            outcomes[row] = tasks.run_task(subject.value, lm, subject.limit)
         about = {"original": {}, **{row.name: row.about for row in missing}}
         for row, outcome in outcomes.items():
             entry["rows"][row] = {**about[row], **measured(outcome, outcomes["original"], FIGURES[name])}

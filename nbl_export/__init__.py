@@ -6,8 +6,8 @@
     run.loss, run.speed                        values with their intervals
     nbl.estimate(MODEL)                        what the main job will take
 
-`nbl_export.api` has these names, and the stages as functions of values. They are loaded at first use: importing this
-package loads neither torch nor any engine. `nbl_export.cli` is the command line.
+`nbl_export.api` has these names. They are loaded at first use: importing this package loads neither torch nor any
+engine. `nbl_export.cli` is the command line.
 
 The import turns off telemetry of ONNX Runtime, its GenAI, huggingface_hub and nncf in this process, unless the
 environment says otherwise, and that of OpenVINO, for which OpenVINO has no environment variable.

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-__all__ = ["LAMBADA", "PIQA", "QUESTIONS", "TASKS", "request", "write_rows", "write_tasks"]
+__all__ = ["LAMBADA", "PIQA", "QUESTIONS", "TASKS", "request", "write_rows", "write_task", "write_tasks"]
 
 LAMBADA: list[dict[str, Any]] = [
     {"text": "The with statement is used to wrap the execution of a block"},
@@ -30,6 +30,7 @@ WIKI: list[dict[str, Any]] = [
     {"page": " = First = \n \n The first article . \n = = Part = = \n \n More of it . "},
     {"page": " = Second = \n \n Another one . \n"},
 ]
+SPLITS = {"training_split": "train", "validation_split": "validation", "test_split": "test"}
 TASKS = {"lambada_openai": LAMBADA, "arc_easy": QUESTIONS, "piqa": PIQA, "wikitext": WIKI}
 
 
@@ -39,11 +40,27 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def write_tasks(directory: Path) -> Path:
-    """A data directory with four tiny tasks."""
-    for task, rows in TASKS.items():
-        write_rows(directory / task / ("validation.jsonl" if task == "piqa" else "test.jsonl"), rows)
-    return directory
+def write_task(directory: Path, task: str, **splits: list[dict[str, Any]]) -> Path:
+    """A stock task whose splits are local rows, as docs/evaluation.md describes. JSON is YAML too."""
+    from nbl_export.evaluation.tasks import catalogue
+
+    files = {split: str(write_rows(directory / task / f"{split}.jsonl", rows)) for split, rows in splits.items()}
+    settings = {
+        "include": str(catalogue().task_index[task].yaml_path),
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": files},
+        **{kind: None for kind, split in SPLITS.items() if split not in files},
+    }
+    path = directory / f"{task}.yaml"
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    return path
+
+
+def write_tasks(directory: Path) -> dict[str, Path]:
+    """Files of four tiny tasks by their names."""
+    splits = {"piqa": "validation"}
+    return {task: write_task(directory, task, **{splits.get(task, "test"): rows}) for task, rows in TASKS.items()}
 
 
 def request(*arguments: Any) -> Any:

@@ -90,7 +90,7 @@ RUN = (
     *READ, "plan {here}/run --layers 2", "rewrite {here}/run", "verify {here}/run", "build {here}/run",
     "bench {here}/run" + _BENCH, "eval {here}/run --perplexity a={here}/text.txt --limit 1 --ppl-context 16",
     "convert {here}/run --output {here}/out --to transformers", "convert {here}/run --output {here}/out --to edge-llm",
-    "convert {here}/run --output {here}/out --to ngram", "--config {here}/run/nbl.json --output {here}/out",
+    "--config {here}/run/nbl.json --output {here}/out",
 )  # fmt: skip
 CUT = (
     "plan {here}/cut --cut 2 --near 3", "rewrite {here}/cut", "verify {here}/cut", "report {here}/cut",

@@ -1,30 +1,13 @@
-"""The Python door: the main job, finished runs, and the stages as functions of values.
+"""The Python door: the main job, finished runs, and estimates.
 
     export, open     ─► Run: loss, speed, curve, compare, to
     estimate         ─► Estimate
-    calibrate ─► Calibration ─► plan ─► Planned ─► linearize ─► a model of transformers
 
-Importing this package loads neither torch nor an engine. `import nbl_export` has the names of the first two lines.
+Importing this package loads neither torch nor an engine. The stages are functions of values in their own packages:
+docs/python.md.
 """
 
 from nbl_export.api.runs import Answers, Estimate, Loss, Point, Run, Speed, estimate, export, open
-from nbl_export.api.stages import Calibration, Planned, calibrate, linearize, plan
 from nbl_export.errors import NblError
 
-__all__ = [
-    "Answers",
-    "Calibration",
-    "Estimate",
-    "Loss",
-    "NblError",
-    "Planned",
-    "Point",
-    "Run",
-    "Speed",
-    "calibrate",
-    "estimate",
-    "export",
-    "linearize",
-    "open",
-    "plan",
-]
+__all__ = ["Answers", "Estimate", "Loss", "NblError", "Point", "Run", "Speed", "estimate", "export", "open"]

@@ -207,8 +207,6 @@ class Run:
     def to(self, form: str, path: str | PathLike[str], *, force: bool = False, quiet: bool = False) -> Path:
         """Write the NBL model in a form that other engines read: transformers, nemotron-nas, mlx or edge-llm.
 
-        The form ngram is the original decoder, with n-gram decoding in ONNX Runtime GenAI.
-
         Args:
             form: or an engine that reads one: vllm, tensorrt-llm, tensorrt-edge-llm, mlx-lm.
             path: a new directory.

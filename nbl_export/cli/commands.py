@@ -143,7 +143,11 @@ def evaluate(
     directory: opt.Run,
     asked: dict[str, Any],
     tasks: Annotated[
-        str | None, typer.Option(metavar="TASK,...", help="Tasks of lm-evaluation-harness, such as arc_easy,piqa.")
+        str | None,
+        typer.Option(
+            metavar="TASK,...",
+            help="Tasks of lm-evaluation-harness, such as arc_easy,piqa, or YAML files of tasks in its form.",
+        ),
     ] = None,
     perplexity: Annotated[
         str | None, typer.Option(metavar="NAME=FILE,...", help="Measure perplexity on these texts.")
@@ -154,9 +158,6 @@ def evaluate(
             metavar="NAME=FILE,...",
             help="Measure loss by position, retrieval and copying in long windows of these texts.",
         ),
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Take documents of tasks from DIR/TASK/SPLIT.jsonl, if present.")
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Use the first N documents, windows or keys; default: all.")
@@ -174,16 +175,11 @@ def evaluate(
     from nbl_export.run.pipeline import run_evaluation
     from nbl_export.run_directory import EVAL_FILE
 
-    for given, flag, needs, named in (
-        (ppl_context, "--ppl-context", "--perplexity and --long-context", perplexity or long_context),
-        (data, "--data", "--tasks", tasks),
-    ):
-        if given is not None and not named:
-            raise UsageError(f"{flag} is for {needs}; leave {flag} out")
+    if ppl_context is not None and not (perplexity or long_context):
+        raise UsageError("--ppl-context is for --perplexity and --long-context; leave --ppl-context out")
     request = EvalRequest(
         tasks=_words(tasks),
         limit=limit,
-        data=data,
         texts=_named("--perplexity", perplexity),
         long_texts=_named("--long-context", long_context),
         context=ppl_context,
@@ -254,15 +250,15 @@ def convert(
         typer.Option(
             "--to",
             metavar="FORM",
-            help="transformers, nemotron-nas, mlx, edge-llm or ngram (the original, which GenAI decodes with "
-            "n-grams); or the destination: vllm, tensorrt-llm, ... Without it, destinations are listed.",
+            help="transformers, nemotron-nas, mlx or edge-llm; or the destination: vllm, tensorrt-llm, ... "
+            "Without it, destinations are listed.",
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="TARGET", help="The new directory.")] = None,
     force: opt.Force = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Write the NBL model, or the original with n-grams, for other engines."""
+    """Write the NBL model for other engines."""
     if to is None:
         from nbl_export.report.console import routes_table
         from nbl_export.run.destinations import routes

@@ -15,7 +15,6 @@ Keys, places and random tokens come from fixed seeds. So all models get the same
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -77,7 +76,6 @@ def run_length(
     Raises:
         NblError: the text is shorter than one window, or a window has no room for a key.
     """
-    started = time.monotonic()
     few = limit if test == POSITION else min(limit or _ITEMS, _MOST)
     rows = windows(text, scorer.tokenizer, window, few) if text else []
     items = list(_items(test, rows, scorer.tokenizer, window, few or 0))
@@ -94,7 +92,7 @@ def run_length(
             found.setdefault(f"correct {end}", []).append(float(correct))
         progress(done, len(items))
     metrics = {k: Metric.of("mean", v, higher_is_better=k.startswith("correct")) for k, v in found.items()}
-    return Outcome(len(next(iter(found.values()))), metrics, time.monotonic() - started)
+    return Outcome(len(next(iter(found.values()))), metrics)
 
 
 def _items(test: str, rows: list[list[int]], tokenizer: Any, window: int, count: int) -> Iterator[_Item]:

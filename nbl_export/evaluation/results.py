@@ -21,28 +21,30 @@ from nbl_export.evaluation.length import POSITION, TESTS
 from nbl_export.evaluation.measure import Outcome, difference
 from nbl_export.files import read_json
 from nbl_export.records.quality import NEAR, grows_with_length, increase_interval, mean_interval, spoken_interval
+from nbl_export.records.requests import Subject
 
-__all__ = ["SCHEMA", "entry", "read_entries", "read_harness", "summarize"]
+__all__ = ["SCHEMA", "entry", "read_entries", "summarize"]
 
 SCHEMA = 1
 Entry = dict[str, Any]
 Group = dict[str, Entry]  # variant -> entry
 
 
-def entry(key: str, task: str, limit: int | None, variant: str, outcome: Outcome, **facts: Any) -> Entry:
+def entry(key: str, subject: Subject, variant: str, outcome: Outcome, **facts: Any) -> Entry:
     """The entry of one outcome in eval.json."""
     shown = ("value", "stderr", "aggregation", "higher_is_better")
     metrics = {name: {key: getattr(metric, key) for key in shown} for name, metric in outcome.metrics.items()}
     scores = {name: _pack(metric.items) for name, metric in outcome.metrics.items() if metric.items}
     return {
         "key": key,
-        "task": task,
-        "limit": limit,
+        "task": subject.name,
+        "limit": subject.limit,
         "variant": variant,
         "items": outcome.items,
-        "seconds": round(outcome.seconds, 3),
-        "metrics": metrics,
         **facts,
+        "data": subject.data,
+        "config": subject.config,
+        "metrics": metrics,
         "scores": scores,
     }
 
@@ -79,12 +81,7 @@ def read_entries(path: Path) -> dict[str, Entry]:
     return entries
 
 
-def read_harness(path: Path) -> str:
-    """The version of lm-evaluation-harness in an eval.json that `read_entries` has checked; "" without one."""
-    return str(read_json(path).get("lm_eval") or "") if path.is_file() else ""
-
-
-def summarize(entries: Mapping[str, Entry], **facts: Any) -> dict[str, Any]:
+def summarize(entries: Mapping[str, Entry]) -> dict[str, Any]:
     """The content of eval.json."""
     results = list(entries.values())
     groups: dict[str, Group] = {}
@@ -94,7 +91,7 @@ def summarize(entries: Mapping[str, Entry], **facts: Any) -> dict[str, Any]:
     long = {place: next(iter(group.values()))["config"].get("output_type") in TESTS for place, group in groups.items()}
     return {
         "schema": SCHEMA,
-        **facts,
+        "lm_eval": max((found["config"].get("lm_eval", "") for found in results), default=""),
         "results": results,
         "table": [row for place, group in groups.items() if not long[place] for row in _rows(group)],
         "length": [_length(group) for place, group in groups.items() if long[place]],

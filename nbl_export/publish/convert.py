@@ -4,7 +4,6 @@ transformers   directory of `nbl_export.hf`'s classes, which vLLM's plugin reads
 nemotron-nas   directory for TensorRT-LLM, and for the converter of llama.cpp
 mlx            directory for mlx-lm
 edge-llm       directory for TensorRT-Edge-LLM
-ngram          directory of the original decoder for ONNX Runtime GenAI, which proposes tokens from the text so far
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from nbl_export.errors import NblError, ParityError, UsageError
 from nbl_export.files import move_into_place, refuse_occupied
 from nbl_export.mixers import kind_of
 from nbl_export.mixers.base import Mixer
-from nbl_export.options.options import CHECKPOINT_FIT, NO_ORIGINAL
 from nbl_export.plan.inputs import Maps
 from nbl_export.plan.maps_file import load_maps
 from nbl_export.records.destinations import DESTINATIONS, destination_named, spoken_kind
@@ -29,11 +27,11 @@ from nbl_export.records.plan import CUT_KIND, USUAL_KIND
 from nbl_export.run.deployed import open_finished
 from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
-from nbl_export.run_directory import DECODERS, MAPS_FILE
+from nbl_export.run_directory import MAPS_FILE
 
 __all__ = ["FORMS", "convert"]
 
-FORMS = ("transformers", "nemotron-nas", "mlx", "edge-llm", "ngram")
+FORMS = ("transformers", "nemotron-nas", "mlx", "edge-llm")
 _READ_BY = {name: place.form for name, place in DESTINATIONS.items() if place.form}
 _INSTEAD = (
     "use --to transformers or vllm, convert a run of linear layers (--layers N), or deploy DIR/model with ONNX Runtime "
@@ -60,7 +58,7 @@ def convert(output: Path, form: str, target: Path, ui: Ui, *, force: bool = Fals
     refuse_occupied(target)
     with open_finished(output, ui, force=force) as job:
         maps = load_maps(job.run.path / MAPS_FILE, job.plan.layers, job.decoder.hidden_size)
-        _refuse_unread(job, maps, asked, form)
+        _refuse_unread(job, maps, asked)
         with job.run.scratch() as scratch, ui.task("saving"):
             said = _write(job, maps, form, scratch / "saved")
             move_into_place(scratch / "saved", target)
@@ -74,7 +72,7 @@ def _write(job: Job, maps: Maps, form: str, out: Path) -> list[str]:
         return _write_checkpoint(job, maps, out)
     if form == "edge-llm":
         return _write_edge_llm(job, maps, out)
-    return _write_ngram(job, out) if form == "ngram" else _write_nemotron_nas(job, maps, form, out)
+    return _write_nemotron_nas(job, maps, form, out)
 
 
 def _form_of(asked: str) -> str:
@@ -95,14 +93,12 @@ def _form_of(asked: str) -> str:
     raise UsageError(f"--to is {', '.join(FORMS)}, or a destination ({names}), not {asked!r}")
 
 
-def _refuse_unread(job: Job, maps: Maps, asked: str, form: str) -> None:
+def _refuse_unread(job: Job, maps: Maps, asked: str) -> None:
     """Refuse layers and models that the destination does not read.
 
     Raises:
         NblError: the message has the reason.
     """
-    if form == "ngram":
-        return
     name = destination_named(asked)
     run = job.run.path
     place = DESTINATIONS[name]
@@ -185,21 +181,6 @@ def _write_edge_llm(job: Job, maps: Maps, out: Path) -> list[str]:
     edge_llm.save(model, job.torch.checkpoint.value, maps, job.plan.tap, out)
     same = _compared(job, edge_llm.load(out), log_probabilities(model, ids), ids)
     return [same, *edge_llm.remarks(out)]
-
-
-def _write_ngram(job: Job, out: Path) -> list[str]:
-    """The original decoder with the options of n-gram decoding. Its graph is the run's, byte for byte.
-
-    Raises:
-        NblError: the run has no original, or none for ONNX Runtime GenAI.
-    """
-    from nbl_export.targets.onnx.ngram import write_ngram
-
-    if job.options.fit == CHECKPOINT_FIT:
-        raise NblError(f"{job.run.path} has no original to decode with: {NO_ORIGINAL}; convert a run of that model")
-    job.run.check("decoder")
-    write_ngram(job.run.path / DECODERS["original"], out)
-    return []
 
 
 def _ids(job: Job) -> list[int]:

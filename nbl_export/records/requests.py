@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import UsageError
@@ -25,7 +24,6 @@ class EvalRequest:
 
     tasks: tuple[str, ...] = ()
     limit: int | None = None
-    data: Path | None = None
     texts: tuple[tuple[str, str], ...] = ()
     long_texts: tuple[tuple[str, str], ...] = ()
     context: int | None = None
@@ -46,9 +44,9 @@ class EvalRequest:
 
 @dataclass(frozen=True)
 class Subject:
-    """A benchmark or a text, loaded and checked, by its name in eval.json.
+    """A task or a text, loaded and checked, by its name in eval.json.
 
-    harness: its version, if the subject is a benchmark. `asked` holds everything that the figures depend on.
+    `asked` holds everything that the figures depend on.
     """
 
     name: str
@@ -56,9 +54,8 @@ class Subject:
     limit: int | None
     data: dict[str, Any]
     config: dict[str, Any]
-    harness: str = ""
 
     @property
     def asked(self) -> list[Any]:
         data = self.data.get("sha256", self.data)  # a file counts by content, not by path
-        return [self.name, self.limit, data, self.config, self.harness]
+        return [self.name, self.limit, data, self.config]

@@ -190,14 +190,9 @@ def _prepare(request: EvalRequest, positions: int, ui: Ui) -> tuple[Subject, ...
     if request.long_texts:
         copying = {"context": long, "output_type": length.COPYING}
         subjects.append(Subject(length.COPYING, None, request.limit, {"name": "random tokens"}, copying))
-    names = tuple(dict.fromkeys(request.tasks))
-    with tasks.quiet_harness(), ui.task("tasks") as progress:
-        version = tasks.harness_version() if names else ""
-        for done, name in enumerate(names):
-            progress(done, len(names))
-            found = tasks.load_benchmark(name, request.data)
-            limit = None if (request.limit or 0) >= len(found.task.eval_docs) else request.limit
-            subjects.append(Subject(name, found, limit, found.data, found.config, version))
+    if request.tasks:
+        with ui.task("tasks"):
+            subjects += tasks.load_tasks(request.tasks, request.limit)
     return tuple(subjects)
 
 

@@ -10,12 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import nbl_export as nbl
 from nbl_export import api
-from nbl_export.errors import CorruptError, NblError, UsageError
+from nbl_export.errors import CorruptError, NblError
 from nbl_export.records.quality import Interval
 from nbl_export.report.page import summarize
 
@@ -134,63 +133,3 @@ sys.exit()
 """
     done = in_new_process(code=code)
     assert done.out.splitlines()[-1] == "[]", done
-
-
-# -- stages as functions of values ------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def loaded(checkpoint: Any) -> Callable[[], tuple[Any, Any]]:
-    from nbl_export.model.checkpoint.load import load_model, load_tokenizer
-
-    return lambda: (load_model(checkpoint("llama")), load_tokenizer(checkpoint("llama")))
-
-
-def test_the_maps_are_those_of_the_main_job(loaded: Any, text: Path, finished: Path) -> None:
-    from nbl_export.plan.maps_file import load_maps
-
-    model, tokenizer = loaded()
-    calibration = api.calibrate(model, tokenizer, text, tokens=1024, context=64, quiet=True)
-    planned = api.plan(calibration, layers=1, quiet=True)
-    assert planned.layers == nbl.open(finished).layers
-    for layer, found in load_maps(finished / "maps.safetensors", planned.layers).items():
-        for name, array in found.tensors().items():
-            np.testing.assert_array_equal(planned.maps[layer].tensors()[name], array)
-    assert api.plan(calibration, [2, 0], quiet=True).layers == (0, 2)
-    assert api.plan(calibration, max_perplexity_increase="10000%", quiet=True).layers
-    with pytest.raises(UsageError, match="give one of them"):
-        api.plan(calibration, 1, max_perplexity_increase="5%")
-    with pytest.raises(NblError, match="would replace all 3 attention layers"):
-        api.plan(calibration, 9)
-
-
-def test_a_linearized_model_computes_saves_and_loads(loaded: Any, text: Path, tmp_path: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    import nbl_export.hf
-    from nbl_export.model.linearize import linearize
-
-    model, tokenizer = loaded()
-    documents = text.read_text(encoding="utf-8").split("\n\n")
-    planned = api.plan(api.calibrate(model, tokenizer, documents, tokens=512, context=64, quiet=True), [1], quiet=True)
-    ids = torch.arange(2, 40)[None]
-    with torch.inference_mode():
-        expected = linearize(copy.deepcopy(model), planned.maps, planned.plan.tap)(ids, use_cache=False).logits
-        made = api.linearize(model, planned)
-        assert type(made) is nbl_export.hf.CLASSES["llama"][1]
-        torch.testing.assert_close(made(ids).logits, expected, rtol=0, atol=0)
-        made.save_pretrained(tmp_path / "saved")
-        again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
-        torch.testing.assert_close(again(ids).logits, expected, rtol=0, atol=0)
-        assert made.generate(ids, max_new_tokens=3).shape == (1, 41)
-
-
-def test_calibrate_refuses_in_a_sentence(loaded: Any, text: Path) -> None:
-    model, tokenizer = loaded()
-    with pytest.raises(UsageError, match="load it in float32"):
-        api.calibrate(model.bfloat16(), tokenizer, text)
-    with pytest.raises(NblError, match="is not supported"):
-        api.calibrate(object(), tokenizer, text)
-    with pytest.raises(UsageError, match="tap is residual or normed"):
-        api.calibrate(model, tokenizer, text, tap="middle")

@@ -23,15 +23,15 @@ LIMIT = 2 * TOLERANCES["fp32"].limit  # a log softmax moves by at most twice wha
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return write_tasks(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
-def words(data: Path, text: Path) -> tuple[object, ...]:
+def words(data: dict[str, Path], text: Path) -> tuple[object, ...]:
     """Options of the evaluation below."""
     return (
-        "--tasks", "lambada_openai,arc_easy,piqa,wikitext", "--data", data,
+        "--tasks", ",".join(map(str, data.values())),
         "--perplexity", f"held={text}", "--ppl-context", 32, "--limit", 5,
     )  # fmt: skip
 
@@ -113,12 +113,12 @@ def test_the_report_shows_it(evaluated: Path) -> None:
     assert len(json.loads((evaluated / "report.json").read_text())["quality"]["table"]) >= 8
 
 
-def test_what_was_measured_is_kept(run: Path, data: Path, words: tuple[object, ...]) -> None:
+def test_what_was_measured_is_kept(run: Path, data: dict[str, Path], words: tuple[object, ...]) -> None:
     before = read(run)
     again = nbl("eval", run, *words)
     assert again.status == 0 and "evaluate: reused" in again.err
     assert read(run) == before
-    more = nbl("eval", run, "--tasks", "piqa,lambada_openai", "--data", data, "--limit", 1)
+    more = nbl("eval", run, "--tasks", f"{data['piqa']},{data['lambada_openai']}", "--limit", 1)
     assert more.status == 0, more.err
     measured = [line for line in more.err.splitlines() if line.startswith("  ")]
     assert [line.split(": ")[:2] for line in measured] == [
@@ -129,11 +129,11 @@ def test_what_was_measured_is_kept(run: Path, data: Path, words: tuple[object, .
     assert len(after["results"]) == len(before["results"]) + 4
 
 
-def test_another_model_invalidates(run: Path, data: Path) -> None:
+def test_another_model_invalidates(run: Path, data: dict[str, Path]) -> None:
     (layer,) = json.loads((run / "nbl.json").read_text())["replaced_layers"]
     assert nbl("rewrite", run, *keys(layers=f"{(layer + 1) % 3},")).status == 0
     assert "eval" not in json.loads((run / "nbl.json").read_text())["stages"]
-    done = nbl("eval", run, "--tasks", "piqa", "--data", data, "--limit", 5)
+    done = nbl("eval", run, "--tasks", data["piqa"], "--limit", 5)
     assert done.status == 0, done.err
     value = read(run)
     assert measured(done.err) == ["nbl"]  # the original's graph is the same
@@ -149,7 +149,7 @@ def measured(err: str) -> list[str]:
     ("options", "status", "parts"),
     [
         ((), 2, ("nothing to evaluate", "--tasks")),
-        (("--tasks", "arc_eazy"), 2, ("arc_eazy", "arc_easy")),
+        (("--tasks", "arc_eazy"), 2, ("arc_eazy", "lm_eval ls tasks")),
         (("--perplexity", "no-file-named"), 2, ("--perplexity", "NAME=FILE")),
         (("--perplexity", "a=x.txt,a=y.txt"), 2, ("two texts have the same name",)),
         (("--perplexity", "a=/nowhere.txt"), 1, ("/nowhere.txt",)),
@@ -187,11 +187,11 @@ DAMAGED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("case", DAMAGED)
-def test_a_damaged_eval_json_is_not_written_over(case: str, run: Path, data: Path) -> None:
+def test_a_damaged_eval_json_is_not_written_over(case: str, run: Path, data: dict[str, Path]) -> None:
     """Its figures may have taken hours."""
     DAMAGED[case](run)
     before = snapshot(run)
-    refused = nbl("eval", run, "--tasks", "piqa", "--data", data, "--limit", 1)
+    refused = nbl("eval", run, "--tasks", data["piqa"], "--limit", 1)
     assert refused.status == 1
     assert "eval.json" in refused.err and "move it away" in refused.err and "Traceback" not in refused.err
     assert snapshot(run) == before

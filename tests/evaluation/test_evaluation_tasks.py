@@ -1,96 +1,130 @@
-"""Stock tasks on local files: the harness' own prompts and metrics, and what a bad file is told."""
+"""Tasks of the harness as subjects: local rows, groups, examples, what identifies them, and what bad ones are told."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nbl_export.errors import NblError, UsageError
+from nbl_export.evaluation.tasks import load_tasks, run_task
 
-from ..evaluation_tiny import LAMBADA, PIQA, QUESTIONS, TASKS, write_rows, write_tasks
+from ..evaluation_tiny import LAMBADA, PIQA, QUESTIONS, TASKS, write_rows, write_task
 
 pytestmark = pytest.mark.engine
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'nbl-export[eval]'")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tasks(tmp_path_factory.mktemp("data"))
+PAGE = Path(__file__).parents[2] / "docs" / "evaluation.md"
 
 
-def requests(task: Any, documents: list[dict[str, Any]]) -> list[Any]:
-    """Prompts and continuations as the harness' own code makes them of stock documents."""
-    made = []
-    for document in documents:
-        context = task.fewshot_context(document, num_fewshot=0)
-        built = task.construct_requests(document, context, doc_id=0, task_name="t", repeats=1)
-        made += [r.args for r in (built if isinstance(built, list) else [built])]
-    return made
-
-
-@pytest.mark.parametrize("name", TASKS)
-def test_prompts_are_those_of_the_stock_task(name: str, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-    from lm_eval.tasks import TaskManager
-
-    from nbl_export.evaluation.tasks import _catalogue, load_benchmark
-
-    benchmark = load_benchmark(name, data)
-    task, documents = benchmark.task, TASKS[name]
-    stock_set = datasets.Dataset.from_list(documents)
-    splits = dict.fromkeys(("train", "validation", "test"), stock_set)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: splits)  # only the download is not the harness'
-    catalogue: TaskManager = _catalogue()
-    stock = catalogue.load([name])["tasks"][name]
-    task.build_all_requests(limit=None, rank=0, world_size=1)
-    asked = [instance.args for instance in task.instances]
-    assert asked == requests(stock, documents)
-    assert len(asked) == {"lambada_openai": 3, "arc_easy": 9, "piqa": 4, "wikitext": 2}[name]
-    assert task.aggregation() == stock.aggregation()
-    assert benchmark.config["num_fewshot"] == 0
-    for ours, theirs in zip(task.eval_docs, documents, strict=True):
-        assert task.doc_to_target(ours) == stock.doc_to_target(theirs)
-
-
-def test_the_validation_split_stands_in_for_a_test_split(tmp_path: Path) -> None:
-    from nbl_export.evaluation.tasks import load_benchmark
-
-    write_rows(tmp_path / "boolq" / "validation.jsonl", [{"question": "is it", "passage": "It is.", "label": 1}])
-    boolq = load_benchmark("boolq", tmp_path)
-    assert boolq.task.doc_to_text(boolq.task.eval_docs[0]) == "It is.\nQuestion: is it?\nAnswer:"
-    assert boolq.data["split"] == "validation"
+def load(path: Path, limit: int | None = None) -> Any:
+    (subject,) = load_tasks((str(path),), limit)
+    return subject
 
 
 @pytest.mark.parametrize(
-    ("task", "file", "content", "parts"),
+    ("task", "split", "rows", "part"),
     [
-        ("piqa", "validation.jsonl", [PIQA[0], {"goal": "a", "label": 1}], ("line 2", "no field 'sol1'")),
-        ("lambada_openai", "test.jsonl", [{"words": "a"}], ("does not fit", "'text'")),
-        ("arc_easy", "test.jsonl", [{**QUESTIONS[0], "answerKey": "E"}], ("arc_easy", "'E'")),
-        ("boolq", "validation.jsonl", [{"question": "is it", "label": 1}], ("boolq", "passage")),
-        ("arc_easy", "test.jsonl", "", ("is empty",)),
-        ("arc_easy", "test.jsonl", "\n \n", ("is empty",)),
-        ("arc_easy", "test.jsonl", "{oops\n", ("line 1", "no row of JSON")),
-        ("arc_easy", "test.jsonl", "[1]\n", ("line 1", "no row of JSON")),
+        ("lambada_openai", "test", [{"words": "a"}], "'text' is undefined"),
+        ("arc_easy", "test", [QUESTIONS[0], {**QUESTIONS[1], "answerKey": "E"}], "'E' is not in list"),
+        ("boolq", "validation", [{"question": "is it", "label": 1}], "'passage' is undefined"),
+        ("arc_easy", "test", [], "arc_easy"),
     ],
 )
-def test_a_bad_file_is_named_with_what_is_wrong(
-    task: str, file: str, content: Any, parts: tuple[str, ...], tmp_path: Path
+def test_a_bad_document_is_an_error_of_one_sentence(
+    task: str, split: str, rows: list[dict[str, Any]], part: str, tmp_path: Path
 ) -> None:
-    from nbl_export.evaluation.tasks import load_benchmark
-
-    path = tmp_path / task / file
-    path.parent.mkdir()
-    path.write_text(content if isinstance(content, str) else "\n".join(map(json.dumps, content)))
+    path = write_task(tmp_path, task, **{split: rows})
     with pytest.raises(NblError) as refusal:
-        load_benchmark(task, tmp_path)
-    assert all(part in str(refusal.value) for part in (str(path), *parts)), refusal.value
+        load(path)
+    assert str(path) in str(refusal.value) and part in str(refusal.value), refusal.value
     assert "\n" not in str(refusal.value)
+
+
+def test_a_task_that_is_none() -> None:
+    with pytest.raises(UsageError, match=r"'arc_eazy' is neither a file nor a task .*; lm_eval ls tasks lists them"):
+        load_tasks(("arc_eazy",), None)
+    with pytest.raises(NblError, match=r"hellaswag cannot be loaded .*; check the network, or give a YAML file"):
+        load_tasks(("hellaswag",), None)
+
+
+def test_the_page_describes_a_task_on_local_documents(tmp_path: Path) -> None:
+    (text,) = re.findall(r"^```yaml\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.M | re.S)
+    rows = write_rows(tmp_path / "questions.jsonl", QUESTIONS)
+    path = tmp_path / "mine.yaml"
+    path.write_text(text.replace("/data/questions.jsonl", str(rows)), encoding="utf-8")
+    subject = load(path)
+    assert (subject.name, subject.data["documents"]) == ("mine", 3)
+    assert run_task(subject.value, Guesser(), None).metrics["acc"].value == 2 / 3  # the first choice of each
+
+
+def test_a_group_is_its_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    stock = datasets.Dataset.from_list(QUESTIONS)
+    splits = dict.fromkeys(("train", "validation", "test"), stock)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: splits)
+    found = load_tasks(("arc_easy", "ai2_arc"), 2)
+    assert sorted((subject.name, subject.limit) for subject in found) == [("arc_challenge", 2), ("arc_easy", 2)]
+
+
+def test_rows_identify_a_task_and_their_place_does_not(tmp_path: Path) -> None:
+    first = load(write_task(tmp_path / "a", "piqa", validation=PIQA))
+    assert load(write_task(tmp_path / "b", "piqa", validation=PIQA), limit=2).asked == first.asked
+    assert load(write_task(tmp_path / "c", "piqa", validation=PIQA[::-1])).asked != first.asked
+    assert load(write_task(tmp_path / "d", "piqa", validation=PIQA), limit=1).asked != first.asked
+
+
+def test_examples_identify_a_task(tmp_path: Path) -> None:
+    few, many = (load(sums(tmp_path / str(count), examples=count)) for count in (5, 40))
+    assert few.config["num_fewshot"] == 5 and few.asked != many.asked
+
+
+def sums(directory: Path, *, examples: int) -> Path:
+    """Two documents of a task that has five examples in a prompt, and rows for these."""
+    rows = [{"question": f"{k}?", "answer": f"#### {k}"} for k in range(2 + examples)]
+    return write_task(directory, "gsm8k", test=rows[:2], train=rows[2:])
+
+
+class Guesser:
+    """A model that says nothing, and remembers the prompts."""
+
+    rank, world_size, progress = 0, 1, None
+
+    def __init__(self) -> None:
+        self.prompts: list[str] = []
+
+    def loglikelihood(self, asked: list[Any]) -> list[tuple[float, bool]]:
+        return [(0.0, False)] * len(asked)
+
+    def generate_until(self, asked: list[Any]) -> list[str]:
+        self.prompts += [request.args[0] for request in asked]
+        return [""] * len(asked)
+
+    def tok_encode(self, text: str, **_: Any) -> list[int]:
+        return list(text.encode())
+
+    def get_model_info(self) -> dict[str, Any]:
+        return {}
+
+
+def test_every_model_gets_the_same_examples_of_the_task(tmp_path: Path) -> None:
+    subject = load(sums(tmp_path, examples=40))
+    models = (Guesser(), Guesser())
+    found = [run_task(subject.value, model, None) for model in models]
+    assert found[0].items == 2
+    assert models[0].prompts == models[1].prompts and [p.count("?") for p in models[0].prompts] == [6, 6]
+
+
+def test_missing_examples_are_an_error_before_any_run(tmp_path: Path) -> None:
+    with pytest.raises(NblError, match=r"gsm8k\.yaml cannot be loaded"):
+        load(sums(tmp_path, examples=2))
 
 
 def test_files_in_other_forms_are_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,67 +141,9 @@ def test_files_in_other_forms_are_converted(tmp_path: Path, monkeypatch: pytest.
     write_rows(files / "arc_easy" / "test.jsonl", forms)
     write_rows(files / "piqa" / "valid.jsonl", [{k: v for k, v in row.items() if k != "label"} for row in PIQA])
     (files / "piqa" / "valid-labels.lst").write_text("0\n1\n")
-    convert(files, data)
+    assert convert(files, data) == [data / f"{task}.yaml" for task in ("lambada_openai", "arc_easy", "piqa")]
     for task, name in (("lambada_openai", "test"), ("arc_easy", "test"), ("piqa", "validation")):
         lines = (data / task / f"{name}.jsonl").read_text().splitlines()
         assert [json.loads(line) for line in lines] == TASKS[task]
-
-
-def test_a_task_that_is_none(data: Path) -> None:
-    from nbl_export.evaluation.tasks import load_benchmark
-
-    with pytest.raises(UsageError, match=r"has no task 'arc_eazy'; did you mean arc_easy"):
-        load_benchmark("arc_eazy", data)
-    for group in ("mmlu", "ai2_arc"):
-        with pytest.raises(UsageError, match=rf"{group} is a group of tasks; lm_eval --model nbl-onnx runs it"):
-            load_benchmark(group, data)
-    with pytest.raises(NblError, match=r"hellaswag: its data set cannot be fetched .*give --data DIR with hella"):
-        load_benchmark("hellaswag", data)
-    with pytest.raises(NblError, match="is not a directory"):
-        load_benchmark("piqa", data / "nowhere")
-
-
-def sums(directory: Path, *, examples: int) -> Path:
-    """Two documents of a task that has five examples in a prompt, and rows for these."""
-    rows = [{"question": f"{k}?", "answer": f"#### {k}"} for k in range(2 + examples)]
-    write_rows(directory / "gsm8k" / "test.jsonl", rows[:2])
-    if examples:
-        write_rows(directory / "gsm8k" / "train.jsonl", rows[2:])
-    return directory
-
-
-class Guesser:
-    """A model that says nothing, and remembers the prompts."""
-
-    rank, world_size, progress = 0, 1, None
-
-    def __init__(self) -> None:
-        self.prompts: list[str] = []
-
-    def generate_until(self, asked: list[Any]) -> list[str]:
-        self.prompts += [request.args[0] for request in asked]
-        return [""] * len(asked)
-
-    def tok_encode(self, text: str, **_: Any) -> list[int]:
-        return list(text.encode())
-
-    def get_model_info(self) -> dict[str, Any]:
-        return {}
-
-
-def test_every_model_gets_the_same_examples_of_the_task(tmp_path: Path) -> None:
-    from nbl_export.evaluation.tasks import load_benchmark, run_benchmark
-
-    benchmark, models = load_benchmark("gsm8k", sums(tmp_path, examples=40)), (Guesser(), Guesser())
-    found = [run_benchmark(benchmark, model, None) for model in models]
-    assert benchmark.config["num_fewshot"] == 5 and found[0].items == 2
-    assert models[0].prompts == models[1].prompts and [p.count("?") for p in models[0].prompts] == [6, 6]
-
-
-def test_missing_examples_are_named(tmp_path: Path) -> None:
-    from nbl_export.evaluation.tasks import load_benchmark
-
-    with pytest.raises(NblError, match=r"gsm8k has 5 examples in a prompt; give .*gsm8k/train\.jsonl"):
-        load_benchmark("gsm8k", sums(tmp_path / "none", examples=0))
-    with pytest.raises(NblError, match="gsm8k has no prompt with 5 examples"):
-        load_benchmark("gsm8k", sums(tmp_path / "few", examples=2))
+    loaded = load_tasks((str(data / "piqa.yaml"),), None)
+    assert [(subject.name, subject.data["documents"]) for subject in loaded] == [("piqa", 2)]

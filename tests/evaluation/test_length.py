@@ -17,6 +17,7 @@ from nbl_export.evaluation.measure import Metric, Outcome, run_windows
 from nbl_export.evaluation.results import entry, summarize
 from nbl_export.evaluation.scorer import GraphScorer, Request, TokenScores
 from nbl_export.records.quality import grows_with_length
+from nbl_export.records.requests import Subject
 from nbl_export.text.corpus import Text
 from nbl_export.verify.ladder import TOLERANCES
 
@@ -145,8 +146,8 @@ def entries(test: str, near: float, far: float) -> dict[str, Any]:
             metrics[f"loss {end}"] = Metric.of("mean", losses, higher_is_better=False)
             metrics[f"correct {end}"] = Metric.of("mean", shares, higher_is_better=True)
         task = test if test == "copying" else f"{test}:wiki"
-        about = {"config": {"output_type": test}, "data": {}}
-        found[variant] = entry(variant, task, None, variant, Outcome(len(NOISE), metrics, 0.0), **about)
+        subject = Subject(task, None, None, {}, {"output_type": test})
+        found[variant] = entry(variant, subject, variant, Outcome(len(NOISE), metrics))
     return found
 
 

@@ -116,7 +116,7 @@ OF_MODEL: list[tuple[ModelFacts, Asked, Asked]] = [
 
 def test_the_table_of_destinations_says_what_the_code_does() -> None:
     assert list(ARCHITECTURES) == list(DESTINATIONS["vllm"].architectures)  # vLLM's plugin
-    assert set(FORMS) == {place.form for place in DESTINATIONS.values() if place.form} | {"ngram"}
+    assert set(FORMS) == {place.form for place in DESTINATIONS.values() if place.form}
     for name, place in DESTINATIONS.items():
         options = settled({"for": name}, PLAIN)
         held = capabilities_of(options.engine, options.provider).kinds if place.kinds is None else place.kinds

@@ -23,7 +23,6 @@ from nbl_export.model.linearize import linearize
 from nbl_export.plan.maps_file import load_maps
 from nbl_export.records.destinations import DESTINATIONS
 from nbl_export.targets.checkpoint import edge_llm, nemotron_nas
-from nbl_export.targets.onnx.ngram import write_ngram
 
 from ..command import TINY, assert_refused, configured, keys, nbl
 from ..damage import name_code, named_code
@@ -164,10 +163,9 @@ def test_no_form_names_code_of_a_stranger(finished: Path, tmp_path: Path) -> Non
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     for folder in (checkpoint, run / "original", run / "model"):
         name_code(folder)
-    made = {name: tmp_path / name for name in ("copied", "saved", "ngram", "nas", "edge", "stock")}
+    made = {name: tmp_path / name for name in ("copied", "saved", "nas", "edge", "stock")}
     assert copy_linearized(checkpoint, maps, "normed", made["copied"])
     save_linearized(load_model(checkpoint), checkpoint, maps, "normed", made["saved"])
-    write_ngram(run / "original", made["ngram"])
     nemotron_nas.save(load_model(checkpoint), checkpoint, maps, "nemotron-nas", made["nas"])
     edge_llm.save(load_model(checkpoint), checkpoint, maps, "normed", made["edge"])
     given = Path(shutil.copytree(made["copied"], tmp_path / "given"))

@@ -25,7 +25,7 @@ from ..jobs import TEXT, job_of
 
 pytestmark = pytest.mark.engine
 
-EVAL = (Subject("a", None, 10, {"sha256": "0"}, {"shots": 0}, "harness 1"),)
+EVAL = (Subject("a", None, 10, {"sha256": "0"}, {"shots": 0}),)
 TRT = {"engine": "trt-rtx", "decoder_source": "static", "precision": "fp16"}
 # The options of a job in which the stage is not left out, and in which a changed plan hides no lack of a later key.
 USUAL = {"layers": "1", "select": "cca"}
@@ -162,8 +162,7 @@ def test_inputs_that_are_no_options_are_in_the_keys(key_of_stage: Any, monkeypat
         assert (text == key_of_stage(stage)) == (stage in ("text", "decoder")), stage
     codes = {"quantized_model": "q"}
     assert key_of_stage("decoder", {"quantized": {"fingerprint": "x"}}, **codes) != key_of_stage("decoder", **codes)
-    others: list[dict[str, Any]] = [{"name": "b"}, {"limit": 20}, {"data": {"sha256": "1"}}, {"config": {"shots": 1}},
-                                    {"harness": "harness 2"}]  # fmt: skip
+    others: list[dict[str, Any]] = [{"name": "b"}, {"limit": 20}, {"data": {"sha256": "1"}}, {"config": {"shots": 1}}]
     asked = [(dataclasses.replace(EVAL[0], **other),) for other in others]
     assert len({key_of_stage("eval", asked=other) for other in (EVAL, *asked)}) == len(asked) + 1
     version = "nbl_export.targets.tensorrt.engine.TensorRtEngine.library_version"

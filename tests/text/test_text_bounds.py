@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from nbl_export.errors import NblError
-from nbl_export.evaluation import tasks
 from nbl_export.evaluation.measure import windows
 from nbl_export.model.checkpoint.load import load_tokenizer
 from nbl_export.text import corpus
@@ -143,13 +142,3 @@ def test_a_mix_is_cut_where_the_text_that_ends_it_is() -> None:
     cut = Text("a", "0", ("a" * 10,) * 150, cut=True)
     assert mix([cut, Text("b", "1", ("b" * 1000,) * 9)]).cut
     assert not mix([cut, Text("b", "1", ("b" * 1000,))]).cut  # the other ends it
-
-
-def test_evaluation_data_of_gibibytes(tmp_path: Path) -> None:
-    path = tmp_path / "piqa" / "validation.jsonl"
-    path.parent.mkdir()
-    with path.open("wb") as stream:
-        stream.truncate(3 << 30)
-    found, most = peak(lambda: tasks._read(path))
-    assert isinstance(found, NblError) and "larger than 64 MiB" in str(found)
-    assert most < MIB

@@ -1,4 +1,4 @@
-"""The eval stage: every prepared benchmark and text on the graphs of both decoders, on the CPU.
+"""The eval stage: every prepared task and text on the graphs of both decoders, on the CPU.
 
 Graphs of a compiled engine are measured by float32 copies, as in verification.
 """
@@ -6,6 +6,7 @@ Graphs of a compiled engine are measured by float32 copies, as in verification.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ __all__ = ["EvalInputs", "declare", "run"]
 
 @dataclass(frozen=True)
 class EvalInputs:
-    """What figures of benchmarks and texts follow from, beside the graphs.
+    """What figures of tasks and texts follow from, beside the graphs.
 
     variants: the decoders that are measured; the original of an NBL checkpoint lacks the removed attention.
     """
@@ -71,8 +72,6 @@ def _evaluate(inputs: EvalInputs, place: Place, keep: Callable[[dict[str, Any]],
     known = results.read_entries(place.run.path / EVAL_FILE)
     models = {variant: key_of(place.run.stages[MADE_BY[DECODERS[variant]]]["files"]) for variant in inputs.variants}
     kept = {k: e for k, e in known.items() if e.get("model") == models.get(e.get("variant", ""))}
-    harness = max(subject.harness for subject in subjects)
-    facts = {"lm_eval": harness or results.read_harness(place.run.path / EVAL_FILE)}
     for variant, model in models.items():
         keys = {key_of(model, subject.asked): subject for subject in subjects}
         missing = {key: subject for key, subject in keys.items() if key not in kept}
@@ -80,18 +79,15 @@ def _evaluate(inputs: EvalInputs, place: Place, keep: Callable[[dict[str, Any]],
             continue
         with _opened(inputs, place, variant) as scorer:
             for key, subject in missing.items():
+                started = time.monotonic()
                 with place.ui.task(f"{variant}: {subject.name}") as progress:
                     outcome = _measure(subject, scorer, progress, behind_prompt=place.plan.predicts)
-                about = {"model": model, "data": subject.data, "config": subject.config}
-                kept[key] = results.entry(key, subject.name, subject.limit, variant, outcome, **about)
-                place.ui.say(f"  {variant}: {subject.name}: {_said(outcome)}")
-                keep(results.summarize(kept, **facts))
-    return results.summarize(kept, **facts)
-
-
-def _said(outcome: Any) -> str:
-    figures = [f"{name} {metric.value:.4g}" for name, metric in outcome.metrics.items()]
-    return f"{', '.join(figures)} ({outcome.items} items, {outcome.seconds:.1f} s)"
+                seconds = round(time.monotonic() - started, 3)
+                kept[key] = results.entry(key, subject, variant, outcome, model=model, seconds=seconds)
+                figures = ", ".join(f"{name} {metric.value:.4g}" for name, metric in outcome.metrics.items())
+                place.ui.say(f"  {variant}: {subject.name}: {figures} ({outcome.items} items, {seconds:.1f} s)")
+                keep(results.summarize(kept))
+    return results.summarize(kept)
 
 
 @contextlib.contextmanager
@@ -125,9 +121,8 @@ def _measure(subject: Subject, scorer: Any, progress: Callable[[int, int], None]
     if test == PERPLEXITY:
         windows = measure.windows(subject.value, scorer.tokenizer, context, subject.limit)
         return measure.run_windows(windows, scorer, progress, context // 2 if behind_prompt else 1)
-    with tasks.quiet_harness():
-        from nbl_export.evaluation.lm import DecoderLM
+    from nbl_export.evaluation.lm import DecoderLM
 
-        lm = DecoderLM(scorer)
-        lm.progress = progress
-        return tasks.run_benchmark(subject.value, lm, subject.limit)
+    lm = DecoderLM(scorer)
+    lm.progress = progress
+    return tasks.run_task(subject.value, lm, subject.limit)
