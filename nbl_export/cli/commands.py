@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from nbl_export.cli.options import FORCE, JSON, MODEL, OUTPUT, PATH, RUN, TRUST_ENGINE, command, show, ui
-from nbl_export.errors import UsageError
+from nbl_export.errors import MissingPackageError, UsageError
 from nbl_export.options.option import MAIN
 from nbl_export.options.options import JobOptions
 from nbl_export.trust.terminal import visible
@@ -67,9 +67,18 @@ def rewrite(directory: Path, asked: dict[str, Any]) -> None:
 )
 def rewrite_graph(graph: Path, maps: Path, output: Path, layers: str | None) -> None:
     """Replace layers of any ONNX decoder by maps, without torch."""
-    from nbl_export.run.rewrite_given import rewrite_given
+    _require_onnx()
+    from nbl_export.run.rewrite_graph import rewrite_graph as write
 
-    print(rewrite_given(graph, maps, layers, output))
+    print(write(graph, maps, layers, output))
+
+
+def _require_onnx() -> None:
+    """Raise MissingPackageError if onnx or onnx_ir is not installed."""
+    try:
+        import nbl_export.graph.external_graph  # noqa: F401
+    except ImportError as error:
+        raise MissingPackageError(str(error.name), "rewrite", "reading ONNX graphs") from error
 
 
 @command("verify", RUN, JSON, takes="verify", hidden=True)
@@ -356,13 +365,13 @@ def generate(
 )
 def inspect(directory: Path, as_json: bool) -> None:
     """Show the contents of a run directory or of an ONNX decoder."""
-    from nbl_export.graph.given import has_graph, onnx_tools
+    from nbl_export.graph.names import has_graph
     from nbl_export.report.console import describe_table, graph_table
     from nbl_export.run.deployed import describe
 
     if has_graph(directory):
-        onnx_tools()
-        from nbl_export.graph.describe import describe_graph
+        _require_onnx()
+        from nbl_export.graph.external_graph import describe_graph
 
         found = describe_graph(directory)
         show(found, graph_table(found), as_json)
