@@ -12,8 +12,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import typer
-
 PAGE = Path(__file__).with_name("usage.md")
 PLACES = PAGE.with_name("destinations.md")
 HEAD = """# Usage
@@ -89,11 +87,11 @@ def page() -> str:
     """The text of usage.md."""
     from nbl_export.cli.app import app
 
-    group: Any = typer.main.get_command(app)
-    for parameter in group.params:
-        parameter.hidden = False
-    main = _rows(group, "nbl-export")
-    commands = {name: _rows(command, f"nbl-export {name}") for name, command in group.commands.items()}
+    options: list[Any] = app.params
+    for option in options:
+        option.hidden = False
+    main = _rows(app, "nbl-export")
+    commands = {name: _rows(command, f"nbl-export {name}") for name, command in app.commands.items()}
     times = Counter(row for rows in commands.values() for row in rows if row not in main)
     often = [row for row, count in times.items() if count > 2]
     lines = [HEAD, "## The main job", ""]
@@ -104,7 +102,7 @@ def page() -> str:
     lines += ["|---|---|---|"]
     for name, rows in commands.items():
         also = ", ".join(f"`{_flag(row)}`" for of in (often, main) for row in rows if row in of)
-        lines.append(f"| `{name}` | {' '.join(str(group.commands[name].help).split())} | {also} |")
+        lines.append(f"| `{name}` | {' '.join(str(app.commands[name].help).split())} | {also} |")
     lines += ["", "**Options of several commands**", "", *_TABLE, *_lines(often)]
     for name, rows in commands.items():
         own = [row for row in rows if row not in main and row not in often]
@@ -114,16 +112,18 @@ def page() -> str:
 
 def _rows(command: Any, name: str) -> list[tuple[str, str, str]]:
     """Panel, option and meaning of each option and argument of a command."""
-    from nbl_export.cli.app import record_of
+    from nbl_export.cli.options import panel_of
+    from nbl_export.options.options import PANELS
 
     context = command.make_context(name, [], resilient_parsing=True)
     rows = []
     for parameter in command.get_params(context):
-        record = record_of(parameter, context)
-        if record is None or parameter.name in ("install_completion", "show_completion", "help"):
+        record = parameter.get_help_record(context)
+        if record is None or "--help" in parameter.opts:
             continue
         option, meaning = (" ".join(words.split()).replace("|", "\\|") for words in record)
-        rows.append((getattr(parameter, "rich_help_panel", None) or "", option, meaning))
+        panel = panel_of(parameter)
+        rows.append((panel if panel in PANELS else "", option, meaning))
     return rows
 
 

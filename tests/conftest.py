@@ -136,11 +136,8 @@ def short_parts() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def light_calls() -> Iterator[None]:
-    """Calls of `nbl` build the command line once, and wait for no disk: no file of a test outlives a power cut."""
-    import typer.main
-
+    """Calls of `nbl` wait for no disk: no file of a test outlives a power cut."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
         patch.setattr(os, "fsync", lambda _number: None)
         yield
 

@@ -225,7 +225,7 @@ def plant_decoys(random: Random, folder: Path) -> None:
         (place / "README.md").write_text(random.choice((front, "")), encoding="utf-8")
         (place / random.choice(("train.json", "data.jsonl"))).write_text('{"text": "theirs"}\n' * 99, encoding="utf-8")
         (place / f"{place.name}.py").write_text("raise SystemExit", encoding="utf-8")
-    for name in ("kernels.cache", "nbl.json", "config.json", "options.toml", ".env", "typer.py"):
+    for name in ("kernels.cache", "nbl.json", "config.json", "options.toml", ".env", "click.py"):
         (folder / name).write_text("{}", encoding="utf-8")
 
 

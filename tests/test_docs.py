@@ -87,12 +87,13 @@ def refusal(monkeypatch: pytest.MonkeyPatch) -> Any:
         settle({"model": "m", **given}, capabilities_of)
         return Path()
 
-    def asked(_command: object, context: Any) -> None:
+    def asked(context: Any) -> None:
         if context.info_name == "estimate":
             settled({name: value for name, value in context.params.items() if name in OPTIONS})
 
     monkeypatch.setattr(pipeline, "run_job", settled)
-    monkeypatch.setattr(cli.Command, "invoke", asked)
+    for command in cli.app.commands.values():
+        monkeypatch.setattr(command, "invoke", asked)
     monkeypatch.setattr(cli_options, "read_config", lambda _path: ({}, None))
 
     def refused(words: list[str]) -> str:

@@ -301,7 +301,7 @@ def test_a_file_beside_the_output_is_seen(
 
 
 SHADOWS = ("json", "numpy", "torch", "onnx", "transformers", "openvino", "tensorrt_rtx", "sitecustomize",
-           "usercustomize", "typing", "typer", "rich", "nbl_export")  # fmt: skip
+           "usercustomize", "typing", "click", "rich", "nbl_export")  # fmt: skip
 
 
 @pytest.mark.parametrize("way", ["nbl-export", "python -m nbl_export"])

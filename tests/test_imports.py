@@ -48,7 +48,6 @@ HEAVY = {
     "gguf": ("model",),
     "nncf": ("targets.openvino",),
     "datasets": ("evaluation", "text.hub"),
-    "typer": ("cli",),
     "rich": ("report", "run.progress", "trust.terminal", "cli"),
     "matplotlib": ("report.plots",),
 }  # fmt: skip

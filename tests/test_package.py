@@ -92,11 +92,12 @@ def test_installed_alone_it_runs(site: Path, tmp_path: Path) -> None:
 # -- completion ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("shell", "sign"), [("bash", "complete -o"), ("zsh", "compdef"), ("fish", "complete --comm")])
+@pytest.mark.parametrize(("shell", "sign"), [("bash", "complete -o"), ("zsh", "compdef"), ("fish", "complete --no")])
 def test_completion_script(shell: str, sign: str) -> None:
-    done = in_new_process(_NBL_EXPORT_COMPLETE=f"source_{shell}")
+    done = in_new_process(_NBL_EXPORT_COMPLETE=f"{shell}_source")
     assert done.status == 0, done.err
-    assert sign in done.out and "_NBL_EXPORT_COMPLETE=complete_" in done.out
+    assert sign in done.out and in_new_process("--show-completion", shell).out == done.out
+    assert f"_NBL_EXPORT_COMPLETE={shell}_complete" in done.out
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash on this machine")
@@ -105,7 +106,7 @@ def test_bash_completes_commands_and_options(tmp_path: Path) -> None:
     shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m nbl_export "$@"\n', encoding="utf-8")
     shim.chmod(0o755)
     script = tmp_path / "completion"
-    script.write_text(in_new_process(_NBL_EXPORT_COMPLETE="source_bash").out, encoding="utf-8")
+    script.write_text(in_new_process(_NBL_EXPORT_COMPLETE="bash_source").out, encoding="utf-8")
 
     def complete(*words: str) -> list[str]:
         typed = f"COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _nbl_export_completion nbl-export"

@@ -6,45 +6,35 @@ Results go to stdout, everything else to stderr. Exit status: 0 done, 1 an error
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
-import re
 import signal
 import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Any, NoReturn
 
-import typer
-from typer.core import TyperCommand, TyperGroup
+import click
+from click.shell_completion import shell_complete
 
 from nbl_export.cli import options as opt
-from nbl_export.cli.commands import COMMANDS, FOR_DEVELOPERS
-from nbl_export.cli.options import GENERAL, ui
+from nbl_export.cli.commands import COMMANDS
+from nbl_export.cli.options import ui
 from nbl_export.errors import NblError, UsageError
 from nbl_export.model import processes
-from nbl_export.options.options import OPTIONS
+from nbl_export.options.option import MAIN
+from nbl_export.options.options import OPTIONS, renamed
 from nbl_export.options.settle import over
 from nbl_export.trust.terminal import Formatter, visible
 from nbl_export.version import __version__
 
-__all__ = [
-    "GOES_ON",
-    "INTERRUPTED",
-    "Command",
-    "Group",
-    "Interrupts",
-    "app",
-    "explain",
-    "fail",
-    "main",
-    "record_of",
-    "show_all",
-]
+__all__ = ["GOES_ON", "INTERRUPTED", "KEYS", "Group", "Interrupts", "app", "explain", "fail", "main"]
 
-_COMPLETION = ("install_completion", "show_completion")
 INTERRUPTED = 130
+_NAME = "nbl-export"
+_COMPLETE = "_NBL_EXPORT_COMPLETE"  # the variable by which a shell asks for completions
 _SHARED = (None, "calibrate", "plan")  # commands that several processes share; None: the main job
 _LONGEST = 1000  # characters of an error
 _RANK_0_SECONDS = 5.0  # for rank 0 to say an error first
@@ -52,110 +42,72 @@ KEYS = tuple(name for name, record in OPTIONS.items() if record.key)  # which `-
 GOES_ON = "interrupted; finished stages are kept, and the same command continues after them"
 
 
-# -- help under headings ---------------------------------------------------------------------------------------
-
-
-class Command(TyperCommand):
-    """A command with its options under headings."""
-
-    def format_options(self, ctx: Any, formatter: Any) -> None:
-        _write(self, ctx, formatter)
-
-
-class Group(TyperGroup):
+class Group(opt.Command, click.Group):
     """The main command and its subcommands."""
 
-    everything = False
+    shows_keys = False
 
-    def format_options(self, ctx: Any, formatter: Any) -> None:
-        _write(self, ctx, formatter, () if self.everything else _COMPLETION)
-        if self.everything:
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_options(ctx, formatter)
+        if self.shows_keys:
             with formatter.section("Keys of --config FILE"):
                 formatter.write_dl([(name, opt.said_of(name, OPTIONS[name])) for name in KEYS])
         self.format_commands(ctx, formatter)
 
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         word = args[0]
         if self.get_command(ctx, word) is None and ("/" in word or Path(word).exists()):  # a model was meant
             raise UsageError(f"{word} is no command; give the model with --model {word}")
         return super().resolve_command(ctx, args)
 
 
-def record_of(parameter: Any, ctx: Any) -> tuple[str, str] | None:
-    """Name and help of an option or argument, without the Python type that typer adds; None if it is hidden."""
-    record = parameter.get_help_record(ctx)
-    return record and (re.sub(r" <\S+>$", "", record[0]), record[1])
-
-
-def _write(command: Any, ctx: Any, formatter: Any, without: tuple[str, ...] = ()) -> None:
-    panels: dict[str, list[tuple[str, str]]] = {}
-    for parameter in command.get_params(ctx):
-        record = None if parameter.name in without else record_of(parameter, ctx)
-        if record is not None:
-            argument = parameter.param_type_name == "argument"
-            panel = getattr(parameter, "rich_help_panel", None) or ("Arguments" if argument else GENERAL)
-            panels.setdefault(panel, []).append(record)
-    for panel in sorted(panels, key=lambda name: (name != "Arguments", name != GENERAL)):
-        with formatter.section(panel):
-            formatter.write_dl(panels[panel])
-
-
-def show_all(ctx: typer.Context, asked: bool) -> None:
-    """Callback of --help-all: show every option and every subcommand."""
+def _show_all(ctx: click.Context, _parameter: click.Parameter, asked: bool) -> None:
+    """Show every option and every subcommand."""
     if not asked or ctx.resilient_parsing:
         return
-    command: Any = ctx.command
-    command.everything = True
-    for hidden in (*command.params, *command.commands.values()):
-        hidden.hidden = False
-    typer.echo(ctx.get_help())
-    raise typer.Exit
+    everything = copy.deepcopy(app)
+    everything.shows_keys = True
+    hidden: list[Any] = [*everything.params, *everything.commands.values()]
+    for one in hidden:
+        one.hidden = False
+    click.echo(everything.get_help(ctx))
+    ctx.exit()
 
 
-app = typer.Typer(
-    cls=Group,
-    name="nbl-export",
-    help="Shorten the time to the first token of a language model: predict keys or replace attention; verify, measure.",
-    context_settings={"help_option_names": ["-h", "--help"]},
-    add_completion=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
+def _show_completion(ctx: click.Context, _parameter: click.Parameter, shell: str | None) -> None:
+    """Print what a shell's start-up file runs."""
+    if shell and not ctx.resilient_parsing:
+        ctx.exit(shell_complete(app, {}, _NAME, _COMPLETE, f"{shell}_source"))
 
 
-@app.callback(invoke_without_command=True)
-@opt.takes("main")
-def root(
-    context_: typer.Context,
-    asked: dict[str, Any],
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", metavar="MODEL", help="Hub id, safetensors directory or GGUF.")
-    ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="The run directory.")] = None,
-    config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Options and keys from TOML, or a run's nbl.json; flags win.")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Start over: remove the run in DIR first.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what the libraries say.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-    help_all: Annotated[
-        bool, typer.Option("--help-all", is_eager=True, callback=show_all, help="Every option and command.")
-    ] = False,
+@click.pass_context
+def _root(
+    context: click.Context,
+    model: str | None,
+    output: Path | None,
+    config: Path | None,
+    force: bool,
+    verbose: bool,
+    version: bool,
+    **flags: Any,
 ) -> None:
-    """Make a verified and measured NBL decoder from a checkpoint. Subcommands run single stages."""
+    """Run the main job, or prepare a subcommand."""
     _log(verbose)
     if version:
         print(__version__)
         return
-    if context_.invoked_subcommand not in _SHARED:
+    if context.invoked_subcommand not in _SHARED:
         processes.alone()
-    if context_.invoked_subcommand is not None:
-        opt.refuse_options_before(context_)
+    if context.invoked_subcommand is not None:
+        opt.refuse_options_before(context)
         return
-    given = {**asked, **({"model": model} if model else {})}
+    given = {**opt.asked_in(flags), **({"model": model} if model else {})}
     if not given and (output, config, force) == (None, None, False):
-        sys.stderr.write(f"{context_.get_help()}\n")
-        raise typer.Exit(2)
+        sys.stderr.write(f"{context.get_help()}\n")
+        context.exit(2)
     written, recorded = ({}, None) if config is None else opt.read_config(config)
     given = over(written, given)
     if output is None or ("model" not in given and recorded is None):
@@ -175,8 +127,46 @@ def _log(verbose: bool) -> None:
     logging.basicConfig(level=logging.DEBUG if verbose else logging.WARNING, handlers=[handler])
 
 
-for _name, _command in COMMANDS.items():
-    app.command(_name, cls=Command, hidden=_name in FOR_DEVELOPERS)(_command)
+app = Group(
+    _NAME,
+    COMMANDS,
+    callback=_root,
+    invoke_without_command=True,
+    help="Shorten the time to the first token of a language model: predict keys or replace attention; verify, measure.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    params=[
+        opt.MODEL(),
+        opt.OUTPUT(),
+        click.Option(
+            ["--config"],
+            type=opt.PATH,
+            metavar="FILE",
+            help="Options and keys from TOML, or a run's nbl.json; flags win.",
+        ),
+        click.Option(["--force"], is_flag=True, help="Start over: remove the run in DIR first."),
+        click.Option(["--verbose", "-v"], is_flag=True, help="Log what the libraries say."),
+        click.Option(["--version"], is_flag=True, help="Print the version."),
+        click.Option(
+            ["--help-all"],
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=_show_all,
+            help="Every option and command.",
+        ),
+        click.Option(
+            ["--show-completion"],
+            type=click.Choice(["bash", "zsh", "fish"]),
+            metavar="SHELL",
+            is_eager=True,
+            expose_value=False,
+            hidden=True,
+            callback=_show_completion,
+            help="Print the completion of bash, zsh or fish, for the shell's start-up file.",
+        ),
+        *opt.job_options(MAIN),
+    ],
+)
 
 
 def main() -> None:
@@ -184,13 +174,16 @@ def main() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # only nbl-export shows progress
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # users cannot act on deprecations inside libraries
+    if instruction := os.environ.get(_COMPLETE):
+        sys.exit(shell_complete(app, {}, _NAME, _COMPLETE, instruction))
     interrupts = Interrupts()
     try:
-        status = app(prog_name="nbl-export", standalone_mode=False)
-        if status == INTERRUPTED:  # typer has caught the KeyboardInterrupt
-            raise KeyboardInterrupt
-        sys.exit(status if isinstance(status, int) else 0)
-    except (KeyboardInterrupt, typer.Abort):
+        with app.make_context(_NAME, sys.argv[1:]) as context:  # click's own main writes an empty line if interrupted
+            app.invoke(context)
+        sys.exit(0)
+    except click.exceptions.Exit as end:
+        sys.exit(end.exit_code)
+    except KeyboardInterrupt:
         fail(GOES_ON, INTERRUPTED)
     except BrokenPipeError:
         sys.exit(0)
@@ -224,17 +217,18 @@ class Interrupts:
 def explain(error: Exception) -> NoReturn:
     """Exit with one line for an error that the user can correct; raise any other error, which is a defect."""
     logging.getLogger(__name__).debug("where it happened", exc_info=error)
-    usage = getattr(error, "format_message", None)
-    flag = str(getattr(error, "option_name", ""))
-    name = flag.lstrip("-").replace("-", "_")
-    if name in KEYS and "o such option" in str(usage and usage()):
-        fail(f"{flag} is a key of a file: write {name} = ... to FILE.toml, and give --config FILE.toml", 2)
+    if isinstance(error, click.NoSuchOption):
+        flag = error.option_name
+        name = flag.lstrip("-").replace("-", "_")
+        if sentence := renamed(flag):
+            fail(sentence, 2)
+        if name in KEYS:
+            fail(f"{flag} is a key of a file: write {name} = ... to FILE.toml, and give --config FILE.toml", 2)
     if isinstance(error, NblError):
         fail(str(error), error.exit_code)
-    if usage is not None:
-        context = getattr(error, "ctx", None)  # of the subcommand that was called wrongly
-        command = "nbl-export" if context is None else context.command_path
-        fail(f"{usage().rstrip('.')}; see {command} --help", int(getattr(error, "exit_code", 2)))
+    if isinstance(error, click.UsageError):
+        page = _NAME if error.ctx is None else error.ctx.command_path  # of the subcommand that was called wrongly
+        fail(f"{error.format_message().rstrip('.')}; see {page} --help", error.exit_code)
     # torch has its own text; CPython raises SystemError if memory runs out in a call into C
     if isinstance(error, (MemoryError, SystemError)) or "can't allocate memory" in str(error):
         fail("out of memory; use a smaller key context, or a machine with more memory", 1)

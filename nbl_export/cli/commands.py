@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+import click
 
-from nbl_export.cli import options as opt
-from nbl_export.cli.options import show, ui
-from nbl_export.errors import UsageError
+from nbl_export.cli.options import FORCE, JSON, MODEL, OUTPUT, PATH, RUN, TRUST_ENGINE, command, show, ui
+from nbl_export.errors import MissingPackageError, UsageError
 from nbl_export.options.option import MAIN
 from nbl_export.options.options import JobOptions
 from nbl_export.trust.terminal import visible
 
-__all__ = ["COMMANDS", "FOR_DEVELOPERS"]
+__all__ = ["COMMANDS"]
 
 
 # -- stages ------------------------------------------------------------------------------------------------------
 
 
-@opt.takes("calibrate")
-def calibrate(
-    model: opt.Model,
-    output: opt.Output,
-    asked: dict[str, Any],
-    force: Annotated[bool, typer.Option("--force", help="Start over: remove the run in DIR first.")] = False,
-) -> None:
+@command(
+    "calibrate",
+    MODEL(required=True),
+    OUTPUT(required=True),
+    click.Option(["--force"], is_flag=True, help="Start over: remove the run in DIR first."),
+    takes="calibrate",
+    hidden=True,
+)
+def calibrate(model: str, output: Path, asked: dict[str, Any], force: bool) -> None:
     """Collect the moments of every layer from calibration text."""
     from nbl_export.run.pipeline import run_calibration
     from nbl_export.run_directory import MOMENTS_FILE
@@ -36,8 +36,8 @@ def calibrate(
     print(run_calibration(model, asked, output, ui(), force=force) / MOMENTS_FILE)
 
 
-@opt.takes("plan")
-def plan(directory: opt.Run, asked: dict[str, Any], as_json: opt.Json = False) -> None:
+@command("plan", RUN, JSON, takes="plan")
+def plan(directory: Path, asked: dict[str, Any], as_json: bool) -> None:
     """Score layers, choose which to replace, fit their maps."""
     from nbl_export.report.model import scores
     from nbl_export.run.pipeline import run_stages
@@ -45,11 +45,11 @@ def plan(directory: opt.Run, asked: dict[str, Any], as_json: opt.Json = False) -
     run = run_stages(directory, "plan", ui(as_json), changes=asked)
     shown = ("num_layers", "replaced_layers", "tap", "select", "fit", "goal", "curve", "scores")
     facts = {k: run.manifest[k] for k in shown}
-    return show(facts, scores(run.manifest, "Layers, smallest bound first"), as_json)
+    show(facts, scores(run.manifest, "Layers, smallest bound first"), as_json)
 
 
-@opt.takes("rewrite")
-def rewrite(directory: opt.Run, asked: dict[str, Any]) -> None:
+@command("rewrite", RUN, takes="rewrite", hidden=True)
+def rewrite(directory: Path, asked: dict[str, Any]) -> None:
     """Write the decoder graph of a run and its NBL version."""
     from nbl_export.run.pipeline import run_stages
 
@@ -57,22 +57,32 @@ def rewrite(directory: opt.Run, asked: dict[str, Any]) -> None:
     print(directory / "model")
 
 
-def rewrite_graph(
-    graph: Annotated[Path, typer.Argument(metavar="GRAPH", help="An ONNX decoder of any exporter, or its directory.")],
-    maps: Annotated[Path, typer.Option(metavar="DIR|FILE", help="A run, or its maps.safetensors.")],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="A new directory to write.")],
-    layers: Annotated[
-        str | None, typer.Option(metavar="LAYERS", help='Use only these maps ("0,7,24-29"); default: all maps.')
-    ] = None,
-) -> None:
+@command(
+    "rewrite-graph",
+    click.Argument(["graph"], type=PATH, metavar="GRAPH", help="An ONNX decoder of any exporter, or its directory."),
+    click.Option(["--maps"], type=PATH, required=True, metavar="DIR|FILE", help="A run, or its maps.safetensors."),
+    click.Option(["--output", "-o"], type=PATH, required=True, metavar="OUT", help="A new directory to write."),
+    click.Option(["--layers"], metavar="LAYERS", help='Use only these maps ("0,7,24-29"); default: all maps.'),
+    hidden=True,
+)
+def rewrite_graph(graph: Path, maps: Path, output: Path, layers: str | None) -> None:
     """Replace layers of any ONNX decoder by maps, without torch."""
-    from nbl_export.run.rewrite_given import rewrite_given
+    _require_onnx()
+    from nbl_export.run.rewrite_graph import rewrite_graph as write
 
-    print(rewrite_given(graph, maps, layers, output))
+    print(write(graph, maps, layers, output))
 
 
-@opt.takes("verify")
-def verify(directory: opt.Run, asked: dict[str, Any], as_json: opt.Json = False) -> None:
+def _require_onnx() -> None:
+    """Raise MissingPackageError if onnx or onnx_ir is not installed."""
+    try:
+        import nbl_export.graph.external_graph  # noqa: F401
+    except ImportError as error:
+        raise MissingPackageError(str(error.name), "rewrite", "reading ONNX graphs") from error
+
+
+@command("verify", RUN, JSON, takes="verify", hidden=True)
+def verify(directory: Path, asked: dict[str, Any], as_json: bool) -> None:
     """Compare the NBL graph with the original graph, and that with the torch model."""
     from nbl_export.report.console import checks_table
     from nbl_export.run.pipeline import run_stages
@@ -83,8 +93,8 @@ def verify(directory: opt.Run, asked: dict[str, Any], as_json: opt.Json = False)
     show(result, checks_table(result), as_json)
 
 
-@opt.takes("build")
-def build(directory: opt.Run, asked: dict[str, Any], force: opt.Force = False) -> None:
+@command("build", RUN, FORCE, takes="build", hidden=True)
+def build(directory: Path, asked: dict[str, Any], force: bool) -> None:
     """Compile both decoders; run this on the target machine."""
     from nbl_export.run.pipeline import run_stages
 
@@ -92,7 +102,8 @@ def build(directory: opt.Run, asked: dict[str, Any], force: opt.Force = False) -
     print(directory / "engine" / "model")
 
 
-def report(directory: opt.Run, force: opt.Force = False) -> None:
+@command("report", RUN, FORCE)
+def report(directory: Path, force: bool) -> None:
     """Write report.html, report.md and report.json."""
     from nbl_export.run.pipeline import run_stages
     from nbl_export.run_directory import REPORT_HTML
@@ -104,20 +115,34 @@ def report(directory: opt.Run, force: opt.Force = False) -> None:
 # -- speed, operators and quality ----------------------------------------------------------------------------------
 
 
-@opt.takes("bench")
+@command(
+    "bench",
+    click.Argument(
+        ["directories"],
+        type=PATH,
+        nargs=-1,
+        required=True,
+        metavar="DIR ...",
+        help="Run directories (their model/), or GenAI model directories.",
+    ),
+    click.Option(
+        ["--against"],
+        type=PATH,
+        metavar="DIR",
+        help="Compare with this directory; default: original/ of the first run.",
+    ),
+    FORCE,
+    TRUST_ENGINE,
+    JSON,
+    takes="bench",
+)
 def bench(
-    directories: Annotated[
-        list[Path],
-        typer.Argument(metavar="DIR ...", help="Run directories (their model/), or GenAI model directories."),
-    ],
+    directories: tuple[Path, ...],
     asked: dict[str, Any],
-    against: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Compare with this directory; default: original/ of the first run."),
-    ] = None,
-    force: opt.Force = False,
-    trust_engine: opt.TrustEngine = False,
-    as_json: opt.Json = False,
+    against: Path | None,
+    force: bool,
+    trust_engine: bool,
+    as_json: bool,
 ) -> None:
     """Measure decoders side by side.
 
@@ -133,41 +158,52 @@ def bench(
     if len(directories) == 1 and against is None and not is_model_directory(directories[0]):
         run = run_stages(directories[0], "report", ui(as_json), changes=asked, force=force, needs="bench")
         result = page.of_run(run)
-        return show(result, console.speed_table(result), as_json)
-    value = compare(directories, against, JobOptions("", **asked), ui(as_json), force=force)
-    return show(value, console.compared_table(value), as_json)
+        show(result, console.speed_table(result), as_json)
+        return
+    value = compare(list(directories), against, JobOptions("", **asked), ui(as_json), force=force)
+    show(value, console.compared_table(value), as_json)
 
 
-@opt.takes("eval")
+@command(
+    "eval",
+    RUN,
+    click.Option(
+        ["--tasks"],
+        metavar="TASK,...",
+        help="Tasks of lm-evaluation-harness, such as arc_easy,piqa, or YAML files of tasks in its form.",
+    ),
+    click.Option(["--perplexity"], metavar="NAME=FILE,...", help="Measure perplexity on these texts."),
+    click.Option(
+        ["--long-context"],
+        metavar="NAME=FILE,...",
+        help="Measure loss by position, retrieval and copying in long windows of these texts.",
+    ),
+    click.Option(
+        ["--limit"],
+        type=click.IntRange(1),
+        metavar="N",
+        help="Use the first N documents, windows or keys; default: all.",
+    ),
+    click.Option(
+        ["--ppl-context"],
+        type=click.IntRange(2),
+        metavar="N",
+        help="Tokens of a window; default 512, and up to 4,096 with --long-context.",
+    ),
+    FORCE,
+    JSON,
+    takes="eval",
+)
 def evaluate(
-    directory: opt.Run,
+    directory: Path,
     asked: dict[str, Any],
-    tasks: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TASK,...",
-            help="Tasks of lm-evaluation-harness, such as arc_easy,piqa, or YAML files of tasks in its form.",
-        ),
-    ] = None,
-    perplexity: Annotated[
-        str | None, typer.Option(metavar="NAME=FILE,...", help="Measure perplexity on these texts.")
-    ] = None,
-    long_context: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME=FILE,...",
-            help="Measure loss by position, retrieval and copying in long windows of these texts.",
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Use the first N documents, windows or keys; default: all.")
-    ] = None,
-    ppl_context: Annotated[
-        int | None,
-        typer.Option(min=2, metavar="N", help="Tokens of a window; default 512, and up to 4,096 with --long-context."),
-    ] = None,
-    force: opt.Force = False,
-    as_json: opt.Json = False,
+    tasks: str | None,
+    perplexity: str | None,
+    long_context: str | None,
+    limit: int | None,
+    ppl_context: int | None,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Measure tasks, perplexity and long texts on the graphs."""
     from nbl_export.records.requests import EvalRequest
@@ -206,9 +242,8 @@ def _named(option: str, listed: str | None) -> tuple[tuple[str, str], ...]:
     return tuple(pairs)
 
 
-def accept(
-    directory: opt.Run, force: opt.Force = False, trust_engine: opt.TrustEngine = False, as_json: opt.Json = False
-) -> None:
+@command("accept", RUN, FORCE, TRUST_ENGINE, JSON, hidden=True)
+def accept(directory: Path, force: bool, trust_engine: bool, as_json: bool) -> None:
     """Check the engines of a run on the GPU that will run them.
 
     Logits, text and caches are compared with values that verification has left in the directory.
@@ -228,36 +263,35 @@ def accept(
 # -- finished runs -------------------------------------------------------------------------------------------------
 
 
-def card(
-    directory: opt.Run,
-    base_model: Annotated[
-        str | None, typer.Option(metavar="OWNER/NAME", help="Hub id of the base model, if the run was made from files.")
-    ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Go on despite a failed verification, and overwrite an edited card.")
-    ] = False,
-) -> None:
+@command(
+    "card",
+    RUN,
+    click.Option(
+        ["--base-model"], metavar="OWNER/NAME", help="Hub id of the base model, if the run was made from files."
+    ),
+    click.Option(["--force"], is_flag=True, help="Go on despite a failed verification, and overwrite an edited card."),
+)
+def card(directory: Path, base_model: str | None, force: bool) -> None:
     """Write the model card, README.md of the model folder."""
     from nbl_export.publish.card import write_card
 
     print(write_card(directory, base_model, force=force))
 
 
-def convert(
-    directory: opt.Run,
-    to: Annotated[
-        str | None,
-        typer.Option(
-            "--to",
-            metavar="FORM",
-            help="transformers, nemotron-nas, mlx or edge-llm; or the destination: vllm, tensorrt-llm, ... "
-            "Without it, destinations are listed.",
-        ),
-    ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="TARGET", help="The new directory.")] = None,
-    force: opt.Force = False,
-    as_json: opt.Json = False,
-) -> None:
+@command(
+    "convert",
+    RUN,
+    click.Option(
+        ["--to"],
+        metavar="FORM",
+        help="transformers, nemotron-nas, mlx or edge-llm; or the destination: vllm, tensorrt-llm, ... "
+        "Without it, destinations are listed.",
+    ),
+    click.Option(["--output", "-o"], type=PATH, metavar="TARGET", help="The new directory."),
+    FORCE,
+    JSON,
+)
+def convert(directory: Path, to: str | None, output: Path | None, force: bool, as_json: bool) -> None:
     """Write the NBL model for other engines."""
     if to is None:
         from nbl_export.report.console import routes_table
@@ -266,7 +300,8 @@ def convert(
         if output is not None:
             raise UsageError("--output is for --to; leave --output out to list destinations")
         found = [dataclasses.asdict(route) for route in routes(directory)]
-        return show(found, routes_table(found), as_json)
+        show(found, routes_table(found), as_json)
+        return
     if output is None:
         raise UsageError(f"--to {to} needs --output, a new directory; see nbl-export convert --help")
     if as_json:
@@ -274,18 +309,36 @@ def convert(
     from nbl_export.publish.convert import convert as write
 
     write(directory, to, output, ui(), force=force)
-    return print(output)
+    print(output)
 
 
+@command(
+    "generate",
+    RUN,
+    click.Argument(["prompt"], metavar="PROMPT", help="What to continue or answer."),
+    click.Option(
+        ["--max-new-tokens"],
+        type=click.IntRange(1),
+        metavar="N",
+        default=256,
+        show_default=True,
+        help="Most tokens of the answer.",
+    ),
+    click.Option(["--raw"], is_flag=True, help="No chat template."),
+    click.Option(["--original"], is_flag=True, help="Use the original decoder instead."),
+    click.Option(["--both"], is_flag=True, help="Answer by the original decoder, then by the NBL one."),
+    FORCE,
+    TRUST_ENGINE,
+)
 def generate(
-    directory: opt.Run,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to continue or answer.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N")] = 256,
-    raw: Annotated[bool, typer.Option("--raw", help="No chat template.")] = False,
-    original: Annotated[bool, typer.Option("--original", help="Use the original decoder instead.")] = False,
-    both: Annotated[bool, typer.Option("--both", help="Answer by the original decoder, then by the NBL one.")] = False,
-    force: opt.Force = False,
-    trust_engine: opt.TrustEngine = False,
+    directory: Path,
+    prompt: str,
+    max_new_tokens: int,
+    raw: bool,
+    original: bool,
+    both: bool,
+    force: bool,
+    trust_engine: bool,
 ) -> None:
     """Stream an answer from the exported decoder."""
     from nbl_export.run.deployed import answers, trust_engines
@@ -293,7 +346,7 @@ def generate(
     if trust_engine:
         trust_engines([directory])
     if original and both:
-        raise typer.BadParameter("give one of --original and --both", param_hint="--both")
+        raise click.BadParameter("give one of --original and --both", param_hint="--both")
     subjects = ("original", "nbl") if both else ("original",) if original else ("nbl",)
     for title, pieces in answers(directory, subjects, prompt, max_new_tokens, raw=raw, force=force):
         print(f"{title}:" if both else "", end="\n" if both else "")
@@ -302,31 +355,35 @@ def generate(
         print()
 
 
-def inspect(
-    directory: Annotated[Path, typer.Argument(metavar="DIR|FILE.onnx", help="A run directory, or any decoder graph.")],
-    as_json: opt.Json = False,
-) -> None:
+@command(
+    "inspect",
+    click.Argument(["directory"], type=PATH, metavar="DIR|FILE.onnx", help="A run directory, or any decoder graph."),
+    JSON,
+)
+def inspect(directory: Path, as_json: bool) -> None:
     """Show the contents of a run directory or of an ONNX decoder."""
-    from nbl_export.graph.given import has_graph, onnx_tools
+    from nbl_export.graph.names import has_graph
     from nbl_export.report.console import describe_table, graph_table
     from nbl_export.run.deployed import describe
 
     if has_graph(directory):
-        onnx_tools()
-        from nbl_export.graph.describe import describe_graph
+        _require_onnx()
+        from nbl_export.graph.external_graph import describe_graph
 
         found = describe_graph(directory)
-        return show(found, graph_table(found), as_json)
+        show(found, graph_table(found), as_json)
+        return
     facts = describe(directory)
-    return show(facts, describe_table(facts), as_json)
+    show(facts, describe_table(facts), as_json)
 
 
-@opt.takes(MAIN)
-def estimate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, checkpoint directory, config.json or GGUF.")],
-    asked: dict[str, Any],
-    as_json: opt.Json = False,
-) -> None:
+@command(
+    "estimate",
+    click.Argument(["model"], metavar="MODEL", help="Hub id, checkpoint directory, config.json or GGUF."),
+    JSON,
+    takes=MAIN,
+)
+def estimate(model: str, asked: dict[str, Any], as_json: bool) -> None:
     """Say what the main job will take here, and what it gains. No weight is read.
 
     Takes every option of the main job.
@@ -338,7 +395,8 @@ def estimate(
     show(found, estimate_table(found), as_json)
 
 
-def doctor(as_json: opt.Json = False) -> None:
+@command("doctor", JSON)
+def doctor(as_json: bool) -> None:
     """List the engines that work here, and why others do not."""
     from nbl_export.report.console import doctor_table
     from nbl_export.run.deployed import examine_engines
@@ -349,10 +407,10 @@ def doctor(as_json: opt.Json = False) -> None:
     show(found, doctor_table(found, spoken_machine(), spoken(find_gpu())), as_json)
 
 
-FOR_DEVELOPERS = ("calibrate", "rewrite", "rewrite-graph", "verify", "build", "accept")  # not on the first page of help
-COMMANDS: dict[str, Callable[..., None]] = {
-    "calibrate": calibrate, "plan": plan, "rewrite": rewrite, "rewrite-graph": rewrite_graph, "verify": verify,
-    "build": build, "report": report, "accept": accept, "bench": bench, "eval": evaluate,
-    "card": card, "convert": convert, "generate": generate, "inspect": inspect,
-    "estimate": estimate, "doctor": doctor,
+COMMANDS: dict[str, click.Command] = {
+    str(made.name): made
+    for made in (
+        calibrate, plan, rewrite, rewrite_graph, verify, build, report, accept, bench, evaluate,
+        card, convert, generate, inspect, estimate, doctor,
+    )
 }  # fmt: skip

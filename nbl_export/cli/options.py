@@ -1,4 +1,4 @@
-"""Options of commands: made from the options record, shared by several commands, or read by `--config FILE`.
+"""Commands and their options: made from the options record, shared by several commands, or read by `--config FILE`.
 
 layers = "7,9,15,25-29"          a file has the names of the options, with dashes or underscores
 calibration = ["a.txt", "b.jsonl"]
@@ -10,15 +10,14 @@ Shows a result on stdout, and progress on stderr.
 from __future__ import annotations
 
 import functools
-import inspect
 import json
 import sys
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
+import click
 
 from nbl_export.errors import UsageError
 from nbl_export.files import read_small
@@ -34,95 +33,131 @@ if TYPE_CHECKING:
     from nbl_export.run.progress import Ui
 
 __all__ = [
-    "GENERAL",
-    "Config",
-    "Force",
-    "Json",
-    "Model",
-    "Output",
-    "Run",
-    "TrustEngine",
+    "FORCE",
+    "JSON",
+    "MODEL",
+    "OUTPUT",
+    "PATH",
+    "RUN",
+    "TRUST_ENGINE",
+    "Command",
+    "asked_in",
+    "command",
+    "job_options",
+    "panel_of",
     "read_config",
     "refuse_options_before",
     "said_of",
     "show",
-    "takes",
     "ui",
 ]
 
 _MOST_CONFIG_BYTES = 1 << 20
+_ARGUMENTS = "Arguments"
+_GENERAL = "General"
+_RANGES: dict[type, Any] = {int: click.IntRange, float: click.FloatRange}
 
-GENERAL = "General"
-_KEYWORD = inspect.Parameter.KEYWORD_ONLY
+PATH = click.Path(path_type=Path)
+RUN = click.Argument(["directory"], type=PATH, metavar="DIR", help="A run directory made by nbl-export --output.")
+MODEL = functools.partial(
+    click.Option, ["--model", "-m"], metavar="MODEL", help="Hub id, safetensors directory or GGUF."
+)
+OUTPUT = functools.partial(click.Option, ["--output", "-o"], type=PATH, metavar="DIR", help="The run directory.")
+FORCE = click.Option(["--force"], is_flag=True, help="Go on despite a failed verification.")
+JSON = click.Option(["as_json", "--json"], is_flag=True, help="Machine-readable output on stdout.")
+TRUST_ENGINE = click.Option(
+    ["--trust-engine"], is_flag=True, help="Run engine files, which are code, that you did not build here. Remembered."
+)
+_CONFIG = click.Option(
+    ["--config"], type=PATH, metavar="FILE", help="Options and keys of this command from TOML; flags win."
+)
 
-Run = Annotated[Path, typer.Argument(metavar="DIR", help="A run directory made by nbl-export --output.")]
-Model = Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help="Hub id, safetensors directory or GGUF.")]
-Output = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The run directory.")]
-Config = Annotated[
-    Path | None, typer.Option("--config", metavar="FILE", help="Options and keys of this command from TOML; flags win.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
-Force = Annotated[bool, typer.Option("--force", help="Go on despite a failed verification.")]
-TrustEngine = Annotated[
-    bool,
-    typer.Option("--trust-engine", help="Run engine files, which are code, that you did not build here. Remembered."),
-]
+
+# -- help under headings ---------------------------------------------------------------------------------------
 
 
-def takes(command: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a command its options from the options record, and --config FILE if it takes keys.
+class Command(click.Command):
+    """A command whose help has options under headings."""
 
-    The function gets the options that the user gave as a dictionary `asked`, by the field names of JobOptions.
+    def format_arguments(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Leave arguments to `format_options`."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        panels: dict[str, list[tuple[str, str]]] = {_ARGUMENTS: [], _GENERAL: []}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                panels.setdefault(panel_of(parameter), []).append(record)
+        for panel, records in panels.items():
+            if records:
+                with formatter.section(panel):
+                    formatter.write_dl(records)
+
+
+class _JobOption(click.Option):
+    """An option of the options record."""
+
+
+def panel_of(parameter: click.Parameter) -> str:
+    """The heading of an option or argument."""
+    if isinstance(parameter, click.Argument):
+        return _ARGUMENTS
+    return OPTIONS[parameter.name].panel if isinstance(parameter, _JobOption) else _GENERAL
+
+
+# -- commands --------------------------------------------------------------------------------------------------
+
+
+def command(
+    name: str, *own: click.Parameter, takes: str = "", hidden: bool = False
+) -> Callable[[Callable[..., Any]], Command]:
+    """Make a command of a function, with the function's docstring as help.
+
+    Args:
+        own: parameters beside those of the options record.
+        takes: the command whose options of the record are added, with --config FILE if some of them are keys. The
+            function gets the options that the user gave as a dictionary `asked`, by the field names of JobOptions.
+        hidden: whether the command is for developers, and left out of the first page of help.
     """
+    known = {option: record for option, record in OPTIONS.items() if takes in record.commands}
+    reads_file = any(record.key for record in known.values())
+    params = [*own, *([_CONFIG] if reads_file else []), *job_options(takes)]
 
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        own = inspect.signature(function, eval_str=True).parameters
-        known = {name: record for name, record in OPTIONS.items() if command in record.commands}
-        flags = {name: record for name, record in known.items() if not record.key}
-        added = [_parameter(name, record, command) for name, record in sorted(flags.items(), key=_place)]
-        reads_file = len(flags) < len(known) and "config" not in own
-        if reads_file:
-            added.insert(0, inspect.Parameter("config", _KEYWORD, default=None, annotation=Config))
+    def decorate(function: Callable[..., Any]) -> Command:
+        def run(**given: Any) -> None:
+            if takes:
+                asked = asked_in(given)
+                file = given.pop("config", None)
+                given["asked"] = asked if file is None else over(_keys_for(takes, known, file), asked)
+            function(**given)
 
-        @functools.wraps(function)
-        def run(*args: Any, **given: Any) -> Any:
-            chosen = {name: given.pop(name) for name in flags}
-            asked = read_asked({n: v for n, v in chosen.items() if v not in (None, [])})
-            if reads_file and (file := given.pop("config")) is not None:
-                asked = over(_keys_for(command, known, file), asked)
-            return function(*args, **given, asked=asked)
-
-        kept = [parameter for name, parameter in own.items() if name != "asked"]
-        signature = inspect.Signature([*kept, *added])
-        # typer reads these two attributes
-        run.__signature__ = signature  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
-        del run.__wrapped__
-        return run
+        return Command(name, params=params, callback=run, help=function.__doc__, hidden=hidden)
 
     return decorate
 
 
-def _place(item: tuple[str, Option]) -> int:
-    return PANELS.index(item[1].panel)
+def job_options(command: str) -> list[click.Option]:
+    """The options of the record that a command takes, in the order of their headings."""
+    taken = [(name, record) for name, record in OPTIONS.items() if command in record.commands and not record.key]
+    taken.sort(key=lambda item: PANELS.index(item[1].panel))
+    return [_job_option(name, record, command) for name, record in taken]
 
 
-def _parameter(name: str, record: Option, command: str) -> inspect.Parameter:
-    kind = _kind(name, record)
-    low, high = (None, None) if record.numbers or kind is str else (record.least, record.most)
-    metavar = record.metavar or ("N,..." if record.numbers else None if record.least is None else "N")
-    hidden = command == MAIN and not record.first
-    declared = typer.Option(
-        flag_of(name),
+def _job_option(name: str, record: Option, command: str) -> click.Option:
+    hint = typing.get_type_hints(JobOptions)[name]
+    kind: Any = next((number for number in (int, float) if number in (hint, *typing.get_args(hint))), str)
+    if record.numbers:
+        kind = str
+    elif record.least is not None:
+        kind = _RANGES[kind](record.least, record.most)
+    return _JobOption(
+        [name, flag_of(name)],
+        type=kind,
+        multiple=typing.get_origin(hint) is tuple and not record.numbers,
         help=said_of(name, record),
-        metavar=metavar,
-        hidden=hidden,
-        rich_help_panel=record.panel,
-        min=low,
-        max=high,
+        metavar=record.metavar or ("N,..." if record.numbers else None if record.least is None else "N"),
+        hidden=command == MAIN and not record.first,
     )
-    annotation: Any = Annotated[kind | None, declared]
-    return inspect.Parameter(name, _KEYWORD, default=None, annotation=annotation)
 
 
 def said_of(name: str, record: Option) -> str:
@@ -132,22 +167,23 @@ def said_of(name: str, record: Option) -> str:
     return f"{record.help.removesuffix('.')}; default {default:g}." if counted else record.help
 
 
-def _kind(name: str, record: Option) -> Any:
-    """The type of an option for typer; a list of numbers is text."""
-    hint = typing.get_type_hints(JobOptions)[name]
-    kinds = {part for part in (typing.get_args(hint) or (hint,)) if part is not type(None)}
-    if record.numbers:
-        return str
-    return list[str] if typing.get_origin(hint) is tuple else kinds.pop()
+def asked_in(given: dict[str, Any]) -> dict[str, Any]:
+    """Take the options of the record that the user gave out of the values of a command.
+
+    Raises:
+        UsageError: a text holds no numbers.
+    """
+    taken = {name: given.pop(name) for name in OPTIONS if name in given}
+    return read_asked({name: value for name, value in taken.items() if value not in (None, ())})
 
 
-def refuse_options_before(context: typer.Context) -> None:
+def refuse_options_before(context: click.Context) -> None:
     """Refuse options of the main command before a subcommand, where they have no effect."""
     for name in set(context.params) - {"verbose", "version"}:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             flag = f"--{name.replace('_', '-')}"
-            raise typer.BadParameter(f"goes after {context.invoked_subcommand}, if allowed there", param_hint=flag)
+            raise click.BadParameter(f"goes after {context.invoked_subcommand}, if allowed there", param_hint=flag)
 
 
 def _keys_for(command: str, known: Mapping[str, Option], path: Path) -> dict[str, Any]:

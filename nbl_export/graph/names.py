@@ -22,6 +22,7 @@ __all__ = [
     "constant_name",
     "goes_with_graph",
     "graph_file",
+    "has_graph",
     "node_name",
     "product_name",
 ]
@@ -48,6 +49,11 @@ CUT_ROWS = "/nbl/cut/Rows"  # the node that takes the rows that climb above a cu
 def graph_file(directory: Path) -> str:
     """Name of the graph in a deployable directory."""
     return STATIC_GRAPH_FILE if (directory / STATIC_GRAPH_FILE).is_file() else GRAPH_FILE
+
+
+def has_graph(path: Path) -> bool:
+    """Whether a path is an ONNX file, or a directory that holds one; a run directory has graphs one level down."""
+    return path.suffix == ".onnx" or any(any(path.glob(pattern)) for pattern in ("*.onnx", "onnx/*.onnx"))
 
 
 def goes_with_graph(file: Path) -> bool:

@@ -32,9 +32,11 @@ __all__ = [
     "NO_ORIGINAL",
     "OPTIONS",
     "PANELS",
+    "RENAMED",
     "JobOptions",
     "flag_of",
     "has_plain_attention",
+    "renamed",
 ]
 
 # Source of the maps: closed form for each layer; joint training from there; zero, which drops attention; or an NBL
@@ -585,3 +587,15 @@ def flag_of(name: str) -> str:
     if record and record.key:
         return f"key {name}"
     return f"--{((record.flag if record else '') or name).replace('_', '-')}"
+
+
+RENAMED: dict[str, str] = {}  # old name of a field -> its name today
+
+
+def renamed(word: str) -> str:
+    """What to say to a user who wrote the old name of an option, as a flag or as a key; "" if no option had it."""
+    name = RENAMED.get(word.lstrip("-").replace("-", "_"))
+    if name is None:
+        return ""
+    today = flag_of(name) if word.startswith("-") else name
+    return f"{word} has another name now; write {today}"

@@ -21,7 +21,7 @@ from nbl_export.errors import UsageError
 from nbl_export.options.goals import asked_layers, check_request
 from nbl_export.options.model_facts import ModelFacts
 from nbl_export.options.option import Option
-from nbl_export.options.options import AUTO_CUT, DEFAULTS, NO_CUT, OPTIONS, JobOptions, flag_of
+from nbl_export.options.options import AUTO_CUT, DEFAULTS, NO_CUT, OPTIONS, JobOptions, flag_of, renamed
 from nbl_export.options.rules import OF_DECODER, REFUSED, Case, Refusal
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.destinations import destination_named
@@ -148,6 +148,8 @@ def read_asked(values: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in values.items():
         flag = key.replace("-", "_")
         if flag not in names:
+            if sentence := renamed(key):
+                raise UsageError(sentence)
             near = difflib.get_close_matches(flag, names, 1)
             raise UsageError(f"{key} is no option" + (f"; did you mean {near[0]}?" if near else ""))
         found[names[flag]] = _value(names[flag], value, OPTIONS.get(names[flag]))

@@ -109,7 +109,7 @@ def engines_table(engines: dict[str, Any]) -> Table:
 
 
 def graph_table(found: dict[str, Any]) -> Shown:
-    """`graph.describe.describe_graph`: the decoder, and what can be done to each layer."""
+    """`graph.external_graph.describe_graph`: the decoder, and what can be done to each layer."""
     head = facts(
         [
             ("graph", f"{found['graph']} ({size(found['bytes'])} with its data)"),

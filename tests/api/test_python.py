@@ -128,7 +128,7 @@ def test_open_loads_nothing_heavy(finished: Path) -> None:
 import nbl_export as nbl
 print(nbl.open({str(finished)!r}).loss[0].text, nbl.open({str(finished)!r}).speed[0].phase)
 import nbl_export.api
-print([m for m in ("torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "openvino", "typer") if m in sys.modules])
+print([m for m in ("torch", "transformers", "onnx", "onnx_ir", "onnxruntime", "openvino", "click") if m in sys.modules])
 sys.exit()
 """
     done = in_new_process(code=code)

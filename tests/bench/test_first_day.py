@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer.main
 
 from nbl_export.cli.app import app
 from nbl_export.errors import NblError
@@ -60,9 +59,8 @@ def day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def calls(tmp_path: Path) -> list[str]:
     """What nbl-export was told; today's program has each command and option."""
     lines = [line.replace(str(tmp_path), "") for line in (tmp_path / "calls.txt").read_text().splitlines()]
-    root: Any = typer.main.get_command(app)
     for first, *words in map(str.split, lines):
-        command = root if first.startswith("--") else root.commands[first]
+        command = app if first.startswith("--") else app.commands[first]
         known = {name for parameter in command.params for name in parameter.opts}
         assert known >= {word for word in (first, *words) if word.startswith("--")}
     return lines

@@ -8,8 +8,6 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import typer.main
-
 from nbl_export.cli.app import KEYS, app
 from nbl_export.options.options import JobOptions
 from nbl_export.plan.greedy import RULE
@@ -29,9 +27,8 @@ def read(path: Path) -> Any:
 
 def known_options(program: list[str]) -> set[str]:
     """The options of a command: nbl-export's flags and keys, or of a script by its own words."""
-    root: Any = typer.main.get_command(app)
     if program[0] == "nbl-export":
-        command = root.commands.get(program[1], root)
+        command = app.commands.get(program[1], app)
         keys = {f"--{key.replace('_', '-')}" for key in KEYS}  # a raw result may have typed them
         return {name for parameter in command.params for name in parameter.opts} | keys
     if program[0] == "lm_eval":

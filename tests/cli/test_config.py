@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nbl_export.cli.commands import COMMANDS, FOR_DEVELOPERS
+from nbl_export.cli.commands import COMMANDS
 from nbl_export.cli.options import read_config
 from nbl_export.errors import NblError
 from nbl_export.options.option import MAIN
@@ -40,7 +40,7 @@ def test_the_first_page_is_short_and_the_rest_is_behind_it() -> None:
     assert len(first.out.splitlines()) <= 60
     for name in COMMANDS:
         found = [re.search(rf"^  {name} ", page.out, re.MULTILINE) is not None for page in (first, everything)]
-        assert found == [name not in FOR_DEVELOPERS, True], name
+        assert found == [not COMMANDS[name].hidden, True], name
     for name, said in OPTIONS.items():
         word = name if said.key else flag(name)
         shown = re.search(rf"^  {word}\b", first.out, re.MULTILINE) is not None

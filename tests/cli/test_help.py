@@ -32,12 +32,16 @@ def test_a_bare_call_shows_the_help() -> None:
         (("plan",), "Missing argument 'DIR'", "nbl-export plan --help"),
         (("generate", "runs/x"), "Missing argument 'PROMPT'", "nbl-export generate --help"),
         (("convert", "runs/x", "--to", "mlx"), "--to mlx needs --output", "nbl-export convert --help"),
-        (("bench", "runs/x", "--dept", "1"), "No such option: --dept", "nbl-export bench --help"),
-        (("--layer", "1"), "No such option: --layer", "nbl-export --help"),
+        (
+            ("bench", "runs/x", "--dept", "1"),
+            "No such option '--dept'. (Did you mean one of: '--depth'",
+            "nbl-export bench --help",
+        ),
+        (("--layer", "1"), "No such option '--layer'. (Did you mean one of: '--layers'", "nbl-export --help"),
         (("-m", "m"), "the main job needs --output", "nbl-export --help"),
         (("-o", "o"), "the main job needs --model;", "nbl-export --help"),
         (("--engine", "trt"), "the main job needs --model and --output", "nbl-export --help"),
-        (("benhc",), "No such command 'benhc'", "nbl-export --help"),
+        (("benhc",), "No such command 'benhc'. Did you mean 'bench'", "nbl-export --help"),
     ],
 )
 def test_a_wrong_call_names_the_page_that_helps(words: tuple[str, ...], part: str, page: str) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from nbl_export.graph.facts import replaced_layers
+from nbl_export.graph.external_graph import replaced_layers
 from nbl_export.graph.files import load_graph, read_graph
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from nbl_export.errors import UsageError
 from nbl_export.options.command import describe_command
-from nbl_export.options.options import OPTIONS, JobOptions, flag_of
+from nbl_export.options.options import OPTIONS, RENAMED, JobOptions, flag_of
 from nbl_export.options.settle import settle
 from nbl_export.run import pipeline
 from nbl_export.run import settled as run_settled
@@ -120,7 +120,7 @@ def test_roads_to_a_new_run(tmp_path: Path, stopped: None) -> None:
         assert_settled(reached(road(ASKED)), EXPECTED)
         with pytest.raises(UsageError, match=r"^key seed is for --fit distilled; leave key seed"):
             road(IDLE)()
-        if name != "flags":  # typer refuses it
+        if name != "flags":  # the command line refuses it
             with pytest.raises(UsageError, match="precison is no option; did you mean precision"):
                 road({"precison": "int4"})()
     assert not out.exists()
@@ -190,3 +190,30 @@ def test_options_are_settled_without_torch(tmp_path: Path) -> None:
 def test_the_recorded_command_settles_alike(asked: dict[str, Any], tmp_path: Path, stopped: None) -> None:
     options = settled(asked)
     assert reached(line(*repeated(describe_command(options, tmp_path / "out")))) == options
+
+
+# -- names that options had ----------------------------------------------------------------------------------------
+
+
+def test_an_old_name_is_answered_with_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every road, in one sentence; the old name is no option beside it."""
+    monkeypatch.setitem(RENAMED, "prefill_layers", "layers")
+    monkeypatch.setitem(RENAMED, "old_seed", "seed")  # a key
+    out = tmp_path / "out"
+    for command in (("--model", "m", "--output", out), ("plan", tmp_path)):
+        refused = nbl(*command, "--prefill-layers", 8)
+        assert_refused(refused, 2)
+        assert refused.err == "nbl-export: --prefill-layers has another name now; write --layers\n"
+        assert_refused(nbl(*command, "--old-seed", 8), 2, "--old-seed has another name now; write key seed")
+    for name in ("prefill_layers", "prefill-layers"):
+        sentence = f"{name} has another name now; write layers"
+        file = written(tmp_path, {name: 8})
+        assert_refused(nbl("--model", "m", "--config", file, "--output", out), 2, f"{file}: {sentence}")
+        with pytest.raises(UsageError, match=f"^{sentence}$"):
+            pipeline.run_job({"model": "m", name: 8}, out, QUIET)
+    assert not out.exists()
+
+
+def test_no_option_has_an_old_name() -> None:
+    assert not RENAMED.keys() & OPTIONS.keys()
+    assert OPTIONS.keys() >= set(RENAMED.values())

@@ -281,7 +281,7 @@ def test_interrupt_inside_code_that_is_made_of_a_string(read: bool, tmp_path: Pa
     """As dataclasses make their methods, at the import of a library; CPython forgets the exit status of -m then."""
     (tmp_path / "early.py").write_text(
         "import runpy, sys, nbl_export.cli.app\n"
-        "nbl_export.cli.app.app = lambda **_: exec('print(1); raise KeyboardInterrupt')\n"
+        "nbl_export.cli.app.app.make_context = lambda *_: exec('print(1); raise KeyboardInterrupt')\n"
         "sys.argv = ['nbl-export']\n"
         "runpy.run_module('nbl_export', run_name='__main__')\n"
     )

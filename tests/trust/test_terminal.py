@@ -114,7 +114,7 @@ TABLES: dict[str, Callable[[Path], Any]] = {
 
 
 def graph_facts(run: Path) -> dict[str, Any]:
-    from nbl_export.graph.describe import describe_graph
+    from nbl_export.graph.external_graph import describe_graph
 
     found = describe_graph(run / "original")
     return {**poisoned(found), "logits": found["logits"]}

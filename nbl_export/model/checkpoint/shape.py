@@ -12,7 +12,6 @@ from typing import Any
 
 from nbl_export.errors import NblError
 from nbl_export.graph.gguf_header import read_header
-from nbl_export.graph.given import refuse_graph
 from nbl_export.model.architectures import ARCHITECTURES, mlp_of
 from nbl_export.model.checkpoint.source import (
     check_architecture,
@@ -22,6 +21,7 @@ from nbl_export.model.checkpoint.source import (
     hub_config,
     is_hub_id,
     read_config,
+    refuse_graph,
 )
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.mlp import MlpSpec

@@ -19,8 +19,7 @@ from typing import Any
 from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.files import file_sha256, key_of, safetensors_tensors
 from nbl_export.graph.gguf_header import Header, read_header
-from nbl_export.graph.given import refuse_graph
-from nbl_export.graph.names import MANIFEST, TEXT_FILES
+from nbl_export.graph.names import MANIFEST, TEXT_FILES, has_graph
 from nbl_export.mixers import kinds
 from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, REFUSED, check_config, is_hybrid, supported_near
 from nbl_export.model.checkpoint import pretrained
@@ -41,6 +40,7 @@ __all__ = [
     "hub_config",
     "is_hub_id",
     "read_config",
+    "refuse_graph",
     "resolve",
 ]
 
@@ -112,6 +112,16 @@ def resolve(model: str) -> Source:
         raise NblError(f"no model at {model}: give a local directory, a .gguf file or a hub id (org/name)")
     directory = _fetched(model, lambda hub: hub.snapshot_download(model, allow_patterns=list(_HUB_FILES)))
     return _directory_source(model, directory, directory.name)
+
+
+def refuse_graph(path: Path) -> None:
+    """Raise NblError if a model is an ONNX graph, or a directory with a graph and no weights for torch."""
+    weights = path.is_dir() and (any(path.glob("*.safetensors")) or any(path.glob("*.gguf")))
+    if path.exists() and has_graph(path) and not weights:
+        raise NblError(
+            f"{path} is an ONNX graph, and a job needs the checkpoint that it was made from; "
+            "nbl-export rewrite-graph puts the maps of a job into a graph"
+        )
 
 
 def gguf_of(path: Path) -> Path | None:

@@ -20,23 +20,36 @@ from nbl_export.files import (
     versions,
     write_json,
 )
-from nbl_export.graph.given import check_graph_place, companions, home_of, onnx_tools
-from nbl_export.graph.names import MANIFEST, STATIC_GRAPH_FILE
+from nbl_export.graph.anatomy import cache_layers, find_block
+from nbl_export.graph.caches import present_names
+from nbl_export.graph.emitter import run_passes
+from nbl_export.graph.external_graph import (
+    check_graph_place,
+    companions,
+    decoder_facts,
+    home_of,
+    logits_of,
+    replaced_layers,
+)
+from nbl_export.graph.files import data_files, find_graph, load_graph, save_graph
+from nbl_export.graph.names import ALL_LOGITS_FILE, MANIFEST, STATIC_GRAPH_FILE
 from nbl_export.mixers.base import Mixer, cacheless
 from nbl_export.mixers.cut import cut_of
 from nbl_export.options.goals import parse_layers
 from nbl_export.plan.maps_file import load_maps, maps_in
 from nbl_export.records.decoder import MOST_LAYERS
 from nbl_export.records.plan import TAPS, Plan
+from nbl_export.rewrite import rewrite, rewrite_model
+from nbl_export.rewrite.tail import PruneTail
 from nbl_export.run_directory import MAPS_FILE, PACKAGES, SCHEMA
 from nbl_export.trust.contained import check_inside
 from nbl_export.trust.model_settings import drop_code
 from nbl_export.version import __version__
 
-__all__ = ["rewrite_given"]
+__all__ = ["rewrite_graph"]
 
 
-def rewrite_given(path: Path, maps_file: Path, layers: str | None, output: Path) -> Path:
+def rewrite_graph(path: Path, maps_file: Path, layers: str | None, output: Path) -> Path:
     """Replace layers of the graph in `path` by their maps and write the directory `output`, which must be new.
 
     Args:
@@ -48,18 +61,15 @@ def rewrite_given(path: Path, maps_file: Path, layers: str | None, output: Path)
         NblError: an input is missing or damaged, or `output` is occupied; nothing is written.
         RefusalError: the graph is not recognised; the message has layer and node.
     """
-    source = onnx_tools().files
-    from nbl_export.graph.anatomy import cache_layers, find_block
-    from nbl_export.graph.facts import decoder_facts
-
     refuse_occupied(output)
     if maps_file.is_dir():
         maps_file = check_inside(maps_file / MAPS_FILE, maps_file)
     check_graph_place(path)
-    file = source.find_graph(path)
-    _refuse_inside(output, file.parent)
+    file = find_graph(path)
+    if file.parent.resolve() in (output.resolve(), *output.resolve().parents):
+        raise NblError(f"{output} lies inside {file.parent}, which must not change; choose another --output")
     stored, tap = maps_in(maps_file)
-    model = source.load_graph(file)
+    model = load_graph(file)
     spec = decoder_facts(model.graph, find_block(model.graph, cache_layers(model.graph)[0]), home_of(file))
     if spec["num_layers"] > MOST_LAYERS:
         raise NblError(f"the configuration beside {file} states {spec['num_layers']} layers; fetch the graph again")
@@ -73,12 +83,6 @@ def rewrite_given(path: Path, maps_file: Path, layers: str | None, output: Path)
             drop_code(made)
             write_json(made / MANIFEST, facts)
             return move_into_place(made, output)
-
-
-def _refuse_inside(output: Path, directory: Path) -> None:
-    here = directory.resolve()
-    if here in (output.resolve(), *output.resolve().parents):
-        raise NblError(f"{output} lies inside {directory}, which must not change; choose another --output")
 
 
 def _plan(
@@ -111,17 +115,10 @@ def _write(model: Any, path: Path, file: Path, made: Path, plan: Plan, maps: dic
 
     With a cut this file gives the logits of the last token.
     """
-    from nbl_export.graph import files as source
-    from nbl_export.graph.emitter import run_passes
-    from nbl_export.graph.facts import logits_of
-    from nbl_export.graph.names import ALL_LOGITS_FILE
-    from nbl_export.rewrite import rewrite, rewrite_model
-    from nbl_export.rewrite.tail import PruneTail
-
     if (file.parent / ALL_LOGITS_FILE).is_file() or file.name == STATIC_GRAPH_FILE:
         rewrite(file.parent, made, maps, plan.tap)
         return
-    files = list(companions(path, {file, *source.data_files(file, model)}))
+    files = list(companions(path, {file, *data_files(file, model)}))
     stops = cut_of(maps) is not None
     if stops and logits_of(model.graph) != "all":
         raise RefusalError(None, "predicted keys need the logits of all tokens, and it gives those of the last one")
@@ -134,14 +131,11 @@ def _write(model: Any, path: Path, file: Path, made: Path, plan: Plan, maps: dic
         shutil.copyfile(old, made / name)
     target = made / (file.relative_to(path) if path.is_dir() else file.name)
     target.parent.mkdir(exist_ok=True)
-    source.save_graph(model, target)
+    save_graph(model, target)
 
 
 def _facts(model: Any, file: Path, maps_file: Path, maps: dict[int, Mixer], plan: Plan) -> dict[str, Any]:
     """The content of the directory's nbl.json."""
-    from nbl_export.graph.caches import present_names
-    from nbl_export.graph.facts import replaced_layers
-
     cut = cut_of(maps)
     return {
         "schema": SCHEMA,
