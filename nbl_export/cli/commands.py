@@ -116,7 +116,6 @@ def bench(
         typer.Option(metavar="DIR", help="Compare with this directory; default: original/ of the first run."),
     ] = None,
     force: opt.Force = False,
-    trust_engine: opt.TrustEngine = False,
     as_json: opt.Json = False,
 ) -> None:
     """Measure decoders side by side.
@@ -125,11 +124,9 @@ def bench(
     """
     from nbl_export.report import console, page
     from nbl_export.run.compare import compare
-    from nbl_export.run.deployed import is_model_directory, trust_engines
+    from nbl_export.run.deployed import is_model_directory
     from nbl_export.run.pipeline import run_stages
 
-    if trust_engine:
-        trust_engines([*directories, *([against] if against else [])])
     if len(directories) == 1 and against is None and not is_model_directory(directories[0]):
         run = run_stages(directories[0], "report", ui(as_json), changes=asked, force=force, needs="bench")
         result = page.of_run(run)
@@ -210,9 +207,7 @@ def _named(option: str, listed: str | None) -> tuple[tuple[str, str], ...]:
     return tuple(pairs)
 
 
-def accept(
-    directory: opt.Run, force: opt.Force = False, trust_engine: opt.TrustEngine = False, as_json: opt.Json = False
-) -> None:
+def accept(directory: opt.Run, force: opt.Force = False, as_json: opt.Json = False) -> None:
     """Check the engines of a run on the GPU that will run them.
 
     Logits, text and caches are compared with values that verification has left in the directory.
@@ -220,10 +215,7 @@ def accept(
     from nbl_export.report.model import checks
     from nbl_export.run.accept import accept as run_acceptance
     from nbl_export.run.accept import refuse_failed
-    from nbl_export.run.deployed import trust_engines
 
-    if trust_engine:
-        trust_engines([directory])
     found = run_acceptance(directory, ui(as_json), force=force)
     show(found, checks(found["checks"], f"Acceptance, {found['engine']}"), as_json)
     refuse_failed(found, directory)
@@ -289,13 +281,10 @@ def generate(
     original: Annotated[bool, typer.Option("--original", help="Use the original decoder instead.")] = False,
     both: Annotated[bool, typer.Option("--both", help="Answer by the original decoder, then by the NBL one.")] = False,
     force: opt.Force = False,
-    trust_engine: opt.TrustEngine = False,
 ) -> None:
     """Stream an answer from the exported decoder."""
-    from nbl_export.run.deployed import answers, trust_engines
+    from nbl_export.run.deployed import answers
 
-    if trust_engine:
-        trust_engines([directory])
     if original and both:
         raise typer.BadParameter("give one of --original and --both", param_hint="--both")
     subjects = ("original", "nbl") if both else ("original",) if original else ("nbl",)

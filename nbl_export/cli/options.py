@@ -41,7 +41,6 @@ __all__ = [
     "Model",
     "Output",
     "Run",
-    "TrustEngine",
     "read_config",
     "refuse_options_before",
     "said_of",
@@ -63,10 +62,6 @@ Config = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Go on despite a failed verification.")]
-TrustEngine = Annotated[
-    bool,
-    typer.Option("--trust-engine", help="Run engine files, which are code, that you did not build here. Remembered."),
-]
 
 
 def takes(command: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
