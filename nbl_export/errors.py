@@ -1,15 +1,6 @@
 """Errors that a user can act on: the message says what is wrong, where, and what to do."""
 
-__all__ = [
-    "AcceptanceError",
-    "BusyError",
-    "CorruptError",
-    "MissingPackageError",
-    "NblError",
-    "ParityError",
-    "RefusalError",
-    "UsageError",
-]
+__all__ = ["BusyError", "CorruptError", "MissingPackageError", "NblError", "ParityError", "RefusalError", "UsageError"]
 
 
 class NblError(Exception):
@@ -55,13 +46,7 @@ class RefusalError(NblError):
 
 
 class ParityError(NblError):
-    """The exported graph does not compute what the torch model computes; exit status 3."""
-
-    exit_code = 3
-
-
-class AcceptanceError(NblError):
-    """A check of `accept` failed on this machine; exit status 3."""
+    """A graph or an engine does not compute what its reference computes; exit status 3."""
 
     exit_code = 3
 

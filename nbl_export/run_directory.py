@@ -11,7 +11,7 @@
     DIR/model/                 rewrite: the NBL graph, deployable by itself
     DIR/model/README.md        card, if requested
     DIR/verify.json            verify
-    DIR/acceptance.safetensors verify, for engines of a GPU: what `accept` compares with on the target machine
+    DIR/acceptance-values.json verify, for engines of a GPU: what `accept` compares with on the target machine
     DIR/eval.json              eval, if requested
     DIR/engine/{original,model}/ build: compiled, deployable by itself
     DIR/bench.json             bench
@@ -99,7 +99,7 @@ CUTS_FILE = "cuts.safetensors"
 MOMENTS_FILE = "moments.safetensors"
 START_FILE = "start.safetensors"  # maps before distillation
 MAPS_FILE = "maps.safetensors"
-ACCEPTANCE_FILE = "acceptance.safetensors"  # values to compare with
+ACCEPTANCE_FILE = "acceptance-values.json"  # values to compare with
 ACCEPTANCE_JSON = "acceptance.json"  # verdicts
 
 

@@ -113,17 +113,6 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_list(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Engines that tests build are not added to the list in the cache of whoever runs the tests."""
-    from nbl_export.trust import own_engines
-
-    home = tmp_path_factory.mktemp("cache") / "nbl-export" / "engines"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(own_engines, "_list", lambda: home)
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
 def short_parts() -> Iterator[None]:
     """Jobs in this process read as little text as `finished`: quality loss is half of a tiny verification."""
     from nbl_export.text import windows

@@ -84,7 +84,7 @@ GRAPH = (_REWRITE + "maps.safetensors", "inspect {here}/graph/model.onnx --json"
 DEPLOY = (_GENERATE % "deploy", "bench {here}/deploy" + _BENCH)
 _INT4 = " ".join(("--precision int4", *configured(builder_option="accuracy_level=1")))
 CODES = (f"{_JOB} {_INT4} --quantized-model {{here}}/codes",)
-IR, ENGINE = (_GENERATE % "ir",), (_GENERATE % "engine", _GENERATE % "engine" + " --trust-engine")
+IR, ENGINE = (_GENERATE % "ir",), (_GENERATE % "engine",)
 READ = ("inspect {here}/run", "report {here}/run", _GENERATE % "run", "card {here}/run", "accept {here}/run")
 RUN = (
     *READ, "plan {here}/run --layers 2", "rewrite {here}/run", "verify {here}/run", "build {here}/run",
@@ -103,7 +103,7 @@ _OV = ("openvino",)
 _LINKS = {
     "a checkpoint": ("model", MODEL[:3]), "a graph": ("graph", GRAPH), "a deployed folder": ("deploy", DEPLOY),
     "a run": ("run", RUN), "a run with a cut": ("cut", CUT), "an NBL checkpoint": ("nbl", NBL),
-    "an IR": ("ir", IR), "an engine": ("engine", ENGINE[:1]), "the folder of a GGUF": ("gguf", (_CALIBRATE + "gguf",)),
+    "an IR": ("ir", IR), "an engine": ("engine", ENGINE), "the folder of a GGUF": ("gguf", (_CALIBRATE + "gguf",)),
 }  # fmt: skip
 _IN_FOLDERS = ((damage_links, "a link in", 40), (plant_links, "planted links in", 80), (enlarge, "1 GiB in", 20))
 

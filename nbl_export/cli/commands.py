@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from nbl_export.cli.options import FORCE, JSON, MODEL, OUTPUT, PATH, RUN, TRUST_ENGINE, command, show, ui
+from nbl_export.cli.options import FORCE, JSON, MODEL, OUTPUT, PATH, RUN, command, show, ui
 from nbl_export.errors import MissingPackageError, UsageError
 from nbl_export.options.option import MAIN
 from nbl_export.options.options import JobOptions
@@ -132,17 +132,11 @@ def report(directory: Path, force: bool) -> None:
         help="Compare with this directory; default: original/ of the first run.",
     ),
     FORCE,
-    TRUST_ENGINE,
     JSON,
     takes="bench",
 )
 def bench(
-    directories: tuple[Path, ...],
-    asked: dict[str, Any],
-    against: Path | None,
-    force: bool,
-    trust_engine: bool,
-    as_json: bool,
+    directories: tuple[Path, ...], asked: dict[str, Any], against: Path | None, force: bool, as_json: bool
 ) -> None:
     """Measure decoders side by side.
 
@@ -150,11 +144,9 @@ def bench(
     """
     from nbl_export.report import console, page
     from nbl_export.run.compare import compare
-    from nbl_export.run.deployed import is_model_directory, trust_engines
+    from nbl_export.run.deployed import is_model_directory
     from nbl_export.run.pipeline import run_stages
 
-    if trust_engine:
-        trust_engines([*directories, *([against] if against else [])])
     if len(directories) == 1 and against is None and not is_model_directory(directories[0]):
         run = run_stages(directories[0], "report", ui(as_json), changes=asked, force=force, needs="bench")
         result = page.of_run(run)
@@ -242,8 +234,8 @@ def _named(option: str, listed: str | None) -> tuple[tuple[str, str], ...]:
     return tuple(pairs)
 
 
-@command("accept", RUN, FORCE, TRUST_ENGINE, JSON, hidden=True)
-def accept(directory: Path, force: bool, trust_engine: bool, as_json: bool) -> None:
+@command("accept", RUN, FORCE, JSON, hidden=True)
+def accept(directory: Path, force: bool, as_json: bool) -> None:
     """Check the engines of a run on the GPU that will run them.
 
     Logits, text and caches are compared with values that verification has left in the directory.
@@ -251,10 +243,7 @@ def accept(directory: Path, force: bool, trust_engine: bool, as_json: bool) -> N
     from nbl_export.report.model import checks
     from nbl_export.run.accept import accept as run_acceptance
     from nbl_export.run.accept import refuse_failed
-    from nbl_export.run.deployed import trust_engines
 
-    if trust_engine:
-        trust_engines([directory])
     found = run_acceptance(directory, ui(as_json), force=force)
     show(found, checks(found["checks"], f"Acceptance, {found['engine']}"), as_json)
     refuse_failed(found, directory)
@@ -328,23 +317,13 @@ def convert(directory: Path, to: str | None, output: Path | None, force: bool, a
     click.Option(["--original"], is_flag=True, help="Use the original decoder instead."),
     click.Option(["--both"], is_flag=True, help="Answer by the original decoder, then by the NBL one."),
     FORCE,
-    TRUST_ENGINE,
 )
 def generate(
-    directory: Path,
-    prompt: str,
-    max_new_tokens: int,
-    raw: bool,
-    original: bool,
-    both: bool,
-    force: bool,
-    trust_engine: bool,
+    directory: Path, prompt: str, max_new_tokens: int, raw: bool, original: bool, both: bool, force: bool
 ) -> None:
     """Stream an answer from the exported decoder."""
-    from nbl_export.run.deployed import answers, trust_engines
+    from nbl_export.run.deployed import answers
 
-    if trust_engine:
-        trust_engines([directory])
     if original and both:
         raise click.BadParameter("give one of --original and --both", param_hint="--both")
     subjects = ("original", "nbl") if both else ("original",) if original else ("nbl",)

@@ -39,7 +39,6 @@ __all__ = [
     "OUTPUT",
     "PATH",
     "RUN",
-    "TRUST_ENGINE",
     "Command",
     "asked_in",
     "command",
@@ -65,9 +64,6 @@ MODEL = functools.partial(
 OUTPUT = functools.partial(click.Option, ["--output", "-o"], type=PATH, metavar="DIR", help="The run directory.")
 FORCE = click.Option(["--force"], is_flag=True, help="Go on despite a failed verification.")
 JSON = click.Option(["as_json", "--json"], is_flag=True, help="Machine-readable output on stdout.")
-TRUST_ENGINE = click.Option(
-    ["--trust-engine"], is_flag=True, help="Run engine files, which are code, that you did not build here. Remembered."
-)
 _CONFIG = click.Option(
     ["--config"], type=PATH, metavar="FILE", help="Options and keys of this command from TOML; flags win."
 )

@@ -2,154 +2,130 @@
 
     this process ── Child ─► the engine's runner ─► verify.on_target      one process for each decoder
          ▲                                             │
-         └────── ["result", CheckResult] ... ◄──────────┘
+         └────── the fields of a CheckResult ... ◄─────┘
 
-    DIR/acceptance.json      written after each result
+    DIR/acceptance.json      written after each decoder; an interrupted acceptance goes on with the next one
 
-A crash, or no answer in time, is a failed check with a sentence.
+A crash is a failed check with a sentence.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import logging
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nbl_export.child import Child, Write
-from nbl_export.errors import AcceptanceError, NblError
-from nbl_export.files import versions, write_json
+from nbl_export.errors import NblError, ParityError
+from nbl_export.files import read_json, versions, write_json
 from nbl_export.measure.benchmark import machine
-from nbl_export.records.results import YES_NO, CheckResult
+from nbl_export.measure.footprint import OpenRunner
+from nbl_export.records.from_json import read_record
+from nbl_export.records.results import YES_NO, CheckResult, status_of
 from nbl_export.run.deployed import locate
 from nbl_export.run.progress import Ui
 from nbl_export.run_directory import ACCEPTANCE_FILE, ACCEPTANCE_JSON, DECODERS, PACKAGES, RunDirectory
 from nbl_export.targets import load_engine
-from nbl_export.targets.base import Target
-from nbl_export.verify.on_target import Doing, Expected, checks, load
+from nbl_export.verify.on_target import checks, load
 from nbl_export.version import __version__
 
-__all__ = [
-    "CANNOT_RUN",
-    "FINISHED",
-    "MESSAGE",
-    "RESULT",
-    "Event",
-    "Find",
-    "accept",
-    "examine",
-    "examined",
-    "refuse_failed",
-]
+__all__ = ["accept", "examine", "examined", "refuse_failed"]
 
 _PACKAGES = ("nbl-export", *PACKAGES, "cuda-python", "cuda-bindings", "tensorrt-cu13", "tensorrt-cu12",
              "tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "onnxruntime-genai-cuda")  # fmt: skip
-
-LIMIT_SECONDS = 1800.0  # from one answer of the process to the next; a GPU that hangs never answers
-RESULT = "result"
-CANNOT_RUN = "cannot run"
-MESSAGE = "message"
-DOING = "doing"
-FINISHED = "finished"
-_LISTS = {RESULT: "checks", MESSAGE: "messages"}  # of acceptance.json
 _LONGEST = 500  # characters of a message
+_DONE = ""
+_STAGES = ("decoder", "rewrite", "verify", "build")  # that acceptance follows from
 
-Event = list[Any]  # its kind, and its value
-Find = Callable[[], Target]  # finds the engine; a function that another process can find by its name
 
-
-def accept(
-    directory: Path,
-    ui: Ui,
-    *,
-    force: bool = False,
-    find: Find | None = None,
-    look: Callable[..., Generator[Event, None, None]] | None = None,
-) -> dict[str, Any]:
+def accept(directory: Path, ui: Ui, *, force: bool = False, open_runner: OpenRunner | None = None) -> dict[str, Any]:
     """Check both decoders and return the value of acceptance.json.
 
     Args:
         force: accept a run that failed verification.
-        find: finds the engine; None is the engine of the run.
-        look: checks one decoder; None is `examined`.
+        open_runner: opens a decoder in another process; None is the engine of the run.
 
     Raises:
-        NblError: the directory is no finished run for an engine of a GPU, or lacks acceptance.safetensors.
+        NblError: the directory is no finished run for an engine of a GPU, or lacks acceptance-values.json; or the
+            engine cannot run here.
         CorruptError: a file is missing or has changed since it was written.
     """
     run = RunDirectory.existing(directory)
-    engine = run.options.engine
-    provider = run.options.provider
-    precision = run.options.precision
-    if not load_engine(engine, provider).capabilities.cross:
+    options = run.options
+    if not load_engine(options.engine, options.provider).capabilities.cross:
         raise NblError(
             f"{directory} is for an engine of a CPU, which verification has run; accept is for engines of a GPU: trt, "
             "trt-rtx, and --provider cuda"
         )
-    places = {subject: locate(directory, name, force=force).path for subject, name in DECODERS.items()}
+    places = {subject: locate(directory, name, force=force) for subject, name in DECODERS.items()}
     values = directory / ACCEPTANCE_FILE
     if ACCEPTANCE_FILE in run.stages.get("verify", {}).get("files", {}):
         run.check("verify")
-    if (noted := load(values).precision) != precision:
-        raise NblError(f"{values} is of {noted}, the run of {precision}; verify again where it was made")
-    found_by = find or functools.partial(load_engine, engine, provider)
-    found = _blank(run, engine if provider == "cpu" else f"{engine} --provider {provider}")
+    if (noted := load(values).precision) != options.precision:
+        raise NblError(f"{values} is of {noted}, the run of {options.precision}; verify again where it was made")
+    noted_at = directory / ACCEPTANCE_JSON
+    found = _facts(run)
+    found["checks"] = _finished(noted_at, found)
     for subject, place in places.items():
+        if any(check["subject"] == subject for check in found["checks"]):
+            continue
         ui.say(f"  checking {subject}")
-        yardstick = _yardstick(found["checks"])
-        with contextlib.closing((look or examined)(found_by, subject, place, values, yardstick)) as events:
-            for kind, *value in events:
-                if kind in _LISTS:
-                    found[_LISTS[kind]] += value
-                elif kind == CANNOT_RUN:
-                    found["cannot_run"] = value[0]
-                write_json(directory / ACCEPTANCE_JSON, found)
-        if found["cannot_run"]:
-            break
-    passed = all(check["passed"] for check in found["checks"])
-    found["status"] = "cannot run" if found["cannot_run"] else "passed" if passed else "failed"
-    write_json(directory / ACCEPTANCE_JSON, found)
+        try:
+            found["checks"] += examined(
+                open_runner or place.open, subject, place.path, values, _yardstick(found["checks"])
+            )
+        except NblError as error:
+            raise NblError(f"{directory} cannot be accepted here: {error}") from error
+        write_json(noted_at, found)
+    found["status"] = status_of(found["checks"])
+    write_json(noted_at, found)
     return found
 
 
-def _yardstick(results: Sequence[Mapping[str, Any]]) -> float | None:
-    """The largest finite difference of the original's logits so far; None if there is none."""
-    own = [r["value"] for r in results if r["check"] == "original" and "logit difference" in r["metric"]]
-    return max((value for value in own if value is not None), default=None)
-
-
-def _blank(run: RunDirectory, engine: str) -> dict[str, Any]:
+def _facts(run: RunDirectory) -> dict[str, Any]:
     """acceptance.json before the first check."""
     model = run.manifest["model"]
+    provider = run.options.provider
     return {
-        "schema": 2,
+        "schema": 3,
         "status": "incomplete",
         "model": str(model.get("title") or model["name"]),
-        "engine": engine,
+        "engine": run.options.engine if provider == "cpu" else f"{run.options.engine} --provider {provider}",
         "precision": run.options.precision,
         "replaced_layers": run.manifest.get("replaced_layers", []),
         "machine": machine(gpu=True),
         "versions": {"nbl-export": __version__, **versions(_PACKAGES)},
-        "cannot_run": "",
+        "stages": {name: run.stages[name]["key"] for name in _STAGES if name in run.stages},
         "checks": [],
-        "messages": [],
     }
 
 
+def _finished(path: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """The checks of an interrupted acceptance of the same decoders on the same machine."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        found = read_json(path)
+        if {**found, "checks": []} == facts:
+            return [dataclasses.asdict(read_record(CheckResult, check)) for check in found["checks"]]
+    return []
+
+
+def _yardstick(found: Sequence[Mapping[str, Any]]) -> float | None:
+    """The largest finite difference of the original's logits; None if there is none."""
+    own = [c["value"] for c in found if c["check"] == "original" and c["tolerance"] != YES_NO]
+    return max(filter(None, own), default=None)
+
+
 def refuse_failed(found: dict[str, Any], directory: Path) -> None:
-    """Raise if a check failed or if nothing can run.
+    """Raise if a check failed.
 
     Raises:
-        AcceptanceError: the first check that failed. NblError: this machine cannot run the engine.
+        ParityError: the first check that failed.
     """
-    if found["cannot_run"]:
-        raise NblError(f"{directory} cannot be accepted here: {found['cannot_run']}")
     for check in found["checks"]:
         if not check["passed"]:
-            raise AcceptanceError(
+            raise ParityError(
                 f"check {check['check']} of {check['subject']} failed: {check['metric']}: {check['detail']}. See "
                 f"{directory / ACCEPTANCE_JSON}"
             )
@@ -159,100 +135,48 @@ def refuse_failed(found: dict[str, Any], directory: Path) -> None:
 
 
 def examined(
-    find: Find,
-    subject: str,
-    directory: Path,
-    values: Path,
-    yardstick: float | None = None,
-    seconds: float = LIMIT_SECONDS,
-) -> Generator[Event, None, None]:
-    """Check one decoder in a process of its own, and yield its events.
+    open_runner: OpenRunner, subject: str, directory: Path, values: Path, yardstick: float | None = None
+) -> list[dict[str, Any]]:
+    """Check one decoder in a process of its own; returns the fields of each `CheckResult`.
 
     Args:
         directory: of the deployed decoder.
-        values: acceptance.safetensors.
+        values: acceptance-values.json.
         yardstick: see `verify.on_target.checks`.
-        seconds: the process is ended if it does not answer for so long.
 
-    Yields:
-        [RESULT, the fields of a CheckResult], [MESSAGE, text of a library], [CANNOT_RUN, reason], at last [FINISHED].
+    Raises:
+        NblError: the engine cannot run here.
     """
-    check = "structure"
-    doing = "starting"
-    with Child(examine, find, subject, directory, values, yardstick) as child:
-        while True:
-            try:
-                event = child.answer(seconds)
-            except TimeoutError:
-                yield _broken(check, subject, f"no answer within {seconds:.0f} s: it hung while {doing}")
-                event = [FINISHED]
-            if event is None:
-                yield _broken(check, subject, f"the process {child.ending()} while {doing}")
-                event = [FINISHED]
-            if event[0] == DOING:
-                _, check, doing = event
-            else:
-                yield event
-            if event[0] == FINISHED:
-                return
+    results = []
+    with Child(examine, open_runner, subject, directory, values, yardstick) as child:
+        while isinstance(answer := child.answer(), dict):
+            results.append(answer)
+        if answer is None:
+            results.append(_broken(subject, f"the process {child.ending()} after {len(results)} results"))
+        elif answer != _DONE:
+            raise NblError(answer)
+    return results
 
 
 def examine(
-    write: Write, find: Find, subject: str, directory: Path, values: Path, yardstick: float | None = None
+    write: Write, open_runner: OpenRunner, subject: str, directory: Path, values: Path, yardstick: float | None = None
 ) -> None:
-    """Check one decoder in this process, and send the events that `examined` yields. No error gets out."""
-    now = ["structure", "starting"]
-
-    def doing(check: str, what: str) -> None:
-        now[:] = check, what
-        write([DOING, check, what])
-
-    logging.getLogger().addHandler(_Sender(write))
+    """Send the fields of each result of a decoder, then `_DONE`, or why the engine cannot run. No error gets out."""
+    is_open = False
     try:
-        _examine(write, find, subject, directory, load(values), doing, yardstick)
+        with open_runner(directory, None) as runner:
+            is_open = True
+            for result in checks(runner, subject, load(values), yardstick):
+                write(dataclasses.asdict(result))
     except Exception as error:  # a library of the GPU's may raise anything
         text = " ".join(str(error).split())[:_LONGEST]
+        if isinstance(error, NblError) and not is_open:
+            return write(text)
         kind = "" if isinstance(error, NblError) else f"{type(error).__name__}: "
-        write(_broken(now[0], subject, f"{kind}{text} (while {now[1]})"))
-    write([FINISHED])
+        write(_broken(subject, f"{kind}{text}"))
+    return write(_DONE)
 
 
-def _examine(
-    write: Write, find: Find, subject: str, directory: Path, expected: Expected, doing: Doing, yardstick: float | None
-) -> None:
-    doing("structure", "looking for the GPU and the library")
-    engine = find()
-    found = engine.probe_run()
-    if not found.available:
-        return write([CANNOT_RUN, found.reason])
-    doing("structure", f"opening the decoder {subject}")
-    try:
-        runner: Any = engine.open_runner(directory, None)
-    except NblError as error:  # another version, another GPU, an engine of somebody else, too little memory
-        return write([CANNOT_RUN, str(error)])
-    with runner:
-        write(_event("structure", subject, "the engine fits library and GPU", 0.0, YES_NO, True, found.reason))
-        for result in checks(runner, subject, expected, doing, yardstick):
-            write([RESULT, dataclasses.asdict(result)])
-        doing("structure", f"closing the decoder {subject}")
-    return None
-
-
-class _Sender(logging.Handler):
-    """Sends warnings of the libraries and of this project to the record."""
-
-    def __init__(self, write: Write) -> None:
-        super().__init__(logging.WARNING)
-        self._write = write
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._write([MESSAGE, " ".join(record.getMessage().split())[:_LONGEST]])
-
-
-def _event(*result: Any) -> Event:
-    """The event of a `CheckResult` with these fields."""
-    return [RESULT, dataclasses.asdict(CheckResult(*result))]
-
-
-def _broken(check: str, subject: str, reason: str) -> Event:
-    return _event(check, subject, "the check comes to its end", 1.0, YES_NO, False, reason)
+def _broken(subject: str, reason: str) -> dict[str, Any]:
+    metric = "the checks come to their end"
+    return dataclasses.asdict(CheckResult(subject, subject, metric, 1.0, YES_NO, False, reason))

@@ -31,7 +31,6 @@ __all__ = [
     "locate",
     "open_finished",
     "result",
-    "trust_engines",
 ]
 
 
@@ -117,19 +116,6 @@ def locate(directory: Path, name: str = "model", *, force: bool = False) -> Loca
     run.refuse_failed(force=force or name != "model")
     run.check(stage)
     return found
-
-
-def trust_engines(directories: Sequence[Path]) -> None:
-    """Remember the engines in directories as the user's own: those of a run, or a deployable directory's.
-
-    Raises:
-        UsageError: no directory holds an engine.
-        CorruptError: an engine is damaged, or a link leads out of its directory.
-    """
-    places = [place for d in directories for place in (d, *(d / "engine" / name for name in DECODERS.values()))]
-    trusted = [target.trust(place) for place in places if (target := owner_of(place)) is not None]
-    if not any(trusted):
-        raise UsageError(f"--trust-engine is for engine files, and {directories[0]} holds none; leave it out")
 
 
 @contextlib.contextmanager

@@ -181,14 +181,6 @@ class Target:
         """A runner on the deployed decoder."""
         raise NotImplementedError
 
-    def trust(self, directory: Path) -> bool:
-        """Remember the compiled files of a directory as the user's own; False if it holds none.
-
-        Raises:
-            CorruptError: a file is damaged, or a link leads out of the directory.
-        """
-        return False
-
     def open_checked(self, directory: Path, threads: int | None = None) -> TextRunner:
         """A runner on the deployed decoder or on its float32 copy, on a CPU, for verification."""
         return self.open_runner(directory, threads)

@@ -1,29 +1,23 @@
 """What verification leaves for an engine on its own machine, and the checks of a runner against it.
 
-acceptance.safetensors holds what the ladder's references say, for a machine with neither torch nor checkpoint:
+acceptance-values.json holds what the ladder's references say, for a machine with neither torch nor checkpoint: the
+fields of `Expected`.
 
-    rows.{k} [T]                      token ids of the probe's short rows and of its long row
-    {subject}.columns.{k} [P, C]      at the last token of the prefill and at each cached step: ids of some tokens
-    {subject}.logits.{k} [P, C]       their logits, float32
-    prompts.{k} [T]                   token ids of the prompts of greedy text
-    {subject}.greedy, {subject}.margins [prompts, tokens]      see `Reference`
-    metadata "acceptance", JSON: schema, precision, and near: W of prompts that stop at a cut, or null
-
-The checks of the ladder, and what only a GPU can show:
+The checks of the ladder, in its steps, and what only a GPU can show:
 
     original, nbl   logits of the last token of a prefill and of 16 cached steps; short rows, and the long row in chunks
-    last_token      a chunk behind a cache, on slots that hold another text
+    last_token      a chunk behind a cache
     text            greedy text
     clock           a step has its logits when it returns, so that a clock can be read
 """
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,26 +25,45 @@ from typing import Any
 import numpy as np
 
 from nbl_export.errors import CorruptError, NblError
-from nbl_export.files import replacing
+from nbl_export.files import read_json, replacing
+from nbl_export.records.from_json import read_record, require
 from nbl_export.records.results import CheckResult
 from nbl_export.verify import ladder
-from nbl_export.verify.ladder import DECODE_STEPS, LONG_CHUNK, ON_GPU, Probe, Reference, Tolerance, apart
+from nbl_export.verify.ladder import DECODE_STEPS, LONG_CHUNK, ON_GPU, Probe, Reference, apart, run_chunks
 
-__all__ = ["POSITIONS", "SUBJECTS", "Expected", "checks", "expect", "load", "save"]
+__all__ = ["POSITIONS", "Expected", "Sample", "checks", "expect", "load", "save"]
 
-SUBJECTS = ("original", "nbl")
 POSITIONS = DECODE_STEPS + 1  # of each row: the last token of the prefill, and the cached steps
 _LIKELIEST = 32  # tokens whose logits are kept
 _KEPT = 144
-_SCHEMA = 2
-_METADATA = "acceptance"
 _WARM_UP = 8  # steps that are not timed
-_MOST_OTHER = 0.1  # of the likeliest tokens where the reference is sure
 _MOST_READING = 0.25  # of the time of a step; copying logits takes far less
+_MOST_RATIO = 2.0  # of the figures of nbl over the largest one of the original
+_LEAST_LIMIT = 1e-4
 
-Arrays = dict[str, np.ndarray]
-Rows = tuple[tuple[int, ...], ...]
-Doing = Callable[[str, str], None]  # check, and what begins now
+Floats = tuple[tuple[float, ...], ...]
+Ids = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some logits of a reference, and its text.
+
+    Attributes:
+        columns: of each row, ids of some tokens at the compared positions, [POSITIONS, C].
+        logits: theirs, [POSITIONS, C].
+        greedy, margins: see `Reference`.
+    """
+
+    columns: tuple[Ids, ...]
+    logits: tuple[Floats, ...]
+    greedy: Ids
+    margins: Floats
+
+    def __post_init__(self) -> None:
+        shapes = [np.shape(row) for row in self.columns]
+        require(shapes == [np.shape(row) for row in self.logits], "columns and logits differ in shape")
+        require(all(len(row) == POSITIONS for row in self.columns), f"a row has not {POSITIONS} positions")
 
 
 @dataclass(frozen=True)
@@ -58,51 +71,47 @@ class Expected:
     """What an engine is compared with.
 
     Attributes:
-        arrays: of all subjects by name, see the module.
+        rows: token ids of the probe's rows, the long one at last.
+        long: whether there is a long row, which is prefilled in chunks.
+        prompts: of greedy text.
         near: W, if prompts of a subject stop at a cut, whose logits depend on the borders of steps.
+        samples: by subject.
     """
 
     precision: str
-    rows: Rows
-    prompts: Rows
-    arrays: Arrays
-    near: int | None = None
+    rows: Ids
+    long: bool
+    prompts: Ids
+    near: int | None
+    samples: dict[str, Sample]
 
-    @property
-    def tolerance(self) -> Tolerance:
-        """The limits for an engine of this precision."""
-        return ON_GPU[self.precision]
-
-    def logits(self, subject: str, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of tokens and their logits, [POSITIONS, C] each."""
-        return self.arrays[f"{subject}.columns.{row}"], self.arrays[f"{subject}.logits.{row}"]
-
-    def text(self, subject: str) -> tuple[list[list[int]], list[list[float]]]:
-        """Greedy text of the prompts, and the margin at each token."""
-        return self.arrays[f"{subject}.greedy"].tolist(), self.arrays[f"{subject}.margins"].tolist()
+    def __post_init__(self) -> None:
+        require(self.precision in ON_GPU, f"unknown precision {self.precision!r}")
+        require(bool(self.rows) and all(len(row) > POSITIONS for row in self.rows), "a row is missing or too short")
+        require({*self.samples} == {"original", "nbl"}, "a decoder is missing")
+        for subject, sample in self.samples.items():
+            require(len(sample.columns) == len(self.rows), f"rows and logits of {subject} differ in number")
+            texts = (len(sample.greedy), len(sample.margins))
+            require(texts == (len(self.prompts),) * 2, f"prompts and text of {subject} differ in number")
 
 
 def expect(precision: str, probe: Probe, references: Mapping[str, Reference], near: int | None = None) -> Expected:
-    """Take what an engine is compared with out of the references.
+    """Take what an engine is compared with out of the references of `probe`, by subject; `near`: see `Expected`."""
+    samples = {subject: _sample(reference) for subject, reference in references.items()}
+    rows = (*probe.rows, *([probe.long] if probe.long else []))
+    return Expected(precision, rows, bool(probe.long), probe.prompts, near, samples)
 
-    Args:
-        references: of `probe`, by subject; without text or the long row if a reference lacks it.
-        near: see `Expected`.
-    """
-    long = all(reference.long is not None for reference in references.values())
-    prompts = probe.prompts if all(reference.greedy for reference in references.values()) else ()
-    arrays: Arrays = {}
-    for subject, reference in references.items():
-        for k, logits in enumerate((*reference.logits, *([reference.long] if long else []))):
-            assert logits is not None
-            compared = logits[-POSITIONS:]
-            columns = np.array([_chosen(line_V) for line_V in compared], np.int32)
-            arrays[f"{subject}.columns.{k}"] = columns
-            arrays[f"{subject}.logits.{k}"] = np.take_along_axis(compared, columns, 1).astype(np.float32)
-        if prompts:
-            arrays[f"{subject}.greedy"] = np.array(reference.greedy, np.int32)
-            arrays[f"{subject}.margins"] = np.array(reference.margins, np.float32)
-    return Expected(precision, (*probe.rows, *([probe.long] if long else [])), prompts, arrays, near)
+
+def _sample(reference: Reference) -> Sample:
+    every = (*reference.logits, *([] if reference.long is None else [reference.long]))
+    compared = [logits_TV[-POSITIONS:] for logits_TV in every]
+    columns = [np.array([_chosen(line_V) for line_V in logits_PV]) for logits_PV in compared]
+    logits = [np.take_along_axis(*pair, 1) for pair in zip(compared, columns, strict=True)]
+    return Sample(_tuples(columns), _tuples(logits), reference.greedy, reference.margins)
+
+
+def _tuples(arrays: list[np.ndarray]) -> tuple[Any, ...]:
+    return tuple(tuple(map(tuple, array.tolist())) for array in arrays)
 
 
 def _chosen(logits_V: np.ndarray) -> np.ndarray:
@@ -113,14 +122,9 @@ def _chosen(logits_V: np.ndarray) -> np.ndarray:
 
 
 def save(expected: Expected, path: Path) -> None:
-    """Write the file, complete or not at all."""
-    from safetensors.numpy import save as serialised
-
-    ids = {f"rows.{k}": np.array(row, np.int32) for k, row in enumerate(expected.rows)}
-    ids |= {f"prompts.{k}": np.array(row, np.int32) for k, row in enumerate(expected.prompts)}
-    stated = {"schema": _SCHEMA, "precision": expected.precision, "near": expected.near}
+    """Write the file, complete or not at all. A reference that is not finite is refused when it is read."""
     with replacing(path) as stream:
-        stream.write(serialised({**ids, **expected.arrays}, metadata={_METADATA: json.dumps(stated)}))
+        stream.write(json.dumps(dataclasses.asdict(expected)).encode())
 
 
 def load(path: Path) -> Expected:
@@ -129,148 +133,87 @@ def load(path: Path) -> Expected:
     Raises:
         NblError: there is no file. CorruptError: it cannot be read.
     """
-    from safetensors import SafetensorError, safe_open
-
     if not path.is_file():
         raise NblError(
             f"{path} is missing, which verification leaves for engines of a GPU: copy it from the machine that made "
             "the run, or run verification there again"
         )
     try:
-        with safe_open(str(path), framework="numpy") as file:
-            stated = json.loads((file.metadata() or {})[_METADATA])
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if stated["schema"] != _SCHEMA:
-            raise ValueError(f"schema {stated['schema']}, this version reads {_SCHEMA}")
-        rows = _taken(arrays, "rows")
-        prompts = _taken(arrays, "prompts")
-        near = stated.get("near")
-        found = Expected(str(stated["precision"]), rows, prompts, arrays, None if near is None else int(near))
-        _check(found)
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
+        return read_record(Expected, read_json(path))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CorruptError(f"{path} cannot be read ({error}); copy it again, or verify again where it was made") from (
             error
         )
-    return found
-
-
-def _taken(arrays: Arrays, kind: str) -> Rows:
-    """Take the token ids of one kind out of the arrays."""
-    count = sum(name.startswith(f"{kind}.") for name in arrays)
-    return tuple(tuple(map(int, arrays.pop(f"{kind}.{k}"))) for k in range(count))
-
-
-def _check(expected: Expected) -> None:
-    """Raise ValueError or KeyError unless all arrays are there and fit together."""
-    _ = expected.tolerance
-    for subject in SUBJECTS:
-        for k, row in enumerate(expected.rows):
-            columns, logits = expected.logits(subject, k)
-            if len(row) < POSITIONS or columns.shape != logits.shape or len(columns) != POSITIONS:
-                raise ValueError(f"row {k} of {subject} does not fit its logits")
-        if expected.prompts and not len(expected.prompts) == len(expected.text(subject)[0]):
-            raise ValueError(f"prompts and text of {subject} differ in number")
-    if not expected.rows:
-        raise ValueError("it has no rows")
 
 
 # -- the checks ------------------------------------------------------------------------------------------------
 
 
-def checks(
-    runner: Any, subject: str, expected: Expected, doing: Doing, yardstick: float | None = None
-) -> Iterator[CheckResult]:
+class _OnSlots:
+    """A runner as a `StepDecoder` of one row, whose steps give the logits of the last token.
+
+    A new sequence runs on the slots of the dropped ones, so the mask must hide their keys.
+    """
+
+    def __init__(self, runner: Any, most: int) -> None:
+        self._runner = runner
+        runner.begin(most)
+
+    def begin(self, _batch: int) -> None:
+        self._runner.rewind(0)
+
+    def step(self, ids_BT: np.ndarray) -> np.ndarray:
+        self._runner.append(ids_BT[0].tolist())
+        return np.array(self._runner.last_logits(), np.float32)[None, None]
+
+
+def checks(runner: Any, subject: str, expected: Expected, yardstick: float | None = None) -> Iterator[CheckResult]:
     """Compare a runner with what is expected of a subject, then with itself.
 
     Args:
         runner: a `TextRunner` with `last_logits`.
-        yardstick: the largest figure of the original's engine, if the subject is another; see `Tolerance.ratio`.
+        yardstick: the largest figure of the original's engine, if the subject is another. It has the same arithmetic in
+            more layers, so a multiple of it is a second limit.
     """
-    check = subject
-    limit = expected.tolerance.limit
-    if yardstick is not None and expected.tolerance.ratio is not None:
-        limit = min(limit, max(yardstick * expected.tolerance.ratio, 1e-4))
-    sure: list[np.ndarray] = []
-    for k, row in enumerate(expected.rows):
-        name = f"one sequence of {len(row)} tokens"
-        doing(check, f"running {name}")
-        columns, logits = expected.logits(subject, k)
-        got = np.take_along_axis(_appended(runner, _parts(row)), columns, 1)
-        yield from ladder.judge(check, subject, name, [(got, logits)], limit)
-        sure.append(_keeps_best(got, logits, expected.tolerance.greedy_margin))
-    yield _best_tokens(check, subject, np.concatenate(sure))
-    yield _chunk_behind_cache(runner, subject, expected, doing)
+    tolerance = ON_GPU[expected.precision]
+    limit = tolerance.limit
+    if yardstick is not None:
+        limit = min(limit, max(_MOST_RATIO * yardstick, _LEAST_LIMIT))
+    sample = expected.samples[subject]
+    decoder = _OnSlots(runner, max(map(len, expected.rows)))
+    for number, row in reversed(list(enumerate(expected.rows))):  # the others run on the slots of the long one
+        prefill = len(row) - DECODE_STEPS
+        chunk = LONG_CHUNK if expected.long and row is expected.rows[-1] else prefill
+        starts = [*range(0, prefill, chunk), *range(prefill, len(row))]
+        got = run_chunks(decoder, row, starts, np.arange(prefill - 1, len(row)))
+        pair = (np.take_along_axis(got, np.array(sample.columns[number]), 1), np.array(sample.logits[number]))
+        yield from ladder.judge(subject, subject, f"one sequence of {len(row)} tokens", [pair], limit)
+    yield _chunk_behind_cache(decoder, subject, expected)
     if expected.prompts:
-        doing("text", "generating text")
-        texts, margins = expected.text(subject)
-        said = [runner.greedy(prompt, len(text)) for prompt, text in zip(expected.prompts, texts, strict=True)]
-        yield ladder.check_greedy(subject, said, texts, margins, expected.tolerance)
-    doing("clock", "timing steps")
-    yield _clock(runner, subject, expected.rows[0])
+        pairs = zip(expected.prompts, sample.greedy, strict=True)
+        said = [runner.greedy(prompt, len(text)) for prompt, text in pairs]
+        yield ladder.check_greedy(subject, said, sample.greedy, sample.margins, tolerance)
+    yield _clock(runner, subject, row)
 
 
-def _keeps_best(got: np.ndarray, logits: np.ndarray, margin: float) -> np.ndarray:
-    """Whether the likeliest token is the reference's, at each position where the reference is sure by the margin."""
-    second, best = np.sort(logits, 1)[:, -2:].T
-    return (got.argmax(1) == logits.argmax(1))[best - second > margin]
-
-
-def _best_tokens(check: str, subject: str, kept: np.ndarray) -> CheckResult:
-    share = 1 - float(kept.mean()) if len(kept) else 0.0
-    detail = f"{int(kept.sum())} of {len(kept)} likeliest tokens are the reference's, where it is sure"
-    return CheckResult(
-        check, subject, "share of other likeliest tokens", share, _MOST_OTHER, share <= _MOST_OTHER, detail
-    )
-
-
-def _parts(row: Sequence[int]) -> list[Sequence[int]]:
-    """The prefill in chunks, then single tokens."""
-    prefill = len(row) - DECODE_STEPS
-    return [*(row[k : min(k + LONG_CHUNK, prefill)] for k in range(0, prefill, LONG_CHUNK)), *_singles(row[prefill:])]
-
-
-def _singles(row: Sequence[int]) -> list[Sequence[int]]:
-    return [[token] for token in row]
-
-
-def _appended(runner: Any, parts: Sequence[Sequence[int]], *, begun: bool = False) -> np.ndarray:
-    """Logits [N, V] after the last parts, at most POSITIONS; in a new sequence unless it has begun."""
-    if not begun:
-        runner.begin(sum(map(len, parts)))
-    found = []
-    for number, part in enumerate(parts):
-        runner.append(part)
-        if number >= len(parts) - POSITIONS:
-            found.append(np.array(runner.last_logits(), np.float32))
-    return np.stack(found)
-
-
-def _chunk_behind_cache(runner: Any, subject: str, expected: Expected, doing: Doing) -> CheckResult:
+def _chunk_behind_cache(decoder: _OnSlots, subject: str, expected: Expected) -> CheckResult:
     """Check last_token: the prefill of the first row in two chunks, and its cached steps as one chunk.
-
-    The longest row ran before and was dropped, so the mask must hide its slots.
 
     With a cut the prefill is one chunk, as in the reference, and the steps are chunks that climb whole.
     """
-    doing("last_token", "running a chunk behind a cache")
     row = expected.rows[0]
-    prefill = len(expected.rows[0]) - DECODE_STEPS
-    if expected.near is None:
-        bounds = sorted({0, prefill // 2, prefill, len(row)})
-    else:
-        bounds = [0, *range(prefill, len(row), expected.near + 1), len(row)]
-    parts = [row[start:end] for start, end in itertools.pairwise(bounds)]
-    columns, logits = (array[[0, -1]] for array in expected.logits(subject, 0))
-    places = [bounds.index(prefill) - 1, -1]
-    other = max(expected.rows, key=len)
-    runner.begin(len(other))
-    _appended(runner, _parts(other), begun=True)
-    runner.rewind(0)
-    got = np.take_along_axis(_appended(runner, parts, begun=True)[places], columns, 1)
-    value = apart(logits, got)
-    limit = expected.tolerance.limit
+    sample = expected.samples[subject]
+    prefill = len(row) - DECODE_STEPS
+    starts = sorted({0, prefill // 2, prefill})
+    if expected.near is not None:
+        starts = [0, *range(prefill, len(row), expected.near + 1)]
+    ends = [0, -1]
+    got = run_chunks(decoder, row, starts, np.array([prefill - 1, len(row) - 1]))
+    found = np.take_along_axis(got, np.array(sample.columns[0])[ends], 1)
+    value = apart(np.array(sample.logits[0])[ends], found)
+    limit = ON_GPU[expected.precision].limit
     passed = bool(np.isfinite(value) and value <= limit)
-    detail = f"chunks of {', '.join(str(len(part)) for part in parts)} tokens, on slots of another text"
+    detail = f"{len(row)} tokens in chunks that begin at {', '.join(map(str, starts))}"
     metric = "relative rms logit difference, chunk behind a cache"
     return CheckResult("last_token", subject, metric, value, limit, passed, detail)
 

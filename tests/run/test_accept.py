@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-import logging
 import shutil
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nbl_export.errors import CorruptError
+from nbl_export.errors import CorruptError, NblError
 from nbl_export.run import accept as accepting
+from nbl_export.run.deployed import Located
 from nbl_export.run.progress import Ui
 from nbl_export.targets import load_engine
-from nbl_export.targets.base import Availability
 
 from ..command import assert_refused, nbl
-from ..fake_engine import Faulty
+from ..fake_engine import ChildHere, Faulty
 
 pytestmark = pytest.mark.trt
 
@@ -29,25 +26,14 @@ pytestmark = pytest.mark.trt
 class StandInProvider:
     fault: str = ""
 
-    def probe_run(self) -> Availability:
-        return Availability(self.fault != "no GPU", "a stand-in" if self.fault != "no GPU" else "no GPU is here")
-
-    def open_runner(self, directory: Path, _threads: int | None = None) -> Any:
+    def open(self, directory: Path, _threads: int | None = None) -> Any:
+        if self.fault == "no GPU":
+            raise NblError("no GPU is here")
         return Faulty(load_engine("ort", "cuda").open_checked(directory), self.fault)
 
 
-def here(find: Any, *given: Any) -> Generator[accepting.Event, None, None]:
-    """The checks in this process."""
-    events: list[accepting.Event] = []
-    before = list(logging.getLogger().handlers)
-    accepting.examine(events.append, find, *given)
-    logging.getLogger().handlers[:] = before
-    yield from events
-
-
-def accepted(run: Path, fault: str = "", **how: Any) -> dict[str, Any]:
-    find: Any = functools.partial(StandInProvider, fault)
-    return accepting.accept(run, Ui(quiet=True), find=find, **{"look": here, **how})
+def accepted(run: Path, fault: str = "") -> dict[str, Any]:
+    return accepting.accept(run, Ui(quiet=True), open_runner=StandInProvider(fault).open)
 
 
 @pytest.fixture(scope="module")
@@ -60,69 +46,83 @@ def made(same: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks run in this process."""
+    monkeypatch.setattr(accepting, "Child", ChildHere)
+
+
+@pytest.fixture
 def run(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "run"))
 
 
 def test_both_decoders_pass(run: Path) -> None:
     """Each in a process of its own, as on a GPU."""
-    found = accepted(run, look=accepting.examined)
-    assert found["status"] == "passed", found
+    found = accepted(run)
+    assert found["status"] == "verified", found
     checks = [(check["subject"], check["check"]) for check in found["checks"]]
     order = ["last_token", "text", "clock"]
-    assert [check for subject, check in checks if subject == "original"] == ["structure", *["original"] * 7, *order]
-    assert [check for subject, check in checks if subject == "nbl"] == ["structure", *["nbl"] * 7, *order]
+    assert [check for subject, check in checks if subject == "original"] == [*["original"] * 6, *order]
+    assert [check for subject, check in checks if subject == "nbl"] == [*["nbl"] * 6, *order]
     assert found["engine"] == "ort --provider cuda"
     assert found["versions"]["onnxruntime"]
     assert json.loads((run / "acceptance.json").read_text(encoding="utf-8")) == found
 
 
-def test_each_result_is_written_as_it_comes(run: Path) -> None:
-    def stops(*given: Any) -> Generator[accepting.Event, None, None]:
-        for number, event in enumerate(here(*given)):
-            if number == 4:
-                raise KeyboardInterrupt
-            yield event
+@pytest.mark.usefixtures("here")
+def test_an_interrupted_acceptance_goes_on(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another engine has passed does not count; neither do the checks of an edited file."""
+    examined = accepting.examined
+    asked: list[str] = []
 
+    def stops(open_runner: Any, subject: str, *given: Any) -> list[dict[str, Any]]:
+        asked.append(subject)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return examined(open_runner, subject, *given)
+
+    monkeypatch.setattr(accepting, "examined", stops)
     with pytest.raises(KeyboardInterrupt):
-        accepted(run, look=stops)
-    found = json.loads((run / "acceptance.json").read_text(encoding="utf-8"))
-    assert found["status"] == "incomplete" and [check["check"] for check in found["checks"]] == ["structure"]
-
-
-def test_the_command_ends_with_its_statuses(run: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for fault, status, said in (
-        ("", 0, ""),
-        ("no GPU", 1, "cannot be accepted here: no GPU is here"),
-        ("nan", 3, "check original of original failed: relative rms "),
+        accepted(run)
+    note = run / "acceptance.json"
+    before = note.read_text(encoding="utf-8")
+    found = json.loads(before)
+    assert found["status"] == "incomplete" and {check["subject"] for check in found["checks"]} == {"original"}
+    for changed, expected in (
+        ({}, ["nbl"]),
+        ({"stages": {}}, ["original", "nbl"]),
+        ({"checks": [{"subject": "original"}]}, ["original", "nbl"]),
     ):
-        find: Any = functools.partial(StandInProvider, fault)
-        monkeypatch.setattr(accepting, "accept", functools.partial(_accept, find))
+        note.write_text(json.dumps({**found, **changed}), encoding="utf-8")
+        asked[:] = ["", ""]
+        assert accepted(run)["status"] == "verified"
+        assert asked[2:] == expected
+    asked[:] = ["", ""]
+    accepted(run)  # a finished one starts anew
+    assert asked[2:] == ["original", "nbl"]
+
+
+@pytest.mark.usefixtures("here")
+def test_the_command_ends_with_its_statuses(run: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for fault, status, said in (("", 0, ""), ("nan", 3, "check original of original failed: relative rms ")):
+        monkeypatch.setattr(Located, "open", StandInProvider(fault).open)
         done = nbl("accept", run, "--json")
         assert done.status == status and said in done.err, done
-        found = json.loads(done.out)
-        assert found["status"] == {0: "passed", 3: "failed", 1: "cannot run"}[status]
-        assert bool(found["checks"]) == (fault != "no GPU")
+        assert json.loads(done.out)["status"] == {0: "verified", 3: "failed"}[status]
     assert "Acceptance, ort --provider cuda" in nbl("accept", run).out
-    monkeypatch.undo()
+    monkeypatch.setattr(Located, "open", StandInProvider("no GPU").open)
+    assert_refused(nbl("accept", run), 1, "cannot be accepted here: no GPU is here")
     assert_refused(nbl("accept", finished), 1, "accept is for engines of a GPU")
 
 
-_REAL = accepting.accept
-
-
-def _accept(find: Any, directory: Path, ui: Ui, **how: Any) -> dict[str, Any]:
-    return _REAL(directory, ui, find=find, look=here, **how)
-
-
 def test_a_run_without_values_is_refused(run: Path) -> None:
-    (run / "acceptance.safetensors").unlink()
-    with pytest.raises(CorruptError, match=r"acceptance\.safetensors is missing"):
+    (run / "acceptance-values.json").unlink()
+    with pytest.raises(CorruptError, match=r"acceptance-values\.json is missing"):
         accepted(run)
     manifest = json.loads((run / "nbl.json").read_text(encoding="utf-8"))
-    del manifest["stages"]["verify"]["files"]["acceptance.safetensors"]
+    del manifest["stages"]["verify"]["files"]["acceptance-values.json"]
     (run / "nbl.json").write_text(json.dumps(manifest), encoding="utf-8")
-    assert_refused(nbl("accept", run), 1, "acceptance.safetensors is missing, which verification leaves")
+    assert_refused(nbl("accept", run), 1, "acceptance-values.json is missing, which verification leaves")
     assert not (run / "acceptance.json").exists()
 
 
@@ -130,4 +130,4 @@ def test_values_of_another_precision_are_refused(run: Path) -> None:
     manifest = json.loads((run / "nbl.json").read_text(encoding="utf-8"))
     manifest["options"]["precision"] = "fp16" if manifest["options"]["precision"] != "fp16" else "int4"
     (run / "nbl.json").write_text(json.dumps(manifest), encoding="utf-8")
-    assert_refused(nbl("accept", run), 1, "acceptance.safetensors is of", "verify again where it was made")
+    assert_refused(nbl("accept", run), 1, "acceptance-values.json is of", "verify again where it was made")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -21,7 +20,7 @@ from nbl_export.targets.tensorrt.engine import TRT_RTX
 from nbl_export.targets.tensorrt.record import read_record
 
 from ..command import assert_refused, in_new_process, keys, nbl, stage_lines
-from ..fake_engine import StandIn
+from ..fake_engine import ChildHere, StandIn
 from ..static_tiny import LAYERS, SPEC, maps_of, save_checkpoint
 from ..verifying import verify_tiny
 
@@ -125,20 +124,12 @@ def test_its_graphs_are_evaluated_by_float32_copies(run: Path, text: Path) -> No
 
 @pytest.mark.trt
 @needs_rtx
-def test_accept_passes_on_a_stand_in(run: Path) -> None:
+def test_accept_passes_on_a_stand_in(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engines of the run are those of the graphs that the stand-in executes."""
-
-    def here(find: Any, *given: Any) -> Generator[accepting.Event, None, None]:
-        events: list[accepting.Event] = []
-        accepting.examine(events.append, find, *given)
-        yield from events
-
-    stand_in: Any = StandIn
-    found = accepting.accept(run, Ui(quiet=True), look=here, find=stand_in)
-    assert found["status"] == "passed", found
-    assert {check["check"] for check in found["checks"]} == {
-        "structure", "original", "nbl", "text", "last_token", "clock",
-    }  # fmt: skip
+    monkeypatch.setattr(accepting, "Child", ChildHere)
+    found = accepting.accept(run, Ui(quiet=True), open_runner=StandIn().open)
+    assert found["status"] == "verified", found
+    assert {check["check"] for check in found["checks"]} == {"original", "nbl", "text", "last_token", "clock"}
     rows = {check["detail"] for check in found["checks"] if check["check"] == "nbl"}
     assert f"one sequence of {SLOTS} tokens" in rows
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from nbl_export.targets.tensorrt import runner
-from nbl_export.targets.tensorrt.engine import TRT_RTX
 from nbl_export.targets.tensorrt.kernels import KERNELS_FILE, KernelCache
-from nbl_export.targets.tensorrt.record import read_record
 from nbl_export.targets.tensorrt.static.host import StaticRunner
-from nbl_export.trust.own_engines import remember
 
 from ..fake_engine import fake_session
 from ..fake_tensorrt import FakeDevice, FakeTensorRTX
@@ -47,41 +42,17 @@ def test_a_second_load_compiles_nothing(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".tmp")] == []
 
 
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def of_another_format(path: Path) -> None:
-    """The user's own, and the library does not take the bytes."""
-    path.write_bytes(b"other")
-    remember(hashlib.sha256(b"other").hexdigest())
-
-
-def of_somebody_else(path: Path) -> None:
-    """The library would take them."""
-    path.write_bytes(path.read_bytes() + b";more")
-
-
-@pytest.mark.parametrize("damage", [cut, of_another_format, of_somebody_else])
-def test_a_file_of_something_else_is_ignored_and_replaced(damage: Callable[[Path], None], tmp_path: Path) -> None:
+def test_a_file_that_the_library_does_not_take_is_replaced(tmp_path: Path) -> None:
     first = run(tmp_path)
-    damage(tmp_path / KERNELS_FILE)
+    (tmp_path / KERNELS_FILE).write_bytes(b"other")
     assert run(tmp_path) == (first[0], KERNELS)
     assert run(tmp_path) == (first[0], [])
-
-
-def test_a_yes_covers_the_kernels_too(tmp_path: Path) -> None:
-    run(tmp_path)
-    of_somebody_else(tmp_path / KERNELS_FILE)
-    assert TRT_RTX.trust(tmp_path)
-    assert run(tmp_path)[1] == []
 
 
 def test_a_link_out_of_the_directory_is_not_followed(tmp_path: Path) -> None:
     home, elsewhere = tmp_path / "engine", tmp_path / "elsewhere"
     home.mkdir()
     elsewhere.write_bytes(b"kernels:of this user")
-    remember(hashlib.sha256(elsewhere.read_bytes()).hexdigest())
     (home / KERNELS_FILE).symlink_to(elsewhere)
     assert run(home)[1] == KERNELS
     assert elsewhere.read_bytes() == b"kernels:of this user"
@@ -113,7 +84,6 @@ def test_an_opened_directory_keeps_its_kernels(tmp_path: Path, monkeypatch: pyte
         again = type(trt)(card, trt.profiles)
         monkeypatch.setattr(runner, "load_library", lambda _library, again=again: again)
         monkeypatch.setattr(runner, "open_device", lambda card=card: card)
-        remember(read_record(tmp_path).plan_sha256)
         with StaticRunner(runner.open_session(library, tmp_path), tmp_path) as text:
             text.greedy(PROMPT, 3)
         assert (tmp_path / KERNELS_FILE).exists() is expected

@@ -8,9 +8,6 @@ caches, captured steps. Wrong data of a step would change logits, which are equa
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nbl_export.errors import CorruptError, NblError, UsageError
-from nbl_export.run.deployed import trust_engines
+from nbl_export.errors import CorruptError, NblError
 from nbl_export.targets.gpu import find_gpu
 from nbl_export.targets.tensorrt import library as tensorrt
 from nbl_export.targets.tensorrt import runner as trt_runner
@@ -27,9 +23,7 @@ from nbl_export.targets.tensorrt.record import read_plan, read_record
 from nbl_export.targets.tensorrt.runner import TrtSession, refuse_misfit
 from nbl_export.targets.tensorrt.static.host import CheckedRunner, StaticRunner, likeliest, widened
 from nbl_export.targets.tensorrt.static.schedule import Profile, engine_profiles
-from nbl_export.trust import own_engines
 
-from ..command import assert_refused, nbl
 from ..fake_engine import fake_record, fake_session
 from ..fake_tensorrt import Context, FakeDevice, FakeTensorRT
 from ..static_tiny import SLOTS, TOLERANCE, VOCAB, maps_of, open_decoder, rows, torch_logits, worst
@@ -109,37 +103,6 @@ def test_the_real_library_refuses_a_plan_without_a_gpu(monkeypatch: pytest.Monke
     monkeypatch.setattr(trt_runner, "open_device", FakeDevice)
     with pytest.raises(NblError, match=r"TensorRT for RTX does not load .*decoder.engine.*nbl-export build"):
         trt_runner.open_session(RTX, engine)
-
-
-def test_an_engine_of_somebody_else_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its hash fits, as a stranger's does; no library is loaded until the user says yes."""
-    folder = tmp_path / "run" / "engine" / "model"
-    folder.mkdir(parents=True)
-    fake_record(graph_of("llama", (1,), "fp32") / "decoder.onnx", folder)
-    (folder / "decoder.engine").write_bytes(b"of somebody else")
-    values = json.loads((folder / "engine.json").read_text())
-    values |= {"plan_bytes": 16, "plan_sha256": hashlib.sha256(b"of somebody else").hexdigest()}
-    (folder / "engine.json").write_text(json.dumps(values))
-
-    def load(_library: Any) -> Any:
-        raise RuntimeError("the library is loaded")
-
-    monkeypatch.setattr(own_engines, "_list", lambda: tmp_path / "cache" / "nbl-export" / "engines")
-    monkeypatch.setattr(trt_runner, "load_library", load)
-    with pytest.raises(NblError, match=r"engine was not built by you .* code .*nbl-export build DIR.*--trust-engine"):
-        trt_runner.open_session(PLAIN, folder)
-    for place in (tmp_path / "run", folder):
-        trust_engines([place])
-        with pytest.raises(RuntimeError, match="the library is loaded"):
-            trt_runner.open_session(PLAIN, folder)
-        shutil.rmtree(tmp_path / "cache")
-    with pytest.raises(UsageError, match="holds none; leave it out"):
-        trust_engines([tmp_path])
-
-
-def test_the_commands_that_run_engines_ask(tmp_path: Path) -> None:
-    for command in (("generate", tmp_path, "Hi"), ("bench", tmp_path), ("accept", tmp_path)):
-        assert_refused(nbl(*command, "--trust-engine"), 2, "--trust-engine is for engine files", "leave it out")
 
 
 # -- the runner on a stand-in that executes the same graph ---------------------------------------------------

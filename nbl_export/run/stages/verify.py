@@ -119,7 +119,7 @@ def _engine(job: Job) -> Target:
 
 
 def run(inputs: VerifyInputs, place: Place, out: Path) -> dict[str, Any]:
-    """Write verify.json, and acceptance.safetensors for an engine of another machine."""
+    """Write verify.json, and acceptance-values.json for an engine of another machine."""
     result = check(inputs, place, out)
     write_json(out / VERIFY_FILE, result)
     return {"status": result["status"]}

@@ -49,7 +49,6 @@ from nbl_export.targets.tensorrt.network import (
 from nbl_export.targets.tensorrt.record import ENGINE_FILE, RECORD_FILE, EngineRecord
 from nbl_export.targets.tensorrt.static.schedule import Profile, engine_profiles, in_two_tokens
 from nbl_export.trust.contained import check_inside
-from nbl_export.trust.own_engines import remember
 
 __all__ = ["build_engine"]
 
@@ -109,10 +108,6 @@ def build_engine(library: Library, source: Path, out: Path, settings: BuildSetti
         record = _record(library, parsed, settings, computes, built)
         write_json(scratch / RECORD_FILE, record.to_json())
         _copy_text_files(source, scratch)
-    try:
-        remember(record.plan_sha256)
-    except NblError as error:
-        _logger.warning("%s will run only with --trust-engine: %s", out / ENGINE_FILE, error)
     return record
 
 

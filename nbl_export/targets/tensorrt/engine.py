@@ -18,17 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import NblError
-from nbl_export.files import file_sha256
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.names import CUT_ROWS, GRAPH_FILE, all_logits_file
 from nbl_export.targets.base import Availability, BuildSettings, DecoderFacts, ExportSettings, Target
 from nbl_export.targets.export.finish import check_bounds
 from nbl_export.targets.gpu import CUDA, LEAST_COMPUTE, Gpu, find_gpu, outdated, unpackaged
-from nbl_export.targets.tensorrt.kernels import KERNELS_FILE
 from nbl_export.targets.tensorrt.library import LIBRARIES, Library, load_library
 from nbl_export.targets.tensorrt.record import RECORD_FILE, read_record
 from nbl_export.targets.tensorrt.static.host import CheckedRunner, StaticRunner
-from nbl_export.trust.own_engines import remember
 
 __all__ = ["TRT", "TRT_RTX", "TensorRtEngine"]
 
@@ -118,15 +115,6 @@ class TensorRtEngine(Target):
 
         check_bounds(checkpoint)
         build(checkpoint, out, settings.precision, max_seq_len=settings.cache_length)
-
-    def trust(self, directory: Path) -> bool:
-        """The engine, and the kernels that were compiled for it."""
-        if not (directory / RECORD_FILE).is_file():
-            return False
-        remember(read_record(directory).plan_sha256)
-        if (directory / KERNELS_FILE).is_file():
-            remember(file_sha256(directory / KERNELS_FILE))
-        return True
 
     def write_float32(self, directory: Path, out: Path) -> None:
         """As `export.write_float32`."""

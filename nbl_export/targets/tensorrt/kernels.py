@@ -1,20 +1,17 @@
 """Keeps the kernels that TensorRT-RTX compiles when an engine loads, in engine/model/kernels.cache beside the engine.
 
-Kernels are code, like the plan: kernels that this user has neither compiled nor said yes to are ignored, and so is a
-damaged file, whose hash is another. The library itself ignores kernels of another version, GPU or driver
+Kernels are code, like the plan. The library ignores kernels of another version, GPU or driver
 ("IRuntimeCache.deserialize"). A file that is not used is replaced when the session closes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from pathlib import Path
 from typing import Any
 
 from nbl_export.files import read_small, replacing
 from nbl_export.trust.contained import is_inside
-from nbl_export.trust.own_engines import is_own, remember
 
 __all__ = ["KERNELS_FILE", "KernelCache"]
 
@@ -58,14 +55,12 @@ class KernelCache:
             if blob and blob != self._known:
                 with replacing(self._path) as stream:
                     stream.write(blob)
-                remember(hashlib.sha256(blob).hexdigest())
         except Exception as error:  # a read-only directory, a full disk, a library that fails after an error of the GPU
             log.warning("the compiled kernels are not kept in %s, the next load compiles again: %s", self._path, error)
 
     def _read(self) -> bytes:
-        """The bytes of the file, if this user's own kernels are there."""
+        """The bytes of the file; none if it cannot be read, or is a link out of its directory."""
         try:
-            blob = read_small(self._path, _MOST_BYTES) if is_inside(self._path, self._path.parent) else b""
+            return read_small(self._path, _MOST_BYTES) if is_inside(self._path, self._path.parent) else b""
         except (OSError, ValueError):
             return b""
-        return blob if is_own(hashlib.sha256(blob).hexdigest()) else b""

@@ -17,9 +17,8 @@ from nbl_export.records import from_json
 from nbl_export.records.decoder import GraphContract, TensorInfo
 from nbl_export.targets.tensorrt.static.schedule import Profile
 from nbl_export.trust.contained import check_folder, check_inside
-from nbl_export.trust.own_engines import is_own
 
-__all__ = ["ENGINE_FILE", "RECORD_FILE", "EngineRecord", "read_plan", "read_record", "refuse_foreign"]
+__all__ = ["ENGINE_FILE", "RECORD_FILE", "EngineRecord", "read_plan", "read_record"]
 
 ENGINE_FILE = "decoder.engine"
 RECORD_FILE = "engine.json"
@@ -98,19 +97,6 @@ def read_record(directory: Path) -> EngineRecord:
             f"{plan} is cut short or replaced: {size} bytes, {record.plan_bytes} recorded; {_again(record)}"
         )
     return record
-
-
-def refuse_foreign(directory: Path, record: EngineRecord) -> None:
-    """Refuse a plan that this user has neither built nor said yes to, because a plan is code.
-
-    Raises:
-        NblError: the plan is of somebody else.
-    """
-    if not is_own(record.plan_sha256):
-        raise NblError(
-            f"{directory / ENGINE_FILE} was not built by you on this machine, and an engine file is code that would "
-            f"run here; {_again(record)}; or add --trust-engine if you trust whoever built it"
-        )
 
 
 def read_plan(directory: Path, record: EngineRecord) -> bytes:

@@ -40,7 +40,7 @@ from nbl_export.targets.tensorrt.device import Device, open_device
 from nbl_export.targets.tensorrt.kernels import KERNELS_FILE, KernelCache
 from nbl_export.targets.tensorrt.library import Library, load_library
 from nbl_export.targets.tensorrt.messages import Messages, messages_of, require
-from nbl_export.targets.tensorrt.record import ENGINE_FILE, EngineRecord, read_plan, read_record, refuse_foreign
+from nbl_export.targets.tensorrt.record import ENGINE_FILE, EngineRecord, read_plan, read_record
 from nbl_export.targets.tensorrt.static.schedule import profile_for
 
 __all__ = ["DecodeStep", "TrtSession", "open_session", "refuse_misfit"]
@@ -57,12 +57,10 @@ def open_session(library: Library, directory: Path) -> TrtSession:
     """A session on an engine directory. TensorRT-RTX keeps its compiled kernels there.
 
     Raises:
-        NblError: there is no engine, or it is of somebody else; library, version or GPU do not fit; or device memory
-            cannot be reached.
+        NblError: there is no engine; library, version or GPU do not fit; or device memory cannot be reached.
         CorruptError: the plan is cut short or damaged.
     """
     record = read_record(directory)
-    refuse_foreign(directory, record)
     trt = load_library(library)
     gpu = find_gpu()
     refuse_misfit(library, record, trt.__version__, gpu, directory)
