@@ -72,8 +72,8 @@ def torch_logits(checkpoint: Path, maps: Any = None) -> list[np.ndarray]:
     """Torch logits of each row alone, without a cache."""
     import torch
 
-    from nbl_export.model.checkpoint.load import load_model
-    from nbl_export.model.linearize import linearize
+    from nbl_export.methods.applied import linearize
+    from nbl_export.methods.checkpoint.load import load_model
 
     model = linearize(load_model(checkpoint), maps or {})
     with torch.inference_mode():
@@ -89,9 +89,9 @@ def worst(decoder: Any, expected: list[np.ndarray]) -> float:
 
 def through_the_pipeline(source: str, precision: str, checkpoint: Path, text: Path, run: Path) -> dict[str, Any]:
     """Run the stages up to verification, and measure the graphs."""
-    from nbl_export.model.checkpoint.load import read_spec
-    from nbl_export.model.checkpoint.source import resolve
-    from nbl_export.plan.maps_file import load_maps
+    from nbl_export.methods.checkpoint.load import read_spec
+    from nbl_export.methods.checkpoint.source import resolve
+    from nbl_export.methods.maps_file import load_maps
     from nbl_export.run.pipeline import run_calibration, run_stages
     from nbl_export.run.progress import Ui
 
@@ -126,14 +126,14 @@ def _decoder(directory: Path, head_dim: int) -> Any:
 
 def static_form(precision: str, checkpoint: Path, text: Path, run: Path) -> dict[str, Any]:
     """The rewritten static form for TensorRT, on ONNX Runtime in float32."""
-    from nbl_export.calibrate.collect import collect
     from nbl_export.graph.decoder import OnnxDecoder
     from nbl_export.graph.names import STATIC_GRAPH_FILE
-    from nbl_export.mixers.linear import Linear
-    from nbl_export.mixers.lmmse import fit
-    from nbl_export.model.checkpoint.load import load_model, load_tokenizer, read_spec
-    from nbl_export.model.checkpoint.source import resolve
-    from nbl_export.rewrite import rewrite
+    from nbl_export.methods.checkpoint.load import load_model, load_tokenizer, read_spec
+    from nbl_export.methods.checkpoint.source import resolve
+    from nbl_export.methods.linear.collect import collect
+    from nbl_export.methods.linear.maps import Linear
+    from nbl_export.methods.lmmse import fit
+    from nbl_export.methods.rewrite import rewrite
     from nbl_export.run.facts import architecture_facts, capabilities_of
     from nbl_export.targets.tensorrt import export as static
 
@@ -158,8 +158,8 @@ def static_form(precision: str, checkpoint: Path, text: Path, run: Path) -> dict
 
 def every_subset(source: str, precision: str, checkpoint: Path, run: Path) -> dict[str, Any]:
     """The original graph, and those with each subset of layers replaced by random maps."""
-    from nbl_export.model.checkpoint.load import read_spec
-    from nbl_export.model.checkpoint.source import resolve
+    from nbl_export.methods.checkpoint.load import read_spec
+    from nbl_export.methods.checkpoint.source import resolve
     from nbl_export.run.facts import architecture_facts
     from nbl_export.targets import exporter_of
     from nbl_export.targets.base import ExportSettings

@@ -32,10 +32,10 @@ class Bed:
         taps: Sequence[str] = ("residual",),
         narrow_judge: bool = False,
     ) -> None:
-        from nbl_export.calibrate import collect
+        from nbl_export.methods.checkpoint import load
+        from nbl_export.methods.checkpoint import source as checkpoint_source
+        from nbl_export.methods.linear import collect
         from nbl_export.model import memory
-        from nbl_export.model.checkpoint import load
-        from nbl_export.model.checkpoint import source as checkpoint_source
         from nbl_export.text import corpus
         from nbl_export.text import windows as text_windows
 
@@ -82,15 +82,15 @@ class Bed:
         return rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).long()]
 
     @property
-    def judging(self) -> list[Any]:
+    def early_stopping(self) -> list[Any]:
         """The windows by which nbl-export judges layers, of each text."""
-        from nbl_export.text.windows import choosing_texts
+        from nbl_export.text.windows import selection_texts
 
         near = self.held[len(self.held) // 2 :]
-        return [windows for _, windows in choosing_texts([("near", near), ("far", self.far)], self.spec.max_positions)]
+        return [windows for _, windows in selection_texts([("near", near), ("far", self.far)], self.spec.max_positions)]
 
     def maps(self, tap: str, layers: Any) -> dict[int, Any]:
-        from nbl_export.mixers import kind_of
+        from nbl_export.methods import kind_of
 
         return {i: kind_of("linear").fit(self.moments[tap][i], i) for i in layers}
 
@@ -98,9 +98,9 @@ class Bed:
         self, maps: Mapping[int, Any], tap: str, replaced_sets: Mapping[str, Any]
     ) -> dict[str, dict[str, Any]]:
         """Name of a mix -> text -> KL, the mix's perplexity and the original's perplexity."""
-        from nbl_export.model.switched import SwitchedModel
+        from nbl_export.methods.losses import PartialReplacement
 
-        switched = SwitchedModel(self.model, maps, tap, narrow=self.narrow_judge)
+        switched = PartialReplacement(self.model, maps, tap, narrow=self.narrow_judge)
         found: dict[str, dict[str, Any]] = {name: {} for name in replaced_sets}
         for text, rows in self.texts.items():
             losses = switched.quality_losses(rows, replaced_sets)

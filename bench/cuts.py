@@ -1,4 +1,4 @@
-"""What jobs with predicted keys give: the cut, loss behind a prompt, speed, and the time of the job.
+"""What jobs with predicted KV give: the exit layer, loss behind a prompt, speed, and the time of the job.
 
     nbl-export --model MODEL --output DIR                                       the default job
     nbl-export eval DIR --tasks DATA/lambada_openai.yaml --limit 500            last words of passages
@@ -35,13 +35,13 @@ def row_of(title: str, run: RunDirectory) -> dict[str, Any]:
     scores = summarize_tasks(read_entries(run.path / EVAL_FILE))
     return {
         "title": title,
-        "cut": report["cut"],
+        "exit": report["exit"],
         "num_layers": report["num_layers"],
         "limit": (report["goal"] or {}).get("max_perplexity_increase"),
         "path": (report["goal"] or {}).get("path", []),
         "points": (report["curve"] or {}).get("points", []),
         "losses": report["quality_loss"],
-        "far": report.get("far"),
+        "long_range": report.get("long_range"),
         "measured": report["ratios"],
         "rows": [{name: row[name] for name in _OF_ROW} for row in report["rows"]],
         "background": (report["bench"] or {}).get("background"),

@@ -1,10 +1,10 @@
 """What linear layers reach within a limit on quality: layers, loss, and modelled and measured speed.
 
-    nbl-export --model MODEL --cut none --max-perplexity-increase 10% --output DIR
+    nbl-export --model MODEL --exit-layer none --max-perplexity-increase 10% --output DIR
     python bench/exchange.py "SmolLM2-135M, linear layers within 10%=DIR" ... > RESULT.json
 
 Each argument is TITLE=DIR, of runs that have at least a plan. A run with a benchmark has measured ratios too. Losses
-are those of the deciding windows, of the largest set that kept the limit. Seconds are of the stages that ran.
+are those of the validation windows, of the largest set that kept the limit. Seconds are of the stages that ran.
 """
 
 from __future__ import annotations

@@ -99,8 +99,8 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--engine", default="trt")
     parser.add_argument("--slots", type=int, nargs="+", default=[2048, 24_064])
     given = list(sys.argv[1:] if words is None else words)
-    cut = given.index("--") if "--" in given else len(given)
-    options, job = parser.parse_args(given[:cut]), given[cut + 1 :] or JOB
+    exit_layer = given.index("--") if "--" in given else len(given)
+    options, job = parser.parse_args(given[:exit_layer]), given[exit_layer + 1 :] or JOB
     day = Day(options.output)
     day.run("nvidia-smi", ["-q"], program=["nvidia-smi"])
     good = [day.run("doctor", ["doctor"])[0]]

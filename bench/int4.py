@@ -35,8 +35,8 @@ def losses(directory: Path, data: Path, count: int) -> dict[str, list[float]]:
     """Mean loss of each window, in nats, by text."""
     scorer, found = graph_scorer(directory), {}
     for name, file in TEXTS.items():
-        cut = windows(read_text(str(data / file)), scorer.tokenizer, CONTEXT, count)
-        scores = scorer.score([Request(tuple(ids[:1]), tuple(ids[1:])) for ids in cut])
+        exit_layer = windows(read_text(str(data / file)), scorer.tokenizer, CONTEXT, count)
+        scores = scorer.score([Request(tuple(ids[:1]), tuple(ids[1:])) for ids in exit_layer])
         found[name] = [-score / (CONTEXT - 1) for score, _ in scores]
     return found
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from nbl_export.measure.rounds import LOOKS, NARROW, Rule
+from nbl_export.measure.rounds import INTERIM_ROUNDS, NARROW, Rule
 from nbl_export.records.paired import CONFIDENCE, PairedRatio, paired_ratio
 
 Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
@@ -151,7 +151,7 @@ def _ended(noise: str, correlation: float, spread: float, trials: int) -> dict[s
     random = np.random.default_rng(0)
     truth = true_median(noise, correlation, spread)
     found = [
-        until_narrow(*(durations(random, draw, LOOKS[-1], correlation, spread) for draw in NOISE[noise]))
+        until_narrow(*(durations(random, draw, INTERIM_ROUNDS[-1], correlation, spread) for draw in NOISE[noise]))
         for _ in range(trials)
     ]
     held = float(np.mean([holds(f, truth) for f in found]))
@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=5000)
     trials = parser.parse_args().trials
     rows = [row(noise, correlation, trials) for noise in NOISE for correlation in CORRELATIONS]
-    about = {"trials": trials, "rounds_a_load": ROUNDS, "spread": SPREAD, "narrow": NARROW, "looks": LOOKS}
+    about = {"trials": trials, "rounds_a_load": ROUNDS, "spread": SPREAD, "narrow": NARROW, "looks": INTERIM_ROUNDS}
     print(json.dumps({**about, "rows": rows}, indent=1))
 
 

@@ -6,8 +6,8 @@ The entry "made" of a raw result:
 
     commands    the commands that made it, in order; a test asks today's program for each of their options
     layers      the sets of replaced layers that it is about
-    rule        number of the rule that chose these layers (`nbl_export.plan.greedy.RULE`); null if they were named, or
-                if the result is about these layers, whoever chose them
+    rule        number of the rule that chose these layers (`nbl_export.methods.linear.greedy.RULE`); null if they
+                were named, or if the result is about these layers, whoever chose them
     versions, machine    beside "made"; of this machine if the raw result has none, so call this right after the run
 
 A new rule has a new number. Then a test names the results of the old one: measure them again, or remove their tables.
@@ -22,8 +22,8 @@ from typing import Any
 
 from nbl_export.files import versions
 from nbl_export.measure.benchmark import machine
+from nbl_export.methods.linear.greedy import RULE
 from nbl_export.options.goals import parse_layers
-from nbl_export.plan.greedy import RULE
 from nbl_export.run_directory import PACKAGES
 
 RESULTS = Path(__file__).resolve().parent / "results"

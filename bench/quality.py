@@ -31,11 +31,11 @@ def orders(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
     The speed-up is that of a prefill of 512 tokens in float32.
     """
     from nbl_export.measure.cost import CostModel, map_sizes
-    from nbl_export.mixers import lmmse
-    from nbl_export.mixers.none import Nothing
+    from nbl_export.methods import lmmse
+    from nbl_export.methods.linear.none import Nothing
+    from nbl_export.methods.linear.order import ranked
     from nbl_export.model.architectures import mlp_of
     from nbl_export.options.goals import parse_layers
-    from nbl_export.plan.order import ranked
 
     counts, count = [int(n) for n in options.counts.split(",")], bed.spec.num_layers
     maps = bed.maps("residual", range(count))
@@ -66,14 +66,14 @@ def orders(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
 def judged(bed: Bed, maps: Mapping[int, Any], count: int, costs: Any) -> tuple[Any, float]:
     """The sets of layers in the order that nbl-export chooses by trials, and the seconds of the choice."""
     from nbl_export.measure.cost import map_sizes
+    from nbl_export.methods.linear.greedy import Judge, Search
+    from nbl_export.methods.losses import PartialReplacement
     from nbl_export.model import bfloat16
-    from nbl_export.model.switched import SwitchedModel
-    from nbl_export.plan.greedy import Judge, Search
 
     sizes = map_sizes(maps)
     saved: Any = lambda gone: costs.prefill_saved({i: sizes[i] for i in gone})  # noqa: E731
     started, narrow = time.monotonic(), bfloat16.fast(bed.model.device)
-    judge = Judge(SwitchedModel(bed.model, maps, "residual", narrow=narrow), bed.judging)
+    judge = Judge(PartialReplacement(bed.model, maps, "residual", narrow=narrow), bed.early_stopping)
     steps = Search(judge, (), saved, lambda _d, _t: None).extend(count)
     seconds = time.monotonic() - started
     log(f"{list(steps[-1].layers)} in {seconds:.0f} s")
@@ -82,9 +82,9 @@ def judged(bed: Bed, maps: Mapping[int, Any], count: int, costs: Any) -> tuple[A
 
 def distilled(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
     """Facts about the closed-form and the distilled maps of one set of layers; --keep DIR saves both."""
-    from nbl_export.distill.training import Callbacks, DistillSettings, distill
+    from nbl_export.methods.distill.training import Callbacks, DistillSettings, distill
+    from nbl_export.methods.maps_file import save_maps
     from nbl_export.options.goals import parse_layers
-    from nbl_export.plan.maps_file import save_maps
 
     layers = parse_layers(options.layers, bed.spec.num_layers)
     assert isinstance(layers, tuple), "name the layers"

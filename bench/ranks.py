@@ -1,12 +1,13 @@
-"""How losses that a choice sees rank cuts and linear layers, beside what tasks lose.
+"""How losses that a choice sees rank exit layers and linear layers, beside what tasks lose.
 
-    python bench/ranks.py GGUF RUN DATA CUTS ROWS [LINEAR_RUN] > bench/results/ranks-smollm2.json
+    python bench/ranks.py GGUF RUN DATA EXITS ROWS [LINEAR_RUN] > bench/results/ranks-smollm2.json
 
-RUN is a job with predicted keys, LINEAR_RUN one with linear layers in closed form, and DATA has the tasks' files. CUTS
-names cuts with their numbers of near tokens, such as 15:64,17:64,17:128, and ROWS is the number of rows of each text.
-The sets are these cuts, and the last 2, 4 and 8 of the linear layers. All run in torch in float32, with near keys their
-own and far keys predicted at every position. A figure is the sum of what the loss of the judged tokens rises by, in
-nats, and their number. `far` and `gain` are those of answers from far back (`text.far`).
+RUN is a job with predicted KV, LINEAR_RUN one with linear layers in closed form, and DATA has the tasks' files. EXITS
+names exit layers with their numbers of recent tokens, such as 15:64,17:64,17:128, and ROWS is the number of rows of
+each text. The sets are these exit layers, and the last 2, 4 and 8 of the linear layers. All run in torch in float32,
+with recent keys their own and skipped tokens' keys predicted at every position. A figure is the sum of what the loss of
+the judged tokens rises by, in nats, and their number. `long_range` and `gain` are those of long-range tokens
+(`text.long_range`).
 """
 
 from __future__ import annotations
@@ -21,30 +22,32 @@ from typing import Any
 import torch
 from bed import log
 
-from nbl_export.calibrate import cuts
 from nbl_export.evaluation import length
 from nbl_export.evaluation.measure import windows
-from nbl_export.model.checkpoint import load, source
-from nbl_export.model.switched import SwitchedModel
-from nbl_export.plan.cuts import joined
-from nbl_export.plan.maps_file import load_maps
+from nbl_export.methods.checkpoint import load, source
+from nbl_export.methods.losses import PartialReplacement
+from nbl_export.methods.maps_file import load_maps
+from nbl_export.methods.predicted_kv import sums as exits
+from nbl_export.methods.predicted_kv.candidates import joined
 from nbl_export.text import parts
 from nbl_export.text.corpus import read_text
-from nbl_export.text.far import SHORT, contexts, is_far
+from nbl_export.text.long_range import SHORT, contexts, is_long_range
 from nbl_export.text.windows import repeated
 
 LINEAR = (2, 4, 8)  # of the last layers
 LENGTH, SHOTS = 1024, 8
-JUDGED = ("own", "second", "twice")  # texts whose answers from far back count
+JUDGED = ("own", "second", "twice")  # texts whose long-range tokens count
 Item = tuple[torch.Tensor, torch.Tensor | None]  # token ids, positions that are judged
 
 
 def sets_of(model: Any, run: Path, named: str, linear: Path | None) -> dict[str, dict[int, Any]]:
     """Name -> maps."""
-    sums, _ = cuts.load(run / "cuts.safetensors")
+    sums, _ = exits.load(run / "cuts.safetensors")
     found: dict[str, dict[int, Any]] = {}
-    for cut, near in (map(int, pair.split(":")) for pair in named.split(",")):
-        found[f"cut {cut}, {near} near"] = dict(cuts.maps_of(model, sums, cut, near))
+    for exit_layer, recent_tokens in (map(int, pair.split(":")) for pair in named.split(",")):
+        found[f"exit layer {exit_layer}, {recent_tokens} recent"] = dict(
+            exits.maps_of(model, sums, exit_layer, recent_tokens)
+        )
     if linear is None:
         return found
     layers = sorted(json.loads((linear / "nbl.json").read_text(encoding="utf-8"))["replaced_layers"])
@@ -99,25 +102,25 @@ def _spoken(row: dict[str, Any]) -> tuple[str, str]:
 @torch.no_grad()
 def measure(model: Any, sets: dict[str, dict[int, Any]], items: Iterator[tuple[str, Item]]) -> dict[str, Any]:
     """Set -> group -> sums over its items."""
-    original = SwitchedModel(model, {}, "residual")
-    mixes = {name: SwitchedModel(model, maps, "residual") for name, maps in sets.items()}
+    original = PartialReplacement(model, {}, "residual")
+    partial = {name: PartialReplacement(model, maps, "residual") for name, maps in sets.items()}
     found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in sets}
     for group, (ids_T, positions) in items:
         run = original.runs(ids_T[None], again=True)
-        far, begin = None, SHORT - 1
+        long_range, begin = None, SHORT - 1
         judged = torch.arange(begin, len(ids_T) - 1, 2) if positions is None else positions
         base_N = original.cross_entropies(run.original[0][judged], ids_T[judged + 1])
         if positions is None:
             index = torch.from_numpy(contexts(begin, len(ids_T) - 1))
             short = original.runs(ids_T[index], again=False).original[:, begin:].flatten(0, 1)[judged - begin]
             gain_N = original.cross_entropies(short, ids_T[judged + 1]) - base_N
-            far = is_far(gain_N)
-        for name, mix in mixes.items():
+            long_range = is_long_range(gain_N)
+        for name, mix in partial.items():
             (last,) = run.of(mix).last([tuple(sets[name])])
             rise_N = original.cross_entropies(last[0][judged], ids_T[judged + 1]) - base_N
             record = {"rise": rise_N.sum().item(), "tokens": len(rise_N)}
-            if far is not None:
-                record |= {"far": rise_N[far].sum().item(), "gain": gain_N[far].sum().item()}
+            if long_range is not None:
+                record |= {"long_range": rise_N[long_range].sum().item(), "gain": gain_N[long_range].sum().item()}
             sums = found[name].setdefault(group, dict.fromkeys(record, 0.0))
             sums.update({figure: sums[figure] + value for figure, value in record.items()})
         log(group)

@@ -26,7 +26,7 @@ def plain_seconds(directory: Path) -> tuple[int, float]:
     """Tokens and seconds of the plain pass over the windows of a finished run."""
     import torch
 
-    from nbl_export.calibrate import collect
+    from nbl_export.methods.linear import collect
     from nbl_export.options.options import JobOptions
     from nbl_export.run.job import Job
     from nbl_export.run.progress import Ui

@@ -45,16 +45,16 @@ def _job(run: Mapping[str, Any], maps: str, losses: Sequence[str], layers: Seque
     return Found(maps, layers, losses, [measured(ratios, *test) for test in _TESTS])
 
 
-def _cuts(read: Read, model: str) -> list[Found]:
-    """The jobs of a model that predict keys, of `bench/cuts.py`."""
+def _predicts_kv(read: Read, model: str) -> list[Found]:
+    """The jobs of a model with predicted KV, of `bench/cuts.py`."""
     found = []
     for run in read("cuts")["rows"]:
         title, _, how = run["title"].partition(", ")
         losses = [
             spoken_interval(r["increase"], r["increase_interval"], percent=True, sign=True) for r in run["losses"]
         ]
-        cut = run["cut"]
-        maps = f"keys predicted from layer {cut['layer']} on, {cut['near']} near tokens, {how}"
+        stop = run["exit"]
+        maps = f"predicted KV from layer {stop['layer']} on, {stop['recent_tokens']} recent tokens, {how}"
         found += [_job(run, maps, losses)] if title == model else []
     return found
 
@@ -86,9 +86,9 @@ def _ordered(read: Read, name: str, kind: str, maps: str, tasks: str = "") -> Fo
 
 
 def qwen(read: Read) -> Rows:
-    """Qwen2.5-Coder-0.5B: predicted keys, a limit of 10%, and sets of three, six and nine layers."""
+    """Qwen2.5-Coder-0.5B: predicted KV, a limit of 10%, and sets of three, six and nine layers."""
     tasks, speeds = read("tasks-qwen")["tasks"], read("ladder-qwen-fp32")
-    found = [*_cuts(read, "Qwen2.5-Coder-0.5B"), _staged(read("stages-qwen"))]
+    found = [*_predicts_kv(read, "Qwen2.5-Coder-0.5B"), _staged(read("stages-qwen"))]
     for i, (count, name) in enumerate((("3", "distill-qwen-3"), ("6", "distill-qwen"), ("9", "distill-qwen-9"))):
         run, points = read(name)["distill"], "" if count == "9" else _points(tasks, f"ours {count}")
         chosen = _ordered(read, "qwen", f"efficient {count}", "closed form", points)
@@ -103,7 +103,7 @@ def qwen(read: Read) -> Rows:
 
 
 def smollm2(read: Read) -> Rows:
-    """SmolLM2-135M: predicted keys, a limit of 10%, eight linear layers, and sets of four, eight and twelve layers."""
+    """SmolLM2-135M: predicted KV, a limit of 10%, eight linear layers, and sets of four, eight and twelve layers."""
     eight = read("demo-smollm2-fp32")
     losses = [spoken_loss(loss)["increase"] for loss in eight["quality_loss"]]
     tasks, trained = read("tasks-smollm2")["tasks"], read("tasks-distilled-smollm2")["tasks"]
@@ -111,7 +111,7 @@ def smollm2(read: Read) -> Rows:
     table = read("graph-tasks-smollm2")["table"]
     shipped = _said({r["task"]: r["differences"][0]["value"] for r in table if r["metric"] == "acc"})
     found = [
-        *_cuts(read, "SmolLM2-135M"),
+        *_predicts_kv(read, "SmolLM2-135M"),
         _staged(read("stages-smollm2")),
         _job(eight, "closed form, calibrated on 65,536 tokens", losses, eight["replaced_layers"]),
         Found("closed form", bias["layers"], _losses(bias["independent"]), tasks=shipped),

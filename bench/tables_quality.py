@@ -108,7 +108,7 @@ def _tasks(found: Mapping[str, Any], fits: Mapping[str, str]) -> Rows:
 _METRICS = {"acc": "accuracy", "perplexity": "perplexity", "token_perplexity": "perplexity"}
 
 
-def cut_tasks(read: Read) -> Rows:
+def exit_tasks(read: Read) -> Rows:
     """What tasks lose by the default jobs, on the shipped graphs and behind prompts, as they are served."""
     rows: Rows = [("job", "task", "documents", "original", "NBL"), "llrrr"]
     for run in read("cuts")["rows"]:
@@ -126,7 +126,7 @@ def cut_tasks(read: Read) -> Rows:
     return rows
 
 
-_SEEN = {"answers from far back": ("far", "gain", ("own", "second", "twice")),
+_SEEN = {"long-range tokens": ("long_range", "gain", ("own", "second", "twice")),
          "ordinary perplexity of both texts": ("rise", "tokens", ("own", "second"))}  # fmt: skip
 _OF_TASKS = ("keys", "copying", "WikiText-2", "LAMBADA", "ARC-Easy", "PIQA")
 
@@ -148,18 +148,18 @@ def ranks(read: Read) -> Rows:
 
 
 def halves(read: Read) -> Rows:
-    """What a cut at half of the layers loses in closed form: perplexity, and a share of answers from far back."""
+    """What an exit layer at half of the layers loses in closed form: perplexity, and a share of long-range tokens."""
     texts = {"own": "calibration text", "second": "Python's documentation", "WikiText-2": "WikiText-2",
              "LAMBADA": "LAMBADA's last words"}  # fmt: skip
-    answers = {"own": "answers from far back, calibration text", "second": "documentation"}
-    rows: Rows = [("cut", *texts.values(), *answers.values()), "l" + "r" * 6]
+    answers = {"own": "long-range tokens, calibration text", "second": "documentation"}
+    rows: Rows = [("exit layer", *texts.values(), *answers.values()), "l" + "r" * 6]
     for name, one, title in (
-        ("ranks-smollm2", "cut 15, 64 near", "SmolLM2-135M, 15 of 30"),
-        ("ranks-qwen", "cut 12, 64 near", "Qwen2.5-Coder-0.5B, 12 of 24"),
+        ("ranks-smollm2", "exit layer 15, 64 recent", "SmolLM2-135M, 15 of 30"),
+        ("ranks-qwen", "exit layer 12, 64 recent", "Qwen2.5-Coder-0.5B, 12 of 24"),
     ):
         found = read(name)["sets"][one]
         rises = (f"{100 * np.expm1(_share(found[text], 'rise', 'tokens')):+.1f}%" for text in texts)
-        lost = (f"lose {_share(found[text], 'far', 'gain'):.0%}" for text in answers)
+        lost = (f"lose {_share(found[text], 'long_range', 'gain'):.0%}" for text in answers)
         rows.append((title, *(rise.replace("-", "−") for rise in rises), *lost))
     return rows
 

@@ -23,15 +23,25 @@ def vllm(read: Read) -> Rows:
     return rows
 
 
-def vllm_cut(read: Read) -> Rows:
-    """Throughput of vLLM with predicted keys on long prompts."""
+def vllm_exit(read: Read) -> Rows:
+    """Throughput of vLLM with predicted KV on long prompts."""
     found = read("vllm-cut-smollm2")
     asked, (original, ours) = found["asked"], found["rows"].values()
     speeds = (f"{row['tokens_per_second']:,.0f}" for row in (original, ours))
     name = f"{asked['prompts']} prompts of {asked['prompt_tokens']:,} tokens, {asked['new_tokens']} new ones each"
     interval = level([ours["ratio"]]).replace("loads", "rounds")
-    titles = ("tokens per second", "original", "cut at layer 20", f"NBL over original ({interval})")
+    titles = ("tokens per second", "original", "exit at layer 20", f"NBL over original ({interval})")
     return [titles, "lrrr", (name, *speeds, cell(ours["ratio"]))]
+
+
+def llama_cpp(read: Read) -> Rows:
+    """Speed of llama.cpp with eight linear layers, by type of weights and by test."""
+    found = read("llama-cpp-smollm2")["rows"]
+    tests = list(next(iter(found.values()))["tests"])
+    ratios = {kind: [row["tests"][test]["ratio"] for test in tests] for kind, row in found.items()}
+    interval = level([ratio for row in ratios.values() for ratio in row]).replace("loads", "rounds")
+    rows: Rows = [(f"NBL over original ({interval})", *tests), "l" + "r" * len(tests)]
+    return [*rows, *((kind, *(cell(ratio) for ratio in row)) for kind, row in ratios.items())]
 
 
 def ngram(read: Read) -> Rows:
@@ -53,7 +63,7 @@ def rtx_engines(read: Read) -> Rows:
     first = found["original"]
     title = f"TensorRT-RTX {first['version']}, {first['precision']}, {first['max_seq_len']:,} slots"
     return [
-        (title, "original", "cut at layer 20"), "lrr",
+        (title, "original", "exit at layer 20"), "lrr",
         ("size", *(f"{one['plan_bytes'] / 2**20:.0f} MiB" for one in found.values())),
         ("time of the builder, two threads", *(f"{one['build_seconds']:.0f} s" for one in found.values())),
     ]  # fmt: skip

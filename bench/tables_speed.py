@@ -8,7 +8,7 @@ from typing import Any
 
 from nbl_export.records.paired import PairedRatio, paired_ratio, spoken_ratio
 from nbl_export.records.plan import spoken_layers
-from nbl_export.records.quality import spoken_far, spoken_interval
+from nbl_export.records.quality import describe_long_range, spoken_interval
 
 Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
@@ -61,14 +61,16 @@ _TEXTS = ("unseen part of the calibration text", "Python's documentation")
 
 
 def headline(read: Read) -> Rows:
-    """What jobs with predicted keys give, for the README: those of which speed and all losses were measured."""
+    """What jobs with predicted KV give, for the README: those of which speed and all losses were measured."""
     rows: Rows = [("model", "prompt of 2,048 tokens", "of 512", *(f"perplexity, {name}" for name in _TEXTS),
-                   "WikiText-2", "answers from far back keep"), "lllllll"]  # fmt: skip
+                   "WikiText-2", "long-range tokens keep"), "lllllll"]  # fmt: skip
     for run in read("cuts")["rows"]:
-        if run["measured"] and run["far"] is not None:
+        if run["measured"] and run["long_range"] is not None:
             speeds = (measured(run, test) for test in ("pp2048", "pp512"))
             losses = (_increase(loss) for loss in run["losses"])
-            rows.append((run["title"].removesuffix(", default"), *speeds, *losses, _perplexity(run), _kept(run["far"])))
+            rows.append(
+                (run["title"].removesuffix(", default"), *speeds, *losses, _perplexity(run), _kept(run["long_range"]))
+            )
     return rows
 
 
@@ -87,9 +89,9 @@ def _perplexity(run: Mapping[str, Any]) -> str:
     return f"{100 * (after / before - 1):+.1f}%"
 
 
-def _kept(far: Mapping[str, Any]) -> str:
-    """The share of what far text gives to answers from far back."""
-    return re.sub(r".* keep (.*) of what.*", r"\1", spoken_far(far))
+def _kept(row: Mapping[str, Any]) -> str:
+    """The share of what long-range context gives to long-range tokens."""
+    return re.sub(r".* keep (.*) of what.*", r"\1", describe_long_range(row))
 
 
 def _increase(loss: Mapping[str, Any]) -> str:
@@ -97,29 +99,29 @@ def _increase(loss: Mapping[str, Any]) -> str:
 
 
 def exchange(read: Read) -> Rows:
-    """What jobs reach: with a cut, and with linear layers within a limit on quality."""
+    """What jobs reach: with an exit layer, and with linear layers within a limit on quality."""
     rows: Rows = [("job", "layers", "prompt of 512", "of 2,048", "decode", *_TEXTS), "lllllll"]
     for row in (*read("cuts")["rows"], *read("exchange")["rows"]):
-        cut, linear = row.get("cut"), spoken_layers(tuple(row.get("layers", {}).get("linear", ())))
-        layers = f"keys of {cut['layer']}-{row['num_layers'] - 1}" if cut else f"linear {linear}"
+        stop, linear = row.get("exit"), spoken_layers(tuple(row.get("layers", {}).get("linear", ())))
+        layers = f"predicted KV {stop['layer']}-{row['num_layers'] - 1}" if stop else f"linear {linear}"
         speeds = [measured(row, test) or "not measured" for test in ("pp512", "pp2048", "tg")]
         rows.append((row["title"], layers, *speeds, *map(_increase, row["losses"])))
     return rows
 
 
 def search(read: Read) -> Rows:
-    """What the search for a cut measured in each default job."""
-    rows: Rows = [("job", "cut", "near tokens", *_TEXTS, "lost", "prefill of 512, modelled"), "lrrrrrr"]
+    """What the search for an exit layer measured in each default job."""
+    rows: Rows = [("job", "exit layer", "recent tokens", *_TEXTS, "lost", "prefill of 512, modelled"), "lrrrrrr"]
     for row in read("cuts")["rows"]:
         for point in row["points"]:
             losses = (f"{100 * value:+.1f}%".replace("-", "−") for value in point["increases"])
-            lost, cut = f"{100 * point['far']:.0f}%", str(point["replaced_layers"][0])
-            rows.append((row["title"], cut, str(point["near"]), *losses, lost, f"×{point['prefill']:.2f}"))
+            lost, layer = f"{100 * point['long_range']:.0f}%", str(point["replaced_layers"][0])
+            rows.append((row["title"], layer, str(point["recent_tokens"]), *losses, lost, f"×{point['prefill']:.2f}"))
     return rows
 
 
 def job_times(read: Read) -> Rows:
-    """Minutes of the stages of jobs that predict keys."""
+    """Minutes of the stages of jobs with predicted KV."""
     stages = ("calibrate", "plan", "verify", "bench")
     rows: Rows = [("job", *stages, "all stages"), "l" + "r" * (len(stages) + 1)]
     for row in read("cuts")["rows"]:

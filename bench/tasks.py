@@ -67,7 +67,7 @@ class Everyone:
     def _batch(self, batch: Sequence[Any]) -> dict[str, list[Any]]:
         import torch
 
-        from nbl_export.model.linearize import run_from, switched
+        from nbl_export.methods.applied import run_from, switched
 
         ids = torch.zeros(len(batch), len(_read(batch[0])), dtype=torch.long)
         for place, request in enumerate(batch):  # right padding: no earlier token attends to it
@@ -140,9 +140,9 @@ def measured(outcome: Any, original: Any, names: Sequence[str]) -> dict[str, Any
 
 
 def rows_of(named: Sequence[str], bed: Any) -> list[Row]:
-    from nbl_export.mixers.none import Nothing
+    from nbl_export.methods.linear.none import Nothing
+    from nbl_export.methods.maps_file import load_maps, maps_in
     from nbl_export.options.goals import parse_layers
-    from nbl_export.plan.maps_file import load_maps, maps_in
 
     rows = []
     for text in named:

@@ -36,7 +36,7 @@ nbl-export estimate MODEL [options of the main job]
 
 `estimate` says what a job takes on this machine: time, memory and disk of each stage.
 It also says when the first token of a prompt comes, in milliseconds of counted work at the speed of this machine.
-Predicted keys are counted for a third of the layers, linear maps for the layers that are asked for, or a quarter.
+Predicted KV are counted for a third of the layers, linear maps for the layers that are asked for, or a quarter.
 A number of layers is taken from the middle of the model; the last layers gain more.
 MODEL is a hub id, a checkpoint directory, a `config.json` or a GGUF file. No weight is read.
 Of a model of the hub, `config.json` alone is fetched.
@@ -165,7 +165,7 @@ def _places() -> str:
     from nbl_export.records.destinations import DESTINATIONS
     from nbl_export.targets import load_engine
 
-    kinds = {"predicted": "predicted keys", "linear": "linear layers", "none": "attention dropped"}
+    kinds = {"predicted_kv": "predicted KV", "linear": "linear layers", "none": "attention dropped"}
     lines = [f"| `--for` | program | {' | '.join(kinds.values())} | weights | models | take |", "|---|" + "---|" * 7]
     for name, place in DESTINATIONS.items():
         about = load_engine(place.engine or "ort", place.provider).capabilities

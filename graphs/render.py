@@ -21,8 +21,8 @@ import numpy as np
 import onnx_ir as ir
 
 from nbl_export.graph.names import GRAPH_FILE, STATIC_GRAPH_FILE
+from nbl_export.methods.rewrite import rewrite_model
 from nbl_export.records.decoder import TensorInfo
-from nbl_export.rewrite import rewrite_model
 from nbl_export.targets import exporter_of
 from nbl_export.targets.openvino.ir.anatomy import states_of
 from nbl_export.targets.openvino.ir.files import ordered, read_ir

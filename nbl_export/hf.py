@@ -6,6 +6,6 @@ model = AutoModelForCausalLM.from_pretrained(DIRECTORY)
 
 from __future__ import annotations
 
-from nbl_export.model.checkpoint.hf_classes import CLASSES, restored, save_linearized
+from nbl_export.methods.checkpoint.hf_classes import CLASSES, restored, save_linearized
 
 __all__ = ["CLASSES", "restored", "save_linearized"]

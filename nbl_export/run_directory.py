@@ -3,7 +3,7 @@
     DIR/nbl.json               the manifest (this module's `RunDirectory` reads and writes it)
     DIR/text.safetensors       text: token ids of the calibration text and of the second text, by use
     DIR/moments.safetensors    calibrate; calibrate.partial.safetensors while it works
-    DIR/cuts.safetensors       calibrate, in its place, if keys of upper layers are predicted
+    DIR/cuts.safetensors       calibrate, in its place, with predicted KV
     DIR/maps.safetensors       plan; distill, if requested (then plan writes start.safetensors)
     DIR/distill.json           distill; distill.partial.safetensors while it works
     DIR/original/              decoder: the exported graph; all_logits.onnx is the graph as exported, if model.onnx
@@ -46,7 +46,7 @@ from nbl_export.files import (
     write_json,
 )
 from nbl_export.graph.names import GENAI_CONFIG, IR_FILE, MANIFEST
-from nbl_export.mixers import kinds
+from nbl_export.methods import kinds
 from nbl_export.options.command import describe_command
 from nbl_export.options.options import JobOptions
 from nbl_export.records import shapes
@@ -62,10 +62,10 @@ __all__ = [
     "ACCEPTANCE_JSON",
     "BENCH_FILE",
     "CHECKPOINT",
-    "CUTS_FILE",
     "DECODERS",
     "DISTILL_FILE",
     "EVAL_FILE",
+    "EXIT_SUMS_FILE",
     "MADE_BY",
     "MAPS_FILE",
     "MOMENTS_FILE",
@@ -95,7 +95,7 @@ REPORT_HTML = "report.html"
 REPORT_MD = "report.md"
 TEXT_FILE = "text.safetensors"
 CHECKPOINT = "checkpoint"
-CUTS_FILE = "cuts.safetensors"
+EXIT_SUMS_FILE = "cuts.safetensors"
 MOMENTS_FILE = "moments.safetensors"
 START_FILE = "start.safetensors"  # maps before distillation
 MAPS_FILE = "maps.safetensors"
@@ -338,7 +338,7 @@ class RunDirectory:
 
 _RESULTS = {VERIFY_FILE: shapes.VERIFICATION, BENCH_FILE: shapes.BENCHMARK, EVAL_FILE: shapes.EVALUATION}
 _OURS = (
-    TEXT_FILE, MOMENTS_FILE, CUTS_FILE, "calibrate.partial.safetensors", START_FILE, MAPS_FILE,
+    TEXT_FILE, MOMENTS_FILE, EXIT_SUMS_FILE, "calibrate.partial.safetensors", START_FILE, MAPS_FILE,
     DISTILL_FILE, "distill.partial.safetensors", *DECODERS.values(), VERIFY_FILE,
     ACCEPTANCE_FILE, EVAL_FILE, "engine", BENCH_FILE, REPORT_HTML,
     REPORT_MD, REPORT_JSON, ACCEPTANCE_JSON, CHECKPOINT, MANIFEST,

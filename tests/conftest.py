@@ -25,7 +25,7 @@ from typing import Any
 
 import pytest
 
-from nbl_export.mixers.linear import Linear
+from nbl_export.methods.linear.maps import Linear
 
 from .command import TINY, in_new_process, shorten_parts
 from .fork_server import ForkServer
@@ -67,10 +67,10 @@ def _without_stand_ins(config: pytest.Config) -> bool:
 # Files that take longest, the longest first. A worker that began one of them last would end the run alone.
 _LONG = (
     "run/test_openvino_run.py", "targets/test_architecture_graphs.py", "verify/test_tiny_graphs.py",
-    "targets/test_repairs.py", "model/test_quantized_model.py", "verify/test_faults.py",
+    "targets/test_repairs.py", "methods/checkpoint/test_quantized_model.py", "verify/test_faults.py",
     "run/test_bad_directory.py", "run/test_resume.py", "run/test_given_graph.py", "cli/test_cli.py",
-    "mixers/test_toy_kind.py",
-    "targets/test_openvino_rewrite.py", "mixers/test_contract.py", "plan/test_fit.py",
+    "methods/test_toy_kind.py",
+    "targets/test_openvino_rewrite.py", "methods/test_contract.py", "methods/linear/test_fit.py",
     "targets/test_providers.py", "targets/test_static_form.py", "evaluation/test_eval.py",
 )  # fmt: skip
 
@@ -181,7 +181,7 @@ def genai_dirs(
     exported: Callable[..., Path], random_maps: Callable[..., dict[int, Linear]], stores: dict[str, Store]
 ) -> dict[str, Path]:
     """A tiny GenAI model and its NBL version with the middle layer replaced (sparse cache ids). Never write to them."""
-    from nbl_export.rewrite import rewrite
+    from nbl_export.methods.rewrite import rewrite
 
     original = exported("llama")
     made = stores["package"].get("genai-nbl", lambda folder: rewrite(original, folder / "nbl", random_maps(1)))

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-__all__ = ["cut", "edit", "flip", "name_code", "named_code"]
+__all__ = ["edit", "flip", "name_code", "named_code", "truncate"]
 
 _SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json")
 _CODE = ("auto_map", "custom_pipelines", "custom_generate")
@@ -18,7 +18,7 @@ def edit(path: Path, **values: Any) -> None:
     path.write_text(json.dumps({k: v for k, v in facts.items() if v is not None}), encoding="utf-8")
 
 
-def cut(path: Path, keep: int) -> None:
+def truncate(path: Path, keep: int) -> None:
     """Keep the first bytes only."""
     path.write_bytes(path.read_bytes()[:keep])
 

@@ -113,8 +113,8 @@ class _Functions(TorchFunctionMode):
 @contextmanager
 def fake_cuda(free: int = 80 << 30) -> Iterator[SimpleNamespace]:
     """Within: torch sees one GPU with so many free bytes. The value notes the devices of products."""
+    from nbl_export.methods.checkpoint import load
     from nbl_export.model import bfloat16, device, mapped
-    from nbl_export.model.checkpoint import load
 
     seen = SimpleNamespace(free=free, products=set())
 

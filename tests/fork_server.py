@@ -170,8 +170,8 @@ if __name__ == "__main__":
     # Whatever takes long to load. Transformers loads its parts, and torch, when a name is asked for.
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
+    import nbl_export.methods.rewrite
     import nbl_export.report.page
-    import nbl_export.rewrite
     import nbl_export.run.pipeline  # noqa: F401
     from tests.command import shorten_parts
 

@@ -43,8 +43,8 @@ from .tiny import save_gguf
 
 __all__ = ["COMMANDS", "KINDS", "REFUSED", "Kind", "has", "make_pristine", "victim"]
 
-_FOLDERS = ("model", "graph", "run", "cut", "deploy", "gguf", "nbl", "codes")  # where canaries are planted
-_FILES = ("maps.safetensors", "predicted.safetensors", "text.txt", "text.jsonl", "text.jsonl.gz", "tiny.gguf",
+_FOLDERS = ("model", "graph", "run", "exit", "deploy", "gguf", "nbl", "codes")  # where canaries are planted
+_FILES = ("maps.safetensors", "predicted_kv.safetensors", "text.txt", "text.jsonl", "text.jsonl.gz", "tiny.gguf",
           "options.toml")  # fmt: skip
 _NAMES = (*_FOLDERS, "ir", "engine", *_FILES)
 
@@ -93,8 +93,9 @@ RUN = (
     "--config {here}/run/nbl.json --output {here}/out",
 )  # fmt: skip
 CUT = (
-    "plan {here}/cut --cut 2 --near 3", "rewrite {here}/cut", "verify {here}/cut", "report {here}/cut",
-    _GENERATE % "cut", "convert {here}/cut --output {here}/out --to transformers",
+    "plan {here}/exit --exit-layer 2 --recent-tokens 3", "rewrite {here}/exit", "verify {here}/exit",
+    "report {here}/exit",
+    _GENERATE % "exit", "convert {here}/exit --output {here}/out --to transformers",
 )  # fmt: skip
 HUB = MODEL[0].replace("{here}/text.txt", "allenai/c4/en@train")
 # Also of whole folders: there is no GPU, and no hub.
@@ -102,7 +103,7 @@ REFUSED = {**dict.fromkeys(ENGINE, 1), "accept {here}/run": 1, "build {here}/run
 _OV = ("openvino",)
 _LINKS = {
     "a checkpoint": ("model", MODEL[:3]), "a graph": ("graph", GRAPH), "a deployed folder": ("deploy", DEPLOY),
-    "a run": ("run", RUN), "a run with a cut": ("cut", CUT), "an NBL checkpoint": ("nbl", NBL),
+    "a run": ("run", RUN), "a run with an exit layer": ("exit", CUT), "an NBL checkpoint": ("nbl", NBL),
     "an IR": ("ir", IR), "an engine": ("engine", ENGINE), "the folder of a GGUF": ("gguf", (_CALIBRATE + "gguf",)),
 }  # fmt: skip
 _IN_FOLDERS = ((damage_links, "a link in", 40), (plant_links, "planted links in", 80), (enlarge, "1 GiB in", 20))
@@ -112,8 +113,8 @@ KINDS: dict[str, Kind] = {
     "graph, its bytes": Kind(200, "graph/model.onnx", damage_bytes, GRAPH[1:]),
     "data of a graph": Kind(60, "graph/model.onnx.data", damage_bytes, GRAPH[:1]),
     "maps": Kind(200, "maps.safetensors", damage_safetensors, GRAPH[:1]),
-    "maps of predicted keys": Kind(150, "predicted.safetensors", damage_safetensors,
-                                   (_REWRITE + "predicted.safetensors",)),
+    "maps of predicted KV": Kind(150, "predicted_kv.safetensors", damage_safetensors,
+                                   (_REWRITE + "predicted_kv.safetensors",)),
     "1 GiB of maps": Kind(2, "maps.safetensors", enlarge, GRAPH[:1]),
     "config.json": Kind(150, "model/config.json", damage_json, MODEL),
     "config.json that asks for code": Kind(150, "model/config.json", damage_settings, MODEL[:3]),
@@ -140,8 +141,8 @@ KINDS: dict[str, Kind] = {
     "results of a run": Kind(100, "run/bench.json", damage_json, ("report {here}/run",)),
     "checks of a run": Kind(60, "run/verify.json", damage_json, ("report {here}/run", "card {here}/run")),
     "foreign run": Kind(450, "run", damage_run, RUN),
-    "foreign run with a cut": Kind(150, "cut", damage_run, CUT),
-    "sums of cuts": Kind(40, "cut/cuts.safetensors", damage_safetensors, CUT[:1]),
+    "foreign run with an exit layer": Kind(150, "exit", damage_run, CUT),
+    "sums of exit layers": Kind(40, "exit/cuts.safetensors", damage_safetensors, CUT[:1]),
     "working directory": Kind(4, "strange", plant_decoys, (
         HUB, "doctor", f"calibrate --model {{here}}/model --output {{here}}/out{_SMALL}", "inspect {here}/graph",
     )),
@@ -165,7 +166,7 @@ def make_pristine(here: Path, folders: Mapping[str, Path], text: str) -> None:
         shutil.copytree(source, here / name)
     if "ir" in folders:
         shutil.copytree(folders["ir"], here / "ir" / "deeper")
-    for run, name in (("run", "maps"), ("cut", "predicted")):
+    for run, name in (("run", "maps"), ("exit", "predicted_kv")):
         shutil.copyfile(here / run / "maps.safetensors", here / f"{name}.safetensors")
     shutil.copyfile(Path(__file__).parent / "tiny.toml", here / "options.toml")
     (here / "text.txt").write_text(text[:3000])
@@ -205,7 +206,7 @@ def victim(pristine: Path, here: Path, kind: Kind, command: str, canaries: Canar
         for folder in _FOLDERS:
             if (here / folder).is_dir():
                 canaries.plant(here / folder)
-        for run in ("run", "cut"):
+        for run in ("run", "exit"):
             if (here / run).is_dir():
                 canaries.plant(here / run / "model")
     return here / kind.file

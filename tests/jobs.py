@@ -21,7 +21,7 @@ from nbl_export.run_directory import RunDirectory
 
 __all__ = ["TEXT", "job_of", "opened", "until"]
 
-_PARTS = ("windows", "held_back", "training", "deciding", "choosing", "final")
+_PARTS = ("windows", "held_out", "training", "validation", "selection", "test")
 TEXT: dict[str, Any] = {
     "name": "a text", "second": "another text",
     "parts": {part: part for part in (*_PARTS, *(f"second.{part}" for part in _PARTS[3:]))},

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from nbl_export.graph.decoder import OnnxDecoder
-from nbl_export.mixers.linear import Linear
+from nbl_export.methods.linear.maps import Linear
 from nbl_export.records.decoder import DecoderSpec
 
 __all__ = ["ARCHITECTURES", "HEAD", "LAYERS", "SLOTS", "SPEC", "SUBSETS", "TOLERANCE", "VOCAB", "WINDOW", "appended",
@@ -75,8 +75,8 @@ def torch_logits(checkpoint: Path, maps: Mapping[int, Linear] | None = None) -> 
     """What torch says of `rows()`: [SLOTS, VOCAB] each, every row by itself."""
     import torch
 
-    from nbl_export.model.checkpoint.load import load_model
-    from nbl_export.model.linearize import linearize
+    from nbl_export.methods.applied import linearize
+    from nbl_export.methods.checkpoint.load import load_model
 
     model = linearize(load_model(checkpoint), maps or {})
     with torch.inference_mode():

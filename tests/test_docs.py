@@ -111,7 +111,7 @@ def test_shown_commands_are_right(refusal: Any) -> None:
 
 
 def test_a_wrong_command_is_found(refusal: Any) -> None:
-    block = "```\nnbl-export -m M -o DIR --cut 20 \\\n  --layers 8  # both\n```\n"
+    block = "```\nnbl-export -m M -o DIR --exit-layer 20 \\\n  --layers 8  # both\n```\n"
     text = f"{block}`nbl-export bench DIR ...` `nbl-export x y`\n"
     assert [bool(refusal(words)) for words in shown_commands(text)] == [True, False, True]
 

@@ -12,12 +12,9 @@ import pytest
 import torch
 
 from nbl_export import files
-from nbl_export.calibrate.moments_file import MomentsWriter
-from nbl_export.calibrate.sums import Sums
-from nbl_export.distill.state import State
 from nbl_export.errors import NblError
 from nbl_export.evaluation.results import read_entries
-from nbl_export.evaluation.scorer import near_of
+from nbl_export.evaluation.scorer import recent_tokens_of
 from nbl_export.files import (
     SMALL_BYTES,
     is_scratch,
@@ -29,6 +26,9 @@ from nbl_export.files import (
     write_json,
 )
 from nbl_export.graph.trust import parsed
+from nbl_export.methods.distill.state import State
+from nbl_export.methods.sums import Sums
+from nbl_export.methods.sums_file import MomentsWriter
 from nbl_export.model.checkpoint.weights import weight_files
 from nbl_export.run_directory import RunDirectory
 from nbl_export.targets.openvino.ir.anatomy import context_length
@@ -189,7 +189,7 @@ def inspected(folder: Path) -> None:
 BIG: dict[str, tuple[str, int, Callable[[Path], object]]] = {
     "configuration": ("config.json", SMALL_BYTES, lambda folder: read_object(folder / "config.json")),
     "manifest": ("nbl.json", SMALL_BYTES, opened),
-    "manifest beside a graph": ("nbl.json", SMALL_BYTES, near_of),
+    "manifest beside a graph": ("nbl.json", SMALL_BYTES, recent_tokens_of),
     "index": ("model.safetensors.index.json", SMALL_BYTES, weight_files),
     "template": ("chat_template.jinja", SMALL_BYTES, lambda folder: applied(folder, "Hi")),
     "template for transformers": ("chat_template.jinja", SMALL_BYTES, check_tokenizer_settings),

@@ -45,7 +45,7 @@ def pristine(
 
     def make(folder: Path) -> None:
         run = shutil.copytree(finished, folder / "run")
-        cut = ("--cut", 1, "--near", 4, "--output", folder / "cut")
+        cut = ("--exit-layer", 1, "--recent-tokens", 4, "--output", folder / "exit")
         for command in (
             ("convert", run, "--to", "transformers", "--output", folder / "nbl"),
             ("--model", checkpoint("llama"), "--calibration", text, *BARE, *cut),
@@ -55,7 +55,7 @@ def pristine(
         quantise(checkpoint("llama"), folder / "codes", "gptq")
 
     made = stores["package"].get("fuzz", make)
-    folders = {name: made / name for name in ("run", "cut", "nbl", "codes")}
+    folders = {name: made / name for name in ("run", "exit", "nbl", "codes")}
     folders |= {"model": checkpoint("llama"), "graph": exported("llama"), "deploy": finished / "model"}
     if has("openvino"):
         folders["ir"] = exported("llama", "openvino")
@@ -165,7 +165,7 @@ def attempt(
 
 def _runs(command: str) -> tuple[str, ...]:
     """Runs that a command goes on with."""
-    return tuple(f"{run}/" for run in ("run", "cut") if f"{{here}}/{run}" in command)
+    return tuple(f"{run}/" for run in ("run", "exit") if f"{{here}}/{run}" in command)
 
 
 _LARGE_BYTES = 64 << 20

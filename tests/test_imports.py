@@ -16,28 +16,30 @@ from nbl_export.targets import all_targets
 PACKAGE = Path(__file__).parent.parent / "nbl_export"
 # A module of one place may import from places with a smaller number, and from its own.
 LEVELS = {
-    "version": 0, "errors": 0, "files": 1, "records": 1, "options": 2, "trust": 2, "mixers": 2, "child": 2,
+    "version": 0, "errors": 0, "files": 1, "records": 1, "options": 2, "trust": 2, "child": 2,
     "text": 3, "graph": 3,
-    "model": 4, "rewrite": 4, "run_directory": 4,
-    "targets": 5,
-    "calibrate": 6, "plan": 6, "distill": 6, "measure": 6,
-    "verify": 7, "evaluation": 7, "report": 7,
+    "model": 4,
+    "methods": 5,
+    "run_directory": 6,
+    "targets": 6,
+    "measure": 7, "verify": 7, "evaluation": 7, "report": 7,
     "run": 8, "publish": 9, "api": 10, "cli": 10, "hf": 10, "__main__": 11, "": 11,
 }  # fmt: skip
-STAGES = ("calibrate", "plan", "distill", "measure", "verify", "evaluation", "report")
+STAGES = ("measure", "verify", "evaluation", "report")
 TARGETS = ("onnx", "openvino", "tensorrt", "checkpoint")  # packages of `targets`; its other ones serve all
 # Library -> where it may be imported: a place, or a module of one.
 HEAVY = {
-    "torch": ("model", "calibrate", "plan", "distill", "mixers",
+    "torch": ("model", "methods",
               "text.parts", "text.windows", "verify.exporter",
               "targets.export", "targets.openvino.export", "targets.openvino.trace", "targets.tensorrt.export",
               "targets.checkpoint"),
-    "transformers": ("model", "targets.export", "targets.onnx.export_genai",
+    "transformers": ("model", "methods.checkpoint", "methods.predicted_kv.torch_layers",
+                     "targets.export", "targets.onnx.export_genai",
                      "targets.openvino.trace", "targets.tensorrt.export", "targets.checkpoint"),
     "vllm": ("targets.checkpoint.vllm",),
     "tensorrt_edgellm": ("targets.checkpoint.edge_llm_code",),
-    "onnx_ir": ("graph", "rewrite", "targets.export", "targets.onnx", "targets.tensorrt"),
-    "onnxruntime": ("graph.session", "targets", "rewrite.quantize"),
+    "onnx_ir": ("graph", "methods", "targets.export", "targets.onnx", "targets.tensorrt"),
+    "onnxruntime": ("graph.session", "targets", "graph.passes.quantize"),
     "onnxruntime_genai": ("targets.onnx",),
     "tensorrt": ("targets.tensorrt",),
     "tensorrt_rtx": ("targets.tensorrt",),

@@ -63,14 +63,14 @@ def _findings(tree: ast.AST) -> Iterator[str]:
 
 # Where files are read, other than by `files.read_small`, which is bounded: how often, and why.
 READS = {
-    "calibrate/moments_file.py": (1, "hashed in blocks"),
+    "methods/sums_file.py": (1, "hashed in blocks"),
     "files.py": (3, "the bounded reader; hashes in blocks; a header that the library has checked"),
     "graph/files.py": (1, "made here, or checked by `parsed` before"),
     "graph/gguf_header.py": (1, "every number is bounded"),
     "graph/trust.py": (1, "bounded by protobuf's limit"),
     "measure/benchmark.py": (1, "the system's"),
     "measure/footprint.py": (1, "the system's"),
-    "model/checkpoint/copied.py": (1, "copied in blocks"),
+    "methods/checkpoint/copied.py": (1, "copied in blocks"),
     "model/checkpoint/pretrained.py": (1, "behind `read_header`, which bounds every count"),
     "model/memory.py": (3, "the system's"),
     "publish/card.py": (1, "the template of this package"),

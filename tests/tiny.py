@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from nbl_export.mixers.linear import Linear
+from nbl_export.methods.linear.maps import Linear
 from nbl_export.model.architecture_record import Architecture
 from nbl_export.model.architectures import ARCHITECTURES as RECORDS
 

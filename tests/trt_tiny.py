@@ -14,7 +14,7 @@ from nbl_export.targets.tensorrt.build import build_engine
 from nbl_export.targets.tensorrt.engine import TRT_RTX
 from nbl_export.targets.tensorrt.library import LIBRARIES
 
-from .cuts import predicted_maps
+from .exits import predicted_maps
 from .static_tiny import HEAD, HIDDEN, LAYERS, SLOTS, maps_of, save_checkpoint
 
 __all__ = ["ADA", "HOPPER", "PLAIN", "RTX", "SMALL", "checkpoint_of", "engine_of", "graph_of", "needs_rtx"]
@@ -37,17 +37,18 @@ def checkpoint_of(architecture: str) -> Path:
 @functools.cache
 def graph_of(
     architecture: str, replaced: tuple[int, ...] = (), precision: str = "fp16", cache_length: int = SLOTS,
-    cut: tuple[int, int] | None = None,
+    exit_layer: tuple[int, int] | None = None,
 ) -> Path:  # fmt: skip
-    """A directory with decoder.onnx, rewritten as for a run; with a cut and W if they are given. Never write to it."""
-    from nbl_export.rewrite import rewrite
-    from nbl_export.rewrite.tail import keep_last_token
+    """A directory with decoder.onnx, rewritten as for a run; with an exit layer and W if they are given. Never write
+    to it."""
+    from nbl_export.graph.passes.tail import keep_last_token
+    from nbl_export.methods.rewrite import rewrite
     from nbl_export.targets.tensorrt import export as static
 
     root = Path(tempfile.mkdtemp(dir=_ROOT.name))
     static.build(checkpoint_of(architecture), root / "original", precision, max_seq_len=cache_length)
     keep_last_token(root / "original")
-    maps = maps_of(replaced) if cut is None else predicted_maps(*cut, 2 * HEAD, HIDDEN, LAYERS)
+    maps = maps_of(replaced) if exit_layer is None else predicted_maps(*exit_layer, 2 * HEAD, HIDDEN, LAYERS)
     rewrite(root / "original", root / "model", maps)
     return root / "model"
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from nbl_export.mixers.base import Mixer
-from nbl_export.mixers.cut import Cut, cut_of
-from nbl_export.model.checkpoint.load import load_model, read_spec
-from nbl_export.model.checkpoint.source import resolve
+from nbl_export.methods.base import Mixer
+from nbl_export.methods.checkpoint.load import load_model, read_spec
+from nbl_export.methods.checkpoint.source import resolve
+from nbl_export.methods.predicted_kv.prompt_exit import PromptExit, prompt_exit_of
 from nbl_export.records.plan import Plan
 from nbl_export.records.results import CheckResult
 from nbl_export.targets import load_engine
@@ -74,7 +74,7 @@ def verify_tiny(
         run = {subject: work / f"{subject}-float32" for subject in directories}
         for subject, directory in directories.items():
             engine.write_float32(directory, run[subject])
-    made = Verifier(setting, _probe(prompts, cut_of(maps)), maps)
+    made = Verifier(setting, _probe(prompts, prompt_exit_of(maps)), maps)
     made.run(directories, run)
     model = load_model(checkpoint)
     if precision in exporter.ROUNDED:
@@ -90,8 +90,10 @@ def _quiet(_title: str) -> Iterator[Any]:
     yield lambda *_: None
 
 
-def _probe(prompts: bool, cut: Cut | None) -> Probe:
+def _probe(prompts: bool, exit_layer: PromptExit | None) -> Probe:
     ids = np.random.default_rng(0).integers(2, VOCAB, _LONG + DECODE_STEPS).tolist()
     rows = [tuple(ids[: n + DECODE_STEPS]) for n in _PREFILL]
-    climbing = () if cut is None else (rows[0], rows[1][: cut.near + 1 + DECODE_STEPS])
-    return Probe(tuple(rows), (tuple(ids[20:44]), tuple(ids[90:114])) if prompts else (), 24, tuple(ids), climbing)
+    continuing_rows = () if exit_layer is None else (rows[0], rows[1][: exit_layer.recent_tokens + 1 + DECODE_STEPS])
+    return Probe(
+        tuple(rows), (tuple(ids[20:44]), tuple(ids[90:114])) if prompts else (), 24, tuple(ids), continuing_rows
+    )

@@ -199,7 +199,7 @@ def _projected(residual: ir.Value, branch: ir.Value, join: ir.Node) -> tuple[ir.
 
 
 def _whole(residual: ir.Value) -> ir.Value:
-    """The residual of all tokens; in a graph with a pruned tail (`rewrite.tail`) the join reads a gather of it."""
+    """The residual of all tokens; in a graph with a pruned tail (`graph.passes.tail`) the join reads a gather of it."""
     node = residual.producer()
     taken = node is not None and node.op_type in _TAKES_TOKENS
     source = node.inputs[0] if taken and node is not None else None

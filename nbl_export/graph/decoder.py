@@ -88,7 +88,7 @@ class OnnxDecoder:
     def step(self, ids_BT: np.ndarray, valid_BT: np.ndarray | None = None) -> np.ndarray:
         """Append tokens; returns float32 logits [B, T, V], or [B, 1, V] of each row's last token from a pruned graph.
 
-        Logits of rows that a graph with a cut (`mixers.predicted`) does not compute are NaN.
+        Logits of rows that a graph with an exit layer (`methods.predicted_kv.maps`) does not compute are NaN.
 
         Args:
             ids_BT: token ids.

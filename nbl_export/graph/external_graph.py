@@ -27,9 +27,9 @@ from nbl_export.trust.contained import check_folder, check_inside, refuse_specia
 __all__ = [
     "check_graph_place",
     "companions",
+    "config_dir_of",
     "decoder_facts",
     "describe_graph",
-    "home_of",
     "logits_of",
     "replaced_layers",
 ]
@@ -43,7 +43,7 @@ _TRANSPARENT = ("Identity", "Cast", "DequantizeLinear")
 # -- files -----------------------------------------------------------------------------------------------------
 
 
-def home_of(graph: Path) -> Path:
+def config_dir_of(graph: Path) -> Path:
     """The directory of a graph's configuration and tokenizer: its own, or the parent if the graph lies in DIR/onnx."""
     inside = graph.parent.name == "onnx" and not (graph.parent / "config.json").is_file()
     return graph.parent.parent if inside else graph.parent
@@ -118,7 +118,7 @@ def describe_graph(path: Path) -> dict[str, Any]:
     return {
         "graph": str(file),
         "bytes": file.stat().st_size + sum(data.stat().st_size for data in data_files(file, model)),
-        **decoder_facts(graph, first, home_of(file)),
+        **decoder_facts(graph, first, config_dir_of(file)),
         "logits": logits_of(graph),
         "replaced_layers": replaced_layers(graph),
         "layers": layers,

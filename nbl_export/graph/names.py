@@ -7,8 +7,8 @@ from pathlib import Path
 __all__ = [
     "ALL_LOGITS_FILE",
     "ALL_LOGITS_IR",
-    "CUT_ROWS",
     "DETOKENIZER_IR",
+    "EXIT_ROWS",
     "GENAI_CONFIG",
     "GRAPH_FILE",
     "IR_FILE",
@@ -43,7 +43,9 @@ TEXT_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokeni
 _ENDINGS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md", ".data", "")  # none: texts such as LICENSE
 MANIFEST = "nbl.json"  # in a run directory and in a deployable directory
 OWN_NODES = "/nbl/"  # begins the names of nodes that the rewrite adds
-CUT_ROWS = "/nbl/cut/Rows"  # the node that takes the rows that climb above a cut; the last token's row comes first
+EXIT_ROWS = (
+    "/nbl/cut/Rows"  # the node that takes the rows that continue above an exit layer; the last token's row comes first
+)
 
 
 def graph_file(directory: Path) -> str:

@@ -11,7 +11,7 @@ ratios of costs.
 
 Tail pruning: above the last kept attention no token reads another token. If only the last token's logits are wanted,
 everything after that attention runs on one token. In the original this is o_proj and MLP of the last layer. Graphs that
-give only the last token's logits are pruned in this way, from every source (`rewrite.tail`).
+give only the last token's logits are pruned in this way, from every source (`graph.passes.tail`).
 
 Speedup of SmolLM2 on two CPU cores (fp32, 8 layers replaced) over an original with only the head pruned:
 
@@ -27,8 +27,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from nbl_export.mixers.base import Mixer, Port, TokenWork
-from nbl_export.mixers.rows import Need, Reads, Rows, rows_needed
+from nbl_export.methods.base import Mixer, Port, TokenWork
+from nbl_export.methods.rows import Need, Reads, Rows, rows_needed
 from nbl_export.options.options import JobOptions
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import DecoderSpec
@@ -53,8 +53,9 @@ class LayerSizes:
     work: tuple[TokenWork, ...]
     attends: bool = False
 
-    def rests(self, tokens: int) -> bool:
-        """Whether a step of so many tokens is the original's: all its rows climb above a cut (`mixers.predicted`)."""
+    def is_full_prefill(self, tokens: int) -> bool:
+        """Whether a step of so many tokens is the original's: all its rows continue above an exit layer
+        (`methods.predicted_kv.maps`)."""
         return self.attends and self.reads[0].rows is Rows.LAST and tokens <= self.reads[0].tokens + 1
 
 
@@ -122,7 +123,7 @@ class CostModel:
 
     def prefill(self, sizes: Mapping[int, LayerSizes], tokens: int, depth: int = 0) -> Work:
         """Work of a chunk of tokens after `depth` cached tokens; no sizes: the original."""
-        sizes = {layer: own for layer, own in sizes.items() if not own.rests(tokens)}
+        sizes = {layer: own for layer, own in sizes.items() if not own.is_full_prefill(tokens)}
         return Work(self._flops(sizes, tokens, depth), self._bytes(sizes, tokens, depth))
 
     def decode(self, sizes: Mapping[int, LayerSizes], depth: int) -> Work:

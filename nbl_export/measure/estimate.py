@@ -6,9 +6,9 @@
 
     stage       counted work
     calibrate   one pass of the calibration text, and the products of the sums
-    plan        passes of the texts that choose and decide, and of the short contexts of their answers from far back
+    plan        passes of the texts that choose and decide, and of the short contexts of their long-range tokens
     distill     three passes of each step: the teacher, the student and its gradients
-    verify      passes of both graphs and of the short contexts, over the final text
+    verify      passes of both graphs and of the short contexts, over the test text
     bench       prompts and decoded tokens of both graphs
 
 Sizes follow from shapes. Seconds are within a factor of 2 of the measured jobs of bench/results.
@@ -25,32 +25,32 @@ from dataclasses import dataclass
 import numpy as np
 
 from nbl_export.measure.cost import WEIGHT_BYTES, CostModel, LayerSizes, cost_model
-from nbl_export.measure.rounds import LOOKS, Rule
-from nbl_export.mixers.base import TokenWork
-from nbl_export.mixers.cut import candidate_cuts
-from nbl_export.mixers.rows import Read, Rows
-from nbl_export.model.checkpoint.shape import Shape
+from nbl_export.measure.rounds import INTERIM_ROUNDS, Rule
+from nbl_export.methods.base import TokenWork
+from nbl_export.methods.checkpoint.shape import Shape
+from nbl_export.methods.predicted_kv.prompt_exit import candidate_exits
+from nbl_export.methods.rows import Read, Rows
 from nbl_export.model.memory import WEIGHTS_SHARE
 from nbl_export.options.goals import DEFAULT_STEPS, asked_layers, default_minutes, names_layers
-from nbl_export.options.options import AUTO_CUT, CHECKPOINT_FIT, LIKE_LLAMA, JobOptions
+from nbl_export.options.options import AUTO_EXIT, CHECKPOINT_FIT, LIKE_LLAMA, JobOptions
 from nbl_export.records.capabilities import Capabilities
-from nbl_export.records.plan import CUT_KIND
-from nbl_export.text.windows import judging_tokens, role_tokens
+from nbl_export.records.plan import PREDICTED_KV
+from nbl_export.text.windows import early_stopping_tokens, role_tokens
 
 __all__ = ["Gain", "Job", "Needs", "product_flops_per_second"]
 
 # Measured: "smollm2" and "qwen" are stages-*.json, the 8B shape is shapes-8b.json in bench/results.
 _FIT = 28.0  # x D^3 of float32 work to score or fit one map, in float64: plan of the 8B shape
 _TESTS = 3  # tests of a limit on quality: smollm2 took 3, qwen 2
-_PROBED = 36_000  # tokens of all probes of verification: smollm2 and qwen, without the final text
+_PROBED = 36_000  # tokens of all probes of verification: smollm2 and qwen, without the test text
 _WRITTEN = 4e8  # bytes a second that an export reads or writes: smollm2 and qwen
 _DECODED = 4.0  # prompt tokens that take as long as a decoded token, for each byte of a weight's element: smollm2
 
 _BATCH = 4096  # tokens that calibrate at once, with three float32 activations of the MLP
 _PROMPTS = (512, 2048)  # tokens of the prompts whose first token is told
 _STEP = 1024  # tokens of a training step
-_TWICE = 8192  # tokens of passages that decide a cut, beside the deciding texts
-_SHORT = 2  # times the judged tokens: the short contexts of answers from far back (`text.far`)
+_TWICE = 8192  # tokens of passages that decide an exit layer, beside the validation texts
+_SHORT = 2  # times the judged tokens: the short contexts of long-range tokens (`text.long_range`)
 _SUMS = 14 / 3  # x D^2 additions and multiplications of a token's moments: Y'X, and 2/3 of X'X and Y'Y (`sums.gram`)
 
 
@@ -93,7 +93,7 @@ class Gain:
 
     Attributes:
         kind: what `layers` layers have.
-        is_asked: of the job itself; else of a job with the default cut.
+        is_asked: of the job itself; else of a job with the default exit layer.
         original_seconds, nbl_seconds: at the rate of this machine; None if the engine does not run here.
     """
 
@@ -151,11 +151,11 @@ class Job:
         return 16.0 * self.shape.decoder.hidden_size**2 * self.shape.decoder.num_layers * taps
 
     @property
-    def cuts(self) -> tuple[int, ...]:
-        """Cuts that are calibrated."""
-        asked = self.options.cut
+    def exits(self) -> tuple[int, ...]:
+        """Exit layers that are calibrated."""
+        asked = self.options.exit_layer
         layers = self.shape.decoder.num_layers
-        return () if not self.options.predicts else candidate_cuts(layers) if asked == AUTO_CUT else (int(asked),)
+        return () if not self.options.predicts else candidate_exits(layers) if asked == AUTO_EXIT else (int(asked),)
 
     @property
     def _map_elements(self) -> int:
@@ -164,18 +164,18 @@ class Job:
         return 2 * d.num_kv_heads * d.head_dim * 2 * d.hidden_size
 
     @property
-    def _cut_sums(self) -> float:
-        """Numbers in the sums of all candidate cuts: X'X, and Y'X of each layer above."""
+    def _exit_sums(self) -> float:
+        """Numbers in the sums of all candidate exit layers: X'X, and Y'X of each layer above."""
         d = self.shape.decoder
-        return sum((2.0 * d.hidden_size) ** 2 + (d.num_layers - c) * self._map_elements for c in self.cuts)
+        return sum((2.0 * d.hidden_size) ** 2 + (d.num_layers - c) * self._map_elements for c in self.exits)
 
     @functools.cached_property
     def count(self) -> int:
-        """Layers that are replaced: as asked, or a quarter of them if a goal decides; a third have predicted keys."""
+        """Layers that are replaced: as asked, or a quarter of them if a goal decides; a third have predicted KV."""
         decoder = self.shape.decoder
         if self.options.predicts:
-            cut = self.options.cut
-            return round(decoder.num_layers / 3) if cut == AUTO_CUT else decoder.num_layers - int(cut)
+            exit_layer = self.options.exit_layer
+            return round(decoder.num_layers / 3) if exit_layer == AUTO_EXIT else decoder.num_layers - int(exit_layer)
         if self.options.layers is not None:
             layers = asked_layers(self.options, decoder)
             return layers if isinstance(layers, int) else len(layers)
@@ -209,31 +209,32 @@ class Job:
 
     @property
     def _tested(self) -> float:
-        """Work of the tests of a limit on quality: deciding texts in the original and half of the replaced model."""
+        """Work of the tests of a limit on quality: validation texts in the original and half of the replaced model."""
         options = self.options
-        return 0 if options.layers else 1.5 * _TESTS * role_tokens("deciding", options.context) * self._token
+        return 0 if options.layers else 1.5 * _TESTS * role_tokens("validation", options.context) * self._token
 
     def _planned(self) -> float:
         """Work of the choice of layers."""
         options = self.options
         layers = self.shape.decoder.num_layers
-        judged = judging_tokens(self.options.context)
+        judged = early_stopping_tokens(self.options.context)
         work = 0.0 if self.trains else self._tested
         if options.select != "cca" and not names_layers(options.layers):
             tokens = judged * (layers / 2 + 0.75 * self.count)  # each layer alone; one or two candidates of each step
             work += tokens * self._token
         return work + _FIT * self.shape.decoder.hidden_size * self.moments / 16
 
-    def _cut_chosen(self) -> float:
-        """Work of the choice of a cut: layers above it run twice, with their own keys and with predicted ones."""
-        if self.options.cut != AUTO_CUT:
+    def _exit_chosen(self) -> float:
+        """Work of the choice of an exit layer: layers above it run twice, with their own keys and with predicted
+        ones."""
+        if self.options.exit_layer != AUTO_EXIT:
             return 0.0
-        judged = judging_tokens(self.options.context)
-        deciding = role_tokens("deciding", self.options.context) + _TWICE
-        tried = math.ceil(math.log2(len(self.cuts) + 1)) + 1  # by halves, and one with more near tokens
+        judged = early_stopping_tokens(self.options.context)
+        validation = role_tokens("validation", self.options.context) + _TWICE
+        tried = math.ceil(math.log2(len(self.exits) + 1)) + 1  # by halves, and one with more recent tokens
         above = self.count / self.shape.decoder.num_layers
-        passes = (1 + _SHORT) * (judged + deciding) + 2 * above * (tried * judged + deciding)
-        logits = 2 * (tried * judged / 2 + deciding) + 2 * (judged + deciding)
+        passes = (1 + _SHORT) * (judged + validation) + 2 * above * (tried * judged + validation)
+        logits = 2 * (tried * judged / 2 + validation) + 2 * (judged + validation)
         return passes * self._hidden + logits * (self._token - self._hidden)
 
     def _trained(self) -> float:
@@ -246,9 +247,9 @@ class Job:
         return min(60 * (minutes or math.inf), step * (steps or math.inf))
 
     def _verified(self) -> float:
-        """Work of the checks, and of the final text in both graphs; with a cut, half of a window is judged."""
-        passes = 2 + _SHORT * (0.5 if self.cuts else 1)
-        return (passes * role_tokens("final", self.options.context) + _PROBED) * self._token
+        """Work of the checks, and of the test text in both graphs; with an exit layer, half of a window is judged."""
+        passes = 2 + _SHORT * (0.5 if self.exits else 1)
+        return (passes * role_tokens("test", self.options.context) + _PROBED) * self._token
 
     def _timed(self) -> float:
         """Seconds of the benchmark."""
@@ -258,7 +259,7 @@ class Job:
             work += self._pass(depth) + 2 * sum(self._pass(n, depth) for n in options.prompt_tokens)
             work += (options.generate_tokens or 64) * _DECODED * WEIGHT_BYTES[options.precision] * self._token
         load = 2 * (self.graph / _WRITTEN + work / self.product_flops_per_second)  # of both graphs
-        usual = max([LOOKS[0], *(count for count in LOOKS if count * load <= Rule().seconds)])
+        usual = max([INTERIM_ROUNDS[0], *(count for count in INTERIM_ROUNDS if count * load <= Rule().seconds)])
         return (options.repetitions or usual) * load
 
     # -- the whole -----------------------------------------------------------------------------------------------
@@ -277,12 +278,12 @@ class Job:
         exported = self.weights
         if options.precision in self.engine.mapped.get(options.decoder_source, ()):
             exported = 12.0 * s.head_parameters if options.precision in self.engine.rounded else 0.0
-        if self.cuts:
-            sums = 2 * read * self._cut_sums
-            kept = 8.0 * self._cut_sums
-            planned = self._cut_chosen()
+        if self.exits:
+            sums = 2 * read * self._exit_sums
+            kept = 8.0 * self._exit_sums
+            planned = self._exit_chosen()
             held = self.weights + kept
-            choosing = self.weights
+            selection = self.weights
             maps = 4.0 * self.count * self._map_elements
         else:
             sums = _SUMS * read * self.moments / 16
@@ -290,11 +291,11 @@ class Job:
             planned = self._planned()
             layer = 4.0 * s.layer_parameters  # one at a time is in memory, if memory is short
             held = max(layer + 4.5 * kept / d.num_layers + 12.0 * _BATCH * s.mlp.active, s.is_gguf * self.weights)
-            choosing = 80.0 * d.hidden_size**2
+            selection = 80.0 * d.hidden_size**2
             maps = 4.0 * self.count * d.hidden_size**2
         stages = (
             Needs("calibrate", read * self._hidden / self._torch_rate + sums / rate, held, kept + converted),
-            Needs("plan", planned / self._torch_rate, choosing, maps),
+            Needs("plan", planned / self._torch_rate, selection, maps),
             Needs("distill", self._trained() + self._tested / self._torch_rate, self.weights, maps),
             Needs(
                 "decoder",
@@ -312,11 +313,11 @@ class Job:
         return tuple(needs for needs in stages if needs.stage not in left_out)
 
     def gains(self) -> tuple[Gain, ...]:
-        """What the kind of the job gives for prompts, and what predicted keys would give, if they are another kind.
+        """What the kind of the job gives for prompts, and what predicted KV would give, if they are another kind.
 
-        The named layers, or `count` layers in the middle, are replaced. The upper `count` layers have predicted keys.
+        The named layers, or `count` layers in the middle, are replaced. The upper `count` layers have predicted KV.
         """
-        other = self._with_cut()
+        other = self._with_exit()
         most = self.shape.decoder.max_positions
         jobs = [(self, True), *([(other, False)] if other else [])]
         return tuple(one._gain(tokens, own) for one, own in jobs for tokens in sorted({min(n, most) for n in _PROMPTS}))
@@ -324,17 +325,17 @@ class Job:
     def _gain(self, tokens: int, is_asked: bool) -> Gain:
         costs = cost_model(self.options, self.engine, self.shape.decoder, self.shape.mlp)
         costs = dataclasses.replace(costs, tokens=tokens)
-        work = [costs.prefill_flops(sizes) for sizes in ({}, self._cut_sizes() if self.cuts else self._layer_sizes())]
+        work = [costs.prefill_flops(sizes) for sizes in ({}, self._exit_sizes() if self.exits else self._layer_sizes())]
         seconds = [None if self.engine.cross else flops / self.product_flops_per_second for flops in work]
-        kind = "predicted keys" if self.cuts else "linear maps" if self.options.fit != "drop" else "no attention"
+        kind = "predicted KV" if self.exits else "linear maps" if self.options.fit != "drop" else "no attention"
         return Gain(kind, self.count, is_asked, tokens, work[0] / work[1], *seconds)
 
-    def _cut_sizes(self) -> dict[int, LayerSizes]:
+    def _exit_sizes(self) -> dict[int, LayerSizes]:
         layers = self.shape.decoder.num_layers
-        cut = layers - self.count
+        exit_layer = layers - self.count
         work = TokenWork(self._map_elements, self._map_elements)
-        reads = Read(rows=Rows.LAST, tokens=self.options.nears[0]), Read(cut, Rows.ALL)
-        return dict.fromkeys(range(cut, layers), LayerSizes(reads, (TokenWork(0, 0), work), attends=True))
+        reads = Read(rows=Rows.LAST, tokens=self.options.recent_choices[0]), Read(exit_layer, Rows.ALL)
+        return dict.fromkeys(range(exit_layer, layers), LayerSizes(reads, (TokenWork(0, 0), work), attends=True))
 
     def _layer_sizes(self) -> dict[int, LayerSizes]:
         decoder = self.shape.decoder
@@ -345,11 +346,15 @@ class Job:
         elements = 0 if options.fit == "drop" else decoder.hidden_size**2
         return dict.fromkeys(layers, LayerSizes((Read(),), (TokenWork(elements, elements),)))
 
-    def _with_cut(self) -> Job | None:
-        """The same job with the default cut; None if it has one, or if its engine or model takes none."""
+    def _with_exit(self) -> Job | None:
+        """The same job with the default exit layer; None if it has one, or if its engine or model takes none."""
         decoder = self.shape.decoder
-        possible = CUT_KIND in self.engine.kinds and decoder.architecture in LIKE_LLAMA and not decoder.sliding_window
+        possible = (
+            PREDICTED_KV in self.engine.kinds and decoder.architecture in LIKE_LLAMA and not decoder.sliding_window
+        )
         if self.options.predicts or not possible or self.shape.maps_tap:
             return None
-        options = dataclasses.replace(self.options, cut=AUTO_CUT, layers=None, fit="independent", near=None)
+        options = dataclasses.replace(
+            self.options, exit_layer=AUTO_EXIT, layers=None, fit="independent", recent_tokens=None
+        )
         return dataclasses.replace(self, options=options)

@@ -33,10 +33,10 @@ from nbl_export.records.paired import PairedRatio, paired_ratio
 from nbl_export.records.results import Scenario, Timing
 from nbl_export.targets.runners import TextRunner
 
-__all__ = ["LOOKS", "NARROW", "Bench", "Progress", "Rule", "Steps", "Variant", "time_rounds"]
+__all__ = ["INTERIM_ROUNDS", "NARROW", "Bench", "Progress", "Rule", "Steps", "Variant", "time_rounds"]
 
 # Loads after which rounds may end. Five would be too few: their range contains the median with 1 - 2/32 = 93.75% only.
-LOOKS = (6, 12, 18, 24)
+INTERIM_ROUNDS = (6, 12, 18, 24)
 NARROW = 1.1  # upper end of an interval divided by its lower end
 _SECONDS = 180.0
 _FILL_CHUNK = 512  # tokens; 128 to 2048 fill equally fast, and attention scores of a chunk stay small
@@ -72,15 +72,15 @@ class Rule:
 
     @property
     def least(self) -> int:
-        return self.count or LOOKS[0]
+        return self.count or INTERIM_ROUNDS[0]
 
     def ends(self, done: int, seconds: float, ratios: Iterable[PairedRatio]) -> bool:
         """Whether `done` loads, which took `seconds` together, are enough."""
-        if self.count is not None or done >= LOOKS[-1]:
+        if self.count is not None or done >= INTERIM_ROUNDS[-1]:
             return done >= self.least
-        if done not in LOOKS:
+        if done not in INTERIM_ROUNDS:
             return False
-        following = LOOKS[LOOKS.index(done) + 1]
+        following = INTERIM_ROUNDS[INTERIM_ROUNDS.index(done) + 1]
         return seconds * following / done > self.seconds or all(ratio.high <= NARROW * ratio.low for ratio in ratios)
 
 

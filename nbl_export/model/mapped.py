@@ -30,8 +30,7 @@ from nbl_export.errors import NblError
 from nbl_export.files import safetensors_tensors
 from nbl_export.graph.gguf_header import read_header
 from nbl_export.model.architectures import ARCHITECTURES
-from nbl_export.model.checkpoint.pretrained import config_of, model_with
-from nbl_export.model.checkpoint.source import read_config
+from nbl_export.model.checkpoint.pretrained import config_of, model_with, read_config
 from nbl_export.model.checkpoint.weights import weight_files
 from nbl_export.model.memory import WEIGHTS_SHARE, available_bytes
 

@@ -18,17 +18,17 @@ from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.destinations import DESTINATIONS, Destination
 from nbl_export.records.from_json import read_record, require
-from nbl_export.records.plan import CUT_KIND, DROPPED, MAPS, TAPS, USUAL_KIND
+from nbl_export.records.plan import DROPPED, MAPS, PREDICTED_KV, TAPS, USUAL_KIND
 
 __all__ = [
-    "AUTO_CUT",
+    "AUTO_EXIT",
     "BUILDER_OPTIONS",
     "CHECKPOINT_FIT",
     "DEFAULTS",
     "DEFAULT_SLOTS",
     "GPU_DECODE",
     "LIKE_LLAMA",
-    "NO_CUT",
+    "NO_EXIT",
     "NO_ORIGINAL",
     "OPTIONS",
     "PANELS",
@@ -50,9 +50,9 @@ _STATIC = "static"  # decoder source whose caches have a fixed length
 DEFAULT_SLOTS = 2048  # slots of a compiled engine, and tokens of the decode test on a GPU
 GPU_DECODE = 128
 SMALLEST = "int4"  # precision
-AUTO_CUT = "auto"  # the deepest cut that quality allows, or no cut
-NO_CUT = "none"
-NEARS = (64, 128, 256)  # tokens at the end of a prompt that climb above a cut, if none is asked for
+AUTO_EXIT = "auto"  # the deepest exit layer that quality allows, or no exit layer
+NO_EXIT = "none"
+RECENT_TOKENS = (64, 128, 256)  # tokens at the end of a prompt that continue above an exit layer, if none is asked for
 CHECKPOINT_FIT = "given"  # fit of the maps that an NBL checkpoint has
 NO_ORIGINAL = "the checkpoint no longer contains the attention weights of its replaced layers"
 # How the GenAI builder quantises, by its own names (`--extra_options` of onnxruntime_genai.models.builder). The values
@@ -73,7 +73,7 @@ _REPLACED, _DISTILL, _CALIBRATE, _TORCH, _ENGINE, _BENCH = PANELS
 
 # -- usual values, and when options have an effect ------------------------------------------------------------------
 
-CUT_SOURCES = ("genai", _STATIC)  # decoder sources whose graphs can be cut
+EXIT_SOURCES = ("genai", _STATIC)  # decoder sources whose graphs take an exit layer
 LIKE_LLAMA = ("llama", "mistral", "qwen2")  # architectures whose keys can be predicted
 # The builder reads these for MatMulNBits alone (onnxruntime_genai 0.18, models/builder.py).
 _OF_ROUNDING = ("accuracy_level", "algo_config", "block_size")
@@ -81,7 +81,7 @@ _OF_ROUNDING = ("accuracy_level", "algo_config", "block_size")
 
 def _usual_fit(values: Mapping[str, Any], engine: Capabilities | None, model: ModelFacts) -> str:
     """Maps are trained where keys are not predicted; large models need closed form."""
-    closed = values["cut"] != NO_CUT or not model.fits
+    closed = values["exit_layer"] != NO_EXIT or not model.fits
     closed |= values["kind"] != USUAL_KIND  # few kinds can be trained
     if model.maps_tap:
         return CHECKPOINT_FIT
@@ -89,7 +89,7 @@ def _usual_fit(values: Mapping[str, Any], engine: Capabilities | None, model: Mo
         return "distilled"  # whoever says how long asks for it
     if engine is None and not closed:
         return ""  # it depends on the engine and the model, so that a command states it
-    predicts = _cuts(values, engine) and has_plain_attention(model)
+    predicts = _predicts_kv(values, engine) and has_plain_attention(model)
     return "independent" if closed or predicts or values["select"] == "cca" else "distilled"
 
 
@@ -97,19 +97,19 @@ def _usual_kind(values: Mapping[str, Any], _engine: Capabilities | None, _model:
     return DROPPED if values["fit"] == "drop" else USUAL_KIND
 
 
-def _usual_cut(values: Mapping[str, Any], engine: Capabilities | None, model: ModelFacts) -> str:
-    """The deepest cut for a limit on quality, unless another option asks for layers that are replaced."""
+def _usual_exit(values: Mapping[str, Any], engine: Capabilities | None, model: ModelFacts) -> str:
+    """The deepest exit layer for a limit on quality, unless another option asks for layers that are replaced."""
     others = ("layers", "select", "distill_minutes", "distill_steps")
     asks = any(values[name] for name in others) or values["fit"] != "independent" or values["maps"] != "affine"
     asks |= values["logits"] == "all" or values["kind"] != USUAL_KIND
-    lacks = not _cuts(values, engine) or values["decoder_source"] not in CUT_SOURCES
+    lacks = not _predicts_kv(values, engine) or values["decoder_source"] not in EXIT_SOURCES
     lacks |= bool(model.maps_tap) or not model.fits or not has_plain_attention(model)
-    return NO_CUT if asks or lacks else AUTO_CUT
+    return NO_EXIT if asks or lacks else AUTO_EXIT
 
 
 def _usual_depths(values: Mapping[str, Any], _engine: Capabilities | None, model: ModelFacts) -> tuple[int, ...]:
     """Empty and behind 2,048 tokens, or as many as leave room for the longest test that the slots of an engine hold."""
-    if values["cut"] != NO_CUT:
+    if values["exit_layer"] != NO_EXIT:
         return (0,)
     if values["decoder_source"] != _STATIC:
         return (0, 2048)
@@ -119,11 +119,11 @@ def _usual_depths(values: Mapping[str, Any], _engine: Capabilities | None, model
     return (0, min(2048, room)) if room else (0,)
 
 
-def _cuts(values: Mapping[str, Any], engine: Capabilities | None) -> bool:
+def _predicts_kv(values: Mapping[str, Any], engine: Capabilities | None) -> bool:
     """Whether keys are predicted unless something else is asked for: not for engines that nobody has run."""
     place = _place(values)
-    held = place is None or place.kinds is None or (CUT_KIND in place.kinds and not place.names_cut)
-    return held and (engine is None or (CUT_KIND in engine.kinds and not engine.cross))
+    held = place is None or place.kinds is None or (PREDICTED_KV in place.kinds and not place.names_exit)
+    return held and (engine is None or (PREDICTED_KV in engine.kinds and not engine.cross))
 
 
 def _place(values: Mapping[str, Any]) -> Destination | None:
@@ -187,13 +187,13 @@ _ORDERED = (
     *_ORIGINAL, Applies("a number of layers or a goal; --layers names the layers here", lambda c: not c.is_named),
 )  # fmt: skip
 _FITTED = (*_ORIGINAL, Applies("fitted maps (--fit independent or distilled)", lambda c: c.options.fit != "drop"))
-_REPLACING = (*_ORIGINAL, Applies("layers (--layers, or --cut none)", lambda c: c.options.cut == NO_CUT))
+_REPLACING = (*_ORIGINAL, Applies("layers (--layers, or --exit-layer none)", lambda c: c.options.exit_layer == NO_EXIT))
 _TRAINED = (Applies("--fit distilled", lambda c: c.options.fit == "distilled"),)
 _PREDICTING = (
     Applies("--engine ort with --provider cpu, trt or trt-rtx, and the original model",
-            lambda c: c.options.cut == NO_CUT or (CUT_KIND in c.engine.kinds and not c.is_nbl)),
+            lambda c: c.options.exit_layer == NO_EXIT or (PREDICTED_KV in c.engine.kinds and not c.is_nbl)),
 )  # fmt: skip
-_OF_CUT = (Applies("--cut", lambda c: c.options.cut != NO_CUT),)
+_OF_EXIT = (Applies("--exit-layer", lambda c: c.options.exit_layer != NO_EXIT),)
 _ORT = (Applies("--engine ort", lambda c: bool(c.engine.providers)),)
 _COMPILED = (Applies("engines that compile graphs (trt, trt-rtx)", lambda c: c.engine.static),)
 _NOT_COMPILED = (Applies("engines that compile nothing (ort, openvino)", lambda c: not c.engine.static),)
@@ -268,7 +268,7 @@ class JobOptions:
     )
     layers: str | None = option(
         None,
-        'How many layers ("8") or which ("0,7,24-29"); default: --cut.',
+        'How many layers ("8") or which ("0,7,24-29"); default: --exit-layer.',
         _REPLACED,
         "main plan rewrite",
         first=True,
@@ -286,24 +286,24 @@ class JobOptions:
         applies=_ORIGINAL,
         python="share",
     )
-    cut: str = option(
-        NO_CUT,
-        "First layer that far tokens of a prompt skip (20); auto (default of ort): by quality; or none.",
+    exit_layer: str = option(
+        NO_EXIT,
+        "Exit layer: most tokens of a prompt skip it and those above (20); auto (default of ort): by quality; or none.",
         _REPLACED,
         "main plan",
         first=True,
         metavar="LAYER",
         python="int",
-        usual=_usual_cut,
+        usual=_usual_exit,
         applies=_PREDICTING,
     )
-    near: int | None = option(
+    recent_tokens: int | None = option(
         None,
-        "Tokens at the end of a prompt that pass all layers; default: 64, or with --cut auto 64, 128 or 256.",
+        "Tokens at the end of a prompt that pass all layers; default: 64, or with --exit-layer auto 64, 128 or 256.",
         _REPLACED,
         "main plan",
         least=1,
-        applies=_OF_CUT,
+        applies=_OF_EXIT,
     )
     fit: str = option(
         "independent",
@@ -317,7 +317,7 @@ class JobOptions:
     )
     kind: str = option(
         USUAL_KIND,
-        "Kind of mixer in place of attention: linear (default), or one that you add; not with --cut.",
+        "Kind of mixer in place of attention: linear (default), or one that you add; not with --exit-layer.",
         _REPLACED,
         "main plan",
         metavar="KIND",
@@ -435,7 +435,7 @@ class JobOptions:
     )
     prefill_chunk: int | None = option(
         None,
-        "trt, trt-rtx: tokens of a prefill step; default 512, or 2048 with --cut.",
+        "trt, trt-rtx: tokens of a prefill step; default 512, or 2048 with --exit-layer.",
         _ENGINE,
         "main build",
         least=1,
@@ -471,7 +471,7 @@ class JobOptions:
     )
     depths: tuple[int, ...] = option(
         (0, 2048),
-        "Tokens already in the cache; default 0,2048, or 0 with --cut; trt, trt-rtx: 0 and what fits "
+        "Tokens already in the cache; default 0,2048, or 0 with --exit-layer; trt, trt-rtx: 0 and what fits "
         "--max-seq-len, at most 2048.",
         _BENCH,
         "main bench",
@@ -490,12 +490,12 @@ class JobOptions:
     )
     prompt_tokens: tuple[int, ...] = option(
         (512,),
-        "Lengths of the prefill test; default 512, or 512,2048 with --cut.",
+        "Lengths of the prefill test; default 512, or 512,2048 with --exit-layer.",
         _BENCH,
         "main bench",
         numbers="128,512",
         least=1,
-        usual=lambda values, _, __: (512,) if values["cut"] == NO_CUT else (512, 2048),
+        usual=lambda values, _, __: (512,) if values["exit_layer"] == NO_EXIT else (512, 2048),
     )
     generate_tokens: int | None = option(
         None,
@@ -551,12 +551,18 @@ class JobOptions:
     @property
     def predicts(self) -> bool:
         """Whether keys of upper layers are predicted."""
-        return self.cut != NO_CUT
+        return self.exit_layer != NO_EXIT
 
     @property
-    def nears(self) -> tuple[int, ...]:
-        """Possible numbers of tokens that climb above a cut."""
-        return (self.near,) if self.near else NEARS if self.cut == AUTO_CUT else NEARS[:1]
+    def recent_choices(self) -> tuple[int, ...]:
+        """Possible numbers of tokens that continue above an exit layer."""
+        return (
+            (self.recent_tokens,)
+            if self.recent_tokens
+            else RECENT_TOKENS
+            if self.exit_layer == AUTO_EXIT
+            else RECENT_TOKENS[:1]
+        )
 
     def cache_length(self, decoder: DecoderSpec, *, compiled: bool) -> int:
         """Most tokens of a sequence: the model's positions, or the length of the caches of a compiled engine."""
@@ -589,7 +595,7 @@ def flag_of(name: str) -> str:
     return f"--{((record.flag if record else '') or name).replace('_', '-')}"
 
 
-RENAMED: dict[str, str] = {}  # old name of a field -> its name today
+RENAMED = {"cut": "exit_layer", "near": "recent_tokens"}  # old name of a field -> its name today
 
 
 def renamed(word: str) -> str:

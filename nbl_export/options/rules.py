@@ -15,13 +15,13 @@ from nbl_export.errors import NblError, UsageError
 from nbl_export.options.goals import asked_layers, names_layers
 from nbl_export.options.model_facts import ModelFacts
 from nbl_export.options.options import (
-    AUTO_CUT,
+    AUTO_EXIT,
     BUILDER_OPTIONS,
     CHECKPOINT_FIT,
-    CUT_SOURCES,
+    EXIT_SOURCES,
     GPU_DECODE,
     LIKE_LLAMA,
-    NO_CUT,
+    NO_EXIT,
     NO_ORIGINAL,
     JobOptions,
     has_plain_attention,
@@ -29,7 +29,7 @@ from nbl_export.options.options import (
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.destinations import DESTINATIONS
-from nbl_export.records.plan import CUT_KIND, DROPPED
+from nbl_export.records.plan import DROPPED, PREDICTED_KV
 
 __all__ = ["OF_DECODER", "REFUSED", "Case", "Refusal"]
 
@@ -119,9 +119,9 @@ def _not_there(case: Case, architecture: str, layers: tuple[int, ...]) -> str | 
     place = DESTINATIONS.get(case.options.destination or "")
     if place is None:
         return False
-    kinds = case.model.kinds or ({CUT_KIND} if options.predicts else {options.kind})
+    kinds = case.model.kinds or ({PREDICTED_KV} if options.predicts else {options.kind})
     why = place.refuses(kinds, case.engine.kinds, architecture, layers)
-    use = "; leave --cut out" if why and options.predicts else ""
+    use = "; leave --exit-layer out" if why and options.predicts else ""
     return bool(why) and f"--for {options.destination} is not possible: {why}{use}"
 
 
@@ -140,10 +140,10 @@ def _unknown_to_engine(case: Case) -> str | bool:
 def _unknown_kind(case: Case) -> str | bool:
     """A kind of mixer that the engine does not hold, or that another option asks for."""
     options = case.options
-    held = case.engine.kinds - {CUT_KIND, DROPPED}
+    held = case.engine.kinds - {PREDICTED_KV, DROPPED}
     if case.is_nbl or options.predicts or (options.kind == DROPPED and options.fit == "drop"):
         return False
-    use = {CUT_KIND: "predicted keys are asked for by --cut", DROPPED: "--fit drop leaves attention out"}
+    use = {PREDICTED_KV: "predicted KV are asked for by --exit-layer", DROPPED: "--fit drop leaves attention out"}
     if options.kind in use:
         return f"key kind {options.kind}: {use[options.kind]}; leave key kind out"
     if options.fit == "drop":
@@ -170,13 +170,13 @@ def _not_made(case: Case) -> str | bool:
     )
 
 
-def _beside_cut(case: Case) -> str | bool:
-    """What --cut does not go with."""
+def _beside_exit(case: Case) -> str | bool:
+    """What --exit-layer does not go with."""
     options = case.options
     if not options.predicts:
         return False
-    if options.cut != AUTO_CUT and not (options.cut.isascii() and options.cut.isdigit()):
-        return f"--cut {options.cut!r}: write a layer (20), auto or none"
+    if options.exit_layer != AUTO_EXIT and not (options.exit_layer.isascii() and options.exit_layer.isdigit()):
+        return f"--exit-layer {options.exit_layer!r}: write a layer (20), auto or none"
     for given, flag in (
         (options.layers, "--layers"),
         (options.logits == "all", "key logits all"),
@@ -184,20 +184,26 @@ def _beside_cut(case: Case) -> str | bool:
         (options.select, "key select"),
     ):
         if given:
-            return f"--cut does not go with {flag}; give one of them"
-    if options.cut != AUTO_CUT and options.max_perplexity_increase:
-        return f"--cut {options.cut} names the cut, and --max-perplexity-increase chooses it; give one of them"
+            return f"--exit-layer does not go with {flag}; give one of them"
+    if options.exit_layer != AUTO_EXIT and options.max_perplexity_increase:
+        return (
+            f"--exit-layer {options.exit_layer} names the exit layer, and --max-perplexity-increase chooses it; "
+            "give one of them"
+        )
     source = options.decoder_source
-    return source not in CUT_SOURCES and f"--cut needs the key decoder_source {' or '.join(CUT_SOURCES)}, not {source}"
+    return (
+        source not in EXIT_SOURCES
+        and f"--exit-layer needs the key decoder_source {' or '.join(EXIT_SOURCES)}, not {source}"
+    )
 
 
-def _keys_not_predicted(case: Case) -> str | bool:
+def _kv_not_predicted(case: Case) -> str | bool:
     """An architecture whose keys cannot be predicted."""
     if not case.options.predicts or has_plain_attention(case.model):
         return False
     if (architecture := case.model.architecture) not in LIKE_LLAMA:
-        return f"--cut is not possible for {architecture}: its attention is not that of {', '.join(LIKE_LLAMA)}"
-    return "--cut is not possible here: attention of this model has a sliding window"
+        return f"--exit-layer is not possible for {architecture}: its attention is not that of {', '.join(LIKE_LLAMA)}"
+    return "--exit-layer is not possible here: attention of this model has a sliding window"
 
 
 REFUSED: tuple[Refusal, ...] = (
@@ -207,10 +213,10 @@ REFUSED: tuple[Refusal, ...] = (
         bool(c.model.maps_tap) and not c.is_nbl
         and f"--fit {c.options.fit} needs the original model: {NO_ORIGINAL}"
     )),
-    (NblError, _keys_not_predicted),
+    (NblError, _kv_not_predicted),
     (UsageError, _unknown_kind),
     (UsageError, lambda c: _not_there(c, "", ())),  # kinds of layers alone
-    (UsageError, _beside_cut),
+    (UsageError, _beside_exit),
     (UsageError, _unknown_to_engine),
     (UsageError, _not_made),
     # These rows need the model's files.
@@ -224,8 +230,8 @@ REFUSED: tuple[Refusal, ...] = (
         and f"{c.options.model} has layers of kind {min(missing)}, which engine {c.spoken_engine} does not run"
     )),
     (UsageError, lambda c: (
-        CUT_KIND in c.model.kinds
-        and f"{c.options.model} has predicted keys, which a job makes from the original model alone; give that model"
+        PREDICTED_KV in c.model.kinds
+        and f"{c.options.model} has predicted KV, which a job makes from the original model alone; give that model"
     )),
     (UsageError, lambda c: (
         c.model.maps_tap not in ("", c.options.tap)
@@ -271,31 +277,31 @@ def _too_deep(case: Case) -> str | bool:
     )
 
 
-def _wrong_cut(case: Case) -> str | bool:
+def _wrong_exit(case: Case) -> str | bool:
     options = case.options
     layers = case.decoder.num_layers
     positions = case.decoder.max_positions
-    if options.cut not in (AUTO_CUT, NO_CUT) and not 1 <= int(options.cut) < layers:
-        return f"--cut {options.cut}: this model has layers 0 to {layers - 1}; cut at 1 or above"
-    beyond = options.near is not None and options.near >= positions
-    return beyond and f"--near {options.near} is beyond the model's {positions} positions"
+    if options.exit_layer not in (AUTO_EXIT, NO_EXIT) and not 1 <= int(options.exit_layer) < layers:
+        return f"--exit-layer {options.exit_layer}: this model has layers 0 to {layers - 1}; exit at 1 or above"
+    beyond = options.recent_tokens is not None and options.recent_tokens >= positions
+    return beyond and f"--recent-tokens {options.recent_tokens} is beyond the model's {positions} positions"
 
 
 _LEAST_CHUNK = 512  # tokens of a step in verification, which an engine takes as one step too
 
 
 def _chunk_too_short(case: Case) -> str | bool:
-    """A cut depends on the borders of steps, and a short step saves little."""
+    """An exit layer depends on the borders of steps, and a short step saves little."""
     options = case.options
     if not case.engine.static or not options.predicts:
         return False
-    least = min(max(_LEAST_CHUNK, 2 * min(options.nears)), case.cache_length)
+    least = min(max(_LEAST_CHUNK, 2 * min(options.recent_choices)), case.cache_length)
     chunk = options.chunk(case.decoder)
-    return chunk < least and f"key prefill_chunk {chunk} is too short for --cut here; use at least {least}"
+    return chunk < least and f"key prefill_chunk {chunk} is too short for --exit-layer here; use at least {least}"
 
 
 OF_DECODER: tuple[Refusal, ...] = (
-    (NblError, _wrong_cut),
+    (NblError, _wrong_exit),
     (NblError, _chunk_too_short),
     (NblError, lambda c: (
         c.engine.static and c.cache_length > c.decoder.max_positions

@@ -21,7 +21,7 @@ from nbl_export.errors import UsageError
 from nbl_export.options.goals import asked_layers, check_request
 from nbl_export.options.model_facts import ModelFacts
 from nbl_export.options.option import Option
-from nbl_export.options.options import AUTO_CUT, DEFAULTS, NO_CUT, OPTIONS, JobOptions, flag_of, renamed
+from nbl_export.options.options import AUTO_EXIT, DEFAULTS, NO_EXIT, OPTIONS, JobOptions, flag_of, renamed
 from nbl_export.options.rules import OF_DECODER, REFUSED, Case, Refusal
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.destinations import destination_named
@@ -32,7 +32,7 @@ __all__ = ["hub_id", "judge", "numbers", "over", "read_asked", "settle"]
 EngineOf = Callable[[str, str], Capabilities]  # engine, provider -> its capabilities; refuses an unknown engine
 
 _OF_ENGINE = ("engine", "provider")  # settled before all that depends on the engine
-_COUNTS = ("layers", "cut", "max_perplexity_increase")  # one of them sets which layers are replaced
+_COUNTS = ("layers", "exit_layer", "max_perplexity_increase")  # one of them sets which layers are replaced
 
 
 def settle(
@@ -76,7 +76,7 @@ def settle(
 
 def over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Values with the given ones in their place; a given count or goal replaces every other count or goal."""
-    if any(given.get(name) not in (None, AUTO_CUT, NO_CUT) for name in _COUNTS):
+    if any(given.get(name) not in (None, AUTO_EXIT, NO_EXIT) for name in _COUNTS):
         values = {name: value for name, value in values.items() if name not in _COUNTS}
     return {**values, **given}
 
@@ -150,8 +150,8 @@ def read_asked(values: Mapping[str, Any]) -> dict[str, Any]:
         if flag not in names:
             if sentence := renamed(key):
                 raise UsageError(sentence)
-            near = difflib.get_close_matches(flag, names, 1)
-            raise UsageError(f"{key} is no option" + (f"; did you mean {near[0]}?" if near else ""))
+            recent_tokens = difflib.get_close_matches(flag, names, 1)
+            raise UsageError(f"{key} is no option" + (f"; did you mean {recent_tokens[0]}?" if recent_tokens else ""))
         found[names[flag]] = _value(names[flag], value, OPTIONS.get(names[flag]))
     return found
 

@@ -226,7 +226,7 @@ def find(manifest: Mapping[str, Any], hub_id: str | None = None) -> BaseModel:
 
 def _of_files(place: Path, fingerprint: str) -> tuple[dict[str, Any], str]:
     """Facts of a local model and their source; empty if the model is gone or has changed."""
-    from nbl_export.model.checkpoint import source as checkpoint
+    from nbl_export.methods.checkpoint import source as checkpoint
 
     try:
         source = checkpoint.resolve(str(place))

@@ -18,12 +18,12 @@ import numpy as np
 
 from nbl_export.errors import NblError, ParityError, UsageError
 from nbl_export.files import move_into_place, refuse_occupied
-from nbl_export.mixers import kind_of
-from nbl_export.mixers.base import Mixer
-from nbl_export.plan.inputs import Maps
-from nbl_export.plan.maps_file import load_maps
+from nbl_export.methods import kind_of
+from nbl_export.methods.base import Mixer
+from nbl_export.methods.inputs import Maps
+from nbl_export.methods.maps_file import load_maps
 from nbl_export.records.destinations import DESTINATIONS, destination_named, spoken_kind
-from nbl_export.records.plan import CUT_KIND, USUAL_KIND
+from nbl_export.records.plan import PREDICTED_KV, USUAL_KIND
 from nbl_export.run.deployed import open_finished
 from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
@@ -104,7 +104,7 @@ def _refuse_unread(job: Job, maps: Maps, asked: str) -> None:
     place = DESTINATIONS[name]
     kinds = {mixer.kind for mixer in maps.values()}
     if place.refuses(kinds, frozenset(), "", ()):
-        spoken = spoken_kind(CUT_KIND if CUT_KIND in kinds else min(kinds))
+        spoken = spoken_kind(PREDICTED_KV if PREDICTED_KV in kinds else min(kinds))
         raise NblError(f"{run} has {spoken}, which --to {asked} does not hold; {_INSTEAD}")
     if reason := place.refuses(kinds, frozenset(), job.decoder.architecture, maps):
         raise NblError(f"--to {asked} cannot have {run}: {reason}; nbl-export convert DIR lists who can")
@@ -126,8 +126,8 @@ def _write_checkpoint(job: Job, maps: Maps, out: Path) -> list[str]:
     Raises:
         NblError: the model is not available, its architecture has no class, or what was written cannot be loaded.
     """
-    from nbl_export.model.checkpoint.copied import copy_linearized
-    from nbl_export.model.checkpoint.hf_classes import save_linearized
+    from nbl_export.methods.checkpoint.copied import copy_linearized
+    from nbl_export.methods.checkpoint.hf_classes import save_linearized
     from nbl_export.model.checkpoint.pretrained import check_weights
 
     checkpoint = job.torch.checkpoint.value
@@ -145,8 +145,8 @@ def _write_nemotron_nas(job: Job, maps: Maps, form: str, out: Path) -> list[str]
         NblError: the form does not hold the model.
         ParityError: the model that was read back computes something else.
     """
+    from nbl_export.methods.applied import linearize
     from nbl_export.model.head import log_probabilities
-    from nbl_export.model.linearize import linearize
     from nbl_export.targets.checkpoint import nemotron_nas
 
     model = job.torch.model.value
@@ -185,7 +185,7 @@ def _write_edge_llm(job: Job, maps: Maps, out: Path) -> list[str]:
 
 def _ids(job: Job) -> list[int]:
     """The beginning of text that neither fitted nor chose anything."""
-    ids: list[int] = job.text.own_final.value[0, :64].tolist()
+    ids: list[int] = job.text.own_test.value[0, :64].tolist()
     return ids
 
 

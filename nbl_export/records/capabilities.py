@@ -29,7 +29,7 @@ class Capabilities:
         cross: whether exports may be for another machine; bench is left out if the engine does not run here.
         provider: ONNX Runtime's execution provider, which the exporter is told.
         providers: ONNX Runtime's other execution providers, which the engine can run with.
-        kinds: of mixers (`nbl_export.mixers`) that its decoders hold.
+        kinds: of mixers (`nbl_export.methods`) that its decoders hold.
         proven_by: the engine that verifies the graphs; "" is the engine itself.
     """
 
@@ -47,7 +47,7 @@ class Capabilities:
     provider: str = "cpu"
     providers: tuple[str, ...] = ()
     every_expert: tuple[str, ...] = ()
-    proven_by: str = ""
+    verified_by: str = ""
 
     @property
     def source(self) -> str:

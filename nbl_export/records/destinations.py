@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from nbl_export.errors import UsageError
 from nbl_export.records.capabilities import LINEAR_KINDS
-from nbl_export.records.plan import CUT_KIND, DROPPED, USUAL_KIND
+from nbl_export.records.plan import DROPPED, PREDICTED_KV, USUAL_KIND
 
 __all__ = ["DESTINATIONS", "Destination", "destination_named", "is_destination", "spoken_kind"]
 
@@ -27,7 +27,7 @@ class Destination:
         bare: the form has one matrix a layer, without a bias, on the normed input.
         architectures: that it runs; empty for those of the run.
         keeps_first: layer 0 must keep its attention.
-        names_cut: keys are predicted if a cut is named, since GPUs have not run them there.
+        names_exit: keys and values are predicted if an exit layer is named, since GPUs have not run them there.
     """
 
     title: str
@@ -39,7 +39,7 @@ class Destination:
     bare: bool = False
     architectures: tuple[str, ...] = ()
     keeps_first: bool = False
-    names_cut: bool = False
+    names_exit: bool = False
 
     def refuses(self, kinds: Iterable[str], held: frozenset[str], architecture: str, layers: Iterable[int]) -> str:
         """Why it cannot have a model, as a part of a sentence; "" if it can.
@@ -65,11 +65,11 @@ DESTINATIONS = {
     "trt": Destination("TensorRT", "trt"),
     "trt-rtx": Destination("TensorRT for RTX", "trt-rtx"),
     "transformers": Destination(
-        "transformers", form="transformers", kinds=LINEAR_KINDS | {CUT_KIND}, weights=_STORED
+        "transformers", form="transformers", kinds=LINEAR_KINDS | {PREDICTED_KV}, weights=_STORED
     ),
     "vllm": Destination(
-        "vLLM", form="transformers", kinds=LINEAR_KINDS | {CUT_KIND}, weights=_STORED,
-        architectures=("llama", "mistral", "qwen2", "qwen3", "phi3"), names_cut=True,
+        "vLLM", form="transformers", kinds=LINEAR_KINDS | {PREDICTED_KV}, weights=_STORED,
+        architectures=("llama", "mistral", "qwen2", "qwen3", "phi3"), names_exit=True,
     ),
     "tensorrt-llm": Destination(
         "TensorRT-LLM", form="nemotron-nas", kinds=LINEAR_KINDS, weights="fp32", bare=True, architectures=_NAS
@@ -91,8 +91,8 @@ _ALSO = {
     "nemotron-nas": "tensorrt-llm", "gguf": "llama.cpp", "ollama": "llama.cpp", "mlx": "mlx-lm",
     "tensorrt-edge-llm": "edge-llm",
 }  # fmt: skip
-_NEVER = {"sglang": "SGLang has no linear layers and no predicted keys; use vllm, or transformers"}
-_SPOKEN = {CUT_KIND: "predicted keys", USUAL_KIND: "linear layers", DROPPED: "layers without attention"}
+_NEVER = {"sglang": "SGLang has no linear layers and no predicted KV; use vllm, or transformers"}
+_SPOKEN = {PREDICTED_KV: "predicted KV", USUAL_KIND: "linear layers", DROPPED: "layers without attention"}
 
 
 def destination_named(name: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from nbl_export.records.from_json import require
 
-__all__ = ["ATTENTION", "CUT_KIND", "DROPPED", "MAPS", "TAPS", "USUAL_KIND", "LayerScore", "Plan", "spoken_layers"]
+__all__ = ["ATTENTION", "DROPPED", "MAPS", "PREDICTED_KV", "TAPS", "USUAL_KIND", "LayerScore", "Plan", "spoken_layers"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ MAPS = ("affine", "linear")
 ATTENTION = "attention"  # the kind of a layer that stays as it is
 USUAL_KIND = "linear"  # of a replaced layer whose kind nobody names
 DROPPED = "none"  # of a layer whose attention is left out
-CUT_KIND = "predicted"  # of a layer above a cut, whose attention stays
+PREDICTED_KV = "predicted_kv"  # of a layer above an exit layer, whose attention stays
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Plan:
     """The kind of each layer. A plan of attention alone means the original model.
 
     Attributes:
-        kinds: of each layer, a kind (`nbl_export.mixers`) or `ATTENTION`.
+        kinds: of each layer, a kind (`nbl_export.methods`) or `ATTENTION`.
     """
 
     kinds: tuple[str, ...]
@@ -90,8 +90,8 @@ class Plan:
 
     @property
     def predicts(self) -> bool:
-        """Whether prompts stop at a cut (`mixers.predicted`)."""
-        return CUT_KIND in self.kinds
+        """Whether prompts stop at an exit layer (`methods.predicted_kv.maps`)."""
+        return PREDICTED_KV in self.kinds
 
     @property
     def num_layers(self) -> int:

@@ -31,19 +31,19 @@ import numpy as np
 __all__ = [
     "CONFIDENCE",
     "FAR",
-    "FAR_SHARE",
+    "LONG_RANGE_SHARE",
     "NEAR",
     "Interval",
-    "far_ends",
-    "far_row",
+    "describe_long_range",
     "grows_with_length",
     "increase_interval",
     "interval_ends",
+    "long_range_ends",
+    "long_range_row",
     "loss_row",
     "mean_interval",
     "perplexity",
     "promise",
-    "spoken_far",
     "spoken_increase",
     "spoken_interval",
     "spoken_loss",
@@ -53,7 +53,7 @@ __all__ = [
 CONFIDENCE = 0.95
 FAR = 2.0  # a warning needs a loss this many times that on another text, or in a short one
 NEAR = 512  # tokens of a short text
-FAR_SHARE = 2.0  # of answers from far back so many times the limit may be lost
+LONG_RANGE_SHARE = 2.0  # of long-range tokens so many times the limit may be lost
 _NOTICED = 0.05  # no warning below this perplexity increase
 
 
@@ -239,7 +239,7 @@ def loss_row(name: str, losses: Sequence[Any]) -> dict[str, Any]:
     """Quality loss of a replaced set in torch on one text; None if not finite.
 
     Args:
-        losses: one `model.switched.Loss` for each window.
+        losses: one `methods.losses.Loss` for each window.
     """
     before, after, kl = (
         np.array([getattr(loss, total) / loss.positions for loss in losses])
@@ -267,11 +267,11 @@ def spoken_increase(row: Mapping[str, Any]) -> str:
     return spoken_interval(row["increase"], row["increase_interval"], percent=True, sign=True)
 
 
-def far_row(found: Sequence[tuple[int, float, float, float]]) -> dict[str, Any] | None:
-    """What is lost of the answers from far back (`text.far`), each row as much as another one; None without rows.
+def long_range_row(found: Sequence[tuple[int, float, float, float]]) -> dict[str, Any] | None:
+    """What is lost of the long-range tokens (`text.long_range`), each row as much as another one; None without rows.
 
     Args:
-        found: of each row the number of answers, and sums in nats: loss of the original, loss of NBL, and S - L.
+        found: of each row the number of long-range tokens, and sums in nats: loss of the original, of NBL, and S - L.
     """
     if not found:
         return None
@@ -293,28 +293,28 @@ def far_row(found: Sequence[tuple[int, float, float, float]]) -> dict[str, Any] 
     }
 
 
-def far_ends(row: Mapping[str, Any]) -> tuple[float, float]:
-    """Ends of the interval of a `far_row`; of one row its figure, infinite if not finite."""
+def long_range_ends(row: Mapping[str, Any]) -> tuple[float, float]:
+    """Ends of the interval of a `long_range_row`; of one row its figure, infinite if not finite."""
     if row["lost"] is None:
         return math.inf, math.inf
     low, high = row["lost_interval"] or (row["lost"], row["lost"])
     return low, high
 
 
-def spoken_far(row: Mapping[str, Any]) -> str:
-    """A `far_row` in words: "answers from far back keep 95% (93 to 97) of what far text gives them"."""
+def describe_long_range(row: Mapping[str, Any]) -> str:
+    """A `long_range_row` in words: "long-range tokens keep 95% (93 to 97) of what long-range context gives them"."""
     if row["lost"] is None:
-        return "what answers from far back lose is not finite"
+        return "what long-range tokens lose is not finite"
     ends = row["lost_interval"] and [1 - end for end in reversed(row["lost_interval"])]
     kept = spoken_interval(1 - row["lost"], ends, percent=True)
-    return f"answers from far back keep {kept} of what far text gives them"
+    return f"long-range tokens keep {kept} of what long-range context gives them"
 
 
 def promise(share: float) -> str:
     """What a limit on quality allows, in the words of help, report, card and docs."""
     return (
-        f"perplexity rises by at most {share:.0%} on text like yours and on a second text; answers from far back "
-        f"keep at least {1 - FAR_SHARE * share:.0%} of what far text gives them"
+        f"perplexity rises by at most {share:.0%} on text like yours and on a second text; long-range tokens "
+        f"keep at least {1 - LONG_RANGE_SHARE * share:.0%} of what long-range context gives them"
     )
 
 
@@ -344,14 +344,19 @@ def warn_of_text(rows: Sequence[Mapping[str, Any]]) -> str | None:
     )
 
 
-def grows_with_length(near_W: np.ndarray, far_W: np.ndarray) -> bool:
+def grows_with_length(recent_W: np.ndarray, long_range_W: np.ndarray) -> bool:
     """Whether the loss rises `FAR` times as much at length as in `NEAR` tokens, and enough to be noticed.
 
-    The interval of far - `FAR` * near, item by item, must be above zero.
+    The interval of the rise at length - `FAR` * the rise in `NEAR` tokens, item by item, must be above zero.
 
     Args:
-        near_W, far_W: loss after minus loss before of each window, key or sequence, in nats.
+        recent_W, long_range_W: loss after minus loss before of each window, key or sequence, in nats.
     """
-    far = mean_interval(far_W)
-    apart = mean_interval(far_W - FAR * near_W)
-    return far.value is not None and far.value >= math.log1p(_NOTICED) and apart.low is not None and apart.low > 0
+    long_range = mean_interval(long_range_W)
+    apart = mean_interval(long_range_W - FAR * recent_W)
+    return (
+        long_range.value is not None
+        and long_range.value >= math.log1p(_NOTICED)
+        and apart.low is not None
+        and apart.low > 0
+    )

@@ -12,14 +12,15 @@ from nbl_export.records.plan import LayerScore
 __all__ = ["BENCHMARK", "EVALUATION", "MANIFEST", "VERIFICATION"]
 
 _ENDS = tuple[float, float] | None
-_FAR = {
+_LONG_RANGE = {
     "tokens": int, "windows": int, "perplexity_original": float | None, "perplexity_nbl": float | None,
     "lost": float | None, "lost_interval": _ENDS,
 }  # fmt: skip
 _TEXT = {"name": str, "sha256": str}
 _SIZES = {"tokens": int, "context": int}
 _POINT = {
-    "layers": int, "replaced_layers": [int], "increases": [float], "prefill": float, "decode": float, "near?": int,
+    "layers": int, "replaced_layers": [int], "increases": [float], "prefill": float, "decode": float,
+    "recent_tokens?": int,
 }  # fmt: skip
 _ENGINE = {
     "engine": str, "version": str, "precision": str, "attention": str, "compute_capabilities": [str], "max_batch": int,
@@ -41,7 +42,7 @@ MANIFEST = {
         "name": str, "title": str, "fingerprint": str, "place?": str, "method": str | None, "group_size": int | None,
     },
     "torch_device?": str, "logits?": str, "tap?": str, "select?": str, "fit?": {"kind": str},
-    "scores?": [LayerScore], "replaced_layers?": [int], "kinds?": [str], "cut?": {"layer": int, "near": int},
+    "scores?": [LayerScore], "replaced_layers?": [int], "kinds?": [str], "exit?": {"layer": int, "recent_tokens": int},
     "goal?": {"max_perplexity_increase?": str, "default?": bool, "path?": list, "order?": [int], "share?": float},
     "curve?": {"texts": [str], "tokens": int, "points": [_POINT], "engine?": str, "precision?": str},
     "engines?": {"original": _ENGINE, "nbl": _ENGINE},
@@ -60,7 +61,7 @@ VERIFICATION = {
         "perplexity_nbl": float | None, "increase": float | None, "increase_interval": _ENDS, "kl_mean": float | None,
         "kl_interval": _ENDS, "top1_agreement": float | None, "top1_interval": _ENDS, "prompt?": int,
     }],
-    "proof": [str], "warnings": [str], "far?": _FAR, "quality_warning?": str,
+    "proof": [str], "warnings": [str], "long_range?": _LONG_RANGE, "quality_warning?": str,
     "texts": [{"use": str, "text": str, "tokens": int}],
     "cache_bytes_per_token": {"original": int, "nbl": int},
     "answers": [{"prompt": str, "original": str, "nbl": str}],

@@ -10,7 +10,7 @@ from nbl_export.records.paired import spoken_ratio
 from nbl_export.records.plan import spoken_layers
 from nbl_export.records.results import spoken_background
 from nbl_export.report import length, model, quality, speed
-from nbl_export.report.outcome import outcome, spoken_cut
+from nbl_export.report.outcome import describe_exit, outcome
 from nbl_export.report.table import Column, Shown, Table, facts
 from nbl_export.report.words import size, test
 
@@ -41,7 +41,7 @@ def describe_table(found: dict[str, Any]) -> Shown:
             ("decoder", _decoder(found["decoder"])),
             ("precision", ", ".join(filter(None, (found["precision"], found["codes"])))),
             ("logits", f"{_LOGITS[logits]}, in both decoders" if logits in ("last", "all") else "not built yet"),
-            ("replaced layers", spoken_cut(found) or _layers(found["replaced_layers"])),
+            ("replaced layers", describe_exit(found) or _layers(found["replaced_layers"])),
             *(row for row in (outcome(found["result"]) if found["result"] else ()) if row[0] != "layers"),
             (
                 "status",

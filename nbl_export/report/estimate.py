@@ -32,7 +32,7 @@ def _first_tokens(gains: Sequence[Mapping[str, Any]]) -> Table:
     rows = []
     for gain in gains:
         count = gain["layers"]
-        kind = gain["kind"] if gain["is_asked"] else f"{gain['kind']} (--cut auto)"
+        kind = gain["kind"] if gain["is_asked"] else f"{gain['kind']} (--exit-layer auto)"
         who = f"{count} {plural('layer', count)} with {kind}"
         times = (_milliseconds(gain["original_seconds"]), _milliseconds(gain["nbl_seconds"]))
         rows.append((who, f"{gain['tokens']:,}", *times, f"{gain['speedup']:.2f}×"))

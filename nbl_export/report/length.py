@@ -25,7 +25,7 @@ def length(found: Found) -> Iterator[Block]:
         return
     yield Heading("Quality at length")
     yield Paragraph(
-        "A linear layer sees one token, so text far back reaches it only through the kept layers. "
+        "A linear layer sees one token, so long-range context reaches it only through the kept layers. "
         "Loss by position is that of windows of a text. In retrieval, a key of five digits stands in the first half of "
         "a text, and the end asks for the key. A key is correct if greedy decoding gives all of its digits. "
         "In copying, random tokens are read twice, and the tokens of the second time count. "

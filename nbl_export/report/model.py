@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from nbl_export.records.plan import DROPPED, USUAL_KIND, spoken_layers
-from nbl_export.records.quality import spoken_far, spoken_loss
+from nbl_export.records.quality import describe_long_range, spoken_loss
 from nbl_export.records.results import FAILED, VERIFIED, YES_NO, spoken_background
 from nbl_export.report import words
 from nbl_export.report.document import (
@@ -24,7 +24,7 @@ from nbl_export.report.document import (
     Strip,
 )
 from nbl_export.report.length import in_short
-from nbl_export.report.outcome import headline, judged, limit_of, spoken_cut, verdict, worst_loss
+from nbl_export.report.outcome import describe_exit, headline, judged, limit_of, verdict, worst_loss
 from nbl_export.report.quality import uses
 from nbl_export.report.speed import intervals
 from nbl_export.report.table import Cell, Column, Table, Tone
@@ -33,7 +33,7 @@ __all__ = ["checks", "experts", "head", "origin", "scores", "title", "verificati
 
 _CHOSEN_BY = {"cca": "the smallest CCA bounds", "efficient": "the smallest quality loss for the work saved"}
 _TONES: Mapping[str, Tone] = {"faster": "ok", "slower": "bad"}
-_JUDGED: Mapping[str, Tone] = {"within": "ok", "above": "bad", "near": ""}
+_JUDGED: Mapping[str, Tone] = {"within": "ok", "above": "bad", "undecided": ""}
 _SHOWN = 4  # tests of one card; the table has all
 
 
@@ -105,8 +105,8 @@ def _lead(report: Mapping[str, Any]) -> str:
     total = report["num_layers"]
     if not replaced:
         return f"None of the {total} attention layers is replaced: both variants are the original."
-    if cut := spoken_cut(report):
-        return _of_cut(report, cut)
+    if prompt_exit := describe_exit(report):
+        return _of_exit(report, prompt_exit)
     one = len(replaced) == 1
     is_drop = report["fit"] == "drop"
     done = "left out" if is_drop else "replaced by a linear layer"
@@ -123,11 +123,11 @@ def _lead(report: Mapping[str, Any]) -> str:
     return f"{said}A linear layer needs no KV cache."
 
 
-def _of_cut(report: Mapping[str, Any], cut: str) -> str:
+def _of_exit(report: Mapping[str, Any], said: str) -> str:
     chosen = "chosen by quality" if (report["goal"] or {}).get("path") else "as requested"
     return (
-        f"{cut[0].upper()}{cut[1:]} ({chosen}). A prompt of at most {report['cut']['near'] + 1} tokens, and each "
-        "generated token, is computed as in the original."
+        f"{said[0].upper()}{said[1:]} ({chosen}). A prompt of at most {report['exit']['recent_tokens'] + 1} tokens, "
+        "and each generated token, is computed as in the original."
     )
 
 
@@ -179,7 +179,7 @@ def _loss(report: Mapping[str, Any]) -> Card:
     ends = " → ".join(words.number(worst[name], "not finite") for name in ("perplexity_original", "perplexity_nbl"))
     lines = [f"{judged(report)} the limit of {limit_of(report)[0]}; in brackets 95% intervals"]
     lines += [f"{spoken_loss(row)['increase']} on {row['text']}{f': {ends}' * (row is worst)}" for row in rows]
-    lines += [spoken_far(report["far"])] if report["far"] else []
+    lines += [describe_long_range(report["long_range"])] if report["long_range"] else []
     lines += in_short((report["quality"] or {}).get("length", ()))
     figure = spoken_loss(worst)["increase"].partition(" (")[0]
     return Card("Quality loss: perplexity, worst text", figure, tuple(lines), _JUDGED[judged(report)])

@@ -16,18 +16,18 @@ from typing import Any
 from nbl_export.options.goals import DEFAULT_INCREASE
 from nbl_export.records.paired import spoken_ratio
 from nbl_export.records.plan import spoken_layers
-from nbl_export.records.quality import FAR_SHARE, far_ends, spoken_far, spoken_loss
+from nbl_export.records.quality import LONG_RANGE_SHARE, describe_long_range, long_range_ends, spoken_loss
 from nbl_export.records.results import FAILED
 from nbl_export.report import words
 
 __all__ = [
     "Timed",
+    "describe_exit",
     "headline",
     "judged",
     "limit_of",
     "next_steps",
     "outcome",
-    "spoken_cut",
     "timed",
     "verdict",
     "worst_loss",
@@ -118,7 +118,7 @@ def outcome(report: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     said = verdict(report)
     return (
         *((("verdict", said),) if said else ()),
-        ("layers", spoken_cut(report) or which),
+        ("layers", describe_exit(report) or which),
         ("first token", _speed(report, "pp")),
         ("others", _speed(report, "tg")),
         ("cache", f"{words.change(cache['original'], cache['nbl'])}, {ends}"),
@@ -172,14 +172,14 @@ def _gain(report: Mapping[str, Any]) -> tuple[str, bool]:
     return "Not worth it here: no test is clearly faster.", False
 
 
-def spoken_cut(report: Mapping[str, Any]) -> str:
+def describe_exit(report: Mapping[str, Any]) -> str:
     """Which keys of a run are predicted, in words; "" if none are."""
-    cut = report.get("cut")
-    if not cut:
+    prompt_exit = report.get("exit")
+    if not prompt_exit:
         return ""
     return (
-        f"of a prompt, the last {cut['near']} tokens and the first pass layers {cut['layer']} to "
-        f"{report['num_layers'] - 1}; keys of the others are predicted there"
+        f"of a prompt, the last {prompt_exit['recent_tokens']} tokens and the first pass layers {prompt_exit['layer']} "
+        f"to {report['num_layers'] - 1}; keys of the others are predicted there"
     )
 
 
@@ -190,8 +190,8 @@ def _speed(report: Mapping[str, Any], kind: str) -> str:
 def _losses(report: Mapping[str, Any]) -> Iterator[str]:
     for row in report["quality_loss"]:
         yield f"perplexity {spoken_loss(row)['increase']} on {row['text']}"
-    if report.get("far"):
-        yield spoken_far(report["far"])
+    if report.get("long_range"):
+        yield describe_long_range(report["long_range"])
     verdict = judged(report)
     if verdict:
         yield f"{verdict} the limit of {limit_of(report)[0]}"
@@ -209,9 +209,9 @@ def limit_of(report: Mapping[str, Any]) -> tuple[str, float]:
 
 
 def judged(report: Mapping[str, Any]) -> str:
-    """Whether every interval of the loss is "within" the limit, one is "above" it, or "near" if neither is shown.
+    """Whether every interval of the loss is "within" the limit, one is "above" it, or "undecided" if neither is shown.
 
-    Of answers from far back, `records.quality.FAR_SHARE` times the limit may be lost.
+    Of long-range tokens, `records.quality.LONG_RANGE_SHARE` times the limit may be lost.
 
     "" if no loss was measured.
     """
@@ -220,11 +220,11 @@ def judged(report: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     ends = [_ends(row) for row in rows]
-    if report.get("far"):
-        ends.append([end / FAR_SHARE for end in far_ends(report["far"])])
+    if report.get("long_range"):
+        ends.append([end / LONG_RANGE_SHARE for end in long_range_ends(report["long_range"])])
     if any(low > share for low, _ in ends):
         return "above"
-    return "within" if all(high <= share for _, high in ends) else "near"
+    return "within" if all(high <= share for _, high in ends) else "undecided"
 
 
 def _ends(row: Mapping[str, Any]) -> Sequence[float]:
@@ -238,6 +238,6 @@ def next_steps(report: Mapping[str, Any], directory: Path) -> Iterator[tuple[str
     place = shlex.quote(str(directory))
     if judged(report) == "above":
         trained = ", or train the maps (--fit distilled)" if report["fit"] == "independent" else ""
-        higher = report.get("cut") and f"cut higher (--cut {report['cut']['layer'] + 1})"
+        higher = report.get("exit") and f"exit higher (--exit-layer {report['exit']['layer'] + 1})"
         yield "better", higher or f"ask for fewer layers (--layers N){trained}"
     yield "try", f'nbl-export generate {place} "Write two sentences about the sea." --both'

@@ -34,7 +34,7 @@ from nbl_export.run_directory import (
 
 __all__ = ["ADVICE", "codes_of", "document", "first_screen", "of_run", "render", "results_of", "summarize"]
 
-_COPIED = ("model", "options", "command", "versions", "calibration", "num_layers", "replaced_layers", "kinds", "cut",
+_COPIED = ("model", "options", "command", "versions", "calibration", "num_layers", "replaced_layers", "kinds", "exit",
            "tap", "select", "logits", "goal", "curve", "torch_device")  # fmt: skip
 
 
@@ -117,7 +117,7 @@ def summarize(
         "warnings": verify.get("warnings", []),
         "largest_logit_difference": _largest_logit_difference(checks),
         "quality_loss": verify.get("quality_loss", []),
-        "far": verify.get("far"),
+        "long_range": verify.get("long_range"),
         "texts": verify.get("texts", []),
         "answers": verify.get("answers", []),
         "passage": verify.get("passage", ""),
@@ -211,6 +211,6 @@ def _drawings(report: Mapping[str, Any]) -> dict[str, str]:
         drawn["throughput"] = plots.throughput(report["rows"], report["ratios"])
     if report["curve"]:
         drawn["curve"] = plots.curve(
-            report["curve"]["points"], len(report["replaced_layers"]), (report.get("cut") or {}).get("near")
+            report["curve"]["points"], len(report["replaced_layers"]), (report.get("exit") or {}).get("recent_tokens")
         )
     return drawn

@@ -94,25 +94,27 @@ def _bars(axis: Axes, rows: Sequence[dict[str, Any]], texts: dict[tuple[str, int
     _quiet(axis, "x")
 
 
-def curve(points: Sequence[dict[str, Any]], layers: int, near: int | None = None) -> str:
+def curve(points: Sequence[dict[str, Any]], layers: int, recent_tokens: int | None = None) -> str:
     """Draw the perplexity over the original's (logarithmic) against the modelled prefill speed-up, as SVG.
 
     Args:
         points: those of the manifest's curve.
-        layers, near: number of layers, and of near tokens with a cut, of the point to ring.
+        layers, recent_tokens: number of layers, and of recent tokens with an exit layer, of the point to ring.
     """
     with style.context(["default", _STYLE]):
         figure = Figure(figsize=(_WIDTH, 3.6), layout="constrained")
         axis = figure.subplots()
         xs = [p["prefill"] for p in points]
         ys = [1 + max(p["increases"]) for p in points]
-        joined = "none" if near else "-"  # two cuts are not more and less of one thing
+        joined = "none" if recent_tokens else "-"  # two exit layers are not more and less of one thing
         axis.plot(xs, ys, linestyle=joined, marker="o", color=_NBL, markersize=5, label=_NAMES["nbl"])
         for x, y in [
-            (x, y) for p, x, y in zip(points, xs, ys, strict=True) if (p["layers"], p.get("near")) == (layers, near)
+            (x, y)
+            for p, x, y in zip(points, xs, ys, strict=True)
+            if (p["layers"], p.get("recent_tokens")) == (layers, recent_tokens)
         ]:
             axis.plot([x], [y], "o", markersize=14, markerfacecolor="none", color=_INK, markeredgewidth=1.6)
-            text = "this run" if near else f"{layers} layer{'' if layers == 1 else 's'}"
+            text = "this run" if recent_tokens else f"{layers} layer{'' if layers == 1 else 's'}"
             axis.annotate(text, (x, y), xytext=(11, -4), textcoords="offset points", color=_TEXT)
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter(lambda value, _: _short(value))

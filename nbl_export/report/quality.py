@@ -9,7 +9,7 @@ from typing import Any
 
 from nbl_export.options.options import CHECKPOINT_FIT
 from nbl_export.records.paired import spoken_ratio
-from nbl_export.records.quality import promise, spoken_far, spoken_loss
+from nbl_export.records.quality import describe_long_range, promise, spoken_loss
 from nbl_export.records.results import VERIFIED
 from nbl_export.report import words
 from nbl_export.report.document import Block, Code, Details, Figure, Heading, Pair, Paragraph, Section
@@ -88,24 +88,24 @@ def _losses(report: Mapping[str, Any]) -> Iterator[Block]:
     if report["quality_warning"]:
         yield Paragraph(f"Note: {report['quality_warning']}.")
     yield losses(report["quality_loss"])
-    if report.get("far"):
-        yield Paragraph(_far(report["far"]))
+    if report.get("long_range"):
+        yield Paragraph(_long_range(report["long_range"]))
     said, share = limit_of(report)
     yield Paragraph(f"A limit of {said} means that {promise(share)}.")
 
 
-def _far(row: Mapping[str, Any]) -> str:
+def _long_range(row: Mapping[str, Any]) -> str:
     ends = " to ".join(words.number(row[name], "not finite") for name in ("perplexity_original", "perplexity_nbl"))
     return (
-        f"{spoken_far(row).capitalize()}: {row['tokens']:,} tokens that the original predicts from the whole text, and "
-        f"not from the last 64 to 127 tokens. Their perplexity goes from {ends}."
+        f"{describe_long_range(row).capitalize()}: {row['tokens']:,} tokens that the original predicts from the whole "
+        f"text, and not from the last 64 to 127 tokens. Their perplexity goes from {ends}."
     )
 
 
 def _prompt(loss: Mapping[str, Any]) -> str:
     if not loss.get("prompt"):
         return ""
-    return f"The first {loss['prompt']} of them are a prompt that stops at the cut, and the others are scored. "
+    return f"The first {loss['prompt']} of them are a prompt that stops at the exit layer, and the others are scored. "
 
 
 def losses(found: Iterable[Mapping[str, Any]], title: str = "") -> Table:
@@ -174,7 +174,7 @@ _OTHER_SETS = "More or fewer layers"
 _CURVE = Figure(
     "curve",
     "Perplexity over the original's, on the text with the largest increase, against the modelled speed-up of prefill. "
-    "A point is a number of layers, or a cut. The ring marks this run.",
+    "A point is a number of layers, or an exit layer. The ring marks this run.",
 )
 
 
@@ -184,23 +184,23 @@ def curve(report: Mapping[str, Any]) -> tuple[Section, ...]:
     if not found:
         return (Section(_OTHER_SETS, (Paragraph(_no_curve(report)),)),)
     rises = tuple(f"Increase, {name}" for name in found["texts"])
-    is_cut = bool(report.get("cut"))
+    has_exit = bool(report.get("exit"))
     columns = (
-        Column.numbers("Cut at", "Near tokens", *rises, "Answers from far back", "Prefill")
-        if is_cut
+        Column.numbers("Exit layer", "Recent tokens", *rises, "Long-range tokens", "Prefill")
+        if has_exit
         else (*Column.numbers("Layers", *rises, "Prefill", "Decode"), Column("Which", "wrap"))
     )
     table = Table.of(columns, [_set(point) for point in found["points"]])
     note = Paragraph(" ".join(_curve_note(report, found)))
-    title = "Other cuts" if is_cut else _OTHER_SETS
+    title = "Other exit layers" if has_exit else _OTHER_SETS
     return (Section(title, (note, _CURVE, table)),)
 
 
 def _no_curve(report: Mapping[str, Any]) -> str:
     if report["fit"] == CHECKPOINT_FIT:
         return "Layers and maps came with the checkpoint, so no other number of layers was measured."
-    if report.get("cut"):
-        return "The cut was named, so no other one was measured."
+    if report.get("exit"):
+        return "The exit layer was named, so no other one was measured."
     return "Layers were named, or ordered by scores, so no other number of layers was measured."
 
 
@@ -221,17 +221,17 @@ def _rise(share: float) -> str:
 def _set(point: Mapping[str, Any]) -> tuple[str, ...]:
     rises = (_rise(share) for share in point["increases"])
     prefill = f"×{spoken_ratio(point['prefill'])}"
-    if "near" in point:
-        far = point.get("far")
-        lost = "–" if far is None else _rise(-far)
-        return str(min(point["replaced_layers"])), str(point["near"]), *rises, lost, prefill
+    if "recent_tokens" in point:
+        long_range = point.get("long_range")
+        lost = "–" if long_range is None else _rise(-long_range)
+        return str(min(point["replaced_layers"])), str(point["recent_tokens"]), *rises, lost, prefill
     decode = f"×{spoken_ratio(point['decode'])}"
     return str(point["layers"]), *rises, prefill, decode, words.listed(point["replaced_layers"])
 
 
 def _curve_note(report: Mapping[str, Any], curve: Mapping[str, Any]) -> Iterator[str]:
-    if report.get("cut"):
-        yield from _of_cuts(report, curve)
+    if report.get("exit"):
+        yield from _of_exits(report, curve)
         return
     yield "The choice of layers measured each of these sets, before any training of the maps."
     yield "Increases of perplexity are of the text that chose the layers, so they are somewhat too low."
@@ -248,11 +248,12 @@ def _curve_note(report: Mapping[str, Any], curve: Mapping[str, Any]) -> Iterator
     yield "nbl-export plan with --layers takes another count, best in a copy of the run, whose results it undoes."
 
 
-def _of_cuts(report: Mapping[str, Any], curve: Mapping[str, Any]) -> Iterator[str]:
-    yield "Each point is a cut that was tried, with all layers above it; the choice began with the fastest one."
-    yield "Increases of perplexity are of the text that chose the cut, at every position of its rows."
-    yield "So is the change of what answers from far back keep."
+def _of_exits(report: Mapping[str, Any], curve: Mapping[str, Any]) -> Iterator[str]:
+    yield "Each point is an exit layer that was tried, with all layers above it; the choice began with the fastest one."
+    yield "Increases of perplexity are of the text that chose the exit layer, at every position of its rows."
+    yield "So is the change of what long-range tokens keep."
     of = f" for {curve['engine']} in {curve['precision']}" if "engine" in curve else ""
     yield f"Speed is modelled{of}: a prompt of {curve['tokens']} tokens. Decoding costs what it costs in the original."
-    yield f"The chosen cut keeps the increase within {report['goal']['max_perplexity_increase']} on every text."
-    yield "nbl-export plan with --cut and --near takes another one, best in a copy of the run, whose results it undoes."
+    yield f"The chosen exit layer keeps the increase within {report['goal']['max_perplexity_increase']} on every text."
+    yield "nbl-export plan with --exit-layer and --recent-tokens takes another one, best in a copy of the run, whose "
+    yield "results it undoes."

@@ -11,7 +11,7 @@ from typing import Any
 
 from nbl_export.errors import NblError, UsageError
 from nbl_export.graph.names import MANIFEST
-from nbl_export.mixers import cache_layers
+from nbl_export.methods import cache_layers
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
@@ -142,8 +142,8 @@ def open_finished(output: Path, ui: Ui, *, force: bool = False) -> Iterator[Job]
 
 # -- as JSON values --------------------------------------------------------------------------------------------
 
-_RESULT = ("status", "num_layers", "replaced_layers", "cut", "fit", "goal", "rows", "ratios", "cache_bytes_per_token",
-           "quality_loss", "far")  # fmt: skip
+_RESULT = ("status", "num_layers", "replaced_layers", "exit", "fit", "goal", "rows", "ratios", "cache_bytes_per_token",
+           "quality_loss", "long_range")  # fmt: skip
 
 
 def result(run: RunDirectory) -> dict[str, Any] | None:
@@ -180,7 +180,7 @@ def describe(directory: Path) -> dict[str, Any]:
         "codes": codes_of(facts),
         "logits": facts.get("logits"),
         "replaced_layers": facts.get("replaced_layers"),
-        "cut": facts.get("cut"),
+        "exit": facts.get("exit"),
         "num_layers": spec.num_layers,
         "tap": facts.get("tap"),
         "stages": {name: record["seconds"] for name, record in facts["stages"].items()},

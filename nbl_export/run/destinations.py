@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import NblError
-from nbl_export.model.checkpoint.source import Source
+from nbl_export.methods.checkpoint.source import Source
 from nbl_export.options.options import CHECKPOINT_FIT, JobOptions
 from nbl_export.records.destinations import DESTINATIONS
 from nbl_export.records.plan import USUAL_KIND

@@ -19,8 +19,8 @@ from typing import Any
 from nbl_export.errors import NblError
 from nbl_export.measure.estimate import Job as EstimatedJob
 from nbl_export.measure.estimate import Needs, product_flops_per_second
+from nbl_export.methods.checkpoint.shape import Shape, read_shape
 from nbl_export.model import processes
-from nbl_export.model.checkpoint.shape import Shape, read_shape
 from nbl_export.model.memory import available_bytes, holds
 from nbl_export.options.options import SMALLEST, JobOptions
 from nbl_export.options.settle import hub_id, settle
@@ -28,7 +28,7 @@ from nbl_export.report.estimate import spoken_totals
 from nbl_export.report.words import size
 from nbl_export.run.facts import architecture_facts, capabilities_of
 from nbl_export.run.job import Job
-from nbl_export.run.stages.common import LeftOut, Stage
+from nbl_export.run.stages.common import Skipped, Stage
 
 __all__ = ["estimate", "foreseen", "spoken_machine"]
 
@@ -110,12 +110,12 @@ def _of_all_processes(job: EstimatedJob, shared: Collection[str]) -> Iterator[Ne
 
 
 def _spoken_gain(job: EstimatedJob) -> str:
-    """What the kind of a job can give for the longer prompt, and what predicted keys would give."""
+    """What the kind of a job can give for the longer prompt, and what predicted KV would give."""
     found = job.gains()
     count = job.shape.decoder.num_layers
     tokens = max(gain.tokens for gain in found)
     gains = (
-        f"{gain.speedup:.2f}x if {gain.layers} layers have {gain.kind}{'' if gain.is_asked else ' (--cut auto)'}"
+        f"{gain.speedup:.2f}x if {gain.layers} layers have {gain.kind}{'' if gain.is_asked else ' (--exit-layer auto)'}"
         for gain in found
         if gain.tokens == tokens
     )
@@ -170,7 +170,7 @@ def _left(job: Job, stages: Sequence[Stage[Any]]) -> set[str]:
             left.add(stage.name)
             continue
         declared = stage.declared(job)
-        if not isinstance(declared, LeftOut) and declared[1] != known.get(stage.name, {}).get("key"):
+        if not isinstance(declared, Skipped) and declared[1] != known.get(stage.name, {}).get("key"):
             left.add(stage.name)
     return left
 

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from nbl_export.errors import NblError
+from nbl_export.methods.checkpoint.shape import read_shape
+from nbl_export.methods.checkpoint.source import Source, resolve
 from nbl_export.model import memory
 from nbl_export.model.architectures import ARCHITECTURES, supported_near
-from nbl_export.model.checkpoint.shape import read_shape
-from nbl_export.model.checkpoint.source import Source, resolve
 from nbl_export.options.model_facts import ModelFacts
 from nbl_export.options.options import CHECKPOINT_FIT, JobOptions
 from nbl_export.records.capabilities import Capabilities
@@ -52,7 +52,7 @@ def read_model(model: str, manifest: Mapping[str, Any]) -> tuple[Source, Decoder
     source = resolve(model)
     if manifest and manifest["model"]["fingerprint"] == source.fingerprint:
         return source, DecoderSpec(**manifest["decoder"])
-    from nbl_export.model.checkpoint import load
+    from nbl_export.methods.checkpoint import load
 
     return source, load.read_spec(source)
 
@@ -109,7 +109,7 @@ def check_machine(options: JobOptions, *, runs_engine: bool) -> None:
         require_engine(options)
 
 
-def require_engine(options: JobOptions, *, to_prove: bool = False) -> None:
+def require_engine(options: JobOptions, *, for_verification: bool = False) -> None:
     """Check that the engine is available on this machine.
 
     Args:
@@ -120,7 +120,7 @@ def require_engine(options: JobOptions, *, to_prove: bool = False) -> None:
     """
     engine = load_engine(options.engine, options.provider)
     name = options.engine
-    if to_prove and (prover := engine.capabilities.proven_by):
+    if for_verification and (prover := engine.capabilities.verified_by):
         engine = load_engine(prover)
         name = prover
     found = engine.probe()

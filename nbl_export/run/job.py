@@ -13,7 +13,7 @@ from typing import Any
 
 from nbl_export.errors import NblError
 from nbl_export.measure.cost import CostModel, cost_model
-from nbl_export.model.checkpoint.shape import read_shape
+from nbl_export.methods.checkpoint.shape import read_shape
 from nbl_export.options.command import describe_command
 from nbl_export.records.inputs import Lazy, lazy
 from nbl_export.records.plan import Plan
@@ -132,6 +132,6 @@ class Job:
         return JobText.of_file(self.run.path / TEXT_FILE, (noted["name"], noted["second"]), noted["parts"])
 
     @property
-    def choosing(self) -> Lazy[Texts]:
+    def selection(self) -> Lazy[Texts]:
         """Texts that layers are chosen by."""
-        return self.text.choosing(self.decoder.max_positions)
+        return self.text.selection(self.decoder.max_positions)

@@ -22,7 +22,7 @@ from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
 from nbl_export.run.settled import Settled, settle_job, settle_run
 from nbl_export.run.stages import bench, calibrate, evaluate, graphs, plan, text, verify
-from nbl_export.run.stages.common import Inputs, LeftOut, Place, Stage
+from nbl_export.run.stages.common import Inputs, Place, Skipped, Stage
 from nbl_export.run_directory import REPORT_JSON, VERIFY_FILE, RunDirectory, refuse_foreign
 from nbl_export.targets import load_engine
 
@@ -114,7 +114,7 @@ def _has_text(job: Job) -> bool:
     """Whether the run has the text that the options ask for."""
     stage = STAGES[0]
     declared = STAGES[0].declared(job)
-    return not isinstance(declared, LeftOut) and job.run.is_done(stage.name, declared[1])
+    return not isinstance(declared, Skipped) and job.run.is_done(stage.name, declared[1])
 
 
 def run_stages(
@@ -165,8 +165,8 @@ def _check_evaluation(run: RunDirectory, request: EvalRequest) -> int:
     options = run.options
     decoder = run.decoder
     compiled = load_engine(options.engine).capabilities.static
-    if run.manifest.get("cut") and compiled:
-        raise NblError(f"{run.path} has predicted keys, which are evaluated in graphs of --engine ort alone")
+    if run.manifest.get("exit") and compiled:
+        raise NblError(f"{run.path} has predicted KV, which are evaluated in graphs of --engine ort alone")
     positions = options.cache_length(decoder, compiled=compiled)
     asked = [request.window] * bool(request.texts) + [request.long_window(positions)] * bool(request.long_texts)
     if max(asked, default=0) > positions:
@@ -211,7 +211,7 @@ def _advance(job: Job, until: str, *, ignore_failure: bool = False, needs: str =
             processes.end()
         declared = stage.declared(job)
         place = Place(run, ui, readers(stage.name))
-        if isinstance(declared, LeftOut):
+        if isinstance(declared, Skipped):
             if stage.name == needs:
                 raise NblError(f"nothing to {stage.title} here: {declared.reason or 'the engine compiles nothing'}")
             if declared.reason:
@@ -255,7 +255,7 @@ def _follow(settled: Callable[[RunDirectory, Callable[[str], None]], Settled], o
         job = job or Job(settled(run, ui.say), run, ui)
         job.run.manifest = run.manifest
         declared = [stage.declared(job) for stage in STAGES[: _place(name)]][-1]
-        if isinstance(declared, LeftOut) or declared[1] != expected:
+        if isinstance(declared, Skipped) or declared[1] != expected:
             raise NblError(f"rank {processes.rank()} has other inputs than rank 0; give all the same command and files")
         job.note()
         job.torch.agree()

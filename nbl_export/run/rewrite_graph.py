@@ -26,21 +26,21 @@ from nbl_export.graph.emitter import run_passes
 from nbl_export.graph.external_graph import (
     check_graph_place,
     companions,
+    config_dir_of,
     decoder_facts,
-    home_of,
     logits_of,
     replaced_layers,
 )
 from nbl_export.graph.files import data_files, find_graph, load_graph, save_graph
 from nbl_export.graph.names import ALL_LOGITS_FILE, MANIFEST, STATIC_GRAPH_FILE
-from nbl_export.mixers.base import Mixer, cacheless
-from nbl_export.mixers.cut import cut_of
+from nbl_export.graph.passes.tail import PruneTail
+from nbl_export.methods.base import Mixer, cacheless
+from nbl_export.methods.maps_file import load_maps, maps_in
+from nbl_export.methods.predicted_kv.prompt_exit import prompt_exit_of
+from nbl_export.methods.rewrite import rewrite, rewrite_model
 from nbl_export.options.goals import parse_layers
-from nbl_export.plan.maps_file import load_maps, maps_in
 from nbl_export.records.decoder import MOST_LAYERS
 from nbl_export.records.plan import TAPS, Plan
-from nbl_export.rewrite import rewrite, rewrite_model
-from nbl_export.rewrite.tail import PruneTail
 from nbl_export.run_directory import MAPS_FILE, PACKAGES, SCHEMA
 from nbl_export.trust.contained import check_inside
 from nbl_export.trust.model_settings import drop_code
@@ -70,7 +70,7 @@ def rewrite_graph(path: Path, maps_file: Path, layers: str | None, output: Path)
         raise NblError(f"{output} lies inside {file.parent}, which must not change; choose another --output")
     stored, tap = maps_in(maps_file)
     model = load_graph(file)
-    spec = decoder_facts(model.graph, find_block(model.graph, cache_layers(model.graph)[0]), home_of(file))
+    spec = decoder_facts(model.graph, find_block(model.graph, cache_layers(model.graph)[0]), config_dir_of(file))
     if spec["num_layers"] > MOST_LAYERS:
         raise NblError(f"the configuration beside {file} states {spec['num_layers']} layers; fetch the graph again")
     plan, maps = _plan(maps_file, stored, layers, tap or TAPS[0], spec)
@@ -113,17 +113,17 @@ def _plan(
 def _write(model: Any, path: Path, file: Path, made: Path, plan: Plan, maps: dict[int, Mixer]) -> None:
     """Write the new directory. A directory of nbl-export gets the full rewrite; another one gets a new graph file.
 
-    With a cut this file gives the logits of the last token.
+    With an exit layer this file gives the logits of the last token.
     """
     if (file.parent / ALL_LOGITS_FILE).is_file() or file.name == STATIC_GRAPH_FILE:
         rewrite(file.parent, made, maps, plan.tap)
         return
     files = list(companions(path, {file, *data_files(file, model)}))
-    stops = cut_of(maps) is not None
+    stops = prompt_exit_of(maps) is not None
     if stops and logits_of(model.graph) != "all":
-        raise RefusalError(None, "predicted keys need the logits of all tokens, and it gives those of the last one")
+        raise RefusalError(None, "predicted KV need the logits of all tokens, and it gives those of the last one")
     rewrite_model(model, maps, plan.tap)
-    if stops:  # behind a cut, runtimes find the last token alone
+    if stops:  # behind an exit layer, runtimes find the last token alone
         run_passes([PruneTail()], model)
     made.mkdir()
     for old, name in files:
@@ -136,7 +136,7 @@ def _write(model: Any, path: Path, file: Path, made: Path, plan: Plan, maps: dic
 
 def _facts(model: Any, file: Path, maps_file: Path, maps: dict[int, Mixer], plan: Plan) -> dict[str, Any]:
     """The content of the directory's nbl.json."""
-    cut = cut_of(maps)
+    prompt_exit = prompt_exit_of(maps)
     return {
         "schema": SCHEMA,
         "source": {"graph": file.name, "sha256": file_sha256(file), "producer": model.producer_name},
@@ -144,7 +144,9 @@ def _facts(model: Any, file: Path, maps_file: Path, maps: dict[int, Mixer], plan
         "num_layers": plan.num_layers,
         "replaced_layers": sorted({*plan.layers, *replaced_layers(model.graph)}),
         "tap": plan.tap,
-        "cut": None if cut is None else {"layer": cut.layer, "near": cut.near},
+        "exit": None
+        if prompt_exit is None
+        else {"layer": prompt_exit.layer, "recent_tokens": prompt_exit.recent_tokens},
         "caches": present_names(model.graph, without=cacheless(maps)),
         "versions": versions(PACKAGES),
         "nbl_export": __version__,

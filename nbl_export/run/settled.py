@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nbl_export.errors import NblError
-from nbl_export.model.checkpoint.source import Source, resolve
+from nbl_export.methods.checkpoint.source import Source, resolve
 from nbl_export.options.options import JobOptions
 from nbl_export.options.public import located
 from nbl_export.options.settle import settle
@@ -141,14 +141,14 @@ def _refuse_other_graphs(run: RunDirectory, recorded: JobOptions, engine: str) -
 
 
 def _find_codes(options: JobOptions, decoder: DecoderSpec) -> Source | None:
-    from nbl_export.model.checkpoint import quantized
+    from nbl_export.methods.checkpoint import quantized
 
     return None if options.quantized_model is None else quantized.find(options.quantized_model, decoder)
 
 
 def _codes(options: JobOptions, decoder: DecoderSpec) -> tuple[Lazy[Source | None], dict[str, Any]]:
     """The quantised checkpoint of options, and what the manifest says of it."""
-    from nbl_export.model.checkpoint import quantized
+    from nbl_export.methods.checkpoint import quantized
 
     found = _find_codes(options, decoder)
     if found is None:

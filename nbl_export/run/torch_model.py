@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import NblError
+from nbl_export.methods.inputs import Maps
 from nbl_export.model import processes
-from nbl_export.plan.inputs import Maps
 from nbl_export.records.inputs import lazy
 from nbl_export.run.progress import Ui
 from nbl_export.run.settled import Settled
@@ -51,7 +51,7 @@ class TorchModel:
     @lazy(_files)
     def checkpoint(self) -> Path:
         """A directory with safetensors and tokenizer."""
-        from nbl_export.model.checkpoint import load
+        from nbl_export.methods.checkpoint import load
 
         self.origin()
         return load.materialise(self._source.value, self._run.path / CHECKPOINT)
@@ -59,15 +59,15 @@ class TorchModel:
     @lazy(_files)
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
-        from nbl_export.model.checkpoint import load
+        from nbl_export.methods.checkpoint import load
 
         return load.load_tokenizer(self.checkpoint.value)
 
     @lazy(_files)
     def model(self) -> Any:
         """The whole model in memory."""
+        from nbl_export.methods.checkpoint import load
         from nbl_export.model import memory
-        from nbl_export.model.checkpoint import load
 
         memory.keep_freed_memory()
         return load.load_model(self.checkpoint.value).to(self.device.value)
@@ -116,17 +116,17 @@ class TorchModel:
         return bfloat16.chosen(self._options.compute_dtype, place)
 
     @lazy(lambda model: [model.fingerprint, model._options.compute_dtype])
-    def mixes(self) -> Callable[[Maps, str], Any]:
-        """Maps and their tap -> the model in which these maps replace attention (`model.switched.SwitchedModel`)."""
+    def partial(self) -> Callable[[Maps, str], Any]:
+        """Maps and their tap -> the model in which these maps replace attention (`PartialReplacement`)."""
+        from nbl_export.methods.losses import PartialReplacement
         from nbl_export.model.mapped import mapped_model
-        from nbl_export.model.switched import SwitchedModel
 
         if not self.shortage.value:
-            return lambda maps, tap: SwitchedModel(self.model.value, maps, tap, narrow=self.narrow.value)
+            return lambda maps, tap: PartialReplacement(self.model.value, maps, tap, narrow=self.narrow.value)
         self._ui.say(f"  one layer at a time: the weights are {self.shortage.value}")
 
-        def mixed(maps: Maps, tap: str) -> SwitchedModel:
+        def mixed(maps: Maps, tap: str) -> PartialReplacement:
             model = mapped_model(self.checkpoint.value, head=True)
-            return SwitchedModel(model, maps, tap, narrow=self.narrow.value, scratch=self._run.path)
+            return PartialReplacement(model, maps, tap, narrow=self.narrow.value, scratch=self._run.path)
 
         return mixed

@@ -11,11 +11,11 @@ from typing import Any
 import psutil
 
 from nbl_export.graph.names import ALL_LOGITS_FILE, GRAPH_FILE, all_logits_file
-from nbl_export.mixers.base import Mixer, Running
+from nbl_export.methods.base import Mixer, NumpyMixers
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import GraphContract
 from nbl_export.records.results import CheckResult
-from nbl_export.targets.checks import HeldMaps, Wanted
+from nbl_export.targets.checks import ExpectedGraph, StoredWeights
 from nbl_export.targets.runners import GraphDecoder, StepDecoder, TextRunner
 
 __all__ = ["Availability", "BuildSettings", "DecoderFacts", "ExportSettings", "Target", "default_threads"]
@@ -126,7 +126,7 @@ class Target:
         Raises:
             RefusalError: the graph is not understood.
         """
-        from nbl_export.rewrite import rewrite
+        from nbl_export.methods.rewrite import rewrite
 
         rewrite(original, out, maps, tap)
 
@@ -136,14 +136,14 @@ class Target:
         Raises:
             RefusalError: the tail of this graph cannot be pruned; no file has changed.
         """
-        from nbl_export.rewrite.tail import keep_last_token
+        from nbl_export.graph.passes.tail import keep_last_token
 
         keep_last_token(directory)
 
     # -- checks of the target's own files --------------------------------------------------------------------------
 
     def check(
-        self, directory: Path, contract: GraphContract, wanted: Wanted, original: Path | None
+        self, directory: Path, contract: GraphContract, wanted: ExpectedGraph, original: Path | None
     ) -> list[CheckResult]:
         """Check structure: valid files, inputs and outputs, caches, maps as fitted, and a graph that is pruned.
 
@@ -155,11 +155,11 @@ class Target:
 
         return onnx_files.check(directory, contract, wanted, original)
 
-    def held_maps(self, directory: Path) -> HeldMaps:
+    def read_maps(self, directory: Path) -> StoredWeights:
         """What the graph of a directory holds of mixers."""
         from nbl_export.targets import onnx_files
 
-        return onnx_files.held_maps(directory)
+        return onnx_files.read_maps(directory)
 
     def write_float32(self, directory: Path, out: Path) -> None:
         """Write a float32 copy of a directory's graphs, which a CPU runs, for graphs of the static form."""
@@ -201,7 +201,9 @@ class Target:
         """
         raise NotImplementedError
 
-    def open_mixed(self, directory: Path, head_dim: int, mixers: Running, tap: str, *, exact: bool) -> StepDecoder:
+    def open_reference(
+        self, directory: Path, head_dim: int, mixers: NumpyMixers, tap: str, *, exact: bool
+    ) -> StepDecoder:
         """The graph with all logits, with mixers in place of attention, computed without the rewrite.
 
         Args:
@@ -210,13 +212,13 @@ class Target:
         Raises:
             RefusalError: a layer is not understood, or has no such tap.
         """
-        from nbl_export.graph.cut_reference import CutDecoder
         from nbl_export.graph.decoder import OnnxDecoder
-        from nbl_export.graph.mixed import MixedSession
-        from nbl_export.mixers.cut import cut_of
+        from nbl_export.methods.linear.reference import MixedSession
+        from nbl_export.methods.predicted_kv.prompt_exit import prompt_exit_of
+        from nbl_export.methods.predicted_kv.reference import PredictedKVDecoder
 
-        if cut_of(mixers.mixers) is not None:
-            return CutDecoder(directory, head_dim, mixers, tap, exact=exact)
+        if prompt_exit_of(mixers.mixers) is not None:
+            return PredictedKVDecoder(directory, head_dim, mixers, tap, exact=exact)
         session = MixedSession(directory / all_logits_file(directory), mixers, tap, exact=exact)
         return OnnxDecoder(directory, head_dim, session=session)
 

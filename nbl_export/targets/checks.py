@@ -9,12 +9,22 @@ from typing import Any
 import numpy as np
 
 from nbl_export.graph.names import constant_name, product_name
-from nbl_export.mixers.base import Mixer
-from nbl_export.mixers.cut import cut_of
+from nbl_export.methods.base import Mixer
+from nbl_export.methods.predicted_kv.prompt_exit import prompt_exit_of
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.results import YES_NO, CheckResult
 
-__all__ = ["MAPS", "PRUNED", "SPOKEN", "HeldMaps", "Wanted", "check_cache", "checked", "judge_maps", "stored_maps"]
+__all__ = [
+    "MAPS",
+    "PRUNED",
+    "SPOKEN",
+    "ExpectedGraph",
+    "StoredWeights",
+    "check_cache",
+    "checked",
+    "judge_maps",
+    "stored_maps",
+]
 
 MAPS = "maps in the graph"  # metric of `judge_maps`
 PRUNED = "what ships is the graph with all logits, pruned"  # metric
@@ -22,7 +32,7 @@ SPOKEN = {"last": "of the last token", "all": "of all tokens"}  # logits
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ExpectedGraph:
     """What a directory's graph has to be.
 
     Attributes:
@@ -45,7 +55,7 @@ def checked(subject: str, metric: str, passed: bool, detail: str = "") -> CheckR
     return CheckResult("structure", subject, metric, 0.0 if passed else 1.0, YES_NO, passed, detail)
 
 
-def check_cache(wanted: Wanted, stated: int, itemsize: int) -> CheckResult:
+def check_cache(wanted: ExpectedGraph, stated: int, itemsize: int) -> CheckResult:
     """Compare the bytes that a graph's caches take for a token with those of the planned layers.
 
     Args:
@@ -57,7 +67,7 @@ def check_cache(wanted: Wanted, stated: int, itemsize: int) -> CheckResult:
 
 
 @dataclass(frozen=True)
-class HeldMaps:
+class StoredWeights:
     """What a graph holds of mixers.
 
     Attributes:
@@ -71,7 +81,7 @@ class HeldMaps:
     matrix: Callable[[str], tuple[np.ndarray, np.ndarray | float]]
 
 
-def judge_maps(subject: str, held: HeldMaps, mixers: Mapping[int, Mixer]) -> CheckResult:
+def judge_maps(subject: str, held: StoredWeights, mixers: Mapping[int, Mixer]) -> CheckResult:
     """Check that a graph holds what the fitted mixers emit: exact if floating point, within a step if in codes."""
     emitted = {layer: _Emitted(mixer) for layer, mixer in sorted(mixers.items())}
     wanted = {product_name(layer, part) for layer, ours in emitted.items() for part in ours.matrices}
@@ -82,7 +92,7 @@ def judge_maps(subject: str, held: HeldMaps, mixers: Mapping[int, Mixer]) -> Che
     return checked(subject, MAPS, not worst, worst or found)
 
 
-def stored_maps(held: HeldMaps, mixers: Mapping[int, Mixer]) -> dict[int, dict[str, np.ndarray]]:
+def stored_maps(held: StoredWeights, mixers: Mapping[int, Mixer]) -> dict[int, dict[str, np.ndarray]]:
     """The matrices and vectors that a graph holds of each mixer, by the names that `emit` gives them."""
     found = {}
     for layer, mixer in mixers.items():
@@ -94,7 +104,7 @@ def stored_maps(held: HeldMaps, mixers: Mapping[int, Mixer]) -> dict[int, dict[s
     return found
 
 
-def _problem(held: HeldMaps, layer: int, ours: _Emitted) -> str:
+def _problem(held: StoredWeights, layer: int, ours: _Emitted) -> str:
     """How a layer's mixer in the graph differs from the fitted one; "" if it does not differ."""
     products = {product_name(layer, part): part for part in ours.matrices}
     vectors = {constant_name(layer, part): part for part in ours.vectors}
@@ -123,9 +133,11 @@ class _Emitted:
     def __init__(self, mixer: Mixer) -> None:
         self.matrices: dict[str, np.ndarray] = {}
         self.vectors: dict[str, np.ndarray] = {}
-        if (cut := cut_of({0: mixer})) is not None:  # one product, put in by `rewrite.cut`
-            self.matrices = {"weight": cut.maps[0].weight}
-            self.vectors = {"bias": cut.maps[0].bias}
+        if (
+            prompt_exit := prompt_exit_of({0: mixer})
+        ) is not None:  # one product, put in by `methods.predicted_kv.passes`
+            self.matrices = {"weight": prompt_exit.maps[0].weight}
+            self.vectors = {"bias": prompt_exit.maps[0].bias}
             return
         mixer.emit(self, dict.fromkeys(read.stream for read in mixer.reads))
 

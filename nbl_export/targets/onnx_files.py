@@ -18,13 +18,13 @@ import onnx
 from nbl_export.graph.exact import graphs_of
 from nbl_export.graph.files import check_structure, load_graph, skeleton
 from nbl_export.graph.names import ALL_LOGITS_FILE, STATIC_GRAPH_FILE, graph_file
+from nbl_export.graph.passes.tail import difference
 from nbl_export.records.decoder import ITEMSIZE, GraphContract
 from nbl_export.records.quantised import unpacked
 from nbl_export.records.results import CheckResult
-from nbl_export.rewrite.tail import difference
-from nbl_export.targets.checks import PRUNED, SPOKEN, HeldMaps, Wanted, check_cache, checked, judge_maps
+from nbl_export.targets.checks import PRUNED, SPOKEN, ExpectedGraph, StoredWeights, check_cache, checked, judge_maps
 
-__all__ = ["check", "check_files", "check_untouched", "held_maps"]
+__all__ = ["check", "check_files", "check_untouched", "read_maps"]
 
 _OURS = re.compile(r"nbl\.layers\.\d+\.")
 _SHAPES = ("nbl.states.", "nbl.cut.")  # begin the names of shapes, indices and tables (`rewrite`)
@@ -35,17 +35,17 @@ _PIECE = 1 << 24  # bytes that are compared at once
 _BITS = {"float16": 11, "bfloat16": 8}  # of a number's digits
 
 
-def check(directory: Path, contract: GraphContract, wanted: Wanted, original: Path | None) -> list[CheckResult]:
+def check(directory: Path, contract: GraphContract, wanted: ExpectedGraph, original: Path | None) -> list[CheckResult]:
     """See `Target.check`."""
     results = check_files(directory, contract, wanted)
-    results.append(judge_maps(wanted.subject, held_maps(directory), wanted.maps))
+    results.append(judge_maps(wanted.subject, read_maps(directory), wanted.maps))
     if (directory / ALL_LOGITS_FILE).is_file():
         problem = difference(directory)
         results.append(checked(wanted.subject, PRUNED, not problem, problem or "every node and weight"))
     return results if original is None else [*results, *check_untouched(directory, original)]
 
 
-def check_files(directory: Path, contract: GraphContract, wanted: Wanted) -> list[CheckResult]:
+def check_files(directory: Path, contract: GraphContract, wanted: ExpectedGraph) -> list[CheckResult]:
     """Check that the file is valid ONNX, and that its inputs and outputs are those of the plan."""
     cache = next(a for a in contract.inputs if a.name.startswith("past_key_values."))
     is_static = graph_file(directory) == STATIC_GRAPH_FILE
@@ -71,7 +71,7 @@ def check_files(directory: Path, contract: GraphContract, wanted: Wanted) -> lis
     return results
 
 
-def held_maps(directory: Path) -> HeldMaps:
+def read_maps(directory: Path) -> StoredWeights:
     """What a directory's graph holds of mixers."""
     graph = onnx.load(str(directory / graph_file(directory)), load_external_data=False).graph
     tensors = {t.name: t for t in graph.initializer if _OURS.match(t.name)}
@@ -88,7 +88,7 @@ def held_maps(directory: Path) -> HeldMaps:
             return _blocks_of(blocks, tensors, directory)
         return _weight_of(products[product], tensors, directory)
 
-    return HeldMaps(products, {name: _array(tensors[name], directory) for name in added}, matrix)
+    return StoredWeights(products, {name: _array(tensors[name], directory) for name in added}, matrix)
 
 
 def _weight_of(node: Any, tensors: Mapping[str, Any], directory: Path) -> tuple[np.ndarray, np.ndarray]:

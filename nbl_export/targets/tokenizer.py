@@ -26,11 +26,11 @@ from nbl_export.targets.runners import TextRunner
 from nbl_export.trust.contained import check_folder
 from nbl_export.trust.model_settings import read_text
 
-__all__ = ["TOKENIZER", "Speaking", "Text", "applied", "read_settings", "render"]
+__all__ = ["TOKENIZER", "Text", "TextGenerationMixin", "applied", "read_settings", "render"]
 
 
 TOKENIZER = "tokenizer.json"
-_Own = TypeVar("_Own", bound="Speaking")
+_Own = TypeVar("_Own", bound="TextGenerationMixin")
 
 
 class Text:
@@ -88,7 +88,7 @@ class Text:
                 yield piece
 
 
-class Speaking(TextRunner):
+class TextGenerationMixin(TextRunner):
     """A runner that reads and writes text with the tokenizer of its directory.
 
     Attributes:

@@ -1,11 +1,11 @@
 """The text of a job: rows of token ids by what they are for, cut once and read by every later stage.
 
-    calibration text ─► windows, held_back, training, deciding, choosing, final ┐
-    second text ──────► second.deciding, second.choosing, second.final ─────────┴─► one safetensors file
+    calibration text ─► windows, held_out, training, validation, selection, test ┐
+    second text ──────► second.validation, second.selection, second.test ─────────┴─► one safetensors file
 
     windows                      maps are fitted on
-    held_back                    nobody fits a map on, in the order of the text; verification takes its probes of it
-    deciding, choosing, final    the same rows by use, see `windows`
+    held_out                    nobody fits a map on, in the order of the text; verification takes its probes of it
+    validation, selection, test    the same rows by use, see `windows`
     training                     maps are trained on: `windows`, and what follows in the text
     second.*                     absent if the second text is the calibration text, or is too short
 
@@ -26,19 +26,19 @@ from nbl_export.text.corpus import Text
 from nbl_export.text.windows import (
     CALIBRATION_ROLES,
     SECOND_ROLES,
-    choosing_texts,
     divide,
     extend,
     pack,
     pack_ids,
     part_tokens,
+    selection_texts,
     token_ids,
 )
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["JobText", "cut", "cut_second", "read", "rows_sha256", "save"]
+__all__ = ["JobText", "read", "rows_sha256", "save", "split_rows", "split_second"]
 
 Texts = Sequence[tuple[str, Any]]  # name and token ids [windows, context] of each text
 
@@ -46,7 +46,7 @@ Texts = Sequence[tuple[str, Any]]  # name and token ids [windows, context] of ea
 # -- cutting ---------------------------------------------------------------------------------------------------
 
 
-def cut(
+def split_rows(
     text: Text, tokenizer: Any, tokens: int, context: int, training: int, vocab_size: int
 ) -> dict[str, torch.Tensor]:
     """The parts of a calibration text, which is tokenised once.
@@ -58,15 +58,15 @@ def cut(
     Raises:
         NblError: the text is too short for one window of each use, or has tokens that the model lacks.
     """
-    held_back = part_tokens(CALIBRATION_ROLES, context)
+    held_out = part_tokens(CALIBRATION_ROLES, context)
     most = max(-(-tokens // context), training // context, 1) * context
-    ids = token_ids(text, tokenizer, most + held_back, vocab_size)
-    windows, held = pack_ids(text, ids, tokens, context, held_back)
-    rows = {"windows": windows, "held_back": held, "training": extend(windows, ids, training, held_back)}
+    ids = token_ids(text, tokenizer, most + held_out, vocab_size)
+    windows, held = pack_ids(text, ids, tokens, context, held_out)
+    rows = {"windows": windows, "held_out": held, "training": extend(windows, ids, training, held_out)}
     return {**rows, **divide(held, CALIBRATION_ROLES)}
 
 
-def cut_second(text: Text, tokenizer: Any, context: int, vocab_size: int) -> dict[str, torch.Tensor]:
+def split_second(text: Text, tokenizer: Any, context: int, vocab_size: int) -> dict[str, torch.Tensor]:
     """The parts of the second text; nothing if it has too few windows."""
     rows, _ = pack(text, tokenizer, part_tokens(SECOND_ROLES, context), context, vocab_size=vocab_size)
     if len(rows) < len(SECOND_ROLES):
@@ -117,30 +117,30 @@ class JobText:
         rows: part -> its rows.
 
     Attributes:
-        judging: held-back rows that choose the best step of a training. own_final: of the calibration text alone.
-        deciding, final: texts that decide how many layers a goal takes, and those of the final figures.
+        early_stopping: held-out rows that choose the best step of a training. own_test: of the calibration text alone.
+        validation, test: texts that decide how many layers a goal takes, and those of the final figures.
     """
 
     def __init__(self, names: tuple[str, str], rows: Mapping[str, Lazy[torch.Tensor]]) -> None:
         self.names = names
         self._rows = rows
         self.windows = rows["windows"]
-        self.held_back = rows["held_back"]
+        self.held_out = rows["held_out"]
         self.training = rows["training"]
-        self.judging = rows["choosing"]
-        self.own_final = rows["final"]
-        self.deciding = self._both("deciding")
-        self.final = self._both("final")
+        self.early_stopping = rows["selection"]
+        self.own_test = rows["test"]
+        self.validation = self._both("validation")
+        self.test = self._both("test")
 
     @classmethod
     def of_file(cls, path: Path, names: tuple[str, str], hashes: Mapping[str, str]) -> JobText:
         """The text in a file that `save` wrote, with the hashes of its parts."""
         return cls(names, {part: Lazy(found, partial(read, path, part)) for part, found in hashes.items()})
 
-    def choosing(self, positions: int) -> Lazy[Texts]:
+    def selection(self, positions: int) -> Lazy[Texts]:
         """Texts that layers are chosen by, for a model of so many positions."""
-        texts = self._both("choosing")
-        return Lazy(texts.identity, lambda: choosing_texts(texts.value, positions))
+        texts = self._both("selection")
+        return Lazy(texts.identity, lambda: selection_texts(texts.value, positions))
 
     def _both(self, use: str) -> Lazy[Texts]:
         """Name and rows of the calibration text, and of the second text if there is one."""

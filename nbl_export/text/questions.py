@@ -1,6 +1,6 @@
 """Questions about a short text, each a user's turn of a chat: what both decoders answer stands in the report.
 
-The text is longer than the near tokens of a usual cut, so that an answer needs keys that are predicted.
+The text is longer than the recent tokens of a usual exit layer, so that an answer needs predicted KV.
 """
 
 from __future__ import annotations

@@ -2,14 +2,14 @@
 
 Each window has one purpose, so no final figure is measured on text that chose something.
 
-    calibration text   | maps are fitted on | deciding | choosing | deciding | final x 2 | deciding x 2 | training |
-    second text        | unused | deciding | choosing x 2 | final | deciding |
+    calibration text  | maps are fitted on | validation | selection | validation | test x 2 | validation x 2 | training
+    second text       | unused | validation | selection x 2 | test | validation |
 
-second     text that nobody calibrates on
-choosing   chooses layers (`select` efficient), also as passages that occur twice, and judges distilled maps
-deciding   decides how many layers a goal takes
-final      gives the figures of `verify`, the report and the card; no choice uses this part
-unused     was read while the tool's defaults were chosen; the second text's final part was not
+second      text that nobody calibrates on
+selection   chooses layers (`select` efficient), also as passages that occur twice, and judges distilled maps
+validation  decides how many layers a goal takes
+test        gives the figures of `verify`, the report and the card; no choice uses this part
+unused      was read while the tool's defaults were chosen; the second text's test part was not
 
 A part is a run of windows: 4,096 tokens of the calibration text, or 8,192 of the second text, rounded up to windows. Of
 a short calibration text an eighth is held back, and at least three windows.
@@ -33,15 +33,15 @@ __all__ = [
     "FEWEST_WINDOWS",
     "PART_TOKENS",
     "SECOND_ROLES",
-    "choosing_texts",
     "divide",
+    "early_stopping_tokens",
     "extend",
-    "judging_tokens",
     "pack",
     "pack_ids",
     "part_tokens",
     "repeated",
     "role_tokens",
+    "selection_texts",
     "token_ids",
 ]
 
@@ -51,8 +51,8 @@ log = logging.getLogger(__name__)
 _PIECE_CHARS = 1 << 16
 
 
-CALIBRATION_ROLES = ("deciding", "choosing", "deciding", "final", "final", "deciding", "deciding")
-SECOND_ROLES = ("unused", "deciding", "choosing", "choosing", "final", "deciding")
+CALIBRATION_ROLES = ("validation", "selection", "validation", "test", "test", "validation", "validation")
+SECOND_ROLES = ("unused", "validation", "selection", "selection", "test", "validation")
 PART_TOKENS: dict[tuple[str, ...], int] = {CALIBRATION_ROLES: 4096, SECOND_ROLES: 8192}
 _JUDGING_TOKENS = 2048
 _REPEATED = 2048  # tokens: some layers are needed only for what stands far back
@@ -63,15 +63,15 @@ DIVISION: list[Any] = [[*part] for part in PART_TOKENS.items()]  # in the key of
 
 
 def pack(
-    text: Text, tokenizer: Any, tokens: int, context: int, held_back: int = 0, vocab_size: int | None = None
+    text: Text, tokenizer: Any, tokens: int, context: int, held_out: int = 0, vocab_size: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokenize and cut into full windows: `token_ids` and `pack_ids`."""
-    needed = (max(1, -(-tokens // context)) + -(-held_back // context)) * context
-    return pack_ids(text, token_ids(text, tokenizer, needed, vocab_size), tokens, context, held_back)
+    needed = (max(1, -(-tokens // context)) + -(-held_out // context)) * context
+    return pack_ids(text, token_ids(text, tokenizer, needed, vocab_size), tokens, context, held_out)
 
 
 def pack_ids(
-    text: Text, ids: Sequence[int], tokens: int, context: int, held_back: int
+    text: Text, ids: Sequence[int], tokens: int, context: int, held_out: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cut the token ids of a text into full windows, packed and never padded.
 
@@ -86,7 +86,7 @@ def pack_ids(
     import torch
 
     wanted = max(1, -(-tokens // context))
-    spare = -(-held_back // context)
+    spare = -(-held_out // context)
     windows = min(len(ids) // context, wanted + spare)
     held = min(spare, max(FEWEST_WINDOWS, windows // 8, windows - wanted))
     if windows - held < 1:
@@ -142,13 +142,13 @@ def _pieces(documents: Iterable[str]) -> Iterator[str]:
             begin = end
 
 
-def extend(windows_WT: torch.Tensor, ids: Sequence[int], tokens: int, held_back: int) -> torch.Tensor:
+def extend(windows_WT: torch.Tensor, ids: Sequence[int], tokens: int, held_out: int) -> torch.Tensor:
     """Windows of `tokens` tokens: the first windows of a `pack`, and then windows from what follows in the text.
 
     Args:
         windows_WT: calibration windows that `pack_ids` gave for these ids.
         tokens: in all; fewer if the ids end.
-        held_back: as given to `pack_ids`. All these tokens are skipped, even if `pack_ids` held back fewer.
+        held_out: as given to `pack_ids`. All these tokens are skipped, even if `pack_ids` held back fewer.
     """
     import torch
 
@@ -156,7 +156,7 @@ def extend(windows_WT: torch.Tensor, ids: Sequence[int], tokens: int, held_back:
     wanted = max(1, tokens // context)
     if wanted <= len(windows_WT):
         return windows_WT[:wanted]
-    passed = windows_WT.numel() + -(-held_back // context) * context
+    passed = windows_WT.numel() + -(-held_out // context) * context
     following = torch.tensor(ids[passed : passed + (wanted - len(windows_WT)) * context], dtype=torch.long)
     return torch.cat([windows_WT, following[: len(following) // context * context].view(-1, context)])
 
@@ -171,7 +171,7 @@ def role_tokens(role: str, context: int) -> int:
     return sum(roles.count(role) * part_tokens(roles, context) // len(roles) for roles in PART_TOKENS)
 
 
-def judging_tokens(context: int) -> int:
+def early_stopping_tokens(context: int) -> int:
     """Tokens that layers are chosen by: of both texts, and of repeated passages."""
     return 2 * max(1, _JUDGING_TOKENS // context) * context + _REPEATED
 
@@ -188,18 +188,18 @@ def divide(windows_WT: torch.Tensor, roles: Sequence[str]) -> dict[str, torch.Te
     if count < len(roles):
         roles = [role for role in dict.fromkeys(roles) if role != "unused"]
     given = [roles[k * len(roles) // count] for k in range(count)]
-    uses = ("deciding", "choosing", "final")
+    uses = ("validation", "selection", "test")
     return {use: windows_WT[[k for k in range(count) if given[k] == use]] for use in uses}
 
 
-def choosing_texts(parts: Sequence[tuple[str, Any]], positions: int) -> list[tuple[str, Any]]:
+def selection_texts(parts: Sequence[tuple[str, Any]], positions: int) -> list[tuple[str, Any]]:
     """Names and windows that layers are chosen by: few of the calibration text, as many of the second; passages twice.
 
     Losses of two layers are compared token by token, so few tokens give their order. Each token costs a pass of every
     candidate.
 
     Args:
-        parts: name and choosing windows of the calibration text, and of the second text if there is one.
+        parts: name and selection windows of the calibration text, and of the second text if there is one.
         positions: of the model; no row is longer.
     """
     (name, windows_WT), *second = parts

@@ -49,7 +49,7 @@ _TEMPLATES = ("*.jinja", "additional_chat_templates/*")
 _MOST_TEXTS = {**dict.fromkeys(_WHOLE, 1 << 28), **dict.fromkeys(_TEMPLATES, SMALL_BYTES)}
 _ATTENTION = ("attn_implementation", "experts_implementation")  # inside the name of a key
 _ATTENTIONS = ("eager", "sdpa", None)  # others are packages, or kernels that transformers fetches from the hub
-_QUANTISED = ("gptq", "awq", "olive")  # `model.checkpoint.quantized` reads these; others bring code, some from the hub
+_QUANTISED = ("gptq", "awq", "olive")  # `methods.checkpoint` reads these; others bring code, some from the hub
 _SAVED_FROM = ("special_tokens_map_file", "name_or_path")  # where the tokenizer was saved; no library opens it
 # Text of tokens may look like a path. No library opens it.
 _TEXTS = ("chat_template", "added_tokens_decoder")

@@ -14,8 +14,9 @@ The reference is the original graph in which the mixers that the NBL graph store
 the same matrices, so checks original, nbl and last_token compare them in arithmetic that does not round activations.
 They and quality need the logits of all positions; text and last_token run what ships.
 
-If a prompt stops at a cut (`mixers.predicted`), logits of tokens that do not climb are NaN. Both sides must have NaN at
-the same positions, and the others are compared. What climbs depends on the borders of steps, so both have the same.
+If a prompt stops at an exit layer (`methods.predicted_kv.maps`), logits of tokens that do not continue are NaN. Both
+sides must have NaN at the same positions, and the others are compared. What continues depends on the borders of
+steps, so both have the same.
 
 One table of tolerances decides every check, by the arithmetic of what is compared.
 """
@@ -98,14 +99,14 @@ class Probe:
     """Held-back token ids for the comparison: two rows of different length, each followed by forced decode steps.
 
     prompts, new_tokens: of greedy text. long: one row, prefilled in chunks and followed by decode steps.
-    climbing: a batch of two rows for a model with a cut, of which one is so short that all tokens climb.
+    continuing: a batch of two rows for a model with an exit layer, of which one is so short that all tokens continue.
     """
 
     rows: tuple[tuple[int, ...], ...]
     prompts: tuple[tuple[int, ...], ...]
     new_tokens: int
     long: tuple[int, ...] = ()
-    climbing: tuple[tuple[int, ...], ...] = ()
+    continuing: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Reference:
     """What a graph is compared with.
 
     Attributes:
-        logits: of each row, [length, V] float32. climbing: of the rows of this batch; empty without a cut.
+        logits: of each row, [length, V] float32. continuing: of the rows of this batch; empty without an exit layer.
         long: of the long row at `shown_positions`, [positions, V]; None without one.
         greedy: greedy continuations of the prompts.
         margins: gaps between the best and the second-best logit at each greedy step. If a gap is below the noise of the
@@ -124,7 +125,7 @@ class Reference:
     long: np.ndarray | None
     greedy: tuple[tuple[int, ...], ...] = ()
     margins: tuple[tuple[float, ...], ...] = ()
-    climbing: tuple[np.ndarray, ...] = ()
+    continuing: tuple[np.ndarray, ...] = ()
 
 
 def shown_positions(length: int) -> np.ndarray:
@@ -183,8 +184,8 @@ def check_logits(
         ("one sequence", alone, truth.logits),
         ("batch of 2, different lengths", run_rows(decoder, probe.rows), truth.logits),
     ]
-    if truth.climbing:
-        cases.append(("batch of 2, all tokens climb", run_rows(decoder, probe.climbing), truth.climbing))
+    if truth.continuing:
+        cases.append(("batch of 2, all tokens continue", run_rows(decoder, probe.continuing), truth.continuing))
     return [
         result
         for name, got, right in cases

@@ -74,7 +74,7 @@ class Expected:
         rows: token ids of the probe's rows, the long one at last.
         long: whether there is a long row, which is prefilled in chunks.
         prompts: of greedy text.
-        near: W, if prompts of a subject stop at a cut, whose logits depend on the borders of steps.
+        recent_tokens: W, if prompts of a subject stop at an exit layer, whose logits depend on the borders of steps.
         samples: by subject.
     """
 
@@ -82,7 +82,7 @@ class Expected:
     rows: Ids
     long: bool
     prompts: Ids
-    near: int | None
+    recent_tokens: int | None
     samples: dict[str, Sample]
 
     def __post_init__(self) -> None:
@@ -95,11 +95,13 @@ class Expected:
             require(texts == (len(self.prompts),) * 2, f"prompts and text of {subject} differ in number")
 
 
-def expect(precision: str, probe: Probe, references: Mapping[str, Reference], near: int | None = None) -> Expected:
-    """Take what an engine is compared with out of the references of `probe`, by subject; `near`: see `Expected`."""
+def expect(
+    precision: str, probe: Probe, references: Mapping[str, Reference], recent_tokens: int | None = None
+) -> Expected:
+    """Take what an engine is compared with out of the references of `probe`; `recent_tokens`: see `Expected`."""
     samples = {subject: _sample(reference) for subject, reference in references.items()}
     rows = (*probe.rows, *([probe.long] if probe.long else []))
-    return Expected(precision, rows, bool(probe.long), probe.prompts, near, samples)
+    return Expected(precision, rows, bool(probe.long), probe.prompts, recent_tokens, samples)
 
 
 def _sample(reference: Reference) -> Sample:
@@ -199,14 +201,14 @@ def checks(runner: Any, subject: str, expected: Expected, yardstick: float | Non
 def _chunk_behind_cache(decoder: _OnSlots, subject: str, expected: Expected) -> CheckResult:
     """Check last_token: the prefill of the first row in two chunks, and its cached steps as one chunk.
 
-    With a cut the prefill is one chunk, as in the reference, and the steps are chunks that climb whole.
+    With an exit layer the prefill is one chunk, as in the reference, and the steps are chunks that continue whole.
     """
     row = expected.rows[0]
     sample = expected.samples[subject]
     prefill = len(row) - DECODE_STEPS
     starts = sorted({0, prefill // 2, prefill})
-    if expected.near is not None:
-        starts = [0, *range(prefill, len(row), expected.near + 1)]
+    if expected.recent_tokens is not None:
+        starts = [0, *range(prefill, len(row), expected.recent_tokens + 1)]
     ends = [0, -1]
     got = run_chunks(decoder, row, starts, np.array([prefill - 1, len(row) - 1]))
     found = np.take_along_axis(got, np.array(sample.columns[0])[ends], 1)

@@ -1,11 +1,11 @@
 """Check quality, the quality loss of the replacement: perplexity increase, KL and top-1 agreement, window by window.
 
     windows ─► logits of both graphs ─► loss, KL and agreement of each position ─► mean of each window ─► figure and 95%
-               short contexts of the original ─► answers from far back (`text.far`) ───^                  interval
+               short contexts of the original ─► long-range tokens (`text.long_range`) ───^                  interval
 
-If a prompt stops at a cut, the first half of a window is the prompt, which stops as it does in use. The second half is
-scored. It is appended in steps that climb as a whole, so each of its positions has logits. The original is scored on
-the same positions.
+If a prompt stops at an exit layer, the first half of a window is the prompt, which stops as it does in use. The
+second half is scored. It is appended in steps that continue as a whole, so each of its positions has logits. The
+original is scored on the same positions.
 
 Reported, not gated. A pass over the vocabulary computes in float32, a few rows at a time; sums are float64.
 Decoders that do not fit into memory together take turns (`in_turn`): one reads as many windows as may be held.
@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from nbl_export.errors import NblError
-from nbl_export.records.quality import far_row, increase_interval, mean_interval, perplexity
-from nbl_export.text.far import FEWEST, SHORT, contexts, is_far
+from nbl_export.records.quality import increase_interval, long_range_row, mean_interval, perplexity
+from nbl_export.text.long_range import FEWEST, SHORT, contexts, is_long_range
 
 __all__ = ["in_turn", "quality_loss"]
 
@@ -41,7 +41,7 @@ def quality_loss(
     nbl: Any,
     texts: Sequence[tuple[str | None, np.ndarray]],
     progress: Callable[[int, int], None],
-    near: int | None = None,
+    recent_tokens: int | None = None,
     *,
     answers: bool = True,
     held: int = 0,
@@ -49,19 +49,19 @@ def quality_loss(
     """Perplexity of both graphs, its increase, KL(original || NBL) in nats and top-1 agreement on each text.
 
     Args:
-        texts: name and token ids [windows, context]. Without a name, only answers in the second half count.
-        near: W, if the prompts of `nbl` stop at a cut. answers: whether answers from far back are looked for.
+        texts: name and token ids [windows, context]. Without a name, only long-range tokens in the second half count.
+        recent_tokens: W, if prompts of `nbl` stop at an exit layer. answers: whether long-range tokens are judged.
         held: bytes of the original's logits that may be kept until `nbl` reads the same windows; 0 is one batch.
 
     Returns:
-        one row a text, and one of the answers from far back in all of them (`records.quality.far_row`). Intervals are
+        one row a text, and one of all long-range tokens (`records.quality.long_range_row`). Intervals are
         [low, high], computed from "per_window", and None for a single window. "prompt": tokens of a window that are
-        not scored, with `near`.
+        not scored, with `recent_tokens`.
     """
     total = sum(len(windows) for _, windows in texts)
     done = 0
     rows: list[dict[str, Any]] = []
-    far: list[tuple[int, float, float, float] | None] = []
+    long_range: list[tuple[int, float, float, float] | None] = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for name, windows in texts:
             found: list[np.ndarray] = []
@@ -69,24 +69,26 @@ def quality_loss(
             batch = 1
             together = 1
             half = tokens // 2
-            scored = tokens - (max(1, half) if name is None or near is not None else 1)
+            scored = tokens - (max(1, half) if name is None or recent_tokens is not None else 1)
             while len(found) < len(windows):
                 ids_WT = windows[len(found) : len(found) + together]
                 base, row_bytes = _read(original, ids_WT, batch, scored)
                 short = [_short(original, ids_T, scored, row_bytes, pool.map) for ids_T in ids_WT] if answers else []
-                parts = _compared(nbl, ids_WT, base, near, pool.map)
-                far += [_far(*pair) for pair in zip(short, parts, strict=True)] if answers else []
+                parts = _compared(nbl, ids_WT, base, recent_tokens, pool.map)
+                long_range += [_long_range(*pair) for pair in zip(short, parts, strict=True)] if answers else []
                 found += [part_T4.mean(0) for part_T4 in parts]
                 progress(done + len(found), total)
                 window_bytes = row_bytes * (tokens - 1)
-                if near is None:  # else one: ONNX Runtime takes a chunk behind a cache for a single sequence
+                if recent_tokens is None:  # else one: ONNX Runtime takes a chunk behind a cache for a single sequence
                     batch = max(1, min(_STEP_TOKENS // tokens, _STEP_BYTES // window_bytes))
                 together = max(batch, held // window_bytes)
             done += len(windows)
             rows += (
-                [] if name is None else [_row(name, windows.size, found) | ({} if near is None else {"prompt": half})]
+                []
+                if name is None
+                else [_row(name, windows.size, found) | ({} if recent_tokens is None else {"prompt": half})]
             )
-    return rows, far_row([row for row in far if row])
+    return rows, long_range_row([row for row in long_range if row])
 
 
 def in_turn(original: Callable[[], Any], nbl: Callable[[], Any]) -> tuple[Any, Any]:
@@ -123,7 +125,7 @@ def _read(original: Any, ids_WT: np.ndarray, batch: int, scored: int) -> tuple[l
 
 
 def _compared(
-    nbl: Any, ids_WT: np.ndarray, base: Sequence[np.ndarray], near: int | None, spread: Spread
+    nbl: Any, ids_WT: np.ndarray, base: Sequence[np.ndarray], recent_tokens: int | None, spread: Spread
 ) -> list[np.ndarray]:
     """What `_compare` finds at the positions of each window that the original was read at."""
     found = list[np.ndarray]()
@@ -131,7 +133,9 @@ def _compared(
     for base_BTV in base:
         ids_BT = ids_WT[len(found) : len(found) + len(base_BTV)]
         scored = base_BTV.shape[1]
-        ours_BTV = _logits(nbl, ids_BT) if near is None else _behind_prompt(nbl, ids_BT, prompt, near + 1)
+        ours_BTV = (
+            _logits(nbl, ids_BT) if recent_tokens is None else _behind_prompt(nbl, ids_BT, prompt, recent_tokens + 1)
+        )
         both = zip(base_BTV, ours_BTV[:, -scored:], ids_BT[:, -scored:], strict=True)
         found += [_compare(base_TV, ours_TV, ids_T, spread) for base_TV, ours_TV, ids_T in both]
     return found
@@ -161,13 +165,17 @@ def _short(original: Any, ids_T: np.ndarray, scored: int, row_bytes: int, spread
     return np.concatenate(short)
 
 
-def _far(short_N: np.ndarray, found_T4: np.ndarray) -> tuple[int, float, float, float] | None:
-    """The answers from far back in a window, as `far_row` takes them; None if they are few."""
+def _long_range(short_N: np.ndarray, found_T4: np.ndarray) -> tuple[int, float, float, float] | None:
+    """The long-range tokens in a window, as `long_range_row` takes them; None if they are few."""
     judged_N4 = found_T4[len(found_T4) - len(short_N) :]
     gain_N = short_N - judged_N4[:, 0]
-    far_N = is_far(gain_N)
-    before, after = judged_N4[far_N, :2].sum(0)
-    return None if far_N.sum() < FEWEST else (int(far_N.sum()), float(before), float(after), float(gain_N[far_N].sum()))
+    skipped_N = is_long_range(gain_N)
+    before, after = judged_N4[skipped_N, :2].sum(0)
+    return (
+        None
+        if skipped_N.sum() < FEWEST
+        else (int(skipped_N.sum()), float(before), float(after), float(gain_N[skipped_N].sum()))
+    )
 
 
 def _logits(decoder: Any, ids_BT: np.ndarray) -> np.ndarray:

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from nbl_export.mixers import cache_layers
-from nbl_export.mixers.cut import cut_of
+from nbl_export.methods import cache_layers
+from nbl_export.methods.predicted_kv.prompt_exit import prompt_exit_of
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.plan import Plan
 from nbl_export.records.results import YES_NO, CheckResult
 from nbl_export.targets.base import Target
-from nbl_export.targets.checks import Wanted
+from nbl_export.targets.checks import ExpectedGraph
 from nbl_export.verify.ladder import TOLERANCES, Probe, Tolerance
 from nbl_export.verify.last_token import check_last, expected_last
 
@@ -64,11 +64,11 @@ class Setting:
         """The limits of the arithmetic that ships."""
         return TOLERANCES[self.arithmetic]
 
-    def wanted(self, subject: str, maps: Mapping[int, Any]) -> Wanted:
+    def wanted(self, subject: str, maps: Mapping[int, Any]) -> ExpectedGraph:
         """What a subject's graph has to be."""
         maps = {} if subject == "original" else maps
         kept = cache_layers(self.plan) if subject == "nbl" else tuple(range(self.plan.num_layers))
-        return Wanted(subject, self.spec, self.precision, self.logits, kept, maps)
+        return ExpectedGraph(subject, self.spec, self.precision, self.logits, kept, maps)
 
 
 def exact_limit(decoder: Any) -> float:
@@ -78,7 +78,7 @@ def exact_limit(decoder: Any) -> float:
 
 
 def check_directory(
-    setting: Setting, shipped: Path, run: Path, decoder: Any, wanted: Wanted, probe: Probe, original: Path | None
+    setting: Setting, shipped: Path, run: Path, decoder: Any, wanted: ExpectedGraph, probe: Probe, original: Path | None
 ) -> Callable[[], list[CheckResult]]:
     """Checks structure and last_token: reads `decoder` now, and gives the rest of the work, for when it is closed.
 
@@ -93,8 +93,8 @@ def check_directory(
     subject = wanted.subject
     row = probe.rows[0]
     contract = decoder.contract
-    near = None if (cut := cut_of(wanted.maps)) is None else cut.near
-    expected = [] if file is None else expected_last(decoder, row, exact_limit(decoder), near)
+    recent_tokens = None if (prompt_exit := prompt_exit_of(wanted.maps)) is None else prompt_exit.recent_tokens
+    expected = [] if file is None else expected_last(decoder, row, exact_limit(decoder), recent_tokens)
     cache = _measured_cache(subject, decoder, head_dim)
 
     def check() -> list[CheckResult]:
@@ -102,7 +102,7 @@ def check_directory(
             return [*engine.check(shipped, contract, wanted, original), cache]
         last = engine.open_graph(run, head_dim, file, exact=True)
         results = engine.check(shipped, last.contract, wanted, original)
-        return [*results, *check_last(subject, expected, last, row, near), cache]
+        return [*results, *check_last(subject, expected, last, row, recent_tokens), cache]
 
     return check
 

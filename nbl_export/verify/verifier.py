@@ -5,7 +5,7 @@
                     └─ in the arithmetic that ships, with the mixers ──► its greedy text          shipped, text
 
 The mixers have the matrices that the NBL graph stores, so both sides have the same numbers at any precision. A
-reference with a cut (`graph.cut_reference`) has the steps of the graph that is compared.
+reference with an exit layer (`methods.predicted_kv.reference`) has the steps of the graph that is compared.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from nbl_export.mixers.base import Mixer, Running
-from nbl_export.mixers.cut import cut_of
+from nbl_export.methods.base import Mixer, NumpyMixers
+from nbl_export.methods.predicted_kv.prompt_exit import prompt_exit_of
 from nbl_export.records.results import CheckResult
 from nbl_export.targets.checks import stored_maps
 from nbl_export.verify import ladder
@@ -57,20 +57,22 @@ class Verifier:
             shipped: the deployed directories by subject. run: the directories that a CPU runs.
         """
         engine = self.setting.engine
-        stored = stored_maps(engine.held_maps(shipped["nbl"]), self.maps)
-        for subject, mixers in (("original", Running({})), ("nbl", Running(self.maps, stored))):
+        stored = stored_maps(engine.read_maps(shipped["nbl"]), self.maps)
+        for subject, mixers in (("original", NumpyMixers({})), ("nbl", NumpyMixers(self.maps, stored))):
             with self.setting.task(f"reference of {subject}"):
                 self.references[subject] = self._reference(run["original"], mixers)
             self._compare(subject, shipped, run[subject])
             self._text(subject, run[subject])
 
-    def _reference(self, original: Path, mixers: Running) -> Reference:
+    def _reference(self, original: Path, mixers: NumpyMixers) -> Reference:
         """Logits of the original graph with mixers, and greedy text in the arithmetic that ships."""
         setting = self.setting
         probe = self.probe
-        opened = functools.partial(setting.engine.open_mixed, original, setting.spec.head_dim, mixers, setting.plan.tap)
+        opened = functools.partial(
+            setting.engine.open_reference, original, setting.spec.head_dim, mixers, setting.plan.tap
+        )
         decoder = opened(exact=True)
-        exact = _exact_reference(decoder, probe, stops=cut_of(mixers.mixers) is not None)
+        exact = _exact_reference(decoder, probe, stops=prompt_exit_of(mixers.mixers) is not None)
         if setting.rounds:
             del decoder
             decoder = opened(exact=False)
@@ -120,11 +122,12 @@ class Verifier:
 
 
 def _exact_reference(decoder: Any, probe: Probe, *, stops: bool) -> Reference:
-    """Logits of a decoder on a probe; it may have other steps than what is compared, unless prompts stop at a cut."""
+    """Logits of a decoder on a probe; it may have other steps than what is compared, unless prompts stop at an exit
+    layer."""
     if stops:
         long = run_long(decoder, probe.long) if probe.long else None
         rows = tuple(run_rows(decoder, [row])[0] for row in probe.rows)
-        return Reference(rows, long, climbing=tuple(run_rows(decoder, probe.climbing)) if probe.climbing else ())
+        return Reference(rows, long, continuing=tuple(run_rows(decoder, probe.continuing)) if probe.continuing else ())
     starts = range(0, len(probe.long), _REFERENCE_CHUNK)
     long = run_chunks(decoder, probe.long, starts) if probe.long else None
     return Reference(tuple(_one_pass(decoder, row) for row in probe.rows), long)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.cli.app import KEYS, app
+from nbl_export.methods.linear.greedy import RULE
 from nbl_export.options.options import JobOptions
-from nbl_export.plan.greedy import RULE
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "bench" / "results").glob("*.json"))

@@ -19,7 +19,7 @@ import pytest
 from nbl_export.targets.base import Availability
 
 from ..command import TINY, assert_refused, nbl, snapshot
-from ..damage import cut, edit
+from ..damage import edit, truncate
 from ..tiny import LAYERS
 
 pytestmark = [pytest.mark.job, pytest.mark.process]
@@ -70,13 +70,16 @@ def only_a_pickle(model: Path) -> None:
 
 MODELS: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "gone": (shutil.rmtree, ("no model at", "damaged model", "hub id")),
-    "weights cut": (lambda m: cut(m / "model.safetensors", 1000), ("model.safetensors", "truncated", "fetch it again")),
-    "weights cut at the end": (lambda m: cut(m / "model.safetensors", 471_000), ("model.safetensors", "truncated")),
-    "weights empty": (lambda m: cut(m / "model.safetensors", 0), ("model.safetensors", "truncated")),
+    "weights cut": (lambda m: truncate(m / "model.safetensors", 1000), ("model.safetensors", "truncated",
+     "fetch it again")),
+    "weights cut at the end": (lambda m: truncate(m / "model.safetensors", 471_000), ("model.safetensors",
+     "truncated")),
+    "weights empty": (lambda m: truncate(m / "model.safetensors", 0), ("model.safetensors", "truncated")),
     "no weights": (lambda m: (m / "model.safetensors").unlink(), ("has no safetensors weights",)),
     "pickle": (only_a_pickle, ("pytorch_model.bin is a pickle", "convert it")),
     "no config": (lambda m: (m / "config.json").unlink(), ("has no config.json",)),
-    "config cut": (lambda m: cut(m / "config.json", 100), ("config.json", "cannot be read", "fetch the model again")),
+    "config cut": (lambda m: truncate(m / "config.json", 100), ("config.json", "cannot be read",
+     "fetch the model again")),
     "config is a list": (lambda m: (m / "config.json").write_text("[]"), ("config.json", "not a model configuration")),
     "config contradicts": (lambda m: edit(m / "config.json", num_key_value_heads=3), ("shapes that config.json",)),
     "config of 0 layers": (lambda m: edit(m / "config.json", num_hidden_layers=0), ("no usable", "1 to 1024 layers")),

@@ -37,7 +37,11 @@ def test_a_bare_call_shows_the_help() -> None:
             "No such option '--dept'. (Did you mean one of: '--depth'",
             "nbl-export bench --help",
         ),
-        (("--layer", "1"), "No such option '--layer'. (Did you mean one of: '--layers'", "nbl-export --help"),
+        (
+            ("--layer", "1"),
+            "No such option '--layer'. (Did you mean one of: '--exit-layer', '--layers'",
+            "nbl-export --help",
+        ),
         (("-m", "m"), "the main job needs --output", "nbl-export --help"),
         (("-o", "o"), "the main job needs --model;", "nbl-export --help"),
         (("--engine", "trt"), "the main job needs --model and --output", "nbl-export --help"),

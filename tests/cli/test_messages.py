@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nbl_export.errors import NblError
-from nbl_export.model.checkpoint.source import resolve
+from nbl_export.methods.checkpoint.source import resolve
 
 from ..command import assert_refused, nbl
 

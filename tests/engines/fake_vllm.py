@@ -253,7 +253,7 @@ def vllm_config(
 ) -> Any:  # fmt: skip
     """What vLLM hands to a model. `theirs`: the model of transformers. `settings` are of config.json."""
     defaults: dict[str, Any] = {"model_type": "nbl-llama", "nbl_tap": "residual", "nbl_parallel": "replicated"}
-    defaults |= dict.fromkeys(("nbl_kinds", "nbl_cut"))
+    defaults |= dict.fromkeys(("nbl_kinds", "nbl_exit"))
     facts = {"num_hidden_layers": len(theirs.model.layers), "hidden_size": theirs.config.hidden_size}
     return SimpleNamespace(
         theirs=theirs, elsewhere=set(elsewhere), quant_config="as asked",

@@ -19,9 +19,9 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from nbl_export.mixers.base import Mixer
-from nbl_export.mixers.none import Nothing
-from nbl_export.model.checkpoint.load import load_model
+from nbl_export.methods.base import Mixer
+from nbl_export.methods.checkpoint.load import load_model
+from nbl_export.methods.linear.none import Nothing
 from nbl_export.targets.checkpoint import edge_llm
 
 from ..tiny import HIDDEN, LAYERS, random_map, save_checkpoint

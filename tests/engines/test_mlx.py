@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nbl_export.mixers.linear import Linear
-from nbl_export.model.checkpoint.load import load_model
-from nbl_export.model.linearize import linearize
+from nbl_export.methods.applied import linearize
+from nbl_export.methods.checkpoint.load import load_model
+from nbl_export.methods.linear.maps import Linear
 from nbl_export.targets.checkpoint import nemotron_nas
 
 from ..tiny import HIDDEN, SPLIT, greedy, random_map, save_checkpoint

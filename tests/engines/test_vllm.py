@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from nbl_export.model.checkpoint.hf_classes import save_linearized
-from nbl_export.model.checkpoint.load import load_model
+from nbl_export.methods.checkpoint.hf_classes import save_linearized
+from nbl_export.methods.checkpoint.load import load_model
 
-from ..cuts import predicted_maps
+from ..exits import predicted_maps
 from ..tiny import greedy, random_map, save_checkpoint
 
 pytestmark = pytest.mark.vllm
@@ -51,15 +51,15 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="module")
-def cut(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """(architecture, cut, W) -> NBL checkpoint of a tiny model with random predicted keys."""
+def exit_layer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """(architecture, cut, W) -> NBL checkpoint of a tiny model with random predicted KV."""
 
     @functools.cache
-    def make(architecture: str, layer: int, near: int) -> Path:
-        home = tmp_path_factory.mktemp("cut")
+    def make(architecture: str, layer: int, recent_tokens: int) -> Path:
+        home = tmp_path_factory.mktemp("exit")
         sizes = {**SIZES, "num_key_value_heads": 1} if architecture == "qwen2" else SIZES
         original = save_checkpoint(architecture, home / "original", **sizes)
-        maps = predicted_maps(layer, near, 32 * sizes["num_key_value_heads"])
+        maps = predicted_maps(layer, recent_tokens, 32 * sizes["num_key_value_heads"])
         save_linearized(load_model(original), original, maps, "residual", home / "saved")
         return home / "saved"
 
@@ -71,12 +71,12 @@ def expected(directory: Path, prompts: list[list[int]] = IDS) -> list[list[int]]
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    tokens = served if getattr(model.config, "nbl_cut", None) else greedy
+    tokens = served if getattr(model.config, "nbl_exit", None) else greedy
     return [tokens(model, ids, NEW) for ids in prompts]
 
 
 def served(model: Any, ids: list[int], new_tokens: int) -> list[int]:
-    """Greedy tokens with a cache: the prompt is one step, and each token behind it climbs."""
+    """Greedy tokens with a cache: the prompt is one step, and each token behind it continues."""
     from transformers import DynamicCache
 
     step, found, cache = ids, [], DynamicCache()
@@ -128,21 +128,22 @@ def test_prefix_caching_and_chunked_prefill(saved: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "layer", "near", "chunks"),
+    ("architecture", "layer", "recent_tokens", "chunks"),
     [("llama", 1, 6, {}), ("llama", 2, 20, CHUNKS), ("mistral", 1, 33, CHUNKS), ("qwen2", 2, 6, CHUNKS)],
 )
 def test_predicted_keys_are_those_of_transformers(
-    architecture: str, layer: int, near: int, chunks: dict[str, Any], cut: Callable[..., Path]
+    architecture: str, layer: int, recent_tokens: int, chunks: dict[str, Any], exit_layer: Callable[..., Path]
 ) -> None:
-    """Prompts below and above W + 1. A chunk may end at the cut beside another prompt's tokens, which climb."""
-    directory = cut(architecture, layer, near)
+    """Prompts below and above W + 1. A chunk may end at the exit layer beside another prompt's tokens, which
+    continue."""
+    directory = exit_layer(architecture, layer, recent_tokens)
     found = run(job(directory, 3, enable_prefix_caching=bool(chunks), **chunks))
     assert found["tokens"] == expected(directory) and found["same"]
 
 
-def test_a_prompt_reads_predicted_keys_from_the_cache(cut: Callable[..., Path]) -> None:
+def test_a_prompt_reads_predicted_keys_from_the_cache(exit_layer: Callable[..., Path]) -> None:
     """Prompts share two blocks, which are far in all of them; the third time, their own ends are there too."""
-    directory = cut("llama", 1, 6)
+    directory = exit_layer("llama", 1, 6)
     shared = IDS[-1][:64]
     prompts = [shared + IDS[n][:11] for n in range(1, 6)]
     found = run({**job(directory, 3, enable_prefix_caching=True), "ids": prompts, "apart": True})

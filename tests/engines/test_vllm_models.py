@@ -17,12 +17,12 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from nbl_export.mixers.linear import Linear
-from nbl_export.mixers.none import Nothing
-from nbl_export.model.checkpoint.load import load_model
-from nbl_export.model.linearize import linearize
+from nbl_export.methods.applied import linearize
+from nbl_export.methods.checkpoint.load import load_model
+from nbl_export.methods.linear.maps import Linear
+from nbl_export.methods.linear.none import Nothing
 
-from ..cuts import predicted_maps
+from ..exits import predicted_maps
 from ..tiny import HEAD_DIM, HIDDEN, KV_HEADS, LAYERS
 from . import fake_vllm
 
@@ -31,8 +31,8 @@ NAMES = [f"nbl_export.targets.checkpoint.vllm.{name}" for name in ("models", "cu
 W = 5
 
 
-ABOVE = {"nbl_replaced_layers": [1, 2], "nbl_kinds": ["predicted"] * 2,
-         "nbl_cut": {"layer": 1, "near": W, "epsilon": 1e-5}}  # fmt: skip
+ABOVE = {"nbl_replaced_layers": [1, 2], "nbl_kinds": ["predicted_kv"] * 2,
+         "nbl_exit": {"layer": 1, "recent_tokens": W, "epsilon": 1e-5}}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -140,12 +140,12 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize("cut", [1, 2])
+@pytest.mark.parametrize("exit_layer", [1, 2])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_predicted_keys_do_not_depend_on_the_schedule(
-    schedule: str, cut: int, models: ModuleType, checkpoint: Callable[[str], Path]
+    schedule: str, exit_layer: int, models: ModuleType, checkpoint: Callable[[str], Path]
 ) -> None:
-    maps = predicted_maps(cut, W, KV_HEADS * HEAD_DIM)
+    maps = predicted_maps(exit_layer, W, KV_HEADS * HEAD_DIM)
     model = cut_model(models, checkpoint, maps)
     right = linearize(load_model(checkpoint("llama")), maps)
     prompts, blocks = (30, 4, 17), torch.arange(36).view(12, 3).T.tolist()  # higher ones as a text grows
@@ -163,12 +163,12 @@ def test_predicted_keys_do_not_depend_on_the_schedule(
 
 def test_the_prefix_cache_keeps_predicted_keys_alone(models: ModuleType) -> None:
     prefix: Any = sys.modules[NAMES[2]]
-    spec, request = prefix.CutSpec.of(fake_vllm.Spec(), W), SimpleNamespace()
+    spec, request = prefix.ExitSpec.of(fake_vllm.Spec(), W), SimpleNamespace()
     for prompt, computed, kept in ((30, 12, 12), (30, 40, 30 - W), (W - 1, 9, 0)):
         request.num_prompt_tokens = prompt
-        prefix.CutManager(spec).cache_blocks(request, computed, replay_boundaries=())
+        prefix.ExitManager(spec).cache_blocks(request, computed, replay_boundaries=())
         assert request.kept == kept
-    found = [prefix.CutManager.find_longest_cache_hit([], tokens - 1, kv_cache_spec=spec) for tokens in (30, W - 1)]
+    found = [prefix.ExitManager.find_longest_cache_hit([], tokens - 1, kv_cache_spec=spec) for tokens in (30, W - 1)]
     assert found == [30 - W, 0]
 
 
@@ -177,11 +177,11 @@ def test_each_rank_fills_the_heads_that_it_holds(
     ranks: int, held: int, models: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 4 heads, which more ranks share. A number of the map is its place."""
-    cut: Any = sys.modules[NAMES[1]]
-    monkeypatch.setattr(cut, "get_tensor_model_parallel_world_size", lambda: ranks)
-    step = SimpleNamespace(nbl_rows=SimpleNamespace(far=slice(None)), nbl_far_slots=None, slot_mapping=None)
+    exit_layer: Any = sys.modules[NAMES[1]]
+    monkeypatch.setattr(exit_layer, "get_tensor_model_parallel_world_size", lambda: ranks)
+    step = SimpleNamespace(nbl_rows=SimpleNamespace(skipped=slice(None)), nbl_skipped_slots=None, slot_mapping=None)
     for rank in range(ranks):
-        monkeypatch.setattr(cut, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(exit_layer, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
         filled: list[Any] = []
         impl = SimpleNamespace(do_kv_cache_update=lambda _attn, *given, to=filled: to.extend(given[:2]))
         attention = SimpleNamespace(
@@ -189,7 +189,9 @@ def test_each_rank_fills_the_heads_that_it_holds(
             total_num_kv_heads=4, mixer=SimpleNamespace(linear=lambda _features: torch.arange(24.0)[None]),
             rotary_emb=lambda _positions, keys, _none: (keys, None),
         )  # fmt: skip
-        cut.Cut({"near": W, "before": True, "epsilon": 1e-5}, (1, 2), 8).fill(step, attention, torch.zeros(1))
+        exit_layer.PromptExit({"recent_tokens": W, "before": True, "epsilon": 1e-5}, (1, 2), 8).fill(
+            step, attention, torch.zeros(1)
+        )
         first = rank * 4 // ranks
         heads = torch.arange(24.0).view(2, 4, 3)[:, first : first + held]
         assert torch.equal(torch.stack([part[0] for part in filled]), heads)
@@ -197,8 +199,13 @@ def test_each_rank_fills_the_heads_that_it_holds(
 
 def cut_model(models: ModuleType, checkpoint: Callable[[str], Path], maps: dict[int, Any], **settings: Any) -> Any:
     one = next(iter(maps.values()))
-    facts = {"layer": one.cut, "near": one.near, "epsilon": one.epsilon}
-    asked = {"nbl_replaced_layers": list(maps), "nbl_kinds": ["predicted"] * len(maps), "nbl_cut": facts, **settings}
+    facts = {"layer": one.exit_layer, "recent_tokens": one.recent_tokens, "epsilon": one.epsilon}
+    asked = {
+        "nbl_replaced_layers": list(maps),
+        "nbl_kinds": ["predicted_kv"] * len(maps),
+        "nbl_exit": facts,
+        **settings,
+    }
     config = fake_vllm.vllm_config(load_model(checkpoint("llama")), **asked)
     model = models.NblLlamaForCausalLM(vllm_config=config).eval()
     model.load_weights([(name.replace("self_attn.", "self_attn.mixer."), value) for name, value in tensors(maps)])
@@ -234,10 +241,10 @@ def test_a_checkpoint_without_a_map_is_refused(
         ({"nbl_replaced_layers": [1], "nbl_tap": "other"}, "nbl_tap 'other'"),
         ({"nbl_replaced_layers": [1], "nbl_kinds": ["memory"]}, "of the kinds ['memory']"),
         ({"nbl_replaced_layers": [1], "nbl_parallel": "row"}, "nbl_parallel 'row'"),
-        ({"nbl_replaced_layers": [1, 2], "nbl_kinds": ["predicted"] * 2}, "vLLM runs linear layers"),
-        ({**ABOVE, "nbl_replaced_layers": [2], "nbl_kinds": ["predicted"]}, "which is no cut"),
-        ({**ABOVE, "nbl_cut": {"layer": 1}}, "which is no cut"),
-        ({**ABOVE, "model_type": "nbl-qwen3"}, "nbl-qwen3 has no predicted keys in vLLM"),
+        ({"nbl_replaced_layers": [1, 2], "nbl_kinds": ["predicted_kv"] * 2}, "vLLM runs linear layers"),
+        ({**ABOVE, "nbl_replaced_layers": [2], "nbl_kinds": ["predicted_kv"]}, "which is no exit layer"),
+        ({**ABOVE, "nbl_exit": {"layer": 1}}, "which is no exit layer"),
+        ({**ABOVE, "model_type": "nbl-qwen3"}, "nbl-qwen3 has no predicted KV in vLLM"),
         ({**ABOVE, "pipeline_parallel_size": 2}, "do not go with pipeline stages; start vLLM without"),
         ({**ABOVE, "cudagraph": "FULL"}, "do not go with CUDA graphs; start vLLM with --enforce-eager"),
         ({**ABOVE, "method": "eagle3"}, "do not go with a draft model"),

@@ -12,7 +12,7 @@ import pytest
 from nbl_export.verify.ladder import TOLERANCES
 
 from ..command import assert_refused, keys, nbl, snapshot
-from ..damage import cut, edit
+from ..damage import edit, truncate
 from ..evaluation_tiny import write_tasks
 
 pytestmark = [pytest.mark.engine, pytest.mark.job]
@@ -73,9 +73,9 @@ def test_eval_json_holds_every_task_and_variant(evaluated: Path) -> None:
 def test_perplexity_is_that_of_a_direct_computation(evaluated: Path, text: Path) -> None:
     import torch
 
-    from nbl_export.model.checkpoint.load import load_model, load_tokenizer
-    from nbl_export.model.linearize import linearize
-    from nbl_export.plan.maps_file import load_maps
+    from nbl_export.methods.applied import linearize
+    from nbl_export.methods.checkpoint.load import load_model, load_tokenizer
+    from nbl_export.methods.maps_file import load_maps
 
     manifest = json.loads((evaluated / "nbl.json").read_text())
     place = Path(manifest["places"]["model"])
@@ -176,7 +176,7 @@ def spoil(**changes: Any) -> Any:
 
 
 DAMAGED: dict[str, Any] = {
-    "cut": lambda run: cut(run / "eval.json", 500),
+    "cut": lambda run: truncate(run / "eval.json", 500),
     "binary": lambda run: (run / "eval.json").write_bytes(b"\xff\0"),
     "deep": lambda run: (run / "eval.json").write_text("[" * 100_000),
     "another schema": lambda run: edit(run / "eval.json", schema=99),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nbl_export.errors import NblError
-from nbl_export.mixers.linear import Linear
+from nbl_export.methods.linear.maps import Linear
 from nbl_export.verify.ladder import TOLERANCES
 
 from ..evaluation_tiny import request
@@ -41,8 +41,8 @@ def ours(genai_dirs: dict[str, Path]) -> Any:
 def torch_model(checkpoint: Callable[[str], Path], random_maps: Callable[..., dict[int, Linear]]) -> Any:
     from lm_eval.models.huggingface import HFLM
 
-    from nbl_export.model.checkpoint.load import load_model, load_tokenizer
-    from nbl_export.model.linearize import linearize
+    from nbl_export.methods.applied import linearize
+    from nbl_export.methods.checkpoint.load import load_model, load_tokenizer
 
     directory = checkpoint("llama")
     model, tokenizer = linearize(load_model(directory), random_maps(1)), load_tokenizer(directory)

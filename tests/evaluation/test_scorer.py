@@ -11,7 +11,7 @@ import pytest
 
 from nbl_export.errors import NblError
 from nbl_export.evaluation.scorer import GraphScorer, Request, graph_scorer
-from nbl_export.mixers.linear import Linear
+from nbl_export.methods.linear.maps import Linear
 from nbl_export.verify.ladder import TOLERANCES
 
 from ..tiny import VOCAB
@@ -47,8 +47,8 @@ def models(
     """Variant -> log-probabilities [T, V] of the torch model."""
     import torch
 
-    from nbl_export.model.checkpoint.load import load_model
-    from nbl_export.model.linearize import linearize
+    from nbl_export.methods.applied import linearize
+    from nbl_export.methods.checkpoint.load import load_model
 
     def ask(model: Any) -> Callable[[tuple[int, ...]], np.ndarray]:
         def log_probabilities(tokens: tuple[int, ...]) -> np.ndarray:
@@ -89,9 +89,9 @@ def test_a_request_that_is_too_long_loses_its_beginning(
     genai_dirs: dict[str, Path], scorers: dict[str, GraphScorer]
 ) -> None:
     short = graph_scorer(genai_dirs["nbl"], 1, 16)
-    (cut,) = short.score([Request(CONTEXT, ids(3, 5))])
+    (exit_layer,) = short.score([Request(CONTEXT, ids(3, 5))])
     (same,) = scorers["nbl"].score([Request(CONTEXT[-12:], ids(3, 5))])
-    assert cut[0] == pytest.approx(same[0], abs=1e-4)
+    assert exit_layer[0] == pytest.approx(same[0], abs=1e-4)
     with pytest.raises(NblError, match="17 tokens cannot be scored: the model reads 16"):
         short.score([Request(CONTEXT, ids(3, 17))])
 

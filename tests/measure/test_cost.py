@@ -16,18 +16,18 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nbl_export.measure.cost import CostModel, LayerSizes, cost_model, map_sizes
-from nbl_export.mixers.base import TokenWork
-from nbl_export.mixers.predicted import Predicted
-from nbl_export.mixers.rows import Read, Rows
-from nbl_export.model.checkpoint.load import load_model, read_spec
-from nbl_export.model.checkpoint.shape import read_shape
-from nbl_export.model.checkpoint.source import resolve
+from nbl_export.methods.base import TokenWork
+from nbl_export.methods.checkpoint.load import load_model, read_spec
+from nbl_export.methods.checkpoint.shape import read_shape
+from nbl_export.methods.checkpoint.source import resolve
+from nbl_export.methods.predicted_kv.maps import PredictedKV
+from nbl_export.methods.rows import Read, Rows
 from nbl_export.options.options import JobOptions
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy
 from nbl_export.records.mlp import MlpSpec
 from nbl_export.run.facts import capabilities_of
-from nbl_export.run.stages.cut import saved_work
+from nbl_export.run.stages.exit import saved_work
 from nbl_export.targets.openvino.trace import _trace_experts
 
 from ..tiny import EVERY, HIDDEN, INNER, cases, mlp_module, record_of
@@ -70,7 +70,7 @@ def test_a_decoder_small_enough_for_paper() -> None:
 def test_a_cut_small_enough_for_paper() -> None:
     """The same decoder and 6 tokens; keys of layer 1 are predicted, but those of the first token and the last two."""
     model = CostModel(DecoderSpec("llama", 2, 4, 2, 1, 2, 10, 64), MlpSpec(8), 2.0, 1.0, 2, tokens=6)
-    maps = {1: Predicted(np.zeros((4, 8), np.float32), np.zeros(4, np.float32), 4, 1, 2, 1e-5)}
+    maps = {1: PredictedKV(np.zeros((4, 8), np.float32), np.zeros(4, np.float32), 4, 1, 2, 1e-5)}
     below = 2 * 6 * (48 + 3 * 4 * 8) + 16 * (1 + 2 + 3 + 4 + 5 + 6)
     above = 2 * 6 * 4 * 8 + 2 * 3 * 32 + 16 * (4 + 5 + 6) + 2 * (16 + 3 * 4 * 8)  # three rows read the most there is
     assert model.prefill_flops(map_sizes(maps)) == below + above + 2 * 4 * 10
@@ -189,7 +189,7 @@ def test_a_job_from_a_source_that_computes_every_expert(checkpoint: Callable[[st
 
 
 def test_a_step_that_climbs_whole_costs_what_it_costs_in_the_original() -> None:
-    """Maps of predicted keys are not read in a decode step, and a longer step reads them."""
+    """Maps of predicted KV are not read in a decode step, and a longer step reads them."""
     reads = (Read(rows=Rows.LAST, tokens=4), Read(1, Rows.ALL))
     sizes = {layer: LayerSizes(reads, (TokenWork(0, 0), TokenWork(999, 999)), attends=True) for layer in (1, 2)}
     for tokens, same in ((1, True), (5, True), (6, False)):

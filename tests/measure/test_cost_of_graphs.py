@@ -16,9 +16,9 @@ import pytest
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.names import all_logits_file
 from nbl_export.measure.cost import WEIGHT_BYTES, CostModel, LayerSizes, Work
-from nbl_export.mixers.base import TokenWork
-from nbl_export.mixers.rows import Read
-from nbl_export.model.checkpoint.shape import read_shape
+from nbl_export.methods.base import TokenWork
+from nbl_export.methods.checkpoint.shape import read_shape
+from nbl_export.methods.rows import Read
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.targets import exporter_of
 from nbl_export.targets.base import ExportSettings

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from nbl_export.calibrate.cuts import CutShape
 from nbl_export.measure.cost import CostModel
 from nbl_export.measure.estimate import Job, Needs, product_flops_per_second
-from nbl_export.model.checkpoint.shape import Shape
+from nbl_export.methods.checkpoint.shape import Shape
+from nbl_export.methods.predicted_kv.sums import ExitShape
 from nbl_export.options.options import JobOptions
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.mlp import MlpSpec
@@ -62,7 +62,7 @@ DEFAULT = {
 @pytest.mark.parametrize("name", DEFAULT)
 def test_default_jobs_agree_with_what_was_measured(name: str) -> None:
     shape, measured = DEFAULT[name]
-    stages = by_stage(job(shape, RATE, cut="auto", prompt_tokens=(512, 2048), depths=(0,)))
+    stages = by_stage(job(shape, RATE, exit_layer="auto", prompt_tokens=(512, 2048), depths=(0,)))
     assert max(off(stages[stage].seconds, seconds) for stage, seconds in measured.items()) < 1.4
     found, taken = (sum(each) for each in ((stages[stage].seconds for stage in measured), measured.values()))
     assert off(found, taken) < 1.3
@@ -70,7 +70,7 @@ def test_default_jobs_agree_with_what_was_measured(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "shape"), [("stages-smollm2", SMOLLM2), ("stages-qwen", QWEN)])
 def test_whole_jobs_agree_with_what_was_measured(name: str, shape: Shape) -> None:
-    """Without `plan`: the deciding texts were half as long then."""
+    """Without `plan`: the validation texts were half as long then."""
     measured = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     plain = CostModel(shape.decoder, shape.mlp, 4, 4, 4, tail_pruned=False).prefill({}, 512).flops / 512
     stages = by_stage(
@@ -144,11 +144,11 @@ def test_a_model_needs_memory_for_one_layer_at_a_time() -> None:
     assert by_stage(job(SMOLLM2, fit="distilled"))["distill"].memory_bytes == 4 * SMOLLM2.parameters
 
 
-@pytest.mark.parametrize("cut", ["20", "auto"])
-def test_sums_of_cuts_are_in_memory_beside_the_model(cut: str) -> None:
-    estimated = job(SMOLLM2, cut=cut)
+@pytest.mark.parametrize("exit_layer", ["20", "auto"])
+def test_sums_of_cuts_are_in_memory_beside_the_model(exit_layer: str) -> None:
+    estimated = job(SMOLLM2, exit_layer=exit_layer)
     needs = by_stage(estimated)["calibrate"]
-    shape = CutShape(estimated.cuts, 30, 576, 3 * 64, 1e-5)
+    shape = ExitShape(estimated.exits, 30, 576, 3 * 64, 1e-5)
     sums = sum(8 * math.prod(size) for size in shape.tensors().values())
     for held in (needs.memory_bytes, needs.disk_bytes):  # the disk also holds a checkpoint made of the GGUF file
         assert held - 4 * SMOLLM2.parameters == pytest.approx(sums, rel=0.1)

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from nbl_export.calibrate.collect import Collection, collect
-from nbl_export.distill.training import DistillSettings, distill
 from nbl_export.errors import NblError
-from nbl_export.mixers.linear import Linear
+from nbl_export.methods.applied import architecture_of, linearize, run_from
+from nbl_export.methods.checkpoint.load import load_model, read_spec
+from nbl_export.methods.checkpoint.source import resolve
+from nbl_export.methods.distill.training import DistillSettings, distill
+from nbl_export.methods.linear.collect import Collection, collect
+from nbl_export.methods.linear.maps import Linear
+from nbl_export.methods.losses import PartialReplacement
 from nbl_export.model.architectures import ARCHITECTURES
-from nbl_export.model.checkpoint.load import load_model, read_spec
-from nbl_export.model.checkpoint.source import resolve
 from nbl_export.model.head import logits_of
-from nbl_export.model.linearize import architecture_of, linearize, run_from
 from nbl_export.model.mapped import mapped_model
-from nbl_export.model.switched import SwitchedModel
 
 from ..tiny import EVERY, LAYERS, VARIANTS, VOCAB, cases, record_of
 
@@ -117,7 +117,7 @@ def test_switched_layers_are_the_linearized_model(architecture: str, checkpoint:
     model, maps = load_model(checkpoint(architecture)), random_maps(*range(LAYERS))
     with torch.inference_mode():
         base = model(IDS, use_cache=False).logits[0, :-1].log_softmax(-1)
-    switched = SwitchedModel(model, maps, "residual")
+    switched = PartialReplacement(model, maps, "residual")
     for replaced_set in ((0,), (1,), (1, 2), (2,)):
         ours = linearize(load_model(checkpoint(architecture)), {i: maps[i] for i in replaced_set})
         with torch.inference_mode():
@@ -148,7 +148,7 @@ def test_a_saved_checkpoint_is_the_linearized_model(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    from nbl_export.model.checkpoint.hf_classes import save_linearized
+    from nbl_export.methods.checkpoint.hf_classes import save_linearized
 
     directory, maps = checkpoint(architecture), random_maps(0, 2)
     save_linearized(load_model(directory), directory, maps, "residual", tmp_path / "saved")

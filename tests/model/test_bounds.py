@@ -18,18 +18,18 @@ from safetensors.torch import load_file, save_file
 
 from nbl_export.errors import NblError
 from nbl_export.files import safetensors_header
+from nbl_export.methods.checkpoint.load import load_model, load_tokenizer, materialise, read_spec
+from nbl_export.methods.checkpoint.source import resolve
+from nbl_export.methods.maps_file import load_maps
 from nbl_export.model.checkpoint import pretrained
-from nbl_export.model.checkpoint.load import load_model, load_tokenizer, materialise, read_spec
 from nbl_export.model.checkpoint.pretrained import check_weights
-from nbl_export.model.checkpoint.source import resolve
-from nbl_export.plan.maps_file import load_maps
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.targets.base import ExportSettings
 from nbl_export.targets.export.finish import check_bounds
 from nbl_export.targets.onnx import export_genai
+from tests.methods.checkpoint.test_hostile_checkpoint import changed
 
 from ..tiny import HEAD_DIM, HIDDEN, INNER, VOCAB, save_gguf
-from .test_hostile_checkpoint import changed
 
 Checkpoint = Callable[[str], Path]
 MOST_BYTES = 1 << 30  # of one process; torch and transformers take about a third of it

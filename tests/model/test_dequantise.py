@@ -10,8 +10,8 @@ import gguf
 import pytest
 
 from nbl_export.errors import NblError
-from nbl_export.model.checkpoint import load
-from nbl_export.model.checkpoint import source as checkpoint_source
+from nbl_export.methods.checkpoint import load
+from nbl_export.methods.checkpoint import source as checkpoint_source
 
 from ..tiny import save_gguf
 

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from nbl_export.calibrate import collect
-from nbl_export.calibrate.sums import Accumulator, sums_bytes
-from nbl_export.distill.training import DistillSettings, distill
 from nbl_export.errors import NblError
-from nbl_export.mixers.base import Mixer
+from nbl_export.methods.base import Mixer
+from nbl_export.methods.checkpoint.load import load_model
+from nbl_export.methods.distill.training import DistillSettings, distill
+from nbl_export.methods.linear import collect
+from nbl_export.methods.linear.greedy import Judge, Search
+from nbl_export.methods.losses import PartialReplacement
+from nbl_export.methods.sums import Accumulator, sums_bytes
 from nbl_export.model import device, mapped
-from nbl_export.model.checkpoint.load import load_model
 from nbl_export.model.mapped import float32_bytes, layer_bytes
-from nbl_export.model.switched import SwitchedModel
-from nbl_export.plan.greedy import Judge, Search
 from nbl_export.report import page
 from nbl_export.run import pipeline
 from nbl_export.run.deployed import open_finished
@@ -70,12 +70,12 @@ def by_layer(model: Any, directory: Path, scratch: Path) -> Any:
 
 
 def losses(model: Any, _directory: Path, _scratch: Path) -> Any:
-    switched = SwitchedModel(model, MAPS, "residual")
+    switched = PartialReplacement(model, MAPS, "residual")
     return [vars(loss) for loss in switched.quality_losses(IDS, {"both": (1, 2), "one": (2,)}).values()]
 
 
 def ordered(model: Any, _directory: Path, _scratch: Path) -> Any:
-    switched = SwitchedModel(model, {i: random_map(i) for i in range(3)}, "residual")
+    switched = PartialReplacement(model, {i: random_map(i) for i in range(3)}, "residual")
     steps = Search(Judge(switched, (IDS[:2], IDS[2:])), (), lambda _gone: 1.0, quiet).extend(2)
     return [[point.layers, point.kl, point.rises] for point in steps]
 
@@ -242,7 +242,7 @@ def test_a_gpu_that_fails_ends_with_one_sentence_and_finished_stages_stay(
     asked = ("--model", checkpoint("llama"), "--calibration", text, *TINY, "--layers", 1, "--output", tmp_path / "run")
     with until("plan"), fake_cuda():
         with monkeypatch.context() as patch:
-            patch.setattr(SwitchedModel, "run", failing)
+            patch.setattr(PartialReplacement, "run", failing)
             done = nbl(*asked)
         assert_refused(done, 1, f"plan: {'the GPU failed (' if 'unspec' in said else ''}{said}", "--device cpu")
         done = nbl(*asked, "--device", "cpu")

@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from nbl_export.errors import NblError
-from nbl_export.mixers.base import Mixer
-from nbl_export.mixers.linear import Linear
+from nbl_export.methods.base import Mixer
+from nbl_export.methods.checkpoint.load import load_model
+from nbl_export.methods.linear.greedy import Judge
+from nbl_export.methods.linear.maps import Linear
+from nbl_export.methods.losses import PartialReplacement
+from nbl_export.methods.predicted_kv.torch_layers import own_map
 from nbl_export.model import mapped
-from nbl_export.model.checkpoint.load import load_model
-from nbl_export.model.cut import own_map
 from nbl_export.model.mapped import mapped_model
-from nbl_export.model.switched import SwitchedModel
-from nbl_export.plan.greedy import Judge
 
 from ..tiny import EVERY, LAYERS, VOCAB, cases, random_map
 
@@ -44,11 +44,11 @@ def quiet(_done: int, _total: int) -> None:
 
 def both(
     directory: Path, scratch: Path, tap: str = "residual", narrow: bool = False, maps: Any = None
-) -> tuple[SwitchedModel, SwitchedModel]:
+) -> tuple[PartialReplacement, PartialReplacement]:
     """The model in memory, and the mapped model."""
     maps, model = maps or MAPS, mapped_model(directory, head=True)
-    whole = SwitchedModel(load_model(directory), maps, tap, narrow=narrow)
-    return whole, SwitchedModel(model, maps, tap, narrow=narrow, scratch=scratch)
+    whole = PartialReplacement(load_model(directory), maps, tap, narrow=narrow)
+    return whole, PartialReplacement(model, maps, tap, narrow=narrow, scratch=scratch)
 
 
 @pytest.mark.parametrize("architecture", cases(EVERY))
@@ -87,13 +87,13 @@ def test_other_mixers_begin_at_the_states_of_the_same_original(checkpoint: Check
     model = load_model(directory)
     passes: list[Any] = []
     model.get_decoder().layers[0].register_forward_hook(lambda *given: passes.append(given))
-    first, second = SwitchedModel(model, {}, "residual"), SwitchedModel(model, others, "residual")
+    first, second = PartialReplacement(model, {}, "residual"), PartialReplacement(model, others, "residual")
     runs = first.runs(IDS, again=True)
     found = []
     for shared in (runs.of(second), runs.of(second)):
         found.append([*shared.last([(1,), (1, 2)]), shared.original])
     assert len(passes) == 1
-    fresh = SwitchedModel(model, others, "residual").runs(IDS, again=False)
+    fresh = PartialReplacement(model, others, "residual").runs(IDS, again=False)
     for expected, *seen in zip([*fresh.last([(1,), (1, 2)]), fresh.original], *found, strict=True):
         for one in seen:
             torch.testing.assert_close(one, expected, rtol=1e-3, atol=1e-5)
@@ -101,7 +101,7 @@ def test_other_mixers_begin_at_the_states_of_the_same_original(checkpoint: Check
 
 def test_a_map_that_reads_another_layer_is_computed(checkpoint: Checkpoint, tmp_path: Path) -> None:
     directory = checkpoint("llama")
-    far = replace(own_map(load_model(directory), 2, 8), cut=1)
+    far = replace(own_map(load_model(directory), 2, 8), exit_layer=1)
     expected, found = (model.window_losses(IDS, {"far": (2,)}) for model in both(directory, tmp_path, maps={2: far}))
     assert found == expected
 

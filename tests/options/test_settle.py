@@ -24,7 +24,7 @@ MOE = dataclasses.replace(architecture_facts("qwen3_moe"), decoder=DECODER)
 LARGE = dataclasses.replace(PLAIN, fits=False)
 OLMO = dataclasses.replace(architecture_facts("olmo2"), decoder=DECODER)
 NBL = dataclasses.replace(PLAIN, maps_tap="residual")
-KEYS = dataclasses.replace(NBL, kinds=frozenset({"predicted"}))
+KEYS = dataclasses.replace(NBL, kinds=frozenset({"predicted_kv"}))
 
 Asked = dict[str, Any]
 
@@ -40,57 +40,70 @@ def assert_settled(options: JobOptions, expected: Mapping[str, Any]) -> None:
 # -- defaults that depend on the engine, the model and other options ----------------------------------------------
 
 SETTLED: list[tuple[Asked, Asked]] = [
-    ({}, {"tap": "residual", "precision": "fp32", "decoder_source": "genai", "fit": "independent", "cut": "auto"}),
-    ({"max_perplexity_increase": "5%"}, {"cut": "auto", "near": None}),
-    ({"cut": "none"}, {"fit": "independent"}),
-    ({"fit": "distilled"}, {"tap": "normed", "cut": "none"}),
-    ({"distill_minutes": 5.0}, {"fit": "distilled", "tap": "normed", "cut": "none"}),  # for any model
+    (
+        {},
+        {"tap": "residual", "precision": "fp32", "decoder_source": "genai", "fit": "independent", "exit_layer": "auto"},
+    ),
+    ({"max_perplexity_increase": "5%"}, {"exit_layer": "auto", "recent_tokens": None}),
+    ({"exit_layer": "none"}, {"fit": "independent"}),
+    ({"fit": "distilled"}, {"tap": "normed", "exit_layer": "none"}),
+    ({"distill_minutes": 5.0}, {"fit": "distilled", "tap": "normed", "exit_layer": "none"}),  # for any model
     ({"distill_steps": 40, "layers": "2"}, {"fit": "distilled"}),
-    ({"select": "efficient"}, {"cut": "none"}),
-    ({"maps": "linear"}, {"tap": "normed", "cut": "none"}),
-    ({"logits": "all"}, {"cut": "none"}),
-    ({"decoder_source": "mobius"}, {"cut": "none"}),
-    ({"provider": "cuda"}, {"cut": "none", "fit": "distilled", "precision": "fp16", "decoder_source": "genai"}),
+    ({"select": "efficient"}, {"exit_layer": "none"}),
+    ({"maps": "linear"}, {"tap": "normed", "exit_layer": "none"}),
+    ({"logits": "all"}, {"exit_layer": "none"}),
+    ({"decoder_source": "mobius"}, {"exit_layer": "none"}),
+    ({"provider": "cuda"}, {"exit_layer": "none", "fit": "distilled", "precision": "fp16", "decoder_source": "genai"}),
     (
         {"engine": "openvino"},
-        {"tap": "normed", "fit": "distilled", "cut": "none", "precision": "fp16", "decoder_source": "openvino"},
+        {"tap": "normed", "fit": "distilled", "exit_layer": "none", "precision": "fp16", "decoder_source": "openvino"},
     ),
-    ({"layers": "2"}, {"tap": "residual", "fit": "independent", "cut": "none"}),
+    ({"layers": "2"}, {"tap": "residual", "fit": "independent", "exit_layer": "none"}),
     ({"engine": "openvino", "layers": "2"}, {"tap": "normed", "fit": "distilled"}),  # as without a number
-    ({"precision": "fp16"}, {"decoder_source": "mobius", "cut": "none"}),
+    ({"precision": "fp16"}, {"decoder_source": "mobius", "exit_layer": "none"}),
     ({"select": "cca"}, {"fit": "independent"}),
     ({"fit": "distilled", "tap": "residual"}, {"tap": "residual"}),
     ({"engine": "openvino", "precision": "int8"}, {"precision": "int8", "decoder_source": "openvino"}),
-    ({"engine": "trt-rtx"}, {"precision": "bf16", "decoder_source": "static", "depths": (0, 1536), "cut": "none"}),
+    (
+        {"engine": "trt-rtx"},
+        {"precision": "bf16", "decoder_source": "static", "depths": (0, 1536), "exit_layer": "none"},
+    ),
     ({"engine": "trt", "max_seq_len": 24_064}, {"depths": (0, 2048)}),
     ({"engine": "trt", "prompt_tokens": (128,), "generate_tokens": 256}, {"depths": (0, 1792)}),
     ({"engine": "trt", "max_seq_len": 64}, {"depths": (0,)}),
     ({"engine": "trt", "max_seq_len": 256}, {"depths": (0, 128)}),  # a prompt of 512 fits at no depth
     ({"engine": "openvino"}, {"depths": (0, 2048)}),
-    ({"engine": "trt-rtx", "cut": "auto"}, {"decoder_source": "static", "fit": "independent", "cut": "auto"}),
-    ({"for": "openvino"}, {"engine": "openvino", "precision": "fp16", "cut": "none"}),
+    (
+        {"engine": "trt-rtx", "exit_layer": "auto"},
+        {"decoder_source": "static", "fit": "independent", "exit_layer": "auto"},
+    ),
+    ({"for": "openvino"}, {"engine": "openvino", "precision": "fp16", "exit_layer": "none"}),
     ({"for": "cuda"}, {"engine": "ort", "provider": "cuda", "precision": "fp16"}),
     ({"for": "tensorrt"}, {"destination": "trt", "engine": "trt", "decoder_source": "static"}),
-    ({"for": "genai"}, {"engine": "ort", "cut": "auto"}),
-    ({"for": "transformers"}, {"cut": "auto", "maps": "affine"}),
-    ({"for": "vLLM"}, {"engine": "ort", "cut": "none", "fit": "distilled", "maps": "affine"}),
-    ({"for": "vllm", "cut": "auto"}, {"engine": "ort", "cut": "auto", "fit": "independent"}),
-    ({"for": "gguf"}, {"destination": "llama.cpp", "cut": "none", "maps": "linear", "tap": "normed"}),
+    ({"for": "genai"}, {"engine": "ort", "exit_layer": "auto"}),
+    ({"for": "transformers"}, {"exit_layer": "auto", "maps": "affine"}),
+    ({"for": "vLLM"}, {"engine": "ort", "exit_layer": "none", "fit": "distilled", "maps": "affine"}),
+    ({"for": "vllm", "exit_layer": "auto"}, {"engine": "ort", "exit_layer": "auto", "fit": "independent"}),
+    ({"for": "gguf"}, {"destination": "llama.cpp", "exit_layer": "none", "maps": "linear", "tap": "normed"}),
     ({"for": "vllm", "engine": "openvino"}, {"engine": "openvino"}),
-    ({"layers": "2"}, {"kind": "linear", "cut": "none"}),
+    ({"layers": "2"}, {"kind": "linear", "exit_layer": "none"}),
     ({"fit": "drop"}, {"kind": "none"}),
     ({"seed": None, "distill_steps": None}, {"seed": 0, "distill_steps": None}),
 ]
 OF_MODEL: list[tuple[ModelFacts, Asked, Asked]] = [
     (dataclasses.replace(PLAIN, taps=("residual",)), {"fit": "distilled"}, {"tap": "residual"}),
-    (PLAIN, {}, {"fit": "independent", "cut": "auto"}),
+    (PLAIN, {}, {"fit": "independent", "exit_layer": "auto"}),
     (PLAIN, {"engine": "trt", "prompt_tokens": (64,)}, {"depths": (0, 384)}),  # 512 positions
-    (dataclasses.replace(PLAIN, architecture="gemma3"), {"seed": None}, {"fit": "distilled", "cut": "none"}),
-    (LARGE, {"seed": None}, {"fit": "independent", "cut": "none", "precision": "int4", "decoder_source": "genai"}),
+    (dataclasses.replace(PLAIN, architecture="gemma3"), {"seed": None}, {"fit": "distilled", "exit_layer": "none"}),
+    (
+        LARGE,
+        {"seed": None},
+        {"fit": "independent", "exit_layer": "none", "precision": "int4", "decoder_source": "genai"},
+    ),
     (LARGE, {"engine": "openvino"}, {"precision": "int4"}),
     (LARGE, {"engine": "trt"}, {"precision": "bf16"}),
     (LARGE, {"decoder_source": "mobius"}, {"precision": "fp32"}),
-    (LARGE, {"cut": "1"}, {"cut": "1"}),
+    (LARGE, {"exit_layer": "1"}, {"exit_layer": "1"}),
     *(
         (
             dataclasses.replace(architecture_facts(name), decoder=DECODER, fits=fits),
@@ -120,7 +133,7 @@ def test_the_table_of_destinations_says_what_the_code_does() -> None:
     for name, place in DESTINATIONS.items():
         options = settled({"for": name}, PLAIN)
         held = capabilities_of(options.engine, options.provider).kinds if place.kinds is None else place.kinds
-        assert ("predicted" if options.predicts else options.kind) in held, name
+        assert ("predicted_kv" if options.predicts else options.kind) in held, name
 
 
 @pytest.mark.parametrize(("asked", "expected"), SETTLED, ids=str)
@@ -143,11 +156,15 @@ CHANGED: list[tuple[Asked, Asked, Asked]] = [
     ({"fit": "distilled"}, {"fit": "independent"}, {"tap": "residual"}),
     ({"fit": "distilled", "tap": "residual"}, {"layers": "2"}, {"tap": "residual"}),
     ({"tap": "normed", "layers": "3"}, {"layers": "2"}, {"tap": "normed", "fit": "independent"}),
-    ({}, {"layers": "2"}, {"tap": "residual", "fit": "independent", "cut": "none"}),
-    ({"cut": "20"}, {"layers": "2"}, {"layers": "2", "cut": "none"}),
-    ({"layers": "2"}, {"cut": "20"}, {"layers": None, "cut": "20"}),
-    ({"max_perplexity_increase": "5%"}, {"cut": "20"}, {"max_perplexity_increase": None, "cut": "20"}),
-    ({"max_perplexity_increase": "5%"}, {"cut": "none"}, {"max_perplexity_increase": "5%", "cut": "none"}),
+    ({}, {"layers": "2"}, {"tap": "residual", "fit": "independent", "exit_layer": "none"}),
+    ({"exit_layer": "20"}, {"layers": "2"}, {"layers": "2", "exit_layer": "none"}),
+    ({"layers": "2"}, {"exit_layer": "20"}, {"layers": None, "exit_layer": "20"}),
+    ({"max_perplexity_increase": "5%"}, {"exit_layer": "20"}, {"max_perplexity_increase": None, "exit_layer": "20"}),
+    (
+        {"max_perplexity_increase": "5%"},
+        {"exit_layer": "none"},
+        {"max_perplexity_increase": "5%", "exit_layer": "none"},
+    ),
     ({"engine": "openvino"}, {"layers": "2"}, {"tap": "normed", "fit": "distilled"}),
     ({"layers": "2"}, {"max_perplexity_increase": "5%"}, {"tap": "residual", "fit": "independent"}),
     ({"engine": "openvino", "precision": "int8"}, {"layers": "2"}, {"precision": "int8"}),
@@ -205,7 +222,7 @@ def test_no_change_keeps_recorded_options_without_effect() -> None:
 IDLE: list[tuple[str, Asked, ModelFacts | None, str]] = [
     ("select", {"select": "cca", "layers": "0,2"}, None, "a number of layers or a goal"),
     ("maps", {"maps": "linear", "fit": "drop"}, None, "fitted maps"),
-    ("distill_minutes", {"distill_minutes": 1.0, "cut": "2"}, None, "--fit distilled"),
+    ("distill_minutes", {"distill_minutes": 1.0, "exit_layer": "2"}, None, "--fit distilled"),
     ("distill_minutes", {"distill_minutes": 1.0}, LARGE, "--fit distilled"),
     ("distill_steps", {"distill_steps": 40, "kind": "new"}, None, "--fit distilled"),
     ("distill_tokens", {"distill_tokens": 2048, "fit": "independent"}, None, "--fit distilled"),
@@ -222,10 +239,11 @@ IDLE: list[tuple[str, Asked, ModelFacts | None, str]] = [
     ("builder_option", {"builder_option": "accuracy_level=1"}, None, "--precision int8 or int4"),
     ("quantized_model", {"quantized_model": "x", "precision": "int8"}, None, "--precision int4"),
     ("threads", {"threads": 2, "engine": "trt-rtx"}, None, "compile nothing"),
-    ("cut", {"cut": "1", "engine": "openvino"}, None, "--engine ort with --provider cpu, trt or trt-rtx, and the"),
-    ("cut", {"cut": "1"}, NBL, "the original model"),
-    ("near", {"near": 8, "layers": "1,"}, None, "--cut"),
-    ("kind", {"kind": "linear"}, None, "layers (--layers, or --cut none)"),
+    ("exit_layer", {"exit_layer": "1", "engine": "openvino"}, None,
+     "--engine ort with --provider cpu, trt or trt-rtx, and the"),
+    ("exit_layer", {"exit_layer": "1"}, NBL, "the original model"),
+    ("recent_tokens", {"recent_tokens": 8, "layers": "1,"}, None, "--exit-layer"),
+    ("kind", {"kind": "linear"}, None, "layers (--layers, or --exit-layer none)"),
     *(
         (name, {name: value}, NBL, "no longer contains the removed attention")
         for name, value in {
@@ -290,7 +308,7 @@ def test_an_option_with_effect_is_accepted(asked: Asked) -> None:
 # All that is asked for, the model, and parts of the message: refused as usage.
 WRONG: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
     ({"kind": "new"}, None, ("key kind new is not for engine ort; it takes linear",)),
-    ({"kind": "predicted"}, None, ("key kind predicted", "--cut")),
+    ({"kind": "predicted_kv"}, None, ("key kind predicted", "--exit-layer")),
     ({"kind": "none"}, None, ("key kind none", "--fit drop leaves attention out")),
     ({"kind": "linear", "fit": "drop"}, None, ("leave key kind linear out",)),
     ({"engine": "steam"}, None, ("unknown engine 'steam'; engines are ort, openvino, trt, trt-rtx",)),
@@ -306,7 +324,7 @@ WRONG: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
     ({"for": "genai", "provider": "cuda"}, None, ("--for genai needs --provider cpu, not cuda",)),
     ({"for": "mars"}, None, ("--for mars: destinations are genai, cuda, openvino",)),
     ({"for": "sglang"}, None, ("--for sglang: SGLang has no linear layers",)),
-    ({"for": "edge-llm"}, KEYS, ("--for edge-llm is not possible: it does not hold predicted keys",)),
+    ({"for": "edge-llm"}, KEYS, ("--for edge-llm is not possible: it does not hold predicted KV",)),
     ({"provider": "rocm"}, None, ("unknown provider 'rocm'",)),
     ({"decoder_source": "thin-air"}, None, ("key decoder_source thin-air", "genai, mobius")),
     ({"engine": "openvino", "decoder_source": "genai"}, None, ("key decoder_source genai is not for engine openvino",)),
@@ -327,7 +345,7 @@ WRONG: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
     ({"fit": "given"}, PLAIN, ("--fit given is for a checkpoint with maps (nbl-export convert)",)),
     ({"fit": "distilled"}, NBL, ("--fit distilled needs the original model: the checkpoint no longer contains",)),
     ({"fit": "drop"}, NBL, ("--fit drop needs the original model: the checkpoint no longer contains",)),
-    ({"engine": "openvino"}, KEYS, ("m has layers of kind predicted, which engine openvino does not run",)),
+    ({"engine": "openvino"}, KEYS, ("m has layers of kind predicted_kv, which engine openvino does not run",)),
     ({"tap": "normed"}, NBL, ("key tap normed: the maps of m have the tap residual; leave key tap out",)),
     *(
         ({"layers": text}, None, ("--layers", part))
@@ -352,7 +370,8 @@ UNFIT: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
     ({"engine": "trt", "max_seq_len": 513}, PLAIN, ("--max-seq-len 513 is beyond the model's 512 positions",)),
     ({"engine": "trt", "max_seq_len": 31}, PLAIN, ("--max-seq-len 31 is too short", "at least 32")),
     ({"engine": "trt", "max_seq_len": 64, "prefill_chunk": 65}, PLAIN, ("prefill_chunk 65 is beyond --max-seq-len",)),
-    ({"engine": "trt", "cut": "1", "prefill_chunk": 511}, PLAIN, ("prefill_chunk 511 is too short", "at least 512")),
+    ({"engine": "trt", "exit_layer": "1", "prefill_chunk": 511}, PLAIN, ("prefill_chunk 511 is too short",
+     "at least 512")),
 ]  # fmt: skip
 
 
@@ -378,7 +397,8 @@ def test_a_value_that_fits_is_accepted() -> None:
         {"depths": (500,), "generate_tokens": 12, "prompt_tokens": 16},
         {"engine": "trt", "max_seq_len": 512, "depths": (0, 384)},
         {"engine": "trt", "max_seq_len": 32, "prefill_chunk": 32},
-        {"engine": "trt", "cut": "1", "prefill_chunk": 512}, {"engine": "trt-rtx", "cut": "2", "max_seq_len": 64},
+        {"engine": "trt", "exit_layer": "1", "prefill_chunk": 512}, {"engine": "trt-rtx", "exit_layer": "2",
+         "max_seq_len": 64},
     ):  # fmt: skip
         settled({"depths": (0,), **asked}, PLAIN)
 

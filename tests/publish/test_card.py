@@ -57,10 +57,10 @@ def base(run: Path, tmp_path: Path) -> Path:
 
 
 def test_a_cut_is_not_called_replaced_attention(run: Path) -> None:
-    report = json.loads((run / "report.json").read_text(encoding="utf-8")) | {"cut": {"layer": 2, "near": 8}}
+    report = json.loads((run / "report.json").read_text(encoding="utf-8")) | {"exit": {"layer": 2, "recent_tokens": 8}}
     text = card.render(manifest(run), report, card.find(manifest(run)))
     assert f"most of a prompt skips layers 2 to {report['num_layers'] - 1}" in text
-    assert "| Layers with predicted keys | " in text and "A prompt of at most 9 tokens" in text
+    assert "| Layers with predicted KV | " in text and "A prompt of at most 9 tokens" in text
     assert "no key/value cache" not in text and "replaced by one linear layer" not in text
 
 
@@ -158,7 +158,7 @@ def gguf_facts(path: Path, **values: Any) -> dict[str, Any]:
     """Manifest of a run on a GGUF that holds nothing but metadata."""
     import gguf
 
-    from nbl_export.model.checkpoint import source as checkpoint
+    from nbl_export.methods.checkpoint import source as checkpoint
 
     writer = gguf.GGUFWriter(str(path), "llama")
     for name, value in values.items():

@@ -13,14 +13,14 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from nbl_export.errors import CorruptError, NblError
-from nbl_export.mixers.linear import Linear
-from nbl_export.model.checkpoint import copied
-from nbl_export.model.checkpoint.copied import copy_linearized
-from nbl_export.model.checkpoint.hf_classes import save_linearized
-from nbl_export.model.checkpoint.load import load_model, materialise
-from nbl_export.model.checkpoint.source import resolve
-from nbl_export.model.linearize import linearize
-from nbl_export.plan.maps_file import load_maps
+from nbl_export.methods.applied import linearize
+from nbl_export.methods.checkpoint import copied
+from nbl_export.methods.checkpoint.copied import copy_linearized
+from nbl_export.methods.checkpoint.hf_classes import save_linearized
+from nbl_export.methods.checkpoint.load import load_model, materialise
+from nbl_export.methods.checkpoint.source import resolve
+from nbl_export.methods.linear.maps import Linear
+from nbl_export.methods.maps_file import load_maps
 from nbl_export.records.destinations import DESTINATIONS
 from nbl_export.targets.checkpoint import edge_llm, nemotron_nas
 
@@ -111,7 +111,7 @@ def test_a_target_that_is_there_and_a_directory_that_is_no_run(runs: dict[str, P
         ("nas", ("mlx-lm", "--layers", "0,1"), 1, "it takes its mask from layer 0, which is replaced"),
         ("qwen2", ("mlx-lm",), 1, "it runs llama, mistral, and qwen2 is another architecture"),
         ("granite", ("vllm",), 1, "and granite is another architecture"),
-        ("llama", ("mlx-lm", "--cut", "1"), 2, "it does not hold predicted keys; leave --cut out"),
+        ("llama", ("mlx-lm", "--exit-layer", "1"), 2, "it does not hold predicted KV; leave --exit-layer out"),
     ],
 )  # fmt: skip
 def test_a_destination_that_cannot_have_a_model_is_refused_before_work(

@@ -20,12 +20,12 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from nbl_export.errors import CorruptError, NblError
-from nbl_export.mixers.base import Mixer
-from nbl_export.mixers.linear import Linear
-from nbl_export.mixers.none import Nothing
-from nbl_export.mixers.predicted import Predicted
-from nbl_export.model.checkpoint.load import load_model
-from nbl_export.model.linearize import linearize
+from nbl_export.methods.applied import linearize
+from nbl_export.methods.base import Mixer
+from nbl_export.methods.checkpoint.load import load_model
+from nbl_export.methods.linear.maps import Linear
+from nbl_export.methods.linear.none import Nothing
+from nbl_export.methods.predicted_kv.maps import PredictedKV
 from nbl_export.targets.checkpoint import edge_llm
 
 from ..command import nbl
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.job
 
 IDS = torch.arange(3, 40)[None]
 MAPS: dict[int, Mixer] = {1: random_map(1), 2: Nothing(HIDDEN)}
-PREDICTED = Predicted(np.zeros((4, 2 * HIDDEN), np.float32), np.zeros(4, np.float32), HIDDEN, 1, 8, 1e-5)
+PREDICTED = PredictedKV(np.zeros((4, 2 * HIDDEN), np.float32), np.zeros(4, np.float32), HIDDEN, 1, 8, 1e-5)
 
 
 def saved(architecture: str, maps: dict[int, Mixer], tap: str, home: Path, **changes: Any) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nbl_export.measure.rounds import LOOKS, Rule
+from nbl_export.measure.rounds import INTERIM_ROUNDS, Rule
 from nbl_export.records.paired import LEVEL_UNTIL_NARROW, PairedRatio, paired_ratio, spoken_ratio
 
 
@@ -131,8 +131,8 @@ WIDE, CLOSE = of_loads(*[1.0] * 5, 1.2), of_loads(*[1.0] * 5, 1.05)
         (Rule(), 6, 1.0, [CLOSE, WIDE], False),
         (Rule(), 7, 1.0, [CLOSE], False),  # no look at what chance does from load to load
         (Rule(), 12, 1.0, [CLOSE], True),
-        (Rule(), LOOKS[-1] - 1, 1.0, [WIDE], False),
-        (Rule(), LOOKS[-1], 1.0, [WIDE], True),
+        (Rule(), INTERIM_ROUNDS[-1] - 1, 1.0, [WIDE], False),
+        (Rule(), INTERIM_ROUNDS[-1], 1.0, [WIDE], True),
         (Rule(seconds=70), 6, 36.0, [WIDE], True),  # twelve loads would take longer than 70 seconds
         (Rule(seconds=70), 5, 600.0, [WIDE], False),
         (Rule(seconds=70), 6, 34.0, [WIDE], False),

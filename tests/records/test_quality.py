@@ -11,9 +11,9 @@ from nbl_export.records import quality
 from nbl_export.records.quality import (
     _student,
     _weighed,
-    far_row,
     increase_interval,
     interval_ends,
+    long_range_row,
     mean_interval,
     spoken_interval,
 )
@@ -137,7 +137,7 @@ def test_what_windows_cannot_say() -> None:
 
 
 def test_rows_of_answers_count_equally_however_many_they_have() -> None:
-    row = far_row([(10, 20.0, 21.0, 10.0), (100, 200.0, 250.0, 100.0)])
+    row = long_range_row([(10, 20.0, 21.0, 10.0), (100, 200.0, 250.0, 100.0)])
     assert row is not None and row["lost"] == pytest.approx((0.1 + 0.5) / 2) and row["tokens"] == 110
     assert row["perplexity_nbl"] == pytest.approx(math.exp((2.1 + 2.5) / 2))
 

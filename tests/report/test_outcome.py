@@ -41,7 +41,7 @@ def test_nothing_is_said_of_what_was_not_measured() -> None:
     ("goal", "expected"),
     [
         ({"max_perplexity_increase": "10%", "default": False}, ("above", "10%")),
-        ({"max_perplexity_increase": "30%", "default": False}, ("near", "30%")),
+        ({"max_perplexity_increase": "30%", "default": False}, ("undecided", "30%")),
         ({"max_perplexity_increase": "32.4%", "default": False}, ("within", "32.4%")),
         ({"max_perplexity_increase": "40%", "default": True}, ("above", "5% (the default)")),
         ({"max_perplexity_increase": "much", "default": False}, ("above", "5% (the default)")),
@@ -71,7 +71,7 @@ def test_a_loss_that_is_not_finite_is_above() -> None:
     ("rows", "expected"),
     [
         ([(0.02, [0.01, 0.03]), (0.2, [0.15, 0.25])], "above"),  # one text is enough
-        ([(0.02, [0.01, 0.03]), (0.05, [0.04, 0.06])], "near"),
+        ([(0.02, [0.01, 0.03]), (0.05, [0.04, 0.06])], "undecided"),
         ([(0.02, [0.01, 0.03]), (0.04, [0.03, 0.05])], "within"),
         ([(0.2, None)], "above"),  # one window gives no interval
         ([(0.04, None)], "within"),
@@ -84,14 +84,15 @@ def test_every_text_is_judged(rows: list[tuple[float, list[float] | None]], expe
 
 @pytest.mark.parametrize(
     ("lost", "ends", "expected"),
-    [(0.07, [0.05, 0.09], "within"), (0.08, [0.05, 0.11], "near"), (0.13, [0.11, 0.15], "above"),
+    [(0.07, [0.05, 0.09], "within"), (0.08, [0.05, 0.11], "undecided"), (0.13, [0.11, 0.15], "above"),
      (0.09, None, "within"), (None, None, "above")],
 )  # fmt: skip
 def test_answers_from_far_back_may_lose_twice_the_limit(
     lost: float | None, ends: list[float] | None, expected: str
 ) -> None:
     found = report(
-        quality_loss=[{"increase": 0.0, "increase_interval": [0.0, 0.0]}], far={"lost": lost, "lost_interval": ends}
+        quality_loss=[{"increase": 0.0, "increase_interval": [0.0, 0.0]}],
+        long_range={"lost": lost, "lost_interval": ends},
     )
     assert judged(found) == expected
 
@@ -102,4 +103,7 @@ def test_what_to_do_next() -> None:
     assert steps["try"].startswith("nbl-export generate 'my runs' ")
     assert "--fit distilled" not in dict(next_steps(report(fit="distilled"), Path("r")))["better"]
     assert "better" not in dict(next_steps(report(quality_loss=[]), Path("r")))
-    assert dict(next_steps(report(cut={"layer": 3, "near": 4}), Path("r")))["better"] == "cut higher (--cut 4)"
+    assert (
+        dict(next_steps(report(exit={"layer": 3, "recent_tokens": 4}), Path("r")))["better"]
+        == "exit higher (--exit-layer 4)"
+    )

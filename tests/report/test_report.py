@@ -325,7 +325,7 @@ def test_the_verdict_is_of_what_was_measured(
     verify = copy.deepcopy(VERIFY)
     verify["quality_loss"][0] |= {"increase": increase, "increase_interval": [increase - 0.02, increase + 0.02]}
     said = verdict(summarize(MANIFEST, verify, bench if tests else None))
-    limit = {0.01: "within", 0.05: "near", 0.5: "above"}[increase]
+    limit = {0.01: "within", 0.05: "undecided", 0.5: "above"}[increase]
     assert said.startswith(f"{expected} Loses: perplexity +") and f"{limit} the limit of 5%" in said
 
 
@@ -369,7 +369,7 @@ def test_headline(written: Written) -> None:
     assert "+25% (18 to 32) on held-back calibration: 20.0 → 25.0" in quality_loss
     assert "largest logit difference 7.50e-05 (nbl, max abs logit difference), tolerance 0.001" in written.markdown
     assert written.html.count('class="gone linear"') == 3 and written.html.count('class="key linear"') == 1
-    predicted = {"kinds": ["linear", "predicted", "predicted"]}
+    predicted = {"kinds": ["linear", "predicted_kv", "predicted_kv"]}
     assert re.findall('class="gone (.*?)"', Written({**MANIFEST, **predicted}).html) == predicted["kinds"]
     goal = {"max_perplexity_increase": "40%", "default": False}
     assert '"card ok"' in card(Written({**MANIFEST, "goal": goal}).html, "Quality loss")
@@ -603,20 +603,20 @@ def test_what_is_drawn_is_what_was_measured(written: Written, monkeypatch: pytes
     points = [{**point, "increases": [0.1, 0.02, 0.05]} for point in CURVE["points"]]
     assert plots.curve(points, 3).axes[0].lines[0].get_ydata() == pytest.approx([1.1] * 4)  # type: ignore[attr-defined]
     assert spoken_curve({"points": points}).count("+10.0%") == 4
-    both = [{**point, "near": near} for point in points for near in (64, 128)]
+    both = [{**point, "recent_tokens": recent_tokens} for point in points for recent_tokens in (64, 128)]
     of_cuts, *rings = plots.curve(both, 3, 128).axes[0].lines  # type: ignore[attr-defined]
-    assert of_cuts.get_linestyle() == "None"  # two cuts are not more and less of one thing
+    assert of_cuts.get_linestyle() == "None"  # two exit layers are not more and less of one thing
     assert [ring.get_xdata().tolist() for ring in rings] == [[both[3]["prefill"]]]
 
 
 def test_points_of_cuts_have_their_near_tokens() -> None:
-    points = [{**point, "near": 4, "far": 0.05} for point in CURVE["points"]]
+    points = [{**point, "recent_tokens": 4, "long_range": 0.05} for point in CURVE["points"]]
     goal = {"max_perplexity_increase": "40%", "default": False, "path": []}
-    cut = {
-        "cut": {"layer": 3, "near": 4},
+    exit_layer = {
+        "exit": {"layer": 3, "recent_tokens": 4},
         "replaced_layers": [3, 4, 5],
         "goal": goal,
         "curve": {**CURVE, "points": points},
     }
-    said = Written(changed(MANIFEST, **cut)).markdown
-    assert "| Cut at | Near tokens |" in said and said.count("| −5.00% |") == len(points)
+    said = Written(changed(MANIFEST, **exit_layer)).markdown
+    assert "| Exit layer | Recent tokens |" in said and said.count("| −5.00% |") == len(points)

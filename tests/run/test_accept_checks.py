@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from nbl_export.errors import CorruptError, NblError
-from nbl_export.graph.cut_reference import CutDecoder
-from nbl_export.mixers.base import Running
-from nbl_export.model.checkpoint.load import load_model
-from nbl_export.model.linearize import linearize
+from nbl_export.methods.applied import linearize
+from nbl_export.methods.base import NumpyMixers
+from nbl_export.methods.checkpoint.load import load_model
+from nbl_export.methods.predicted_kv.reference import PredictedKVDecoder
 from nbl_export.records.results import CheckResult
 from nbl_export.run import accept as accepting
 from nbl_export.run.deployed import Located
@@ -30,7 +30,7 @@ from nbl_export.verify.exporter import row_logits
 from nbl_export.verify.ladder import Probe, Reference, shown_positions
 from nbl_export.verify.on_target import POSITIONS, expect, load, save
 
-from ..cuts import predicted_maps
+from ..exits import predicted_maps
 from ..fake_engine import StandIn
 from ..static_tiny import HEAD, HIDDEN, LAYERS, SLOTS, maps_of, open_decoder, rows
 from ..trt_tiny import checkpoint_of, graph_of
@@ -59,21 +59,23 @@ def values(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("near", [8, 20])
-def test_a_cut_is_compared_in_the_steps_of_its_reference(near: int) -> None:
-    """The cached steps of `last_token` climb whole, which one chunk of them does not if W is small."""
-    directory = graph_of("llama", (), "fp32", cut=(1, near))
-    first, second = (row[: n + ladder.DECODE_STEPS] for row, n in zip(rows(), (near + 25, near + 2), strict=True))
-    probe = Probe((tuple(first), tuple(second)), (tuple(rows()[0][: near + 24]),), 8, ())
-    mixers = Running(predicted_maps(1, near, 2 * HEAD, HIDDEN, LAYERS))
-    decoder = CutDecoder(directory.parent / "original", HEAD, mixers, "residual")
+@pytest.mark.parametrize("recent_tokens", [8, 20])
+def test_a_cut_is_compared_in_the_steps_of_its_reference(recent_tokens: int) -> None:
+    """The cached steps of `last_token` continue whole, which one chunk of them does not if W is small."""
+    directory = graph_of("llama", (), "fp32", exit_layer=(1, recent_tokens))
+    first, second = (
+        row[: n + ladder.DECODE_STEPS] for row, n in zip(rows(), (recent_tokens + 25, recent_tokens + 2), strict=True)
+    )
+    probe = Probe((tuple(first), tuple(second)), (tuple(rows()[0][: recent_tokens + 24]),), 8, ())
+    mixers = NumpyMixers(predicted_maps(1, recent_tokens, 2 * HEAD, HIDDEN, LAYERS))
+    decoder = PredictedKVDecoder(directory.parent / "original", HEAD, mixers, "residual")
     texts, margins = zip(*(ladder.greedy(decoder, prompt, probe.new_tokens) for prompt in probe.prompts), strict=True)
     logits = tuple(ladder.run_rows(decoder, [row])[0] for row in probe.rows)
     reference = Reference(logits, None, texts, margins)
-    expected = expect("fp32", probe, {"original": reference, "nbl": reference}, near)
+    expected = expect("fp32", probe, {"original": reference, "nbl": reference}, recent_tokens)
     with CheckedRunner(open_decoder(directory / "decoder.onnx"), directory) as runner:
         found = list(on_target.checks(runner, "nbl", expected))
-        steps = dataclasses.replace(expected, near=None)
+        steps = dataclasses.replace(expected, recent_tokens=None)
         other = next(r for r in on_target.checks(runner, "nbl", steps) if r.check == "last_token")
     assert [r for r in found if not r.passed and r.check != "clock"] == []
     assert not other.passed
@@ -92,7 +94,7 @@ def checked(values: Path, fault: str = "", yardstick: float | None = None) -> li
 
 def test_values_come_back_as_they_were(values: Path, tmp_path: Path) -> None:
     found = load(values)
-    assert (found.precision, found.long, found.near) == ("fp16", True, None)
+    assert (found.precision, found.long, found.recent_tokens) == ("fp16", True, None)
     assert [len(row) for row in found.rows] == [56, 41, SLOTS]
     for sample in found.samples.values():
         assert np.shape(sample.columns) == np.shape(sample.logits) == (3, POSITIONS, 144)
@@ -179,8 +181,8 @@ def test_each_fault_is_named_by_its_check(fault: str, values: Path) -> None:
 
 def test_the_nbl_engine_may_be_twice_as_far_as_the_original(values: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault within the limit of the precision shows beside the original's own distance."""
-    far = max(r["value"] for r in checked(values) if r["check"] == "nbl")
-    for yardstick, passed in ((0.51 * far, True), (0.49 * far, False)):
+    long_range = max(r["value"] for r in checked(values) if r["check"] == "nbl")
+    for yardstick, passed in ((0.51 * long_range, True), (0.49 * long_range, False)):
         found = [r for r in checked(values, yardstick=yardstick) if r["check"] == "nbl"]
         assert all(r["passed"] for r in found) is passed
         assert {r["tolerance"] for r in found} == {2 * yardstick}

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nbl_export.mixers.linear import Linear
+from nbl_export.methods.linear.maps import Linear
 
 from ..command import TINY, assert_refused, configured, nbl, snapshot, stage_lines
-from ..damage import cut, edit, flip
+from ..damage import edit, flip, truncate
 from ..jobs import until
 
 pytestmark = [pytest.mark.job, pytest.mark.process]
@@ -214,7 +214,7 @@ def inside(name: str, **values: Any) -> Callable[[Path], object]:
 
 
 MANIFESTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
-    "cut": (lambda p: cut(p, 500), ("cannot be read", "restore it", "--force")),
+    "truncated": (lambda p: truncate(p, 500), ("cannot be read", "restore it", "--force")),
     "binary": (lambda p: p.write_bytes(b"\xff\xfe\0"), ("cannot be read", "restore it", "--force")),
     "list": (lambda p: p.write_text("[]"), ("not a manifest", "restore it", "--force")),
     "no stages": (lambda p: edit(p, stages=None), ("not a manifest", "restore it", "--force")),
@@ -253,7 +253,7 @@ def test_damaged_manifest_is_forgotten_with_force(same: Same, run: Path) -> None
 @pytest.fixture
 def transposed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rewrite that puts the maps in the wrong way round."""
-    from nbl_export import rewrite
+    from nbl_export.methods import rewrite
 
     correct = rewrite.rewrite_model
 
@@ -321,7 +321,7 @@ def test_failed_verification(same: Same, run: Path, finished: Path, monkeypatch:
 def test_machine_that_gives_up(
     error: Exception, words: str, run: Path, same: Same, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nbl_export.calibrate import collect
+    from nbl_export.methods.linear import collect
 
     def fail(*_: object) -> None:
         raise error

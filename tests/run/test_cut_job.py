@@ -1,4 +1,4 @@
-"""A whole job with a cut: chosen and named, stopped and continued, and what it refuses before work."""
+"""A whole job with an exit layer: chosen and named, stopped and continued, and what it refuses before work."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import nbl_export.hf  # noqa: F401  registers the classes
-from nbl_export.model.checkpoint.load import load_model
-from nbl_export.model.linearize import linearize
-from nbl_export.plan.maps_file import load_maps
+from nbl_export.methods.applied import linearize
+from nbl_export.methods.checkpoint.load import load_model
+from nbl_export.methods.maps_file import load_maps
 
 from ..command import BARE, assert_refused, keys, nbl, snapshot
 from ..jobs import until
 
 pytestmark = pytest.mark.job
 
-CUT = ("--near", "4", "--max-perplexity-increase", "10000%")
+CUT = ("--recent-tokens", "4", "--max-perplexity-increase", "10000%")
 
 
 @pytest.fixture(scope="module")
 def chosen(checkpoint: Any, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished job that chose its cut."""
-    run = tmp_path_factory.mktemp("cut") / "run"
+    """A finished job that chose its exit layer."""
+    run = tmp_path_factory.mktemp("exit") / "run"
     done = nbl("--model", checkpoint("llama"), "--calibration", text, *BARE, *CUT, "--output", run)
     assert done.status == 0, done.err
     return run
@@ -34,9 +34,9 @@ def chosen(checkpoint: Any, text: Path, tmp_path_factory: pytest.TempPathFactory
 
 def test_the_default_job_chooses_a_cut(chosen: Path) -> None:
     manifest = json.loads((chosen / "nbl.json").read_text(encoding="utf-8"))
-    assert manifest["options"]["cut"] == "auto" and manifest["fit"]["kind"] == "independent"
-    assert manifest["cut"] == {"layer": 1, "near": 4}
-    assert (manifest["replaced_layers"], manifest["kinds"]) == ([1, 2], ["predicted", "predicted"])
+    assert manifest["options"]["exit_layer"] == "auto" and manifest["fit"]["kind"] == "independent"
+    assert manifest["exit"] == {"layer": 1, "recent_tokens": 4}
+    assert (manifest["replaced_layers"], manifest["kinds"]) == ([1, 2], ["predicted_kv", "predicted_kv"])
     assert (chosen / "cuts.safetensors").is_file() and not (chosen / "moments.safetensors").exists()
     report = json.loads((chosen / "report.json").read_text(encoding="utf-8"))
     assert (
@@ -51,11 +51,11 @@ def test_the_default_job_chooses_a_cut(chosen: Path) -> None:
 @pytest.mark.parametrize("form", ["nemotron-nas", "mlx", "edge-llm"])
 def test_forms_that_do_not_hold_predicted_keys_are_refused(form: str, chosen: Path, tmp_path: Path) -> None:
     done = nbl("convert", chosen, "--to", form, "--output", tmp_path / "out")
-    assert_refused(done, 1, "has predicted keys, which --to", "--layers N")
+    assert_refused(done, 1, "has predicted KV, which --to", "--layers N")
     assert not (tmp_path / "out").exists()
     routes = {route["name"]: route["reason"] for route in json.loads(nbl("convert", chosen, "--json").out)}
     assert [name for name, reason in routes.items() if not reason] == ["genai", "transformers", "vllm"]
-    assert routes["mlx-lm"] == "it does not hold predicted keys; make another run with --for mlx-lm"
+    assert routes["mlx-lm"] == "it does not hold predicted KV; make another run with --for mlx-lm"
 
 
 @pytest.mark.parametrize("form", ["transformers", "vllm"])
@@ -74,7 +74,7 @@ def test_transformers_loads_what_a_run_with_a_cut_is_converted_to(
         )
         torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
     for words in (("estimate", saved), ("--model", saved, "--output", tmp_path / "run")):
-        assert_refused(nbl(*words), 2, saved, "has predicted keys", "give that model")
+        assert_refused(nbl(*words), 2, saved, "has predicted KV", "give that model")
     assert not (tmp_path / "run").exists()
 
 
@@ -85,7 +85,7 @@ def test_the_maps_of_a_run_make_its_graph_again(chosen: Path, tmp_path: Path) ->
     told = [
         json.loads((place / "nbl.json").read_text(encoding="utf-8")) for place in (tmp_path / "out", chosen / "model")
     ]
-    assert told[0]["cut"] == told[1]["cut"]
+    assert told[0]["exit"] == told[1]["exit"]
     assert {name: made[name] for name in made if name != "nbl.json"} == {
         name: before[name] for name in made if name != "nbl.json"
     }
@@ -93,25 +93,26 @@ def test_the_maps_of_a_run_make_its_graph_again(chosen: Path, tmp_path: Path) ->
 
 def test_another_cut_of_the_same_run_uses_its_sums(chosen: Path) -> None:
     before = (chosen / "cuts.safetensors").read_bytes()
-    done = nbl("plan", chosen, "--cut", "2", "--near", "3")
+    done = nbl("plan", chosen, "--exit-layer", "2", "--recent-tokens", "3")
     assert done.status == 0, done.err
     assert done.err.index("this undoes rewrite, verify, ") < done.err.index("plan: done")
     manifest = json.loads((chosen / "nbl.json").read_text(encoding="utf-8"))
-    assert manifest["cut"] == {"layer": 2, "near": 3} and (chosen / "cuts.safetensors").read_bytes() == before
+    assert manifest["exit"] == {"layer": 2, "recent_tokens": 3} and (chosen / "cuts.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize(("given", "status", "part"), [
-    (("--cut", "3"), 1, "--cut 3: this model has layers 0 to 2; cut at 1 or above"),
-    (("--cut", "0"), 1, "--cut 0: this model has layers 0 to 2; cut at 1 or above"),
-    (("--cut", "high"), 2, "--cut 'high': write a layer (20), auto or none"),
-    (("--cut", "1", "--near", "100000"), 1, "--near 100000 is beyond the model's"),
-    (("--cut", "1", "--layers", "1"), 2, "--cut does not go with --layers; give one of them"),
-    (("--cut", "1", "--fit", "distilled"), 2, "--cut does not go with --fit distilled"),
-    (("--cut", "1", *keys(logits="all")), 2, "--cut does not go with key logits all"),
-    (("--cut", "1", "--max-perplexity-increase", "5%"), 2, "--cut 1 names the cut"),
-    (("--cut", "1", *keys(decoder_source="mobius")), 2, "--cut needs the key decoder_source genai or static"),
-    (("--cut", "1", "--engine", "openvino"), 2, "--cut is for --engine ort"),
-    (("--near", "8", "--layers", "1"), 2, "--near is for --cut"),
+    (("--exit-layer", "3"), 1, "--exit-layer 3: this model has layers 0 to 2; exit at 1 or above"),
+    (("--exit-layer", "0"), 1, "--exit-layer 0: this model has layers 0 to 2; exit at 1 or above"),
+    (("--exit-layer", "high"), 2, "--exit-layer 'high': write a layer (20), auto or none"),
+    (("--exit-layer", "1", "--recent-tokens", "100000"), 1, "--recent-tokens 100000 is beyond the model's"),
+    (("--exit-layer", "1", "--layers", "1"), 2, "--exit-layer does not go with --layers; give one of them"),
+    (("--exit-layer", "1", "--fit", "distilled"), 2, "--exit-layer does not go with --fit distilled"),
+    (("--exit-layer", "1", *keys(logits="all")), 2, "--exit-layer does not go with key logits all"),
+    (("--exit-layer", "1", "--max-perplexity-increase", "5%"), 2, "--exit-layer 1 names the exit layer"),
+    (("--exit-layer", "1", *keys(decoder_source="mobius")), 2,
+     "--exit-layer needs the key decoder_source genai or static"),
+    (("--exit-layer", "1", "--engine", "openvino"), 2, "--exit-layer is for --engine ort"),
+    (("--recent-tokens", "8", "--layers", "1"), 2, "--recent-tokens is for --exit-layer"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(
     given: tuple[str, ...], status: int, part: str, checkpoint: Any, tmp_path: Path
@@ -123,9 +124,9 @@ def test_what_does_not_fit_is_refused(
 
 @pytest.mark.parametrize("architecture", ["gemma3", "mistral-window"])
 def test_other_attention_is_refused_or_gets_linear_layers(architecture: str, checkpoint: Any, tmp_path: Path) -> None:
-    done = nbl("--model", checkpoint(architecture), "--cut", "1", "--output", tmp_path / "run")
-    assert_refused(done, 1, "--cut is not possible")
+    done = nbl("--model", checkpoint(architecture), "--exit-layer", "1", "--output", tmp_path / "run")
+    assert_refused(done, 1, "--exit-layer is not possible")
     with until("calibrate"):
         done = nbl("--model", checkpoint(architecture), *BARE, "--output", tmp_path / "run")
     options = json.loads((tmp_path / "run" / "nbl.json").read_text(encoding="utf-8"))["options"]
-    assert options["cut"] == "none", done.err
+    assert options["exit_layer"] == "none", done.err

@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 
 from nbl_export.errors import NblError
-from nbl_export.model.checkpoint.shape import read_shape
+from nbl_export.methods.checkpoint.shape import read_shape
 from nbl_export.options.settle import settle
 from nbl_export.run import estimate as estimating
 from nbl_export.run.estimate import estimate
 from nbl_export.run.facts import capabilities_of
+from tests.methods.checkpoint.test_shape import written
 
 from ..command import assert_refused, in_new_process, nbl
 from ..fake_hub import fake_hub
 from ..jobs import opened
-from ..model.test_shape import written
 
 pytestmark = [pytest.mark.job, pytest.mark.process]
 
@@ -60,7 +60,7 @@ atexit.register(lambda: sys.stderr.write(",".join({"torch", "transformers", "onn
     said = [(gain["kind"], gain["layers"], gain["tokens"], gain["is_asked"]) for gain in found["gains"]]
     assert said == [
         ("linear maps", 8, 512, True), ("linear maps", 8, 2048, True),
-        ("predicted keys", 11, 512, False), ("predicted keys", 11, 2048, False),
+        ("predicted KV", 11, 512, False), ("predicted KV", 11, 2048, False),
     ]  # fmt: skip
     ratios = [gain["original_seconds"] / gain["nbl_seconds"] for gain in found["gains"]]
     assert min(ratios) > 1 and ratios == pytest.approx([gain["speedup"] for gain in found["gains"]])
@@ -110,31 +110,33 @@ def test_options_are_settled_as_in_the_main_job(tmp_path: Path, monkeypatch: pyt
     assert estimate(str(model), {"layers": "8"})["options"]["fit"] == "independent"
     assert_refused(nbl("estimate", model, "--layers", "40"), 1, "all 32 attention layers")
     assert_refused(nbl("estimate", model, "--precision", "int3"), 2, "--precision int3 is not for engine ort")
-    assert_refused(nbl("estimate", model, "--cut", "20", "--distill-minutes", "3"), 2, "is for --fit distilled")
+    assert_refused(nbl("estimate", model, "--exit-layer", "20", "--distill-minutes", "3"), 2, "is for --fit distilled")
 
 
 def test_a_job_with_a_cut_has_sums_of_its_candidates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A named cut sums less than all candidates, and a lower cut gains more of a prompt."""
+    """A named exit layer sums less than all candidates, and a lower exit layer gains more of a prompt."""
     with_memory(monkeypatch, 200)
     model = str(written(tmp_path))
-    auto, low, high = (estimate(model, asked) for asked in ({}, {"cut": "16"}, {"cut": "28"}))
+    auto, low, high = (estimate(model, asked) for asked in ({}, {"exit_layer": "16"}, {"exit_layer": "28"}))
     sums = [{row["stage"]: row["disk_bytes"] for row in found["stages"]}["calibrate"] for found in (auto, low, high)]
     assert sums[0] > sums[1] > sums[2] > 0
     assert low["gains"][-1]["speedup"] > high["gains"][-1]["speedup"] > 1
 
 
 def test_what_kinds_can_give_an_engine_of_a_gpu(tmp_path: Path) -> None:
-    """The 8B shape: with 8 layers of predicted keys, 24.9 layers are left of the 31.2 that the original computes."""
+    """The 8B shape: with 8 layers of predicted KV, 24.9 layers are left of the 31.2 that the original computes."""
     shape = read_shape(str(written(tmp_path)))
 
     def said(**asked: Any) -> str:
         return estimating._spoken_gain(estimating._job(shape, settle({"model": "m", **asked}, capabilities_of)))
 
     told = said(engine="trt", layers="8")
-    assert re.search(r"2,048 tokens.* about 1\.0[45]x if 8 layers have linear maps, 1\.[45]\dx if 11 .*--cut", told)
-    told = said(engine="trt", cut="24")
-    assert re.search(r"about 1\.25x if 8 layers have predicted keys, of 32", told) and "--cut" not in told
-    assert "--cut" not in said(engine="openvino", layers="8")
+    assert re.search(
+        r"2,048 tokens.* about 1\.0[45]x if 8 layers have linear maps, 1\.[45]\dx if 11 .*--exit-layer", told
+    )
+    told = said(engine="trt", exit_layer="24")
+    assert re.search(r"about 1\.25x if 8 layers have predicted KV, of 32", told) and "--exit-layer" not in told
+    assert "--exit-layer" not in said(engine="openvino", layers="8")
 
 
 def test_a_refusal_is_foreseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,16 +15,16 @@ import pytest
 import torch
 
 from nbl_export.graph.decoder import OnnxDecoder
-from nbl_export.mixers.linear import Linear
-from nbl_export.model.checkpoint.load import load_model
-from nbl_export.model.linearize import linearize
-from nbl_export.plan.maps_file import save_maps
+from nbl_export.methods.applied import linearize
+from nbl_export.methods.checkpoint.load import load_model
+from nbl_export.methods.linear.maps import Linear
+from nbl_export.methods.maps_file import save_maps
 from nbl_export.verify.ladder import DECODE_STEPS, run_rows
 
 from ..command import assert_refused, in_new_process, nbl, snapshot
-from ..cuts import chunks_of, predicted_maps
-from ..cuts import torch_logits as cut_logits
 from ..damage import name_code, named_code
+from ..exits import chunks_of, predicted_maps
+from ..exits import torch_logits as cut_logits
 from ..graph_sources import OPTIMUM_PYTHON
 from ..tiny import HEAD_DIM, HIDDEN, LAYERS, VOCAB
 
@@ -109,13 +109,13 @@ def test_rewritten_graph_agrees_with_torch(
 def test_a_prompt_of_a_given_graph_stops_at_a_cut(
     source: str, checkpoint: Any, given_graph: Given, tmp_path: Path
 ) -> None:
-    """Its logits are those of the last token, all caches stay, and nbl.json has the cut."""
+    """Its logits are those of the last token, all caches stay, and nbl.json has the exit layer."""
     maps, file, out = predicted_maps(1, 4, 2 * HEAD_DIM), tmp_path / "maps.safetensors", tmp_path / "out"
     save_maps(maps, file)
     done = nbl("rewrite-graph", given_graph(source), "--maps", file, "--output", out)
     assert done.status == 0, done.err
     facts = json.loads((out / "nbl.json").read_text(encoding="utf-8"))
-    assert (facts["cut"], len(facts["caches"])) == ({"layer": 1, "near": 4}, 2 * LAYERS)
+    assert (facts["exit"], len(facts["caches"])) == ({"layer": 1, "recent_tokens": 4}, 2 * LAYERS)
     decoder, chunks = OnnxDecoder(out, HEAD_DIM, caches=facts["caches"]), chunks_of((20, 1, 1, 9, 1))
     decoder.begin(1)
     for chunk, right in zip(chunks, cut_logits(load_model(checkpoint("llama")), maps, chunks), strict=True):
@@ -123,7 +123,7 @@ def test_a_prompt_of_a_given_graph_stops_at_a_cut(
         assert found.shape == (1, 1, VOCAB)
         assert worst([found[0, 0]], [right[-1]]) < TOLERANCE[precision(source)]
     again = nbl("rewrite-graph", out, "--maps", file, "--output", tmp_path / "again")
-    assert_refused(again, 1, "predicted keys need the logits of all tokens")
+    assert_refused(again, 1, "predicted KV need the logits of all tokens")
 
 
 def test_what_is_replaced_shows(

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from nbl_export.calibrate import collect
 from nbl_export.files import file_sha256
+from nbl_export.methods.linear import collect
 from nbl_export.text import corpus
 from nbl_export.text.mixture import HUB_MIX
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from nbl_export.calibrate.sums import Sums
-from nbl_export.distill.training import DistillSettings
+from nbl_export.methods.distill.training import DistillSettings
+from nbl_export.methods.sums import Sums
 from nbl_export.records.inputs import Lazy
 from nbl_export.run.stages import calibrate, plan
 
@@ -79,7 +79,12 @@ def test_a_calibration_resumes_from_its_own_sums_alone(change: str, tmp_path: Pa
 
 def distilled(directory: Path, maps: bytes = b"maps", **changes: Any) -> str:
     (directory / "maps").write_bytes(maps)
-    inputs = {"fingerprint": "model", "windows": WINDOWS[:6], "judging": WINDOWS[6:], "settings": DistillSettings()}
+    inputs = {
+        "fingerprint": "model",
+        "windows": WINDOWS[:6],
+        "early_stopping": WINDOWS[6:],
+        "settings": DistillSettings(),
+    }
     return plan._state_key(maps=directory / "maps", **{**inputs, **changes})
 
 
@@ -96,8 +101,8 @@ def test_a_distillation_of_other_settings_starts_anew(name: str, tmp_path: Path)
         {"maps": b"others"},
         {"windows": WINDOWS[:6] + 1},
         {"windows": WINDOWS[:6].reshape(12, 32)},
-        {"judging": WINDOWS[6:] + 1},
-        {"windows": WINDOWS[:5], "judging": WINDOWS[5:]},
+        {"early_stopping": WINDOWS[6:] + 1},
+        {"windows": WINDOWS[:5], "early_stopping": WINDOWS[5:]},
     ],
     ids=lambda change: "-".join(change),
 )

@@ -18,15 +18,15 @@ pytestmark = [pytest.mark.job, pytest.mark.process]
 
 # Small batches, and jobs that end before graphs are exported.
 SMALL = """
-import nbl_export.calibrate.collect, nbl_export.run.pipeline as pipeline
-nbl_export.calibrate.collect._BATCH_TOKENS = 256
+import nbl_export.methods.linear.collect, nbl_export.run.pipeline as pipeline
+nbl_export.methods.linear.collect._BATCH_TOKENS = 256
 work = pipeline._work
 pipeline._work = lambda *given: work(*given[:-1], "distill")
 """
 # One process cannot hold the whole model, so that none loads it.
 MAPPED = """
 import os
-import nbl_export.model.mapped as mapped, nbl_export.model.checkpoint.load as load
+import nbl_export.model.mapped as mapped, nbl_export.methods.checkpoint.load as load
 if os.environ.get("RANK") in (None, "1"):
     mapped.shortage_of = lambda *_: "too large"
 load.load_model = None
@@ -59,7 +59,7 @@ else:
 # Rank 1 dies in its second batch.
 DIES = """
 if os.environ["RANK"] == "1":
-    from nbl_export.calibrate import collect
+    from nbl_export.methods.linear import collect
     run, seen = collect.run_batch, []
     def dies(*given, **named):
         seen.append(1)
@@ -69,7 +69,7 @@ if os.environ["RANK"] == "1":
     collect.run_batch = dies
 """
 LIMIT = (*BARE[:2], "--calibration-tokens", "2560", "--max-perplexity-increase", "10000%")
-CUT, LAYERS = (*LIMIT, "--near", "4"), (*LIMIT, "--cut", "none")
+CUT, LAYERS = (*LIMIT, "--recent-tokens", "4"), (*LIMIT, "--exit-layer", "none")
 STEPS = "distill_steps = 8\nlora_rank = 2\ncontext = 32\n"
 
 
@@ -81,7 +81,7 @@ def job(checkpoint: Any, text: Path) -> tuple[object, ...]:
 def found(run: Path) -> dict[str, Any]:
     """What calibration and the choice have left."""
     manifest = json.loads((run / "nbl.json").read_text(encoding="utf-8"))
-    names = ("goal", "curve", "greedy", "scores", "cut", "fit", "replaced_layers")
+    names = ("goal", "curve", "greedy", "scores", "exit", "fit", "replaced_layers")
     facts = {name: manifest.get(name) for name in names}
     return {**facts, **{file.name: file_sha256(file) for file in run.glob("*.safetensors")}}
 

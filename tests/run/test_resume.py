@@ -193,7 +193,7 @@ FAREWELL = "nbl-export: interrupted; finished stages are kept, and the same comm
 # A calibration that only a signal ends. The file is there as soon as a stage has finished a part of its work.
 ENDLESS_CALIBRATION = """
 import contextlib, pathlib
-from nbl_export.calibrate import collect
+from nbl_export.methods.linear import collect
 from nbl_export.run import progress
 batches, task = collect.batches, progress.Ui.task
 collect.batches = lambda windows: batches(windows) * 100_000

@@ -19,7 +19,7 @@ from nbl_export.records.requests import Subject
 from nbl_export.run.job import Job
 from nbl_export.run.pipeline import STAGES
 from nbl_export.run.stages import common
-from nbl_export.run.stages.common import LeftOut
+from nbl_export.run.stages.common import Skipped
 
 from ..jobs import TEXT, job_of
 
@@ -35,12 +35,12 @@ BASES: dict[str, dict[str, Any]] = {
     "verify": {"fit": "distilled", "tap": "normed"},
     "build": TRT,
 }
-CUT: dict[str, Any] = {"layers": None, "select": None, "cut": "auto"}
+CUT: dict[str, Any] = {"layers": None, "select": None, "exit_layer": "auto"}
 ASKED = {"eval": EVAL}
 # Another value of each option.
 OTHER: dict[str, Any] = {
-    "destination": "mlx-lm", "layers": "2", "cut": "1", "max_perplexity_increase": "5%",
-    "fit": "drop", "kind": "predicted", "select": "efficient", "tap": "normed", "maps": "linear",
+    "destination": "mlx-lm", "layers": "2", "exit_layer": "1", "max_perplexity_increase": "5%",
+    "fit": "drop", "kind": "predicted_kv", "select": "efficient", "tap": "normed", "maps": "linear",
     "distill_minutes": 1.0,
     "distill_steps": 7, "distill_tokens": 7, "lora_rank": 7, "label_weight": 0.7, "calibration_tokens": 1024,
     "context": 64, "compute_dtype": "float32", "seed": 7, "precision": "int8",
@@ -49,7 +49,7 @@ OTHER: dict[str, Any] = {
     "depths": (7,), "repetitions": 7, "prompt_tokens": (7,),
     "generate_tokens": 7, "threads": 1, "engine": "openvino",
 }  # fmt: skip
-_PLAN = ("layers", "cut", "max_perplexity_increase", "fit", "kind", "select",
+_PLAN = ("layers", "exit_layer", "max_perplexity_increase", "fit", "kind", "select",
          "tap", "maps", "compute_dtype", "logits", "destination")  # fmt: skip
 _DECODER = ("precision", "provider", "logits", "decoder_source", "builder_option", "quantized_model")
 _GRAPHS = tuple(dict.fromkeys((*_PLAN, *_DECODER)))
@@ -57,7 +57,7 @@ _BENCH = ("depths", "repetitions", "prompt_tokens", "generate_tokens", "threads"
 # What each stage reads.
 READS: dict[str, tuple[str, ...]] = {
     "text": ("calibration_tokens", "context", "distill_tokens"),
-    "calibrate": ("cut", "tap", "compute_dtype"),
+    "calibrate": ("exit_layer", "tap", "compute_dtype"),
     "plan": _PLAN,
     "distill": (*_PLAN, "distill_minutes", "distill_steps", "lora_rank", "label_weight", "seed"),
     "decoder": _DECODER,
@@ -79,7 +79,7 @@ HERE: dict[tuple[str, str], Any] = {
 def keys(job: Job) -> dict[str, str]:
     """The keys of the stages that are not left out."""
     found = {stage.name: stage.declared(job) for stage in STAGES}
-    return {name: declared[1] for name, declared in found.items() if not isinstance(declared, LeftOut)}
+    return {name: declared[1] for name, declared in found.items() if not isinstance(declared, Skipped)}
 
 
 @pytest.fixture
@@ -102,10 +102,10 @@ def test_an_option_that_a_stage_reads_is_in_its_key(stage: str, key_of_stage: An
 
 
 def test_the_near_tokens_of_a_cut_are_in_the_key_of_the_plan_alone(key_of_stage: Any) -> None:
-    named = {"layers": None, "select": None, "cut": "1"}
-    assert len({key_of_stage("plan", **named, near=count) for count in (64, 65)}) == 2
-    assert len({key_of_stage("calibrate", **named, near=count) for count in (64, 65)}) == 1
-    assert key_of_stage("plan", near=65) == key_of_stage("plan")
+    named = {"layers": None, "select": None, "exit_layer": "1"}
+    assert len({key_of_stage("plan", **named, recent_tokens=count) for count in (64, 65)}) == 2
+    assert len({key_of_stage("calibrate", **named, recent_tokens=count) for count in (64, 65)}) == 1
+    assert key_of_stage("plan", recent_tokens=65) == key_of_stage("plan")
     assert len({key_of_stage("plan", **CUT, max_perplexity_increase=share) for share in (None, "6%", "7%")}) == 3
     assert len({key_of_stage("calibrate", **CUT, compute_dtype=name) for name in ("auto", "float32")}) == 2
 
@@ -128,8 +128,8 @@ def test_what_changes_nothing_in_a_stage_is_not_in_its_key(
 # The parts of the text that each stage reads itself.
 ROWS: dict[str, tuple[str, ...]] = {
     "calibrate": ("windows",),
-    "plan": ("deciding", "choosing", "second.deciding", "second.choosing"),
-    "distill": ("training", "choosing"),
+    "plan": ("validation", "selection", "second.validation", "second.selection"),
+    "distill": ("training", "selection"),
     "verify": tuple(TEXT["parts"]),
 }
 
@@ -221,11 +221,11 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
         "nbl_export.run.job.require_engine": lambda *_args, **_given: None,
         "nbl_export.run.job.cost_model": costs_of,
         "nbl_export.run.job.read_shape": lambda _: SimpleNamespace(mlp=None),
-        "nbl_export.model.checkpoint.load.materialise": lambda *_: Path(),
-        "nbl_export.model.checkpoint.load.load_model": lambda _directory: model,
-        "nbl_export.model.checkpoint.load.load_tokenizer": lambda _directory: None,
-        "nbl_export.model.checkpoint.quantized.find": lambda *_: SimpleNamespace(directory=""),
-        "nbl_export.model.checkpoint.quantized.check_same": lambda *_: None,
+        "nbl_export.methods.checkpoint.load.materialise": lambda *_: Path(),
+        "nbl_export.methods.checkpoint.load.load_model": lambda _directory: model,
+        "nbl_export.methods.checkpoint.load.load_tokenizer": lambda _directory: None,
+        "nbl_export.methods.checkpoint.quantized.find": lambda *_: SimpleNamespace(directory=""),
+        "nbl_export.methods.checkpoint.quantized.check_same": lambda *_: None,
         "nbl_export.model.mapped.mapped_model": lambda *_: model,
         "nbl_export.model.mapped.shortage_of": lambda _directory: "",
         "nbl_export.model.mapped.weight_files": lambda _directory: [],
@@ -258,7 +258,7 @@ def test_the_table_above_has_what_a_stage_reads(stage: str, tmp_path: Path, monk
     found = next(s for s in STAGES if s.name == stage)
     Watched.seen.clear()
     inputs = found.declare(job)
-    assert not isinstance(inputs, LeftOut)
+    assert not isinstance(inputs, Skipped)
     loaded(inputs)
     assert Watched.seen or stage == "rewrite"
     # Conditions that are read to leave a stage out do not change what it makes.

@@ -17,13 +17,13 @@ import torch
 from nbl_export.errors import NblError
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.names import STATIC_GRAPH_FILE
-from nbl_export.mixers.linear import Linear
-from nbl_export.model.checkpoint.load import load_model, read_spec
-from nbl_export.model.checkpoint.source import resolve
-from nbl_export.model.linearize import linearize
-from nbl_export.rewrite import rewrite
-from nbl_export.rewrite.tail import keep_last_token
-from nbl_export.targets.checks import Wanted
+from nbl_export.graph.passes.tail import keep_last_token
+from nbl_export.methods.applied import linearize
+from nbl_export.methods.checkpoint.load import load_model, read_spec
+from nbl_export.methods.checkpoint.source import resolve
+from nbl_export.methods.linear.maps import Linear
+from nbl_export.methods.rewrite import rewrite
+from nbl_export.targets.checks import ExpectedGraph
 from nbl_export.targets.onnx_files import check_files
 from nbl_export.verify import exporter
 from nbl_export.verify.ladder import DECODE_STEPS, Probe, Reference, run_rows
@@ -173,7 +173,7 @@ def test_the_root_of_the_hidden_size_is_not_rounded(size: int, source: str, prec
         assert stored.const_value is not None and stored.uses()
         assert stored.const_value.numpy() == np.float32(math.sqrt(size)) != np.float32(round(math.sqrt(size), 2))
     decoder, spec = open_graph(tmp_path / "original", checkpoint), read_spec(resolve(str(checkpoint)))
-    wanted = Wanted("original", spec, precision, "all", tuple(range(LAYERS)), {})
+    wanted = ExpectedGraph("original", spec, precision, "all", tuple(range(LAYERS)), {})
     checked = check_files(tmp_path / "original", decoder.contract, wanted)
     assert not [r for r in checked if not r.passed]
     if precision == "fp32" and size == 80:

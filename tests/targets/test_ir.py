@@ -15,7 +15,7 @@ from nbl_export.targets.openvino.ir.anatomy import Dataflow, states_of
 from nbl_export.targets.openvino.ir.files import difference, precision_of, read_ir, save_ir, stored_matrix
 from nbl_export.targets.openvino.signals import kept_signal_stack
 
-from ..damage import cut
+from ..damage import truncate
 from ..tiny import HEAD_DIM, LAYERS
 
 pytestmark = pytest.mark.engine
@@ -31,10 +31,10 @@ def directory(exported: Callable[..., Path], tmp_path: Path) -> Path:
     [
         (Path.unlink, "openvino_model.bin", "openvino_model.bin is missing"),
         (Path.unlink, "openvino_model.xml", "openvino_model.xml is missing"),
-        (lambda path: cut(path, 3000), "openvino_model.bin", r"is cut: it has [\d,]+ bytes and the graph reads"),
+        (lambda path: truncate(path, 3000), "openvino_model.bin", r"is cut: it has [\d,]+ bytes and the graph reads"),
         (lambda path: path.write_text("<net>" + 'offset="1" ' * 100_000), "openvino_model.xml", "OpenVINO cannot read"),
         (lambda path: path.write_text("<html>"), "openvino_model.xml", "openvino_model.xml is not an OpenVINO graph"),
-        (lambda path: cut(path, 3000), "openvino_model.xml", "OpenVINO cannot read .*openvino_model.xml"),
+        (lambda path: truncate(path, 3000), "openvino_model.xml", "OpenVINO cannot read .*openvino_model.xml"),
     ],
 )
 def test_a_damaged_directory_is_told(directory: Path, damage: Callable[[Path], object], name: str, said: str) -> None:

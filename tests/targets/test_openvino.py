@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from nbl_export.errors import CorruptError, MissingPackageError, NblError
+from nbl_export.methods.checkpoint import load
 from nbl_export.model import mapped
-from nbl_export.model.checkpoint import load
 from nbl_export.targets import load_engine
 from nbl_export.targets.openvino import engine as openvino_engine
 from nbl_export.targets.openvino.engine import OPENVINO
@@ -48,8 +48,8 @@ def test_the_runner_says_what_torch_says(
 ) -> None:
     import torch
 
-    from nbl_export.model.checkpoint import load
-    from nbl_export.model.linearize import linearize
+    from nbl_export.methods.applied import linearize
+    from nbl_export.methods.checkpoint import load
 
     model = load.load_model(checkpoint("llama"))
     if variant == "nbl":

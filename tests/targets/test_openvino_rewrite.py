@@ -14,9 +14,9 @@ import pytest
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE
-from nbl_export.mixers.base import Running
-from nbl_export.mixers.linear import Linear
-from nbl_export.mixers.predicted import Predicted
+from nbl_export.methods.base import NumpyMixers
+from nbl_export.methods.linear.maps import Linear
+from nbl_export.methods.predicted_kv.maps import PredictedKV
 from nbl_export.targets.checks import judge_maps, stored_maps
 from nbl_export.targets.openvino import check as ir_files
 from nbl_export.targets.openvino.engine import OPENVINO
@@ -64,14 +64,14 @@ def pair(exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 def expected(checkpoint: Path, maps: Mapping[int, Linear], source: Path, out: Path, tap: str) -> np.ndarray:
     """Logits of the torch model with maps; if the IR is not float32, of the original IR with those that `out` has."""
     if precision_of(read_ir(out)) != "fp32":
-        mixers = Running(maps, stored_maps(ir_files.held_maps(out), maps))
-        decoder = OPENVINO.open_mixed(source, HEAD_DIM, mixers, tap, exact=True)
+        mixers = NumpyMixers(maps, stored_maps(ir_files.read_maps(out), maps))
+        decoder = OPENVINO.open_reference(source, HEAD_DIM, mixers, tap, exact=True)
         decoder.begin(2)
         return decoder.step(IDS)
     import torch
 
-    from nbl_export.model.checkpoint import load
-    from nbl_export.model.linearize import linearize
+    from nbl_export.methods.applied import linearize
+    from nbl_export.methods.checkpoint import load
 
     with torch.no_grad():
         found = linearize(load.load_model(checkpoint), maps, tap)(torch.from_numpy(IDS)).logits
@@ -135,7 +135,7 @@ def test_maps_get_the_codes_of_their_neighbours(
     neighbour = next(name for name in products if "layers.0.mlp.up_proj" in name)
     found = [stored_matrix(products[name]) for name in (neighbour, "/nbl/layers.0/MatMul", "/nbl/layers.1/MatMul")]
     assert len({blocks.size for blocks in found if blocks is not None}) == 1 and None not in found
-    assert judge_maps("nbl", ir_files.held_maps(out), maps).passed
+    assert judge_maps("nbl", ir_files.read_maps(out), maps).passed
     assert ir_files.check_untouched(out, source).passed
     assert ir_files.check_pruned("nbl", out).passed
 
@@ -158,8 +158,8 @@ def test_a_map_without_a_bias_has_no_addition(
     names = {n.get_friendly_name() for n in read_ir(tmp_path / "model").get_ops()}
     assert "/nbl/layers.1/MatMul" in names and "/nbl/layers.1/Add" not in names
     assert away(checkpoint("llama"), source, tmp_path / "model", maps, "normed") < 1e-4
-    assert judge_maps("nbl", ir_files.held_maps(tmp_path / "model"), maps).passed
-    wrong = judge_maps("nbl", ir_files.held_maps(tmp_path / "model"), {1: random_map(1)})
+    assert judge_maps("nbl", ir_files.read_maps(tmp_path / "model"), maps).passed
+    wrong = judge_maps("nbl", ir_files.read_maps(tmp_path / "model"), {1: random_map(1)})
     assert "layer 1 has no bias" in wrong.detail
 
 
@@ -182,8 +182,8 @@ def test_maps_that_compression_leaves_in_float32_are_refused(
         ("llama", "residual", {1: Linear(np.eye(8, dtype=np.float32), np.zeros(8, np.float32))},
          "96 wide, the map 8"),
         ("llama", "residual", {i: random_map(i) for i in range(3)}, "no attention layer would keep its cache"),
-        ("llama", "residual", {1: Predicted(np.zeros((HIDDEN, 2 * HIDDEN)), np.zeros(HIDDEN), HIDDEN, 1, 8, 1e-6)},
-         "no predicted layer"),
+        ("llama", "residual", {1: PredictedKV(np.zeros((HIDDEN, 2 * HIDDEN)), np.zeros(HIDDEN), HIDDEN, 1, 8, 1e-6)},
+         "no predicted_kv layer"),
     ],
 )  # fmt: skip
 def test_what_is_not_understood_is_refused(
@@ -212,8 +212,8 @@ def test_wrong_maps_are_found(
     source, _ = pair("llama", (0, 1), "int4")
     maps = {i: random_map(i) for i in (0, 1)}
     OPENVINO.linearize(source, tmp_path / "model", fault(maps))
-    assert not judge_maps("nbl", ir_files.held_maps(tmp_path / "model"), maps).passed
-    assert judge_maps("nbl", ir_files.held_maps(tmp_path / "model"), fault(maps)).passed
+    assert not judge_maps("nbl", ir_files.read_maps(tmp_path / "model"), maps).passed
+    assert judge_maps("nbl", ir_files.read_maps(tmp_path / "model"), fault(maps)).passed
 
 
 def test_a_changed_weight_is_found(pair: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.names import IR_FILE
-from nbl_export.mixers.linear import Linear
-from nbl_export.model.checkpoint.load import load_model, read_spec
-from nbl_export.model.checkpoint.shape import read_shape
-from nbl_export.model.checkpoint.source import resolve
-from nbl_export.model.linearize import linearize
+from nbl_export.methods.applied import linearize
+from nbl_export.methods.checkpoint.load import load_model, read_spec
+from nbl_export.methods.checkpoint.shape import read_shape
+from nbl_export.methods.checkpoint.source import resolve
+from nbl_export.methods.linear.maps import Linear
 from nbl_export.targets import exporter_of
 from nbl_export.targets.base import ExportSettings
 from nbl_export.targets.openvino.session import IrDecoder

@@ -18,10 +18,10 @@ import pytest
 
 from nbl_export.errors import NblError
 from nbl_export.graph.decoder import OnnxDecoder
+from nbl_export.methods.applied import linearize
+from nbl_export.methods.checkpoint.load import load_model, read_spec
+from nbl_export.methods.checkpoint.source import resolve
 from nbl_export.model.architectures import ARCHITECTURES
-from nbl_export.model.checkpoint.load import load_model, read_spec
-from nbl_export.model.checkpoint.source import resolve
-from nbl_export.model.linearize import linearize
 from nbl_export.records.results import CheckResult
 from nbl_export.targets.export import mobius, restore_attention
 from nbl_export.targets.onnx import export_genai as genai_patches

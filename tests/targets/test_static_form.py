@@ -14,13 +14,13 @@ import pytest
 
 from nbl_export.errors import CorruptError, NblError, RefusalError
 from nbl_export.graph.names import ALL_LOGITS_FILE, GRAPH_FILE
+from nbl_export.graph.passes.caches import RenumberCaches
+from nbl_export.graph.passes.tail import difference, keep_last_token
 from nbl_export.graph.quantised import int4_blocks
-from nbl_export.mixers.linear import Linear
+from nbl_export.methods.linear.maps import Linear
+from nbl_export.methods.rewrite import rewrite_model
 from nbl_export.model.architectures import windows_of
 from nbl_export.records.decoder import ITEMSIZE
-from nbl_export.rewrite import rewrite_model
-from nbl_export.rewrite.caches import RenumberCaches
-from nbl_export.rewrite.tail import difference, keep_last_token
 from nbl_export.targets.tensorrt import export as static
 from nbl_export.targets.tensorrt.static_form.check import CheckForm
 from nbl_export.targets.tensorrt.static_form.numbers import INT4_BLOCK, BlockInt4, ScaledQueries
@@ -131,7 +131,7 @@ def test_int4_is_torch_with_the_same_numbers(
     """float32 around int4 blocks equals torch whose matrices went through the same codes."""
     import torch
 
-    from nbl_export.model.checkpoint.load import load_model
+    from nbl_export.methods.checkpoint.load import load_model
 
     model = load_model(tiny("mistral"))
     with torch.no_grad():

@@ -114,8 +114,8 @@ def test_other_precisions_and_batches_build(precision: str, batch: int, tmp_path
 @needs_rtx
 @pytest.mark.parametrize(("precision", "batch"), [("bf16", 1), ("int4", 4)])
 def test_a_cut_builds_with_fused_attention(precision: str, batch: int, tmp_path: Path) -> None:
-    """No row stops in a decode step, and the far rows have a map and no further copy of a matrix."""
-    source = graph_of("llama", (), precision, cut=(1, 8))
+    """No row stops in a decode step, and the skipped rows have a map and no further copy of a matrix."""
+    source = graph_of("llama", (), precision, exit_layer=(1, 8))
     found = parsed(source / "decoder.onnx")
     assert [o.shape[1] for o in found.contract.outputs if o.name == "logits"] == [1]
     assert [layer.type.name for layer in found.layers].count("KV_CACHE_UPDATE") == 2 * LAYERS

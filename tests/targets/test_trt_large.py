@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nbl_export.rewrite import rewrite
-from nbl_export.rewrite.tail import keep_last_token
+from nbl_export.graph.passes.tail import keep_last_token
+from nbl_export.methods.rewrite import rewrite
 from nbl_export.targets.base import BuildSettings
 from nbl_export.targets.tensorrt import build
 from nbl_export.targets.tensorrt import export as static

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nbl_export.errors import NblError
-from nbl_export.model.checkpoint.load import load_tokenizer
+from nbl_export.methods.checkpoint.load import load_tokenizer
 from nbl_export.text import corpus
 from nbl_export.text import windows as text_windows
 from nbl_export.text.corpus import Text, read_text
@@ -139,9 +139,9 @@ def test_default_text_is_varied_and_leaves_the_judging_text_alone() -> None:
     assert len({part.sha256 for part in found.parts}) == 5
     start = "\n".join(found.documents[:25])
     assert "<doc id=" in start and "said" in start and "move.w" in start
-    judging = corpus.stdlib_text()
-    assert judging.sha256 not in {part.sha256 for part in found.parts}
-    lines = {line for line in judging.documents[0].splitlines() if len(line) > 60}
+    early_stopping = corpus.stdlib_text()
+    assert early_stopping.sha256 not in {part.sha256 for part in found.parts}
+    lines = {line for line in early_stopping.documents[0].splitlines() if len(line) > 60}
     assert not lines & set("\n".join(found.documents).splitlines())
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from nbl_export.plan.order import Selection, quiet
-from nbl_export.plan.planning import _steps
+from nbl_export.methods.linear.order import Selection, quiet
+from nbl_export.methods.linear.planning import _steps
 from nbl_export.run.stages import plan as plan_stage
 from nbl_export.run.stages import verify
 from nbl_export.run.stages.common import Place
@@ -18,7 +18,7 @@ from nbl_export.run.stages.plan import order_of
 from nbl_export.run_directory import TEXT_FILE
 from nbl_export.text import corpus, parts
 from nbl_export.text import windows as text_windows
-from nbl_export.text.parts import cut, cut_second
+from nbl_export.text.parts import split_rows, split_second
 from nbl_export.text.windows import CALIBRATION_ROLES, SECOND_ROLES, divide, part_tokens
 
 from ..command import nbl
@@ -26,7 +26,7 @@ from ..jobs import opened
 
 pytestmark = pytest.mark.job
 
-PARTS = ("deciding", "choosing", "final")
+PARTS = ("validation", "selection", "test")
 
 
 @pytest.fixture(autouse=True)
@@ -54,20 +54,22 @@ def positions(windows: Any) -> set[int]:
 @pytest.mark.parametrize("tokens", [9_000, 30_000, 70_000, 100_000, 400_000])
 def test_calibration_training_judging_deciding_and_figures_share_no_token(tokens: int, context: int) -> None:
     text, tokenizer = counting(tokens)
-    found = {part: positions(rows) for part, rows in cut(text, tokenizer, 65_536, context, 262_144, tokens).items()}
+    found = {
+        part: positions(rows) for part, rows in split_rows(text, tokenizer, 65_536, context, 262_144, tokens).items()
+    }
     uses = {part: found[part] for part in (*PARTS, "training")}
     assert found["windows"] <= uses["training"]
-    assert found["held_back"] == set().union(*(uses[part] for part in PARTS))
+    assert found["held_out"] == set().union(*(uses[part] for part in PARTS))
     assert all(uses.values())
     assert sum(map(len, uses.values())) == len(set().union(*uses.values()))
     if tokens == 400_000:
-        assert len(uses["final"]) >= 8192 and len(uses["deciding"]) >= 16_384 and len(uses["choosing"]) >= 4096
+        assert len(uses["test"]) >= 8192 and len(uses["validation"]) >= 16_384 and len(uses["selection"]) >= 4096
 
 
 def test_parts_of_the_other_text_share_no_token_either() -> None:
     for context in (64, 512, 2048):
         text, tokenizer = counting(160_000)
-        uses = {part: positions(rows) for part, rows in cut_second(text, tokenizer, context, 160_000).items()}
+        uses = {part: positions(rows) for part, rows in split_second(text, tokenizer, context, 160_000).items()}
         assert set(uses) == {f"second.{part}" for part in PARTS}
         assert all(len(found) >= 8192 for found in uses.values())
         assert sum(map(len, uses.values())) == len(set().union(*uses.values()))
@@ -96,41 +98,41 @@ def test_stages_read_the_parts_that_are_theirs(run: Path, monkeypatch: pytest.Mo
         pass
 
     def judge(_switched: Any, texts: Any, **_given: Any) -> Any:
-        seen["choosing"] = texts
+        seen["selection"] = texts
         raise SeenError
 
-    monkeypatch.setattr("nbl_export.plan.order.Judge", judge)
+    monkeypatch.setattr("nbl_export.methods.linear.order.Judge", judge)
     with pytest.raises(SeenError):
         Selection(order_of(job)).order(1)
 
     def rows(windows: Any) -> set[tuple[int, ...]]:
         return {tuple(row) for row in windows.tolist()}
 
-    own, others, twice = seen["choosing"]
-    assert rows(own) <= rows(near.choosing) and rows(others) <= rows(second.choosing)
+    own, others, twice = seen["selection"]
+    assert rows(own) <= rows(near.selection) and rows(others) <= rows(second.selection)
     passages, again = torch.as_tensor(twice).view(2, -1, min(64, twice.numel() // 2))
     assert torch.equal(passages.flip(0), again)  # a layer that copies from far back is seen
-    assert passages.flatten().tolist() == near.choosing.flatten()[: passages.numel()].tolist()
+    assert passages.flatten().tolist() == near.selection.flatten()[: passages.numel()].tolist()
     final = [windows for _, windows in verify.loss_texts(verify.declare(job))]
-    assert rows(final[0]) == rows(near.final) and rows(final[1]) == rows(second.final)
+    assert rows(final[0]) == rows(near.test) and rows(final[1]) == rows(second.test)
     assert final[1].size == final[0].size == 2048  # shorten_parts
 
     class Recorder:
         @property
-        def mixes(self) -> Recorder:
+        def partial(self) -> Recorder:
             return self
 
         def order(self, count: int) -> tuple[int, ...]:
             return (*range(count),)
 
-        def window_losses(self, windows: Any, mixes: Any, _progress: Any) -> Any:
-            seen.setdefault("deciding", []).append(windows)
+        def window_losses(self, windows: Any, partial: Any, _progress: Any) -> Any:
+            seen.setdefault("validation", []).append(windows)
             loss = SimpleNamespace(positions=1, original_sum=1.0, nbl_sum=1.0, kl_sum=0.0)
-            return {name: [loss, loss] for name in mixes}
+            return {name: [loss, loss] for name in partial}
 
     recorder: Any = Recorder()
-    _steps(recorder.mixes, job.text.deciding.value, [recorder.order(1)], 0.1, quiet)
-    assert [rows(w) for w in seen["deciding"]] == [rows(near.deciding), rows(second.deciding)]
+    _steps(recorder.partial, job.text.validation.value, [recorder.order(1)], 0.1, quiet)
+    assert [rows(w) for w in seen["validation"]] == [rows(near.validation), rows(second.validation)]
 
 
 def test_distilled_maps_are_judged_by_the_choosing_part(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,11 +149,11 @@ def test_distilled_maps_are_judged_by_the_choosing_part(run: Path, monkeypatch: 
     def distill(_model: Any, _start: Any, _tap: str, windows_WT: Any, held_WT: Any, *_: Any) -> None:
         raise SeenError(windows_WT, held_WT)
 
-    monkeypatch.setattr("nbl_export.distill.training.distill", distill)
+    monkeypatch.setattr("nbl_export.methods.distill.training.distill", distill)
     with pytest.raises(SeenError) as seen:
         plan_stage.run_distill(inputs, Place(job.run, job.ui), run)
-    windows, judging = seen.value.args
-    assert judging.tolist() == parts.read(run / TEXT_FILE, "choosing").tolist()
+    windows, early_stopping = seen.value.args
+    assert early_stopping.tolist() == parts.read(run / TEXT_FILE, "selection").tolist()
     assert windows.tolist() == parts.read(run / TEXT_FILE, "training").tolist()
 
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nbl_export.errors import UsageError
-from nbl_export.model.checkpoint.load import load_tokenizer
+from nbl_export.methods.checkpoint.load import load_tokenizer
 from nbl_export.text import corpus, windows
 from nbl_export.text.corpus import Text
 from nbl_export.text.mixture import absolute_sources, identify, mix, read_texts

@@ -14,7 +14,7 @@ import pytest
 
 from nbl_export.errors import NblError
 from nbl_export.evaluation.measure import windows
-from nbl_export.model.checkpoint.load import load_tokenizer
+from nbl_export.methods.checkpoint.load import load_tokenizer
 from nbl_export.text import corpus
 from nbl_export.text.corpus import Text, read_text
 from nbl_export.text.windows import pack

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from nbl_export.model.checkpoint import source as checkpoints
+from nbl_export.methods.checkpoint import source as checkpoints
 
 from ..damage import flip
 

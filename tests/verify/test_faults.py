@@ -16,7 +16,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from nbl_export.model.checkpoint import load
+from nbl_export.methods.checkpoint import load
 from nbl_export.options.options import JobOptions
 from nbl_export.records.quantised import unpacked
 from nbl_export.run.job import Job
@@ -35,12 +35,12 @@ from ..tiny import HIDDEN, VOCAB
 
 pytestmark = pytest.mark.job
 
-Runs = Callable[..., Path]
+CachedHiddenStates = Callable[..., Path]
 EXACT = 1e-5  # on a tiny model; 1e-4 is the gate
 
 
 @pytest.fixture(scope="module")
-def runs(checkpoint: Callable[[str], Path], text: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def runs(checkpoint: Callable[[str], Path], text: Path, tmp_path_factory: pytest.TempPathFactory) -> CachedHiddenStates:
     """architecture, precision, layers, tap, last stage -> a run whose graph has all logits. Never write to it."""
 
     @functools.cache
@@ -57,7 +57,7 @@ def runs(checkpoint: Callable[[str], Path], text: Path, tmp_path_factory: pytest
     return make
 
 
-def climbed(run: Path) -> list[dict[str, Any]]:
+def continued(run: Path) -> list[dict[str, Any]]:
     """The checks of a run directory as it is now; the quality loss, which is not gated, is left out."""
     with (
         RunDirectory.open_run(run, create=False) as opened,
@@ -84,7 +84,9 @@ def on_logits(checks: list[dict[str, Any]], check: str) -> list[dict[str, Any]]:
      pytest.param("mistral-window", "1,2", "int4", marks=pytest.mark.fuzz), ("qwen2", "1,2", "int8"),
      ("gemma3", "0,2", "int4")],
 )  # fmt: skip
-def test_wiring_is_proven_to_float32_accuracy(architecture: str, precision: str, layers: str, runs: Runs) -> None:
+def test_wiring_is_proven_to_float32_accuracy(
+    architecture: str, precision: str, layers: str, runs: CachedHiddenStates
+) -> None:
     run = runs(architecture, precision, layers, last="report")
     found = json.loads((run / "verify.json").read_text(encoding="utf-8"))
     for check in ("original", "nbl"):
@@ -240,7 +242,7 @@ OTHER_PRECISION = pytest.param(next(iter(FAULTS)), "int8", marks=pytest.mark.fuz
 
 
 @pytest.mark.parametrize(("fault", "precision"), [*((fault, "int4") for fault in FAULTS), OTHER_PRECISION])
-def test_a_planted_fault_is_named(fault: str, precision: str, runs: Runs, tmp_path: Path) -> None:
+def test_a_planted_fault_is_named(fault: str, precision: str, runs: CachedHiddenStates, tmp_path: Path) -> None:
     plant, architecture, tap, check = FAULTS[fault]
     run = Path(shutil.copytree(runs(architecture, precision, "1,2", tap), tmp_path / "run"))
     path = run / "model" / "model.onnx"
@@ -249,6 +251,6 @@ def test_a_planted_fault_is_named(fault: str, precision: str, runs: Runs, tmp_pa
     ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
     shutil.copyfile(tmp_path / "model.onnx", path)
     shutil.copyfile(tmp_path / "model.onnx.data", f"{path}.data")
-    checks = climbed(run)
+    checks = continued(run)
     assert check in named(checks)
     assert not any(r["subject"] == "original" and not r["passed"] for r in checks)

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 
 from nbl_export.graph.decoder import OnnxDecoder
-from nbl_export.mixers.linear import Linear
+from nbl_export.methods.linear.maps import Linear
+from nbl_export.methods.rewrite import rewrite
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.plan import Plan
 from nbl_export.records.results import CheckResult
-from nbl_export.rewrite import rewrite
-from nbl_export.targets.checks import Wanted, judge_maps
-from nbl_export.targets.onnx_files import check_files, check_untouched, held_maps
+from nbl_export.targets.checks import ExpectedGraph, judge_maps
+from nbl_export.targets.onnx_files import check_files, check_untouched, read_maps
 from nbl_export.verify import exporter, structure
 from nbl_export.verify import verifier as verifying
 from nbl_export.verify.ladder import (
@@ -140,13 +140,13 @@ def test_a_batch_in_which_all_tokens_climb_is_compared_with_its_own_logits() -> 
     expected, rows = table()
     others, both = table(1)
     both = [[2, *both[0][1:]], [3, *both[1][1:]]]
-    given = dataclasses.replace(probe(rows), climbing=tuple(map(tuple, both)))
-    truth = Reference(tuple(expected), None, climbing=tuple(others))
+    given = dataclasses.replace(probe(rows), continuing=tuple(map(tuple, both)))
+    truth = Reference(tuple(expected), None, continuing=tuple(others))
     for wrong in (False, True):
         shown = [*expected, others[0], others[1] + wrong]
         results = check_logits("nbl", "nbl", FakeDecoder(shown), given, truth, TOLERANCES["fp32"].limit)
         assert [r.passed for r in results] == [True] * 4 + [not wrong] * 2
-        assert results[4].detail == "batch of 2, all tokens climb"
+        assert results[4].detail == "batch of 2, all tokens continue"
 
 
 @pytest.mark.parametrize("length", [40, 100, 1040])
@@ -196,12 +196,12 @@ def test_one_graph_is_open_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
         yield mock.Mock(greedy=lambda _prompt, tokens: list(range(tokens)))
 
     engine = SimpleNamespace(
-        open_graph=opened, open_mixed=opened, open_checked=open_checked, held_maps=mock.Mock(),
+        open_graph=opened, open_reference=opened, open_checked=open_checked, read_maps=mock.Mock(),
         pruned_file=lambda _: "pruned", check=lambda *_: [],
     )  # fmt: skip
     setting: Any = SimpleNamespace(
         engine=engine, spec=SPEC, plan=Plan.of(LAYERS, {}), rounds=True, tolerance=TOLERANCES["int4"],
-        wanted=lambda *_: Wanted("nbl", SPEC, "int4", "last", (), {}), task=lambda _: mock.MagicMock(),
+        wanted=lambda *_: ExpectedGraph("nbl", SPEC, "int4", "last", (), {}), task=lambda _: mock.MagicMock(),
     )  # fmt: skip
     for name, found in {"expected_last": [], "check_last": [], "_measured_cache": mock.Mock(passed=True)}.items():
         monkeypatch.setattr(structure, name, lambda *_, found=found: found)
@@ -260,7 +260,7 @@ def test_file_rung_on_real_graphs(
     session = OnnxDecoder(tmp_path / "nbl", HEAD_DIM).contract
 
     def found(*layers: int) -> list[CheckResult]:
-        return check_files(tmp_path / "nbl", session, Wanted("nbl", SPEC, "fp32", "all", layers, {}))
+        return check_files(tmp_path / "nbl", session, ExpectedGraph("nbl", SPEC, "fp32", "all", layers, {}))
 
     right = found(1, 2)
     assert [r.metric for r in right if r.passed] == [
@@ -284,7 +284,7 @@ def test_maps_are_read_back_out_of_the_graph(
     """Faults that quantised logits would not show: two maps exchanged, a lost bias, a transposed map."""
     original, maps = exported("llama", source, precision), random_maps(0, 1)
     rewrite(original, tmp_path / "nbl", maps)
-    held = held_maps(tmp_path / "nbl")
+    held = read_maps(tmp_path / "nbl")
     assert judge_maps("nbl", held, maps).passed
     assert [r.passed for r in check_untouched(tmp_path / "nbl", original)] == [True]
     exchanged = {0: Linear(maps[1].weight, maps[0].bias), 1: maps[1]}

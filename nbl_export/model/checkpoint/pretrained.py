@@ -22,10 +22,20 @@ from typing import Any
 from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.files import safetensors_tensors
 from nbl_export.graph.gguf_header import read_header
+from nbl_export.graph.names import MANIFEST
 from nbl_export.model.checkpoint.weights import INDEX, WEIGHTS, weight_files
-from nbl_export.trust.model_settings import check_checkpoint
+from nbl_export.trust.model_settings import CONFIG_BYTES, check_checkpoint, read_object
 
-__all__ = ["check_weights", "config_of", "explained", "model_of", "model_with", "quiet_transformers", "tokenizer_of"]
+__all__ = [
+    "check_weights",
+    "config_of",
+    "explained",
+    "model_of",
+    "model_with",
+    "quiet_transformers",
+    "read_config",
+    "tokenizer_of",
+]
 
 
 def quiet_transformers() -> None:
@@ -247,3 +257,17 @@ def _name_map(architecture: Any, layers: int) -> Any:
     from gguf.tensor_mapping import get_tensor_name_map
 
     return get_tensor_name_map(architecture, layers)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The content of a checkpoint's config.json.
+
+    Raises:
+        NblError: it is missing, or cannot be read.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        if (directory / MANIFEST).is_file():
+            raise NblError(f"{directory} is a run directory, not a model; give the model that the run was made from")
+        raise NblError(f"{directory} is not a model directory: it has no config.json")
+    return read_object(path, CONFIG_BYTES)

@@ -10,12 +10,12 @@ from typing import Any
 from nbl_export.files import write_json
 from nbl_export.measure.benchmark import BenchSetting, BenchTests, side_by_side
 from nbl_export.measure.rounds import Variant
-from nbl_export.mixers import cache_layers
+from nbl_export.methods import cache_layers
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.from_json import edited
 from nbl_export.records.inputs import Lazy
 from nbl_export.run.job import Job
-from nbl_export.run.stages.common import LeftOut, Place
+from nbl_export.run.stages.common import Place, Skipped
 from nbl_export.run_directory import BENCH_FILE, DECODERS
 from nbl_export.targets.base import Target
 
@@ -33,12 +33,12 @@ class BenchInputs:
     tests: BenchTests
 
 
-def declare(job: Job) -> BenchInputs | LeftOut:
+def declare(job: Job) -> BenchInputs | Skipped:
     """The inputs of the stage; left out if the graphs do not run on this machine or in the timed runtime."""
     if job.engine.capabilities.cross:
         found = job.engine.probe_run()
         if not found.available:
-            return LeftOut(f"the graphs do not run on this machine: {found.reason}")
+            return Skipped(f"the graphs do not run on this machine: {found.reason}")
     options = job.options
     return BenchInputs(
         available=job.available,

@@ -3,7 +3,7 @@
     windows ─► batches ─► sums of every layer ─► moments.safetensors
                            └─ every half minute ─► calibrate.partial.safetensors
 
-A job with a cut has sums of candidate cuts in their place (`run.stages.cut`).
+A job with an exit layer has sums of candidate exit layers in their place (`run.stages.exit`).
 
 A model that does not fit into memory runs one layer at a time (`model.mapped`), and starts again after a kill. Sums are
 exact (`sums`), so a resumed run and an uninterrupted run give the same bytes.
@@ -24,8 +24,8 @@ from nbl_export.options.options import CHECKPOINT_FIT, NO_ORIGINAL
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy
 from nbl_export.run.job import Job
-from nbl_export.run.stages import cut
-from nbl_export.run.stages.common import LeftOut, Place, shared_batches
+from nbl_export.run.stages import exit as exit_layer
+from nbl_export.run.stages.common import Place, Skipped, shared_batches
 from nbl_export.run_directory import MOMENTS_FILE
 from nbl_export.text.parts import rows_sha256
 
@@ -59,13 +59,13 @@ class CalibrateInputs:
     asked_device: Lazy[str]
 
 
-def declare(job: Job) -> CalibrateInputs | cut.CutCalibration | LeftOut:
+def declare(job: Job) -> CalibrateInputs | exit_layer.ExitCalibration | Skipped:
     """The inputs of the stage; left out for an NBL checkpoint, which has its maps."""
     options = job.options
     if options.fit == CHECKPOINT_FIT:
-        return LeftOut(NO_ORIGINAL)
+        return Skipped(NO_ORIGINAL)
     if options.predicts:
-        return cut.calibration(job)
+        return exit_layer.calibration(job)
     return CalibrateInputs(
         fingerprint=job.fingerprint,
         windows=job.text.windows,
@@ -80,15 +80,15 @@ def declare(job: Job) -> CalibrateInputs | cut.CutCalibration | LeftOut:
     )
 
 
-def run(inputs: CalibrateInputs | cut.CutCalibration, place: Place, out: Path) -> dict[str, Any]:
-    """Write the moments, or the sums of candidate cuts; returns the facts for the manifest.
+def run(inputs: CalibrateInputs | exit_layer.ExitCalibration, place: Place, out: Path) -> dict[str, Any]:
+    """Write the moments, or the sums of candidate exit layers; returns the facts for the manifest.
 
     Raises:
         NblError: activations are not finite.
     """
-    if isinstance(inputs, cut.CutCalibration):
-        return cut.collect(inputs, place, out)
-    from nbl_export.calibrate import collect
+    if isinstance(inputs, exit_layer.ExitCalibration):
+        return exit_layer.collect(inputs, place, out)
+    from nbl_export.methods.linear import collect
     from nbl_export.model import bfloat16
 
     parts = collect.batches(inputs.windows.value)
@@ -107,7 +107,7 @@ def run(inputs: CalibrateInputs | cut.CutCalibration, place: Place, out: Path) -
 
 def _run_whole(inputs: CalibrateInputs, place: Place, parts: Sequence[Any], facts: dict[str, Any], out: Path) -> None:
     """Collect with the whole model in memory."""
-    from nbl_export.calibrate import collect
+    from nbl_export.methods.linear import collect
 
     windows = inputs.windows.value
     partial = place.run.partial("calibrate")
@@ -136,7 +136,7 @@ def _run_whole(inputs: CalibrateInputs, place: Place, parts: Sequence[Any], fact
 
 def _device(inputs: CalibrateInputs) -> tuple[Any, str]:
     """The device, and why its memory or the machine's holds only one layer at a time, or ""."""
-    from nbl_export.calibrate.sums import sums_bytes
+    from nbl_export.methods.sums import sums_bytes
     from nbl_export.model.mapped import float32_bytes, layer_bytes
 
     spec = inputs.spec
@@ -155,8 +155,8 @@ def _device(inputs: CalibrateInputs) -> tuple[Any, str]:
 
 def _run_layers(inputs: CalibrateInputs, place: Place, facts: dict[str, Any], out: Path, device: Any) -> None:
     """Collect with the weights and sums of one layer at a time in memory."""
-    from nbl_export.calibrate import collect
-    from nbl_export.calibrate.moments_file import MomentsWriter
+    from nbl_export.methods.linear import collect
+    from nbl_export.methods.sums_file import MomentsWriter
     from nbl_export.model.mapped import mapped_model
 
     windows = inputs.windows.value
@@ -192,7 +192,7 @@ def _facts(inputs: CalibrateInputs, batches: int, products: str) -> dict[str, An
 
 
 def _write(found: Any, path: Path, facts: dict[str, Any]) -> None:
-    from nbl_export.calibrate.moments_file import MomentsWriter
+    from nbl_export.methods.sums_file import MomentsWriter
 
     with MomentsWriter(path, {**facts, "count": found.count}, found.num_layers, found.taps, found.size) as file:
         for i in range(found.num_layers):
@@ -201,7 +201,7 @@ def _write(found: Any, path: Path, facts: dict[str, Any]) -> None:
 
 def _restored(path: Path, facts: dict[str, Any], found: Any) -> int:
     """Restore the sums of an unfinished run with the same inputs; return its number of batches, or 0."""
-    from nbl_export.calibrate.moments_file import open_moments
+    from nbl_export.methods.sums_file import open_moments
 
     if not path.is_file():
         return 0

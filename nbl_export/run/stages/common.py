@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from nbl_export.files import key_of
-from nbl_export.mixers.base import Mixer
+from nbl_export.methods.base import Mixer
 from nbl_export.model import processes
 from nbl_export.records.inputs import identity_of
 from nbl_export.records.plan import Plan
@@ -18,7 +18,7 @@ from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
 from nbl_export.run_directory import MAPS_FILE, VERIFY_FILE, RunDirectory
 
-__all__ = ["Inputs", "LeftOut", "Place", "Stage", "shared_batches"]
+__all__ = ["Inputs", "Place", "Skipped", "Stage", "shared_batches"]
 
 _SECONDS = 30.0  # least time between two partial files,
 _SHARE = 50.0  # and at least this many times the seconds of writing one
@@ -27,7 +27,7 @@ Inputs = TypeVar("Inputs")
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class Skipped:
     """In place of inputs: the stage does not run. An empty reason is not told to the user."""
 
     reason: str = ""
@@ -50,7 +50,7 @@ class Place:
 
     def maps(self) -> dict[int, Mixer]:
         """The maps of the plan's layers."""
-        from nbl_export.plan.maps_file import load_maps
+        from nbl_export.methods.maps_file import load_maps
 
         return load_maps(self.run.path / MAPS_FILE, self.plan.layers, self.run.decoder.hidden_size)
 
@@ -83,16 +83,16 @@ class Stage(Generic[Inputs]):
     name: str
     title: str
     reads: tuple[str, ...]
-    declare: Callable[[Job], Inputs | LeftOut]
+    declare: Callable[[Job], Inputs | Skipped]
     run: Callable[[Inputs, Place, Path], dict[str, Any]]
     by_engine: bool = False
     shared: bool = False
     by_part: bool = False
 
-    def declared(self, job: Job) -> tuple[Inputs, str] | LeftOut:
+    def declared(self, job: Job) -> tuple[Inputs, str] | Skipped:
         """Its inputs, and its key, which the keys of its readers will have."""
         inputs = self.declare(job)
-        if isinstance(inputs, LeftOut):
+        if isinstance(inputs, Skipped):
             return inputs
         key = key_of(self.name, identity_of(inputs), [job.keys[name] for name in self.reads if name in job.keys])
         if not self.by_part:

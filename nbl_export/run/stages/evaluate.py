@@ -17,7 +17,7 @@ from nbl_export.options.options import CHECKPOINT_FIT
 from nbl_export.records.inputs import Lazy
 from nbl_export.records.requests import PERPLEXITY, Subject
 from nbl_export.run.job import Job
-from nbl_export.run.stages.common import LeftOut, Place
+from nbl_export.run.stages.common import Place, Skipped
 from nbl_export.run_directory import DECODERS, EVAL_FILE, MADE_BY
 from nbl_export.targets.base import Target
 
@@ -38,11 +38,11 @@ class EvalInputs:
     cache_length: int
 
 
-def declare(job: Job) -> EvalInputs | LeftOut:
+def declare(job: Job) -> EvalInputs | Skipped:
     """The inputs of the stage; left out unless it is asked for, because it can take hours on a small machine."""
     asked = job.evaluation
     if not asked:
-        return LeftOut()
+        return Skipped()
     return EvalInputs(
         asked=Lazy([subject.asked for subject in asked], lambda: asked),
         variants=("nbl",) if job.options.fit == CHECKPOINT_FIT else tuple(DECODERS),
@@ -93,8 +93,8 @@ def _evaluate(inputs: EvalInputs, place: Place, keep: Callable[[dict[str, Any]],
 @contextlib.contextmanager
 def _opened(inputs: EvalInputs, place: Place, variant: str) -> Iterator[Any]:
     """A decoder that scores texts."""
-    from nbl_export.evaluation.scorer import GraphScorer, graph_scorer, near_of
-    from nbl_export.model.checkpoint.load import load_tokenizer
+    from nbl_export.evaluation.scorer import GraphScorer, graph_scorer, recent_tokens_of
+    from nbl_export.methods.checkpoint.load import load_tokenizer
 
     directory = place.run.path / DECODERS[variant]
     engine = inputs.engine.value
@@ -105,7 +105,7 @@ def _opened(inputs: EvalInputs, place: Place, variant: str) -> Iterator[Any]:
     with place.run.scratch() as scratch:
         engine.write_float32(directory, scratch)
         decoder = engine.open_graph(scratch, inputs.head_dim)
-        yield GraphScorer(decoder, load_tokenizer(directory), inputs.cache_length, near_of(directory))
+        yield GraphScorer(decoder, load_tokenizer(directory), inputs.cache_length, recent_tokens_of(directory))
 
 
 def _measure(subject: Subject, scorer: Any, progress: Callable[[int, int], None], *, behind_prompt: bool) -> Any:

@@ -12,11 +12,11 @@ from typing import Any
 
 from nbl_export.files import versions, write_json
 from nbl_export.graph.names import MANIFEST
-from nbl_export.mixers import cache_layers
+from nbl_export.methods import cache_layers
 from nbl_export.options.public import public_facts
 from nbl_export.records.inputs import Lazy
 from nbl_export.run.job import Job
-from nbl_export.run.stages.common import LeftOut, Place
+from nbl_export.run.stages.common import Place, Skipped
 from nbl_export.run_directory import DECODERS, PACKAGES
 from nbl_export.targets.base import BuildSettings, ExportSettings, Target
 from nbl_export.version import __version__
@@ -65,7 +65,7 @@ def declare_decoder(job: Job) -> DecoderInputs:
 
 def _codes(inputs: DecoderInputs) -> Path | None:
     """Directory of the quantised checkpoint, after a check that it is of this model; None without one."""
-    from nbl_export.model.checkpoint import quantized
+    from nbl_export.methods.checkpoint import quantized
 
     found = inputs.codes.value
     if found is None or inputs.tap is None:
@@ -101,7 +101,7 @@ def run_rewrite(inputs: Lazy[Target], place: Place, out: Path) -> dict[str, Any]
     engine = inputs.value
     engine.linearize(original, target, place.maps(), plan.tap)
     facts = {k: place.run.manifest[k] for k in _DEPLOYED_FACTS}
-    facts["cut"] = place.run.manifest.get("cut")
+    facts["exit"] = place.run.manifest.get("exit")
     if engine.capabilities.static:
         facts["cache_layers"] = list(cache_layers(plan))  # layers of the cache ids 0..K-1
     facts = public_facts(facts, place.run.manifest)  # the folder may be published: no paths of this machine
@@ -121,10 +121,10 @@ class BuildInputs:
     settings: BuildSettings
 
 
-def declare_build(job: Job) -> BuildInputs | LeftOut:
+def declare_build(job: Job) -> BuildInputs | Skipped:
     """The inputs of the stage; left out if the engine compiles nothing."""
     if not job.engine.capabilities.static:
-        return LeftOut()
+        return Skipped()
     return BuildInputs(
         available=job.available,
         library=job.engine.library_version(),

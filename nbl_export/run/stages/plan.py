@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.files import arrays_sha256, file_sha256, key_of, write_json
+from nbl_export.methods.inputs import AskedGoal, MapKind, OrderInputs, PlanInputs, Texts
+from nbl_export.methods.predicted_kv.candidates import ExitInputs, choose_exit
 from nbl_export.model import processes
 from nbl_export.options.goals import DEFAULT_SELECT, DEFAULT_STEPS, asked_increase, asked_layers, default_minutes
 from nbl_export.options.options import CHECKPOINT_FIT
-from nbl_export.plan.cuts import CutInputs, choose_cut
-from nbl_export.plan.inputs import AskedGoal, MapKind, OrderInputs, PlanInputs, Texts
 from nbl_export.records.destinations import DESTINATIONS
 from nbl_export.records.inputs import Lazy
 from nbl_export.report.quality import spoken_curve
 from nbl_export.run.job import Job
-from nbl_export.run.stages import cut
-from nbl_export.run.stages.common import LeftOut, Place
+from nbl_export.run.stages import exit as exit_layer
+from nbl_export.run.stages.common import Place, Skipped
 from nbl_export.run_directory import DISTILL_FILE, MAPS_FILE, MOMENTS_FILE, START_FILE
 
 __all__ = ["declare", "order_of", "run"]
@@ -27,9 +27,9 @@ __all__ = ["declare", "order_of", "run"]
 _STATE = 5  # kind of the saved state of a distillation; another kind begins anew
 
 
-def declare(job: Job) -> PlanInputs | CutInputs | Lazy[Any]:
-    """The inputs of the stage plan, those of a choice of a cut, or the plan and maps of an NBL checkpoint."""
-    from nbl_export.model.checkpoint import load
+def declare(job: Job) -> PlanInputs | ExitInputs | Lazy[Any]:
+    """The inputs of the stage plan, those of a choice of an exit layer, or the plan and maps of an NBL checkpoint."""
+    from nbl_export.methods.checkpoint import load
 
     options = job.options
     if options.fit == CHECKPOINT_FIT:
@@ -37,14 +37,14 @@ def declare(job: Job) -> PlanInputs | CutInputs | Lazy[Any]:
             [CHECKPOINT_FIT, job.fingerprint], lambda: load.load_maps(job.settled.source.value, job.decoder.num_layers)
         )
     if options.predicts:
-        return cut.choice(job)
+        return exit_layer.choice(job)
     setting = {"engine": options.engine, "precision": options.precision, "tokens": options.prompt_length}
     return PlanInputs(
         fit=options.fit,
         order=order_of(job),
         request=None if options.layers is None else asked_layers(options, job.decoder),
         goal=AskedGoal(asked_increase(options), options.max_perplexity_increase),
-        deciding=job.text.deciding,
+        validation=job.text.validation,
         trains=Lazy(None, lambda: job.trains),
         speedup=Lazy(None, lambda: job.cost.value.speedup),
         setting=Lazy(None, lambda: setting),
@@ -61,15 +61,15 @@ def order_of(job: Job) -> OrderInputs:
         num_layers=decoder.num_layers,
         select=usual,
         moments=Lazy(job.files_of("calibrate"), lambda: _moments(job)),
-        mixes=job.torch.mixes,
-        texts=job.choosing,
-        saved=Lazy(options.kept_logits if usual == "efficient" else None, lambda: cut.saved_work(job)),
+        partial=job.torch.partial,
+        texts=job.selection,
+        saved=Lazy(options.kept_logits if usual == "efficient" else None, lambda: exit_layer.saved_work(job)),
         kept=(0,) if options.destination and DESTINATIONS[options.destination].keeps_first else (),
     )
 
 
 def _moments(job: Job) -> Callable[[int, str], Any]:
-    from nbl_export.calibrate.moments_file import open_moments
+    from nbl_export.methods.sums_file import open_moments
 
     def moments_of(layer: int, tap: str) -> Any:
         with open_moments(job.run.path / MOMENTS_FILE) as file:
@@ -78,22 +78,22 @@ def _moments(job: Job) -> Callable[[int, str], Any]:
     return moments_of
 
 
-def run(inputs: PlanInputs | CutInputs | Lazy[Any], place: Place, out: Path) -> dict[str, Any]:
+def run(inputs: PlanInputs | ExitInputs | Lazy[Any], place: Place, out: Path) -> dict[str, Any]:
     """Write the maps; returns plan, scores, order and curve for the manifest."""
-    from nbl_export.plan.maps_file import save_maps
+    from nbl_export.methods.maps_file import save_maps
 
-    facts: dict[str, Any] = {"goal": None, "curve": None, "cut": None}
+    facts: dict[str, Any] = {"goal": None, "curve": None, "exit": None}
     trains = False
     say: Callable[[str], None] = lambda line: place.ui.say(f"  {line}")  # noqa: E731
     if isinstance(inputs, Lazy):
         (plan, maps), fit = inputs.value, inputs.identity[0]
-    elif isinstance(inputs, CutInputs):
-        plan, maps, found = choose_cut(inputs, place.ui.task, say)
+    elif isinstance(inputs, ExitInputs):
+        plan, maps, found = choose_exit(inputs, place.ui.task, say)
         fit = "independent"
         facts = {**facts, **found}
     else:
-        from nbl_export.plan.order import Selection
-        from nbl_export.plan.planning import make_plan
+        from nbl_export.methods.linear.order import Selection
+        from nbl_export.methods.linear.planning import make_plan
 
         fit = inputs.fit
         selection = Selection(inputs.order, place.ui.task, place.run.manifest.get("greedy"))
@@ -124,8 +124,8 @@ class DistillInputs:
     """What trained maps follow from, beside the maps at the start.
 
     Attributes:
-        training: windows of the training text. judging: held-back windows that choose the best step.
-        choosing, deciding: texts by which layers are given back; None if all layers stay.
+        training: windows of the training text. early_stopping: held-back windows that choose the best step.
+        selection, validation: texts by which layers are given back; None if all layers stay.
     """
 
     fingerprint: str
@@ -135,19 +135,19 @@ class DistillInputs:
     lora_rank: int
     label_weight: float
     training: Lazy[Any]
-    judging: Lazy[Any]
-    choosing: Lazy[Texts] | None
-    deciding: Lazy[Texts] | None
+    early_stopping: Lazy[Any]
+    selection: Lazy[Texts] | None
+    validation: Lazy[Texts] | None
     model: Lazy[Any]
     narrow: Lazy[bool]
 
 
-def declare_distill(job: Job) -> DistillInputs | LeftOut:
+def declare_distill(job: Job) -> DistillInputs | Skipped:
     """The inputs of the stage; left out unless maps are distilled."""
     if job.options.fit != "distilled" or not job.plan.layers:
-        return LeftOut()
+        return Skipped()
     if not job.trains:
-        return LeftOut("the model does not fit into memory, which training needs")
+        return Skipped("the model does not fit into memory, which training needs")
     options = job.options
     narrows = "order" in (job.run.manifest.get("goal") or {})
     return DistillInputs(
@@ -158,9 +158,9 @@ def declare_distill(job: Job) -> DistillInputs | LeftOut:
         lora_rank=options.lora_rank,
         label_weight=options.label_weight,
         training=job.text.training,
-        judging=job.text.judging,
-        choosing=job.choosing if narrows else None,
-        deciding=job.text.deciding if narrows else None,
+        early_stopping=job.text.early_stopping,
+        selection=job.selection if narrows else None,
+        validation=job.text.validation if narrows else None,
         model=job.torch.model,
         narrow=job.torch.narrow,
     )
@@ -168,25 +168,25 @@ def declare_distill(job: Job) -> DistillInputs | LeftOut:
 
 def run_distill(inputs: DistillInputs, place: Place, out: Path) -> dict[str, Any]:
     """Write the trained maps and distill.json; returns the facts for the manifest."""
-    from nbl_export.distill import training
-    from nbl_export.distill.state import State
-    from nbl_export.plan.maps_file import load_maps, maps_in, save_maps
+    from nbl_export.methods.distill import training
+    from nbl_export.methods.distill.state import State
+    from nbl_export.methods.maps_file import load_maps, maps_in, save_maps
 
     plan = place.plan
     windows = inputs.training.value
-    judging = inputs.judging.value
-    goal = _Goal(inputs, place) if inputs.deciding else None
+    early_stopping = inputs.early_stopping.value
+    goal = _Goal(inputs, place) if inputs.validation else None
     settings = _settings(inputs, goal)
     path = place.run.path / START_FILE
     start = load_maps(path, maps_in(path)[0], place.run.decoder.hidden_size)
-    state = State(place.run.partial("distill"), _state_key(inputs.fingerprint, path, windows, judging, settings))
+    state = State(place.run.partial("distill"), _state_key(inputs.fingerprint, path, windows, early_stopping, settings))
     with place.ui.task("distilling") as progress:
         found = training.distill(
             inputs.model.value,
             start,
             plan.tap,
             windows,
-            judging,
+            early_stopping,
             settings,
             training.Callbacks(progress, lambda s: place.ui.say(f"  {s}"), state, goal.narrow if goal else None),
         )
@@ -200,7 +200,7 @@ def run_distill(inputs: DistillInputs, place: Place, out: Path) -> dict[str, Any
 
 
 def _settings(inputs: DistillInputs, goal: _Goal | None) -> Any:
-    from nbl_export.distill import training
+    from nbl_export.methods.distill import training
 
     steps = inputs.distill_steps
     minutes = inputs.distill_minutes
@@ -228,11 +228,11 @@ class _Goal:
 
     def narrow(self, maps: dict[int, Any]) -> tuple[int, ...]:
         """The layers that stay while training goes on."""
-        from nbl_export.plan.planning import count_foreseen
+        from nbl_export.methods.linear.planning import count_foreseen
 
-        assert self._inputs.choosing is not None
+        assert self._inputs.selection is not None
         begun = len(self._order)
-        texts = self._inputs.choosing.value
+        texts = self._inputs.selection.value
         count = count_foreseen(self._with(maps), self._order, self._goal, texts, self._place.ui.task)
         self._order = self._order[:count]
         self._place.ui.say(f"  {count} of {begun} layers stay; the training goes on with these")
@@ -240,11 +240,11 @@ class _Goal:
 
     def reach(self, maps: dict[int, Any]) -> dict[str, Any]:
         """The facts of the layers whose trained maps keep the limit."""
-        from nbl_export.plan.planning import count_trained
+        from nbl_export.methods.linear.planning import count_trained
 
-        assert self._inputs.deciding is not None
+        assert self._inputs.validation is not None
         order = [i for i in self._order if i in maps]
-        texts = self._inputs.deciding.value
+        texts = self._inputs.validation.value
         reached = count_trained(self._with(maps), order, self._goal, texts, self._place.ui.task)
         for line in reached.lines:
             self._place.ui.say(f"  {line}")
@@ -252,13 +252,13 @@ class _Goal:
         return {"replaced_layers": replaced, "kinds": [maps[i].kind for i in replaced], "goal": reached.facts}
 
     def _with(self, maps: dict[int, Any]) -> Any:
-        from nbl_export.model.switched import SwitchedModel
+        from nbl_export.methods.losses import PartialReplacement
 
         inputs = self._inputs
-        return SwitchedModel(inputs.model.value, maps, self._place.plan.tap, narrow=inputs.narrow.value)
+        return PartialReplacement(inputs.model.value, maps, self._place.plan.tap, narrow=inputs.narrow.value)
 
 
-def _state_key(fingerprint: str, maps: Path, windows: Any, judging: Any, settings: Any) -> str:
+def _state_key(fingerprint: str, maps: Path, windows: Any, early_stopping: Any, settings: Any) -> str:
     """Fingerprint of an unfinished distillation: model, maps at the start, token ids and settings."""
-    ids = arrays_sha256({"windows": windows.numpy(), "judging": judging.numpy()})
+    ids = arrays_sha256({"windows": windows.numpy(), "early_stopping": early_stopping.numpy()})
     return key_of(_STATE, fingerprint, ids, file_sha256(maps), dataclasses.asdict(settings))

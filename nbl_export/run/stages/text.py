@@ -72,11 +72,11 @@ def run(inputs: TextInputs, place: Place, out: Path) -> dict[str, Any]:
     text = inputs.documents.value
     second = inputs.second.value
     context = inputs.context
-    rows = parts.cut(
+    rows = parts.split_rows(
         text, inputs.tokenizer.value, inputs.calibration_tokens, context, inputs.distill_tokens, inputs.vocab_size
     )
     if second.sha256 != text.sha256:
-        rows |= parts.cut_second(second, inputs.tokenizer.value, context, inputs.vocab_size)
+        rows |= parts.split_second(second, inputs.tokenizer.value, context, inputs.vocab_size)
     hashes = parts.save(rows, out / TEXT_FILE)
     inputs.documents.forget()
     facts = {

@@ -14,15 +14,15 @@ import numpy as np
 
 from nbl_export.errors import NblError
 from nbl_export.files import write_json
-from nbl_export.mixers import cache_layers
-from nbl_export.mixers.cut import cut_of
+from nbl_export.methods import cache_layers
+from nbl_export.methods.inputs import Texts
+from nbl_export.methods.predicted_kv.candidates import LENGTH
+from nbl_export.methods.predicted_kv.prompt_exit import prompt_exit_of
 from nbl_export.model import memory
 from nbl_export.options.options import CHECKPOINT_FIT
-from nbl_export.plan.cuts import LENGTH
-from nbl_export.plan.inputs import Texts
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy
-from nbl_export.records.quality import spoken_far, spoken_loss, warn_of_text
+from nbl_export.records.quality import describe_long_range, spoken_loss, warn_of_text
 from nbl_export.run.facts import require_engine
 from nbl_export.run.job import Job
 from nbl_export.run.stages.common import Place
@@ -42,7 +42,7 @@ _PREFILL_TOKENS = (64, 37)
 _PROMPT_TOKENS = 24
 _NEW_TOKENS = 32
 _ANSWER_TOKENS = 48
-_TWICE_ROWS = 2  # with passages that occur twice, for answers from far back
+_TWICE_ROWS = 2  # with passages that occur twice, for long-range tokens
 _LONG_TOKENS = 2048
 _BEYOND_WINDOW = 512
 _SESSION_SHARE = 1.6  # of a graph's files, that ONNX Runtime takes while it opens them (8B shape in int4: 1.53)
@@ -59,8 +59,8 @@ class VerifyInputs:
         lacks_attention: the original of an NBL checkpoint lacks the removed attention.
         windows: for calibration. held_back: all that nobody calibrates on, in the order of the text.
         names: of the calibration text and of the second text.
-        training: windows of a distillation; None without one. judging: those that choose its best step.
-        choosing: the texts that layers were chosen by. deciding: that decided how many. final: of the final figures.
+        training: windows of a distillation; None without one. early_stopping: those that choose its best step.
+        selection: the texts that layers were chosen by. validation: that decided how many. test: of the final figures.
         shortage: why the torch model does not fit into memory, so `mapped` is read; "" if it fits.
     """
 
@@ -76,12 +76,12 @@ class VerifyInputs:
     context: int
     names: Lazy[tuple[str, str]]
     windows: Lazy[Any]
-    held_back: Lazy[Any]
+    held_out: Lazy[Any]
     training: Lazy[Any] | None
-    judging: Lazy[Any]
-    choosing: Lazy[Texts]
-    deciding: Lazy[Texts]
-    final: Lazy[Texts]
+    early_stopping: Lazy[Any]
+    selection: Lazy[Texts]
+    validation: Lazy[Texts]
+    test: Lazy[Texts]
     shortage: Lazy[str]
 
 
@@ -89,12 +89,12 @@ def declare(job: Job) -> VerifyInputs:
     """The inputs of the stage. Compiled engines are proven by ONNX Runtime, whichever they are."""
     options = job.options
     text = job.text
-    proven_by = "static form" if job.engine.capabilities.static else [options.engine, options.provider]
+    verified_by = "static form" if job.engine.capabilities.static else [options.engine, options.provider]
     return VerifyInputs(
         model=job.torch.model,
         mapped=job.torch.mapped,
         checkpoint=job.torch.checkpoint,
-        engine=Lazy(proven_by, lambda: _engine(job)),
+        engine=Lazy(verified_by, lambda: _engine(job)),
         spec=job.decoder,
         precision=options.precision,
         kept_logits=options.kept_logits,
@@ -103,18 +103,18 @@ def declare(job: Job) -> VerifyInputs:
         context=options.context,
         names=Lazy(None, lambda: text.names),
         windows=text.windows,
-        held_back=text.held_back,
+        held_out=text.held_out,
         training=text.training if options.fit == "distilled" else None,
-        judging=text.judging,
-        choosing=job.choosing,
-        deciding=text.deciding,
-        final=text.final,
+        early_stopping=text.early_stopping,
+        selection=job.selection,
+        validation=text.validation,
+        test=text.test,
         shortage=job.torch.shortage,
     )
 
 
 def _engine(job: Job) -> Target:
-    require_engine(job.options, to_prove=True)
+    require_engine(job.options, for_verification=True)
     return job.engine
 
 
@@ -129,11 +129,11 @@ def check(inputs: VerifyInputs, place: Place, out: Path) -> dict[str, Any]:
     """The content of verify.json."""
     setting = setting_of(inputs, place)
     maps = place.maps()
-    cut = cut_of(maps)
-    near = None if cut is None else cut.near
-    probe = make_probe(inputs, near)
+    prompt_exit = prompt_exit_of(maps)
+    recent_tokens = None if prompt_exit is None else prompt_exit.recent_tokens
+    probe = make_probe(inputs, recent_tokens)
     holder = _tokenizer(inputs, place)
-    asked = ask(holder, near or 0, inputs.cache_length)
+    asked = ask(holder, recent_tokens or 0, inputs.cache_length)
     if asked:
         probe = dataclasses.replace(probe, prompts=asked, new_tokens=_ANSWER_TOKENS)
     verifier = Verifier(setting, probe, maps)
@@ -144,18 +144,18 @@ def check(inputs: VerifyInputs, place: Place, out: Path) -> dict[str, Any]:
         results = verifier.results
         place.ui.say(f"  graphs: {sum(r.passed for r in results)} of {len(results)} checks passed")
         quality_losses = list[dict[str, Any]]()
-        far = None
+        long_range = None
         if not inputs.lacks_attention:  # the loss takes as long again
             original, nbl, held = _open_both(setting, run)
             with place.ui.task("quality loss on held-back text") as progress:
-                final = loss_texts(inputs, near)
-                texts: list[tuple[str | None, Any]] = [*final, (None, _twice(final[0][1]))]
-                quality_losses, far = quality_loss(original, nbl, texts, progress, near, held=held)
+                test = loss_texts(inputs, recent_tokens)
+                texts: list[tuple[str | None, Any]] = [*test, (None, _twice(test[0][1]))]
+                quality_losses, long_range = quality_loss(original, nbl, texts, progress, recent_tokens, held=held)
             del original, nbl
         if setting.engine.capabilities.cross:
-            save(expect(setting.precision, verifier.probe, verifier.references, near), out / ACCEPTANCE_FILE)
+            save(expect(setting.precision, verifier.probe, verifier.references, recent_tokens), out / ACCEPTANCE_FILE)
     said = {"answers": _answers(verifier, holder, asked=bool(asked)), "passage": questions.PASSAGE if asked else ""}
-    return {**conclude(inputs, place, verifier, quality_losses, far), **said}
+    return {**conclude(inputs, place, verifier, quality_losses, long_range), **said}
 
 
 def _open_both(setting: Setting, run: Mapping[str, Path]) -> tuple[Any, Any, int]:
@@ -196,12 +196,13 @@ def _tokenizer(inputs: VerifyInputs, place: Place) -> Path | None:
     return holder if (holder / TOKENIZER).is_file() else None
 
 
-def ask(holder: Path | None, near: int, cache_length: int) -> tuple[tuple[int, ...], ...]:
-    """Questions in the model's chat template; none without one, or if they are too short for a cut, or too long."""
+def ask(holder: Path | None, recent_tokens: int, cache_length: int) -> tuple[tuple[int, ...], ...]:
+    """Questions in the model's chat template; none without one, or if they are too short for an exit layer, or too
+    long."""
     if holder is None:
         return ()
     text = Text(holder)
-    fits = range(near + 1, cache_length - _ANSWER_TOKENS + 1)
+    fits = range(recent_tokens + 1, cache_length - _ANSWER_TOKENS + 1)
     with contextlib.suppress(NblError):  # a template that cannot be applied
         found = [tuple(text.asked(turn) or ()) for turn in questions.turns()]
         return tuple(found) if all(len(ids) in fits for ids in found) else ()
@@ -242,9 +243,9 @@ def conclude(
     place: Place,
     verifier: Verifier,
     quality_losses: list[dict[str, Any]],
-    far: dict[str, Any] | None = None,
+    long_range: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The content of verify.json; prints the perplexity increases, what answers from far back keep, and warnings."""
+    """The content of verify.json; prints the perplexity increases, what long-range tokens keep, and warnings."""
     from nbl_export.verify import ladder
 
     plan = place.plan
@@ -255,8 +256,8 @@ def conclude(
     for row in quality_losses:
         said = spoken_loss(row)["increase"]
         place.ui.say(f"  perplexity {said}, {row['text']}, {row['tokens']:,} tokens")
-    if far is not None:
-        place.ui.say(f"  {spoken_far(far)}, {far['tokens']:,} tokens")
+    if long_range is not None:
+        place.ui.say(f"  {describe_long_range(long_range)}, {long_range['tokens']:,} tokens")
     for sentence in (*verifier.warnings, *filter(None, [warning])):
         place.ui.say(f"  {sentence}")
     found = ladder.summary(verifier.results, inputs.precision, quality_losses, plan)
@@ -264,7 +265,7 @@ def conclude(
         **found,
         "proof": ladder.proof(verifier.results, found["status"]),
         "warnings": verifier.warnings,
-        "far": far,
+        "long_range": long_range,
         "quality_warning": warning,
         "texts": uses_of(inputs, place) if quality_losses else [],
         "cache_bytes_per_token": per_token,
@@ -283,33 +284,34 @@ def _run_by_a_cpu(setting: Setting, shipped: Mapping[str, Path], place: Place) -
         yield {subject: scratch / subject for subject in shipped}
 
 
-def make_probe(inputs: VerifyInputs, near: int | None = None) -> Any:
+def make_probe(inputs: VerifyInputs, recent_tokens: int | None = None) -> Any:
     """Rows and prompts from held-back text, and one long row, which may continue with calibration text.
 
-    The first short row exceeds a small sliding window, the long row exceeds every sliding window. With a cut, rows and
-    prompts are so long that tokens stop there, in the second row one alone. Calibration text then continues short text.
+    The first short row exceeds a small sliding window, the long row exceeds every sliding window. With an exit
+    layer, rows and prompts are so long that tokens stop there, in the second row one alone. Calibration text then
+    continues short text.
 
     Args:
-        near: W, if prompts stop at a cut.
+        recent_tokens: W, if prompts stop at an exit layer.
     """
     from nbl_export.verify import ladder
 
     windows = inputs.windows.value
     cache_length = inputs.cache_length
-    ids = inputs.held_back.value.flatten().tolist()
+    ids = inputs.held_out.value.flatten().tolist()
     window = inputs.spec.sliding_window or 0
     (first, second), prompt = _PREFILL_TOKENS, _PROMPT_TOKENS
     if 0 < window <= _LONGEST_PROBED_WINDOW:
         first = window + 24
     every = [*ids, *windows.flatten().tolist()]
-    if near is not None:
-        first = max(first, near + 25)
-        second = near + 2
-        prompt = near + prompt
+    if recent_tokens is not None:
+        first = max(first, recent_tokens + 25)
+        second = recent_tokens + 2
+        prompt = recent_tokens + prompt
         ids = ids if len(ids) >= 2 * first else every
     first, second = (min(n, cache_length - ladder.DECODE_STEPS, len(ids) // 2) for n in (first, second))
     rows = (ids[: first + ladder.DECODE_STEPS], ids[-(second + ladder.DECODE_STEPS) :])
-    climbing = () if near is None else (rows[0], rows[1][: near + 1 + ladder.DECODE_STEPS])
+    continuing = () if recent_tokens is None else (rows[0], rows[1][: recent_tokens + 1 + ladder.DECODE_STEPS])
     starts = [k * len(ids) // 4 for k in (0, 1, 2)]
     new_tokens = min(_NEW_TOKENS, cache_length - prompt)
     prompts = tuple(tuple(ids[s : s + prompt]) for s in starts)
@@ -320,17 +322,17 @@ def make_probe(inputs: VerifyInputs, near: int | None = None) -> Any:
         prompts,
         new_tokens,
         tuple(long) if len(long) > len(rows[0]) else (),
-        tuple(map(tuple, climbing)),
+        tuple(map(tuple, continuing)),
     )
 
 
-def loss_texts(inputs: VerifyInputs, near: int | None = None) -> list[tuple[str, Any]]:
+def loss_texts(inputs: VerifyInputs, recent_tokens: int | None = None) -> list[tuple[str, Any]]:
     """Final windows of both texts as arrays, cut to the sequence length. No choice in the run used these windows.
 
-    With a cut, rows are joined: the first half of each is a prompt that stops there (`verify.perplexity`).
+    With an exit layer, rows are joined: the first half of each is a prompt that stops there (`verify.perplexity`).
     """
-    context = min(inputs.context if near is None else max(inputs.context, LENGTH), inputs.cache_length)
-    return [(name, _cut(windows.numpy(), context)) for name, windows in inputs.final.value]
+    context = min(inputs.context if recent_tokens is None else max(inputs.context, LENGTH), inputs.cache_length)
+    return [(name, _exit(windows.numpy(), context)) for name, windows in inputs.test.value]
 
 
 def _twice(rows_WT: Any) -> Any:
@@ -338,7 +340,7 @@ def _twice(rows_WT: Any) -> Any:
     return np.stack([repeated(ids_T, len(ids_T))[0].numpy() for ids_T in rows_WT[:_TWICE_ROWS]])
 
 
-def _cut(windows_WT: Any, context: int) -> Any:
+def _exit(windows_WT: Any, context: int) -> Any:
     ids = windows_WT.reshape(-1)
     context = min(context, len(ids))  # a short text is one window
     return ids[: len(ids) // context * context].reshape(-1, context)
@@ -350,10 +352,10 @@ def uses_of(inputs: VerifyInputs, place: Place) -> list[dict[str, Any]]:
     used: list[tuple[str, str, Any]] = [("calibration: scores and maps", names[0], inputs.windows.value)]
     if inputs.training is not None:
         used.append(("distillation: training", names[0], inputs.training.value))
-        used.append(("distillation: judging", names[0], inputs.judging.value))
+        used.append(("distillation: judging", names[0], inputs.early_stopping.value))
     if place.plan.select == "efficient":
-        used += [("choice of layers", *text) for text in inputs.choosing.value]
+        used += [("choice of layers", *text) for text in inputs.selection.value]
     if (place.run.manifest.get("goal") or {}).get("path"):
-        used += [("number of layers", n, rows) for n, (_, rows) in zip(names, inputs.deciding.value, strict=False)]
-    used += [("final figures", n, rows) for n, (_, rows) in zip(names, inputs.final.value, strict=False)]
+        used += [("number of layers", n, rows) for n, (_, rows) in zip(names, inputs.validation.value, strict=False)]
+    used += [("final figures", n, rows) for n, (_, rows) in zip(names, inputs.test.value, strict=False)]
     return [{"use": use, "text": name, "tokens": int(windows.numel())} for use, name, windows in used]

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from nbl_export.errors import CorruptError
-from nbl_export.mixers import kind_of
+from nbl_export.methods import kind_of
+from nbl_export.methods.applied import replace_attention
 from nbl_export.model.checkpoint.pretrained import model_with
-from nbl_export.model.linearize import replace_attention
 from nbl_export.trust.model_settings import drop_code
 
 __all__ = ["SIZES", "filled", "head_dim_of", "read_weights", "rope_of", "write_form", "write_weights"]

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from nbl_export.errors import NblError
-from nbl_export.mixers.base import Mixer
-from nbl_export.model.linearize import linearize
+from nbl_export.methods.applied import linearize
+from nbl_export.methods.base import Mixer
 from nbl_export.records.destinations import DESTINATIONS
 from nbl_export.records.plan import USUAL_KIND
 from nbl_export.targets.checkpoint.form import (

@@ -43,7 +43,7 @@ _COS = 7
 _SIN = 8
 _SHARED = (".cos_cache", ".sin_cache")  # end the names of tables that mobius' graphs look positions up in
 _ROUNDING = {4: 1e-3, 2: 1e-2}  # by bytes of an element: equal tables differ by less, other tables by more
-_NEAR = 1e-2  # relative distance of a rounded root
+_RECENT = 1e-2  # relative distance of a rounded root
 _BY_LENGTH = ("longrope", "dynamic")  # tables that depend on the length of the sequence
 
 
@@ -111,7 +111,7 @@ def _restore_root(graph: ir.Graph, root: float) -> bool:
             array = np.full(given.shape.numpy(), root, given.numpy().dtype)
             number = given.numpy().item()
             exact = array.item()
-            if number != exact and math.isclose(number, exact, rel_tol=_NEAR):
+            if number != exact and math.isclose(number, exact, rel_tol=_RECENT):
                 node.replace_input_with(index, register(graph, ir.tensor(array, name="nbl.embedding_root")))
                 return True
     return False

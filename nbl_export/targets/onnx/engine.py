@@ -12,7 +12,7 @@ from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.names import GENAI_CONFIG, all_logits_file
 from nbl_export.graph.session import open_session
 from nbl_export.records.capabilities import LINEAR_KINDS, Capabilities
-from nbl_export.records.plan import CUT_KIND
+from nbl_export.records.plan import PREDICTED_KV
 from nbl_export.targets.base import Availability, DecoderFacts, ExportSettings, Target
 from nbl_export.targets.export import mobius
 from nbl_export.targets.export.finish import check_bounds, finish_directory
@@ -31,7 +31,7 @@ CAPABILITIES = Capabilities(
     mapped={"genai": export_genai.PRECISIONS},
     rounded=("int8", "int4"),
     every_expert=("mobius",),
-    kinds=LINEAR_KINDS | {CUT_KIND},
+    kinds=LINEAR_KINDS | {PREDICTED_KV},
     providers=(CUDA,),
 )
 

@@ -47,7 +47,7 @@ from nbl_export.graph.names import GRAPH_FILE
 from nbl_export.graph.trust import read_proto
 from nbl_export.targets.base import default_threads
 from nbl_export.targets.onnx.facts import GenaiSettings
-from nbl_export.targets.tokenizer import Speaking, Text
+from nbl_export.targets.tokenizer import Text, TextGenerationMixin
 from nbl_export.trust.contained import check_folder
 
 __all__ = ["SILENT", "GenaiRunner", "load_package", "open_model"]
@@ -55,7 +55,7 @@ __all__ = ["SILENT", "GenaiRunner", "load_package", "open_model"]
 _CPU_DEVICE = "CPU"  # og.Model.device_type
 
 
-class GenaiRunner(Speaking):
+class GenaiRunner(TextGenerationMixin):
     """A loaded GenAI model directory: the TextRunner of ONNX Runtime. The directory is only read.
 
     Args:

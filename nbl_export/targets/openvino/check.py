@@ -10,11 +10,11 @@ import numpy as np
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE
 from nbl_export.records.decoder import GraphContract
 from nbl_export.records.results import CheckResult
-from nbl_export.targets.checks import PRUNED, SPOKEN, HeldMaps, Wanted, check_cache, checked, judge_maps
+from nbl_export.targets.checks import PRUNED, SPOKEN, ExpectedGraph, StoredWeights, check_cache, checked, judge_maps
 from nbl_export.targets.openvino.ir.files import constants_of, difference, float_constant, read_ir, stored_matrix
 from nbl_export.targets.openvino.rewrite.tail import prune_tail
 
-__all__ = ["check", "check_pruned", "check_untouched", "held_maps"]
+__all__ = ["check", "check_pruned", "check_untouched", "read_maps"]
 
 
 _OURS = ("nbl.", "/nbl/")
@@ -22,7 +22,7 @@ _STEPS = 1.01  # nncf's int4 spans [-8, 8) steps: the mirror image of a group's 
 
 
 def check(
-    directory: Path, contract: GraphContract, wanted: Wanted, original: Path | None, itemsize: int
+    directory: Path, contract: GraphContract, wanted: ExpectedGraph, original: Path | None, itemsize: int
 ) -> list[CheckResult]:
     """See `Target.check`: exactly the right layers have states, of the predicted size.
 
@@ -35,14 +35,14 @@ def check(
     results = [
         checked(wanted.subject, "contract", same, detail),
         check_cache(wanted, contract.cache_bytes_per_token(spec.head_dim) // 4 * itemsize, itemsize),
-        judge_maps(wanted.subject, held_maps(directory), wanted.maps),
+        judge_maps(wanted.subject, read_maps(directory), wanted.maps),
     ]
     if (directory / ALL_LOGITS_IR).is_file():
         results.append(check_pruned(wanted.subject, directory))
     return results if original is None else [*results, check_untouched(directory, original)]
 
 
-def held_maps(directory: Path) -> HeldMaps:
+def read_maps(directory: Path) -> StoredWeights:
     """What a directory's IR holds of mixers."""
     model = read_ir(directory)
     nodes = [n for n in model.get_ops() if n.get_friendly_name().startswith(_OURS)]
@@ -55,7 +55,7 @@ def held_maps(directory: Path) -> HeldMaps:
             return float_constant(products[product].input_value(1).get_node()), 0.0
         return blocks.values, np.abs(blocks.steps) * (_STEPS if blocks.size > 1 else 0.5) + 1e-30
 
-    return HeldMaps(products, {name: float_constant(node) for name, node in vectors.items()}, matrix)
+    return StoredWeights(products, {name: float_constant(node) for name, node in vectors.items()}, matrix)
 
 
 def _is_vector(constant: Any) -> bool:

@@ -11,12 +11,12 @@ import numpy as np
 
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE
-from nbl_export.mixers.base import Running
+from nbl_export.methods.base import NumpyMixers
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import GraphContract
 from nbl_export.records.results import CheckResult
 from nbl_export.targets.base import Availability, DecoderFacts, ExportSettings, Target, default_threads
-from nbl_export.targets.checks import HeldMaps, Wanted
+from nbl_export.targets.checks import ExpectedGraph, StoredWeights
 from nbl_export.targets.export.finish import check_bounds
 from nbl_export.targets.openvino import check
 from nbl_export.targets.openvino.ir.anatomy import context_length, states_of
@@ -106,14 +106,14 @@ class OpenVinoEngine(Target):
         keep_last_token_ir(directory)
 
     def check(
-        self, directory: Path, contract: GraphContract, wanted: Wanted, original: Path | None
+        self, directory: Path, contract: GraphContract, wanted: ExpectedGraph, original: Path | None
     ) -> list[CheckResult]:
         """States, maps, a pair of IRs as one, and constants of the IR."""
         return check.check(directory, contract, wanted, original, self.capabilities.cache_itemsize(wanted.precision))
 
-    def held_maps(self, directory: Path) -> HeldMaps:
+    def read_maps(self, directory: Path) -> StoredWeights:
         """Of the IR."""
-        return check.held_maps(directory)
+        return check.read_maps(directory)
 
     def arithmetic(self, path: Path) -> str:
         """The types that the plugin chooses for a directory; loads the model."""
@@ -134,7 +134,9 @@ class OpenVinoEngine(Target):
         """The graph in the arithmetic that ships, or in float32."""
         return IrDecoder(directory, file or _most_logits(directory), exact=exact, threads=threads)
 
-    def open_mixed(self, directory: Path, head_dim: int, mixers: Running, tap: str, *, exact: bool) -> StepDecoder:
+    def open_reference(
+        self, directory: Path, head_dim: int, mixers: NumpyMixers, tap: str, *, exact: bool
+    ) -> StepDecoder:
         """The IR in parts, with mixers in place of attention."""
         return IrDecoder(directory, _most_logits(directory), exact=exact, mixers=mixers, tap=tap)
 

@@ -39,7 +39,7 @@ def build(checkpoint: Path, out: Path, precision: str, mapped: bool = False) -> 
         import openvino  # noqa: F401
     except ImportError as error:
         raise MissingPackageError("openvino", "openvino", "making an IR") from error
-    from nbl_export.model.checkpoint import load
+    from nbl_export.methods.checkpoint import load
     from nbl_export.targets.openvino.ir.files import save_ir
     from nbl_export.targets.openvino.rewrite import compress
 
@@ -77,7 +77,7 @@ def _convert_tokenizer(checkpoint: Path, out: Path) -> None:
     import openvino
 
     from nbl_export.graph.names import DETOKENIZER_IR, TOKENIZER_IR
-    from nbl_export.model.checkpoint import load
+    from nbl_export.methods.checkpoint import load
 
     with captured("openvino-tokenizers", checkpoint):
         pair: Any = convert_tokenizer(load.load_tokenizer(checkpoint), with_detokenizer=True)

@@ -32,13 +32,13 @@ import numpy as np
 
 from nbl_export.errors import CorruptError, MissingPackageError, NblError
 from nbl_export.graph.names import IR_FILE
-from nbl_export.mixers.base import Running
+from nbl_export.methods.base import NumpyMixers
 from nbl_export.records.decoder import GraphContract, TensorInfo
 from nbl_export.targets.openvino.ir.anatomy import context_length, states_of
 from nbl_export.targets.openvino.ir.files import precision_of, read_ir
 from nbl_export.targets.openvino.ir.parts import parts_of
 from nbl_export.targets.openvino.signals import kept_signal_stack
-from nbl_export.targets.tokenizer import Speaking
+from nbl_export.targets.tokenizer import TextGenerationMixin
 
 __all__ = ["IrDecoder", "OpenVinoRunner", "Session", "load_openvino"]
 
@@ -77,7 +77,7 @@ class Session:
         *,
         exact: bool = False,
         threads: int | None = None,
-        mixers: Running | None = None,
+        mixers: NumpyMixers | None = None,
         tap: str = "",
     ) -> None:
         self.directory = directory
@@ -247,7 +247,7 @@ def _rolled(rows: np.ndarray, shifts: np.ndarray) -> np.ndarray:
     return np.stack([np.roll(row, int(shift), 0) for row, shift in zip(rows, shifts, strict=True)])
 
 
-class OpenVinoRunner(Speaking):
+class OpenVinoRunner(TextGenerationMixin):
     """A loaded IR directory. The directory is only read.
 
     Raises:

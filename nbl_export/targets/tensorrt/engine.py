@@ -19,7 +19,7 @@ from typing import Any
 
 from nbl_export.errors import NblError
 from nbl_export.graph.decoder import OnnxDecoder
-from nbl_export.graph.names import CUT_ROWS, GRAPH_FILE, all_logits_file
+from nbl_export.graph.names import EXIT_ROWS, GRAPH_FILE, all_logits_file
 from nbl_export.targets.base import Availability, BuildSettings, DecoderFacts, ExportSettings, Target
 from nbl_export.targets.export.finish import check_bounds
 from nbl_export.targets.gpu import CUDA, LEAST_COMPUTE, Gpu, find_gpu, outdated, unpackaged
@@ -152,10 +152,11 @@ class TensorRtEngine(Target):
 
 
 def _checked_chunk(path: Path) -> int | None:
-    """Tokens of a step; None for steps as long as they are asked for, since a cut depends on the borders of steps."""
+    """Tokens of a step; None for steps as long as they are asked for, since an exit layer depends on the borders of
+    steps."""
     from nbl_export.graph.files import load_graph  # a build machine lacks onnx_ir
 
-    return None if any(node.name == CUT_ROWS for node in load_graph(path).graph) else _CHECKED_CHUNK
+    return None if any(node.name == EXIT_ROWS for node in load_graph(path).graph) else _CHECKED_CHUNK
 
 
 TRT = TensorRtEngine(LIBRARIES["trt"])

@@ -18,10 +18,10 @@ from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.graph.emitter import run_passes
 from nbl_export.graph.files import read_graph
 from nbl_export.graph.names import ALL_LOGITS_FILE, GRAPH_FILE, STATIC_GRAPH_FILE, all_logits_file
+from nbl_export.graph.passes.tail import keep_last_token
 from nbl_export.model.architectures import windows_of
 from nbl_export.model.checkpoint.pretrained import config_of, explained
 from nbl_export.model.checkpoint.weights import weight_files
-from nbl_export.rewrite.tail import keep_last_token
 from nbl_export.targets.export.finish import add_text_files, captured
 from nbl_export.targets.export.mobius import corrected, refuse_lost_biases
 from nbl_export.targets.tensorrt.static_form import PRECISIONS, finish_passes, form_passes

@@ -17,18 +17,18 @@ from safetensors.numpy import load_file
 
 from nbl_export.errors import CorruptError
 from nbl_export.graph.names import constant_name, product_name
-from nbl_export.mixers.base import Mixer, Running
-from nbl_export.model.checkpoint.hf_classes import save_linearized
-from nbl_export.model.checkpoint.load import load_model
-from nbl_export.model.linearize import linearize
+from nbl_export.methods.applied import linearize
+from nbl_export.methods.base import Mixer, NumpyMixers
+from nbl_export.methods.checkpoint.hf_classes import save_linearized
+from nbl_export.methods.checkpoint.load import load_model
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import GraphContract, TensorInfo
 from nbl_export.records.results import CheckResult
 from nbl_export.targets.base import Availability, DecoderFacts, ExportSettings, Target
-from nbl_export.targets.checks import HeldMaps, Wanted, checked, judge_maps
+from nbl_export.targets.checks import ExpectedGraph, StoredWeights, checked, judge_maps
 from nbl_export.targets.export.finish import add_text_files
 from nbl_export.targets.runners import StepDecoder
-from nbl_export.targets.tokenizer import Speaking
+from nbl_export.targets.tokenizer import TextGenerationMixin
 
 __all__ = ["MARKER", "TOY"]
 
@@ -80,13 +80,13 @@ class ToyEngine(Target):
         return None
 
     def check(
-        self, directory: Path, contract: GraphContract, wanted: Wanted, original: Path | None
+        self, directory: Path, contract: GraphContract, wanted: ExpectedGraph, original: Path | None
     ) -> list[CheckResult]:
         """The marker, the maps, and weights that are not a map's."""
         stated = json.loads((directory / MARKER).read_text(encoding="utf-8"))["replaced"]
         results = [
             checked(wanted.subject, "contract", stated == sorted(wanted.maps), f"layers {stated}"),
-            judge_maps(wanted.subject, self.held_maps(directory), wanted.maps),
+            judge_maps(wanted.subject, self.read_maps(directory), wanted.maps),
         ]
         if original is not None:
             ours, theirs = (load_file(d / _WEIGHTS) for d in (directory, original))
@@ -96,18 +96,20 @@ class ToyEngine(Target):
             results.append(checked("nbl", "weights untouched", not changed, detail))
         return results
 
-    def held_maps(self, directory: Path) -> HeldMaps:
+    def read_maps(self, directory: Path) -> StoredWeights:
         """Matrices and biases by the layers of the marker."""
         stated = json.loads((directory / MARKER).read_text(encoding="utf-8"))["replaced"]
         weights = {i: load_file(directory / _WEIGHTS) for i in stated}
         linear = {i: {n: w[f"model.layers.{i}.self_attn.linear.{n}"] for n in _PARTS} for i, w in weights.items()}
         products = {product_name(i, "weight"): own["weight"] for i, own in linear.items()}
-        return HeldMaps(
+        return StoredWeights(
             products, {constant_name(i, "bias"): own["bias"] for i, own in linear.items()},
             lambda product: (products[product], 0.0),
         )  # fmt: skip
 
-    def open_mixed(self, directory: Path, head_dim: int, mixers: Running, tap: str, *, exact: bool) -> StepDecoder:
+    def open_reference(
+        self, directory: Path, head_dim: int, mixers: NumpyMixers, tap: str, *, exact: bool
+    ) -> StepDecoder:
         """The original model, with the mixers' own modules."""
         decoder = ToyDecoder(directory)
         linearize(decoder.model, mixers.mixers, tap)
@@ -173,7 +175,7 @@ class ToyDecoder:
         self.rows = [list(row) for row in mark]
 
 
-class ToyRunner(Speaking):
+class ToyRunner(TextGenerationMixin):
     """One text; see `TextRunner`."""
 
     def __init__(self, directory: Path, context_length: int) -> None:

@@ -1,23 +1,24 @@
-"""Layers above a cut in vLLM: few rows of a step climb, and the keys of all other prompt tokens are predicted.
+"""Layers above an exit layer in vLLM: few rows of a step continue, and the keys of all other prompt tokens are
+predicted.
 
     step of the scheduler    tokens 0-511 of a prompt of 900 | tokens 512-899 | a generated token | W = 128
-    rows that climb          0                               | 772-899        | the token
-    rows with predicted keys 1-511                           | 512-771        | -
+    rows that continue       0                           | 772-899        | the token
+    rows with predicted KV   1-511                       | 512-771        | -
 
-The prompt's whole length says which rows climb, so chunks and batches change nothing. vLLM hands lengths of prompts to
-the builders of attention's metadata if a model has a window beside its prompt (R-SWA, `rswa_window`): `plugin` states a
-window of all positions, which hides nothing.
+The prompt's whole length says which rows continue, so chunks and batches change nothing. vLLM hands lengths of
+prompts to the builders of attention's metadata if a model has a window beside its prompt (R-SWA, `rswa_window`):
+`plugin` states a window of all positions, which hides nothing.
 
     layers 0 .. c-1    vLLM's own, all rows
     layer c            stream --- norm --- [x_t, x_(t-1)]
-    layers c .. L-1    B' + b --- rotary --- cache of the far rows;  vLLM's own forward of the rows that climb
+    layers c .. L-1    B' + b --- rotary --- cache of the skipped rows;  vLLM's own forward of the rows that continue
 
-Attention of layers from c up has a builder of its own (`_builder`), which leaves the rows that climb: the first token
-of a prompt and its last tokens are two sequences of one block table there. The token before a chunk's first row was in
-an earlier step, or came from the prefix cache. `Cut` holds the normed stream of the last row that was written to each
-block: a block that is not full has one owner, and a full block ends with the row that is asked for.
+Attention of layers from c up has a builder of its own (`_builder`), which leaves the rows that continue: the first
+token of a prompt and its last tokens are two sequences of one block table there. The token before a chunk's first
+row was in an earlier step, or came from the prefix cache. `PromptExit` holds the normed stream of the last row that was
+written to each block: a block that is not full has one owner, and a full block ends with the row that is asked for.
 
-Far rows leave the last layer as NaN, since nobody may read them; logits of a whole prompt do not exist.
+Skipped rows leave the last layer as NaN, since nobody may read them; logits of a whole prompt do not exist.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from vllm.v1.attention.backend import subclass_attention_backend
 
 from nbl_export.targets.checkpoint.vllm.prefix import keep_predicted
 
-__all__ = ["Cut", "Rows", "put_cut", "rows_of"]
+__all__ = ["PromptExit", "Rows", "put_exit", "rows_of"]
 
 
 @dataclass(frozen=True)
@@ -43,20 +44,20 @@ class Rows:
     """What the rows of a step do.
 
     Attributes:
-        climb: rows that climb, ascending; None if all do.
-        owner, lengths, seen: of each run of neighbouring rows that climb: its request, its rows, and the tokens up to
-            its end.
-        far: rows with predicted keys.
-        fresh: places in `far` of rows whose token before is of an earlier step; fresh_blocks: the block of that token.
+        continuing: rows that continue, ascending; None if all do.
+        owner, lengths, seen: of each run of neighbouring rows that continue: its request, its rows, and the tokens
+            up to its end.
+        skipped: rows with predicted KV.
+        fresh: places in `skipped` of rows whose token before is of an earlier step; fresh_blocks: its block.
         last, blocks: the last row that the step writes to each block, and the block.
         ends: the last row of each request.
     """
 
-    climb: np.ndarray | None
+    continuing: np.ndarray | None
     owner: np.ndarray
     lengths: np.ndarray
     seen: np.ndarray
-    far: np.ndarray
+    skipped: np.ndarray
     fresh: np.ndarray
     fresh_blocks: np.ndarray
     last: np.ndarray
@@ -65,33 +66,33 @@ class Rows:
 
 
 def rows_of(
-    starts: np.ndarray, counts: np.ndarray, prompts: np.ndarray, table: np.ndarray, block: int, near: int
+    starts: np.ndarray, counts: np.ndarray, prompts: np.ndarray, table: np.ndarray, block: int, recent_tokens: int
 ) -> Rows:
     """The rows of a step.
 
     Args:
         starts: position of each request's first row. counts: its rows. prompts: tokens of its prompt.
         table: blocks of each request. block: tokens of a block.
-        near: W.
+        recent_tokens: W.
     """
     request = np.repeat(np.arange(len(counts)), counts)
     ends = np.cumsum(counts)
     at = starts[request] + np.arange(len(request)) - (ends - counts)[request]
-    is_far = (at > 0) & (at < np.where(prompts > near + 1, prompts - near, 0)[request])
+    is_long_range = (at > 0) & (at < np.where(prompts > recent_tokens + 1, prompts - recent_tokens, 0)[request])
     is_last = (at % block == block - 1) | np.isin(np.arange(len(at)), ends - 1)
-    far, last, climb = (np.flatnonzero(chosen) for chosen in (is_far, is_last, ~is_far))
-    fresh = np.flatnonzero(at[far] == starts[request[far]])
-    first = far[fresh]
-    begins = np.ones(len(climb), bool)
-    begins[1:] = (np.diff(request[climb]) != 0) | (np.diff(at[climb]) != 1)
+    skipped, last, continuing = (np.flatnonzero(chosen) for chosen in (is_long_range, is_last, ~is_long_range))
+    fresh = np.flatnonzero(at[skipped] == starts[request[skipped]])
+    first = skipped[fresh]
+    begins = np.ones(len(continuing), bool)
+    begins[1:] = (np.diff(request[continuing]) != 0) | (np.diff(at[continuing]) != 1)
     begin = np.flatnonzero(begins)
-    lengths = np.diff(np.append(begin, len(climb)))
+    lengths = np.diff(np.append(begin, len(continuing)))
     return Rows(
-        climb=climb if len(far) else None,
-        owner=request[climb[begin]],
+        continuing=continuing if len(skipped) else None,
+        owner=request[continuing[begin]],
         lengths=lengths,
-        seen=at[climb[begin + lengths - 1]] + 1,
-        far=far,
+        seen=at[continuing[begin + lengths - 1]] + 1,
+        skipped=skipped,
         fresh=fresh,
         fresh_blocks=table[request[first], (at[first] - 1) // block],
         last=last,
@@ -100,32 +101,32 @@ def rows_of(
     )
 
 
-class Cut:
-    """What the layers above the cut of a model share.
+class PromptExit:
+    """What the layers above the exit layer of a model share.
 
     Args:
-        facts: `nbl_cut` of config.json.
+        facts: `nbl_exit` of config.json.
         layers: the lowest and the highest of them.
         size: D.
     """
 
     def __init__(self, facts: Any, layers: tuple[int, int], size: int) -> None:
-        self.near = facts["near"]
+        self.recent_tokens = facts["recent_tokens"]
         self._epsilon = facts["epsilon"]
         self.lowest, self.highest = layers
         self._held = torch.empty(0, size)  # of each block
         self._features = torch.empty(0)
 
     def enter(self, step: Any, hidden: torch.Tensor, residual: torch.Tensor) -> Any:
-        """Read the stream at the cut; returns the rows that climb."""
+        """Read the stream at the exit layer; returns the rows that continue."""
         rows = step.nbl_rows
         x_ND = _normed(hidden + residual, self._epsilon)
-        if rows.climb is not None:
-            before = x_ND[rows.far - 1]
+        if rows.continuing is not None:
+            before = x_ND[rows.skipped - 1]
             before[rows.fresh] = self._held[rows.fresh_blocks]
-            self._features = torch.cat([x_ND[rows.far], before], 1)
+            self._features = torch.cat([x_ND[rows.skipped], before], 1)
         self._hold(rows, x_ND)
-        return (hidden, residual) if rows.climb is None else (hidden[rows.climb], residual[rows.climb])
+        return (hidden, residual) if rows.continuing is None else (hidden[rows.continuing], residual[rows.continuing])
 
     def _hold(self, rows: Rows, x_ND: torch.Tensor) -> None:
         most = int(rows.blocks.max(initial=-1)) + 1
@@ -136,7 +137,7 @@ class Cut:
         self._held[rows.blocks] = x_ND[rows.last]
 
     def fill(self, step: Any, attention: Any, positions: torch.Tensor) -> None:
-        """Put the predicted keys and values of the far rows into a layer's cache."""
+        """Put the predicted KV and values of the skipped rows into a layer's cache."""
         rows = step.nbl_rows
         attn = attention.attn
         heads = attn.num_kv_heads
@@ -145,22 +146,22 @@ class Cut:
         made = attention.mixer.linear(self._features).unflatten(-1, (2, -1, size))[:, :, ours : ours + heads]
         keys, values = (part.contiguous() for part in made.unbind(1))
         flat = keys.view(len(keys), -1)
-        keys = attention.rotary_emb(positions[rows.far], flat, None)[0].view_as(values)
-        attn.impl.do_kv_cache_update(attn, keys, values, attn.kv_cache, step.nbl_far_slots)
+        keys = attention.rotary_emb(positions[rows.skipped], flat, None)[0].view_as(values)
+        attn.impl.do_kv_cache_update(attn, keys, values, attn.kv_cache, step.nbl_skipped_slots)
         get_forward_context().slot_mapping[attn.layer_name] = step.slot_mapping
 
-    def leave(self, rows: Rows, climbed: torch.Tensor, count: int) -> torch.Tensor:
-        """All rows of a step, of which few climbed."""
-        found = climbed.new_full((count, climbed.shape[1]), torch.nan)
+    def leave(self, rows: Rows, continued: torch.Tensor, count: int) -> torch.Tensor:
+        """All rows of a step, of which few continued."""
+        found = continued.new_full((count, continued.shape[1]), torch.nan)
         found[rows.ends] = 0  # vLLM samples a token behind each chunk, and forgets it
-        found[rows.climb] = climbed
+        found[rows.continuing] = continued
         return found
 
 
 class _Above:
-    """Mixin before a stock decoder layer above the cut."""
+    """Mixin before a stock decoder layer above the exit layer."""
 
-    cut: Cut
+    exit_layer: PromptExit
     index: int
     self_attn: Any
 
@@ -173,28 +174,31 @@ class _Above:
         rows = getattr(step, "nbl_rows", None)
         if rows is None:  # a trial run of vLLM
             return stock.forward(positions, hidden_states, residual, **others)
-        if self.index == self.cut.lowest:
-            hidden_states, residual = self.cut.enter(step, hidden_states, residual)
-        if rows.climb is None:
+        if self.index == self.exit_layer.lowest:
+            hidden_states, residual = self.exit_layer.enter(step, hidden_states, residual)
+        if rows.continuing is None:
             return stock.forward(positions, hidden_states, residual, **others)
-        self.cut.fill(step, self.self_attn, positions)
-        if len(rows.climb):
-            hidden_states, residual = stock.forward(positions[rows.climb], hidden_states, residual, **others)
-        if self.index < self.cut.highest:
+        self.exit_layer.fill(step, self.self_attn, positions)
+        if len(rows.continuing):
+            hidden_states, residual = stock.forward(positions[rows.continuing], hidden_states, residual, **others)
+        if self.index < self.exit_layer.highest:
             return hidden_states, residual
-        return tuple(self.cut.leave(rows, part, len(positions)) for part in (hidden_states, residual))
+        return tuple(self.exit_layer.leave(rows, part, len(positions)) for part in (hidden_states, residual))
 
 
-def put_cut(layers: Any, facts: Any, vllm_config: Any) -> list[str]:
-    """Let the layers from the cut up predict keys. Returns names of the maps' biases, as the checkpoint has them."""
+def put_exit(layers: Any, facts: Any, vllm_config: Any) -> list[str]:
+    """Let the layers from the exit layer up predict keys. Returns names of the maps' biases, as the checkpoint has
+    them."""
     lowest = facts["layer"]
     count = len(layers)
     size = vllm_config.model_config.hf_config.hidden_size
-    cut = Cut(facts, (lowest, count - 1), size)
+    exit_layer = PromptExit(facts, (lowest, count - 1), size)
     backend = layers[lowest].self_attn.attn.attn_backend
-    backend = subclass_attention_backend("Cut", backend, _builder(backend.get_builder_cls(), cut.near))
+    backend = subclass_attention_backend(
+        "PromptExit", backend, _builder(backend.get_builder_cls(), exit_layer.recent_tokens)
+    )
     for layer in layers:
-        keep_predicted(layer.self_attn.attn, cut.near)
+        keep_predicted(layer.self_attn.attn, exit_layer.recent_tokens)
     for index in range(lowest, count):
         layer = layers[index]
         attention = layer.self_attn
@@ -209,16 +213,16 @@ def put_cut(layers: Any, facts: Any, vllm_config: Any) -> list[str]:
             prefix=f"{prefix}.mixer.linear",
             return_bias=False,
         )
-        layer.cut = cut
+        layer.exit_layer = exit_layer
         layer.index = index
         layer.__class__ = type(f"{type(layer).__name__}AboveCut", (_Above, type(layer)), {})
     return [f"model.layers.{index}.self_attn.mixer.linear.bias" for index in range(lowest, count)]
 
 
-def _builder(stock: Any, near: int) -> Any:
-    """A class that builds attention's metadata of the rows that climb."""
+def _builder(stock: Any, recent_tokens: int) -> Any:
+    """A class that builds attention's metadata of the rows that continue."""
 
-    class CutBuilder(stock):
+    class ExitBuilder(stock):
         def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
             common = common_attn_metadata
             prompts = common_attn_metadata.rswa_prefix_lens
@@ -228,18 +232,18 @@ def _builder(stock: Any, near: int) -> Any:
             ends = common.seq_lens if common.seq_lens_cpu_upper_bound is None else common.seq_lens_cpu_upper_bound
             starts = ends.cpu().numpy() - counts
             table = common.block_table_tensor.cpu().numpy()
-            rows = rows_of(starts, counts, prompts.cpu().numpy(), table, self.kv_cache_spec.block_size, near)
-            made = super().build(common_prefix_len if rows.climb is None else 0, _few(common, rows), fast_build)
+            rows = rows_of(starts, counts, prompts.cpu().numpy(), table, self.kv_cache_spec.block_size, recent_tokens)
+            made = super().build(common_prefix_len if rows.continuing is None else 0, _few(common, rows), fast_build)
             made.nbl_rows = rows
-            made.nbl_far_slots = common.slot_mapping[rows.far]
+            made.nbl_skipped_slots = common.slot_mapping[rows.skipped]
             return made
 
-    return CutBuilder
+    return ExitBuilder
 
 
 def _few(common: Any, rows: Rows) -> Any:
-    """Metadata of the rows that climb; each run of neighbouring rows is a sequence."""
-    if rows.climb is None or not len(rows.climb):
+    """Metadata of the rows that continue; each run of neighbouring rows is a sequence."""
+    if rows.continuing is None or not len(rows.continuing):
         return common
     starts = torch.from_numpy(np.append(0, np.cumsum(rows.lengths)).astype(np.int32))
     owner = torch.from_numpy(rows.owner)
@@ -252,12 +256,12 @@ def _few(common: Any, rows: Rows) -> Any:
         seq_lens=seen.to(device),
         seq_lens_cpu_upper_bound=seen,
         num_reqs=len(owner),
-        num_actual_tokens=len(rows.climb),
+        num_actual_tokens=len(rows.continuing),
         max_query_len=int(rows.lengths.max()),
         max_seq_len=int(rows.seen.max()),
         block_table_tensor=common.block_table_tensor[owner],
-        slot_mapping=common.slot_mapping[rows.climb],
-        positions=None if common.positions is None else common.positions[rows.climb],
+        slot_mapping=common.slot_mapping[rows.continuing],
+        positions=None if common.positions is None else common.positions[rows.continuing],
         is_prefilling=None if common.is_prefilling is None else common.is_prefilling[owner],
         rswa_prefix_lens=None,
         _num_computed_tokens_cache=None,

@@ -1,4 +1,5 @@
-"""vLLM's model classes with linear layers instead of attention in some layers, or with predicted keys above a cut.
+"""vLLM's model classes with linear layers instead of attention in some layers, or with predicted KV above an exit
+layer.
 
 A stock class builds its model. Then the attention of each replaced layer goes, and its name leaves vLLM's list of
 attention layers, from which caches are allocated. No forward is copied:
@@ -10,7 +11,7 @@ attention layers, from which caches are allocated. No forward is copied:
 Values of config.json: nbl_replaced_layers, nbl_kinds ("linear", or "none" for attention left out; not given: all are
 linear), nbl_tap, and nbl_parallel. "replicated" (default) keeps the whole matrix on
 each tensor-parallel rank and needs no communication; "column" splits its outputs and gathers them.
-With nbl_cut, all layers from the cut up are of the kind "predicted" and keep their attention (`cut`).
+With nbl_exit, all layers from the exit layer up are of the kind "predicted_kv" and keep their attention (`cut`).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.model_executor.models.utils import PPMissingLayer
 
-from nbl_export.targets.checkpoint.vllm.cut import put_cut
+from nbl_export.targets.checkpoint.vllm.cut import put_exit
 
 __all__ = [
     "Dropped",
@@ -93,9 +94,9 @@ class Linearized:
         if config.nbl_tap not in ("residual", "normed") or config.nbl_parallel not in ("replicated", "column"):
             raise ValueError(f"config.json has nbl_tap {config.nbl_tap!r} and nbl_parallel {config.nbl_parallel!r}")
         kinds = dict(zip(replaced, config.nbl_kinds or ["linear"] * len(replaced), strict=True))
-        if config.nbl_cut:
-            _check_cut(config, kinds, vllm_config)
-            self._maps = put_cut(self.model.layers, config.nbl_cut, vllm_config)  # type: ignore[attr-defined]
+        if config.nbl_exit:
+            _check_exit(config, kinds, vllm_config)
+            self._maps = put_exit(self.model.layers, config.nbl_exit, vllm_config)  # type: ignore[attr-defined]
             self.model.do_not_compile = True  # type: ignore[attr-defined]  # rows of a step are known when it runs
             return
         if not set(kinds.values()) <= {"linear", "none"}:
@@ -125,16 +126,18 @@ class Linearized:
         return loaded
 
 
-def _check_cut(config: Any, kinds: dict[int, str], vllm_config: Any) -> None:
-    """Raises ValueError: vLLM does not serve this cut as it was started."""
-    facts = config.nbl_cut
+def _check_exit(config: Any, kinds: dict[int, str], vllm_config: Any) -> None:
+    """Raises ValueError: vLLM does not serve this exit layer as it was started."""
+    facts = config.nbl_exit
     speculative = vllm_config.speculative_config
-    parts = {"layer", "near", "epsilon"}
-    above = dict.fromkeys(range(facts.get("layer", 0), config.num_hidden_layers), "predicted")
+    parts = {"layer", "recent_tokens", "epsilon"}
+    above = dict.fromkeys(range(facts.get("layer", 0), config.num_hidden_layers), "predicted_kv")
     if set(facts) != parts or facts["layer"] < 1 or kinds != above:
-        raise ValueError(f"config.json has nbl_cut {facts} and layers {kinds}, which is no cut; convert the run again")
+        raise ValueError(
+            f"config.json has nbl_exit {facts} and layers {kinds}, which is no exit layer; convert the run again"
+        )
     if config.model_type not in ("nbl-llama", "nbl-mistral", "nbl-qwen2"):
-        raise ValueError(f"{config.model_type} has no predicted keys in vLLM; convert a run of linear layers")
+        raise ValueError(f"{config.model_type} has no predicted KV in vLLM; convert a run of linear layers")
     refused = {
         "pipeline stages": vllm_config.parallel_config.pipeline_parallel_size > 1,
         "a KV connector": vllm_config.kv_transfer_config is not None,
@@ -143,7 +146,7 @@ def _check_cut(config: Any, kinds: dict[int, str], vllm_config: Any) -> None:
     }
     for what in (name for name, asked in refused.items() if asked):
         advice = "start vLLM with --enforce-eager" if what == "CUDA graphs" else "start vLLM without"
-        raise ValueError(f"predicted keys do not go with {what}; {advice}")
+        raise ValueError(f"predicted KV do not go with {what}; {advice}")
 
 
 def _exchange(layer: Any, kind: str, config: Any, vllm_config: VllmConfig) -> None:

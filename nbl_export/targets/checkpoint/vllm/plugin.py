@@ -54,7 +54,7 @@ def _config_class(kind: str, name: str) -> Any:
         "__annotations__": {
             "nbl_replaced_layers": list[int] | None,
             "nbl_kinds": list[str] | None,
-            "nbl_cut": dict[str, Any] | None,
+            "nbl_exit": dict[str, Any] | None,
             "nbl_tap": str,
             "nbl_parallel": str,
         },
@@ -63,11 +63,11 @@ def _config_class(kind: str, name: str) -> Any:
         "model_type": f"nbl-{kind}",
         "nbl_replaced_layers": None,
         "nbl_kinds": None,
-        "nbl_cut": None,
+        "nbl_exit": None,
         "nbl_tap": "residual",
         "nbl_parallel": "replicated",
         # A window of all positions hides nothing, and lets vLLM hand lengths of prompts to `cut`.
-        "rswa_window": property(lambda self: self.max_position_embeddings if self.nbl_cut else None),
+        "rswa_window": property(lambda self: self.max_position_embeddings if self.nbl_exit else None),
     }
     return strict(type(f"Nbl{name}Config", (base,), fields))
 

@@ -1,4 +1,4 @@
-"""What vLLM's prefix cache keeps of a model with a cut, so that an answer does not depend on other requests.
+"""What vLLM's prefix cache keeps of a model with an exit layer, so that an answer does not depend on other requests.
 
     tokens of a prompt    0 .. P-W-1                           P-W .. P-1       behind the prompt
     upper layers hold     the first one's keys, predicted      own keys         own keys
@@ -17,51 +17,54 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-__all__ = ["CutManager", "CutSpec", "keep_predicted"]
+__all__ = ["ExitManager", "ExitSpec", "keep_predicted"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CutSpec(FullAttentionSpec):
-    """The cache of a layer in a model with a cut.
+class ExitSpec(FullAttentionSpec):
+    """The cache of a layer in a model with an exit layer.
 
     Attributes:
-        near: W.
+        recent_tokens: W.
     """
 
-    near: int
+    recent_tokens: int
 
     @classmethod
-    def of(cls, stock: Any, near: int) -> CutSpec:
+    def of(cls, stock: Any, recent_tokens: int) -> ExitSpec:
         """The cache that a stock layer asks for."""
-        return cls(**{field.name: getattr(stock, field.name) for field in fields(FullAttentionSpec)}, near=near)
+        return cls(
+            **{field.name: getattr(stock, field.name) for field in fields(FullAttentionSpec)},
+            recent_tokens=recent_tokens,
+        )
 
     @classmethod
-    def merge(cls, specs: list[Any]) -> CutSpec:
+    def merge(cls, specs: list[Any]) -> ExitSpec:
         """The cache of a group of layers."""
-        return cls.of(FullAttentionSpec.merge(specs), specs[0].near)
+        return cls.of(FullAttentionSpec.merge(specs), specs[0].recent_tokens)
 
 
-class CutManager(FullAttentionManager):
-    """Blocks of a model with a cut."""
+class ExitManager(FullAttentionManager):
+    """Blocks of a model with an exit layer."""
 
     @classmethod
     def find_longest_cache_hit(cls, block_hashes: Any, max_length: int, *args: Any, **kwargs: Any) -> Any:
         """Blocks of other prompts up to W tokens before the end; `max_length` is all tokens but one."""
-        far = max(0, max_length + 1 - kwargs["kv_cache_spec"].near)
-        return super().find_longest_cache_hit(block_hashes, far, *args, **kwargs)
+        skipped = max(0, max_length + 1 - kwargs["kv_cache_spec"].recent_tokens)
+        return super().find_longest_cache_hit(block_hashes, skipped, *args, **kwargs)
 
     def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """Keep a request's full blocks of predicted keys."""
-        far = max(0, request.num_prompt_tokens - self.kv_cache_spec.near)
-        super().cache_blocks(request, min(num_tokens, far), *args, **kwargs)
+        """Keep a request's full blocks of predicted KV."""
+        skipped = max(0, request.num_prompt_tokens - self.kv_cache_spec.recent_tokens)
+        super().cache_blocks(request, min(num_tokens, skipped), *args, **kwargs)
 
 
-def keep_predicted(attention: Any, near: int) -> None:
-    """Let an attention layer ask for a cache that keeps predicted keys only."""
+def keep_predicted(attention: Any, recent_tokens: int) -> None:
+    """Let an attention layer ask for a cache that keeps predicted KV only."""
     stock = attention.get_kv_cache_spec
-    attention.get_kv_cache_spec = lambda vllm_config: CutSpec.of(stock(vllm_config), near)
+    attention.get_kv_cache_spec = lambda vllm_config: ExitSpec.of(stock(vllm_config), recent_tokens)
 
 
 # A process that unpickles a `CutSpec` imports this module. vLLM registers its own only if there are none.
 KVCacheSpecRegistry._ensure_registered()
-KVCacheSpecRegistry.register(CutSpec, CutManager, uniform_type_base_spec=FullAttentionSpec)
+KVCacheSpecRegistry.register(ExitSpec, ExitManager, uniform_type_base_spec=FullAttentionSpec)

@@ -1,4 +1,4 @@
-"""Parts of an IR between which mixers take the place of attention, as `graph.mixed` cuts an ONNX graph.
+"""Parts of an IR between which mixers take the place of attention, as `methods.linear.reference` splits an ONNX graph.
 
     input_ids ─► part 0 ─► x, tap of layer i  ...  x, output of i's mixer ─► part 1 ─► ... ─► logits
                  states of layers below i                                    states of layers from i to j
@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from nbl_export.mixers.base import tapped
+from nbl_export.methods.base import tapped
 from nbl_export.targets.openvino.ir.anatomy import Dataflow
 
 __all__ = ["parts_of"]

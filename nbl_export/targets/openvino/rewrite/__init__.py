@@ -24,7 +24,7 @@ from typing import Any
 from nbl_export.errors import MissingPackageError, NblError, RefusalError
 from nbl_export.files import scratch_in
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE, IR_WEIGHTS
-from nbl_export.mixers.base import Mixer
+from nbl_export.methods.base import Mixer
 from nbl_export.targets.openvino.ir.anatomy import Dataflow
 from nbl_export.targets.openvino.ir.files import (
     group_of,

@@ -3,8 +3,8 @@
     before   x -- norm -- qkv -- states -- attention -- o_proj -+      after   x -- MatMul(W') -- Add(b) -+
              x ------------------------------------------------ join           x -------------------- join
 
-The nodes are the mixer's own (`mixers`): products and additions of rows. If it adds nothing, the readers of the join
-get x. The old block loses its reader and is not saved (see `drop_states`).
+The nodes are the mixer's own (`methods.base`): products and additions of rows. If it adds nothing, the readers of the
+join get x. The old block loses its reader and is not saved (see `drop_states`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.names import constant_name, node_name, product_name
-from nbl_export.mixers.base import OWN, Mixer, Port, tapped
+from nbl_export.methods.base import OWN, Mixer, Port, tapped
 from nbl_export.targets.openvino.ir.anatomy import Block, Dataflow, State, states_of
 
 __all__ = ["bypass_attention", "drop_states"]
@@ -43,7 +43,7 @@ def bypass_attention(flow: Dataflow, mixers: Mapping[int, Mixer], tap: str) -> N
 
 
 class _Linear:
-    """What a linear mixer puts into an IR, at one layer (the part of `mixers.base.Builder` that it needs)."""
+    """What a linear mixer puts into an IR, at one layer (the part of `methods.base.Builder` that it needs)."""
 
     def __init__(self, layer: int) -> None:
         from openvino import opset13

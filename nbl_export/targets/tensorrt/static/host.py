@@ -19,7 +19,7 @@ import numpy as np
 from nbl_export.errors import NblError
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.targets.tensorrt.runner import TrtSession
-from nbl_export.targets.tokenizer import Speaking
+from nbl_export.targets.tokenizer import TextGenerationMixin
 
 __all__ = ["CheckedRunner", "StaticRunner", "likeliest", "widened"]
 
@@ -56,7 +56,7 @@ def likeliest(raw_V: np.ndarray) -> int:
     return token if bits[token] >= 0 else int(bits.argmin())
 
 
-class StaticRunner(Speaking):
+class StaticRunner(TextGenerationMixin):
     """Text on a directory of the static form: the TextRunner of the engines that take this form.
 
     Args:
@@ -138,7 +138,7 @@ class StaticRunner(Speaking):
         return token
 
 
-class CheckedRunner(Speaking):
+class CheckedRunner(TextGenerationMixin):
     """Text on a graph of the static form on a CPU.
 
     Args:

@@ -4,7 +4,7 @@
                                                      the form, float32 ─► fp16 | bf16 ─► int4 ─► check    what ships
 
 Passes add nodes at the end of the graph; one topological sort orders the nodes. The order of the passes matters: the
-mask pass needs the new cache names and the positions. The form gives all logits; `rewrite.tail` prunes them,
+mask pass needs the new cache names and the positions. The form gives all logits; `graph.passes.tail` prunes them,
 for graphs of every source.
 """
 

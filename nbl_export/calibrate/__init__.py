@@ -1,1 +1,0 @@
-"""Collects moments of every layer from a checkpoint and text."""

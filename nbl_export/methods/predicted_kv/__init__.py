@@ -1,0 +1,5 @@
+"""Predicted KV, the whole of it: most tokens of a prompt stop at an exit layer, and maps give their keys and values.
+
+torch    sums ─► maps ─► candidates ─► prompt_exit       module, torch_layers as served, teacher_forced at all tokens
+ONNX     passes ─► attention, or static of TensorRT      reference of verification; config of a checkpoint
+"""

@@ -1,0 +1,193 @@
+"""A decoder whose prompts stop at an exit layer (`methods.predicted_kv.maps`): the original graph, and edits of its
+caches.
+
+    first token ----- graph --- stream at the exit layer --+                          its caches stay
+    skipped tokens -- graph --- stream at the exit layer --+- maps -- rotary ---+---- caches of the layers with maps
+    last W tokens --- graph --- logits                                          +---- they attend to all of these
+
+A step of at most W + 1 tokens is one run of the graph. Sequences of a batch run one by one, so none is padded. No pass
+of the rewrite is used, and rotary embedding is NumPy's. In the static form (`methods.predicted_kv.static`), each
+sequence of a batch stops by its own length; else the shortest one decides for all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from nbl_export.errors import RefusalError
+from nbl_export.graph.anatomy import find_attention, find_block, find_written
+from nbl_export.graph.caches import is_static
+from nbl_export.graph.decoder import OnnxDecoder
+from nbl_export.graph.files import load_graph
+from nbl_export.graph.names import all_logits_file
+from nbl_export.methods.base import NumpyMixers, Port, Stored, apply
+from nbl_export.methods.linear.reference import MixedSession
+from nbl_export.methods.predicted_kv.maps import PredictedKV, rows_read
+from nbl_export.methods.predicted_kv.prompt_exit import prompt_exit_of
+
+__all__ = ["PredictedKVDecoder", "Rotary"]
+
+_TABLES = (7, 8)  # inputs of GroupQueryAttention: cosines and sines
+
+
+class PredictedKVDecoder:
+    """The original graph with mixers, some of which are predicted KV; steps as an `OnnxDecoder`'s.
+
+    Args:
+        directory: holds the graph with the logits of all tokens.
+        mixers: of which at least one is predicted KV; what is stored of such a map is its weight and its bias.
+        tap: the input of the other mixers.
+        exact: see `graph.session.open_session`.
+
+    Raises:
+        RefusalError: a layer is not understood, or its keys are not rotated by GroupQueryAttention.
+    """
+
+    def __init__(self, directory: Path, head_dim: int, mixers: NumpyMixers, tap: str, *, exact: bool = False) -> None:
+        prompt_exit = prompt_exit_of(mixers.mixers)
+        assert prompt_exit is not None
+        self._exit = prompt_exit
+        file = directory / all_logits_file(directory)
+        self._maps = {layer: _stored(mixer, mixers.stored.get(layer, {})) for layer, mixer in prompt_exit.maps.items()}
+        graph = load_graph(file).graph
+        self._layers = {layer: _Layer.of(graph, layer) for layer in prompt_exit.maps}
+        others = {layer: mixer for layer, mixer in mixers.mixers.items() if layer not in prompt_exit.maps}
+        session = MixedSession(file, NumpyMixers(others, mixers.stored), tap, exact=exact, shown=(prompt_exit.layer,))
+        self._stream = session.streams[prompt_exit.layer]
+        self._apart = is_static(graph)
+        self._decoder = OnnxDecoder(directory, head_dim, session=session)
+        self._sequences: list[Any] = []
+
+    def begin(self, batch: int) -> None:
+        """Start a batch with empty caches."""
+        self._decoder.begin(1)
+        self._sequences = [self._decoder.mark()] * batch
+
+    def step(self, ids_BT: np.ndarray, valid_BT: np.ndarray | None = None) -> np.ndarray:
+        """Append tokens; returns float32 logits [B, T, V], NaN for tokens that do not continue and for padding.
+
+        Args:
+            valid_BT: 1 for tokens, 0 for padding on the right.
+        """
+        valid_BT = np.ones_like(ids_BT) if valid_BT is None else valid_BT
+        shortest = int(valid_BT.sum(1).min())
+        found = np.full((0,), np.nan, np.float32)
+        for row, length in enumerate(valid_BT.sum(1)):
+            self._decoder.rewind(self._sequences[row])
+            ids_1T = ids_BT[row : row + 1, :length]
+            stops = (length if self._apart else shortest) > self._exit.recent_tokens + 1
+            logits_TV = self._stopping(ids_1T) if stops else self._decoder.step(ids_1T)[0]
+            if not row:
+                found = np.full((*ids_BT.shape, logits_TV.shape[1]), np.nan, np.float32)
+            found[row, :length] = logits_TV
+            self._sequences[row] = self._decoder.mark()
+        return found
+
+    def _stopping(self, ids_1T: np.ndarray) -> np.ndarray:
+        """Logits [T, V] of a step of more than W + 1 tokens."""
+        recent_tokens = self._exit.recent_tokens
+        place = self._decoder.length
+        first, skipped = (self._decoder.run(part) for part in (ids_1T[:, :1], ids_1T[:, 1:-recent_tokens]))
+        self._predict(np.concatenate([first[self._stream], skipped[self._stream]], 1), place)
+        last = self._decoder.step(ids_1T[:, -recent_tokens:])[0]
+        logits_TV = np.full((ids_1T.shape[1], last.shape[1]), np.nan, np.float32)
+        logits_TV[0] = first["logits"][0, 0]
+        logits_TV[-recent_tokens:] = last
+        return logits_TV
+
+    def _predict(self, x_1TD: np.ndarray, place: int) -> None:
+        """Put predicted KV and values of all tokens but the first into the caches.
+
+        Args:
+            x_1TD: the stream of the first token and of the skipped ones.
+            place: position of the first.
+        """
+        for layer, mixer in self._maps.items():
+            streams: dict[int | None, np.ndarray] = {self._exit.layer: rows_read(x_1TD, mixer.epsilon)}
+            self._layers[layer].fill(self._decoder, apply(mixer, streams), place)
+
+
+def _stored(mixer: PredictedKV, stored: Stored) -> PredictedKV:
+    """The map with what a graph stores of it."""
+    weight = stored.get("weight", mixer.weight)
+    bias = stored.get("bias", mixer.bias)
+    return dataclasses.replace(mixer, weight=weight, bias=bias)
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary embedding of a GroupQueryAttention.
+
+    Attributes:
+        cosines, sines: [positions, R / 2], of the first R numbers of a head; the others are not rotated.
+        interleaved: whether pairs are neighbours, or half of R apart.
+    """
+
+    cosines: np.ndarray
+    sines: np.ndarray
+    interleaved: bool = False
+
+    def __call__(self, x_BHTD: np.ndarray, place: int) -> np.ndarray:
+        """Rotate tokens of which the first is at position `place`."""
+        here = slice(place, place + x_BHTD.shape[2])
+        cos_TR = self.cosines[here].astype(np.float32)
+        sin_TR = self.sines[here].astype(np.float32)
+        half = cos_TR.shape[1]
+        firsts, seconds = (
+            (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
+            if self.interleaved
+            else (slice(0, half), slice(half, 2 * half))
+        )
+        found = x_BHTD.copy()
+        a = x_BHTD[..., firsts]
+        b = x_BHTD[..., seconds]
+        found[..., firsts] = a * cos_TR - b * sin_TR
+        found[..., seconds] = b * cos_TR + a * sin_TR
+        return found
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Names of a layer's caches of keys and of values, its key heads, and its rotary embedding."""
+
+    caches: tuple[str, str]
+    heads: int
+    rotary: Rotary
+
+    @classmethod
+    def of(cls, graph: ir.Graph, layer: int) -> _Layer:
+        """Raises RefusalError: its keys are not rotated from constant tables."""
+        block = find_block(graph, layer)
+        if is_static(graph):
+            attention = find_written(block).rotary
+            gathers = [None if value is None else value.producer() for value in attention.inputs[1:3]]
+            tables = [None if node is None else node.inputs[0] for node in gathers]
+            name = ""
+        else:
+            attention = find_attention(block)
+            name = "rotary_"
+            tables = [attention.inputs[place] for place in _TABLES]
+        values = [None if table is None else table.const_value for table in tables]
+        if any(value is None for value in values):
+            raise RefusalError(layer, "the tables of its rotary embedding are no constants")
+        cosines, sines = (value.numpy() for value in values if value is not None)
+        interleaved = bool(attention.attributes.get_int(f"{name}interleaved", 0))
+        keys, held = (str(past.name) for past in block.pasts)
+        heads = attention.attributes["num_heads" if is_static(graph) else "kv_num_heads"].as_int()
+        return cls((keys, held), heads, Rotary(cosines, sines, interleaved))
+
+    def fill(self, decoder: OnnxDecoder, given: Mapping[Port, np.ndarray], place: int) -> None:
+        """Put keys and values [1, T, K] of all tokens but the first at `place` into the end of the caches."""
+        keys, values = (self._heads(given[port][:, 1:]) for port in (Port.KEYS, Port.VALUES))
+        for cache, rows in zip(self.caches, (self.rotary(keys, place + 1), values), strict=True):
+            decoder.overwrite(cache, rows)
+
+    def _heads(self, x_1TK: np.ndarray) -> np.ndarray:
+        return x_1TK.reshape(*x_1TK.shape[:2], self.heads, -1).swapaxes(1, 2)

@@ -1,0 +1,227 @@
+"""Layers above an exit layer as they are served: few rows of a step continue, and the keys of all others are predicted.
+
+    rows of a step      0        1 .. T-W-1      T-W .. T-1          W: `recent_tokens`
+                        first    skipped         recent
+    layer               forward  -               forward             the layer's own code, on few rows
+    its cache           own KV   predicted KV    own KV              in this order
+
+A step is one call of the decoder: a prompt, a part of one, or one token. A step of at most W + 1 tokens is the
+original's. A skipped row leaves a layer as NaN, since nobody may read it. A batch is padded on the left. Its first
+row is each sequence's first valid one, and the shortest sequence says whether the step is the original's.
+
+Layers above the exit layer without a cache, such as linear ones, compute the same rows. Training and the choice of
+an exit layer need every row instead (`methods.predicted_kv.teacher_forced`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from nbl_export.errors import NblError
+from nbl_export.methods.base import Port
+from nbl_export.methods.modules import MixerModule, valid_rows
+from nbl_export.methods.predicted_kv.maps import PredictedKV
+from nbl_export.model.architectures import architecture_of, unlike_llama
+
+__all__ = ["PrefillExitLayer", "as_heads", "check_attention", "check_served", "own_map", "rotate"]
+
+
+class PrefillExitLayer:
+    """The forward of a layer above an exit layer.
+
+    Args:
+        layer: of the decoder.
+        module: gives the layer's skipped tokens' keys and values, or replaces its attention.
+        recent_tokens: W.
+    """
+
+    def __init__(self, layer: Any, module: MixerModule, recent_tokens: int) -> None:
+        self._layer = layer
+        self._module = module
+        self._recent_tokens = recent_tokens
+
+    def __call__(self, hidden_states: torch.Tensor, **given: Any) -> torch.Tensor:
+        tokens = hidden_states.shape[1]
+        if tokens <= self._recent_tokens + 1:
+            return self._own(hidden_states, **given)
+        first_B, shortest = _padding(given.get("attention_mask"), tokens)
+        if shortest <= self._recent_tokens + 1:
+            return self._own(hidden_states, **given)
+        return self._exit_prefill(hidden_states, first_B, given)
+
+    def _own(self, hidden_states: torch.Tensor, **given: Any) -> torch.Tensor:
+        found: torch.Tensor = type(self._layer).forward(self._layer, hidden_states, **given)
+        return found
+
+    def _exit_prefill(self, x_BTD: torch.Tensor, first_B: torch.Tensor | None, given: dict[str, Any]) -> torch.Tensor:
+        name = "cache" if "cache" in given else "past_key_values"  # as the version of transformers says
+        cache = _growing(given.get(name))
+        past = cache.get_seq_length(self._layer.self_attn.layer_idx)
+        mask = given.get("attention_mask")
+        masks = (
+            (None, _lower(x_BTD, past, self._recent_tokens))
+            if mask is None
+            else _masks(mask, first_B, past, self._recent_tokens)
+        )
+        given = {**given, name: cache}
+        first = self._own(_first(x_BTD, first_B), **_few(given, masks[0], lambda rows: _first(rows, first_B)))
+        self._append(cache, x_BTD, first_B, given)
+        recent_tokens = self._own(
+            x_BTD[:, -self._recent_tokens :], **_few(given, masks[1], lambda rows: rows[:, -self._recent_tokens :])
+        )
+        leaving = torch.full_like(x_BTD, torch.nan, dtype=recent_tokens.dtype)
+        leaving[:, -self._recent_tokens :] = recent_tokens
+        leaving[torch.arange(len(x_BTD)), 0 if first_B is None else first_B] = first[:, 0]
+        return leaving
+
+    def _append(self, cache: Any, x_BTD: torch.Tensor, first_B: torch.Tensor | None, given: dict[str, Any]) -> None:
+        """Put the skipped rows into the cache, behind the first row."""
+        skipped = x_BTD.shape[1] - self._recent_tokens
+        if Port.OUTPUT in self._module.gives:
+            self._module.count_tokens(x_BTD[:, 1:skipped], cache)
+            return
+        attention = self._layer.self_attn
+        index = self._layer.self_attn.layer_idx
+        stream_BTD = self._module.streams[self._module.reads[0]]
+        keys, values = (as_heads(part[:, 1:], attention) for part in self._module.predict(stream_BTD[:, :skipped]))
+        keys = rotate(attention, keys, *(rows[:, 1:skipped] for rows in given["position_embeddings"]))
+        if first_B is not None:  # a padded row: the place of its first token in the cache is among the skipped ones
+            held = cache.layers[index]
+            padded = first_B.nonzero()[:, 0]
+            keys = keys.clone()
+            values = values.clone()
+            keys[padded, :, first_B[padded] - 1] = held.keys[padded, :, -1]
+            values[padded, :, first_B[padded] - 1] = held.values[padded, :, -1]
+        cache.update(keys, values, index)
+
+
+def as_heads(rows_BTK: torch.Tensor, attention: Any) -> torch.Tensor:
+    """[B, T, heads x head size] -> [B, heads, T, head size]."""
+    return rows_BTK.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+
+
+def rotate(attention: Any, keys_BHTS: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Queries or keys under the rotary embedding of their own modelling file."""
+    apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    rotated: torch.Tensor = apply(keys_BHTS, keys_BHTS, cos, sin)[1]
+    return rotated
+
+
+def _growing(cache: Any) -> Any:
+    """The cache, or a new one if there is none."""
+    from transformers import DynamicCache
+
+    if getattr(cache, "is_compileable", False):
+        raise NblError("an exit layer needs a cache that grows, such as DynamicCache")
+    return DynamicCache() if cache is None else cache
+
+
+def _padding(mask: torch.Tensor | None, tokens: int) -> tuple[torch.Tensor | None, int]:
+    """Each sequence's first valid row of a step [B], None if that is 0 for all, and the shortest sequence."""
+    if mask is None:
+        return None, tokens
+    if mask.ndim != 4:
+        raise NblError("an exit layer needs masks of attention `sdpa` or `eager`; load the model with one of them")
+    valid_BT = valid_rows(mask, tokens)
+    first_B = valid_BT.int().argmax(1)
+    count_B = valid_BT.sum(1)
+    if (first_B + count_B != tokens).any():
+        raise NblError(
+            "an exit layer needs batches that are padded on the left; set the tokenizer's padding_side to left"
+        )
+    return (first_B if first_B.any() else None), int(count_B.min())
+
+
+def _first(rows: torch.Tensor, first_B: torch.Tensor | None) -> torch.Tensor:
+    """Each sequence's first valid row [B, 1, ...] of rows [B or 1, T, ...]."""
+    if first_B is None:
+        return rows[:, :1]
+    return rows.expand(len(first_B), *rows.shape[1:])[torch.arange(len(first_B)), first_B][:, None]
+
+
+def _few(given: dict[str, Any], mask: torch.Tensor | None, take: Any) -> dict[str, Any]:
+    """The arguments of a layer for few of its rows."""
+    found = {**given, "attention_mask": mask}
+    found["position_embeddings"] = tuple(take(rows) for rows in given["position_embeddings"])
+    if given.get("position_ids") is not None:
+        found["position_ids"] = take(given["position_ids"])
+    return found
+
+
+def _lower(x_BTD: torch.Tensor, past: int, recent_tokens: int) -> torch.Tensor:
+    """The causal mask of the recent rows [1, 1, W, P + T]; None would be read as causal at the upper left."""
+    tokens = past + x_BTD.shape[1]
+    return torch.ones(1, 1, recent_tokens, tokens, dtype=torch.bool, device=x_BTD.device).tril(tokens - recent_tokens)
+
+
+def _masks(
+    mask: torch.Tensor, first_B: torch.Tensor | None, past: int, recent_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masks of the first row [B, 1, 1, P + 1] and of the recent rows [B, 1, W, P + T].
+
+    The first row's own key is the last one in the cache when its query comes.
+    """
+    first = _first(mask.transpose(1, 2), first_B)
+    own = first[..., past : past + 1] if first_B is None else first.gather(3, past + first_B[:, None, None, None])
+    return torch.cat([first[..., :past], own], 3), mask[:, :, -recent_tokens:]
+
+
+def check_attention(layer: Any, config: Any, index: int) -> None:
+    """Require that a layer can stand above an exit layer.
+
+    Raises:
+        NblError: its attention is not like llama's.
+    """
+    if (reason := unlike_llama(layer.self_attn, config, index)) is not None:
+        raise NblError(f"layer {index}: its keys cannot be predicted: {reason}")
+
+
+def check_served(modules: Mapping[int, MixerModule], layers: int) -> tuple[int, int] | None:
+    """The exit layer of these modules and W; None without predicted KV.
+
+    Raises:
+        NblError: they have several exit layers, or a layer above the exit layer needs rows that do not continue.
+    """
+    found = {(module.reads[0], module.recent_tokens) for module in modules.values() if module.recent_tokens is not None}
+    if not found:
+        return None
+    if len(found) > 1:
+        raise NblError("predicted KV of one model have one exit layer and one number of recent tokens")
+    ((exit_layer, recent_tokens),) = found
+    for index in range(exit_layer, layers):
+        if index not in modules:
+            raise NblError(
+                f"layer {index}: above the exit layer at layer {exit_layer}, it needs predicted KV or a linear map"
+            )
+    assert recent_tokens is not None
+    return exit_layer, recent_tokens
+
+
+@torch.no_grad()
+def own_map(model: Any, layer: int, recent_tokens: int) -> PredictedKV:
+    """The map of the layer at the exit layer, which is exact: its own products, with the weight of its norm in them.
+
+    The columns of the token before are zeros.
+
+    Raises:
+        NblError: the layer's attention is not like llama's.
+    """
+    decoder = model.get_decoder()
+    block = decoder.layers[layer]
+    config = decoder.config
+    check_attention(block, config, layer)
+    norm = getattr(block, architecture_of(config).norm_before or "")
+    products = (block.self_attn.k_proj, block.self_attn.v_proj)
+    weight = torch.cat([product.weight.float() * norm.weight.float() for product in products])
+    bias = torch.cat([_bias(product) for product in products])
+    weight = torch.cat([weight, torch.zeros_like(weight)], 1)
+    epsilon = float(norm.variance_epsilon)
+    return PredictedKV(weight.cpu().numpy(), bias.cpu().numpy(), len(norm.weight), layer, recent_tokens, epsilon)
+
+
+def _bias(product: Any) -> torch.Tensor:
+    return product.weight.new_zeros(product.out_features).float() if product.bias is None else product.bias.float()

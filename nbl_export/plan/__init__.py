@@ -1,1 +1,0 @@
-"""Chooses the layers to replace, and fits their maps from moments."""

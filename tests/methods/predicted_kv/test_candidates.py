@@ -1,0 +1,255 @@
+"""The choice of an exit layer, with losses that are known beforehand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nbl_export.errors import NblError
+from nbl_export.methods.linear.order import quiet
+from nbl_export.methods.losses import Loss
+from nbl_export.methods.predicted_kv.candidates import ExitInputs, _spread, choose_exit, joined
+from nbl_export.methods.predicted_kv.maps import PredictedKV
+from nbl_export.methods.predicted_kv.prompt_exit import candidate_exits
+from nbl_export.records.inputs import Lazy
+from nbl_export.text.long_range import SHORT
+
+LAYERS, LENGTH = 8, 128
+OWN, SECOND, TWICE = "own", "second", "twice"
+FAR = "long-range tokens"  # each loses a nat behind a short context
+TEXTS = (OWN, SECOND, FAR)
+TOKEN = {OWN: 1, SECOND: 2, TWICE: 3}  # of each text
+
+
+def mixer(exit_layer: int, recent_tokens: int) -> PredictedKV:
+    return PredictedKV(np.zeros((2, 8), np.float32), np.zeros(2, np.float32), 4, exit_layer, recent_tokens, 1e-6)
+
+
+def maps(exit_layer: int, recent_tokens: int) -> dict[int, PredictedKV]:
+    return {layer: mixer(exit_layer, recent_tokens) for layer in range(exit_layer, LAYERS)}
+
+
+@dataclass
+class World:
+    """Increases of perplexity by (cut, near) and text, and what was computed.
+
+    Attributes:
+        answers: positions from the end of a row that are long-range tokens.
+        judged: cut, near, text, and judged positions.
+        widths: of the rows of each run of the original.
+    """
+
+    rises: Mapping[tuple[int, int], Mapping[str, float]]
+    spread: float = 0.0
+    far_spread: float = 0.0  # on validation rows
+    decides: bool = False
+    answers: int = 16
+    judged: list[tuple[int, int, str, list[int]]] = field(default_factory=list)
+    widths: list[int] = field(default_factory=list)
+
+    def partial(self, chosen: Mapping[int, PredictedKV], _tap: str) -> Any:
+        world, first = self, next(iter(chosen.values()), None)
+
+        def losses(
+            ids_T: torch.Tensor, _base: Any, _last: Any, positions_N: torch.Tensor,
+            each: list[torch.Tensor] | None = None,
+        ) -> dict[int, Loss]:  # fmt: skip
+            assert first is not None
+            if each is not None:
+                each.append(torch.zeros(len(positions_N)))
+            name = FAR if positions_N[0] else next(n for n, token in TOKEN.items() if token == int(ids_T.max()))
+            world.judged.append((first.exit_layer, first.recent_tokens, name, positions_N.tolist()))
+            noise = (
+                world.spread * (-1) ** (len(world.judged) // 2) * (positions_N[:2].tolist() == [0, 1])
+            )  # on validation rows
+            rise, count = world.rises[first.exit_layer, first.recent_tokens].get(name, 0.0), len(positions_N)
+            noise = noise if name != FAR else world.decides * world.far_spread * (-1) ** (len(world.judged) // 2)
+            rise = (rise if name == FAR else math.log1p(rise)) + noise
+            return {0: Loss(count, rise * count, 2.0 * count, (2.0 + rise) * count)}
+
+        def cross_entropies(last_ND: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
+            assert len(last_ND) == len(target_N)
+            return last_ND[:, 0] * (torch.arange(len(last_ND), 0, -1) <= world.answers)
+
+        return SimpleNamespace(losses=losses, runs=self.runs, cross_entropies=cross_entropies)
+
+    def runs(self, ids_WT: torch.Tensor, *, again: bool) -> Any:
+        self.widths.append(ids_WT.shape[1])
+        short = ids_WT.shape[1] == 2 * SHORT - 1
+        rows_WTD = torch.full((*ids_WT.shape, 1), 1.0 * short)  # a nat is lost behind a short context
+        run = SimpleNamespace(original=rows_WTD, last=lambda sets: iter([rows_WTD] * len(sets)))
+        self.decides = self.decides if short else not again
+
+        def of(_mixes: Any) -> Any:
+            self.decides = False
+            return run
+
+        run.of = of
+        return run
+
+
+def inputs(world: World, **changes: Any) -> ExitInputs:
+    rows = {name: torch.full((8, LENGTH), token) for name, token in TOKEN.items()}
+    given: dict[str, Any] = {
+        "num_layers": LAYERS, "exits": (4, 5, 6), "recent_choices": (1, 2), "named": False, "share": 0.05,
+         "asked": None,
+        "length": LENGTH, "maps": Lazy(None, lambda: maps), "partial": Lazy(None, lambda: world.partial),
+        "selection": Lazy(None, lambda: [(OWN, rows[OWN][:1]), (SECOND, rows[SECOND][:1]), (TWICE, rows[TWICE][:1])]),
+        "validation": Lazy(None, lambda: [(OWN, rows[OWN]), (SECOND, rows[SECOND])]),
+        "saved": Lazy(None, lambda: lambda chosen,
+         tokens: len(chosen) - next(iter(chosen.values())).recent_tokens / tokens),
+        "speedup": Lazy(None, lambda: lambda chosen: SimpleNamespace(prefill=1 + len(chosen) / 10, decode=1.0)),
+        "setting": Lazy(None, dict),
+    }  # fmt: skip
+    return ExitInputs(**{**given, **changes})
+
+
+def rises(**by_text: float) -> dict[tuple[int, int], dict[str, float]]:
+    """Too much at exit layer 4; at exit layer 5 with one recent token as given; little elsewhere."""
+    little = dict.fromkeys(TEXTS, 0.01)
+    much = dict.fromkeys(TEXTS, 0.2)
+    return {(c, n): much if c == 4 else {**little, **by_text} if (c, n) == (5, 1) else little
+            for c in (4, 5, 6) for n in (1, 2)}  # fmt: skip
+
+
+def test_the_lowest_cut_within_the_limit_is_taken_with_the_fewest_near_tokens() -> None:
+    world, said = World(rises()), list[str]()
+    plan, found, facts = choose_exit(inputs(world), quiet, said.append)
+    assert plan.kinds == ("attention",) * 5 + ("predicted_kv",) * 3 and plan.select == "exit"
+    assert facts["exit"] == {"layer": 5, "recent_tokens": 1} and {m.recent_tokens for m in found.values()} == {1}  # type: ignore[attr-defined]
+    assert [(p["replaced_layers"][0], p["recent_tokens"]) for p in facts["curve"]["points"]] == [(5, 1), (4, 1)]
+    assert facts["goal"]["path"][-1]["within"] and facts["goal"]["default"]
+    assert said[0] == "keys of layers 5 to 7 are predicted, but those of a prompt's last 1 tokens"
+
+
+@pytest.mark.parametrize(("text", "least"), [(OWN, 0.05), (SECOND, 0.05), (FAR, 0.1)])
+def test_each_text_can_refuse_a_cut_alone(text: str, least: float) -> None:
+    """Of long-range tokens, twice the limit may be lost."""
+    for rise, recent_tokens in ((least - 0.005, 1), (least + 0.005, 2)):
+        _, _, facts = choose_exit(inputs(World(rises(**{text: rise}))), quiet, lambda _line: None)
+        assert facts["exit"] == {"layer": 5, "recent_tokens": recent_tokens}
+    step = facts["goal"]["path"][-1]
+    point = next(p for p in facts["curve"]["points"] if (p["replaced_layers"][0], p["recent_tokens"]) == (5, 1))
+    assert ([row["text"] for row in step["quality_losses"]], step["long_range"]["windows"]) == ([OWN, SECOND], 20)
+    assert point["long_range"] == pytest.approx(0.01 if text != FAR else 0.105)
+
+
+def test_prompts_of_both_lengths_order_the_candidates() -> None:
+    """One recent token saves more of a short prompt, and two more of both together."""
+    saved = {(1, 512): 1.0, (1, 2048): 0.0}
+
+    def of(chosen: Mapping[int, PredictedKV], tokens: int) -> float:
+        return saved.get((next(iter(chosen.values())).recent_tokens, tokens), 0.9)
+
+    _, _, facts = choose_exit(
+        inputs(World(rises()), exits=(6,), saved=Lazy(None, lambda: of)), quiet, lambda _line: None
+    )
+    assert facts["exit"] == {"layer": 6, "recent_tokens": 2}
+
+
+def test_more_near_tokens_are_tried_unless_the_loss_is_hopeless() -> None:
+    """An exit layer of 9% is tried with two recent tokens, one of 11% is not."""
+    for increase, exit_layer in ((0.09, 4), (0.11, 5)):
+        world = World({**rises(), (4, 1): dict.fromkeys(TEXTS, increase), (4, 2): dict.fromkeys(TEXTS, 0.01)})
+        assert choose_exit(inputs(world), quiet, lambda _line: None)[2]["exit"]["layer"] == exit_layer
+
+
+def test_few_cuts_are_measured() -> None:
+    """Twelve cuts take four measurements; an exit layer that holds is decided with more recent tokens without
+    another one."""
+    exits = tuple(range(4, 16))
+    lost = {(c, n): dict.fromkeys(TEXTS, 0.045 if (c, n) == (9, 1) else 0.01 if c >= 9 else 0.2)
+            for c in exits for n in (1, 2)}  # fmt: skip
+    world = World(lost, spread=0.02)
+
+    def deep(exit_layer: int, recent_tokens: int) -> dict[int, PredictedKV]:
+        return {layer: mixer(exit_layer, recent_tokens) for layer in range(exit_layer, 17)}
+
+    _, _, facts = choose_exit(
+        inputs(world, exits=exits, num_layers=17, maps=Lazy(None, lambda: deep)), quiet, lambda _line: None
+    )
+    assert [(step["layer"], step["recent_tokens"]) for step in facts["goal"]["path"]] == [(9, 2), (9, 1)]
+    measured = [(p["replaced_layers"][0], p["recent_tokens"]) for p in facts["curve"]["points"]]
+    assert measured == [(10, 1), (9, 1), (8, 1), (7, 1)]
+
+
+@pytest.mark.parametrize(("spread", "far_spread"), [(0.04, 0.0), (0.0, 0.15)])
+def test_an_interval_beyond_the_limit_refuses_what_was_foreseen(spread: float, far_spread: float) -> None:
+    """The mean is within the limit, and the upper end is not: of a text, or of long-range tokens."""
+    wide = World({key: {**dict.fromkeys(TEXTS, 0.03), FAR: 0.06} for key in rises()}, spread, far_spread)
+    with pytest.raises(NblError, match="the default limit of 5% cannot be met"):
+        choose_exit(inputs(wide), quiet, lambda _line: None)
+
+
+def test_a_cut_that_holds_with_more_near_tokens_says_nothing_of_fewer() -> None:
+    """(5, 2) is measured although (4, 4) was foreseen within the limit, and is not decided."""
+    lost = {(4, 1): 0.09, (4, 2): 0.06, (4, 4): 0.045, (5, 1): 0.07, (5, 2): 0.055, (5, 4): 0.045, (6, 1): 0.01}
+    world = World({key: dict.fromkeys(TEXTS, rise) for key, rise in lost.items()}, spread=0.02)
+    _, _, facts = choose_exit(inputs(world, recent_choices=(1, 2, 4)), quiet, lambda _line: None)
+    assert [(step["layer"], step["recent_tokens"]) for step in facts["goal"]["path"][::-1]] == [(4, 4), (5, 4), (6, 1)]
+
+
+def test_answers_are_those_of_all_rows_and_of_the_second_half_of_passages_that_occur_twice() -> None:
+    """Ordinary positions are every second one when foreseen, and all when decided."""
+    world = World(rises(), answers=10_000)
+    choose_exit(inputs(world, exits=(6,), recent_choices=(1,)), quiet, lambda _line: None)
+    judged = [(name, positions[:2], positions[-1]) for _, _, name, positions in world.judged]
+    ends = LENGTH - 2
+    foreseen = [(OWN, [0, 2], ends), (FAR, [63, 64], ends), (SECOND, [0, 2], ends), (FAR, [63, 64], ends)]
+    assert judged[:4] == foreseen and judged[4] == (FAR, [LENGTH // 2, LENGTH // 2 + 1], ends)
+    assert judged[5] == (OWN, [0, 1], ends) and judged[-1] == (FAR, [LENGTH, LENGTH + 1], 2 * LENGTH - 2)
+
+
+def test_rows_with_few_answers_do_not_count_and_a_text_without_answers_says_nothing_of_them() -> None:
+    for answers, known in ((7, False), (8, True)):
+        _, _, facts = choose_exit(inputs(World(rises(), answers=answers)), quiet, lambda _line: None)
+        assert (facts["goal"]["path"][-1]["long_range"] is not None) is known
+
+
+def test_the_original_is_read_once_for_all_cuts_and_answers_are_found_once() -> None:
+    """Three selection rows; then eight rows of both texts, and four of passages, for each of two decided cuts."""
+    world = World(rises(**{OWN: 0.045}), spread=0.02)
+    _, _, facts = choose_exit(inputs(world), quiet, lambda _line: None)
+    assert len(facts["goal"]["path"]) == 2
+    short = world.widths.count(2 * SHORT - 1)
+    assert (len(world.widths) - short, short) == (3 + 2 * 20, 3 + 20)
+
+
+def test_a_named_cut_is_not_judged() -> None:
+    world = World({})
+    plan, _, facts = choose_exit(inputs(world, exits=(6,), recent_choices=(2,), named=True), quiet, lambda _line: None)
+    assert plan.layers == (6, 7) and facts == {"exit": {"layer": 6, "recent_tokens": 2}} and not world.judged
+
+
+def test_a_limit_that_no_cut_keeps_names_the_best_one() -> None:
+    world = World({key: dict.fromkeys(TEXTS, 0.08 * (9 - key[0])) for key in rises()})
+    with pytest.raises(
+        NblError, match=r"--max-perplexity-increase 4% .* 6 loses least, \+24.0% of perplexity and 24% of long-range"
+    ):
+        choose_exit(inputs(world, share=0.04, asked="4%"), quiet, lambda _line: None)
+    lost = {5: 0.2, 6: 0.3}
+    world = World({key: {FAR: lost.get(key[0], 0.9)} for key in rises()})
+    with pytest.raises(NblError, match=r"5 loses least, \+0.0% of perplexity and 20% of long-range"):
+        choose_exit(inputs(world), quiet, lambda _line: None)
+
+
+@pytest.mark.parametrize(("layers", "exits"), [(1, ()), (2, (1,)), (24, range(12, 22)), (80, range(40, 71, 2))])
+def test_candidates_stand_between_a_half_and_seven_eighths(layers: int, exits: Sequence[int]) -> None:
+    assert candidate_exits(layers) == tuple(exits)
+
+
+def test_rows_are_joined_in_order_and_long_ones_stay() -> None:
+    assert joined(torch.arange(14).view(7, 2), 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert joined(torch.arange(6).view(1, 6), 4).shape == (1, 6)
+    assert joined(torch.arange(2).view(1, 2), 4).shape == (1, 2)
+
+
+def test_rows_that_decide_are_of_the_whole_text() -> None:
+    assert _spread(torch.arange(14), 3).tolist() == [0, 4, 8] and _spread(torch.arange(2), 3).tolist() == [0, 1]
