@@ -67,7 +67,7 @@ def items_of(tokenizer: Any, run: Path, data: Path, count: int) -> Iterator[tupl
         before, after = ids(context), ids(answer)
         return torch.tensor(before + after), torch.arange(len(before), len(before) + len(after)) - 1
 
-    rows = {name: joined(parts.read(run / "text.safetensors", f"{name}deciding"), LENGTH) for name in ("", "second.")}
+    rows = {name: joined(parts.read(run / "text.safetensors", f"{name}validation"), LENGTH) for name in ("", "second.")}
     for name, title in (("", "own"), ("second.", "second")):
         yield from ((title, (row, None)) for row in rows[name][:: max(1, len(rows[name]) // count)][:count])
     yield from (("twice", (repeated(row, len(row)).flatten(), None)) for row in rows[""][: max(1, count // 2)])

@@ -45,7 +45,7 @@ def _job(run: Mapping[str, Any], maps: str, losses: Sequence[str], layers: Seque
     return Found(maps, layers, losses, [measured(ratios, *test) for test in _TESTS])
 
 
-def _predicts_kv(read: Read, model: str) -> list[Found]:
+def _exits(read: Read, model: str) -> list[Found]:
     """The jobs of a model with predicted KV, of `bench/cuts.py`."""
     found = []
     for run in read("cuts")["rows"]:
@@ -88,7 +88,7 @@ def _ordered(read: Read, name: str, kind: str, maps: str, tasks: str = "") -> Fo
 def qwen(read: Read) -> Rows:
     """Qwen2.5-Coder-0.5B: predicted KV, a limit of 10%, and sets of three, six and nine layers."""
     tasks, speeds = read("tasks-qwen")["tasks"], read("ladder-qwen-fp32")
-    found = [*_predicts_kv(read, "Qwen2.5-Coder-0.5B"), _staged(read("stages-qwen"))]
+    found = [*_exits(read, "Qwen2.5-Coder-0.5B"), _staged(read("stages-qwen"))]
     for i, (count, name) in enumerate((("3", "distill-qwen-3"), ("6", "distill-qwen"), ("9", "distill-qwen-9"))):
         run, points = read(name)["distill"], "" if count == "9" else _points(tasks, f"ours {count}")
         chosen = _ordered(read, "qwen", f"efficient {count}", "closed form", points)
@@ -111,7 +111,7 @@ def smollm2(read: Read) -> Rows:
     table = read("graph-tasks-smollm2")["table"]
     shipped = _said({r["task"]: r["differences"][0]["value"] for r in table if r["metric"] == "acc"})
     found = [
-        *_predicts_kv(read, "SmolLM2-135M"),
+        *_exits(read, "SmolLM2-135M"),
         _staged(read("stages-smollm2")),
         _job(eight, "closed form, calibrated on 65,536 tokens", losses, eight["replaced_layers"]),
         Found("closed form", bias["layers"], _losses(bias["independent"]), tasks=shipped),

@@ -150,8 +150,8 @@ def read_asked(values: Mapping[str, Any]) -> dict[str, Any]:
         if flag not in names:
             if sentence := renamed(key):
                 raise UsageError(sentence)
-            recent_tokens = difflib.get_close_matches(flag, names, 1)
-            raise UsageError(f"{key} is no option" + (f"; did you mean {recent_tokens[0]}?" if recent_tokens else ""))
+            close = difflib.get_close_matches(flag, names, 1)
+            raise UsageError(f"{key} is no option" + (f"; did you mean {close[0]}?" if close else ""))
         found[names[flag]] = _value(names[flag], value, OPTIONS.get(names[flag]))
     return found
 

@@ -109,6 +109,9 @@ def read(path: Path, part: str) -> torch.Tensor:
 # -- reading ---------------------------------------------------------------------------------------------------
 
 
+_PARTS = ("windows", "held_out", "training", "selection", "validation", "test")  # of the calibration text
+
+
 class JobText:
     """Both texts of a job by use, each part read at first use; the module says what parts are for.
 
@@ -134,7 +137,13 @@ class JobText:
 
     @classmethod
     def of_file(cls, path: Path, names: tuple[str, str], hashes: Mapping[str, str]) -> JobText:
-        """The text in a file that `save` wrote, with the hashes of its parts."""
+        """The text in a file that `save` wrote, with the hashes of its parts.
+
+        Raises:
+            CorruptError: a part has no hash.
+        """
+        if missing := [part for part in _PARTS if part not in hashes]:
+            raise CorruptError(f"{path.parent} records no {missing[0]} part of its text; start over with --force")
         return cls(names, {part: Lazy(found, partial(read, path, part)) for part, found in hashes.items()})
 
     def selection(self, positions: int) -> Lazy[Texts]:

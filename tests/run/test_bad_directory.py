@@ -240,6 +240,14 @@ def test_damaged_manifest(case: str, same: Same, run: Path) -> None:
     assert snapshot(run) == before
 
 
+def test_text_without_one_of_its_parts_is_refused(run: Path, tmp_path: Path) -> None:
+    facts = json.loads((run / "nbl.json").read_text())["text"]
+    parts = {name: found for name, found in facts["parts"].items() if name != "held_out"}
+    edit(run / "nbl.json", text={**facts, "parts": parts})
+    done = nbl("convert", run, "--to", "edge-llm", "--output", tmp_path / "out")
+    assert_refused(done, 1, run, "records no held_out part of its text", "--force")
+
+
 def test_damaged_manifest_is_forgotten_with_force(same: Same, run: Path) -> None:
     (run / "nbl.json").write_text("{")
     done = nbl("calibrate", *same[:4], *same[6:], "--output", run, "--force")

@@ -2,7 +2,7 @@
 
     before   x [B, T, D] ------------------------ layer c -- ... -- logits [B, T, V]
     after    x -- If(skip) -- rows [B, M, D] ---- layer c -- ... -- logits [B, M, V]
-                   `--------- features, positions ---^ of each layer (`cut_attention`)
+                   `--------- features, positions ---^ of each layer (`attention`)
 
 `skip`: each sequence of the step has more than W + 1 valid new tokens. M is W + 1 then, else T, and all is as before.
 So a decode step runs a few small nodes more, and an `If` around each attention above the exit layer. Matrices are
@@ -10,7 +10,7 @@ outside of these choices, so each is stored once. If a skip norm makes x, its tw
 it stays.
 
 The features are the normed rows 1 .. T - W - 1, and beside each, with `before`, the normed row of the token before it.
-The static form has no such choices (`cut_static`).
+The static form has no such choices (`static`).
 
 Refuses attention above the exit layer without a map, and states there: their rows would be others than those that
 continue.
@@ -162,7 +162,7 @@ class _Step:
     def branches(
         self, terms: Sequence[ir.Value], bias: ir.Value | None, mixer: PredictedKV
     ) -> tuple[ir.Graph, ir.Graph]:
-        """Few rows, and all rows. Outputs: the last row's index, the terms' rows, and the fields of a `Climb`."""
+        """Few rows, and all rows. Outputs: index of the last row, the rows of terms, fields of `ContinuingRows`."""
         few = Maker(f"{_PREFIX}/Few/", _INT)
         every = Maker(f"{_PREFIX}/All/", _INT)
         outputs = self._few(few, terms, bias, mixer)

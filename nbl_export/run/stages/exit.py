@@ -55,7 +55,7 @@ def calibration(job: Job) -> ExitCalibration:
     return ExitCalibration(
         fingerprint=job.fingerprint,
         windows=job.text.windows,
-        exits=_predicts_kv(job),
+        exits=_candidates(job),
         length=_length(job),
         compute_dtype=job.options.compute_dtype,
         model=job.torch.model,
@@ -63,7 +63,7 @@ def calibration(job: Job) -> ExitCalibration:
     )
 
 
-def _predicts_kv(job: Job) -> tuple[int, ...]:
+def _candidates(job: Job) -> tuple[int, ...]:
     """All candidates, or the named exit layer; what the run has sums of already stays."""
     asked = job.options.exit_layer
     known = job.run.manifest.get("calibrated_exits") or ()
@@ -144,7 +144,7 @@ def choice(job: Job) -> ExitInputs:
     setting = {"engine": options.engine, "precision": options.precision, "tokens": options.prompt_length}
     return ExitInputs(
         num_layers=job.decoder.num_layers,
-        exits=(int(options.exit_layer),) if named else _predicts_kv(job),
+        exits=(int(options.exit_layer),) if named else _candidates(job),
         recent_choices=tuple(n for n in options.recent_choices if n < job.decoder.max_positions),
         named=named,
         share=asked_increase(options),

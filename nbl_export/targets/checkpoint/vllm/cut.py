@@ -78,9 +78,9 @@ def rows_of(
     request = np.repeat(np.arange(len(counts)), counts)
     ends = np.cumsum(counts)
     at = starts[request] + np.arange(len(request)) - (ends - counts)[request]
-    is_long_range = (at > 0) & (at < np.where(prompts > recent_tokens + 1, prompts - recent_tokens, 0)[request])
+    is_skipped = (at > 0) & (at < np.where(prompts > recent_tokens + 1, prompts - recent_tokens, 0)[request])
     is_last = (at % block == block - 1) | np.isin(np.arange(len(at)), ends - 1)
-    skipped, last, continuing = (np.flatnonzero(chosen) for chosen in (is_long_range, is_last, ~is_long_range))
+    skipped, last, continuing = (np.flatnonzero(chosen) for chosen in (is_skipped, is_last, ~is_skipped))
     fresh = np.flatnonzero(at[skipped] == starts[request[skipped]])
     first = skipped[fresh]
     begins = np.ones(len(continuing), bool)
