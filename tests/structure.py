@@ -34,7 +34,7 @@ LONGEST = 6
 # Words of each method. A line of attention, `nn.Linear` and the like, is not the method "linear".
 METHODS = {
     "predicted_kv": r"\bpredicted\b|\bexit layers?\b|\brecent (tokens|window)\b|\bskipped tokens\b",
-    "linear": r"^'linear'$|\b(methods|mixers|trained) linear\b|\blinear (maps?|layers?)\b",
+    "linear": r"^'linear'$|\b(methods|trained) linear\b|\blinear (maps?|layers?)\b",
 }
 ALLOWED = ("methods/__init__.py", "options/options.py")  # the table of methods, and the fields of options
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)

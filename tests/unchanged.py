@@ -34,7 +34,7 @@ TINY = {
     "linear": ("llama", "--layers 2 --fit independent"),
     "linear-limit": ("llama", "--max-perplexity-increase 900% --exit-layer none --fit independent"),
     "linear-openvino": ("llama", "--layers 1 --fit independent --engine openvino"),
-    "distilled": ("llama", "--layers 0,1 --fit distilled --distill-minutes 0.01"),
+    "distilled": ("llama", "--layers 0,1 --fit distilled"),
     "dropped": ("llama", "--layers 1 --fit drop"),
     "exit": ("llama", "--exit-layer 1 --recent-tokens 8"),
     "exit-auto": ("qwen2", "--exit-layer auto --recent-tokens 8 --max-perplexity-increase 900%"),
@@ -107,14 +107,16 @@ def main() -> int:
 
     text = out / "text.txt"
     text.write_text(stdlib_text(200_000), encoding="utf-8")
-    keys = out / "keys.toml"
-    keys.write_text(_KEYS, encoding="utf-8")
+    files = {"keys": _KEYS, "trained": f"{_KEYS}distill-steps = 4\n"}  # steps, since minutes are other steps each time
+    for name, written in files.items():
+        (out / f"{name}.toml").write_text(written, encoding="utf-8")
     models = {}
     for name, (architecture, words) in TINY.items():
         checkpoint = out / architecture
         if not checkpoint.is_dir():
             checkpoint.mkdir()
             save_checkpoint(architecture, checkpoint)
+        keys = out / ("trained.toml" if name == "distilled" else "keys.toml")
         models[name] = (checkpoint, f"{words} {_SMALL.format(keys=keys)}")
     if asked.real:
         models |= {name: (asked.real.resolve(), words) for name, words in REAL.items()}

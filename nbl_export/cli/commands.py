@@ -389,7 +389,21 @@ def doctor(as_json: bool) -> None:
 COMMANDS: dict[str, click.Command] = {
     str(made.name): made
     for made in (
-        calibrate, plan, rewrite, rewrite_graph, verify, build, report, accept, bench, evaluate,
-        card, convert, generate, inspect, estimate, doctor,
+        calibrate,
+        plan,
+        rewrite,
+        rewrite_graph,
+        verify,
+        build,
+        report,
+        accept,
+        bench,
+        evaluate,
+        card,
+        convert,
+        generate,
+        inspect,
+        estimate,
+        doctor,
     )
-}  # fmt: skip
+}

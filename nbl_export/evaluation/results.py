@@ -175,13 +175,13 @@ def _warning(new: Entry, old: Entry, ends: list[int]) -> str | None:
     if not near or far <= NEAR:
         return None
     counts = np.diff((1, *near))
-    recent_W = np.average([_rise(new, old, end) for end in near], axis=0, weights=counts)
-    if not grows_with_length(recent_W, _rise(new, old, far)):
+    short_W = np.average([_rise(new, old, end) for end in near], axis=0, weights=counts)
+    if not grows_with_length(short_W, _rise(new, old, far)):
         return None
     test, _, text = new["task"].partition(":")
     if test == POSITION:
-        none = np.zeros(len(recent_W))
-        rises = (increase_interval(none, rise_W) for rise_W in (recent_W, _rise(new, old, far)))
+        none = np.zeros(len(short_W))
+        rises = (increase_interval(none, rise_W) for rise_W in (short_W, _rise(new, old, far)))
         small, large = (spoken_interval(rise.value, rise.ends, percent=True, sign=True) for rise in rises)
         said = (
             f"perplexity rises by {small} at positions below {NEAR}, but by {large} at positions from {ends[-2]:,} on"

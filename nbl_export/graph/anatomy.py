@@ -21,6 +21,7 @@ import onnx_ir as ir
 from nbl_export.errors import RefusalError
 from nbl_export.graph.caches import graph_caches
 from nbl_export.graph.emitter import values_read
+from nbl_export.graph.passes.skip_norms import SKIP_NORMS
 
 __all__ = [
     "PRODUCTS",
@@ -38,7 +39,6 @@ __all__ = [
 # Operators that multiply activations by weights, or that quantise activations for such a product.
 PRODUCTS = ("MatMul", "Gemm", "MatMulNBits", "MatMulBnb4", "MatMulInteger", "QLinearMatMul", "FusedMatMul",
             "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "DynamicQuantizeLinear", "QuantizeLinear")  # fmt: skip
-_SKIP_NORMS = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
 _TAKES_TOKENS = ("Gather", "GatherND", "Slice")
 _READS_ONLY_SHAPE = ("Shape", "Size")
 _DEPTH = 8
@@ -178,7 +178,7 @@ def _projected(residual: ir.Value, branch: ir.Value, join: ir.Node) -> tuple[ir.
     whole = _whole(residual)
     starts = [whole]
     beside = whole.producer()
-    if beside is not None and beside.op_type in _SKIP_NORMS:
+    if beside is not None and beside.op_type in SKIP_NORMS:
         starts.append(beside.outputs[0])
     needed = _ancestors(branch, stop=set(starts))
     found: dict[ir.Value, None] = {}
@@ -242,7 +242,7 @@ def _find_join(
 
 
 def _is_residual_add(node: ir.Node, reached: set[ir.Value]) -> bool:
-    if node.op_type != "Add" and node.op_type not in _SKIP_NORMS:
+    if node.op_type != "Add" and node.op_type not in SKIP_NORMS:
         return False
     pair = node.inputs[:2]
     inside = [v for v in pair if v in reached]

@@ -37,7 +37,7 @@ class OrderInputs:
     Attributes:
         select: "cca" (smallest bound) or "efficient" (least loss for the work saved).
         moments: (layer, tap) -> its moments.
-        mixes: maps and their tap -> the torch model, in which these maps can replace attention.
+        partial: maps and their tap -> the torch model, in which these maps can replace attention.
         texts: texts that layers are chosen by; no map is fitted on them.
         saved: share of the arithmetic of a prefill of some tokens that maps save.
         kept: layers that no order replaces.

@@ -20,9 +20,10 @@ from nbl_export.graph.files import read_graph
 from nbl_export.graph.names import ALL_LOGITS_FILE, STATIC_GRAPH_FILE, all_logits_file, goes_with_graph, graph_file
 from nbl_export.graph.passes.caches import DropCaches, make_dense
 from nbl_export.graph.passes.quantize import QuantizeMaps
+from nbl_export.graph.passes.skip_norms import SkipNormToAdd
 from nbl_export.graph.passes.tail import keep_last_token
 from nbl_export.methods.base import Mixer, cacheless
-from nbl_export.methods.linear.passes import RewriteBlocks, SkipNormToAdd
+from nbl_export.methods.linear.passes import RewriteBlocks
 from nbl_export.methods.predicted_kv.passes import PrefillExit
 from nbl_export.methods.predicted_kv.prompt_exit import prompt_exit_of
 from nbl_export.records.plan import spoken_layers

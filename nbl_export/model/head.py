@@ -104,7 +104,7 @@ def divergence(
     shift_NK = torch.zeros_like(mean_NK)
     most = apart_NKV.max().item()
     least = mean_NK.min().item()
-    if not (most <= _SAFE and least >= -_RECENT):  # NaN too
+    if not (most <= _SAFE and least >= -_FEW_DIGITS):  # NaN too
         shift_NK = mean_NK
         apart_NKV -= shift_NK[..., None]
     if most - min(least, 0.0) <= _SAFE:
@@ -116,4 +116,5 @@ def divergence(
 
 _BELOW_ONE = 1 - 2.0**-23
 _SAFE = 80.0  # exp of a larger float32 is near its range
-_RECENT = 1.0  # if all changes are below -1, E_p exp(a) - 1 is near -1 and has few digits; around their mean, it is not
+# If all changes are below -1, E_p exp(a) - 1 is close to -1 and has few digits. Around their mean, it has more.
+_FEW_DIGITS = 1.0

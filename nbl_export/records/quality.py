@@ -344,19 +344,14 @@ def warn_of_text(rows: Sequence[Mapping[str, Any]]) -> str | None:
     )
 
 
-def grows_with_length(recent_W: np.ndarray, long_range_W: np.ndarray) -> bool:
+def grows_with_length(short_W: np.ndarray, long_W: np.ndarray) -> bool:
     """Whether the loss rises `FAR` times as much at length as in `NEAR` tokens, and enough to be noticed.
 
     The interval of the rise at length - `FAR` * the rise in `NEAR` tokens, item by item, must be above zero.
 
     Args:
-        recent_W, long_range_W: loss after minus loss before of each window, key or sequence, in nats.
+        short_W, long_W: loss after minus loss before of each window, key or sequence, in nats.
     """
-    long_range = mean_interval(long_range_W)
-    apart = mean_interval(long_range_W - FAR * recent_W)
-    return (
-        long_range.value is not None
-        and long_range.value >= math.log1p(_NOTICED)
-        and apart.low is not None
-        and apart.low > 0
-    )
+    rise = mean_interval(long_W)
+    apart = mean_interval(long_W - FAR * short_W)
+    return rise.value is not None and rise.value >= math.log1p(_NOTICED) and apart.low is not None and apart.low > 0

@@ -169,12 +169,12 @@ def _long_range(short_N: np.ndarray, found_T4: np.ndarray) -> tuple[int, float, 
     """The long-range tokens in a window, as `long_range_row` takes them; None if they are few."""
     judged_N4 = found_T4[len(found_T4) - len(short_N) :]
     gain_N = short_N - judged_N4[:, 0]
-    skipped_N = is_long_range(gain_N)
-    before, after = judged_N4[skipped_N, :2].sum(0)
+    long_range_N = is_long_range(gain_N)
+    before, after = judged_N4[long_range_N, :2].sum(0)
     return (
         None
-        if skipped_N.sum() < FEWEST
-        else (int(skipped_N.sum()), float(before), float(after), float(gain_N[skipped_N].sum()))
+        if long_range_N.sum() < FEWEST
+        else (int(long_range_N.sum()), float(before), float(after), float(gain_N[long_range_N].sum()))
     )
 
 

@@ -189,7 +189,7 @@ def test_each_rank_fills_the_heads_that_it_holds(
             total_num_kv_heads=4, mixer=SimpleNamespace(linear=lambda _features: torch.arange(24.0)[None]),
             rotary_emb=lambda _positions, keys, _none: (keys, None),
         )  # fmt: skip
-        exit_layer.PromptExit({"recent_tokens": W, "before": True, "epsilon": 1e-5}, (1, 2), 8).fill(
+        exit_layer.ExitLayer({"recent_tokens": W, "before": True, "epsilon": 1e-5}, (1, 2), 8).fill(
             step, attention, torch.zeros(1)
         )
         first = rank * 4 // ranks

@@ -1,1 +1,1 @@
-"""Passes on an ONNX graph that no method owns: caches dropped and numbered, maps quantised, the tail pruned."""
+"""Passes on an ONNX graph that no method owns: caches, skip norms, quantised maps, the tail."""

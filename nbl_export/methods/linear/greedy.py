@@ -250,16 +250,16 @@ def _own(ids_WT: torch.Tensor, place_N: torch.Tensor) -> tuple[torch.Tensor, tor
 
 
 class Judge:
-    """Runs mixes on judging windows and measures their effects.
+    """Runs mixes on selection windows and measures their effects.
 
     Args:
-        mixes: the model with the maps of all layers.
+        partial: the model with the maps of all layers.
         texts: token ids [windows, context] of each text, whose contexts may differ; no map was fitted on them.
     """
 
     def __init__(self, partial: PartialReplacement, texts: Sequence[torch.Tensor]) -> None:
         alike = [torch.cat(list(group)) for _, group in itertools.groupby(texts, lambda text: text.shape[1])]
-        self._mixes = partial
+        self._partial = partial
         self.num_layers = partial.num_layers
         self.parts = [len(text) * len(_judged_rows(text)) for text in texts]  # judged positions of each text
         places = torch.arange(sum(self.parts)).split([ids_WT[:, _judged_rows(ids_WT)].numel() for ids_WT in alike])
@@ -302,14 +302,14 @@ class Judge:
     @torch.no_grad()
     def _effects(self, change_NKD: torch.Tensor, *, pulled: bool) -> Effects:
         positions, count, _ = change_NKD.shape
-        rows = max(1, _BLOCK_BYTES // (4 * count * self._mixes.head.size))
+        rows = max(1, _BLOCK_BYTES // (4 * count * self._partial.head.size))
         found = [self._measure(part_N, change_NKD[part_N], pulled) for part_N in torch.arange(positions).split(rows)]
         values = (change_NKD, *(torch.cat(values) for values in zip(*found, strict=True)))
         return Effects(*(self._joined(value) for value in values))
 
     def _measure(self, part_N: torch.Tensor, change_NKD: torch.Tensor, pulled: bool) -> tuple[torch.Tensor, ...]:
         """KL, rise of the loss, variance and, if wanted, pull at some positions."""
-        head = self._mixes.head
+        head = self._partial.head
         base_NV = head.near_logits(self._original_ND[part_N])
         share_NV = base_NV.softmax(1)
         narrow_NKV = head.changes(base_NV, change_NKD)

@@ -29,9 +29,9 @@ from nbl_export.graph.anatomy import find_attention, find_block, graph_caches
 from nbl_export.graph.caches import is_static
 from nbl_export.graph.emitter import Maker, choose, element_type, graph_input, values_read
 from nbl_export.graph.names import EXIT_ROWS
+from nbl_export.graph.passes.skip_norms import SKIP_NORMS, SUM, bias_of
 from nbl_export.graph.passes.tail import LastValid
 from nbl_export.methods.base import Mixer
-from nbl_export.methods.linear.passes import SKIP_NORMS, SUM, bias_of
 from nbl_export.methods.predicted_kv.attention import ContinuingRows, exit_attention
 from nbl_export.methods.predicted_kv.maps import PredictedKV
 from nbl_export.methods.predicted_kv.prompt_exit import prompt_exit_of

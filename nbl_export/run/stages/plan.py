@@ -124,7 +124,7 @@ class DistillInputs:
     """What trained maps follow from, beside the maps at the start.
 
     Attributes:
-        training: windows of the training text. early_stopping: held-back windows that choose the best step.
+        training: windows of the training text. early_stopping: held-out windows that choose the best step.
         selection, validation: texts by which layers are given back; None if all layers stay.
     """
 

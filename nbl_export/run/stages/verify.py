@@ -57,7 +57,7 @@ class VerifyInputs:
     Attributes:
         engine: available here, or ONNX Runtime for a compiled engine.
         lacks_attention: the original of an NBL checkpoint lacks the removed attention.
-        windows: for calibration. held_back: all that nobody calibrates on, in the order of the text.
+        windows: for calibration. held_out: all that nobody calibrates on, in the order of the text.
         names: of the calibration text and of the second text.
         training: windows of a distillation; None without one. early_stopping: those that choose its best step.
         selection: the texts that layers were chosen by. validation: that decided how many. test: of the final figures.

@@ -15,7 +15,7 @@ prompts to the builders of attention's metadata if a model has a window beside i
 
 Attention of layers from c up has a builder of its own (`_builder`), which leaves the rows that continue: the first
 token of a prompt and its last tokens are two sequences of one block table there. The token before a chunk's first
-row was in an earlier step, or came from the prefix cache. `PromptExit` holds the normed stream of the last row that was
+row was in an earlier step, or came from the prefix cache. `ExitLayer` holds the normed stream of the last row that was
 written to each block: a block that is not full has one owner, and a full block ends with the row that is asked for.
 
 Skipped rows leave the last layer as NaN, since nobody may read them; logits of a whole prompt do not exist.
@@ -36,7 +36,7 @@ from vllm.v1.attention.backend import subclass_attention_backend
 
 from nbl_export.targets.checkpoint.vllm.prefix import keep_predicted
 
-__all__ = ["PromptExit", "Rows", "put_exit", "rows_of"]
+__all__ = ["ExitLayer", "Rows", "put_exit", "rows_of"]
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def rows_of(
     )
 
 
-class PromptExit:
+class ExitLayer:
     """What the layers above the exit layer of a model share.
 
     Args:
@@ -161,7 +161,7 @@ class PromptExit:
 class _Above:
     """Mixin before a stock decoder layer above the exit layer."""
 
-    exit_layer: PromptExit
+    exit_layer: ExitLayer
     index: int
     self_attn: Any
 
@@ -192,10 +192,10 @@ def put_exit(layers: Any, facts: Any, vllm_config: Any) -> list[str]:
     lowest = facts["layer"]
     count = len(layers)
     size = vllm_config.model_config.hf_config.hidden_size
-    exit_layer = PromptExit(facts, (lowest, count - 1), size)
+    exit_layer = ExitLayer(facts, (lowest, count - 1), size)
     backend = layers[lowest].self_attn.attn.attn_backend
     backend = subclass_attention_backend(
-        "PromptExit", backend, _builder(backend.get_builder_cls(), exit_layer.recent_tokens)
+        "ExitLayer", backend, _builder(backend.get_builder_cls(), exit_layer.recent_tokens)
     )
     for layer in layers:
         keep_predicted(layer.self_attn.attn, exit_layer.recent_tokens)
