@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
+from nbl_export.graph.names import constant_name, node_name, product_name
 
 __all__ = [
-    "Emitter",
+    "LayerMaker",
     "Maker",
-    "add_initializer",
-    "cache_slots",
     "choose",
     "drop_input",
     "element_type",
     "graph_input",
     "need",
-    "new_node",
     "register",
     "run_passes",
     "shape_of",
@@ -33,98 +32,90 @@ __all__ = [
 Dim = int | str | ir.SymbolicDim | None
 
 
-class Emitter:
-    """Appends nodes to a graph.
-
-    Nodes go to the end of the node list. One topological sort after the last pass orders all nodes, so no pass needs a
-    position in the list.
-    """
-
-    def __init__(self, graph: ir.Graph) -> None:
-        self._graph = graph
-
-    def __call__(
-        self,
-        op_type: str,
-        *inputs: ir.Value | None,
-        name: str,
-        dtype: ir.DataType | None = None,
-        shape: Sequence[Dim] | None = None,
-        **attributes: float | str | Sequence[int],
-    ) -> ir.Value:
-        """Append one node; the node and its output are named `name`."""
-        node = new_node(op_type, inputs, name, dtype, None if shape is None else ir.Shape(shape), attributes)
-        node.outputs[0].name = name
-        self._graph.append(node)
-        return node.outputs[0]
-
-    def constant(self, name: str, array: np.ndarray) -> ir.Value:
-        """An initializer; the same name returns the same value, so passes share constants."""
-        if name in self._graph.initializers:
-            return self._graph.initializers[name]
-        return register(self._graph, ir.tensor(array, name=name))
-
-
 class Maker:
-    """Makes nodes whose names begin with a prefix; they are in `nodes`, and not in a graph yet.
+    """Makes nodes and constants; the nodes are in `nodes`, in order, and not in a graph yet.
 
     Args:
-        dtype: of outputs and constants, where a call does not state another.
-        graph: that gets the constants. constants: begins their names.
+        graph: gets the constants.
+        prefix: begins names of nodes. constants: begins names of constants.
+        dtype: of outputs and constants, if a call states no other; None leaves it open.
+        output: ends names of outputs; {} is the number of an output.
     """
 
-    def __init__(self, prefix: str, dtype: ir.DataType, graph: ir.Graph | None = None, constants: str = "") -> None:
+    def __init__(
+        self,
+        graph: ir.Graph,
+        prefix: str = "",
+        dtype: ir.DataType | None = None,
+        constants: str = "",
+        output: str = "/output_{}",
+    ) -> None:
+        self.graph = graph
         self.nodes: list[ir.Node] = []
         self._prefix = prefix
-        self._dtype = dtype
-        self._graph = graph
+        self.dtype = dtype
         self._constants = constants
+        self._output = output
         self._made: dict[str, ir.Value] = {}
 
-    def constant(self, name: str, values: Any, kind: ir.DataType | None = None) -> ir.Value:
+    def constant(self, name: str, values: npt.ArrayLike, dtype: ir.DataType | None = None) -> ir.Value:
         """An initializer; the same name gives the same value.
 
         Raises:
             RefusalError: the graph had an initializer of this name before.
         """
-        assert self._graph is not None
         if name not in self._made:
-            dtype = kind or self._dtype
-            self._made[name] = add_initializer(self._graph, f"{self._constants}.{name}", np.asarray(values), dtype)
+            kind = dtype or self.dtype
+            array = np.asarray(values, None if kind is None else kind.numpy())
+            self._made[name] = register(self.graph, ir.tensor(array, name=f"{self._constants}{name}"))
         return self._made[name]
 
-    def __call__(
+    def __call__(self, op_type: str, name: str, *inputs: ir.Value | None, **settings: Any) -> ir.Value:
+        """The output of a new node; settings are those of `several`."""
+        return self.several(1, op_type, name, *inputs, **settings)[0]
+
+    def several(
         self,
+        outputs: int,
         op_type: str,
         name: str,
         *inputs: ir.Value | None,
-        kind: ir.DataType | None = None,
-        outputs: int = 1,
+        dtype: ir.DataType | None = None,
+        shape: Iterable[Dim] | None = None,
         domain: str = "",
         **attributes: Any,
-    ) -> Any:
-        """The output of a new node; several if `outputs` is not 1."""
+    ) -> Sequence[ir.Value]:
+        """The outputs of a new node, all of one type and shape."""
         name = f"{self._prefix}{name}"
-        node = ir.node(op_type, inputs, attributes, domain=domain, num_outputs=outputs, name=name)
-        for number, value in enumerate(node.outputs):
-            value.name = f"{name}/output_{number}"
-            value.type = ir.TensorType(kind or self._dtype)
-        self.nodes.append(node)
-        return node.outputs[0] if outputs == 1 else node.outputs
+        dims = None if shape is None else ir.Shape(shape)
+        made = [ir.val(f"{name}{self._output.format(n)}", dtype or self.dtype, dims) for n in range(outputs)]
+        self.nodes.append(ir.node(op_type, inputs, attributes, domain=domain, outputs=made, name=name))
+        return made
 
 
-def choose(
-    condition: ir.Value, then: ir.Graph, other: ir.Graph, name: str, given: Mapping[int, ir.Value] | None = None
-) -> ir.Node:
-    """A node that runs one of two graphs, which may read values of the graph around them.
+class LayerMaker(Maker):
+    """Makes what is added at one layer; the `methods.base.Builder` of ONNX graphs."""
 
-    Args:
-        given: values that become its outputs, by place; the others are made.
-    """
-    made = [ir.Value(name=f"{name}/output_{n}", type=inner.type) for n, inner in enumerate(then.outputs)]
-    outputs = [(given or {}).get(n, value) for n, value in enumerate(made)]
-    branches = {"then_branch": then, "else_branch": other}
-    return ir.node("If", [condition], branches, outputs=outputs, name=name)
+    def __init__(self, graph: ir.Graph, layer: int, dtype: ir.DataType | None) -> None:
+        super().__init__(graph, node_name(layer, ""), dtype, constant_name(layer, ""))
+        self._layer = layer
+
+    def matmul(self, x: ir.Value, matrix: np.ndarray, name: str) -> ir.Value:
+        """x M' for a matrix [O, I]."""
+        transposed = self.constant(name, np.ascontiguousarray(matrix.T))  # as MatMul takes it
+        shape = None if x.shape is None else [*x.shape[:-1], len(matrix)]
+        title = product_name(self._layer, name).removeprefix(self._prefix)
+        return self("MatMul", title, x, transposed, shape=shape)
+
+    def add(self, x: ir.Value, vector: np.ndarray, name: str) -> ir.Value:
+        """The sum of a value and a vector."""
+        return self("Add", "Add", x, self.constant(name, vector), shape=x.shape)
+
+
+def choose(condition: ir.Value, then: ir.Graph, other: ir.Graph, name: str) -> ir.Node:
+    """A node that runs one of two graphs, which may read values of the graph around them."""
+    outputs = [ir.Value(name=f"{name}/output_{n}", type=inner.type) for n, inner in enumerate(then.outputs)]
+    return ir.node("If", [condition], {"then_branch": then, "else_branch": other}, outputs=outputs, name=name)
 
 
 def values_read(node: ir.Node) -> Iterator[ir.Value]:
@@ -136,20 +127,6 @@ def values_read(node: ir.Node) -> Iterator[ir.Value]:
         inner = attribute.as_graph()
         made = {value for user in inner for value in user.outputs} | {*inner.inputs, *inner.initializers.values()}
         yield from (value for user in inner for value in values_read(user) if value not in made)
-
-
-def new_node(
-    op_type: str,
-    inputs: Sequence[ir.Value | None],
-    name: str,
-    dtype: ir.DataType | None = None,
-    shape: ir.Shape | None = None,
-    attributes: Mapping[str, Any] | None = None,
-) -> ir.Node:
-    """A node that is not in a graph yet; its output is named NAME/output_0."""
-    kind = None if dtype is None else ir.TensorType(dtype)
-    output = ir.Value(name=f"{name}/output_0", shape=shape, type=kind)
-    return ir.node(op_type, inputs, attributes, outputs=[output], name=name)
 
 
 def need(value: ir.Value | None, what: str) -> ir.Value:
@@ -181,14 +158,6 @@ def type_of(value: ir.Value) -> ir.DataType:
     return value.dtype
 
 
-def cache_slots(graph: ir.Graph) -> int:
-    """Slots S of the first cache; run after `HeadMajorCaches`."""
-    for value in graph.inputs:
-        if (value.name or "").startswith("past_key_values."):
-            return size(value, 2)
-    raise RefusalError(None, "it has no cache inputs")
-
-
 def graph_input(graph: ir.Graph, name: str) -> ir.Value:
     """The input of that name."""
     for value in graph.inputs:
@@ -204,18 +173,6 @@ def drop_input(graph: ir.Graph, value: ir.Value) -> None:
     graph.inputs.remove(value)
 
 
-_DEPTH = 12  # most operators between a value and a value of a stated type
-
-
-def add_initializer(graph: ir.Graph, name: str, array: np.ndarray, dtype: ir.DataType) -> ir.Value:
-    """Register a new constant.
-
-    Raises:
-        RefusalError: an initializer of this name exists.
-    """
-    return register(graph, ir.tensor(array.astype(dtype.numpy()), dtype=dtype, name=name))
-
-
 def register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
     """Register a tensor as a new constant, whose name, shape and type are those of the tensor.
 
@@ -226,11 +183,10 @@ def register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
     """
     if tensor.name in graph.initializers:
         raise RefusalError(None, f"it already has an initializer {tensor.name}; this graph has been rewritten before")
-    shape = ir.Shape(tensor.shape.numpy())
-    dtype = ir.TensorType(tensor.dtype)
-    value = ir.Value(name=tensor.name, const_value=tensor, shape=shape, type=dtype)
-    graph.register_initializer(value)
-    return value
+    return ir.tape.Tape(graph).initializer(tensor)
+
+
+_DEPTH = 12  # most operators between a value and a value of a stated type
 
 
 def element_type(graph: ir.Graph, value: ir.Value) -> ir.DataType:

@@ -35,16 +35,11 @@ def quantize_weight(graph: ir.Graph, node: ir.Node, block: int) -> bool:
     codes, scales = int4_blocks(weight.const_value.numpy().astype(np.float32), block, dtype.numpy())
     packed = register(graph, ir.tensor(codes, name=f"{weight.name}_int4"))
     scale = register(graph, ir.tensor(scales, dtype=dtype, name=f"{weight.name}_scale"))
-    wide = ir.node(
-        "DequantizeLinear", [packed, scale], {"axis": 0, "block_size": block}, name=f"{node.name}/DequantizeLinear"
-    )
-    wide.outputs[0].name = f"{weight.name}_wide"
-    wide.outputs[0].shape = ir.Shape(dims)
-    wide.outputs[0].type = ir.TensorType(dtype)
-    home = node.graph
-    assert home is not None
-    home.insert_before(node, [wide])  # the node may be in a branch
-    node.replace_input_with(1, wide.outputs[0])
+    wide = ir.val(f"{weight.name}_wide", dtype, dims)
+    blocks = {"axis": 0, "block_size": block}
+    name = f"{node.name}/DequantizeLinear"
+    node.prepend(ir.node("DequantizeLinear", [packed, scale], blocks, outputs=[wide], name=name))
+    node.replace_input_with(1, wide)
     del graph.initializers[str(weight.name)]
     return True
 

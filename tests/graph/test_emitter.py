@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 
 from nbl_export.errors import RefusalError
-from nbl_export.graph.emitter import Emitter, add_initializer, register
+from nbl_export.graph.emitter import Maker, register
 
 
 def empty() -> ir.Graph:
@@ -27,8 +27,8 @@ def test_declared_shape_and_type_are_the_stored_ones(array: np.ndarray) -> None:
     graph, array = empty(), np.asarray(array)
     kind = ir.DataType.from_numpy(array.dtype)
     register(graph, ir.tensor(array, name="one"))
-    Emitter(graph).constant("two", array)
-    add_initializer(graph, "three", array, kind)
+    Maker(graph).constant("two", array)
+    Maker(graph, dtype=ir.DataType.INT64).constant("three", array, kind)
     protos = {t.name: t for t in ir.to_proto(ir.Model(graph, ir_version=10)).graph.initializer}
     for name, value in graph.initializers.items():
         stored = value.const_value
@@ -42,5 +42,24 @@ def test_a_name_that_is_taken_is_refused() -> None:
     register(graph, ir.tensor(np.float32(1), name="one"))
     with pytest.raises(RefusalError, match="already has an initializer one"):
         register(graph, ir.tensor(np.float32(2), name="one"))
-    assert Emitter(graph).constant("one", np.array(3, np.float32)).const_value is not None
-    assert float(graph.initializers["one"].const_value.numpy()) == 1  # type: ignore[union-attr]
+    with pytest.raises(RefusalError, match="already has an initializer one"):
+        Maker(graph).constant("one", 3)
+
+
+def test_the_same_name_is_the_same_constant() -> None:
+    graph = empty()
+    make = Maker(graph, dtype=ir.DataType.FLOAT16, constants="nbl.")
+    assert make.constant("one", [1]) is make.constant("one", [1])
+    assert graph.initializers["nbl.one"].dtype == ir.DataType.FLOAT16 and len(graph.initializers) == 1
+
+
+def test_nodes_are_named_and_not_in_the_graph() -> None:
+    """Outputs are numbered; a type or shape that a call states replaces the maker's."""
+    graph = empty()
+    make = Maker(graph, "/nbl/", ir.DataType.INT64)
+    first, second = make.several(2, "Split", "parts", make.constant("x", [1, 2]), num_outputs=2)
+    total = make("Cast", "total", first, dtype=ir.DataType.FLOAT, shape=[1], to=ir.DataType.FLOAT)
+    assert [node.name for node in make.nodes] == ["/nbl/parts", "/nbl/total"] and len(graph) == 0
+    assert (first.name, second.name) == ("/nbl/parts/output_0", "/nbl/parts/output_1")
+    assert (second.dtype, total.dtype, total.shape) == (ir.DataType.INT64, ir.DataType.FLOAT, ir.Shape([1]))
+    assert Maker(graph, output="")("Neg", "alone", first).name == "alone"

@@ -19,11 +19,11 @@ import torch
 
 from nbl_export import methods as mixers
 from nbl_export.graph.decoder import OnnxDecoder
+from nbl_export.graph.emitter import LayerMaker
 from nbl_export.methods.applied import linearize
 from nbl_export.methods.base import OWN, Mixer, Port
 from nbl_export.methods.checkpoint.load import load_model
 from nbl_export.methods.linear import collect
-from nbl_export.methods.linear.builder import GraphBuilder
 from nbl_export.methods.linear.none import Nothing
 from nbl_export.targets import exporter_of
 from nbl_export.targets.onnx.engine import CAPABILITIES, OrtEngine
@@ -140,7 +140,7 @@ def test_verification_sees_a_wrong_emission(checkpoint: Any, tmp_path: Path, mon
     right = Thin.emit
 
     def wrong(self: Thin, build: Any, streams: Any) -> Any:
-        if not isinstance(build, GraphBuilder):
+        if not isinstance(build, LayerMaker):
             return right(self, build, streams)
         return {Port.OUTPUT: build.matmul(build.matmul(streams[OWN], self.down, "down"), self.up, "up")}
 

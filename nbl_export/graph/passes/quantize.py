@@ -17,6 +17,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import onnx_ir as ir
+from onnx_ir.convenience import replace_nodes_and_values
 
 from nbl_export.errors import MissingPackageError
 from nbl_export.graph.emitter import register
@@ -81,16 +82,9 @@ def _quantize(graph: ir.Graph, node: ir.Node, scheme: _Scheme) -> None:
         domain="com.microsoft",
         name=f"{node.name}_Q{scheme.bits}",
     )
-    output = replacement.outputs[0]
-    old = node.outputs[0]
-    output.shape = old.shape
-    output.type = old.type
-    home = node.graph
+    home = node.graph  # the node may be in a branch
     assert home is not None
-    home.insert_before(node, [replacement])  # the node may be in a branch
-    old.replace_all_uses_with(output, replace_graph_outputs=True)
-    home.remove(node, safe=True)
-    output.name = old.name
+    replace_nodes_and_values(home, node, [node], [replacement], node.outputs, replacement.outputs)
     del graph.initializers[str(weight.name)]
 
 
@@ -101,14 +95,11 @@ def _pack(weight: ir.TensorProtocol, scheme: _Scheme) -> tuple[ir.Node, list[ir.
     except ImportError as error:
         raise MissingPackageError("onnxruntime", "cpu", "quantising the maps") from error
 
-    shape = weight.shape.numpy()
-    dtype = ir.TensorType(weight.dtype)
-    constant = ir.Value(name=weight.name, const_value=weight, shape=ir.Shape(shape), type=dtype)
-    x = ir.Value(name="x", shape=ir.Shape(["N", shape[0]]), type=dtype)
-    product = ir.node("MatMul", [x, constant], name="map")
-    product.outputs[0].name = "y"
-    product.outputs[0].type = dtype
-    graph = ir.Graph([x], product.outputs, nodes=[product], initializers=[constant], opset_imports={"": 21})
+    constant = ir.val(weight.name, const_value=weight)
+    x = ir.val("x", weight.dtype, ["N", weight.shape.numpy()[0]])
+    y = ir.val("y", weight.dtype)
+    product = ir.node("MatMul", [x, constant], outputs=[y], name="map")
+    graph = ir.Graph([x], [y], nodes=[product], initializers=[constant], opset_imports={"": 21})
     config = nbits.DefaultWeightOnlyQuantConfig(
         block_size=scheme.block_size,
         is_symmetric=scheme.symmetric,

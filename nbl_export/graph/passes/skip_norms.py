@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import onnx_ir as ir
+from onnx_ir.convenience import replace_nodes_and_values
 
 __all__ = ["SKIP_NORMS", "SUM", "SkipNormToAdd", "bias_of"]
 
@@ -26,23 +27,17 @@ class SkipNormToAdd(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         found = [node for node in model.graph if _only_sum_is_read(node)]
         for node in found:
-            left = node.inputs[0]
-            right = node.inputs[1]
-            bias = bias_of(node)
             total = node.outputs[SUM]
-            terms = [(left, right)] if bias is None else [(left, right), (None, bias)]
-            adds: list[ir.Node] = []
-            for a, b in terms:
-                adds.append(ir.node("Add", [a if a is not None else adds[-1].outputs[0], b], name=f"{node.name}/Add"))
-                adds[-1].outputs[0].name = f"{total.name}/sum{len(adds)}"
-            last = adds[-1].outputs[0]
-            last.type = total.type
-            last.shape = total.shape
-            model.graph.insert_before(node, adds)
-            total.replace_all_uses_with(last)
-            model.graph.remove(node, safe=True)
-            last.name = total.name
+            adds = [_add(node, 1, *node.inputs[:2])]
+            if (bias := bias_of(node)) is not None:
+                adds.append(_add(node, 2, adds[0].outputs[0], bias))
+            replace_nodes_and_values(model.graph, node, [node], adds, [total], adds[-1].outputs)
         return ir.passes.PassResult(model, modified=bool(found))
+
+
+def _add(node: ir.Node, number: int, *terms: ir.Value | None) -> ir.Node:
+    output = ir.val(f"{node.outputs[SUM].name}/sum{number}")
+    return ir.node("Add", terms, outputs=[output], name=f"{node.name}/Add")
 
 
 def _only_sum_is_read(node: ir.Node) -> bool:

@@ -35,7 +35,7 @@ import onnx_ir as ir
 from nbl_export.errors import RefusalError
 from nbl_export.graph.anatomy import cache_layers, find_block, is_constant
 from nbl_export.graph.caches import is_static
-from nbl_export.graph.emitter import Maker, new_node, values_read
+from nbl_export.graph.emitter import Maker, need, values_read
 from nbl_export.graph.files import read_graph
 from nbl_export.graph.names import ALL_LOGITS_FILE, EXIT_ROWS, graph_file
 
@@ -61,12 +61,14 @@ class PruneTail(ir.passes.InPlacePass):
         index, at = _last_row(graph)
         way = _way_of_single_tokens(block.join, block.branch_index)
         user, i = way[0]
-        attention = user.inputs[i]
-        assert attention is not None
-        producer = attention.producer()  # insert behind it: a product's dequantised weight stays beside the product
+        producer = need(user.inputs[i], f"input {i} of {user.name}").producer()
         assert producer is not None
-        graph.insert_after(producer, [*index, _take_last(at, user, i, "attention")])
-        graph.insert_before(block.join, _take_last(at, block.join, 1 - block.branch_index, "residual"))
+        take = Maker(graph, f"{_PREFIX}/")
+        for name, node, k in (("attention", user, i), ("residual", block.join, 1 - block.branch_index)):
+            value = need(node.inputs[k], f"input {k} of {node.name}")
+            node.replace_input_with(k, take("GatherND", name, value, at, dtype=value.dtype, batch_dims=1))
+        producer.append([*index, take.nodes[0]])  # a product's dequantised weight stays beside the product
+        block.join.prepend(take.nodes[1])
         for value in (v for node in (*tail, *(node for node, _ in way)) for v in node.outputs):
             value.shape = None
         logits.shape = ir.Shape([_batch(graph), 1, _width(graph, logits)])
@@ -81,15 +83,6 @@ def _last_row(graph: ir.Graph) -> tuple[list[ir.Node], ir.Value]:
             return [], node.outputs[0]
     last = LastValid(graph)
     return last.index, last.at
-
-
-def _take_last(at: ir.Value, user: ir.Node, i: int, name: str) -> ir.Node:
-    """Make the node that `user` now reads at its input i; the node is not in the graph yet."""
-    value = user.inputs[i]
-    assert value is not None
-    node = new_node("GatherND", [value, at], f"{_PREFIX}/{name}", value.dtype, None, {"batch_dims": 1})
-    user.replace_input_with(i, node.outputs[0])
-    return node
 
 
 def _way_of_single_tokens(join: ir.Node, index: int) -> list[tuple[ir.Node, int]]:
@@ -180,16 +173,16 @@ class LastValid:
     """
 
     def __init__(self, graph: ir.Graph, prefix: str = _PREFIX, constants: str = "nbl.tail") -> None:
-        emit = Maker(f"{prefix}/", ir.DataType.INT64, graph, constants)
-        self.index = emit.nodes
-        self.chunk, self.at = _index(graph, emit)
+        make = Maker(graph, f"{prefix}/", ir.DataType.INT64, f"{constants}.")
+        self.index = make.nodes
+        self.chunk, self.at = _index(graph, make)
 
 
-def _index(graph: ir.Graph, emit: Maker) -> tuple[ir.Value | None, ir.Value]:
+def _index(graph: ir.Graph, make: Maker) -> tuple[ir.Value | None, ir.Value]:
     """The mask of this chunk, if there is one, and the index [B, 1, 1]."""
     inputs = {str(v.name): v for v in graph.inputs}
     if is_static(graph):
-        return None, _from_counts(emit, _add_counts(graph, inputs["input_ids"], inputs["write_indices"]))
+        return None, _from_counts(make, _add_counts(graph, inputs["input_ids"], inputs["write_indices"]))
     if "input_ids" not in inputs or "attention_mask" not in inputs:
         raise RefusalError(None, "it has no input_ids and attention_mask, from which the last valid token is known")
     mask = inputs["attention_mask"]
@@ -199,26 +192,24 @@ def _index(graph: ir.Graph, emit: Maker) -> tuple[ir.Value | None, ir.Value]:
         )
     if mask.dtype != ir.DataType.INT64:
         raise RefusalError(None, f"its attention_mask is {mask.dtype}, not int64")
-    return _from_mask(emit, inputs["input_ids"], mask)
+    return _from_mask(make, inputs["input_ids"], mask)
 
 
 def _add_counts(graph: ir.Graph, ids: ir.Value, writes: ir.Value) -> ir.Value:
-    counts = ir.Value(name="num_tokens", type=ir.TensorType(ir.DataType.INT64))
-    counts.shape = None if ids.shape is None else ir.Shape(ids.shape[:1])
+    counts = ir.val("num_tokens", ir.DataType.INT64, None if ids.shape is None else ir.Shape(ids.shape[:1]))
     graph.inputs.insert(list(graph.inputs).index(writes) + 1, counts)
     return counts
 
 
-def _from_counts(emit: Maker, counts: ir.Value) -> ir.Value:
-    last = emit("Sub", "last", counts, emit.constant("one", 1))
-    found = emit("Max", "found", last, emit.constant("zero", 0))
-    index: ir.Value = emit("Unsqueeze", "index", found, emit.constant("axes", [1, 2]))
-    return index
+def _from_counts(make: Maker, counts: ir.Value) -> ir.Value:
+    last = make("Sub", "last", counts, make.constant("one", 1))
+    found = make("Max", "found", last, make.constant("zero", 0))
+    return make("Unsqueeze", "index", found, make.constant("axes", [1, 2]))
 
 
-def _from_mask(emit: Maker, ids: ir.Value, mask: ir.Value) -> tuple[ir.Value, ir.Value]:
+def _from_mask(make: Maker, ids: ir.Value, mask: ir.Value) -> tuple[ir.Value, ir.Value]:
     end, start, step, axis, last = (
-        emit.constant(name, values)
+        make.constant(name, values)
         for name, values in (
             ("end", [np.iinfo(np.int64).max]),
             ("first", 0),
@@ -227,11 +218,11 @@ def _from_mask(emit: Maker, ids: ir.Value, mask: ir.Value) -> tuple[ir.Value, ir
             ("last", [-1]),
         )
     )
-    length = emit("Shape", "length", ids, start=1, end=2)
-    chunk = emit("Slice", "mask", mask, emit("Neg", "start", length), end, axis)
-    positions = emit("Range", "positions", start, emit("Squeeze", "tokens", length), step)
-    found = emit("ReduceMax", "found", emit("Mul", "valid", chunk, positions), axis, keepdims=1)
-    return chunk, emit("Unsqueeze", "index", found, last)
+    length = make("Shape", "length", ids, start=1, end=2)
+    chunk = make("Slice", "mask", mask, make("Neg", "start", length), end, axis)
+    positions = make("Range", "positions", start, make("Squeeze", "tokens", length), step)
+    found = make("ReduceMax", "found", make("Mul", "valid", chunk, positions), axis, keepdims=1)
+    return chunk, make("Unsqueeze", "index", found, last)
 
 
 def keep_last_token(directory: Path) -> None:

@@ -32,7 +32,7 @@ from nbl_export.graph.names import EXIT_ROWS
 from nbl_export.graph.passes.skip_norms import SKIP_NORMS, SUM, bias_of
 from nbl_export.graph.passes.tail import LastValid
 from nbl_export.methods.base import Mixer
-from nbl_export.methods.predicted_kv.attention import ContinuingRows, exit_attention
+from nbl_export.methods.predicted_kv.attention import ContinuingRows, ExitedAttention
 from nbl_export.methods.predicted_kv.maps import PredictedKV
 from nbl_export.methods.predicted_kv.prompt_exit import prompt_exit_of
 from nbl_export.methods.predicted_kv.static import exit_static, name_rows
@@ -85,9 +85,8 @@ class PrefillExit(ir.passes.InPlacePass):
             return ir.passes.PassResult(model, modified=True)
         attentions = {layer: find_attention(block) for layer, block in blocks.items()}
         continuing = _exit(graph, find_block(graph, prompt_exit.layer).residual, next(iter(prompt_exit.maps.values())))
-        shared = Maker("", continuing.dtype, graph, "nbl.cut.layers")
         for layer, mixer in prompt_exit.maps.items():
-            exit_attention(graph, layer, attentions[layer], blocks[layer], mixer, continuing, shared)
+            ExitedAttention(layer, attentions[layer], mixer, continuing).put_choice()
         return ir.passes.PassResult(model, modified=True)
 
 
@@ -97,37 +96,30 @@ def _numbers(mixer: PredictedKV) -> tuple[int, float]:
 
 def _exit(graph: ir.Graph, x: ir.Value, mixer: PredictedKV) -> ContinuingRows:
     """Take the rows that continue of x, the stream at the exit layer."""
-    ints = Maker(f"{_PREFIX}/", _INT, graph, _CONSTANTS)
+    ints = Maker(graph, f"{_PREFIX}/", _INT, f"{_CONSTANTS}.")
     last = LastValid(graph, f"{_PREFIX}/chunk", f"{_CONSTANTS}.chunk")
     if last.chunk is None:
         raise RefusalError(None, "it has no attention_mask, from which the rows that continue are known")
     count = ints("ReduceSum", "count", last.chunk, ints.constant("row", [1]), keepdims=0)
     least = ints("ReduceMin", "least", count, keepdims=0)
-    skip = ints("Greater", "skip", least, ints.constant("most", mixer.recent_tokens + 1), kind=_BOOL)
+    skip = ints("Greater", "skip", least, ints.constant("most", mixer.recent_tokens + 1), dtype=_BOOL)
     graph.insert_before(graph[0], [*last.index, *ints.nodes])
-    maker = x.producer()
     dtype = element_type(graph, x)
-    joined = maker is not None and maker.op_type in SKIP_NORMS and x.index() == SUM
-    terms = [value for value in (maker.inputs[:2] if maker is not None and joined else [x]) if value is not None]
-    bias = bias_of(maker) if maker is not None and joined else None
-    uses = [(node, i) for value in terms for node, i in value.uses() if node is maker or not joined]
-    step = _Step(graph, ints, last.chunk, last.at, dtype)
-    choice = choose(skip, *step.branches(terms, bias, mixer), EXIT_ROWS)
+    producer = x.producer()
+    joined = producer if producer is not None and producer.op_type in SKIP_NORMS and x.index() == SUM else None
+    terms = [x] if joined is None else [value for value in joined.inputs[:2] if value is not None]
+    bias = None if joined is None else bias_of(joined)
+    uses = [(use, value) for value in terms for use in value.uses() if joined is None or use.node is joined]
+    step = _Step(ints, Maker(graph, f"{_PREFIX}/Few/", _INT), last.chunk, last.at, terms, bias, mixer, dtype)
+    choice = choose(skip, *step.branches(), EXIT_ROWS)
     rows = dict(zip(terms, choice.outputs[1:], strict=False))
-    for node, i in uses:
-        value = node.inputs[i]
-        assert value is not None
-        node.replace_input_with(i, rows[value])
-    _insert_behind(graph, terms, choice)
+    for (node, index), value in uses:
+        node.replace_input_with(index, rows[value])
+    makers = {skip.producer(), *(value.producer() for value in terms)}
+    next(node for node in reversed(graph) if node in makers).append(choice)
     _rename_rows(graph, list(rows.values()))
-    return ContinuingRows(skip, dtype, *choice.outputs[1 + len(terms) :])
-
-
-def _insert_behind(graph: ir.Graph, values: Sequence[ir.Value], node: ir.Node) -> None:
-    """Insert a node behind all makers of its values."""
-    makers = {value.producer() for value in values}
-    last = next(other for other in reversed(graph) if other in makers or str(other.name) == f"{_PREFIX}/skip")
-    graph.insert_after(last, [node])
+    shared = Maker(graph, "", dtype, f"{_CONSTANTS}.layers.")
+    return ContinuingRows(shared, skip, *choice.outputs[1 + len(terms) :])
 
 
 def _rename_rows(graph: ir.Graph, rows: Sequence[ir.Value]) -> None:
@@ -148,42 +140,45 @@ class _Step:
     """Makes the two branches at the exit layer: what all layers above it share.
 
     Attributes:
+        ints: makes constants. make: makes nodes of the branch of few rows.
         chunk: mask of this step [B, T].
         at: index of the last valid token [B, 1, 1].
+        terms, bias: the stream is their sum.
         dtype: of the stream.
     """
 
-    graph: ir.Graph
     ints: Maker
+    make: Maker
     chunk: ir.Value
     at: ir.Value
+    terms: Sequence[ir.Value]
+    bias: ir.Value | None
+    mixer: PredictedKV
     dtype: ir.DataType
 
-    def branches(
-        self, terms: Sequence[ir.Value], bias: ir.Value | None, mixer: PredictedKV
-    ) -> tuple[ir.Graph, ir.Graph]:
+    def branches(self) -> tuple[ir.Graph, ir.Graph]:
         """Few rows, and all rows. Outputs: index of the last row, the rows of terms, fields of `ContinuingRows`."""
-        few = Maker(f"{_PREFIX}/Few/", _INT)
-        every = Maker(f"{_PREFIX}/All/", _INT)
-        outputs = self._few(few, terms, bias, mixer)
+        every = Maker(self.make.graph, f"{_PREFIX}/All/", _INT)
+        outputs = self._few()
         same = [every("Identity", "last", self.at)]
-        same += [every("Identity", f"rows_{n}", value, kind=self.dtype) for n, value in enumerate(terms)]
+        same += [every("Identity", f"rows_{n}", value, dtype=self.dtype) for n, value in enumerate(self.terms)]
         for n, value in enumerate(outputs[len(same) :]):
             kind = value.dtype or _INT
-            same.append(every("Constant", f"none_{n}", kind=kind, value=ir.tensor(np.zeros(0, kind.numpy()))))
-        return ir.Graph((), outputs, nodes=few.nodes, name="Few"), ir.Graph((), same, nodes=every.nodes, name="All")
+            same.append(every("Constant", f"none_{n}", dtype=kind, value=ir.tensor(np.zeros(0, kind.numpy()))))
+        few = ir.Graph((), outputs, nodes=self.make.nodes, name="Few")
+        return few, ir.Graph((), same, nodes=every.nodes, name="All")
 
-    def _few(self, make: Maker, terms: Sequence[ir.Value], bias: ir.Value | None, mixer: PredictedKV) -> list[ir.Value]:
+    def _few(self) -> list[ir.Value]:
+        make = self.make
         number = self.ints.constant
-        dtype = self.dtype
-        recent_tokens = mixer.recent_tokens
+        recent_tokens = self.mixer.recent_tokens
         end = make("Squeeze", "end", self.at, number("last", [-1]))
         zero = make("Sub", "zero", end, end)
         near_rows = make("Add", "near_rows", end, number("near", np.arange(1 - recent_tokens, 1)[None]))
         rows = make("Concat", "rows", zero, near_rows, axis=1)
         places = make("Unsqueeze", "places", rows, number("last", [-1]))
         length = make("Shape", "length", self.chunk, start=1, end=2)
-        whole = make("Shape", "whole", graph_input(self.graph, "attention_mask"), start=1, end=2)
+        whole = make("Shape", "whole", graph_input(make.graph, "attention_mask"), start=1, end=2)
         past = make("Sub", "past", whole, length)
         tokens = make("Range", "tokens", number("first", 0), make("Squeeze", "count", length), number("step", 1))
         positions = make("Add", "positions", make("Add", "tokens_BT", zero, tokens), past)
@@ -193,36 +188,36 @@ class _Step:
         batch = make("Unsqueeze", "batch_B11", batch, number("outer", [1, 2]))
         batch = make("Add", "batch_BM1", batch, make("Sub", "nothing", places, places))
         scatter = make("Concat", "scatter", batch, places, axis=2)
-        taken = [
-            make("GatherND", f"rows_{n}", value, places, kind=dtype, batch_dims=1) for n, value in enumerate(terms)
-        ]
+        of_stream = {"dtype": self.dtype, "batch_dims": 1}
+        taken = [make("GatherND", f"rows_{n}", value, places, **of_stream) for n, value in enumerate(self.terms)]
         last = make("Add", "last_row", make("Sub", "none", self.at, self.at), number("few", recent_tokens))
-        features = self._features(make, [*terms, *([] if bias is None else [bias])], mixer)
-        return [last, *taken, features, positions, own, scatter, self._unseen(make, own, whole), past, whole]
+        return [last, *taken, self._features(), positions, own, scatter, self._unseen(own, whole), past, whole]
 
-    def _unseen(self, make: Maker, own: ir.Value, whole: ir.Value) -> ir.Value:
+    def _unseen(self, own: ir.Value, whole: ir.Value) -> ir.Value:
         """What scores get [B, 1, 1, M, P + T]: zero, or the lowest number for keys behind the query."""
-        number = self.ints.constant
-        keys = make("Range", "keys", number("first", 0), make("Squeeze", "all_keys", whole), number("step", 1))
-        seen = make("LessOrEqual", "seen", keys, make("Unsqueeze", "queries", own, number("last", [-1])), kind=_BOOL)
-        lowest = number("unseen", np.finfo(self.dtype.numpy()).min, self.dtype)
-        zero = number("seen", 0, self.dtype)
-        added = make("Where", "added", seen, zero, lowest, kind=self.dtype)
-        return make("Unsqueeze", "added_B11MS", added, number("outer", [1, 2]), kind=self.dtype)
-
-    def _features(self, make: Maker, terms: Sequence[ir.Value], mixer: PredictedKV) -> ir.Value:
+        make = self.make
         number = self.ints.constant
         dtype = self.dtype
-        x, *others = terms
+        keys = make("Range", "keys", number("first", 0), make("Squeeze", "all_keys", whole), number("step", 1))
+        seen = make("LessOrEqual", "seen", keys, make("Unsqueeze", "queries", own, number("last", [-1])), dtype=_BOOL)
+        lowest = number("unseen", np.finfo(dtype.numpy()).min, dtype)
+        added = make("Where", "added", seen, number("seen", 0, dtype), lowest, dtype=dtype)
+        return make("Unsqueeze", "added_B11MS", added, number("outer", [1, 2]), dtype=dtype)
+
+    def _features(self) -> ir.Value:
+        make = self.make
+        number = self.ints.constant
+        dtype = self.dtype
+        mixer = self.mixer
+        x, *others = self.terms if self.bias is None else (*self.terms, self.bias)
         for n, other in enumerate(others):
-            x = make("Add", f"sum_{n}", x, other, kind=dtype)
+            x = make("Add", f"sum_{n}", x, other, dtype=dtype)
         ones = number("norm", np.ones(mixer.inputs), dtype)
-        kind = "SimplifiedLayerNormalization"
-        normed: ir.Value = make(kind, "norm", x, ones, kind=dtype, axis=-1, stash_type=1, epsilon=mixer.epsilon)
+        norm = {"axis": -1, "stash_type": 1, "epsilon": mixer.epsilon}
+        normed = make("SimplifiedLayerNormalization", "norm", x, ones, dtype=dtype, **norm)
         axis = number("row", [1])
         behind = number("near_begins", [-mixer.recent_tokens])
-        skipped: ir.Value = make("Slice", "far", normed, axis, behind, axis, kind=dtype)
+        skipped = make("Slice", "far", normed, axis, behind, axis, dtype=dtype)
         until = number("before_ends", [-mixer.recent_tokens - 1])
-        before = make("Slice", "before", normed, number("begin", [0]), until, axis, kind=dtype)
-        features: ir.Value = make("Concat", "features", skipped, before, kind=dtype, axis=2)
-        return features
+        before = make("Slice", "before", normed, number("begin", [0]), until, axis, dtype=dtype)
+        return make("Concat", "features", skipped, before, dtype=dtype, axis=2)

@@ -15,7 +15,7 @@ Rotary tables and masks of the rows that continue are computed anew, from the po
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,8 +23,8 @@ import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.anatomy import AttentionBlock, Written, find_written
-from nbl_export.graph.emitter import Emitter, Maker, add_initializer, element_type, graph_input
-from nbl_export.graph.names import EXIT_ROWS, constant_name, node_name, product_name
+from nbl_export.graph.emitter import LayerMaker, Maker, element_type, graph_input
+from nbl_export.graph.names import EXIT_ROWS
 from nbl_export.graph.passes.tail import LastValid
 from nbl_export.methods.predicted_kv.maps import PredictedKV
 
@@ -51,19 +51,20 @@ def exit_static(
     dtype = element_type(graph, x)
     written = {layer: find_written(block) for layer, block in blocks.items()}
     positions = _positions(*next(iter(written.items())))
-    ints, make = (Maker(f"{_PREFIX}/", kind, graph, _CONSTANTS) for kind in (_INT, dtype))
-    step = _Step.of(graph, ints, mixer.recent_tokens)
+    ints = Maker(graph, f"{_PREFIX}/", _INT, f"{_CONSTANTS}.")
+    make = Maker(graph, f"{_PREFIX}/", dtype, f"{_CONSTANTS}.")
+    step = _Step.of(ints, mixer.recent_tokens)
     readers = tuple(x.uses())
     rows = make("GatherND", "climbing_rows", x, step.places, batch_dims=1)
     for node, index in readers:
         node.replace_input_with(index, rows)
     own = ints("GatherND", "own_positions", positions, step.places, batch_dims=1)
-    _recompute(graph, rows, _Elsewhere(graph, positions, own), {found.rotary for found in written.values()})
+    again = _recompute(graph, rows, {positions: own}, {found.rotary for found in written.values()})
     features = _features(ints, make, step, x, mixer)
-    graph.extend([*make.nodes, *ints.nodes])
+    graph.extend([*again, *make.nodes, *ints.nodes])
     for layer, found in written.items():
-        of_layer = Maker(node_name(layer, ""), dtype)
-        both = _predicted(graph, ints, of_layer, layer, maps[layer], features)
+        of_layer = LayerMaker(graph, layer, dtype)
+        both = _predicted(ints, of_layer, maps[layer], features)
         for name, skipped, node in (("Keys", both[0], found.rotary), ("Values", both[1], found.values)):
             beside = of_layer("Concat", f"{name}Beside", node.inputs[0], skipped, axis=1)
             node.replace_input_with(0, of_layer("GatherND", f"{name}InPlace", beside, step.source, batch_dims=1))
@@ -92,9 +93,9 @@ class _Step:
     end: ir.Value
 
     @classmethod
-    def of(cls, graph: ir.Graph, ints: Maker, recent_tokens: int) -> _Step:
-        last = LastValid(graph, f"{_PREFIX}/chunk", f"{_CONSTANTS}.chunk")
-        graph.extend(last.index)
+    def of(cls, ints: Maker, recent_tokens: int) -> _Step:
+        last = LastValid(ints.graph, f"{_PREFIX}/chunk", f"{_CONSTANTS}.chunk")
+        ints.graph.extend(last.index)
         zero = ints.constant("zero", 0)
         one = ints.constant("one", 1)
         column = ints.constant("column", [1])
@@ -103,10 +104,9 @@ class _Step:
         def counted(name: str, count: ir.Value) -> ir.Value:
             """0, 1, ... below a count [1], as a column."""
             found = ints("Range", f"{name}_rows", zero, ints("Squeeze", f"{name}_count", count, none), one)
-            made: ir.Value = ints("Unsqueeze", f"{name}_column", found, column)
-            return made
+            return ints("Unsqueeze", f"{name}_column", found, column)
 
-        length = ints("Shape", "length", graph_input(graph, "input_ids"), start=1, end=2)
+        length = ints("Shape", "length", graph_input(ints.graph, "input_ids"), start=1, end=2)
         few = ints("Min", "few", length, ints.constant("most", [recent_tokens + 1]))  # M
         steps_T1 = counted("all", length)
         climbing_M1 = counted("few", few)
@@ -117,39 +117,11 @@ class _Step:
         places = ints("Add", "places", climbing_M1, shifted)
         near_place = ints("Max", "near_place", ints("Sub", "from_near", steps_T1, stop), zero)
         near_place = ints("Min", "own_place", near_place, last_place)
-        behind_first = ints("Greater", "is_not_first", steps_T1, zero, kind=_BOOL)
-        is_skipped = ints("LessOrEqual", "is_before_near", steps_T1, stop, kind=_BOOL)
-        is_skipped = ints("And", "is_far", behind_first, is_skipped, kind=_BOOL)
+        behind_first = ints("Greater", "is_not_first", steps_T1, zero, dtype=_BOOL)
+        is_skipped = ints("LessOrEqual", "is_before_near", steps_T1, stop, dtype=_BOOL)
+        is_skipped = ints("And", "is_far", behind_first, is_skipped, dtype=_BOOL)
         source = ints("Where", "source", is_skipped, ints("Add", "far_place", steps_T1, last_place), near_place)
         return cls(places, source, ints("Sub", "far_end", length, last_place))
-
-
-class _Elsewhere:
-    """Computes values of the positions of a step anew, for other positions.
-
-    Args:
-        positions: of a step, [B, T]. other: of some rows.
-    """
-
-    def __init__(self, graph: ir.Graph, positions: ir.Value, other: ir.Value) -> None:
-        self._emit = Emitter(graph)
-        self._made: dict[ir.Value, ir.Value] = {positions: other}
-
-    def copy(self, value: ir.Value) -> ir.Value:
-        """The value for the other positions; the value itself if it does not depend on positions."""
-        if value not in self._made:
-            self._made[value] = self._again(value)
-        return self._made[value]
-
-    def _again(self, value: ir.Value) -> ir.Value:
-        node = value.producer()
-        if node is None:
-            return value
-        inputs = [None if given is None else self.copy(given) for given in node.inputs]
-        if all(new is old for new, old in zip(inputs, node.inputs, strict=True)):
-            return value
-        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-        return self._emit(node.op_type, *inputs, name=f"{_PREFIX}/own/{node.name}", dtype=value.dtype, **attributes)
 
 
 def _positions(layer: int, found: Written) -> ir.Value:
@@ -162,15 +134,19 @@ def _positions(layer: int, found: Written) -> ir.Value:
     return positions
 
 
-def _recompute(graph: ir.Graph, rows: ir.Value, continuing_rows: _Elsewhere, whole: Collection[ir.Node]) -> None:
-    """Let layers above the exit layer read masks and rotary tables of the rows that continue.
+def _recompute(
+    graph: ir.Graph, rows: ir.Value, moved: dict[ir.Value, ir.Value], whole: Collection[ir.Node]
+) -> Sequence[ir.Node]:
+    """Let layers above the exit layer read masks and rotary tables of the rows that continue; returns new nodes.
 
     Args:
+        moved: positions of a step -> those of the rows that continue.
         whole: nodes that will compute all rows.
     """
+    make = Maker(graph, f"{_PREFIX}/own/", output="")
     shape = graph_input(graph, "input_ids").shape
     reached = {rows}
-    for node in tuple(graph):
+    for node in graph:
         if not any(value in reached for value in node.inputs):
             continue
         reached.update(node.outputs)
@@ -180,7 +156,21 @@ def _recompute(graph: ir.Graph, rows: ir.Value, continuing_rows: _Elsewhere, who
             name_rows(value, None if shape is None else shape[1])
         for index, given in enumerate(node.inputs):
             if given is not None and given not in reached:
-                node.replace_input_with(index, continuing_rows.copy(given))
+                node.replace_input_with(index, _moved(make, given, moved))
+    return make.nodes
+
+
+def _moved(make: Maker, value: ir.Value, moved: dict[ir.Value, ir.Value]) -> ir.Value:
+    """The value computed anew from moved positions; the value itself if it does not depend on positions."""
+    node = value.producer()
+    if value in moved or node is None:
+        return moved.get(value, value)
+    inputs = [None if given is None else _moved(make, given, moved) for given in node.inputs]
+    moved[value] = value
+    if inputs != list(node.inputs):
+        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+        moved[value] = make(node.op_type, str(node.name), *inputs, dtype=value.dtype, **attributes)
+    return moved[value]
 
 
 def _features(ints: Maker, make: Maker, step: _Step, x: ir.Value, mixer: PredictedKV) -> ir.Value:
@@ -192,21 +182,12 @@ def _features(ints: Maker, make: Maker, step: _Step, x: ir.Value, mixer: Predict
     skipped = make("Slice", "far", normed, one, step.end, axis)
     end = ints("Sub", "before_end", step.end, one)
     before = make("Slice", "before", normed, ints.constant("none", [0]), end, axis)
-    features: ir.Value = make("Concat", "features", skipped, before, axis=2)
-    return features
+    return make("Concat", "features", skipped, before, axis=2)
 
 
-def _predicted(
-    graph: ir.Graph, ints: Maker, make: Maker, layer: int, mixer: PredictedKV, features: ir.Value
-) -> tuple[ir.Value, ir.Value]:
+def _predicted(ints: Maker, make: LayerMaker, mixer: PredictedKV, features: ir.Value) -> tuple[ir.Value, ir.Value]:
     """Keys before rotary embedding, and values, of the skipped rows."""
-    dtype = element_type(graph, features)
-    weight, bias = (
-        add_initializer(graph, constant_name(layer, name), np.ascontiguousarray(array), dtype)
-        for name, array in (("weight", mixer.weight.T), ("bias", mixer.bias))
-    )
-    made = make("MatMul", product_name(layer, "weight").rpartition("/")[2], features, weight)
-    made = make("Add", "Add", made, bias)
+    made = make.add(make.matmul(features, mixer.weight, "weight"), mixer.bias, "bias")
     axis = ints.constant("width_axis", [2])
     width = len(mixer.bias) // 2
     start, middle, end = (ints.constant(f"width_{n}", [n]) for n in (0, width, 2 * width))

@@ -50,7 +50,7 @@ import numpy as np
 import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
-from nbl_export.graph.emitter import Emitter, cache_slots, drop_input, graph_input, need, shape_of, size, type_of
+from nbl_export.graph.emitter import Maker, drop_input, graph_input, need, shape_of, size, type_of
 
 __all__ = ["POSITIONS", "DerivedPositions", "ExplicitMasks", "HeadMajorCaches", "TrimRotaryTables"]
 
@@ -62,33 +62,34 @@ class HeadMajorCaches(ir.passes.InPlacePass):
     """Bring caches and attention to [B, heads, slots, head], and name the caches as the rewrite knows them."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        emit = Emitter(model.graph)
+        make = Maker(model.graph, output="")
         attentions = [n for n in model.graph if n.op_type == "Attention"]
         for node in attentions:
-            _rebuild(emit, node)
+            _rebuild(make, node)
         model.graph.remove(attentions, safe=True)
+        model.graph.extend(make.nodes)
         return ir.passes.PassResult(model, bool(attentions))
 
 
-def _rebuild(emit: Emitter, node: ir.Node) -> None:
+def _rebuild(make: Maker, node: ir.Node) -> None:
     query, key, value = (need(v, f"query, key and value of {node.name}") for v in node.inputs[:3])
     q_heads, kv_heads = (node.attributes.get_int(f"{part}_num_heads") for part in ("q", "kv"))
     if not q_heads or not kv_heads:
         raise RefusalError(None, f"{node.name} is not a three-dimensional Attention with its numbers of heads")
-    head, _ = (_rebuild_cache(emit, cache, kv_heads) for cache in (key, value))
+    head, _ = (_rebuild_cache(make, cache, kv_heads) for cache in (key, value))
     layer = node.name or ""
-    inputs = [_to_heads(emit, query, q_heads, head, f"{layer}/query"), *node.inputs[1:]]
+    by_head = _to_heads(make, query, q_heads, head, f"{layer}/query")
     attributes = {name: a.value for name, a in node.attributes.items() if name in _KEPT_ATTRIBUTES}
-    attention = emit("Attention", *inputs, name=f"{layer}/heads", **attributes)
-    token_major = emit("Transpose", attention, name=f"{layer}/token_major", perm=[0, 2, 1, 3])
+    attention = make("Attention", f"{layer}/heads", by_head, *node.inputs[1:], **attributes)
+    token_major = make("Transpose", f"{layer}/token_major", attention, perm=[0, 2, 1, 3])
     width = q_heads * head
-    shape = emit.constant(f"shape_0_0_{width}", np.array([0, 0, width], np.int64))
+    shape = make.constant(f"shape_0_0_{width}", [0, 0, width])
     dims = [*shape_of(query)[:2], width]
-    out = emit("Reshape", token_major, shape, name=f"{layer}/out", dtype=node.outputs[0].dtype, shape=dims)
+    out = make("Reshape", f"{layer}/out", token_major, shape, dtype=node.outputs[0].dtype, shape=dims)
     node.outputs[0].replace_all_uses_with(out)
 
 
-def _rebuild_cache(emit: Emitter, updated: ir.Value, kv_heads: int) -> int:
+def _rebuild_cache(make: Maker, updated: ir.Value, kv_heads: int) -> int:
     """Bring one TensorScatter and its cache to head-major order; returns the head size."""
     scatter = updated.producer()
     if scatter is None or scatter.op_type != "TensorScatter":
@@ -101,7 +102,7 @@ def _rebuild_cache(emit: Emitter, updated: ir.Value, kv_heads: int) -> int:
         )
     batch, cache_length, _ = shape_of(cache)
     head = size(cache, 2) // kv_heads
-    scatter.replace_input_with(1, _to_heads(emit, update, kv_heads, head, f"{scatter.name}/update"))
+    scatter.replace_input_with(1, _to_heads(make, update, kv_heads, head, f"{scatter.name}/update"))
     scatter.attributes["axis"] = ir.AttrInt64("axis", 2)
     kind, index = match.groups()
     dtype = type_of(cache)
@@ -112,11 +113,10 @@ def _rebuild_cache(emit: Emitter, updated: ir.Value, kv_heads: int) -> int:
     return head
 
 
-def _to_heads(emit: Emitter, value: ir.Value, heads: int, head: int, name: str) -> ir.Value:
+def _to_heads(make: Maker, value: ir.Value, heads: int, head: int, name: str) -> ir.Value:
     """[B, T, heads*head] -> [B, heads, T, head]."""
-    shape = emit.constant(f"shape_0_0_{heads}_{head}", np.array([0, 0, heads, head], np.int64))
-    split = emit("Reshape", value, shape, name=f"{name}/split")
-    return emit("Transpose", split, name=name, perm=[0, 2, 1, 3])
+    shape = make.constant(f"shape_0_0_{heads}_{head}", [0, 0, heads, head])
+    return make("Transpose", name, make("Reshape", f"{name}/split", value, shape), perm=[0, 2, 1, 3])
 
 
 _BOOL = ir.DataType.BOOL
@@ -136,7 +136,7 @@ class ExplicitMasks(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
-        emit = Emitter(model.graph)
+        make = Maker(graph, output="")
         positions = next((o for n in graph for o in n.outputs if o.name == POSITIONS), None)
         if positions is None:
             raise RefusalError(None, "it has no positions, which the masks need; run DerivedPositions first")
@@ -145,29 +145,30 @@ class ExplicitMasks(ir.passes.InPlacePass):
             key = need(node.inputs[1], f"keys of {node.name}")
             window = self._windows[int(str(key.name).split(".")[1])]
             if window not in masks:
-                masks[window] = _mask(emit, positions, cache_slots(graph), window)
+                masks[window] = _mask(make, positions, size(key, 2), window)
             node.resize_inputs(4)  # drops nonpad_kv_seqlen
             node.replace_input_with(3, masks[window])
             node.attributes.pop("is_causal", None)
+        graph.extend(make.nodes)
         drop_input(graph, graph_input(graph, "nonpad_kv_seqlen"))
         return ir.passes.PassResult(model, True)
 
 
-def _mask(emit: Emitter, positions: ir.Value, cache_length: int, window: int | None) -> ir.Value:
+def _mask(make: Maker, positions: ir.Value, cache_length: int, window: int | None) -> ir.Value:
     batch, tokens = shape_of(positions)
     column = [batch, 1, tokens, 1]
     full = [batch, 1, tokens, cache_length]
     name = "mask" if window is None else f"mask_window_{window}"
-    keys = emit.constant("cache_slots", np.arange(cache_length, dtype=np.int64).reshape(1, 1, 1, cache_length))
-    axes = emit.constant("axes_1_3", np.array([1, 3], np.int64))
-    query = emit("Unsqueeze", positions, axes, name=f"{name}/query", dtype=_I64, shape=column)
-    causal = emit("LessOrEqual", keys, query, name=f"{name}/causal", dtype=_BOOL, shape=full)
+    keys = make.constant("cache_slots", np.arange(cache_length).reshape(1, 1, 1, cache_length))
+    axes = make.constant("axes_1_3", [1, 3])
+    query = make("Unsqueeze", f"{name}/query", positions, axes, dtype=_I64, shape=column)
+    causal = make("LessOrEqual", f"{name}/causal", keys, query, dtype=_BOOL, shape=full)
     if window is None or window >= cache_length:
         return causal
-    width = emit.constant(f"window_{window}", np.array(window, np.int64))
-    start = emit("Sub", query, width, name=f"{name}/start", dtype=_I64, shape=column)
-    near = emit("Greater", keys, start, name=f"{name}/near", dtype=_BOOL, shape=full)
-    return emit("And", causal, near, name=name, dtype=_BOOL, shape=full)
+    width = make.constant(f"window_{window}", window)
+    start = make("Sub", f"{name}/start", query, width, dtype=_I64, shape=column)
+    near = make("Greater", f"{name}/near", keys, start, dtype=_BOOL, shape=full)
+    return make("And", name, causal, near, dtype=_BOOL, shape=full)
 
 
 class TrimRotaryTables(ir.passes.InPlacePass):
@@ -212,26 +213,20 @@ class DerivedPositions(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
-        emit = Emitter(model.graph)
+        make = Maker(graph, dtype=_I64, output="")
         given = graph_input(graph, "position_ids")
         ids = graph_input(graph, "input_ids")
         write = graph_input(graph, "write_indices")
+        slots = size(graph_input(graph, "past_key_values.0.key"), 2)
         batch, tokens = shape_of(ids)
-        steps = _count_up(emit, ids, tokens)
-        axis = emit.constant("axis_1", np.array([1], np.int64))
-        base = emit("Unsqueeze", write, axis, name="positions/base", dtype=_I64, shape=[batch, 1])
-        free = emit("Add", base, steps, name="positions/free", dtype=_I64, shape=[batch, tokens])
-        last = emit.constant("last_slot", np.array(cache_slots(graph) - 1, np.int64))
-        positions = emit("Min", free, last, name=POSITIONS, dtype=_I64, shape=[batch, tokens])
+        count = make("Shape", "positions/count", ids, shape=[1], start=1, end=2)
+        stop = make("Squeeze", "positions/stop", count, make.constant("axis_0", [0]), shape=[])
+        zero = make.constant("zero", 0)
+        steps = make("Range", "positions/steps", zero, stop, make.constant("one", 1), shape=[tokens])
+        base = make("Unsqueeze", "positions/base", write, make.constant("axis_1", [1]), shape=[batch, 1])
+        free = make("Add", "positions/free", base, steps, shape=[batch, tokens])
+        positions = make("Min", POSITIONS, free, make.constant("last_slot", slots - 1), shape=[batch, tokens])
+        graph.extend(make.nodes)
         given.replace_all_uses_with(positions)
         drop_input(graph, given)
         return ir.passes.PassResult(model, True)
-
-
-def _count_up(emit: Emitter, ids: ir.Value, tokens: int | ir.SymbolicDim) -> ir.Value:
-    """0, 1, ... T - 1."""
-    count = emit("Shape", ids, name="positions/count", dtype=_I64, shape=[1], start=1, end=2)
-    axis = emit.constant("axis_0", np.array([0], np.int64))
-    stop = emit("Squeeze", count, axis, name="positions/stop", dtype=_I64, shape=[])
-    zero, one = (emit.constant(name, np.array(n, np.int64)) for n, name in enumerate(("zero", "one")))
-    return emit("Range", zero, stop, one, name="positions/steps", dtype=_I64, shape=[tokens])

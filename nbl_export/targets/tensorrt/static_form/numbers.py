@@ -38,7 +38,7 @@ import numpy as np
 import onnx_ir as ir
 
 from nbl_export.errors import NblError, RefusalError
-from nbl_export.graph.emitter import Emitter, need, size, type_of
+from nbl_export.graph.emitter import Maker, need, size, type_of
 from nbl_export.graph.quantised import quantize_weight
 
 __all__ = ["INT4_BLOCK", "BlockInt4", "CastFloats", "ScaledQueries"]
@@ -91,19 +91,20 @@ class ScaledQueries(ir.passes.InPlacePass):
     """Multiply each query by the attention scale and set the attribute to 1; run after `HeadMajorCaches`."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        emit = Emitter(model.graph)
-        changed = [_scale(emit, node) for node in model.graph if node.op_type == "Attention"]
+        make = Maker(model.graph, output="")
+        changed = [_scale(make, node) for node in model.graph if node.op_type == "Attention"]
+        model.graph.extend(make.nodes)
         return ir.passes.PassResult(model, any(changed))
 
 
-def _scale(emit: Emitter, node: ir.Node) -> bool:
+def _scale(make: Maker, node: ir.Node) -> bool:
     """Move the scale of one Attention to its query; False if its scale is 1 already."""
     query, key = (need(v, f"query and keys of {node.name}") for v in node.inputs[:2])
     scale = node.attributes.get_float("scale", size(key, 3) ** -0.5)
     if scale == 1.0:
         return False
-    factor = emit.constant(f"query_scale_{scale:.9g}", np.array(scale, np.float32))
-    node.replace_input_with(0, emit("Mul", query, factor, name=f"{query.name}/scaled", dtype=type_of(key)))
+    factor = make.constant(f"query_scale_{scale:.9g}", scale, ir.DataType.FLOAT)
+    node.replace_input_with(0, make("Mul", f"{query.name}/scaled", query, factor, dtype=type_of(key)))
     node.attributes["scale"] = ir.AttrFloat32("scale", 1.0)
     return True
 
