@@ -20,13 +20,12 @@ import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.caches import graph_caches
-from nbl_export.graph.emitter import values_read
+from nbl_export.graph.emitter import need, values_read
 from nbl_export.graph.passes.skip_norms import SKIP_NORMS
 
 __all__ = [
     "PRODUCTS",
     "AttentionBlock",
-    "Join",
     "Written",
     "cache_layers",
     "find_attention",
@@ -45,36 +44,26 @@ _DEPTH = 8
 
 
 @dataclass(frozen=True)
-class Join:
-    """Where a layer's output for the sequence, of attention or of a mixer, meets the residual stream."""
+class AttentionBlock:
+    """One layer's attention: its caches, and the join at which its output meets the residual stream."""
 
     layer: int
     join: ir.Node
     branch_index: int  # which input of `join` is the layer's output
-
-    @property
-    def branch(self) -> ir.Value:
-        """The layer's output, as the join adds it to the residual."""
-        value = self.join.inputs[self.branch_index]
-        assert value is not None
-        return value
-
-    @property
-    def residual(self) -> ir.Value:
-        """The other operand, the layer's input."""
-        value = self.join.inputs[1 - self.branch_index]
-        assert value is not None
-        return value
-
-
-@dataclass(frozen=True)
-class AttentionBlock(Join):
-    """One layer's attention: its caches, and its join."""
-
     pasts: tuple[ir.Value, ...]
     presents: tuple[ir.Value, ...]
     projected: tuple[ir.Value, ...]  # inputs of the block's first products (q, k, v)
     normed: ir.Value | None  # the only projected value, if it is not the residual and the join takes all tokens
+
+    @property
+    def branch(self) -> ir.Value:
+        """The layer's output, as the join adds it to the residual."""
+        return need(self.join.inputs[self.branch_index], f"an output of layer {self.layer}")
+
+    @property
+    def residual(self) -> ir.Value:
+        """The other operand, the layer's input."""
+        return need(self.join.inputs[1 - self.branch_index], f"an input of layer {self.layer}")
 
 
 @dataclass(frozen=True)
@@ -130,8 +119,7 @@ def find_attention(block: AttentionBlock) -> ir.Node:
         RefusalError: no such operator; the block rotates keys itself, or joins them with its cache.
     """
     for node in block.pasts[0].consumers():
-        rotary = node.attributes.get("do_rotary") if node.op_type == "GroupQueryAttention" else None
-        if rotary is not None and rotary.as_int() == 1:
+        if node.op_type == "GroupQueryAttention" and node.attributes.get_int("do_rotary", 0) == 1:
             return node
     raise RefusalError(block.layer, "its attention is no GroupQueryAttention that rotates keys, so it takes no others")
 

@@ -12,7 +12,7 @@ first get a kept cache, which has the same dimensions. Refuses a cache that any 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -75,29 +75,17 @@ class RenumberCaches(ir.passes.InPlacePass):
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        plan = list(_plan(graph_caches(model.graph)))
-        _refuse_taken(model.graph, plan)
-        changed = [value.name != name for value, name in plan]
-        for value, name in plan:
-            value.name = name
-        return ir.passes.PassResult(model, modified=any(changed))
-
-
-def _plan(caches: dict[int, tuple[tuple[ir.Value, ...], tuple[ir.Value, ...]]]) -> Iterator[tuple[ir.Value, str]]:
-    """Value and new name of every cache tensor."""
-    for index, (layer, (pasts, presents)) in enumerate(caches.items()):
-        for value in (*pasts, *presents):
-            if str(value.name).count(".") != 2:
-                raise RefusalError(layer, f"its cache is called {value.name}, which cannot be renumbered")
-            stem, _, part = str(value.name).split(".")
-            yield value, f"{stem}.{index}.{part}"
-
-
-def _refuse_taken(graph: ir.Graph, names: list[tuple[ir.Value, str]]) -> None:
-    """Refuse a new name that a value other than a cache already has."""
-    ours = {id(value) for value, _ in names}
-    wanted = {name for _, name in names}
-    others = [*graph.inputs, *graph.initializers.values(), *(o for n in graph for o in n.outputs)]
-    for value in others:
-        if value.name in wanted and id(value) not in ours:
-            raise RefusalError(None, f"the name {value.name} is needed for a cache and taken by another value")
+        names: dict[ir.Value, str] = {}
+        for index, (layer, (pasts, presents)) in enumerate(graph_caches(model.graph).items()):
+            for value in (*pasts, *presents):
+                if str(value.name).count(".") != 2:
+                    raise RefusalError(layer, f"its cache is called {value.name}, which cannot be renumbered")
+                stem, _, part = str(value.name).split(".")
+                names[value] = f"{stem}.{index}.{part}"
+        values = ir.convenience.create_value_mapping(model.graph)
+        for name in names.values():
+            if name in values and values[name] not in names:
+                raise RefusalError(None, f"the name {name} is needed for a cache and taken by another value")
+        modified = any(value.name != name for value, name in names.items())
+        ir.convenience.rename_values(list(names), list(names.values()))
+        return ir.passes.PassResult(model, modified)

@@ -61,7 +61,7 @@ def _scheme_of(graph: ir.Graph) -> _Scheme | None:
         _Scheme(
             node.attributes["bits"].as_int(),
             node.attributes["block_size"].as_int(),
-            node.attributes["accuracy_level"].as_int() if "accuracy_level" in node.attributes else 0,
+            node.attributes.get_int("accuracy_level", 0),
             len(node.inputs) < 4 or node.inputs[3] is None,
         )
         for node in graph

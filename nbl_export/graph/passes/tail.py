@@ -42,6 +42,7 @@ from nbl_export.graph.names import ALL_LOGITS_FILE, EXIT_ROWS, graph_file
 __all__ = ["LastValid", "PruneTail", "difference", "keep_last_token"]
 
 _PREFIX = "/nbl/tail"  # begins the names of all nodes that tail pruning adds
+_UNKNOWN = ("batch_size", "sequence_length", "vocab_size")  # dimensions of logits whose shape is not stated
 _LEAST_OPSET = 18  # the first in which ReduceMax takes its axes as an input
 
 
@@ -53,7 +54,8 @@ class PruneTail(ir.passes.InPlacePass):
         logits = next((v for v in graph.outputs if v.name == "logits"), None)
         if logits is None:
             raise RefusalError(None, "it has no output named logits; only its last position could be pruned")
-        if logits.shape is not None and len(logits.shape) == 3 and logits.shape[1] == 1:
+        dims = logits.shape if logits.shape is not None and len(logits.shape) == 3 else _UNKNOWN
+        if dims[1] == 1:
             return ir.passes.PassResult(model, modified=False)
         block = find_block(graph, cache_layers(graph)[-1])
         tail = _tail_of(graph, block.join)
@@ -71,7 +73,7 @@ class PruneTail(ir.passes.InPlacePass):
         block.join.prepend(take.nodes[1])
         for value in (v for node in (*tail, *(node for node, _ in way)) for v in node.outputs):
             value.shape = None
-        logits.shape = ir.Shape([_batch(graph), 1, _width(graph, logits)])
+        logits.shape = ir.Shape([dims[0], 1, dims[2]])
         return ir.passes.PassResult(model, modified=True)
 
 
@@ -108,7 +110,7 @@ def _is_for_each_token(node: ir.Node, entering: int) -> bool:
     if node.op_type in ("Add", "Mul"):
         return all(v.shape is not None and all(n == 1 for n in v.shape[:-1]) for v in others)
     if node.op_type in ("SimplifiedLayerNormalization", "RMSNormalization"):
-        return entering == 0 and ("axis" not in node.attributes or node.attributes["axis"].as_int() in (-1, 2))
+        return entering == 0 and node.attributes.get_int("axis", -1) in (-1, 2)
     return node.op_type == "Cast"
 
 
@@ -132,21 +134,6 @@ def _check_tail(layer: int, join: ir.Node, tail: list[ir.Node]) -> None:
         outside = [v for v in values_read(node) if v not in made and not is_constant(v)]
         if outside and node is not join:
             raise RefusalError(layer, f"{node.name or node.op_type} behind the last attention reads {outside[0].name}")
-
-
-def _batch(graph: ir.Graph) -> str:
-    shape = next(v for v in graph.inputs if v.name == "input_ids").shape
-    return str(shape[0]) if shape is not None else "batch_size"
-
-
-def _width(graph: ir.Graph, logits: ir.Value) -> int | str:
-    producer = logits.producer()
-    weight = producer.inputs[1] if producer is not None and producer.op_type == "MatMul" else None
-    if weight is not None and weight.shape is not None and isinstance(weight.shape[-1], int):
-        return weight.shape[-1]
-    if producer is not None and "N" in producer.attributes:  # MatMulNBits
-        return producer.attributes["N"].as_int()
-    return "vocab_size"
 
 
 class LastValid:

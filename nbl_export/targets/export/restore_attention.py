@@ -53,7 +53,8 @@ def restore_attention(checkpoint: Path, out: Path) -> None:
     model = read_graph(out / GRAPH_FILE)
     nodes = _attention_by_layer(model.graph)
     windows = windows_of(config)
-    scale = _scale(config)
+    scalar = ARCHITECTURES[config.model_type].score_scalar
+    scale = None if scalar is None else float(getattr(config, scalar)) ** -0.5  # None is (head size) ** -0.5
     changed = [_set_window(node, windows[layer]) for layer, node in nodes.items()]
     changed += [_set_scale(node, scale) for node in nodes.values() if scale is not None]
     changed += [_drop_rotary_size(node) for node in nodes.values()]
@@ -86,12 +87,6 @@ def _set_window(node: ir.Node, window: int | None) -> bool:
 
 def _drop_rotary_size(node: ir.Node) -> bool:
     return node.attributes.pop("rotary_embedding_dim", None) is not None
-
-
-def _scale(config: Any) -> float | None:
-    """The factor of attention scores; None if it is one over the root of the head size."""
-    name = ARCHITECTURES[config.model_type].score_scalar
-    return None if name is None else float(getattr(config, name)) ** -0.5
 
 
 def _set_scale(node: ir.Node, scale: float) -> bool:
@@ -145,11 +140,8 @@ def _restore_tables(graph: ir.Graph, nodes: dict[int, ir.Node], config: Any) -> 
                 continue
             if kind not in right:
                 right[kind] = _tables(config, kind)
-            wanted = right[kind]
-            if wanted is None:
-                continue
-            exact = wanted[index - _COS]
-            if not _differs(table, exact):
+            exact = (right[kind] or (None, None))[index - _COS]
+            if exact is None or not _differs(table, exact):
                 continue
             key = (str(table.name), kind)
             given = table.const_value.numpy()
@@ -157,8 +149,9 @@ def _restore_tables(graph: ir.Graph, nodes: dict[int, ir.Node], config: Any) -> 
                 done[key] = register(graph, ir.tensor(exact.astype(given.dtype), name=f"{table.name}.{kind or 'all'}"))
             node.replace_input_with(index, done[key])
             changed.append(True)
-    if any(changed):
-        _drop_unread(graph)
+    unread = [name for name, value in graph.initializers.items() if not value.uses() and not value.is_graph_output()]
+    for name in unread if any(changed) else ():
+        del graph.initializers[name]
     return changed
 
 
@@ -205,9 +198,3 @@ def _tables(config: Any, kind: str | None) -> tuple[np.ndarray, np.ndarray] | No
     half = cos.shape[-1] // 2
     size = half if torch.equal(cos[..., :half], cos[..., half:]) else 2 * half  # GPT-OSS: each angle once
     return cos[0, :, :size].numpy(), sin[0, :, :size].numpy()
-
-
-def _drop_unread(graph: ir.Graph) -> None:
-    for name, value in list(graph.initializers.items()):
-        if not value.uses() and not value.is_graph_output():
-            del graph.initializers[name]

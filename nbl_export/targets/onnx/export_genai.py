@@ -198,14 +198,8 @@ def _alone(whole: Any, node: Any) -> Any:
     """A model of a copy of the node and its weight."""
     import onnx_ir as ir
 
-    inputs = [ir.Value(name=v.name, shape=v.shape, type=v.type, const_value=v.const_value) for v in node.inputs]
-    weights = [value for value in inputs if value.const_value is not None]
-    outputs = [ir.Value(name=v.name, shape=v.shape, type=v.type) for v in node.outputs]
-    copy = ir.Node(node.domain, node.op_type, inputs, node.attributes.values(), outputs=outputs, name=node.name)
-    given = [value for value in inputs if value.const_value is None]
-    imports = whole.graph.opset_imports
-    graph = ir.Graph(given, outputs, nodes=[copy], initializers=weights, opset_imports=dict(imports), name="rounded")
-    return ir.Model(graph, ir_version=whole.ir_version)
+    given = [value for value in node.inputs if value.const_value is None]
+    return ir.Model(ir.convenience.extract(whole.graph, given, node.outputs), ir_version=whole.ir_version)
 
 
 def _take_place(node: Any, made: Any, weight: Any) -> None:
@@ -226,10 +220,8 @@ def _take_place(node: Any, made: Any, weight: Any) -> None:
     made.outputs.clear()
     made.remove(nodes)
     known = {value.name: value for value in node.inputs} | dict(whole.initializers)
-    for new in nodes:
-        for position, value in enumerate(new.inputs):
-            if value is not None and value.name in known:
-                new.replace_input_with(position, known[value.name])
+    for value in (*made.inputs, *made.initializers.values()):
+        value.replace_all_uses_with(known[value.name])
     ir.convenience.replace_nodes_and_values(whole, node, [node], nodes, node.outputs, outputs)
     if not weight.uses():
         del whole.initializers[weight.name]

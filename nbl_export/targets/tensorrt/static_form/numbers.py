@@ -32,8 +32,6 @@ quality than it saves. TensorRT's documentation names blocks of 64 and 128 for i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import onnx_ir as ir
 
@@ -58,7 +56,8 @@ class CastFloats(ir.passes.InPlacePass):
         for node in graph:
             if node.op_type in ("Cast", "CastLike", "Constant", "ConstantOfShape"):
                 raise RefusalError(None, f"{node.name} is a {node.op_type}, which may fix a float type")
-        values = [v for v in _values(graph) if v.dtype in _FLOATS and v.dtype != self._dtype]
+        named = ir.convenience.create_value_mapping(graph).values()
+        values = [v for v in named if v.dtype in _FLOATS and v.dtype != self._dtype]
         for value in values:
             if value.const_value is not None:
                 value.const_value = self._cast(value.const_value)
@@ -78,13 +77,6 @@ class CastFloats(ir.passes.InPlacePass):
             return ir.tensor(array, dtype=self._dtype, name=wide.name)
 
         return ir.LazyTensor(narrow, dtype=self._dtype, shape=ir.Shape(wide.shape.numpy()), name=wide.name)
-
-
-def _values(graph: ir.Graph) -> Iterator[ir.Value]:
-    yield from graph.inputs
-    yield from graph.initializers.values()
-    for node in graph:
-        yield from node.outputs
 
 
 class ScaledQueries(ir.passes.InPlacePass):
