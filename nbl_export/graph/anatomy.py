@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.caches import graph_caches
-from nbl_export.graph.emitter import need, values_read
+from nbl_export.graph.emitter import ancestors, need, values_read
 from nbl_export.graph.passes.skip_norms import SKIP_NORMS
 
 __all__ = [
@@ -168,7 +168,7 @@ def _projected(residual: ir.Value, branch: ir.Value, join: ir.Node) -> tuple[ir.
     beside = whole.producer()
     if beside is not None and beside.op_type in SKIP_NORMS:
         starts.append(beside.outputs[0])
-    needed = _ancestors(branch, stop=set(starts))
+    needed = ancestors(branch, set(starts), without=_READS_ONLY_SHAPE)
     found: dict[ir.Value, None] = {}
     seen: set[ir.Value] = set()
     while starts:
@@ -192,21 +192,6 @@ def _whole(residual: ir.Value) -> ir.Value:
     taken = node is not None and node.op_type in _TAKES_TOKENS
     source = node.inputs[0] if taken and node is not None else None
     return residual if source is None or is_constant(source) else source
-
-
-def _ancestors(value: ir.Value, stop: set[ir.Value]) -> set[ir.Value]:
-    """The value and all values that it is computed from; the search ends at `stop`."""
-    found: set[ir.Value] = set()
-    waiting = [value]
-    while waiting:
-        here = waiting.pop()
-        if here in found:
-            continue
-        found.add(here)
-        producer = here.producer()
-        if here not in stop and producer is not None and producer.op_type not in _READS_ONLY_SHAPE:
-            waiting.extend(values_read(producer))
-    return found
 
 
 def _find_join(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,9 @@ from nbl_export.graph.names import constant_name, node_name, product_name
 __all__ = [
     "LayerMaker",
     "Maker",
+    "ancestors",
     "choose",
+    "dependent_nodes",
     "drop_input",
     "element_type",
     "graph_input",
@@ -127,6 +129,35 @@ def values_read(node: ir.Node) -> Iterator[ir.Value]:
         inner = attribute.as_graph()
         made = {value for user in inner for value in user.outputs} | {*inner.inputs, *inner.initializers.values()}
         yield from (value for user in inner for value in values_read(user) if value not in made)
+
+
+def dependent_nodes(graph: ir.Graph, values: Iterable[ir.Value]) -> Iterator[ir.Node]:
+    """Nodes that are computed from some of the values, in the order of the graph."""
+    reached = set(values)
+    for node in graph:
+        if any(value in reached for value in values_read(node)):
+            reached.update(node.outputs)
+            yield node
+
+
+def ancestors(value: ir.Value, stop: Collection[ir.Value], without: Collection[str] = ()) -> dict[ir.Value, None]:
+    """The value and all values that it is computed from; the search ends at `stop`.
+
+    Args:
+        without: operators whose inputs do not count.
+    """
+    found: dict[ir.Value, None] = {}
+    waiting = [value]
+    while waiting:
+        here = waiting.pop()
+        if here in found:
+            continue
+        found[here] = None
+        producer = here.producer()
+        ends = here in stop and here is not value
+        if not ends and producer is not None and producer.op_type not in without:
+            waiting.extend(values_read(producer))
+    return found
 
 
 def need(value: ir.Value | None, what: str) -> ir.Value:

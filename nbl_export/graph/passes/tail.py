@@ -35,7 +35,7 @@ import onnx_ir as ir
 from nbl_export.errors import RefusalError
 from nbl_export.graph.anatomy import cache_layers, find_block, is_constant
 from nbl_export.graph.caches import is_static
-from nbl_export.graph.emitter import Maker, need, values_read
+from nbl_export.graph.emitter import Maker, dependent_nodes, need, values_read
 from nbl_export.graph.files import read_graph
 from nbl_export.graph.names import ALL_LOGITS_FILE, EXIT_ROWS, graph_file
 
@@ -58,7 +58,7 @@ class PruneTail(ir.passes.InPlacePass):
         if dims[1] == 1:
             return ir.passes.PassResult(model, modified=False)
         block = find_block(graph, cache_layers(graph)[-1])
-        tail = _tail_of(graph, block.join)
+        tail = [block.join, *dependent_nodes(graph, block.join.outputs)]
         _check_tail(block.layer, block.join, tail)
         index, at = _last_row(graph)
         way = _way_of_single_tokens(block.join, block.branch_index)
@@ -114,16 +114,6 @@ def _is_for_each_token(node: ir.Node, entering: int) -> bool:
     return node.op_type == "Cast"
 
 
-def _tail_of(graph: ir.Graph, join: ir.Node) -> list[ir.Node]:
-    reached = set(join.outputs)
-    tail = [join]
-    for node in graph:
-        if node is not join and any(v in reached for v in values_read(node)):
-            reached.update(node.outputs)
-            tail.append(node)
-    return tail
-
-
 def _check_tail(layer: int, join: ir.Node, tail: list[ir.Node]) -> None:
     """Refuse a tail in which anything but its first join depends on the tokens."""
     made = {v for node in tail for v in node.outputs}
@@ -162,39 +152,34 @@ class LastValid:
     def __init__(self, graph: ir.Graph, prefix: str = _PREFIX, constants: str = "nbl.tail") -> None:
         make = Maker(graph, f"{prefix}/", ir.DataType.INT64, f"{constants}.")
         self.index = make.nodes
-        self.chunk, self.at = _index(graph, make)
+        self.chunk: ir.Value | None = None
+        inputs = {str(v.name): v for v in graph.inputs}
+        if is_static(graph):
+            self.at = _from_counts(make, inputs["input_ids"], inputs["write_indices"])
+            return
+        if "input_ids" not in inputs or "attention_mask" not in inputs:
+            raise RefusalError(None, "it has no input_ids and attention_mask, from which the last valid token is known")
+        mask = inputs["attention_mask"]
+        if graph.opset_imports.get("", 0) < _LEAST_OPSET:
+            raise RefusalError(
+                None, f"its operators are of opset {graph.opset_imports.get('')}, not {_LEAST_OPSET} or later"
+            )
+        if mask.dtype != ir.DataType.INT64:
+            raise RefusalError(None, f"its attention_mask is {mask.dtype}, not int64")
+        self.chunk, self.at = _from_mask(make, inputs["input_ids"], mask)
 
 
-def _index(graph: ir.Graph, make: Maker) -> tuple[ir.Value | None, ir.Value]:
-    """The mask of this chunk, if there is one, and the index [B, 1, 1]."""
-    inputs = {str(v.name): v for v in graph.inputs}
-    if is_static(graph):
-        return None, _from_counts(make, _add_counts(graph, inputs["input_ids"], inputs["write_indices"]))
-    if "input_ids" not in inputs or "attention_mask" not in inputs:
-        raise RefusalError(None, "it has no input_ids and attention_mask, from which the last valid token is known")
-    mask = inputs["attention_mask"]
-    if graph.opset_imports.get("", 0) < _LEAST_OPSET:
-        raise RefusalError(
-            None, f"its operators are of opset {graph.opset_imports.get('')}, not {_LEAST_OPSET} or later"
-        )
-    if mask.dtype != ir.DataType.INT64:
-        raise RefusalError(None, f"its attention_mask is {mask.dtype}, not int64")
-    return _from_mask(make, inputs["input_ids"], mask)
-
-
-def _add_counts(graph: ir.Graph, ids: ir.Value, writes: ir.Value) -> ir.Value:
+def _from_counts(make: Maker, ids: ir.Value, writes: ir.Value) -> ir.Value:
+    """The index, by the input num_tokens, which is added."""
     counts = ir.val("num_tokens", ir.DataType.INT64, None if ids.shape is None else ir.Shape(ids.shape[:1]))
-    graph.inputs.insert(list(graph.inputs).index(writes) + 1, counts)
-    return counts
-
-
-def _from_counts(make: Maker, counts: ir.Value) -> ir.Value:
+    make.graph.inputs.insert(list(make.graph.inputs).index(writes) + 1, counts)
     last = make("Sub", "last", counts, make.constant("one", 1))
     found = make("Max", "found", last, make.constant("zero", 0))
     return make("Unsqueeze", "index", found, make.constant("axes", [1, 2]))
 
 
 def _from_mask(make: Maker, ids: ir.Value, mask: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The mask of this chunk, and the index."""
     end, start, step, axis, last = (
         make.constant(name, values)
         for name, values in (

@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from nbl_export.graph.anatomy import find_block
-from nbl_export.graph.emitter import element_type, values_read
+from nbl_export.graph.emitter import ancestors, element_type
 from nbl_export.graph.files import load_graph
 from nbl_export.graph.session import open_session, returning_memory
 from nbl_export.methods.base import NumpyMixers, tapped
@@ -132,17 +132,6 @@ def _parts(
 
 def _read(value: ir.Value, stops: Collection[ir.Value]) -> list[ir.Value]:
     """Inputs of the graph and stops that a value is computed from; the search ends at stops."""
-    found = []
-    waiting = [value]
-    seen = set()
-    while waiting:
-        here = waiting.pop()
-        if here in seen:
-            continue
-        seen.add(here)
-        node = here.producer()
-        if (here in stops and here is not value) or (node is None and here.is_graph_input()):
-            found.append(here)
-        elif node is not None:
-            waiting.extend(values_read(node))
-    return found
+    found = ancestors(value, stops)
+    inputs = [here for here in found if here.is_graph_input() and here.producer() is None]
+    return [here for here in found if here in inputs or (here in stops and here is not value)]

@@ -27,7 +27,7 @@ import onnx_ir as ir
 from nbl_export.errors import RefusalError
 from nbl_export.graph.anatomy import find_attention, find_block, graph_caches
 from nbl_export.graph.caches import is_static
-from nbl_export.graph.emitter import Maker, choose, element_type, graph_input, values_read
+from nbl_export.graph.emitter import Maker, choose, dependent_nodes, element_type, graph_input
 from nbl_export.graph.names import EXIT_ROWS
 from nbl_export.graph.passes.skip_norms import SKIP_NORMS, SUM, bias_of
 from nbl_export.graph.passes.tail import LastValid
@@ -63,7 +63,7 @@ class PrefillExit(ir.passes.InPlacePass):
             return
         first = next(iter(prompt_exit.maps.values()))
         for layer, mixer in prompt_exit.maps.items():
-            if _numbers(mixer) != _numbers(first):
+            if (mixer.inputs, mixer.epsilon) != (first.inputs, first.epsilon):
                 raise RefusalError(layer, "its predicted KV have another norm or another input")
             if layer < prompt_exit.layer:
                 raise RefusalError(layer, f"it predicts KV below the exit layer at layer {prompt_exit.layer}")
@@ -90,10 +90,6 @@ class PrefillExit(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=True)
 
 
-def _numbers(mixer: PredictedKV) -> tuple[int, float]:
-    return mixer.inputs, mixer.epsilon
-
-
 def _exit(graph: ir.Graph, x: ir.Value, mixer: PredictedKV) -> ContinuingRows:
     """Take the rows that continue of x, the stream at the exit layer."""
     ints = Maker(graph, f"{_PREFIX}/", _INT, f"{_CONSTANTS}.")
@@ -117,22 +113,12 @@ def _exit(graph: ir.Graph, x: ir.Value, mixer: PredictedKV) -> ContinuingRows:
         node.replace_input_with(index, rows[value])
     makers = {skip.producer(), *(value.producer() for value in terms)}
     next(node for node in reversed(graph) if node in makers).append(choice)
-    _rename_rows(graph, list(rows.values()))
+    ids = graph_input(graph, "input_ids")
+    for node in dependent_nodes(graph, rows.values()):
+        for value in node.outputs:
+            name_rows(value, ids)
     shared = Maker(graph, "", dtype, f"{_CONSTANTS}.layers.")
     return ContinuingRows(shared, skip, *choice.outputs[1 + len(terms) :])
-
-
-def _rename_rows(graph: ir.Graph, rows: Sequence[ir.Value]) -> None:
-    """Give values above the exit layer another symbol for their number of rows."""
-    shape = graph_input(graph, "input_ids").shape
-    tokens = None if shape is None else shape[1]
-    reached = set(rows)
-    for node in graph:
-        if not any(value in reached for value in values_read(node)):
-            continue
-        for value in node.outputs:
-            reached.add(value)
-            name_rows(value, tokens)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import onnx_ir as ir
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.anatomy import AttentionBlock, Written, find_written
-from nbl_export.graph.emitter import LayerMaker, Maker, element_type, graph_input
+from nbl_export.graph.emitter import LayerMaker, Maker, dependent_nodes, element_type, graph_input
 from nbl_export.graph.names import EXIT_ROWS
 from nbl_export.graph.passes.tail import LastValid
 from nbl_export.methods.predicted_kv.maps import PredictedKV
@@ -72,10 +72,12 @@ def exit_static(
     graph.sort()
 
 
-def name_rows(value: ir.Value, tokens: int | ir.SymbolicDim | None) -> None:
-    """Give a value of the rows that continue another symbol for their number than `tokens`."""
-    if value.shape is not None and len(value.shape) == 3 and value.shape[1] == tokens:
-        value.shape = ir.Shape([value.shape[0], "climbing_length", value.shape[2]])
+def name_rows(value: ir.Value, ids: ir.Value) -> None:
+    """Give a value of the rows that continue another symbol for their number than that of all tokens, [B, T]."""
+    dims = value.shape
+    tokens = None if ids.shape is None else ids.shape[1]
+    if dims is not None and len(dims) == 3 and dims[1] == tokens:
+        value.shape = ir.Shape([dims[0], "climbing_length", dims[2]])
 
 
 @dataclass(frozen=True)
@@ -144,16 +146,14 @@ def _recompute(
         whole: nodes that will compute all rows.
     """
     make = Maker(graph, f"{_PREFIX}/own/", output="")
-    shape = graph_input(graph, "input_ids").shape
-    reached = {rows}
-    for node in graph:
-        if not any(value in reached for value in node.inputs):
-            continue
-        reached.update(node.outputs)
+    ids = graph_input(graph, "input_ids")
+    nodes = list(dependent_nodes(graph, [rows]))
+    reached = {rows}.union(*(node.outputs for node in nodes))
+    for node in nodes:
         if node in whole:
             continue
         for value in node.outputs:
-            name_rows(value, None if shape is None else shape[1])
+            name_rows(value, ids)
         for index, given in enumerate(node.inputs):
             if given is not None and given not in reached:
                 node.replace_input_with(index, _moved(make, given, moved))
