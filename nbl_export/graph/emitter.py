@@ -123,12 +123,8 @@ def choose(condition: ir.Value, then: ir.Graph, other: ir.Graph, name: str) -> i
 def values_read(node: ir.Node) -> Iterator[ir.Value]:
     """Values that a node reads, also those that graphs inside it take from the graph around them."""
     yield from (value for value in node.inputs if value is not None)
-    for attribute in node.attributes.values():
-        if attribute.type != ir.AttributeType.GRAPH:
-            continue
-        inner = attribute.as_graph()
-        made = {value for user in inner for value in user.outputs} | {*inner.inputs, *inner.initializers.values()}
-        yield from (value for user in inner for value in values_read(user) if value not in made)
+    for inner in (a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH):
+        yield from (value for user in inner for value in values_read(user) if value.graph is not inner)
 
 
 def dependent_nodes(graph: ir.Graph, values: Iterable[ir.Value]) -> Iterator[ir.Node]:

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 
 from nbl_export.errors import RefusalError
-from nbl_export.graph.emitter import Maker, register
+from nbl_export.graph.emitter import Maker, ancestors, choose, dependent_nodes, register, values_read
 
 
 def empty() -> ir.Graph:
@@ -63,3 +63,17 @@ def test_nodes_are_named_and_not_in_the_graph() -> None:
     assert (first.name, second.name) == ("/nbl/parts/output_0", "/nbl/parts/output_1")
     assert (second.dtype, total.dtype, total.shape) == (ir.DataType.INT64, ir.DataType.FLOAT, ir.Shape([1]))
     assert Maker(graph, output="")("Neg", "alone", first).name == "alone"
+
+
+def test_a_choice_reads_what_its_branches_take_from_outside() -> None:
+    condition, x = (ir.val(name, ir.DataType.BOOL, [1]) for name in ("condition", "x"))
+    make = Maker(empty())
+    inner = make("Not", "not", x)
+    branch = ir.Graph([], [make("And", "and", inner, x)], nodes=make.nodes, name="branch")
+    choice = choose(condition, branch, branch.clone(allow_outer_scope_values=True), "choice")
+    graph = ir.Graph([condition, x], choice.outputs, nodes=[choice], name="outer", opset_imports={"": 22})
+    assert [value.name for value in values_read(choice)] == ["condition", "x", "x", "x", "x"]
+    assert list(dependent_nodes(graph, [x])) == [choice]
+    assert list(ancestors(choice.outputs[0], [])) == [choice.outputs[0], x, condition]
+    again = make("Not", "again", inner)
+    assert list(ancestors(again, [inner, again])) == [again, inner]
