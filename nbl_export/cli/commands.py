@@ -283,8 +283,8 @@ def card(directory: Path, base_model: str | None, force: bool) -> None:
 def convert(directory: Path, to: str | None, output: Path | None, force: bool, as_json: bool) -> None:
     """Write the NBL model for other engines."""
     if to is None:
+        from nbl_export.publish.convert import routes
         from nbl_export.report.console import routes_table
-        from nbl_export.run.destinations import routes
 
         if output is not None:
             raise UsageError("--output is for --to; leave --output out to list destinations")

@@ -11,8 +11,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from nbl_export.options.model_facts import ModelFacts
-from nbl_export.options.option import MAIN
+from nbl_export.options.option import MAIN, ModelFacts
 from nbl_export.options.options import DEFAULTS, OPTIONS, JobOptions, flag_of
 
 __all__ = ["KEYS_FILE", "describe_command"]

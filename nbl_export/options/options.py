@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nbl_export.options.model_facts import ModelFacts
-from nbl_export.options.option import Applies, Option, option
+from nbl_export.options.option import Applies, ModelFacts, Option, option
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.destinations import DESTINATIONS, Destination

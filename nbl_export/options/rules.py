@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from nbl_export.errors import NblError, UsageError
 from nbl_export.options.goals import asked_layers, names_layers
-from nbl_export.options.model_facts import ModelFacts
+from nbl_export.options.option import ModelFacts
 from nbl_export.options.options import (
     AUTO_EXIT,
     BUILDER_OPTIONS,

@@ -19,8 +19,7 @@ from typing import Any
 
 from nbl_export.errors import UsageError
 from nbl_export.options.goals import asked_layers, check_request
-from nbl_export.options.model_facts import ModelFacts
-from nbl_export.options.option import Option
+from nbl_export.options.option import ModelFacts, Option
 from nbl_export.options.options import AUTO_EXIT, DEFAULTS, NO_EXIT, OPTIONS, JobOptions, flag_of, renamed
 from nbl_export.options.rules import OF_DECODER, REFUSED, Case, Refusal
 from nbl_export.records.capabilities import Capabilities

@@ -76,7 +76,7 @@ def _variant(variant: Mapping[str, Any] | None) -> tuple[Any, ...]:
 
 
 def routes_table(found: list[dict[str, str]]) -> Shown:
-    """`run.destinations.routes`: where a run can be served, and why not elsewhere."""
+    """`publish.convert.routes`: where a run can be served, and why not elsewhere."""
 
     def table(title: str, column: str, cell: str, *, possible: bool) -> Table:
         rows = [(f"{row['name']} ({row['title']})", row[cell]) for row in found if (not row["reason"]) is possible]

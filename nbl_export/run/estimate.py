@@ -26,8 +26,8 @@ from nbl_export.options.options import SMALLEST, JobOptions
 from nbl_export.options.settle import hub_id, settle
 from nbl_export.report.estimate import spoken_totals
 from nbl_export.report.words import size
-from nbl_export.run.facts import architecture_facts, capabilities_of
 from nbl_export.run.job import Job
+from nbl_export.run.settled import capabilities_of, model_facts
 from nbl_export.run.stages.common import Skipped, Stage
 
 __all__ = ["estimate", "foreseen", "spoken_machine"]
@@ -41,13 +41,7 @@ def estimate(model: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     """
     model = hub_id(model)
     shape = read_shape(model)
-    known = architecture_facts(
-        shape.decoder.architecture,
-        decoder=shape.decoder,
-        maps_tap=shape.maps_tap,
-        kinds=frozenset(shape.kinds),
-        fits=holds(shape.parameters),
-    )
+    known = model_facts(shape.decoder, shape.maps_tap, shape.kinds, fits=holds(shape.parameters))
     options = settle({**asked, "model": model}, capabilities_of, known)
     job = _job(shape, options)
     free = shutil.disk_usage(Path.cwd()).free

@@ -17,7 +17,7 @@ from nbl_export.methods.checkpoint.shape import read_shape
 from nbl_export.options.settle import settle
 from nbl_export.run import estimate as estimating
 from nbl_export.run.estimate import estimate
-from nbl_export.run.facts import capabilities_of
+from nbl_export.run.settled import capabilities_of
 from tests.methods.checkpoint.test_shape import written
 
 from ..command import assert_refused, in_new_process, nbl
