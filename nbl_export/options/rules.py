@@ -58,7 +58,7 @@ class Case:
         return tuple(word.partition("=")[0] for word in self.options.builder_option)
 
     @property
-    def spoken_engine(self) -> str:
+    def engine_with_provider(self) -> str:
         """The engine, and its provider if that is no CPU."""
         provider = self.options.provider
         return self.options.engine + ("" if provider == "cpu" else f" with --provider {provider}")
@@ -133,7 +133,7 @@ def _unknown_to_engine(case: Case) -> str | bool:
         (options.decoder_source, case.engine.sources, "key decoder_source"),
     ):
         if value not in allowed:
-            return f"{flag} {value} is not for engine {case.spoken_engine}; it takes {', '.join(allowed)}"
+            return f"{flag} {value} is not for engine {case.engine_with_provider}; it takes {', '.join(allowed)}"
     return False
 
 
@@ -149,7 +149,7 @@ def _unknown_kind(case: Case) -> str | bool:
     if options.fit == "drop":
         return f"--fit drop puts nothing in place of attention; leave key kind {options.kind} out"
     return options.kind not in held and (
-        f"key kind {options.kind} is not for engine {case.spoken_engine}; it takes {', '.join(sorted(held))}"
+        f"key kind {options.kind} is not for engine {case.engine_with_provider}; it takes {', '.join(sorted(held))}"
     )
 
 
@@ -227,7 +227,7 @@ REFUSED: tuple[Refusal, ...] = (
     )),
     (UsageError, lambda c: (
         bool(missing := c.model.kinds - c.engine.kinds)
-        and f"{c.options.model} has layers of kind {min(missing)}, which engine {c.spoken_engine} does not run"
+        and f"{c.options.model} has layers of kind {min(missing)}, which engine {c.engine_with_provider} does not run"
     )),
     (UsageError, lambda c: (
         PREDICTED_KV in c.model.kinds

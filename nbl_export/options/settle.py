@@ -26,7 +26,7 @@ from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.destinations import destination_named
 from nbl_export.records.from_json import read_record
 
-__all__ = ["hub_id", "judge", "numbers", "over", "read_asked", "settle"]
+__all__ = ["hub_id", "judge", "merge_options", "numbers", "read_asked", "settle"]
 
 EngineOf = Callable[[str, str], Capabilities]  # engine, provider -> its capabilities; refuses an unknown engine
 
@@ -59,7 +59,7 @@ def settle(
         known.pop("fit", None)
     elif recorded:  # another goal for a run does not change how its maps are made
         known["fit"] = recorded.fit
-    values = over(known, given)
+    values = merge_options(known, given)
     try:
         options = read_record(JobOptions, {**_defaults(values, engine_of, model), **values})
     except TypeError as error:
@@ -73,7 +73,7 @@ def settle(
     return case.options
 
 
-def over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def merge_options(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Values with the given ones in their place; a given count or goal replaces every other count or goal."""
     if any(given.get(name) not in (None, AUTO_EXIT, NO_EXIT) for name in _COUNTS):
         values = {name: value for name, value in values.items() if name not in _COUNTS}
