@@ -144,10 +144,10 @@ def bench(
     """
     from nbl_export.report import console, page
     from nbl_export.run.compare import compare
-    from nbl_export.run.deployed import is_model_directory
     from nbl_export.run.pipeline import run_stages
+    from nbl_export.targets import owner_of
 
-    if len(directories) == 1 and against is None and not is_model_directory(directories[0]):
+    if len(directories) == 1 and against is None and owner_of(directories[0]) is None:
         run = run_stages(directories[0], "report", ui(as_json), changes=asked, force=force, needs="bench")
         result = page.of_run(run)
         show(result, console.speed_table(result), as_json)

@@ -60,10 +60,14 @@ def write_card(directory: Path, hub_id: str | None = None, *, force: bool = Fals
     with RunDirectory.open_run(directory, create=False) as run:
         check_publishable(run, force=force)
         target = run.path / CARD
-        if not force and _is_edited(run, target):
+        written_before = run.manifest.get("card", {}).get("sha256")
+        if not force and target.exists() and file_sha256(target) != written_before:
             raise NblError(f"{target} is not as nbl-export wrote it; move it away, or use --force to replace it")
         base = find(run.manifest, hub_id)
-        text = render(run.manifest, of_run(run), base, chat=_has_template(run.path / "model"))
+        settings = run.path / "model" / "tokenizer_config.json"
+        has_template = settings.is_file() and "chat_template" in read_object(settings)
+        has_template |= (run.path / "model" / "chat_template.jinja").is_file()
+        text = render(run.manifest, of_run(run), base, chat=has_template)
         with friendly_os_errors(target), run.scratch() as scratch:
             (scratch / "README.md").write_text(text, encoding="utf-8")
             os.replace(scratch / "README.md", target)
@@ -88,17 +92,6 @@ def check_publishable(run: RunDirectory, *, force: bool) -> None:
         raise NblError(f"{run.path} failed verification; see its verify.json, or use --force to go on all the same")
     for stage in sorted(run.stages.keys() & {"rewrite", "verify", "bench", "eval", "report"}):
         run.check(stage)
-
-
-def _has_template(model: Path) -> bool:
-    if (model / "chat_template.jinja").is_file():
-        return True
-    settings = model / "tokenizer_config.json"
-    return settings.is_file() and "chat_template" in read_object(settings)
-
-
-def _is_edited(run: RunDirectory, card: Path) -> bool:
-    return card.exists() and file_sha256(card) != run.manifest.get("card", {}).get("sha256")
 
 
 def render(manifest: Mapping[str, Any], report: Mapping[str, Any], base: BaseModel, *, chat: bool = False) -> str:

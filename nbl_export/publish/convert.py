@@ -14,7 +14,7 @@ import contextlib
 import copy
 import dataclasses
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,6 @@ from nbl_export.targets import load_engine
 
 __all__ = ["FORMS", "Route", "convert", "open_finished", "routes"]
 
-FORMS = ("transformers", "nemotron-nas", "mlx", "edge-llm")
 _READ_BY = {name: place.form for name, place in DESTINATIONS.items() if place.form}
 _INSTEAD = (
     "use --to transformers or vllm, convert a run of linear layers (--layers N), or deploy DIR/model with ONNX Runtime "
@@ -67,7 +66,7 @@ def convert(output: Path, form: str, target: Path, ui: Ui, *, force: bool = Fals
         maps = load_maps(job.run.path / MAPS_FILE, job.plan.layers, job.decoder.hidden_size)
         _refuse_unread(job, maps, asked)
         with job.run.scratch() as scratch, ui.task("saving"):
-            said = _write(job, maps, form, scratch / "saved")
+            said = FORMS[form](job, maps, form, scratch / "saved")
             move_into_place(scratch / "saved", target)
     for sentence in said:
         ui.say(f"  {sentence}")
@@ -93,15 +92,6 @@ def open_finished(output: Path, ui: Ui, *, force: bool = False) -> Iterator[Job]
         settled = of_run(run, run.options, ui.say)
         options = dataclasses.replace(settled.options, device="cpu")  # forms are compared bit for bit
         yield Job(dataclasses.replace(settled, options=options), run, ui)
-
-
-def _write(job: Job, maps: Maps, form: str, out: Path) -> list[str]:
-    """Write a form; returns what the user is told."""
-    if form == "transformers":
-        return _write_checkpoint(job, maps, out)
-    if form == "edge-llm":
-        return _write_edge_llm(job, maps, out)
-    return _write_nemotron_nas(job, maps, form, out)
 
 
 def _form_of(asked: str) -> str:
@@ -149,7 +139,7 @@ def _refuse_unread(job: Job, maps: Maps, asked: str) -> None:
         check_vocabulary(job.torch.checkpoint.value, job.decoder.vocab_size)
 
 
-def _write_checkpoint(job: Job, maps: Maps, out: Path) -> list[str]:
+def _write_checkpoint(job: Job, maps: Maps, _form: str, out: Path) -> list[str]:
     """The model with the stored weights of the original, and maps in float32. The classes in `hf` load it.
 
     Raises:
@@ -194,7 +184,7 @@ def _matrix_alone(mixer: Mixer) -> Mixer:
     return kind_of(USUAL_KIND).from_tensors({"weight": weight, "bias": np.zeros(len(weight), np.float32)})
 
 
-def _write_edge_llm(job: Job, maps: Maps, out: Path) -> list[str]:
+def _write_edge_llm(job: Job, maps: Maps, _form: str, out: Path) -> list[str]:
     """A directory in float16 whose model computes what the run's does.
 
     Raises:
@@ -232,6 +222,15 @@ def _compared(job: Job, written: Any, expected: Any, ids: Sequence[int]) -> str:
             f"the checkpoint of {job.run.path} is not its model: logarithms of probabilities differ by {away:.2g}"
         )
     return "largest difference of a log-probability: 0"
+
+
+# What writes each form: it returns what the user is told.
+FORMS: dict[str, Callable[[Job, Maps, str, Path], list[str]]] = {
+    "transformers": _write_checkpoint,
+    "nemotron-nas": _write_nemotron_nas,
+    "mlx": _write_nemotron_nas,
+    "edge-llm": _write_edge_llm,
+}
 
 
 # -- where a run can be served -----------------------------------------------------------------------------------

@@ -35,13 +35,21 @@ _LOGITS = {"last": "of the last token", "all": "of all tokens", None: "no output
 def describe_table(found: dict[str, Any]) -> Shown:
     """A run directory, see `run.deployed.describe`."""
     logits = found["logits"]
+    decoder = {name: "?" if value is None else value for name, value in found["decoder"].items()}
+    replaced = found["replaced_layers"]
+    layers = "not planned yet" if replaced is None else ", ".join(map(str, replaced)) or "none"
     head = facts(
         [
             ("model", found["model"]["name"]),
-            ("decoder", _decoder(found["decoder"])),
+            (
+                "decoder",
+                f"{found['decoder']['architecture'] or 'unnamed'}, {decoder['num_layers']} layers, hidden size "
+                f"{decoder['hidden_size']}, {decoder['num_heads']} query and {decoder['num_kv_heads']} key/value heads "
+                f"of {decoder['head_dim']}",
+            ),
             ("precision", ", ".join(filter(None, (found["precision"], found["codes"])))),
             ("logits", f"{_LOGITS[logits]}, in both decoders" if logits in ("last", "all") else "not built yet"),
-            ("replaced layers", describe_exit(found) or _layers(found["replaced_layers"])),
+            ("replaced layers", describe_exit(found) or layers),
             *(row for row in (outcome(found["result"]) if found["result"] else ()) if row[0] != "layers"),
             (
                 "status",
@@ -55,18 +63,6 @@ def describe_table(found: dict[str, Any]) -> Shown:
     rows = ((name, *_variant(variant)) for name, variant in found["variants"].items())
     graphs = Table.of(columns, rows, "Graphs")
     return (head, graphs, engines_table(found["engines"])) if found["engines"] else (head, graphs)
-
-
-def _decoder(decoder: Mapping[str, Any]) -> str:
-    known = {name: "?" if value is None else value for name, value in decoder.items()}
-    return (
-        f"{decoder['architecture'] or 'unnamed'}, {known['num_layers']} layers, hidden size {known['hidden_size']}, "
-        f"{known['num_heads']} query and {known['num_kv_heads']} key/value heads of {known['head_dim']}"
-    )
-
-
-def _layers(replaced: list[int] | None) -> str:
-    return "not planned yet" if replaced is None else ", ".join(map(str, replaced)) or "none"
 
 
 def _variant(variant: Mapping[str, Any] | None) -> tuple[Any, ...]:

@@ -259,18 +259,13 @@ def experts(report: Mapping[str, Any]) -> Section:
         *intervals(report),
         *uses(report),
         *_checks(report["checks"], report["precision"]),
-        *_layers(report),
+        *((Heading("Scores of all layers"), Paragraph(_SCORES), scores(report)) if report["scores"] else ()),
         *_text(report),
         *_settings(report),
         *_versions(report),
         *_stages(report),
     )
     return Section("For experts", (Details("Checks, scores, texts, settings, versions", blocks),))
-
-
-def _layers(report: Mapping[str, Any]) -> tuple[Block, ...]:
-    """The table of the scores; nothing if no layer has a score."""
-    return (Heading("Scores of all layers"), Paragraph(_SCORES), scores(report)) if report["scores"] else ()
 
 
 def scores(found: Mapping[str, Any], title: str = "") -> Table:

@@ -44,14 +44,12 @@ def _setting(report: Mapping[str, Any]) -> Paragraph:
     logits = f" Both give the logits of {given}." if report["logits"] else ""
     said = list(dict.fromkeys(bench.get("arithmetic", {}).values()))  # of the original, then of NBL
     arithmetic = f" The engine {' in the original, and '.join(said)}." if said else ""
+    count = bench["threads"]
+    threads = f"{count} {words.plural('thread', count)}" if count else "default threads"
     return Paragraph(
-        f"{bench['engine']} on {bench['provider']}, {_threads(bench['threads'])}.{arithmetic} "
+        f"{bench['engine']} on {bench['provider']}, {threads}.{arithmetic} "
         f"The two variants took turns, round by round. Speed was {spoken_background(bench['background'])}.{logits}"
     )
-
-
-def _threads(count: int | None) -> str:
-    return f"{count} {words.plural('thread', count)}" if count else "default threads"
 
 
 def speeds(report: Mapping[str, Any], title: str = "") -> Table:

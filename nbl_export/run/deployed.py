@@ -18,7 +18,7 @@ from nbl_export.targets.base import Target
 from nbl_export.targets.runners import TextRunner
 from nbl_export.trust.contained import check_folder, refuse_special
 
-__all__ = ["Located", "answers", "describe", "examine_engines", "is_model_directory", "locate", "result"]
+__all__ = ["Located", "answers", "describe", "examine_engines", "locate", "result"]
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,6 @@ class Located:
         return self.available().open_runner(directory, threads)
 
 
-def is_model_directory(directory: Path) -> bool:
-    """Whether a directory holds a decoder itself."""
-    return owner_of(directory) is not None
-
-
 def answers(
     directory: Path, variants: Sequence[str], prompt: str, new_tokens: int, *, raw: bool = False, force: bool = False
 ) -> Iterator[tuple[str, Iterator[str]]]:
@@ -66,7 +61,7 @@ def answers(
         UsageError: several are asked of a directory that holds one decoder.
         NblError: the engine is not available on this machine; also the errors of `locate`.
     """
-    if len(variants) > 1 and is_model_directory(directory):
+    if len(variants) > 1 and owner_of(directory) is not None:
         raise UsageError(f"{directory} holds one decoder, and two are compared; name the run directory")
     for name in variants:
         found = locate(directory, DECODERS[name], force=force)
