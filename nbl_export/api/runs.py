@@ -14,7 +14,7 @@ from nbl_export.errors import NblError
 from nbl_export.measure.estimate import Gain, Needs
 from nbl_export.publish.convert import convert
 from nbl_export.records.quality import Interval
-from nbl_export.report.estimate import spoken_totals
+from nbl_export.report.estimate import describe_totals
 from nbl_export.report.outcome import outcome
 from nbl_export.report.page import first_screen
 from nbl_export.run.deployed import answers, result
@@ -116,7 +116,7 @@ class Estimate:
     refused: str
 
     def __str__(self) -> str:
-        said = spoken_totals(vars(self))
+        said = describe_totals(vars(self))
         return f"{said}; {self.refused}" if self.refused else said
 
 

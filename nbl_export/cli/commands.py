@@ -379,11 +379,11 @@ def doctor(as_json: bool) -> None:
     """List the engines that work here, and why others do not."""
     from nbl_export.report.console import doctor_table
     from nbl_export.run.deployed import examine_engines
-    from nbl_export.run.estimate import spoken_machine
-    from nbl_export.targets.gpu import find_gpu, spoken
+    from nbl_export.run.estimate import describe_machine
+    from nbl_export.targets.gpu import describe_gpu, find_gpu
 
     found = examine_engines()
-    show(found, doctor_table(found, spoken_machine(), spoken(find_gpu())), as_json)
+    show(found, doctor_table(found, describe_machine(), describe_gpu(find_gpu())), as_json)
 
 
 COMMANDS: dict[str, click.Command] = {

@@ -28,7 +28,7 @@ from nbl_export.methods.base import Mixer
 from nbl_export.methods.inputs import Maps
 from nbl_export.methods.maps_file import load_maps
 from nbl_export.options.options import CHECKPOINT_FIT
-from nbl_export.records.destinations import DESTINATIONS, destination_named, spoken_kind
+from nbl_export.records.destinations import DESTINATIONS, describe_kind, destination_named
 from nbl_export.records.plan import PREDICTED_KV, USUAL_KIND
 from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
@@ -123,7 +123,7 @@ def _refuse_unread(job: Job, maps: Maps, asked: str) -> None:
     place = DESTINATIONS[name]
     kinds = {mixer.kind for mixer in maps.values()}
     if place.refuses(kinds, frozenset(), "", ()):
-        spoken = spoken_kind(PREDICTED_KV if PREDICTED_KV in kinds else min(kinds))
+        spoken = describe_kind(PREDICTED_KV if PREDICTED_KV in kinds else min(kinds))
         raise NblError(f"{run} has {spoken}, which --to {asked} does not hold; {_INSTEAD}")
     if reason := place.refuses(kinds, frozenset(), job.decoder.architecture, maps):
         raise NblError(f"--to {asked} cannot have {run}: {reason}; nbl-export convert DIR lists who can")

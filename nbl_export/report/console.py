@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
-from nbl_export.records.paired import spoken_ratio
+from nbl_export.records.paired import describe_ratio
 from nbl_export.records.plan import spoken_layers
-from nbl_export.records.results import spoken_background
+from nbl_export.records.results import describe_background
 from nbl_export.report import length, model, quality, speed
 from nbl_export.report.outcome import describe_exit, outcome
 from nbl_export.report.table import Column, Shown, Table, facts
@@ -157,7 +157,7 @@ def checks_table(result: dict[str, Any]) -> Shown:
 def speed_table(result: dict[str, Any]) -> Shown:
     """The report's table of speeds, and whether other work ran beside."""
     where = result["bench"]["background"]
-    said = [f"Speed was {spoken_background(where)}."] if where["busy"] or where["gave_up"] else []
+    said = [f"Speed was {describe_background(where)}."] if where["busy"] or where["gave_up"] else []
     return speed.speeds(result, "Speed"), *said
 
 
@@ -191,7 +191,7 @@ def compared_table(value: Mapping[str, Any]) -> Shown:
                 facts and size(facts["model_bytes"]),
             ]
         )
-    said = f"Speed was {spoken_background(value['background'])}."
+    said = f"Speed was {describe_background(value['background'])}."
     return Table.of(("decoder", "test", *Column.numbers(*numbers)), rows), said
 
 
@@ -202,4 +202,4 @@ def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
 def _ratio_cells(ratio: Mapping[str, Any] | None) -> tuple[str, str]:
     if ratio is None:
         return "", ""
-    return ratio["text"], f"{spoken_ratio(ratio['low'])} to {spoken_ratio(ratio['high'])}, {ratio['interval']}"
+    return ratio["text"], f"{describe_ratio(ratio['low'])} to {describe_ratio(ratio['high'])}, {ratio['interval']}"

@@ -7,7 +7,7 @@ from typing import Any
 
 from nbl_export.records.plan import DROPPED, USUAL_KIND, spoken_layers
 from nbl_export.records.quality import describe_long_range, spoken_loss
-from nbl_export.records.results import FAILED, VERIFIED, YES_NO, spoken_background
+from nbl_export.records.results import FAILED, VERIFIED, YES_NO, describe_background
 from nbl_export.report import words
 from nbl_export.report.document import (
     Alarm,
@@ -135,7 +135,7 @@ def _busy(report: Mapping[str, Any]) -> tuple[Block, ...]:
     where = report["bench"] and report["bench"]["background"]
     if not where or not where["busy"]:
         return ()
-    return (Alarm(f"Speed was {spoken_background(where)}. Other processes affect the speed figures below."),)
+    return (Alarm(f"Speed was {describe_background(where)}. Other processes affect the speed figures below."),)
 
 
 def _apart(report: Mapping[str, Any]) -> tuple[Block, ...]:
@@ -160,7 +160,7 @@ def _speed(report: Mapping[str, Any], kind: str, name: str) -> Card:
         lines.append(f"and {len(tests) - _SHOWN} more below")
     said = first.verdict.removesuffix(", noisy")
     time = first.latency(first.nbl)
-    figure = said if said not in _TONES else first.spoken_ratio if time == "–" else time
+    figure = said if said not in _TONES else first.ratio_text if time == "–" else time
     return Card(name, figure, tuple(lines), _TONES.get(first.verdict, "" if said in _TONES else "words"))
 
 

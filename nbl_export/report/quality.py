@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from nbl_export.options.options import CHECKPOINT_FIT
-from nbl_export.records.paired import spoken_ratio
+from nbl_export.records.paired import describe_ratio
 from nbl_export.records.quality import describe_long_range, promise, spoken_loss
 from nbl_export.records.results import VERIFIED
 from nbl_export.report import words
@@ -163,7 +163,7 @@ def benchmarks(table: Iterable[Mapping[str, Any]], title: str = "") -> Table:
 def _scores(found: Mapping[str, Any]) -> tuple[str, ...]:
     metric = f"{found['metric'].replace('_', ' ')} {'↑' if found['higher_is_better'] else '↓'}"
     before, after = (found["figures"].get(variant) for variant in ("original", "nbl"))
-    figures = words.figure(before), words.figure(after), words.signed(next(iter(found["differences"]), None))
+    figures = words.with_stderr(before), words.with_stderr(after), words.signed(next(iter(found["differences"]), None))
     return words.task(found), metric, f"{found['items']:,}", *figures
 
 
@@ -209,7 +209,7 @@ def spoken_curve(curve: Mapping[str, Any]) -> str:
     said = []
     for k, point in enumerate(curve["points"]):
         unit = "" if k else f" layer{'s' * (point['layers'] > 1)}"
-        prefill = f"×{spoken_ratio(point['prefill'])}{'' if k else ' prefill'}"
+        prefill = f"×{describe_ratio(point['prefill'])}{'' if k else ' prefill'}"
         said.append(f"{point['layers']}{unit}: {_rise(max(point['increases']))}, {prefill}")
     return "; ".join(said)
 
@@ -220,12 +220,12 @@ def _rise(share: float) -> str:
 
 def _set(point: Mapping[str, Any]) -> tuple[str, ...]:
     rises = (_rise(share) for share in point["increases"])
-    prefill = f"×{spoken_ratio(point['prefill'])}"
+    prefill = f"×{describe_ratio(point['prefill'])}"
     if "recent_tokens" in point:
         long_range = point.get("long_range")
         lost = "–" if long_range is None else _rise(-long_range)
         return str(min(point["replaced_layers"])), str(point["recent_tokens"]), *rises, lost, prefill
-    decode = f"×{spoken_ratio(point['decode'])}"
+    decode = f"×{describe_ratio(point['decode'])}"
     return str(point["layers"]), *rises, prefill, decode, words.listed(point["replaced_layers"])
 
 

@@ -128,7 +128,7 @@ def test_what_kinds_can_give_an_engine_of_a_gpu(tmp_path: Path) -> None:
     shape = read_shape(str(written(tmp_path)))
 
     def said(**asked: Any) -> str:
-        return estimating._spoken_gain(estimating._job(shape, settle({"model": "m", **asked}, capabilities_of)))
+        return estimating._describe_gain(estimating._job(shape, settle({"model": "m", **asked}, capabilities_of)))
 
     told = said(engine="trt", layers="8")
     assert re.search(
