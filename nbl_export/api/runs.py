@@ -170,7 +170,18 @@ class Run:
         """
         found = self._result()
         medians = {_place(row): row["tokens_per_second_median"] for row in found["rows"]}
-        return tuple(_speed(row, medians) for row in found["ratios"])
+        return tuple(
+            Speed(
+                _PHASES[row["kind"]],
+                row["tokens"],
+                row["depth"],
+                Interval(row["ratio"], row["low"], row["high"]),
+                row["verdict"],
+                medians[_place(row, row["base"])],
+                medians[_place(row)],
+            )
+            for row in found["ratios"]
+        )
 
     @property
     def cache_bytes_per_token(self) -> Mapping[str, int]:
@@ -316,15 +327,3 @@ def _loss(row: Mapping[str, Any]) -> Loss:
 
 def _place(row: Mapping[str, Any], variant: str = "") -> tuple[Any, ...]:
     return variant or row["variant"], row["test"], row["depth"]
-
-
-def _speed(row: Mapping[str, Any], medians: Mapping[tuple[Any, ...], float]) -> Speed:
-    return Speed(
-        _PHASES[row["kind"]],
-        row["tokens"],
-        row["depth"],
-        Interval(row["ratio"], row["low"], row["high"]),
-        row["verdict"],
-        medians[_place(row, row["base"])],
-        medians[_place(row)],
-    )

@@ -15,7 +15,7 @@ from typing import Any
 from nbl_export.options.option import Applies, ModelFacts, Option, option
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import DecoderSpec
-from nbl_export.records.destinations import DESTINATIONS, Destination
+from nbl_export.records.destinations import ANYWHERE, DESTINATIONS, Destination
 from nbl_export.records.from_json import read_record, require
 from nbl_export.records.plan import DROPPED, MAPS, PREDICTED_KV, TAPS, USUAL_KIND
 
@@ -122,8 +122,8 @@ def _predicts_kv(values: Mapping[str, Any], engine: Capabilities | None) -> bool
 
 
 def _place(values: Mapping[str, Any]) -> Destination:
-    """The destination of `--for`; without one, a destination that asks for nothing."""
-    return DESTINATIONS.get(values["destination"], Destination(""))
+    """The destination of `--for`."""
+    return DESTINATIONS.get(values["destination"], ANYWHERE)
 
 
 def _sources(engine: Capabilities, model: ModelFacts, precision: str = "") -> list[str]:

@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from nbl_export.errors import UsageError
-from nbl_export.options.goals import asked_layers, check_request
+from nbl_export.options.goals import asked_layers
 from nbl_export.options.option import ModelFacts, Option
 from nbl_export.options.options import AUTO_EXIT, DEFAULTS, NO_EXIT, OPTIONS, JobOptions, flag_of, renamed
-from nbl_export.options.rules import OF_DECODER, REFUSED, Case, Refusal
+from nbl_export.options.rules import CONTRADICTIONS, OF_DECODER, REFUSED, Case, Refusal
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.destinations import destination_named
 from nbl_export.records.from_json import read_record
@@ -67,7 +67,7 @@ def settle(
     except ValueError as error:
         raise UsageError(str(error)) from error
     case = Case(options, engine_of(options.engine, options.provider), model)
-    check_request(case.options)
+    _refuse(CONTRADICTIONS, case)
     case = _applying(case, given)
     judge(case)
     return case.options

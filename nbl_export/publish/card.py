@@ -103,22 +103,12 @@ def render(manifest: Mapping[str, Any], report: Mapping[str, Any], base: BaseMod
         base: what is known of the base model.
         chat: the model folder has a chat template, which the programs then use.
     """
+    import jinja2
+
     try:
         from huggingface_hub import ModelCard, ModelCardData
     except ImportError as error:
         raise MissingPackageError("huggingface_hub", "export", "writing a model card") from error
-    data = ModelCardData(base_model=base.hub_id, **base.terms, pipeline_tag="text-generation", tags=_TAGS)
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(manifest, report, base, chat)}"))
-
-
-def _line(text: str) -> str:
-    """Text that stays in an indented block."""
-    return " ".join(text.splitlines())
-
-
-def _body(manifest: Mapping[str, Any], report: Mapping[str, Any], base: BaseModel, chat: bool) -> str:
-    import jinja2
-
     source = importlib.resources.files("nbl_export.publish").joinpath("card.md.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"text": escaped, "blocks": written, "line": _line}
@@ -126,7 +116,7 @@ def _body(manifest: Mapping[str, Any], report: Mapping[str, Any], base: BaseMode
     packages = _PACKAGES[options.provider]
     record = ARCHITECTURES.get(manifest["decoder"]["architecture"])
     memory = (report["machine"] or {}).get("memory_bytes")
-    return environment.from_string(source).render(
+    body = environment.from_string(source).render(
         base=base,
         terms={**dict.fromkeys(_TERMS), **base.terms},
         chat=chat,
@@ -144,6 +134,13 @@ def _body(manifest: Mapping[str, Any], report: Mapping[str, Any], base: BaseMode
         command=describe_command(options, Path("DIR")),
         places_left_out=options.to_json() != manifest["options"],
     )
+    data = ModelCardData(base_model=base.hub_id, **base.terms, pipeline_tag="text-generation", tags=_TAGS)
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
+
+
+def _line(text: str) -> str:
+    """Text that stays in an indented block."""
+    return " ".join(text.splitlines())
 
 
 _HUB = "https://huggingface.co/"

@@ -12,7 +12,7 @@ from nbl_export.errors import UsageError
 from nbl_export.records.capabilities import LINEAR_KINDS
 from nbl_export.records.plan import DROPPED, PREDICTED_KV, USUAL_KIND
 
-__all__ = ["DESTINATIONS", "Destination", "describe_kind", "destination_named", "is_destination"]
+__all__ = ["ANYWHERE", "DESTINATIONS", "Destination", "describe_kind", "destination_named", "is_destination"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Destination:
         return "it takes its mask from layer 0, which is replaced" if self.keeps_first and 0 in layers else ""
 
 
+ANYWHERE = Destination("")  # no destination is asked for: any engine, and what the engine holds
 _STORED = "as the checkpoint stores them"
 _NAS = ("llama", "mistral")
 DESTINATIONS = {

@@ -255,6 +255,7 @@ _TRAINING = ("distill_tokens", "lora_rank", "label_weight")
 
 def experts(report: Mapping[str, Any]) -> Section:
     """One fold: intervals, checks, scores, uses of text, and what another needs to make the same model."""
+    took = [(name, words.duration(seconds)) for name, seconds in report["stage_seconds"].items()]
     blocks = (
         *intervals(report),
         *uses(report),
@@ -263,7 +264,8 @@ def experts(report: Mapping[str, Any]) -> Section:
         *_text(report),
         *_settings(report),
         *_versions(report),
-        *_stages(report),
+        Heading("Stages"),
+        Table.of(("Stage", Column("Time", "number")), took),
     )
     return Section("For experts", (Details("Checks, scores, texts, settings, versions", blocks),))
 
@@ -297,11 +299,6 @@ def _versions(report: Mapping[str, Any]) -> Iterator[Block]:
     yield from _facts("Versions", versions.items())
     other = [pair for pair in ((report["bench"] or {}).get("versions") or {}).items() if pair not in versions.items()]
     yield from _facts("Versions at the benchmark", other) if other else ()
-
-
-def _stages(report: Mapping[str, Any]) -> tuple[Block, ...]:
-    rows = [(name, words.duration(seconds)) for name, seconds in report["stage_seconds"].items()]
-    return Heading("Stages"), Table.of(("Stage", Column("Time", "number")), rows)
 
 
 def _text(report: Mapping[str, Any]) -> tuple[Block, ...]:

@@ -79,10 +79,12 @@ def _missing(report: Mapping[str, Any]) -> str:
 
 def _losses(report: Mapping[str, Any]) -> Iterator[Block]:
     first = report["quality_loss"][0]
+    prompt = first.get("prompt")
+    stops = f"The first {prompt} of them are a prompt that stops at the exit layer, and the others are scored. "
     yield Paragraph(
         "Measured on held-out text: no map was fitted on this text and no layer was chosen by it. "
-        f"Brackets hold a 95% interval over windows of {first['tokens'] // first['windows']} tokens. {_prompt(first)}"
-        "Both decoders read the same windows. These figures are reported, not gated. "
+        f"Brackets hold a 95% interval over windows of {first['tokens'] // first['windows']} tokens. "
+        f"{stops if prompt else ''}Both decoders read the same windows. These figures are reported, not gated. "
         f"{_MEANS if report['status'] == VERIFIED else ''}"
     )
     if report["quality_warning"]:
@@ -100,12 +102,6 @@ def _long_range(row: Mapping[str, Any]) -> str:
         f"{describe_long_range(row).capitalize()}: {row['tokens']:,} tokens that the original predicts from the whole "
         f"text, and not from the last 64 to 127 tokens. Their perplexity goes from {ends}."
     )
-
-
-def _prompt(loss: Mapping[str, Any]) -> str:
-    if not loss.get("prompt"):
-        return ""
-    return f"The first {loss['prompt']} of them are a prompt that stops at the exit layer, and the others are scored. "
 
 
 def losses(found: Iterable[Mapping[str, Any]], title: str = "") -> Table:

@@ -84,7 +84,7 @@ def foreseen(job: Job, stages: Sequence[Stage[Any]], output: Path) -> str:
     if not needs:
         return ""
     total = _totals(needs)
-    place = _existing(output)
+    place = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
     if refused := _shortage(needs, estimated.available_bytes, shutil.disk_usage(place).free, output):
         raise NblError(refused)
     said = f"estimate: {describe_totals(total)}"
@@ -146,11 +146,6 @@ def _shortage(needs: Sequence[Needs], memory: float, disk: float, output: Path) 
             "choose another --output"
         )
     return ""
-
-
-def _existing(path: Path) -> Path:
-    """The path, or the nearest directory above it that exists."""
-    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
 
 
 def _left(job: Job, stages: Sequence[Stage[Any]]) -> set[str]:
