@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
 from os import PathLike
@@ -272,8 +272,7 @@ def export(
         NblError: what the user can correct, in a sentence: what, where, what to do.
         ParityError: the NBL graph does not compute what the original graph computes with these layers.
     """
-    asked = dict(_plain({"model": model, **options}))
-    run_job(asked, Path(output), Ui(quiet=quiet), force=force)
+    run_job({"model": model, **options}, Path(output), Ui(quiet=quiet), force=force)
     return Run(output)
 
 
@@ -295,19 +294,10 @@ def estimate(model: str | PathLike[str], **options: Any) -> Estimate:
     Raises:
         NblError: the model does not state its sizes, or an option does not fit.
     """
-    found = estimated(str(model), dict(_plain(options)))
+    found = estimated(str(model), options)
     values = {field.name: found[field.name] for field in dataclasses.fields(Estimate)}
     gains, stages = (tuple(kind(**row) for row in found[name]) for kind, name in ((Gain, "gains"), (Needs, "stages")))
     return Estimate(**{**values, "gains": gains, "stages": stages})
-
-
-def _plain(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Options with texts in place of paths."""
-    for name, value in options.items():
-        if isinstance(value, (list, tuple)):
-            yield name, [str(item) if isinstance(item, PathLike) else item for item in value]
-        else:
-            yield name, str(value) if isinstance(value, PathLike) else value
 
 
 def _loss(row: Mapping[str, Any]) -> Loss:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -136,7 +137,8 @@ def judge(case: Case) -> None:
 def read_asked(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values by the field names of JobOptions, in its types. A name may be that of the field or of the flag.
 
-    Numbers are accepted for texts of numbers (layers = 8), lists for named layers, and one text for a list of texts.
+    Numbers are accepted for texts of numbers (layers = 8), lists for named layers, one text for a list of texts, and
+    paths for texts.
 
     Raises:
         UsageError: a name is no option, or a text holds no numbers.
@@ -171,6 +173,7 @@ def _value(name: str, value: Any, said: Option | None) -> Any:
     if said is not None and said.numbers and isinstance(value, (str, int)) and not isinstance(value, bool):
         return numbers(str(value), name)
     takes = () if said is None else said.python
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
     if "list" in takes and isinstance(value, str):
         return (value,)
     if {"int", "float"} & set(takes) and is_number:
@@ -187,7 +190,9 @@ def _value(name: str, value: Any, said: Option | None) -> Any:
         return value.lower()
     if name == "destination" and isinstance(value, str):
         return destination_named(value)
-    return tuple(value) if isinstance(value, list) else value
+    if isinstance(value, (list, tuple)):
+        return tuple(os.fspath(item) if isinstance(item, os.PathLike) else item for item in value)
+    return value
 
 
 def numbers(text: str, name: str) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -436,6 +437,9 @@ def test_names_and_values_are_read_alike() -> None:
         read_asked({"max_perplexity_increase": 5})
     for page in ("https://huggingface.co/org/m-1.5B", "https://hf.co/org/m-1.5B/tree/main?x=1"):
         assert read_asked({"model": page}) == {"model": "org/m-1.5B"}
+    paths = {"model": Path("m"), "calibration": [Path("a.txt"), "b.txt"], "quantized_model": Path("q")}
+    assert read_asked(paths) == {"model": "m", "calibration": ("a.txt", "b.txt"), "quantized_model": "q"}
+    assert read_asked({"calibration": Path("a.txt")}) == {"calibration": ("a.txt",)}
     assert read_asked({"model": "https://huggingface.co/datasets/org/m"})["model"].startswith("https:")
     with pytest.raises(UsageError, match="precison is no option; did you mean precision"):
         settled({"precison": "fp16"})
