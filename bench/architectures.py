@@ -134,12 +134,12 @@ def static_form(precision: str, checkpoint: Path, text: Path, run: Path) -> dict
     from nbl_export.methods.linear.maps import Linear
     from nbl_export.methods.lmmse import fit
     from nbl_export.methods.rewrite import rewrite
-    from nbl_export.run.facts import architecture_facts, capabilities_of
+    from nbl_export.run.settled import capabilities_of, model_facts
     from nbl_export.targets.tensorrt import export as static
 
     spec = read_spec(resolve(str(checkpoint)))
     options = JobOptions(str(checkpoint), engine="trt", precision="fp16", decoder_source="static")
-    judge(Case(options, capabilities_of("trt"), architecture_facts(spec.architecture)))
+    judge(Case(options, capabilities_of("trt"), dataclasses.replace(model_facts(spec), decoder=None)))
     static.save_graph(static.build_form(checkpoint, SLOTS), run / "original")
     import torch
 
@@ -160,14 +160,14 @@ def every_subset(source: str, precision: str, checkpoint: Path, run: Path) -> di
     """The original graph, and those with each subset of layers replaced by random maps."""
     from nbl_export.methods.checkpoint.load import read_spec
     from nbl_export.methods.checkpoint.source import resolve
-    from nbl_export.run.facts import architecture_facts
+    from nbl_export.run.settled import model_facts
     from nbl_export.targets import exporter_of
     from nbl_export.targets.base import ExportSettings
 
     spec, target = read_spec(resolve(str(checkpoint))), exporter_of(source)
     engine, asked = target.capabilities.name, "fp16" if source == "static" else precision  # static: in float32
     options = JobOptions(str(checkpoint), engine=engine, precision=asked, decoder_source=source)
-    facts = dataclasses.replace(architecture_facts(spec.architecture), decoder=spec)
+    facts = model_facts(spec)
     judge(Case(options, target.capabilities, facts))
     target.export(checkpoint, run / "original", ExportSettings(source, precision, SLOTS))
     apart: dict[tuple[int, ...], float] = {}

@@ -11,7 +11,7 @@ from tables_second import increase
 from tables_speed import cell, measured, paired, spoken
 
 from nbl_export.records.plan import spoken_layers
-from nbl_export.records.quality import spoken_interval, spoken_loss
+from nbl_export.records.quality import describe_interval, spoken_loss
 
 Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
@@ -51,7 +51,7 @@ def _exits(read: Read, model: str) -> list[Found]:
     for run in read("cuts")["rows"]:
         title, _, how = run["title"].partition(", ")
         losses = [
-            spoken_interval(r["increase"], r["increase_interval"], percent=True, sign=True) for r in run["losses"]
+            describe_interval(r["increase"], r["increase_interval"], percent=True, sign=True) for r in run["losses"]
         ]
         stop = run["exit"]
         maps = f"predicted KV from layer {stop['layer']} on, {stop['recent_tokens']} recent tokens, {how}"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from nbl_export.records.plan import spoken_layers
-from nbl_export.records.quality import spoken_interval
+from nbl_export.records.quality import describe_interval
 
 Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
@@ -73,7 +73,7 @@ def _at_length(test: str, row: Mapping[str, Any]) -> str:
     """Increase of perplexity, or the shares that original and NBL get right."""
     (apart,) = row["differences"]
     if test == "position":
-        return spoken_interval(apart["increase"], apart["increase_interval"], percent=True, sign=True)
+        return describe_interval(apart["increase"], apart["increase_interval"], percent=True, sign=True)
     return " → ".join(f"{row['figures'][name]['correct']:.0%}" for name in ("original", "nbl"))
 
 

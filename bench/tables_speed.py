@@ -6,9 +6,9 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from nbl_export.records.paired import PairedRatio, paired_ratio, spoken_ratio
+from nbl_export.records.paired import PairedRatio, describe_ratio, paired_ratio
 from nbl_export.records.plan import spoken_layers
-from nbl_export.records.quality import describe_long_range, spoken_interval
+from nbl_export.records.quality import describe_interval, describe_long_range
 
 Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
@@ -17,13 +17,13 @@ Read = Callable[[str], Any]
 def spoken(found: PairedRatio) -> str:
     """A ratio with its interval. An interval that contains 1 is no difference; too few loads give no verdict."""
     if found.loads == 1:
-        return f"×{spoken_ratio(found.ratio)} (one load)"
-    interval = f"{spoken_ratio(found.low)} to {spoken_ratio(found.high)}"
+        return f"×{describe_ratio(found.ratio)} (one load)"
+    interval = f"{describe_ratio(found.low)} to {describe_ratio(found.high)}"
     if found.verdict == "too few loads":
-        return f"×{spoken_ratio(found.ratio)} ({interval} in {found.loads} loads)"
+        return f"×{describe_ratio(found.ratio)} ({interval} in {found.loads} loads)"
     if found.verdict == "no clear difference":
         return f"no clear difference ({interval})"
-    return f"×{spoken_ratio(found.ratio)} ({interval})"
+    return f"×{describe_ratio(found.ratio)} ({interval})"
 
 
 def cell(row: Mapping[str, Any]) -> str:
@@ -95,7 +95,7 @@ def _kept(row: Mapping[str, Any]) -> str:
 
 
 def _increase(loss: Mapping[str, Any]) -> str:
-    return spoken_interval(loss["increase"], loss["increase_interval"], percent=True, sign=True)
+    return describe_interval(loss["increase"], loss["increase_interval"], percent=True, sign=True)
 
 
 def exchange(read: Read) -> Rows:

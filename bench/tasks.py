@@ -129,12 +129,12 @@ def answering(tokenizer: Any, max_length: int) -> Any:
 
 def measured(outcome: Any, original: Any, names: Sequence[str]) -> dict[str, Any]:
     """Figures with their errors, and their differences from the original's on the same items."""
-    from nbl_export.evaluation.measure import difference
+    from nbl_export.evaluation.measure import paired_difference
 
     found = {}
     for name in names:
         ours, theirs = outcome.metrics[name], original.metrics[name]
-        change, error = difference(ours.aggregation, ours.items, theirs.items)
+        change, error = paired_difference(ours.aggregation, ours.items, theirs.items)
         found[name] = {"value": ours.value, "stderr": ours.stderr, "change": change, "change_stderr": error}
     return found
 

@@ -143,14 +143,14 @@ def _lines(rows: Iterable[tuple[str, str, str]]) -> list[str]:
 
 
 def _keys() -> Iterator[str]:
-    from nbl_export.cli.options import said_of
+    from nbl_export.cli.options import describe_option
     from nbl_export.options.options import OPTIONS
 
     for name, record in OPTIONS.items():
         if record.key:
             commands = ", ".join(f"`{c}`" for c in record.commands if c != "main")
             also = f" Also of {commands}." if commands else ""
-            yield f"| `{name}` | {said_of(name, record)}{also} |"
+            yield f"| `{name}` | {describe_option(name, record)}{also} |"
 
 
 def places() -> str:

@@ -18,7 +18,7 @@ from nbl_export.options.options import OPTIONS
 from nbl_export.options.settle import settle
 from nbl_export.records.quality import promise
 from nbl_export.run import pipeline
-from nbl_export.run.facts import capabilities_of
+from nbl_export.run.settled import capabilities_of
 
 from .command import nbl
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
 from os import PathLike
@@ -14,7 +14,7 @@ from nbl_export.errors import NblError
 from nbl_export.measure.estimate import Gain, Needs
 from nbl_export.publish.convert import convert
 from nbl_export.records.quality import Interval
-from nbl_export.report.estimate import spoken_totals
+from nbl_export.report.estimate import describe_totals
 from nbl_export.report.outcome import outcome
 from nbl_export.report.page import first_screen
 from nbl_export.run.deployed import answers, result
@@ -116,7 +116,7 @@ class Estimate:
     refused: str
 
     def __str__(self) -> str:
-        said = spoken_totals(vars(self))
+        said = describe_totals(vars(self))
         return f"{said}; {self.refused}" if self.refused else said
 
 
@@ -170,7 +170,18 @@ class Run:
         """
         found = self._result()
         medians = {_place(row): row["tokens_per_second_median"] for row in found["rows"]}
-        return tuple(_speed(row, medians) for row in found["ratios"])
+        return tuple(
+            Speed(
+                _PHASES[row["kind"]],
+                row["tokens"],
+                row["depth"],
+                Interval(row["ratio"], row["low"], row["high"]),
+                row["verdict"],
+                medians[_place(row, row["base"])],
+                medians[_place(row)],
+            )
+            for row in found["ratios"]
+        )
 
     @property
     def cache_bytes_per_token(self) -> Mapping[str, int]:
@@ -261,8 +272,7 @@ def export(
         NblError: what the user can correct, in a sentence: what, where, what to do.
         ParityError: the NBL graph does not compute what the original graph computes with these layers.
     """
-    asked = dict(_plain({"model": model, **options}))
-    run_job(asked, Path(output), Ui(quiet=quiet), force=force)
+    run_job({"model": model, **options}, Path(output), Ui(quiet=quiet), force=force)
     return Run(output)
 
 
@@ -284,19 +294,10 @@ def estimate(model: str | PathLike[str], **options: Any) -> Estimate:
     Raises:
         NblError: the model does not state its sizes, or an option does not fit.
     """
-    found = estimated(str(model), dict(_plain(options)))
+    found = estimated(str(model), options)
     values = {field.name: found[field.name] for field in dataclasses.fields(Estimate)}
     gains, stages = (tuple(kind(**row) for row in found[name]) for kind, name in ((Gain, "gains"), (Needs, "stages")))
     return Estimate(**{**values, "gains": gains, "stages": stages})
-
-
-def _plain(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Options with texts in place of paths."""
-    for name, value in options.items():
-        if isinstance(value, (list, tuple)):
-            yield name, [str(item) if isinstance(item, PathLike) else item for item in value]
-        else:
-            yield name, str(value) if isinstance(value, PathLike) else value
 
 
 def _loss(row: Mapping[str, Any]) -> Loss:
@@ -316,15 +317,3 @@ def _loss(row: Mapping[str, Any]) -> Loss:
 
 def _place(row: Mapping[str, Any], variant: str = "") -> tuple[Any, ...]:
     return variant or row["variant"], row["test"], row["depth"]
-
-
-def _speed(row: Mapping[str, Any], medians: Mapping[tuple[Any, ...], float]) -> Speed:
-    return Speed(
-        _PHASES[row["kind"]],
-        row["tokens"],
-        row["depth"],
-        Interval(row["ratio"], row["low"], row["high"]),
-        row["verdict"],
-        medians[_place(row, row["base"])],
-        medians[_place(row)],
-    )

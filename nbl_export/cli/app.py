@@ -26,7 +26,7 @@ from nbl_export.errors import NblError, UsageError
 from nbl_export.model import processes
 from nbl_export.options.option import MAIN
 from nbl_export.options.options import OPTIONS, renamed
-from nbl_export.options.settle import over
+from nbl_export.options.settle import merge_options
 from nbl_export.trust.terminal import Formatter, visible
 from nbl_export.version import __version__
 
@@ -51,7 +51,7 @@ class Group(opt.Command, click.Group):
         super().format_options(ctx, formatter)
         if self.shows_keys:
             with formatter.section("Keys of --config FILE"):
-                formatter.write_dl([(name, opt.said_of(name, OPTIONS[name])) for name in KEYS])
+                formatter.write_dl([(name, opt.describe_option(name, OPTIONS[name])) for name in KEYS])
         self.format_commands(ctx, formatter)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -109,7 +109,7 @@ def _root(
         sys.stderr.write(f"{context.get_help()}\n")
         context.exit(2)
     written, recorded = ({}, None) if config is None else opt.read_config(config)
-    given = over(written, given)
+    given = merge_options(written, given)
     if output is None or ("model" not in given and recorded is None):
         lacks = [("--model", "model" not in given and recorded is None), ("--output", output is None)]
         missing = " and ".join(flag for flag, is_missing in lacks if is_missing)

@@ -144,10 +144,10 @@ def bench(
     """
     from nbl_export.report import console, page
     from nbl_export.run.compare import compare
-    from nbl_export.run.deployed import is_model_directory
     from nbl_export.run.pipeline import run_stages
+    from nbl_export.targets import owner_of
 
-    if len(directories) == 1 and against is None and not is_model_directory(directories[0]):
+    if len(directories) == 1 and against is None and owner_of(directories[0]) is None:
         run = run_stages(directories[0], "report", ui(as_json), changes=asked, force=force, needs="bench")
         result = page.of_run(run)
         show(result, console.speed_table(result), as_json)
@@ -283,8 +283,8 @@ def card(directory: Path, base_model: str | None, force: bool) -> None:
 def convert(directory: Path, to: str | None, output: Path | None, force: bool, as_json: bool) -> None:
     """Write the NBL model for other engines."""
     if to is None:
+        from nbl_export.publish.convert import routes
         from nbl_export.report.console import routes_table
-        from nbl_export.run.destinations import routes
 
         if output is not None:
             raise UsageError("--output is for --to; leave --output out to list destinations")
@@ -379,11 +379,11 @@ def doctor(as_json: bool) -> None:
     """List the engines that work here, and why others do not."""
     from nbl_export.report.console import doctor_table
     from nbl_export.run.deployed import examine_engines
-    from nbl_export.run.estimate import spoken_machine
-    from nbl_export.targets.gpu import find_gpu, spoken
+    from nbl_export.run.estimate import describe_machine
+    from nbl_export.targets.gpu import describe_gpu, find_gpu
 
     found = examine_engines()
-    show(found, doctor_table(found, spoken_machine(), spoken(find_gpu())), as_json)
+    show(found, doctor_table(found, describe_machine(), describe_gpu(find_gpu())), as_json)
 
 
 COMMANDS: dict[str, click.Command] = {

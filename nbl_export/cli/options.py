@@ -23,8 +23,10 @@ from nbl_export.errors import UsageError
 from nbl_export.files import read_small
 from nbl_export.options.option import MAIN, Option
 from nbl_export.options.options import DEFAULTS, OPTIONS, PANELS, JobOptions, flag_of
-from nbl_export.options.settle import over, read_asked
-from nbl_export.records.from_json import read_record
+from nbl_export.options.public import located
+from nbl_export.options.settle import merge_options, read_asked
+from nbl_export.records.from_json import check_shape, read_record
+from nbl_export.records.shapes import MANIFEST
 from nbl_export.trust.model_settings import read_object
 from nbl_export.trust.terminal import Console
 
@@ -42,16 +44,17 @@ __all__ = [
     "Command",
     "asked_in",
     "command",
+    "describe_option",
     "job_options",
     "panel_of",
     "read_config",
     "refuse_options_before",
-    "said_of",
     "show",
     "ui",
 ]
 
 _MOST_CONFIG_BYTES = 1 << 20
+_PLACES = {"places?": MANIFEST["places?"], "quantized?": MANIFEST["quantized?"]}  # of a run's nbl.json
 _ARGUMENTS = "Arguments"
 _GENERAL = "General"
 _RANGES: dict[type, Any] = {int: click.IntRange, float: click.FloatRange}
@@ -124,7 +127,7 @@ def command(
             if takes:
                 asked = asked_in(given)
                 file = given.pop("config", None)
-                given["asked"] = asked if file is None else over(_keys_for(takes, known, file), asked)
+                given["asked"] = asked if file is None else merge_options(_keys_for(takes, known, file), asked)
             function(**given)
 
         return Command(name, params=params, callback=run, help=function.__doc__, hidden=hidden)
@@ -150,13 +153,13 @@ def _job_option(name: str, record: Option, command: str) -> click.Option:
         [name, flag_of(name)],
         type=kind,
         multiple=typing.get_origin(hint) is tuple and not record.numbers,
-        help=said_of(name, record),
+        help=describe_option(name, record),
         metavar=record.metavar or ("N,..." if record.numbers else None if record.least is None else "N"),
         hidden=command == MAIN and not record.first,
     )
 
 
-def said_of(name: str, record: Option) -> str:
+def describe_option(name: str, record: Option) -> str:
     """The help of an option, with its default if that is a number."""
     default = DEFAULTS[name]
     counted = isinstance(default, (int, float)) and not isinstance(default, bool)
@@ -207,26 +210,18 @@ def read_config(path: Path) -> tuple[dict[str, Any], JobOptions | None]:
     if not path.exists():
         raise UsageError(f"--config {path} cannot be read: there is no such file")
     is_run = path.suffix == ".json"
-    values = _of_run(path) if is_run else _of_toml(path)
+    values = read_object(path, _MOST_CONFIG_BYTES) if is_run else _of_toml(path)
+    if is_run and not isinstance(values.get("options"), dict):
+        raise UsageError(f"--config {path} is not the nbl.json of a run, because it has no options")
     try:
         if is_run:
-            return {}, JobOptions.from_json(values)
+            check_shape(values, _PLACES)
+            return {}, located(JobOptions.from_json(values["options"]), values)
         found = read_asked(values)
         read_record(JobOptions, {"model": "", **found})
     except (TypeError, ValueError, UsageError) as error:
         raise UsageError(f"{path}: {error}") from error
     return found, None
-
-
-def _of_run(path: Path) -> dict[str, Any]:
-    """The recorded options, with absolute paths of model and texts."""
-    manifest = read_object(path, _MOST_CONFIG_BYTES)
-    options = manifest.get("options")
-    places = manifest.get("places")
-    if not isinstance(options, dict):
-        raise UsageError(f"--config {path} is not the nbl.json of a run, because it has no options")
-    places = places if isinstance(places, dict) else {}
-    return {**options, **{name: places[name] for name in ("model", "calibration") if places.get(name)}}
 
 
 def _of_toml(path: Path) -> dict[str, Any]:

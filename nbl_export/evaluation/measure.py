@@ -32,7 +32,7 @@ from nbl_export.evaluation.scorer import GraphScorer, Request
 from nbl_export.text.corpus import READ_BYTES, Text
 from nbl_export.text.windows import token_ids
 
-__all__ = ["AGGREGATIONS", "Metric", "Outcome", "difference", "figure", "run_windows", "windows"]
+__all__ = ["AGGREGATIONS", "Metric", "Outcome", "aggregate_with_stderr", "paired_difference", "run_windows", "windows"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Metric:
     @classmethod
     def of(cls, aggregation: str, items: Sequence[Any], *, higher_is_better: bool) -> Metric:
         """The figure of an aggregation over items."""
-        return cls(*figure(aggregation, items), aggregation, higher_is_better, tuple(items))
+        return cls(*aggregate_with_stderr(aggregation, items), aggregation, higher_is_better, tuple(items))
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,13 @@ AGGREGATIONS: dict[str, Callable[[float], tuple[float, float]]] = {
 }
 
 
-def figure(aggregation: str, items: Any) -> tuple[float, float | None]:
+def aggregate_with_stderr(aggregation: str, items: Any) -> tuple[float, float | None]:
     """The value of an aggregation over items, and its standard error; None for a single item."""
     value, influence = _influence(aggregation, items)
     return value, _error(influence)
 
 
-def difference(aggregation: str, new: Any, old: Any) -> tuple[float, float | None]:
+def paired_difference(aggregation: str, new: Any, old: Any) -> tuple[float, float | None]:
     """New minus old over the same items in the same order, and its standard error.
 
     Raises:

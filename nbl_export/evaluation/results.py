@@ -18,9 +18,9 @@ import numpy as np
 
 from nbl_export.errors import CorruptError
 from nbl_export.evaluation.length import POSITION, TESTS
-from nbl_export.evaluation.measure import Outcome, difference
+from nbl_export.evaluation.measure import Outcome, paired_difference
 from nbl_export.files import read_json
-from nbl_export.records.quality import NEAR, grows_with_length, increase_interval, mean_interval, spoken_interval
+from nbl_export.records.quality import NEAR, describe_interval, grows_with_length, increase_interval, mean_interval
 from nbl_export.records.requests import Subject
 
 __all__ = ["SCHEMA", "entry", "read_entries", "summarize"]
@@ -123,7 +123,9 @@ def _pair(group: Group) -> list[tuple[Entry, Entry]]:
 
 def _difference(new: Entry, old: Entry, name: str) -> dict[str, Any]:
     """New minus old with its paired standard error."""
-    value, stderr = difference(new["metrics"][name]["aggregation"], *(_unpack(e["scores"][name]) for e in (new, old)))
+    value, stderr = paired_difference(
+        new["metrics"][name]["aggregation"], *(_unpack(e["scores"][name]) for e in (new, old))
+    )
     return {"value": value, "stderr": stderr}
 
 
@@ -182,7 +184,7 @@ def _warning(new: Entry, old: Entry, ends: list[int]) -> str | None:
     if test == POSITION:
         none = np.zeros(len(short_W))
         rises = (increase_interval(none, rise_W) for rise_W in (short_W, _rise(new, old, far)))
-        small, large = (spoken_interval(rise.value, rise.ends, percent=True, sign=True) for rise in rises)
+        small, large = (describe_interval(rise.value, rise.ends, percent=True, sign=True) for rise in rises)
         said = (
             f"perplexity rises by {small} at positions below {NEAR}, but by {large} at positions from {ends[-2]:,} on"
         )

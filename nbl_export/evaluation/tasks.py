@@ -98,7 +98,9 @@ def run_task(task: Any, lm: Any, limit: int | None) -> Outcome:
 
     name = task.task_name
     task.set_fewshot_seed(seed=_SEED)  # anew for each model: all get the same examples
-    found = evaluate(lm=lm, task_dict={"tasks": {name: task}}, limit=limit, bootstrap_iters=0)  # `figure` has errors
+    found = evaluate(
+        lm=lm, task_dict={"tasks": {name: task}}, limit=limit, bootstrap_iters=0
+    )  # `aggregate_with_stderr` has errors
     samples = sorted(found["samples"][name], key=lambda sample: int(sample["doc_id"]))
     first = samples[0]
     samples = [sample for sample in samples if sample["filter"] == first["filter"]]

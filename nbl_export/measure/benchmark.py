@@ -42,7 +42,7 @@ from nbl_export.measure.instruments import Instruments, background_of
 from nbl_export.measure.rounds import Bench, Progress, Rule, Steps, Variant, time_rounds
 from nbl_export.model.memory import available_bytes
 from nbl_export.options.options import GPU_DECODE, JobOptions
-from nbl_export.records.results import Scenario, spoken_background
+from nbl_export.records.results import Scenario, describe_background
 from nbl_export.run_directory import PACKAGES
 from nbl_export.targets.gpu import describe, free_bytes
 
@@ -106,7 +106,7 @@ def side_by_side(
         instruments = Instruments(clocks=read_clocks, warm_up_ns=_GPU_WARM_UP_NS, least_ns=_GPU_LEAST_NS)
     result = run(variants, scenarios, tests.repetitions, progress, setting=setting, instruments=instruments)
     if result["background"]["busy"]:
-        say(f"  {spoken_background(result['background'])}")
+        say(f"  {describe_background(result['background'])}")
     return result
 
 

@@ -9,10 +9,8 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import Any
 
-from nbl_export.options.model_facts import ModelFacts
-from nbl_export.options.option import MAIN
+from nbl_export.options.option import MAIN, ModelFacts
 from nbl_export.options.options import DEFAULTS, OPTIONS, JobOptions, flag_of
 
 __all__ = ["KEYS_FILE", "describe_command"]
@@ -27,7 +25,9 @@ def describe_command(options: JobOptions, output: Path) -> str:
     keys = []
     for name, record in OPTIONS.items():
         value = getattr(options, name)
-        if MAIN not in record.commands or name == "engine" or value == _default(options, name):
+        # the default as far as engine and model do not decide it
+        usual = DEFAULTS[name] if record.usual is None else record.usual(vars(options), None, ModelFacts())
+        if MAIN not in record.commands or name == "engine" or value == usual:
             continue
         if record.key:
             keys.append(f"{name} = {json.dumps(value, ensure_ascii=False)}")
@@ -38,9 +38,3 @@ def describe_command(options: JobOptions, output: Path) -> str:
     written = f"{shlex.join(['printf', _A_LINE_EACH, *keys])} > {KEYS_FILE} && " if keys else ""
     config = ["--config", KEYS_FILE] if keys else []
     return written + shlex.join(["nbl-export", *config, *words, "--output", str(output)])
-
-
-def _default(options: JobOptions, name: str) -> Any:
-    """The value that the option has without being asked for, as far as engine and model do not decide."""
-    usual = OPTIONS[name].usual
-    return DEFAULTS[name] if usual is None else usual(vars(options), None, ModelFacts())

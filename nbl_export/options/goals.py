@@ -1,4 +1,4 @@
-"""Reads and checks the request for a plan before any work: a count or a limit on quality.
+"""Reads the request for a plan: a count of layers, named layers, or a limit on quality.
 
 --layers 8                        how many layers, or which layers
 --max-perplexity-increase 5%      as many layers as raise perplexity on held-back text by at most 5%
@@ -19,10 +19,10 @@ __all__ = [
     "DEFAULT_STEPS",
     "asked_increase",
     "asked_layers",
-    "check_request",
     "default_minutes",
     "names_layers",
     "parse_layers",
+    "read_layers",
 ]
 
 DEFAULT_INCREASE = 0.05  # of perplexity, if neither a count nor a goal is given
@@ -56,23 +56,7 @@ def default_minutes(parameters: int) -> float:
     return _USUAL_MINUTES * math.sqrt(parameters / _USUAL_PARAMETERS)
 
 
-def check_request(options: JobOptions) -> None:
-    """Refuse options that contradict each other or cannot be read, for any model.
-
-    Raises:
-        UsageError: names the options and the remedy.
-    """
-    if options.layers is not None and options.max_perplexity_increase is not None:
-        raise UsageError("--layers and --max-perplexity-increase both set the number of layers; give one of them")
-    if options.layers is not None and _read_layers(options.layers) == 0:
-        raise UsageError("--layers 0 replaces nothing; ask for at least 1, or write 0, for the layer of that number")
-    if not asked_increase(options):
-        raise UsageError("--max-perplexity-increase 0% allows no replaced layer; allow more, such as 1%")
-    if not options.has_bias and options.tap != "normed":
-        raise UsageError(f"key maps {options.maps} acts on the normed input; add the key tap = 'normed'")
-
-
-def _read_layers(text: str) -> int | tuple[tuple[int, int], ...]:
+def read_layers(text: str) -> int | tuple[tuple[int, int], ...]:
     """Read a count ("8"), or the first and last layer of each range of named layers ("0,7,24-29", or "8,").
 
     Raises:
@@ -105,7 +89,7 @@ def parse_layers(text: str, num_layers: int) -> int | tuple[int, ...]:
         UsageError: a part is no number, a range runs backwards, or a layer is repeated.
         NblError: a layer is missing, or every layer is named.
     """
-    asked = _read_layers(text)
+    asked = read_layers(text)
     if isinstance(asked, int):
         if asked >= num_layers:
             raise NblError(_all_refused(f"--layers {asked}", num_layers))
@@ -141,7 +125,7 @@ def names_layers(text: str | None) -> bool:
     Raises:
         UsageError: the request cannot be read.
     """
-    return text is not None and not isinstance(_read_layers(text), int)
+    return text is not None and not isinstance(read_layers(text), int)
 
 
 def _is_number(text: str) -> bool:

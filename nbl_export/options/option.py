@@ -7,15 +7,39 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from nbl_export.options.model_facts import ModelFacts
 from nbl_export.records.capabilities import Capabilities
+from nbl_export.records.decoder import DecoderSpec
+from nbl_export.records.plan import TAPS
 
-__all__ = ["MAIN", "Applies", "Option", "Usual", "option"]
+__all__ = ["MAIN", "Applies", "ModelFacts", "Option", "Usual", "option"]
 
 MAIN = "main"  # the name of the main job among commands
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What options depend on in a model. A default means that the fact is unknown, or that the model is without it.
+
+    Attributes:
+        maps_tap: the tap of the maps, if the model is an NBL checkpoint.
+        kinds: of the mixers of an NBL checkpoint.
+        architecture, taps, not_from: name, possible taps, and decoder source -> why it exports no such graph.
+        decoder: the decoder's sizes.
+        fits: whether the whole model fits into this machine's memory in float32.
+    """
+
+    maps_tap: str = ""
+    kinds: frozenset[str] = frozenset()
+    architecture: str = ""
+    taps: tuple[str, ...] = TAPS
+    not_from: Mapping[str, str] = field(default_factory=dict)
+    decoder: DecoderSpec | None = None
+    fits: bool = True
+
+
 # The value if nobody asks for one, from the other options, the engine and the model. Without an engine, as when a
 # command is spoken: "" if engine or model decide.
 Usual = Callable[[Mapping[str, Any], Capabilities | None, ModelFacts], Any]

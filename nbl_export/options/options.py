@@ -12,11 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nbl_export.options.model_facts import ModelFacts
-from nbl_export.options.option import Applies, Option, option
+from nbl_export.options.option import Applies, ModelFacts, Option, option
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import DecoderSpec
-from nbl_export.records.destinations import DESTINATIONS, Destination
+from nbl_export.records.destinations import ANYWHERE, DESTINATIONS, Destination
 from nbl_export.records.from_json import read_record, require
 from nbl_export.records.plan import DROPPED, MAPS, PREDICTED_KV, TAPS, USUAL_KIND
 
@@ -93,10 +92,6 @@ def _usual_fit(values: Mapping[str, Any], engine: Capabilities | None, model: Mo
     return "independent" if closed or predicts or values["select"] == "cca" else "distilled"
 
 
-def _usual_kind(values: Mapping[str, Any], _engine: Capabilities | None, _model: ModelFacts) -> str:
-    return DROPPED if values["fit"] == "drop" else USUAL_KIND
-
-
 def _usual_exit(values: Mapping[str, Any], engine: Capabilities | None, model: ModelFacts) -> str:
     """The deepest exit layer for a limit on quality, unless another option asks for layers that are replaced."""
     others = ("layers", "select", "distill_minutes", "distill_steps")
@@ -122,22 +117,13 @@ def _usual_depths(values: Mapping[str, Any], _engine: Capabilities | None, model
 def _predicts_kv(values: Mapping[str, Any], engine: Capabilities | None) -> bool:
     """Whether keys are predicted unless something else is asked for: not for engines that nobody has run."""
     place = _place(values)
-    held = place is None or place.kinds is None or (PREDICTED_KV in place.kinds and not place.names_exit)
+    held = place.kinds is None or (PREDICTED_KV in place.kinds and not place.names_exit)
     return held and (engine is None or (PREDICTED_KV in engine.kinds and not engine.cross))
 
 
-def _place(values: Mapping[str, Any]) -> Destination | None:
-    return DESTINATIONS.get(values["destination"] or "")
-
-
-def _usual_engine(values: Mapping[str, Any], _engine: Capabilities | None, _model: ModelFacts) -> str:
-    place = _place(values)
-    return (place.engine if place else "") or "ort"
-
-
-def _usual_provider(values: Mapping[str, Any], _engine: Capabilities | None, _model: ModelFacts) -> str:
-    place = _place(values)
-    return place.provider if place else "cpu"
+def _place(values: Mapping[str, Any]) -> Destination:
+    """The destination of `--for`."""
+    return DESTINATIONS.get(values["destination"], ANYWHERE)
 
 
 def _sources(engine: Capabilities, model: ModelFacts, precision: str = "") -> list[str]:
@@ -162,11 +148,6 @@ def _usual_source(values: Mapping[str, Any], engine: Capabilities | None, model:
         asked = str(values["decoder_source"])
         return "genai" if asked == "mobius" and values["precision"] != "fp16" else asked
     return next(iter((*_sources(engine, model, values["precision"]), *_sources(engine, model), engine.source)))
-
-
-def _usual_maps(values: Mapping[str, Any], _engine: Capabilities | None, _model: ModelFacts) -> str:
-    place = _place(values)
-    return "linear" if place and place.bare and values["fit"] != "drop" else "affine"
 
 
 def has_plain_attention(model: ModelFacts) -> bool:
@@ -235,7 +216,7 @@ class JobOptions:
         "main build",
         first=True,
         metavar="ENGINE",
-        usual=_usual_engine,
+        usual=lambda values, *_: _place(values).engine or "ort",
     )
     provider: str = option(
         "cpu",
@@ -244,7 +225,7 @@ class JobOptions:
         first=True,
         metavar="PROVIDER",
         applies=_ORT,
-        usual=_usual_provider,
+        usual=lambda values, *_: _place(values).provider,
     )
     precision: str = option(
         "fp32",
@@ -321,7 +302,7 @@ class JobOptions:
         _REPLACED,
         "main plan",
         metavar="KIND",
-        usual=_usual_kind,
+        usual=lambda values, *_: DROPPED if values["fit"] == "drop" else USUAL_KIND,
         applies=_REPLACING,
         key=True,
     )
@@ -344,7 +325,7 @@ class JobOptions:
         choices=MAPS,
         metavar="KIND",
         applies=_FITTED,
-        usual=_usual_maps,
+        usual=lambda values, *_: "linear" if _place(values).bare and values["fit"] != "drop" else "affine",
         key=True,
     )
     tap: str = option(

@@ -20,7 +20,7 @@ __all__ = ["located", "public_facts", "public_options"]
 
 def located(options: JobOptions, manifest: Mapping[str, Any]) -> JobOptions:
     """Options with the absolute paths of model and texts that a run's manifest has."""
-    places = manifest.get("places", {})
+    places = manifest.get("places") or {}
     noted = manifest.get("quantized") or {}
     same = options.quantized_model is not None and options.quantized_model == noted.get("name")
     return dataclasses.replace(

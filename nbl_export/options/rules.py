@@ -1,7 +1,8 @@
-"""What is refused, as rows of two tables. `settle` applies them.
+"""What is refused, as rows of three tables. `settle` applies them.
 
-    REFUSED      what does not fit the engine or the model
-    OF_DECODER   refused when the decoder's sizes are known
+    CONTRADICTIONS   options that do not go together, or mean nothing, for any engine and any model
+    REFUSED          what does not fit the engine or the model
+    OF_DECODER       refused when the decoder's sizes are known
 
 A row is a function of a `Case`: the options, the facts of the engine and the facts of the model.
 """
@@ -12,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nbl_export.errors import NblError, UsageError
-from nbl_export.options.goals import asked_layers, names_layers
-from nbl_export.options.model_facts import ModelFacts
+from nbl_export.options.goals import asked_increase, asked_layers, names_layers, read_layers
+from nbl_export.options.option import ModelFacts
 from nbl_export.options.options import (
     AUTO_EXIT,
     BUILDER_OPTIONS,
@@ -28,10 +29,10 @@ from nbl_export.options.options import (
 )
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import DecoderSpec
-from nbl_export.records.destinations import DESTINATIONS
+from nbl_export.records.destinations import ANYWHERE, DESTINATIONS, Destination
 from nbl_export.records.plan import DROPPED, PREDICTED_KV
 
-__all__ = ["OF_DECODER", "REFUSED", "Case", "Refusal"]
+__all__ = ["CONTRADICTIONS", "OF_DECODER", "REFUSED", "Case", "Refusal"]
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,15 @@ class Case:
         return tuple(word.partition("=")[0] for word in self.options.builder_option)
 
     @property
-    def spoken_engine(self) -> str:
+    def engine_with_provider(self) -> str:
         """The engine, and its provider if that is no CPU."""
         provider = self.options.provider
         return self.options.engine + ("" if provider == "cpu" else f" with --provider {provider}")
+
+    @property
+    def place(self) -> Destination:
+        """The destination of `--for`."""
+        return DESTINATIONS.get(self.options.destination or "", ANYWHERE)
 
     @property
     def decoder(self) -> DecoderSpec:
@@ -81,6 +87,26 @@ class Case:
 Refusal = tuple[type[NblError], Callable[[Case], "str | bool"]]
 
 
+CONTRADICTIONS: tuple[Refusal, ...] = (
+    (UsageError, lambda c: (
+        c.options.layers is not None and c.options.max_perplexity_increase is not None
+        and "--layers and --max-perplexity-increase both set the number of layers; give one of them"
+    )),
+    (UsageError, lambda c: (
+        c.options.layers is not None and read_layers(c.options.layers) == 0
+        and "--layers 0 replaces nothing; ask for at least 1, or write 0, for the layer of that number"
+    )),
+    (UsageError, lambda c: (
+        not asked_increase(c.options)
+        and "--max-perplexity-increase 0% allows no replaced layer; allow more, such as 1%"
+    )),
+    (UsageError, lambda c: (
+        not c.options.has_bias and c.options.tap != "normed"
+        and f"key maps {c.options.maps} acts on the normed input; add the key tap = 'normed'"
+    )),
+)  # fmt: skip
+
+
 def _wrong_builder_option(case: Case) -> str | bool:
     for word, key in zip(case.options.builder_option, case.builder_keys, strict=True):
         values = BUILDER_OPTIONS.get(key, ())
@@ -93,21 +119,6 @@ def _wrong_builder_option(case: Case) -> str | bool:
     return False
 
 
-def _elsewhere(case: Case) -> str | bool:
-    """An engine that is not the destination's."""
-    options = case.options
-    place = DESTINATIONS.get(case.options.destination or "")
-    if place is None or not place.engine:
-        return False
-    for asked, needed, flag in (
-        (options.engine, place.engine, "--engine"),
-        (options.provider, place.provider, "--provider"),
-    ):
-        if asked != needed:
-            return f"--for {options.destination} needs {flag} {needed}, not {asked}; leave {flag} out"
-    return False
-
-
 def _model_not_held(case: Case) -> str | bool:
     """A model, or named layers, that the destination does not run."""
     named = asked_layers(case.options, case.model.decoder) if case.is_named and case.model.decoder else ()
@@ -116,25 +127,12 @@ def _model_not_held(case: Case) -> str | bool:
 
 def _not_there(case: Case, architecture: str, layers: tuple[int, ...]) -> str | bool:
     options = case.options
-    place = DESTINATIONS.get(case.options.destination or "")
-    if place is None:
+    if options.destination is None:
         return False
     kinds = case.model.kinds or ({PREDICTED_KV} if options.predicts else {options.kind})
-    why = place.refuses(kinds, case.engine.kinds, architecture, layers)
+    why = case.place.refuses(kinds, case.engine.kinds, architecture, layers)
     use = "; leave --exit-layer out" if why and options.predicts else ""
     return bool(why) and f"--for {options.destination} is not possible: {why}{use}"
-
-
-def _unknown_to_engine(case: Case) -> str | bool:
-    """Precision and decoder source against the engine."""
-    options = case.options
-    for value, allowed, flag in (
-        (options.precision, case.engine.precisions, "--precision"),
-        (options.decoder_source, case.engine.sources, "key decoder_source"),
-    ):
-        if value not in allowed:
-            return f"{flag} {value} is not for engine {case.spoken_engine}; it takes {', '.join(allowed)}"
-    return False
 
 
 def _unknown_kind(case: Case) -> str | bool:
@@ -149,7 +147,7 @@ def _unknown_kind(case: Case) -> str | bool:
     if options.fit == "drop":
         return f"--fit drop puts nothing in place of attention; leave key kind {options.kind} out"
     return options.kind not in held and (
-        f"key kind {options.kind} is not for engine {case.spoken_engine}; it takes {', '.join(sorted(held))}"
+        f"key kind {options.kind} is not for engine {case.engine_with_provider}; it takes {', '.join(sorted(held))}"
     )
 
 
@@ -208,7 +206,15 @@ def _kv_not_predicted(case: Case) -> str | bool:
 
 REFUSED: tuple[Refusal, ...] = (
     (UsageError, _wrong_builder_option),
-    (UsageError, _elsewhere),
+    (UsageError, lambda c: (
+        c.place.engine not in ("", c.options.engine)
+        and f"--for {c.options.destination} needs --engine {c.place.engine}, not {c.options.engine}; leave --engine out"
+    )),
+    (UsageError, lambda c: (
+        bool(c.place.engine) and c.options.provider != c.place.provider
+        and f"--for {c.options.destination} needs --provider {c.place.provider}, not {c.options.provider}; leave "
+        "--provider out"
+    )),
     (UsageError, lambda c: (
         bool(c.model.maps_tap) and not c.is_nbl
         and f"--fit {c.options.fit} needs the original model: {NO_ORIGINAL}"
@@ -217,7 +223,16 @@ REFUSED: tuple[Refusal, ...] = (
     (UsageError, _unknown_kind),
     (UsageError, lambda c: _not_there(c, "", ())),  # kinds of layers alone
     (UsageError, _beside_exit),
-    (UsageError, _unknown_to_engine),
+    (UsageError, lambda c: (
+        c.options.precision not in c.engine.precisions
+        and f"--precision {c.options.precision} is not for engine {c.engine_with_provider}; it takes "
+        f"{', '.join(c.engine.precisions)}"
+    )),
+    (UsageError, lambda c: (
+        c.options.decoder_source not in c.engine.sources
+        and f"key decoder_source {c.options.decoder_source} is not for engine {c.engine_with_provider}; it takes "
+        f"{', '.join(c.engine.sources)}"
+    )),
     (UsageError, _not_made),
     # These rows need the model's files.
     (NblError, _model_not_held),
@@ -227,7 +242,7 @@ REFUSED: tuple[Refusal, ...] = (
     )),
     (UsageError, lambda c: (
         bool(missing := c.model.kinds - c.engine.kinds)
-        and f"{c.options.model} has layers of kind {min(missing)}, which engine {c.spoken_engine} does not run"
+        and f"{c.options.model} has layers of kind {min(missing)}, which engine {c.engine_with_provider} does not run"
     )),
     (UsageError, lambda c: (
         PREDICTED_KV in c.model.kinds

@@ -13,21 +13,21 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from nbl_export.errors import UsageError
-from nbl_export.options.goals import asked_layers, check_request
-from nbl_export.options.model_facts import ModelFacts
-from nbl_export.options.option import Option
+from nbl_export.options.goals import asked_layers
+from nbl_export.options.option import ModelFacts, Option
 from nbl_export.options.options import AUTO_EXIT, DEFAULTS, NO_EXIT, OPTIONS, JobOptions, flag_of, renamed
-from nbl_export.options.rules import OF_DECODER, REFUSED, Case, Refusal
+from nbl_export.options.rules import CONTRADICTIONS, OF_DECODER, REFUSED, Case, Refusal
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.destinations import destination_named
 from nbl_export.records.from_json import read_record
 
-__all__ = ["hub_id", "judge", "numbers", "over", "read_asked", "settle"]
+__all__ = ["hub_id", "judge", "merge_options", "numbers", "read_asked", "settle"]
 
 EngineOf = Callable[[str, str], Capabilities]  # engine, provider -> its capabilities; refuses an unknown engine
 
@@ -60,7 +60,7 @@ def settle(
         known.pop("fit", None)
     elif recorded:  # another goal for a run does not change how its maps are made
         known["fit"] = recorded.fit
-    values = over(known, given)
+    values = merge_options(known, given)
     try:
         options = read_record(JobOptions, {**_defaults(values, engine_of, model), **values})
     except TypeError as error:
@@ -68,13 +68,13 @@ def settle(
     except ValueError as error:
         raise UsageError(str(error)) from error
     case = Case(options, engine_of(options.engine, options.provider), model)
-    check_request(case.options)
+    _refuse(CONTRADICTIONS, case)
     case = _applying(case, given)
     judge(case)
     return case.options
 
 
-def over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def merge_options(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Values with the given ones in their place; a given count or goal replaces every other count or goal."""
     if any(given.get(name) not in (None, AUTO_EXIT, NO_EXIT) for name in _COUNTS):
         values = {name: value for name, value in values.items() if name not in _COUNTS}
@@ -137,7 +137,8 @@ def judge(case: Case) -> None:
 def read_asked(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values by the field names of JobOptions, in its types. A name may be that of the field or of the flag.
 
-    Numbers are accepted for texts of numbers (layers = 8), lists for named layers, and one text for a list of texts.
+    Numbers are accepted for texts of numbers (layers = 8), lists for named layers, one text for a list of texts, and
+    paths for texts.
 
     Raises:
         UsageError: a name is no option, or a text holds no numbers.
@@ -172,6 +173,7 @@ def _value(name: str, value: Any, said: Option | None) -> Any:
     if said is not None and said.numbers and isinstance(value, (str, int)) and not isinstance(value, bool):
         return numbers(str(value), name)
     takes = () if said is None else said.python
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
     if "list" in takes and isinstance(value, str):
         return (value,)
     if {"int", "float"} & set(takes) and is_number:
@@ -188,7 +190,9 @@ def _value(name: str, value: Any, said: Option | None) -> Any:
         return value.lower()
     if name == "destination" and isinstance(value, str):
         return destination_named(value)
-    return tuple(value) if isinstance(value, list) else value
+    if isinstance(value, (list, tuple)):
+        return tuple(os.fspath(item) if isinstance(item, os.PathLike) else item for item in value)
+    return value
 
 
 def numbers(text: str, name: str) -> tuple[int, ...]:

@@ -60,10 +60,14 @@ def write_card(directory: Path, hub_id: str | None = None, *, force: bool = Fals
     with RunDirectory.open_run(directory, create=False) as run:
         check_publishable(run, force=force)
         target = run.path / CARD
-        if not force and _is_edited(run, target):
+        written_before = run.manifest.get("card", {}).get("sha256")
+        if not force and target.exists() and file_sha256(target) != written_before:
             raise NblError(f"{target} is not as nbl-export wrote it; move it away, or use --force to replace it")
         base = find(run.manifest, hub_id)
-        text = render(run.manifest, of_run(run), base, chat=_has_template(run.path / "model"))
+        settings = run.path / "model" / "tokenizer_config.json"
+        has_template = settings.is_file() and "chat_template" in read_object(settings)
+        has_template |= (run.path / "model" / "chat_template.jinja").is_file()
+        text = render(run.manifest, of_run(run), base, chat=has_template)
         with friendly_os_errors(target), run.scratch() as scratch:
             (scratch / "README.md").write_text(text, encoding="utf-8")
             os.replace(scratch / "README.md", target)
@@ -90,17 +94,6 @@ def check_publishable(run: RunDirectory, *, force: bool) -> None:
         run.check(stage)
 
 
-def _has_template(model: Path) -> bool:
-    if (model / "chat_template.jinja").is_file():
-        return True
-    settings = model / "tokenizer_config.json"
-    return settings.is_file() and "chat_template" in read_object(settings)
-
-
-def _is_edited(run: RunDirectory, card: Path) -> bool:
-    return card.exists() and file_sha256(card) != run.manifest.get("card", {}).get("sha256")
-
-
 def render(manifest: Mapping[str, Any], report: Mapping[str, Any], base: BaseModel, *, chat: bool = False) -> str:
     """The text of the card; the same input gives the same bytes.
 
@@ -110,22 +103,12 @@ def render(manifest: Mapping[str, Any], report: Mapping[str, Any], base: BaseMod
         base: what is known of the base model.
         chat: the model folder has a chat template, which the programs then use.
     """
+    import jinja2
+
     try:
         from huggingface_hub import ModelCard, ModelCardData
     except ImportError as error:
         raise MissingPackageError("huggingface_hub", "export", "writing a model card") from error
-    data = ModelCardData(base_model=base.hub_id, **base.terms, pipeline_tag="text-generation", tags=_TAGS)
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(manifest, report, base, chat)}"))
-
-
-def _line(text: str) -> str:
-    """Text that stays in an indented block."""
-    return " ".join(text.splitlines())
-
-
-def _body(manifest: Mapping[str, Any], report: Mapping[str, Any], base: BaseModel, chat: bool) -> str:
-    import jinja2
-
     source = importlib.resources.files("nbl_export.publish").joinpath("card.md.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"text": escaped, "blocks": written, "line": _line}
@@ -133,7 +116,7 @@ def _body(manifest: Mapping[str, Any], report: Mapping[str, Any], base: BaseMode
     packages = _PACKAGES[options.provider]
     record = ARCHITECTURES.get(manifest["decoder"]["architecture"])
     memory = (report["machine"] or {}).get("memory_bytes")
-    return environment.from_string(source).render(
+    body = environment.from_string(source).render(
         base=base,
         terms={**dict.fromkeys(_TERMS), **base.terms},
         chat=chat,
@@ -151,6 +134,13 @@ def _body(manifest: Mapping[str, Any], report: Mapping[str, Any], base: BaseMode
         command=describe_command(options, Path("DIR")),
         places_left_out=options.to_json() != manifest["options"],
     )
+    data = ModelCardData(base_model=base.hub_id, **base.terms, pipeline_tag="text-generation", tags=_TAGS)
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
+
+
+def _line(text: str) -> str:
+    """Text that stays in an indented block."""
+    return " ".join(text.splitlines())
 
 
 _HUB = "https://huggingface.co/"

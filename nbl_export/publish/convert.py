@@ -1,4 +1,6 @@
-"""Converts a finished run to a form that other engines read: `nbl-export convert DIR --to FORM`.
+"""Converts a finished run to a form that other engines read, and lists where the run can be served.
+
+nbl-export convert DIR --to FORM --output NEW      nbl-export convert DIR
 
 transformers   directory of `nbl_export.hf`'s classes, which vLLM's plugin reads too
 nemotron-nas   directory for TensorRT-LLM, and for the converter of llama.cpp
@@ -10,7 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Sequence
+import dataclasses
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +27,17 @@ from nbl_export.methods import kind_of
 from nbl_export.methods.base import Mixer
 from nbl_export.methods.inputs import Maps
 from nbl_export.methods.maps_file import load_maps
-from nbl_export.records.destinations import DESTINATIONS, destination_named, spoken_kind
+from nbl_export.options.options import CHECKPOINT_FIT
+from nbl_export.records.destinations import DESTINATIONS, describe_kind, destination_named
 from nbl_export.records.plan import PREDICTED_KV, USUAL_KIND
-from nbl_export.run.deployed import open_finished
 from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
-from nbl_export.run_directory import MAPS_FILE
+from nbl_export.run.settled import of_run, why_unfit
+from nbl_export.run_directory import DECODERS, MAPS_FILE, RunDirectory
+from nbl_export.targets import load_engine
 
-__all__ = ["FORMS", "convert"]
+__all__ = ["FORMS", "Route", "convert", "open_finished", "routes"]
 
-FORMS = ("transformers", "nemotron-nas", "mlx", "edge-llm")
 _READ_BY = {name: place.form for name, place in DESTINATIONS.items() if place.form}
 _INSTEAD = (
     "use --to transformers or vllm, convert a run of linear layers (--layers N), or deploy DIR/model with ONNX Runtime "
@@ -60,19 +66,32 @@ def convert(output: Path, form: str, target: Path, ui: Ui, *, force: bool = Fals
         maps = load_maps(job.run.path / MAPS_FILE, job.plan.layers, job.decoder.hidden_size)
         _refuse_unread(job, maps, asked)
         with job.run.scratch() as scratch, ui.task("saving"):
-            said = _write(job, maps, form, scratch / "saved")
+            said = FORMS[form](job, maps, form, scratch / "saved")
             move_into_place(scratch / "saved", target)
     for sentence in said:
         ui.say(f"  {sentence}")
 
 
-def _write(job: Job, maps: Maps, form: str, out: Path) -> list[str]:
-    """Write a form; returns what the user is told."""
-    if form == "transformers":
-        return _write_checkpoint(job, maps, out)
-    if form == "edge-llm":
-        return _write_edge_llm(job, maps, out)
-    return _write_nemotron_nas(job, maps, form, out)
+@contextlib.contextmanager
+def open_finished(output: Path, ui: Ui, *, force: bool = False) -> Iterator[Job]:
+    """The verified run in `output`, whose torch model is on the CPU. The run is locked in the context.
+
+    Args:
+        force: go on although verification failed.
+
+    Raises:
+        NblError: the run is not finished or failed, or its model is not available.
+        CorruptError: the maps have changed since they were fitted.
+    """
+    with RunDirectory.open_run(output, create=False) as run:
+        run.require("verify")
+        run.refuse_failed(force=force)
+        for stage in ("plan", "distill"):
+            if stage in run.stages:
+                run.check(stage)
+        settled = of_run(run, run.options, ui.say)
+        options = dataclasses.replace(settled.options, device="cpu")  # forms are compared bit for bit
+        yield Job(dataclasses.replace(settled, options=options), run, ui)
 
 
 def _form_of(asked: str) -> str:
@@ -104,7 +123,7 @@ def _refuse_unread(job: Job, maps: Maps, asked: str) -> None:
     place = DESTINATIONS[name]
     kinds = {mixer.kind for mixer in maps.values()}
     if place.refuses(kinds, frozenset(), "", ()):
-        spoken = spoken_kind(PREDICTED_KV if PREDICTED_KV in kinds else min(kinds))
+        spoken = describe_kind(PREDICTED_KV if PREDICTED_KV in kinds else min(kinds))
         raise NblError(f"{run} has {spoken}, which --to {asked} does not hold; {_INSTEAD}")
     if reason := place.refuses(kinds, frozenset(), job.decoder.architecture, maps):
         raise NblError(f"--to {asked} cannot have {run}: {reason}; nbl-export convert DIR lists who can")
@@ -120,7 +139,7 @@ def _refuse_unread(job: Job, maps: Maps, asked: str) -> None:
         check_vocabulary(job.torch.checkpoint.value, job.decoder.vocab_size)
 
 
-def _write_checkpoint(job: Job, maps: Maps, out: Path) -> list[str]:
+def _write_checkpoint(job: Job, maps: Maps, _form: str, out: Path) -> list[str]:
     """The model with the stored weights of the original, and maps in float32. The classes in `hf` load it.
 
     Raises:
@@ -165,7 +184,7 @@ def _matrix_alone(mixer: Mixer) -> Mixer:
     return kind_of(USUAL_KIND).from_tensors({"weight": weight, "bias": np.zeros(len(weight), np.float32)})
 
 
-def _write_edge_llm(job: Job, maps: Maps, out: Path) -> list[str]:
+def _write_edge_llm(job: Job, maps: Maps, _form: str, out: Path) -> list[str]:
     """A directory in float16 whose model computes what the run's does.
 
     Raises:
@@ -203,3 +222,67 @@ def _compared(job: Job, written: Any, expected: Any, ids: Sequence[int]) -> str:
             f"the checkpoint of {job.run.path} is not its model: logarithms of probabilities differ by {away:.2g}"
         )
     return "largest difference of a log-probability: 0"
+
+
+# What writes each form: it returns what the user is told.
+FORMS: dict[str, Callable[[Job, Maps, str, Path], list[str]]] = {
+    "transformers": _write_checkpoint,
+    "nemotron-nas": _write_nemotron_nas,
+    "mlx": _write_nemotron_nas,
+    "edge-llm": _write_edge_llm,
+}
+
+
+# -- where a run can be served -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Route:
+    """A destination of a run: what to serve there, or why it cannot have the model."""
+
+    name: str
+    title: str
+    take: str
+    reason: str
+
+
+def routes(directory: Path) -> list[Route]:
+    """Every destination of a run, in the order of the table.
+
+    Raises:
+        NblError: the directory is no run, or its layers are not chosen yet.
+    """
+    run = RunDirectory.existing(directory)
+    run.require("plan")
+    with contextlib.suppress(Exception):  # a machine without torch, or a folder that is not whole: the table decides
+        from nbl_export.model.checkpoint.pretrained import config_of
+
+        original = directory / DECODERS["original"]
+        return [_route(name, run, config_of(original)) for name in DESTINATIONS]
+    return [_route(name, run, None) for name in DESTINATIONS]
+
+
+def _route(name: str, run: RunDirectory, config: Any) -> Route:
+    place = DESTINATIONS[name]
+    options = run.options
+    plan = run.plan
+    directory = run.path
+    if not place.form:
+        engine = options.engine
+        provider = options.provider
+        folder = "engine/model" if load_engine(place.engine).capabilities.static else "model"
+        same = (engine, provider) == (place.engine, place.provider)
+        other = f"the run is for {engine}" + (f" with --provider {provider}" if provider != "cpu" else "")
+        reason = "" if same else f"{other}; make another with --for {name}"
+        return Route(name, place.title, f"{directory / folder}/", reason)
+    architecture = run.decoder.architecture
+    bare = options.fit in ("drop", CHECKPOINT_FIT) or (not options.has_bias and plan.tap == "normed")
+    reason = place.refuses(plan.mixers, frozenset(), architecture, plan.layers)
+    if reason and not place.refuses((USUAL_KIND,), frozenset(), architecture, ()):
+        reason += f"; make another run with --for {name}"
+    elif not reason and place.bare and not bare:
+        reason = f"it holds one matrix a layer on the normed input; make another run with --for {name}"
+    elif not reason and config is not None:
+        reason = why_unfit(name, config, directory / DECODERS["original"], plan.layers)
+    command = f"nbl-export convert {shlex.quote(str(directory))} --to {name} --output NEW"
+    return Route(name, place.title, command, reason)

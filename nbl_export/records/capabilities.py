@@ -30,7 +30,7 @@ class Capabilities:
         provider: ONNX Runtime's execution provider, which the exporter is told.
         providers: ONNX Runtime's other execution providers, which the engine can run with.
         kinds: of mixers (`nbl_export.methods`) that its decoders hold.
-        proven_by: the engine that verifies the graphs; "" is the engine itself.
+        verified_by: the engine that verifies the graphs; "" is the engine itself.
     """
 
     name: str

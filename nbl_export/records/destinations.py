@@ -12,7 +12,7 @@ from nbl_export.errors import UsageError
 from nbl_export.records.capabilities import LINEAR_KINDS
 from nbl_export.records.plan import DROPPED, PREDICTED_KV, USUAL_KIND
 
-__all__ = ["DESTINATIONS", "Destination", "destination_named", "is_destination", "spoken_kind"]
+__all__ = ["ANYWHERE", "DESTINATIONS", "Destination", "describe_kind", "destination_named", "is_destination"]
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,13 @@ class Destination:
         """
         foreign = sorted(set(kinds) - (held if self.kinds is None else self.kinds))
         if foreign:
-            return f"it does not hold {spoken_kind(foreign[0])}"
+            return f"it does not hold {describe_kind(foreign[0])}"
         if architecture and self.architectures and architecture not in self.architectures:
             return f"it runs {', '.join(self.architectures)}, and {architecture} is another architecture"
         return "it takes its mask from layer 0, which is replaced" if self.keeps_first and 0 in layers else ""
 
 
+ANYWHERE = Destination("")  # no destination is asked for: any engine, and what the engine holds
 _STORED = "as the checkpoint stores them"
 _NAS = ("llama", "mistral")
 DESTINATIONS = {
@@ -113,6 +114,6 @@ def is_destination(name: str) -> bool:
     return _ALSO.get(name, name) in DESTINATIONS
 
 
-def spoken_kind(kind: str) -> str:
+def describe_kind(kind: str) -> str:
     """The layers of a kind, in words."""
     return _SPOKEN.get(kind, f"layers of kind {kind}")

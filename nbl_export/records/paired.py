@@ -35,11 +35,11 @@ __all__ = [
     "FEWEST_LOADS",
     "LEVEL_UNTIL_NARROW",
     "PairedRatio",
+    "describe_level",
+    "describe_ratio",
     "exact_level",
     "figures",
     "paired_ratio",
-    "spoken_level",
-    "spoken_ratio",
 ]
 
 CONFIDENCE = 0.95
@@ -76,7 +76,7 @@ class PairedRatio:
         """The kind of interval in words."""
         if self.loads == 1:
             return "one load"
-        level = spoken_level(self.confidence)
+        level = describe_level(self.confidence)
         if self.until_narrow:
             return f"{level} interval of {self.loads} loads, ended by its width"
         return f"{level} {'interval' if self.confidence >= CONFIDENCE else 'range'} of {self.loads} loads"
@@ -113,7 +113,7 @@ def exact_level(loads: int) -> float:
     return _confidence(loads, _rank(loads))
 
 
-def spoken_level(level: float) -> str:
+def describe_level(level: float) -> str:
     """A level with one decimal place: "96.9%"."""
     return f"{100 * level:.1f}%"
 
@@ -170,10 +170,10 @@ def _ratio(base: Timing, own: Timing, *, until_narrow: bool) -> dict[str, Any]:
         **dataclasses.asdict(found),
         "interval": found.interval,
         "verdict": found.verdict,
-        "text": f"{spoken_ratio(found.ratio)}×" if found.verdict in ("faster", "slower") else found.verdict,
+        "text": f"{describe_ratio(found.ratio)}×" if found.verdict in ("faster", "slower") else found.verdict,
     }
 
 
-def spoken_ratio(ratio: float) -> str:
+def describe_ratio(ratio: float) -> str:
     """Two decimal places; three if two would give 1.00."""
     return f"{ratio:.2f}" if abs(ratio - 1) >= 0.005 else f"{ratio:.3f}"

@@ -34,6 +34,7 @@ __all__ = [
     "LONG_RANGE_SHARE",
     "NEAR",
     "Interval",
+    "describe_interval",
     "describe_long_range",
     "grows_with_length",
     "increase_interval",
@@ -45,7 +46,6 @@ __all__ = [
     "perplexity",
     "promise",
     "spoken_increase",
-    "spoken_interval",
     "spoken_loss",
     "warn_of_text",
 ]
@@ -120,7 +120,7 @@ def increase_interval(before: Sequence[float] | np.ndarray, after: Sequence[floa
     return Interval(*(_raised(v) for v in (rise.value, rise.low, rise.high)))
 
 
-def spoken_interval(
+def describe_interval(
     value: float | None, ends: Sequence[Any] | None, *, percent: bool = False, sign: bool = False
 ) -> str:
     """A figure with as many digits as its interval supports, and the interval: "+45% (38 to 52)".
@@ -223,9 +223,9 @@ def _inside(angle: Any, degrees: int) -> Any:
 def spoken_loss(row: Mapping[str, Any]) -> dict[str, str]:
     """Increase, KL and top-1 agreement of a quality row (`verify.perplexity.quality_loss`) in words, with intervals."""
     return {
-        "increase": spoken_interval(row["increase"], row["increase_interval"], percent=True, sign=True),
-        "kl": spoken_interval(row["kl_mean"], row["kl_interval"]),
-        "top1": spoken_interval(row["top1_agreement"], row["top1_interval"], percent=True),
+        "increase": describe_interval(row["increase"], row["increase_interval"], percent=True, sign=True),
+        "kl": describe_interval(row["kl_mean"], row["kl_interval"]),
+        "top1": describe_interval(row["top1_agreement"], row["top1_interval"], percent=True),
     }
 
 
@@ -264,7 +264,7 @@ def spoken_increase(row: Mapping[str, Any]) -> str:
     """The increase of perplexity of a `loss_row` in words."""
     if row["increase"] is None:
         return "infinitely much"
-    return spoken_interval(row["increase"], row["increase_interval"], percent=True, sign=True)
+    return describe_interval(row["increase"], row["increase_interval"], percent=True, sign=True)
 
 
 def long_range_row(found: Sequence[tuple[int, float, float, float]]) -> dict[str, Any] | None:
@@ -306,7 +306,7 @@ def describe_long_range(row: Mapping[str, Any]) -> str:
     if row["lost"] is None:
         return "what long-range tokens lose is not finite"
     ends = row["lost_interval"] and [1 - end for end in reversed(row["lost_interval"])]
-    kept = spoken_interval(1 - row["lost"], ends, percent=True)
+    kept = describe_interval(1 - row["lost"], ends, percent=True)
     return f"long-range tokens keep {kept} of what long-range context gives them"
 
 

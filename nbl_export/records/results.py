@@ -13,7 +13,7 @@ import numpy as np
 
 from nbl_export.records.from_json import read_record, require
 
-__all__ = ["FAILED", "VERIFIED", "YES_NO", "CheckResult", "Scenario", "Timing", "spoken_background", "status_of"]
+__all__ = ["FAILED", "VERIFIED", "YES_NO", "CheckResult", "Scenario", "Timing", "describe_background", "status_of"]
 
 VERIFIED = "verified"
 FAILED = "failed"
@@ -127,7 +127,7 @@ class Timing:
         }
 
 
-def spoken_background(found: Mapping[str, Any]) -> str:
+def describe_background(found: Mapping[str, Any]) -> str:
     """The value of `measure.instruments.background_of` in words that continue "speed was", without a full stop."""
     if found["others"] is None:
         words = "measured on a machine that does not count the processor time of other processes"

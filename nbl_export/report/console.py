@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
-from nbl_export.records.paired import spoken_ratio
+from nbl_export.records.paired import describe_ratio
 from nbl_export.records.plan import spoken_layers
-from nbl_export.records.results import spoken_background
+from nbl_export.records.results import describe_background
 from nbl_export.report import length, model, quality, speed
 from nbl_export.report.outcome import describe_exit, outcome
 from nbl_export.report.table import Column, Shown, Table, facts
@@ -35,13 +35,21 @@ _LOGITS = {"last": "of the last token", "all": "of all tokens", None: "no output
 def describe_table(found: dict[str, Any]) -> Shown:
     """A run directory, see `run.deployed.describe`."""
     logits = found["logits"]
+    decoder = {name: "?" if value is None else value for name, value in found["decoder"].items()}
+    replaced = found["replaced_layers"]
+    layers = "not planned yet" if replaced is None else ", ".join(map(str, replaced)) or "none"
     head = facts(
         [
             ("model", found["model"]["name"]),
-            ("decoder", _decoder(found["decoder"])),
+            (
+                "decoder",
+                f"{found['decoder']['architecture'] or 'unnamed'}, {decoder['num_layers']} layers, hidden size "
+                f"{decoder['hidden_size']}, {decoder['num_heads']} query and {decoder['num_kv_heads']} key/value heads "
+                f"of {decoder['head_dim']}",
+            ),
             ("precision", ", ".join(filter(None, (found["precision"], found["codes"])))),
             ("logits", f"{_LOGITS[logits]}, in both decoders" if logits in ("last", "all") else "not built yet"),
-            ("replaced layers", describe_exit(found) or _layers(found["replaced_layers"])),
+            ("replaced layers", describe_exit(found) or layers),
             *(row for row in (outcome(found["result"]) if found["result"] else ()) if row[0] != "layers"),
             (
                 "status",
@@ -57,18 +65,6 @@ def describe_table(found: dict[str, Any]) -> Shown:
     return (head, graphs, engines_table(found["engines"])) if found["engines"] else (head, graphs)
 
 
-def _decoder(decoder: Mapping[str, Any]) -> str:
-    known = {name: "?" if value is None else value for name, value in decoder.items()}
-    return (
-        f"{decoder['architecture'] or 'unnamed'}, {known['num_layers']} layers, hidden size {known['hidden_size']}, "
-        f"{known['num_heads']} query and {known['num_kv_heads']} key/value heads of {known['head_dim']}"
-    )
-
-
-def _layers(replaced: list[int] | None) -> str:
-    return "not planned yet" if replaced is None else ", ".join(map(str, replaced)) or "none"
-
-
 def _variant(variant: Mapping[str, Any] | None) -> tuple[Any, ...]:
     if variant is None:
         return "not built yet", "", ""
@@ -76,7 +72,7 @@ def _variant(variant: Mapping[str, Any] | None) -> tuple[Any, ...]:
 
 
 def routes_table(found: list[dict[str, str]]) -> Shown:
-    """`run.destinations.routes`: where a run can be served, and why not elsewhere."""
+    """`publish.convert.routes`: where a run can be served, and why not elsewhere."""
 
     def table(title: str, column: str, cell: str, *, possible: bool) -> Table:
         rows = [(f"{row['name']} ({row['title']})", row[cell]) for row in found if (not row["reason"]) is possible]
@@ -161,7 +157,7 @@ def checks_table(result: dict[str, Any]) -> Shown:
 def speed_table(result: dict[str, Any]) -> Shown:
     """The report's table of speeds, and whether other work ran beside."""
     where = result["bench"]["background"]
-    said = [f"Speed was {spoken_background(where)}."] if where["busy"] or where["gave_up"] else []
+    said = [f"Speed was {describe_background(where)}."] if where["busy"] or where["gave_up"] else []
     return speed.speeds(result, "Speed"), *said
 
 
@@ -195,7 +191,7 @@ def compared_table(value: Mapping[str, Any]) -> Shown:
                 facts and size(facts["model_bytes"]),
             ]
         )
-    said = f"Speed was {spoken_background(value['background'])}."
+    said = f"Speed was {describe_background(value['background'])}."
     return Table.of(("decoder", "test", *Column.numbers(*numbers)), rows), said
 
 
@@ -206,4 +202,4 @@ def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
 def _ratio_cells(ratio: Mapping[str, Any] | None) -> tuple[str, str]:
     if ratio is None:
         return "", ""
-    return ratio["text"], f"{spoken_ratio(ratio['low'])} to {spoken_ratio(ratio['high'])}, {ratio['interval']}"
+    return ratio["text"], f"{describe_ratio(ratio['low'])} to {describe_ratio(ratio['high'])}, {ratio['interval']}"

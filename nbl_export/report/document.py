@@ -10,7 +10,6 @@ Text of a block is plain: a writer makes it inert.
 
 from __future__ import annotations
 
-import functools
 import importlib.resources
 import re
 from collections.abc import Iterable, Mapping
@@ -166,18 +165,13 @@ def html(page: Document, drawings: Mapping[str, str]) -> str:
     Args:
         drawings: <svg> elements by the names of `Figure`.
     """
-    trusted = {name: Markup(svg) for name, svg in drawings.items()}
-    return _template().render(page=page, drawings=trusted)
-
-
-@functools.cache
-def _template() -> jinja2.Template:
     source = importlib.resources.files("nbl_export.report").joinpath("report.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["kind"] = lambda block: type(block).__name__
-    return environment.from_string(source)
+    trusted = {name: Markup(svg) for name, svg in drawings.items()}
+    return environment.from_string(source).render(page=page, drawings=trusted)
 
 
 def markdown(page: Document) -> str:

@@ -8,24 +8,24 @@ from typing import Any
 from nbl_export.report.table import Column, Shown, Table, facts
 from nbl_export.report.words import number, plural, size
 
-__all__ = ["estimate_table", "spoken_totals"]
+__all__ = ["describe_totals", "estimate_table"]
 
 
-def _spoken_time(seconds: float) -> str:
+def _describe_time(seconds: float) -> str:
     """An estimated time: "45 s", "12 minutes", "3.2 hours"."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     return f"{round(seconds / 60)} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
-def spoken_totals(job: Mapping[str, Any]) -> str:
+def describe_totals(job: Mapping[str, Any]) -> str:
     """Time, memory and disk of a job in words."""
     time, memory, disk = _figures(job)
     return f"about {time}, at least {memory} of memory and {disk} of disk"
 
 
 def _figures(row: Mapping[str, Any]) -> tuple[str, str, str]:
-    return _spoken_time(row["seconds"]), size(row["memory_bytes"] or None), size(row["disk_bytes"] or None)
+    return _describe_time(row["seconds"]), size(row["memory_bytes"] or None), size(row["disk_bytes"] or None)
 
 
 def _first_tokens(gains: Sequence[Mapping[str, Any]]) -> Table:
@@ -78,4 +78,4 @@ def estimate_table(job: Mapping[str, Any]) -> Shown:
     columns = ("stage", *Column.numbers("time", "memory", "disk"))
     refused = (f"The job would be refused: {job['refused']}.",) if job["refused"] else ()
     stages = Table.of(columns, rows, "Stages, estimated", totals=1)
-    return head, _first_tokens(job["gains"]), stages, f"The job takes {spoken_totals(job)}.", *refused
+    return head, _first_tokens(job["gains"]), stages, f"The job takes {describe_totals(job)}.", *refused

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from nbl_export.records.quality import spoken_interval
+from nbl_export.records.quality import describe_interval
 from nbl_export.report import words
 from nbl_export.report.document import Block, Heading, Paragraph
 from nbl_export.report.table import Column, Table
@@ -97,4 +97,4 @@ def _difference(row: Mapping[str, Any], name: str) -> str:
     found = next(iter(row["differences"]), None)
     if found is None:
         return "–"
-    return spoken_interval(found[name], found[f"{name}_interval"], percent=name == "increase", sign=True)
+    return describe_interval(found[name], found[f"{name}_interval"], percent=name == "increase", sign=True)

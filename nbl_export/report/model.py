@@ -7,7 +7,7 @@ from typing import Any
 
 from nbl_export.records.plan import DROPPED, USUAL_KIND, spoken_layers
 from nbl_export.records.quality import describe_long_range, spoken_loss
-from nbl_export.records.results import FAILED, VERIFIED, YES_NO, spoken_background
+from nbl_export.records.results import FAILED, VERIFIED, YES_NO, describe_background
 from nbl_export.report import words
 from nbl_export.report.document import (
     Alarm,
@@ -135,7 +135,7 @@ def _busy(report: Mapping[str, Any]) -> tuple[Block, ...]:
     where = report["bench"] and report["bench"]["background"]
     if not where or not where["busy"]:
         return ()
-    return (Alarm(f"Speed was {spoken_background(where)}. Other processes affect the speed figures below."),)
+    return (Alarm(f"Speed was {describe_background(where)}. Other processes affect the speed figures below."),)
 
 
 def _apart(report: Mapping[str, Any]) -> tuple[Block, ...]:
@@ -160,7 +160,7 @@ def _speed(report: Mapping[str, Any], kind: str, name: str) -> Card:
         lines.append(f"and {len(tests) - _SHOWN} more below")
     said = first.verdict.removesuffix(", noisy")
     time = first.latency(first.nbl)
-    figure = said if said not in _TONES else first.spoken_ratio if time == "–" else time
+    figure = said if said not in _TONES else first.ratio_text if time == "–" else time
     return Card(name, figure, tuple(lines), _TONES.get(first.verdict, "" if said in _TONES else "words"))
 
 
@@ -255,22 +255,19 @@ _TRAINING = ("distill_tokens", "lora_rank", "label_weight")
 
 def experts(report: Mapping[str, Any]) -> Section:
     """One fold: intervals, checks, scores, uses of text, and what another needs to make the same model."""
+    took = [(name, words.duration(seconds)) for name, seconds in report["stage_seconds"].items()]
     blocks = (
         *intervals(report),
         *uses(report),
         *_checks(report["checks"], report["precision"]),
-        *_layers(report),
+        *((Heading("Scores of all layers"), Paragraph(_SCORES), scores(report)) if report["scores"] else ()),
         *_text(report),
         *_settings(report),
         *_versions(report),
-        *_stages(report),
+        Heading("Stages"),
+        Table.of(("Stage", Column("Time", "number")), took),
     )
     return Section("For experts", (Details("Checks, scores, texts, settings, versions", blocks),))
-
-
-def _layers(report: Mapping[str, Any]) -> tuple[Block, ...]:
-    """The table of the scores; nothing if no layer has a score."""
-    return (Heading("Scores of all layers"), Paragraph(_SCORES), scores(report)) if report["scores"] else ()
 
 
 def scores(found: Mapping[str, Any], title: str = "") -> Table:
@@ -302,11 +299,6 @@ def _versions(report: Mapping[str, Any]) -> Iterator[Block]:
     yield from _facts("Versions", versions.items())
     other = [pair for pair in ((report["bench"] or {}).get("versions") or {}).items() if pair not in versions.items()]
     yield from _facts("Versions at the benchmark", other) if other else ()
-
-
-def _stages(report: Mapping[str, Any]) -> tuple[Block, ...]:
-    rows = [(name, words.duration(seconds)) for name, seconds in report["stage_seconds"].items()]
-    return Heading("Stages"), Table.of(("Stage", Column("Time", "number")), rows)
 
 
 def _text(report: Mapping[str, Any]) -> tuple[Block, ...]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.options.goals import DEFAULT_INCREASE
-from nbl_export.records.paired import spoken_ratio
+from nbl_export.records.paired import describe_ratio
 from nbl_export.records.plan import spoken_layers
 from nbl_export.records.quality import LONG_RANGE_SHARE, describe_long_range, long_range_ends, spoken_loss
 from nbl_export.records.results import FAILED
@@ -74,14 +74,14 @@ class Timed:
         return words.milliseconds(variant["ttft_seconds"] or (variant["tpot_seconds"] or {}).get("p50"))
 
     @property
-    def spoken_ratio(self) -> str:
+    def ratio_text(self) -> str:
         """The ratio, or that there is no clear difference."""
         return str(self.ratio["text"]) if self.ratio else "–"
 
     @property
     def interval(self) -> str:
         """Ends of the ratio's interval."""
-        return f"{spoken_ratio(self.ratio['low'])} to {spoken_ratio(self.ratio['high'])}" if self.ratio else "–"
+        return f"{describe_ratio(self.ratio['low'])} to {describe_ratio(self.ratio['high'])}" if self.ratio else "–"
 
     @property
     def line(self) -> str:
@@ -89,7 +89,7 @@ class Timed:
         both = [self.latency(row) for row in (self.original, self.nbl)]
         times = "" if "–" in both else f"{both[0]} → {both[1]}, "
         noisy = ", noisy" * self.verdict.endswith("noisy")
-        return f"{words.test(self.row)}: {times}{self.spoken_ratio} ({self.interval}){noisy}"
+        return f"{words.test(self.row)}: {times}{self.ratio_text} ({self.interval}){noisy}"
 
 
 def timed(report: Mapping[str, Any], kind: str = "") -> list[Timed]:

@@ -106,7 +106,7 @@ def summarize(
     checks = verify["checks"]
     return {
         "schema": 1,
-        "status": _status(manifest, verify),
+        "status": FAILED if not verify["passed"] or manifest["status"] == FAILED else status_of(checks),
         **{name: manifest.get(name) for name in _COPIED},
         "scores": manifest.get("scores", []),
         "stage_seconds": {name: stage["seconds"] for name, stage in manifest.get("stages", {}).items()},
@@ -147,12 +147,6 @@ def _without_places(manifest: dict[str, Any]) -> dict[str, Any]:
 
 def _name(value: Any) -> Any:
     return (Path(value).name or value) if isinstance(value, str) and Path(value).is_absolute() else value
-
-
-def _status(manifest: Mapping[str, Any], verify: Mapping[str, Any]) -> str:
-    if not verify["passed"] or manifest["status"] == FAILED:
-        return FAILED
-    return status_of(verify["checks"])
 
 
 def _largest_logit_difference(checks: list[dict[str, Any]]) -> dict[str, Any] | None:

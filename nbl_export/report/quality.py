@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from nbl_export.options.options import CHECKPOINT_FIT
-from nbl_export.records.paired import spoken_ratio
+from nbl_export.records.paired import describe_ratio
 from nbl_export.records.quality import describe_long_range, promise, spoken_loss
 from nbl_export.records.results import VERIFIED
 from nbl_export.report import words
@@ -79,10 +79,12 @@ def _missing(report: Mapping[str, Any]) -> str:
 
 def _losses(report: Mapping[str, Any]) -> Iterator[Block]:
     first = report["quality_loss"][0]
+    prompt = first.get("prompt")
+    stops = f"The first {prompt} of them are a prompt that stops at the exit layer, and the others are scored. "
     yield Paragraph(
         "Measured on held-out text: no map was fitted on this text and no layer was chosen by it. "
-        f"Brackets hold a 95% interval over windows of {first['tokens'] // first['windows']} tokens. {_prompt(first)}"
-        "Both decoders read the same windows. These figures are reported, not gated. "
+        f"Brackets hold a 95% interval over windows of {first['tokens'] // first['windows']} tokens. "
+        f"{stops if prompt else ''}Both decoders read the same windows. These figures are reported, not gated. "
         f"{_MEANS if report['status'] == VERIFIED else ''}"
     )
     if report["quality_warning"]:
@@ -100,12 +102,6 @@ def _long_range(row: Mapping[str, Any]) -> str:
         f"{describe_long_range(row).capitalize()}: {row['tokens']:,} tokens that the original predicts from the whole "
         f"text, and not from the last 64 to 127 tokens. Their perplexity goes from {ends}."
     )
-
-
-def _prompt(loss: Mapping[str, Any]) -> str:
-    if not loss.get("prompt"):
-        return ""
-    return f"The first {loss['prompt']} of them are a prompt that stops at the exit layer, and the others are scored. "
 
 
 def losses(found: Iterable[Mapping[str, Any]], title: str = "") -> Table:
@@ -163,7 +159,7 @@ def benchmarks(table: Iterable[Mapping[str, Any]], title: str = "") -> Table:
 def _scores(found: Mapping[str, Any]) -> tuple[str, ...]:
     metric = f"{found['metric'].replace('_', ' ')} {'↑' if found['higher_is_better'] else '↓'}"
     before, after = (found["figures"].get(variant) for variant in ("original", "nbl"))
-    figures = words.figure(before), words.figure(after), words.signed(next(iter(found["differences"]), None))
+    figures = words.with_stderr(before), words.with_stderr(after), words.signed(next(iter(found["differences"]), None))
     return words.task(found), metric, f"{found['items']:,}", *figures
 
 
@@ -209,7 +205,7 @@ def spoken_curve(curve: Mapping[str, Any]) -> str:
     said = []
     for k, point in enumerate(curve["points"]):
         unit = "" if k else f" layer{'s' * (point['layers'] > 1)}"
-        prefill = f"×{spoken_ratio(point['prefill'])}{'' if k else ' prefill'}"
+        prefill = f"×{describe_ratio(point['prefill'])}{'' if k else ' prefill'}"
         said.append(f"{point['layers']}{unit}: {_rise(max(point['increases']))}, {prefill}")
     return "; ".join(said)
 
@@ -220,12 +216,12 @@ def _rise(share: float) -> str:
 
 def _set(point: Mapping[str, Any]) -> tuple[str, ...]:
     rises = (_rise(share) for share in point["increases"])
-    prefill = f"×{spoken_ratio(point['prefill'])}"
+    prefill = f"×{describe_ratio(point['prefill'])}"
     if "recent_tokens" in point:
         long_range = point.get("long_range")
         lost = "–" if long_range is None else _rise(-long_range)
         return str(min(point["replaced_layers"])), str(point["recent_tokens"]), *rises, lost, prefill
-    decode = f"×{spoken_ratio(point['decode'])}"
+    decode = f"×{describe_ratio(point['decode'])}"
     return str(point["layers"]), *rises, prefill, decode, words.listed(point["replaced_layers"])
 
 

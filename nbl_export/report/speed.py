@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from nbl_export.records.paired import FEWEST_LOADS, LEVEL_UNTIL_NARROW, exact_level, spoken_level, spoken_ratio
-from nbl_export.records.results import spoken_background
+from nbl_export.records.paired import FEWEST_LOADS, LEVEL_UNTIL_NARROW, describe_level, describe_ratio, exact_level
+from nbl_export.records.results import describe_background
 from nbl_export.report import words
 from nbl_export.report.document import Block, Figure, Heading, Paragraph, Section
 from nbl_export.report.outcome import timed
@@ -44,14 +44,12 @@ def _setting(report: Mapping[str, Any]) -> Paragraph:
     logits = f" Both give the logits of {given}." if report["logits"] else ""
     said = list(dict.fromkeys(bench.get("arithmetic", {}).values()))  # of the original, then of NBL
     arithmetic = f" The engine {' in the original, and '.join(said)}." if said else ""
+    count = bench["threads"]
+    threads = f"{count} {words.plural('thread', count)}" if count else "default threads"
     return Paragraph(
-        f"{bench['engine']} on {bench['provider']}, {_threads(bench['threads'])}.{arithmetic} "
-        f"The two variants took turns, round by round. Speed was {spoken_background(bench['background'])}.{logits}"
+        f"{bench['engine']} on {bench['provider']}, {threads}.{arithmetic} "
+        f"The two variants took turns, round by round. Speed was {describe_background(bench['background'])}.{logits}"
     )
-
-
-def _threads(count: int | None) -> str:
-    return f"{count} {words.plural('thread', count)}" if count else "default threads"
 
 
 def speeds(report: Mapping[str, Any], title: str = "") -> Table:
@@ -67,7 +65,7 @@ def speeds(report: Mapping[str, Any], title: str = "") -> Table:
         rates = (words.number(row["tokens_per_second_median"] if row else None) for row in both)
         verdict = Cell.verdict(test.verdict, good="faster", bad="slower")
         said = (words.test(test.row), *rates, *map(test.latency, both))
-        ratio = f"{spoken_ratio(test.ratio['ratio'])} ({test.interval})" if test.ratio else "–"
+        ratio = f"{describe_ratio(test.ratio['ratio'])} ({test.interval})" if test.ratio else "–"
         rows.append((*said, ratio, verdict))
     return Table.of(columns, rows, title)
 
@@ -107,7 +105,7 @@ def _slots(report: Mapping[str, Any]) -> Iterator[Block]:
     sizes = [report["variants"][variant] for variant in _VARIANTS]
     before, after = ((found["model_bytes"], found["kv_cache_bytes_per_token"]) for found in sizes)
     by_bytes = " and ".join(
-        f"×{spoken_ratio((before[0] + before[1] * n) / (after[0] + after[1] * n))} with {n:,} slots"
+        f"×{describe_ratio((before[0] + before[1] * n) / (after[0] + after[1] * n))} with {n:,} slots"
         for n in dict.fromkeys((slots, min(slots, max(tested))))
     )
     yield Paragraph(
@@ -124,11 +122,11 @@ def _level(report: Mapping[str, Any]) -> str:
     if report["bench"].get("repetitions") is None:
         return (
             "The width of the intervals ended the loads. In simulations of this rule an interval contained the true "
-            f"median in at least {spoken_level(LEVEL_UNTIL_NARROW)} of the trials."
+            f"median in at least {describe_level(LEVEL_UNTIL_NARROW)} of the trials."
         )
     counts = sorted({ratio["loads"] for ratio in report["ratios"]} - {1})
     return " ".join(
-        f"An interval of {n} loads contains the true median in {spoken_level(exact_level(n))} of all cases."
+        f"An interval of {n} loads contains the true median in {describe_level(exact_level(n))} of all cases."
         for n in counts
     )
 
@@ -168,8 +166,8 @@ def engines(report: Mapping[str, Any]) -> tuple[Section, ...]:
     before = report["engines"]["original"]
     after = report["engines"]["nbl"]
 
-    def row(name: str, key: str, spoken: Any) -> tuple[str, str, str, str]:
-        return name, spoken(before[key]), spoken(after[key]), words.change(before[key], after[key])
+    def row(name: str, key: str, shown: Any) -> tuple[str, str, str, str]:
+        return name, shown(before[key]), shown(after[key]), words.change(before[key], after[key])
 
     table = compared(
         [

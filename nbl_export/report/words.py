@@ -9,7 +9,6 @@ from typing import Any
 __all__ = [
     "change",
     "duration",
-    "figure",
     "listed",
     "milliseconds",
     "number",
@@ -20,6 +19,7 @@ __all__ = [
     "size",
     "task",
     "test",
+    "with_stderr",
 ]
 
 
@@ -32,7 +32,7 @@ def number(value: float | None, missing: str = "–") -> str:
     return f"{value:,.0f}" if abs(value) >= 999.5 or value == 0 else f"{value:#.3g}".rstrip(".")
 
 
-def figure(found: Mapping[str, Any] | None) -> str:
+def with_stderr(found: Mapping[str, Any] | None) -> str:
     """A value with its standard error."""
     return f"{number(found['value'])}{_plus_minus(found['stderr'])}" if found else "–"
 

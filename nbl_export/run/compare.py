@@ -14,9 +14,9 @@ from typing import Any
 
 from nbl_export.errors import NblError
 from nbl_export.options.options import JobOptions
-from nbl_export.run.deployed import Located, is_model_directory, locate
+from nbl_export.run.deployed import Located, locate
 from nbl_export.run.progress import Ui
-from nbl_export.targets.base import Target
+from nbl_export.targets import owner_of
 
 __all__ = ["compare"]
 
@@ -43,7 +43,10 @@ def compare(
 
     decoders, base = _decoders(directories, against, force)
     facts = {name: found.target.facts(found.path) for name, found in decoders.items()}
-    engines = _engines(decoders, options)
+    engines = {name: decoder.available() for name, decoder in decoders.items()}
+    for name, engine in engines.items():
+        if options.threads is not None and engine.capabilities.static:
+            raise NblError(f"--threads is not for {name}: engine {decoders[name].engine} computes on a GPU")
     first = next(iter(engines.values()))
     provider = ", ".join(dict.fromkeys(found.provider for found in decoders.values()))
     setting = BenchSetting(
@@ -76,7 +79,7 @@ def _decoders(
 ) -> tuple[Mapping[str, Located], str | None]:
     """The decoders by name, the base first, and the base's name."""
     found = [(str(path), locate(path, force=force)) for path in directories]
-    runs = [path for path in directories if not is_model_directory(path)]
+    runs = [path for path in directories if owner_of(path) is None]
     base: str | None = None
     if against is not None:
         base = str(against)
@@ -91,12 +94,3 @@ def _decoders(
         twice = next(path for path in paths if paths.count(path) > 1)
         raise NblError(f"{twice} is named twice; name each decoder once")
     return dict(found), base
-
-
-def _engines(decoders: Mapping[str, Located], options: JobOptions) -> Mapping[str, Target]:
-    """The engine of each decoder. Refuses options that an engine does not support; loads no decoder."""
-    engines = {name: decoder.available() for name, decoder in decoders.items()}
-    for name, engine in engines.items():
-        if options.threads is not None and engine.capabilities.static:
-            raise NblError(f"--threads is not for {name}: engine {decoders[name].engine} computes on a GPU")
-    return engines

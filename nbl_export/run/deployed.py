@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,25 +12,13 @@ from nbl_export.errors import NblError, UsageError
 from nbl_export.graph.names import MANIFEST
 from nbl_export.methods import cache_layers
 from nbl_export.records.decoder import DecoderSpec
-from nbl_export.run.job import Job
-from nbl_export.run.progress import Ui
-from nbl_export.run.settled import of_run
 from nbl_export.run_directory import CHECKPOINT, DECODERS, MADE_BY, MAPS_FILE, MOMENTS_FILE, RunDirectory
 from nbl_export.targets import all_targets, load_engine, owner_of
 from nbl_export.targets.base import Target
 from nbl_export.targets.runners import TextRunner
 from nbl_export.trust.contained import check_folder, refuse_special
 
-__all__ = [
-    "Located",
-    "answers",
-    "describe",
-    "examine_engines",
-    "is_model_directory",
-    "locate",
-    "open_finished",
-    "result",
-]
+__all__ = ["Located", "answers", "describe", "examine_engines", "locate", "result"]
 
 
 @dataclass(frozen=True)
@@ -65,11 +52,6 @@ class Located:
         return self.available().open_runner(directory, threads)
 
 
-def is_model_directory(directory: Path) -> bool:
-    """Whether a directory holds a decoder itself."""
-    return owner_of(directory) is not None
-
-
 def answers(
     directory: Path, variants: Sequence[str], prompt: str, new_tokens: int, *, raw: bool = False, force: bool = False
 ) -> Iterator[tuple[str, Iterator[str]]]:
@@ -79,7 +61,7 @@ def answers(
         UsageError: several are asked of a directory that holds one decoder.
         NblError: the engine is not available on this machine; also the errors of `locate`.
     """
-    if len(variants) > 1 and is_model_directory(directory):
+    if len(variants) > 1 and owner_of(directory) is not None:
         raise UsageError(f"{directory} holds one decoder, and two are compared; name the run directory")
     for name in variants:
         found = locate(directory, DECODERS[name], force=force)
@@ -116,28 +98,6 @@ def locate(directory: Path, name: str = "model", *, force: bool = False) -> Loca
     run.refuse_failed(force=force or name != "model")
     run.check(stage)
     return found
-
-
-@contextlib.contextmanager
-def open_finished(output: Path, ui: Ui, *, force: bool = False) -> Iterator[Job]:
-    """The verified run in `output`, whose torch model is on the CPU. The run is locked in the context.
-
-    Args:
-        force: go on although verification failed.
-
-    Raises:
-        NblError: the run is not finished or failed, or its model is not available.
-        CorruptError: the maps have changed since they were fitted.
-    """
-    with RunDirectory.open_run(output, create=False) as run:
-        run.require("verify")
-        run.refuse_failed(force=force)
-        for stage in ("plan", "distill"):
-            if stage in run.stages:
-                run.check(stage)
-        settled = of_run(run, run.options, ui.say)
-        options = dataclasses.replace(settled.options, device="cpu")  # forms are compared bit for bit
-        yield Job(dataclasses.replace(settled, options=options), run, ui)
 
 
 # -- as JSON values --------------------------------------------------------------------------------------------

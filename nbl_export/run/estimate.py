@@ -24,13 +24,13 @@ from nbl_export.model import processes
 from nbl_export.model.memory import available_bytes, holds
 from nbl_export.options.options import SMALLEST, JobOptions
 from nbl_export.options.settle import hub_id, settle
-from nbl_export.report.estimate import spoken_totals
+from nbl_export.report.estimate import describe_totals
 from nbl_export.report.words import size
-from nbl_export.run.facts import architecture_facts, capabilities_of
 from nbl_export.run.job import Job
+from nbl_export.run.settled import capabilities_of, model_facts
 from nbl_export.run.stages.common import Skipped, Stage
 
-__all__ = ["estimate", "foreseen", "spoken_machine"]
+__all__ = ["describe_machine", "estimate", "foreseen"]
 
 
 def estimate(model: str, asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,13 +41,7 @@ def estimate(model: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     """
     model = hub_id(model)
     shape = read_shape(model)
-    known = architecture_facts(
-        shape.decoder.architecture,
-        decoder=shape.decoder,
-        maps_tap=shape.maps_tap,
-        kinds=frozenset(shape.kinds),
-        fits=holds(shape.parameters),
-    )
+    known = model_facts(shape.decoder, shape.maps_tap, shape.kinds, fits=holds(shape.parameters))
     options = settle({**asked, "model": model}, capabilities_of, known)
     job = _job(shape, options)
     free = shutil.disk_usage(Path.cwd()).free
@@ -90,15 +84,15 @@ def foreseen(job: Job, stages: Sequence[Stage[Any]], output: Path) -> str:
     if not needs:
         return ""
     total = _totals(needs)
-    place = _existing(output)
+    place = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
     if refused := _shortage(needs, estimated.available_bytes, shutil.disk_usage(place).free, output):
         raise NblError(refused)
-    said = f"estimate: {spoken_totals(total)}"
+    said = f"estimate: {describe_totals(total)}"
     if job.options.precision == SMALLEST and not estimated.fits:
         said += (
             f"\n  weights in {SMALLEST}: in float32 they take {size(estimated.weights)}; --precision sets another type"
         )
-    return f"{said}\n  {_spoken_gain(estimated)}" if estimated.engine.static and "plan" in left else said
+    return f"{said}\n  {_describe_gain(estimated)}" if estimated.engine.static and "plan" in left else said
 
 
 def _of_all_processes(job: EstimatedJob, shared: Collection[str]) -> Iterator[Needs]:
@@ -109,7 +103,7 @@ def _of_all_processes(job: EstimatedJob, shared: Collection[str]) -> Iterator[Ne
         yield dataclasses.replace(need, memory_bytes=max(need.memory_bytes, count * each.memory_bytes))
 
 
-def _spoken_gain(job: EstimatedJob) -> str:
+def _describe_gain(job: EstimatedJob) -> str:
     """What the kind of a job can give for the longer prompt, and what predicted KV would give."""
     found = job.gains()
     count = job.shape.decoder.num_layers
@@ -154,11 +148,6 @@ def _shortage(needs: Sequence[Needs], memory: float, disk: float, output: Path) 
     return ""
 
 
-def _existing(path: Path) -> Path:
-    """The path, or the nearest directory above it that exists."""
-    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
-
-
 def _left(job: Job, stages: Sequence[Stage[Any]]) -> set[str]:
     """Names of the stages that will run."""
     known = job.run.manifest.get("stages")
@@ -175,15 +164,15 @@ def _left(job: Job, stages: Sequence[Stage[Any]]) -> set[str]:
     return left
 
 
-def spoken_machine() -> str:
+def describe_machine() -> str:
     """Processor, memory and fast number types of this machine in a line."""
     from nbl_export.measure.benchmark import machine
 
     found = machine()
-    narrow = "with" if _has_products("avx512_bf16", "amx_tile") else "without"
+    products = "with" if _has_products("avx512_bf16", "amx_tile") else "without"
     cores = found["cores"]
     memory = size(found["memory_bytes"])
-    return f"processor: {found['cpu']}, cores: {cores}, {narrow} bfloat16 products; memory: {memory}"
+    return f"processor: {found['cpu']}, cores: {cores}, {products} bfloat16 products; memory: {memory}"
 
 
 @functools.cache

@@ -18,9 +18,8 @@ from nbl_export.options.command import describe_command
 from nbl_export.records.inputs import Lazy, lazy
 from nbl_export.records.plan import Plan
 from nbl_export.records.requests import Subject
-from nbl_export.run.facts import require_engine
 from nbl_export.run.progress import Ui
-from nbl_export.run.settled import Settled
+from nbl_export.run.settled import Settled, require_engine
 from nbl_export.run.torch_model import TorchModel
 from nbl_export.run_directory import TEXT_FILE, RunDirectory
 from nbl_export.targets import load_engine

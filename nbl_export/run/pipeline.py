@@ -17,10 +17,9 @@ from nbl_export.options.settle import hub_id, read_asked, settle
 from nbl_export.records.requests import PERPLEXITY, EvalRequest, Subject
 from nbl_export.run.deployed import result
 from nbl_export.run.estimate import foreseen
-from nbl_export.run.facts import capabilities_of, check_machine
 from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
-from nbl_export.run.settled import Settled, settle_job, settle_run
+from nbl_export.run.settled import Settled, capabilities_of, check_machine, settle_job, settle_run
 from nbl_export.run.stages import bench, calibrate, evaluate, graphs, plan, text, verify
 from nbl_export.run.stages.common import Inputs, Place, Skipped, Stage
 from nbl_export.run_directory import REPORT_JSON, VERIFY_FILE, RunDirectory, refuse_foreign

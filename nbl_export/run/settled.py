@@ -2,29 +2,48 @@
 
 asked + files of the model ─► settle_job ─► Settled     a whole job
 changes + nbl.json ─────────► settle_run ─► Settled     further stages of a run; its model need not be here
+
+Both read the facts of the engine (`Capabilities`) and of the model (`ModelFacts`). What the facts mean for an option is
+said by `options.rules`. `check_machine` says whether this machine can do what is settled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import NblError
+from nbl_export.methods.checkpoint.shape import read_shape
 from nbl_export.methods.checkpoint.source import Source, resolve
-from nbl_export.options.options import JobOptions
+from nbl_export.model.architectures import ARCHITECTURES, supported_near
+from nbl_export.model.memory import holds
+from nbl_export.options.option import ModelFacts
+from nbl_export.options.options import CHECKPOINT_FIT, JobOptions
 from nbl_export.options.public import located
 from nbl_export.options.settle import settle
+from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import DecoderSpec
+from nbl_export.records.destinations import DESTINATIONS
 from nbl_export.records.inputs import Lazy
-from nbl_export.run.destinations import refuse_unfit
-from nbl_export.run.facts import capabilities_of, facts_of_model, facts_of_run, identity_of, read_model, require_engine
 from nbl_export.run_directory import RunDirectory
-from nbl_export.targets import ENGINES
+from nbl_export.targets import ENGINES, load_engine
 from nbl_export.text.corpus import Text
-from nbl_export.text.mixture import identify, read_texts
+from nbl_export.text.mixture import absolute_sources, identify, read_texts
 
-__all__ = ["Settled", "of_run", "settle_job", "settle_run"]
+__all__ = [
+    "Settled",
+    "capabilities_of",
+    "check_machine",
+    "model_facts",
+    "of_run",
+    "require_engine",
+    "settle_job",
+    "settle_run",
+    "why_unfit",
+]
 
 Say = Callable[[str], None]
 
@@ -50,7 +69,7 @@ class Settled:
     fingerprint: str
     source: Lazy[Source]
     codes: Lazy[Source | None]
-    sources: list[Any]
+    sources: list[str]
     documents: Lazy[Text]
     facts: Mapping[str, Any]
 
@@ -65,12 +84,32 @@ def settle_job(asked: Mapping[str, Any], recorded: JobOptions | None, manifest: 
     Raises:
         NblError: the model cannot be used, or an option does not fit it.
     """
-    source, decoder = read_model(str(asked.get("model") or (recorded.model if recorded else "")), manifest)
-    options = settle(asked, capabilities_of, facts_of_model(source, decoder), recorded)
-    refuse_unfit(options, source)
+    source = resolve(str(asked.get("model") or (recorded.model if recorded else "")))
+    if manifest and manifest["model"]["fingerprint"] == source.fingerprint:
+        decoder = DecoderSpec(**manifest["decoder"])
+    else:
+        from nbl_export.methods.checkpoint import load
+
+        decoder = load.read_spec(source)  # by transformers, which takes seconds
+    options = settle(asked, capabilities_of, _facts_of(source, decoder), recorded)
+    _refuse_unfit(options, source)
     sources = identify(options.calibration)
     codes, noted = _codes(options, decoder)
-    facts = {**identity_of(options, source, decoder), "sources": sources, "options": options.to_json(), **noted}
+    facts = {
+        "model": {
+            "name": options.model,
+            "title": source.title,
+            "revision": source.revision,
+            "architecture": decoder.architecture,
+            "fingerprint": source.fingerprint,
+        },
+        "decoder": dataclasses.asdict(decoder),
+        "places": {"model": source.place, "calibration": absolute_sources(options.calibration)},
+        "num_layers": decoder.num_layers,
+        "sources": sources,
+        "options": options.to_json(),
+        **noted,
+    }
     return Settled(
         options=options,
         noted=options,
@@ -92,8 +131,17 @@ def settle_run(run: RunDirectory, changes: Mapping[str, Any], say: Say) -> Settl
     """
     recorded = run.options
     if "engine" in changes:
-        _refuse_other_graphs(run, recorded, changes["engine"])
-    options = settle(changes, capabilities_of, facts_of_run(run.manifest), recorded)
+        source = capabilities_of(changes["engine"]).source
+        if source != capabilities_of(recorded.engine).source:
+            same = [name for name in ENGINES if capabilities_of(name).source == source]
+            raise NblError(
+                f"{run.path} is a run for --engine {recorded.engine}, whose graphs {changes['engine']} does not take; "
+                f"make another run with --engine {' or '.join(same)}"
+            )
+    is_nbl = recorded.fit == CHECKPOINT_FIT
+    tap = recorded.tap if is_nbl else ""
+    facts = model_facts(run.decoder, tap, run.manifest.get("kinds", ()) if is_nbl else ())
+    options = settle(changes, capabilities_of, facts, recorded)
     if "engine" in changes:
         require_engine(options)
     return of_run(run, options, say)
@@ -108,7 +156,7 @@ def of_run(run: RunDirectory, options: JobOptions, say: Say) -> Settled:
     facts: dict[str, Any] = {"options": options.to_json()}
     if options.quantized_model == run.options.quantized_model:
         identity = manifest["quantized"]["fingerprint"] if options.quantized_model else None
-        codes = Lazy(identity, lambda: _find_codes(here, decoder))
+        codes = Lazy(identity, lambda: _codes(here, decoder)[0].value)
     else:
         codes, noted = _codes(here, decoder)
         facts |= noted
@@ -125,42 +173,121 @@ def of_run(run: RunDirectory, options: JobOptions, say: Say) -> Settled:
     )
 
 
-def _refuse_other_graphs(run: RunDirectory, recorded: JobOptions, engine: str) -> None:
-    """Refuse an engine that does not take the graphs of the run."""
-    source = capabilities_of(engine).source
-    if source == capabilities_of(recorded.engine).source:
+# -- facts of engine and model -----------------------------------------------------------------------------------
+
+
+def capabilities_of(engine: str, provider: str = "cpu") -> Capabilities:
+    """The capabilities of an engine.
+
+    Raises:
+        UsageError: there is no such engine or provider.
+    """
+    return load_engine(engine, provider).capabilities
+
+
+def model_facts(
+    decoder: DecoderSpec, maps_tap: str = "", kinds: Iterable[str] = (), *, fits: bool = True
+) -> ModelFacts:
+    """What options depend on in a model: the facts of its architecture, and these.
+
+    Raises:
+        NblError: the architecture is unknown, which an edited manifest can cause.
+    """
+    architecture = decoder.architecture
+    if architecture not in ARCHITECTURES:
+        raise NblError(f"architecture {architecture!r} is not supported; {supported_near(architecture)}")
+    record = ARCHITECTURES[architecture]
+    return ModelFacts(maps_tap, frozenset(kinds), architecture, record.taps, record.not_from, decoder, fits)
+
+
+def _facts_of(source: Source, decoder: DecoderSpec) -> ModelFacts:
+    try:
+        fits = holds(read_shape(source.gguf or source.directory).parameters)
+    except NblError:  # it does not state its sizes
+        fits = True
+    maps = source.linearized
+    return model_facts(decoder, maps.tap if maps else "", maps.kinds if maps else (), fits=fits)
+
+
+def _refuse_unfit(options: JobOptions, source: Source) -> None:
+    """Refuse a model that the form of `--for` cannot hold."""
+    name = options.destination
+    if name is None or not DESTINATIONS[name].form or source.linearized is not None:
         return
-    same = [name for name in ENGINES if capabilities_of(name).source == source]
-    raise NblError(
-        f"{run.path} is a run for --engine {recorded.engine}, whose graphs {engine} does not take; make another run "
-        f"with --engine {' or '.join(same)}"
-    )
+    from nbl_export.model.checkpoint.pretrained import config_of
+
+    if reason := why_unfit(name, config_of(source.gguf or source.directory), source.directory):
+        raise NblError(f"--for {name} is not possible: {reason}")
+
+
+def why_unfit(name: str, config: Any, directory: Path, layers: tuple[int, ...] = ()) -> str:
+    """Why the form of a destination cannot hold a model; "" if it can. Its kinds of layers are not looked at."""
+    from nbl_export.targets.checkpoint import edge_llm, nemotron_nas
+
+    form = DESTINATIONS[name].form
+    try:
+        if form == "edge-llm":
+            edge_llm.check(config, {})
+        elif form != "transformers":
+            nemotron_nas.check(config, layers, form)
+        if name == "llama.cpp":
+            nemotron_nas.check_vocabulary(directory, config.vocab_size)
+    except NblError as error:
+        return str(error)
+    return ""
 
 
 # -- files that options name -----------------------------------------------------------------------------------
 
 
-def _find_codes(options: JobOptions, decoder: DecoderSpec) -> Source | None:
-    from nbl_export.methods.checkpoint import quantized
-
-    return None if options.quantized_model is None else quantized.find(options.quantized_model, decoder)
-
-
 def _codes(options: JobOptions, decoder: DecoderSpec) -> tuple[Lazy[Source | None], dict[str, Any]]:
     """The quantised checkpoint of options, and what the manifest says of it."""
+    if options.quantized_model is None:
+        return Lazy(None, lambda: None), {}
     from nbl_export.methods.checkpoint import quantized
 
-    found = _find_codes(options, decoder)
-    if found is None:
-        return Lazy(None, lambda: None), {}
+    found = quantized.find(options.quantized_model, decoder)
     about = quantized.describe(found)
     return Lazy(about["fingerprint"], lambda: found), {"quantized": {"name": options.quantized_model, **about}}
 
 
-def _documents(options: JobOptions, sources: list[Any], say: Say) -> Lazy[Text]:
+def _documents(options: JobOptions, sources: list[str], say: Say) -> Lazy[Text]:
     def read() -> Text:
         if identify(options.calibration) != sources:
             raise NblError("the calibration text has changed since this run; restore it")
         return read_texts(options.calibration, say)
 
     return Lazy(None, read)
+
+
+# -- the machine --------------------------------------------------------------------------------------------------
+
+
+def check_machine(options: JobOptions, *, runs_engine: bool) -> None:
+    """Check that this machine can do what is asked for.
+
+    Raises:
+        NblError: the processor has no bfloat16 products, or GPU or engine is not available; the message has the reason.
+    """
+    if options.device != "auto" or options.compute_dtype == "bfloat16":
+        from nbl_export.model import bfloat16, device
+
+        bfloat16.chosen(options.compute_dtype, device.chosen(options.device, 0))
+    if runs_engine:
+        require_engine(options)
+
+
+def require_engine(options: JobOptions, *, for_verification: bool = False) -> None:
+    """Check that the engine is available on this machine.
+
+    Args:
+        for_verification: check the engine of verification, which differs for compiled engines.
+
+    Raises:
+        NblError: the engine is not available; the message has the reason.
+    """
+    engine = load_engine(options.engine, options.provider)
+    name = (engine.capabilities.verified_by if for_verification else "") or options.engine
+    found = (engine if name == options.engine else load_engine(name)).probe()
+    if not found.available:
+        raise NblError(f"engine {name} is not available here: {found.reason}")

@@ -33,13 +33,13 @@ __all__ = [
     "Gpu",
     "bus_id",
     "describe",
+    "describe_gpu",
     "find_gpu",
     "free_bytes",
     "has_kernels",
     "is_jetson",
     "outdated",
     "release_for",
-    "spoken",
     "unpackaged",
 ]
 
@@ -141,7 +141,7 @@ def outdated(gpu: Gpu, package: str, major: int, instead: str) -> str:
     )
 
 
-def spoken(gpu: Gpu | str) -> str:
+def describe_gpu(gpu: Gpu | str) -> str:
     """GPU and driver as one line; the engines name the packages that fit them."""
     if isinstance(gpu, str):
         return f"GPU: {gpu}"

@@ -13,10 +13,10 @@ import pytest
 
 from nbl_export.cli.app import app
 from nbl_export.errors import NblError
-from nbl_export.options.model_facts import ModelFacts
+from nbl_export.options.option import ModelFacts
 from nbl_export.options.settle import settle
 from nbl_export.records.decoder import DecoderSpec
-from nbl_export.run.facts import capabilities_of
+from nbl_export.run.settled import capabilities_of
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "first_day.py"
 # Notes its words, makes what each command makes, and fails as FAILS says. POSITIONS is the real refusal of the slots.

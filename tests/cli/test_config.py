@@ -13,7 +13,7 @@ import pytest
 
 from nbl_export.cli.commands import COMMANDS
 from nbl_export.cli.options import read_config
-from nbl_export.errors import NblError
+from nbl_export.errors import NblError, UsageError
 from nbl_export.options.option import MAIN
 from nbl_export.options.options import OPTIONS
 from nbl_export.options.options import flag_of as flag
@@ -105,6 +105,23 @@ def test_a_file_that_is_not_there_or_too_large(tmp_path: Path) -> None:
     for file, part in ((tmp_path / "none.toml", "cannot be read"), (large, "larger than")):
         with pytest.raises(NblError, match=part):
             read_config(file)
+
+
+def test_another_run_s_files_are_found_from_any_directory(tmp_path: Path) -> None:
+    recorded = {
+        "options": {"model": "m", "quantized_model": "q", "calibration": ["a.txt"]},
+        "places": {"model": "/home/m", "calibration": ["/home/a.txt"]},
+        "quantized": {"name": "q", "title": "q", "fingerprint": "", "place": "/home/q", "method": None,
+                      "group_size": None},
+    }  # fmt: skip
+    file = tmp_path / "nbl.json"
+    file.write_text(json.dumps(recorded), encoding="utf-8")
+    _, found = read_config(file)
+    assert found is not None
+    assert (found.model, found.quantized_model, found.calibration) == ("/home/m", "/home/q", ("/home/a.txt",))
+    file.write_text(json.dumps({**recorded, "places": {"model": 5}}), encoding="utf-8")
+    with pytest.raises(UsageError, match="'model' is of the wrong kind"):
+        read_config(file)
 
 
 def test_another_run_s_manifest_is_a_configuration_and_flags_win(finished: Path, tmp_path: Path) -> None:

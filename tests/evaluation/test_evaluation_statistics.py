@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nbl_export.evaluation.measure import AGGREGATIONS, difference, figure
+from nbl_export.evaluation.measure import AGGREGATIONS, aggregate_with_stderr, paired_difference
 
 pytestmark = pytest.mark.engine
 
@@ -30,19 +30,19 @@ def theirs(aggregation: str, items: np.ndarray) -> float:
 @pytest.mark.parametrize("aggregation", list(AGGREGATIONS))
 def test_values_are_the_harness_own(aggregation: str) -> None:
     items = draw(np.random.default_rng(0), aggregation)
-    assert figure(aggregation, items)[0] == pytest.approx(theirs(aggregation, items), rel=1e-12)
+    assert aggregate_with_stderr(aggregation, items)[0] == pytest.approx(theirs(aggregation, items), rel=1e-12)
 
 
 def test_the_error_of_a_mean_is_the_harness_own() -> None:
     metrics = pytest.importorskip("lm_eval.api.metrics", reason="lm-evaluation-harness is not installed")
     items = draw(np.random.default_rng(0), "mean")
-    assert figure("mean", items)[1] == pytest.approx(metrics.mean_stderr(list(items)), rel=1e-12)
+    assert aggregate_with_stderr("mean", items)[1] == pytest.approx(metrics.mean_stderr(list(items)), rel=1e-12)
 
 
 def test_one_item_has_no_error() -> None:
-    assert figure("mean", [1.0]) == (1.0, None)
+    assert aggregate_with_stderr("mean", [1.0]) == (1.0, None)
 
 
 def test_items_that_are_not_paired_are_refused() -> None:
     with pytest.raises(ValueError, match="3 items are not paired with 2"):
-        difference("mean", [1, 0, 1], [1, 0])
+        paired_difference("mean", [1, 0, 1], [1, 0])

@@ -26,7 +26,7 @@ from nbl_export.options.options import JobOptions
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy
 from nbl_export.records.mlp import MlpSpec
-from nbl_export.run.facts import capabilities_of
+from nbl_export.run.settled import capabilities_of
 from nbl_export.run.stages.exit import saved_work
 from nbl_export.targets.openvino.trace import _trace_experts
 

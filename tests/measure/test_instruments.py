@@ -15,7 +15,7 @@ import pytest
 from nbl_export.measure import clocks
 from nbl_export.measure.clocks import read_clocks
 from nbl_export.measure.instruments import Reading, background_of, read_usage, used_between, wait_until_idle
-from nbl_export.records.results import spoken_background
+from nbl_export.records.results import describe_background
 
 pytestmark = pytest.mark.process
 
@@ -55,7 +55,7 @@ def test_a_system_that_does_not_count_is_not_called_idle(busy: float) -> None:
     used = used_between(Reading(0, 0, 0, 0), Reading(10, busy, 20, 0))
     found = background_of([used, used], 4, 0)
     assert (found["others"], found["busy"]) == (None, False)
-    assert "does not count" in spoken_background(found)
+    assert "does not count" in describe_background(found)
 
 
 def machine(others: float, stolen: float = 0.0, **facts: Any) -> dict[str, Any]:
@@ -66,9 +66,9 @@ def machine(others: float, stolen: float = 0.0, **facts: Any) -> dict[str, Any]:
 def test_a_tenth_of_the_cores_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nbl_export.measure.instruments._own_cores", lambda: range(2))
     assert [machine(o, s)["busy"] for o, s in ((0.19, 0.0), (0.21, 0.0), (0.15, 0.1))] == [False, True, True]
-    assert spoken_background(machine(0.8)) == "measured on a busy machine: other processes used 0.8 of 2 cores"
-    assert spoken_background(machine(0.05)) == "measured while other processes used 0.05 of 2 cores"
-    assert spoken_background(machine(0.8, 0.3)).endswith("0.8 of 2 cores, and its host took 0.3 more")
+    assert describe_background(machine(0.8)) == "measured on a busy machine: other processes used 0.8 of 2 cores"
+    assert describe_background(machine(0.05)) == "measured while other processes used 0.05 of 2 cores"
+    assert describe_background(machine(0.8, 0.3)).endswith("0.8 of 2 cores, and its host took 0.3 more")
 
 
 def test_waits_in_vain_are_counted() -> None:
@@ -76,7 +76,7 @@ def test_waits_in_vain_are_counted() -> None:
     load = {"seconds": 5.0, "others": 0.0, "stolen": 0.0}
     found = background_of([load, load], 10, 3)
     assert (found["waits"], found["gave_up"]) == (10, 3)
-    sentences = [spoken_background(background_of([load], 10, gave_up)) for gave_up in (3, 0)]
+    sentences = [describe_background(background_of([load], 10, gave_up)) for gave_up in (3, 0)]
     figures = [re.findall(r"(\d+) of (\d+) runs", said) for said in sentences]
     assert figures == [[("3", "10")], []]
 

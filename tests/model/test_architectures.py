@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from nbl_export.methods.losses import PartialReplacement
 from nbl_export.model.architectures import ARCHITECTURES
 from nbl_export.model.head import logits_of
 from nbl_export.model.mapped import mapped_model
+from nbl_export.records.decoder import DecoderSpec
 
 from ..tiny import EVERY, LAYERS, VARIANTS, VOCAB, cases, record_of
 
@@ -187,8 +189,9 @@ def _check(model: Any, **asked: Any) -> None:
     from nbl_export.options.options import JobOptions
     from nbl_export.options.rules import Case
     from nbl_export.options.settle import judge
-    from nbl_export.run.facts import architecture_facts, capabilities_of
+    from nbl_export.run.settled import capabilities_of, model_facts
 
     options = JobOptions(model="tiny", **asked)
     engine = capabilities_of("ort")
-    judge(Case(options, engine, architecture_facts(model.config.model_type)))
+    facts = model_facts(DecoderSpec(model.config.model_type, 3, 64, 4, 2, 16, 384, 512))
+    judge(Case(options, engine, dataclasses.replace(facts, decoder=None)))

@@ -21,9 +21,9 @@ from nbl_export.methods.losses import PartialReplacement
 from nbl_export.methods.sums import Accumulator, sums_bytes
 from nbl_export.model import device, mapped
 from nbl_export.model.mapped import float32_bytes, layer_bytes
+from nbl_export.publish.convert import open_finished
 from nbl_export.report import page
 from nbl_export.run import pipeline
-from nbl_export.run.deployed import open_finished
 from nbl_export.run.progress import Ui
 from nbl_export.verify import exporter
 

@@ -18,8 +18,8 @@ from nbl_export.options.options import OPTIONS, RENAMED, JobOptions, flag_of
 from nbl_export.options.settle import settle
 from nbl_export.run import pipeline
 from nbl_export.run import settled as run_settled
-from nbl_export.run.facts import capabilities_of
 from nbl_export.run.progress import Ui
+from nbl_export.run.settled import capabilities_of
 from nbl_export.run_directory import RunDirectory
 
 from ..command import assert_refused, in_new_process, keys, nbl, repeated

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nbl_export.errors import NblError, UsageError
-from nbl_export.options.model_facts import ModelFacts
+from nbl_export.options.option import ModelFacts
 from nbl_export.options.options import OPTIONS, JobOptions, flag_of
 from nbl_export.options.settle import numbers, read_asked, settle
 from nbl_export.publish.convert import FORMS
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.destinations import DESTINATIONS
-from nbl_export.run.facts import architecture_facts, capabilities_of
+from nbl_export.run.settled import capabilities_of, model_facts
 from nbl_export.targets.checkpoint.vllm.plugin import ARCHITECTURES
 
 DECODER = DecoderSpec("llama", 3, 64, 4, 2, 16, 384, 512)
-PLAIN = dataclasses.replace(architecture_facts("llama"), decoder=DECODER)
-MOE = dataclasses.replace(architecture_facts("qwen3_moe"), decoder=DECODER)
+PLAIN = model_facts(DECODER)
+MOE = model_facts(dataclasses.replace(DECODER, architecture="qwen3_moe"))
 LARGE = dataclasses.replace(PLAIN, fits=False)
-OLMO = dataclasses.replace(architecture_facts("olmo2"), decoder=DECODER)
+OLMO = model_facts(dataclasses.replace(DECODER, architecture="olmo2"))
 NBL = dataclasses.replace(PLAIN, maps_tap="residual")
 KEYS = dataclasses.replace(NBL, kinds=frozenset({"predicted_kv"}))
 
@@ -106,7 +107,7 @@ OF_MODEL: list[tuple[ModelFacts, Asked, Asked]] = [
     (LARGE, {"exit_layer": "1"}, {"exit_layer": "1"}),
     *(
         (
-            dataclasses.replace(architecture_facts(name), decoder=DECODER, fits=fits),
+            model_facts(dataclasses.replace(DECODER, architecture=name), fits=fits),
             {"seed": None},
             {"decoder_source": source, "precision": precision},
         )
@@ -436,6 +437,9 @@ def test_names_and_values_are_read_alike() -> None:
         read_asked({"max_perplexity_increase": 5})
     for page in ("https://huggingface.co/org/m-1.5B", "https://hf.co/org/m-1.5B/tree/main?x=1"):
         assert read_asked({"model": page}) == {"model": "org/m-1.5B"}
+    paths = {"model": Path("m"), "calibration": [Path("a.txt"), "b.txt"], "quantized_model": Path("q")}
+    assert read_asked(paths) == {"model": "m", "calibration": ("a.txt", "b.txt"), "quantized_model": "q"}
+    assert read_asked({"calibration": Path("a.txt")}) == {"calibration": ("a.txt",)}
     assert read_asked({"model": "https://huggingface.co/datasets/org/m"})["model"].startswith("https:")
     with pytest.raises(UsageError, match="precison is no option; did you mean precision"):
         settled({"precison": "fp16"})

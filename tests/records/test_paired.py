@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from nbl_export.measure.rounds import INTERIM_ROUNDS, Rule
-from nbl_export.records.paired import LEVEL_UNTIL_NARROW, PairedRatio, paired_ratio, spoken_ratio
+from nbl_export.records.paired import LEVEL_UNTIL_NARROW, PairedRatio, describe_ratio, paired_ratio
 
 
 def of_loads(*ratios: float) -> PairedRatio:
@@ -82,7 +82,7 @@ def test_an_interval_with_one_inside_is_no_win(ratios: tuple[float, ...], verdic
 
 
 def test_a_ratio_near_one_is_not_rounded_to_one() -> None:
-    assert [spoken_ratio(ratio) for ratio in (1.004, 0.996, 1.25)] == ["1.004", "0.996", "1.25"]
+    assert [describe_ratio(ratio) for ratio in (1.004, 0.996, 1.25)] == ["1.004", "0.996", "1.25"]
 
 
 def test_rounds_that_do_not_match_are_refused() -> None:

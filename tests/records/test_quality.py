@@ -11,11 +11,11 @@ from nbl_export.records import quality
 from nbl_export.records.quality import (
     _student,
     _weighed,
+    describe_interval,
     increase_interval,
     interval_ends,
     long_range_row,
     mean_interval,
-    spoken_interval,
 )
 
 DRAWS = 4000
@@ -158,4 +158,4 @@ def test_rows_of_answers_count_equally_however_many_they_have() -> None:
 def test_digits_are_those_that_the_interval_supports(
     value: float | None, ends: tuple[float, float] | None, percent: bool, text: str
 ) -> None:
-    assert spoken_interval(value, ends, percent=percent, sign=True) == text
+    assert describe_interval(value, ends, percent=percent, sign=True) == text

@@ -17,7 +17,7 @@ from nbl_export.methods.checkpoint.shape import read_shape
 from nbl_export.options.settle import settle
 from nbl_export.run import estimate as estimating
 from nbl_export.run.estimate import estimate
-from nbl_export.run.facts import capabilities_of
+from nbl_export.run.settled import capabilities_of
 from tests.methods.checkpoint.test_shape import written
 
 from ..command import assert_refused, in_new_process, nbl
@@ -128,7 +128,7 @@ def test_what_kinds_can_give_an_engine_of_a_gpu(tmp_path: Path) -> None:
     shape = read_shape(str(written(tmp_path)))
 
     def said(**asked: Any) -> str:
-        return estimating._spoken_gain(estimating._job(shape, settle({"model": "m", **asked}, capabilities_of)))
+        return estimating._describe_gain(estimating._job(shape, settle({"model": "m", **asked}, capabilities_of)))
 
     told = said(engine="trt", layers="8")
     assert re.search(

@@ -12,7 +12,8 @@ import pytest
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.options.options import JobOptions
 from nbl_export.publish.card import _line, check_publishable
-from nbl_export.run.deployed import locate, open_finished
+from nbl_export.publish.convert import open_finished
+from nbl_export.run.deployed import locate
 from nbl_export.run.progress import Ui
 from nbl_export.run_directory import RunDirectory
 

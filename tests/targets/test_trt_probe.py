@@ -16,7 +16,7 @@ import pytest
 
 from nbl_export.errors import NblError
 from nbl_export.targets import gpu
-from nbl_export.targets.gpu import Gpu, find_gpu, spoken
+from nbl_export.targets.gpu import Gpu, describe_gpu, find_gpu
 from nbl_export.targets.tensorrt import device, engine
 from nbl_export.targets.tensorrt import library as tensorrt_library
 from nbl_export.targets.tensorrt.build import build_engine
@@ -181,8 +181,8 @@ def test_packages_fit_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(module, "find_gpu", lambda card=card: card)
         assert TRT_RTX.probe_run().reason.endswith(rtx)
         assert memory in device.missing_package()
-        assert f"CUDA {cuda[0]}.{cuda[1]}" in spoken(card)
-    assert "2 GPUs are visible" in spoken(Gpu("NVIDIA L4", "8.9", (13, 0), 2))
+        assert f"CUDA {cuda[0]}.{cuda[1]}" in describe_gpu(card)
+    assert "2 GPUs are visible" in describe_gpu(Gpu("NVIDIA L4", "8.9", (13, 0), 2))
 
 
 def test_a_jetson_gets_no_advice_for_packages_that_do_not_exist(

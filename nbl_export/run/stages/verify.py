@@ -23,8 +23,8 @@ from nbl_export.options.options import CHECKPOINT_FIT
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy
 from nbl_export.records.quality import describe_long_range, spoken_loss, warn_of_text
-from nbl_export.run.facts import require_engine
 from nbl_export.run.job import Job
+from nbl_export.run.settled import require_engine
 from nbl_export.run.stages.common import Place
 from nbl_export.run_directory import ACCEPTANCE_FILE, DECODERS, VERIFY_FILE
 from nbl_export.targets.base import Target

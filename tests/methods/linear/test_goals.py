@@ -15,7 +15,7 @@ import pytest
 from nbl_export.errors import NblError, UsageError
 from nbl_export.methods.inputs import AskedGoal
 from nbl_export.methods.linear.planning import count_foreseen, count_trained, count_within
-from nbl_export.options.goals import asked_increase, check_request
+from nbl_export.options.goals import asked_increase
 from nbl_export.options.options import JobOptions
 from tests.command import assert_refused, nbl
 from tests.tiny import LAYERS
@@ -35,7 +35,7 @@ def test_a_limit_is_read() -> None:
 @pytest.mark.parametrize("text", ["0.05", "0", "-1%", "many", "%", "", "1e1%", "٣%"])
 def test_a_limit_that_cannot_be_read_is_a_usage_error(text: str) -> None:
     with pytest.raises(UsageError, match=re.escape(f"--max-perplexity-increase {text!r}")):
-        check_request(limited(text))
+        asked_increase(limited(text))
 
 
 def facts_of(run: Path) -> Any:
