@@ -66,7 +66,7 @@ class Bed:
         self.narrow_judge = narrow_judge
         started = time.monotonic()
         quiet: Any = lambda _d, _t: None  # noqa: E731
-        self.moments = collect.collect(self.model, self.windows, quiet, taps, narrow=narrow_judge) if taps else {}
+        self.moments = collect.collect(self.model, self.windows, quiet, taps, bf16=narrow_judge) if taps else {}
         log(f"moments: {time.monotonic() - started:.0f} s")
 
     def _ids(self, documents: Any) -> Any:
@@ -90,9 +90,10 @@ class Bed:
         return [windows for _, windows in selection_texts([("near", near), ("far", self.far)], self.spec.max_positions)]
 
     def maps(self, tap: str, layers: Any) -> dict[int, Any]:
-        from nbl_export.methods import kind_of
+        from nbl_export.methods.linear.maps import Linear
+        from nbl_export.methods.lmmse import fit
 
-        return {i: kind_of("linear").fit(self.moments[tap][i], i) for i in layers}
+        return {i: Linear(*fit(self.moments[tap][i], i)) for i in layers}
 
     def quality_losses(
         self, maps: Mapping[int, Any], tap: str, replaced_sets: Mapping[str, Any]

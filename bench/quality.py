@@ -32,7 +32,7 @@ def orders(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
     """
     from nbl_export.measure.cost import CostModel, map_sizes
     from nbl_export.methods import lmmse
-    from nbl_export.methods.linear.none import Nothing
+    from nbl_export.methods.linear.maps import Linear
     from nbl_export.methods.linear.order import ranked
     from nbl_export.model.architectures import mlp_of
     from nbl_export.options.goals import parse_layers
@@ -50,7 +50,7 @@ def orders(bed: Bed, options: argparse.Namespace) -> dict[str, Any]:
     }
     asked = [*named, *(text for text in options.layers.split(";") if text)]
     sets = {name: tuple(parse_layers(name, count)) for name in asked}  # type: ignore[arg-type]
-    dropped = {i: Nothing(bed.spec.hidden_size) for i in maps}
+    dropped = {i: Linear.zeros(bed.spec.hidden_size) for i in maps}
     return {
         "order": list(order), "losses": [step.loss for step in steps], "seconds": seconds,
         "sets": {name: f"{kind} {n}" for name, (kind, n) in named.items()},

@@ -28,11 +28,11 @@ from nbl_export.methods.checkpoint import load, source
 from nbl_export.methods.losses import PartialReplacement
 from nbl_export.methods.maps_file import load_maps
 from nbl_export.methods.predicted_kv import sums as exits
-from nbl_export.methods.predicted_kv.candidates import joined
+from nbl_export.methods.sums_file import open_sums
 from nbl_export.text import parts
 from nbl_export.text.corpus import read_text
 from nbl_export.text.long_range import SHORT, contexts, is_long_range
-from nbl_export.text.windows import repeated
+from nbl_export.text.windows import joined, repeated
 
 LINEAR = (2, 4, 8)  # of the last layers
 LENGTH, SHOTS = 1024, 8
@@ -42,11 +42,12 @@ Item = tuple[torch.Tensor, torch.Tensor | None]  # token ids, positions that are
 
 def sets_of(model: Any, run: Path, named: str, linear: Path | None) -> dict[str, dict[int, Any]]:
     """Name -> maps."""
-    sums, _ = exits.load(run / "cuts.safetensors")
+    sums = open_sums(run / "sums.safetensors")
+    calibrated = json.loads((run / "nbl.json").read_text(encoding="utf-8"))["calibrated_exits"]
     found: dict[str, dict[int, Any]] = {}
     for exit_layer, recent_tokens in (map(int, pair.split(":")) for pair in named.split(",")):
         found[f"exit layer {exit_layer}, {recent_tokens} recent"] = dict(
-            exits.maps_of(model, sums, exit_layer, recent_tokens)
+            exits.maps_of(model, sums, calibrated, exit_layer, recent_tokens)
         )
     if linear is None:
         return found

@@ -109,7 +109,7 @@ def measured(shape: str, options: argparse.Namespace) -> dict[str, Any]:
             found["checks"] = {"passed": sum(check["passed"] for check in checks), "all": len(checks)}
         if "bench" in found:
             found["timings"] = json.loads((run / "bench.json").read_text(encoding="utf-8"))["timings"]
-        found["moments_bytes"] = (run / "moments.safetensors").stat().st_size
+        found["moments_bytes"] = (run / "sums.safetensors").stat().st_size
         found["run_bytes"] = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
     return found
 

@@ -140,7 +140,7 @@ def measured(outcome: Any, original: Any, names: Sequence[str]) -> dict[str, Any
 
 
 def rows_of(named: Sequence[str], bed: Any) -> list[Row]:
-    from nbl_export.methods.linear.none import Nothing
+    from nbl_export.methods.linear.maps import Linear
     from nbl_export.methods.maps_file import load_maps, maps_in
     from nbl_export.options.goals import parse_layers
 
@@ -153,7 +153,7 @@ def rows_of(named: Sequence[str], bed: Any) -> list[Row]:
             rows.append(Row(name, load_maps(Path(which), layers), tap or "residual", {"how": how}))
             continue
         layers = tuple(parse_layers(which, bed.spec.num_layers))  # type: ignore[arg-type]
-        dropped = Nothing(bed.spec.hidden_size)
+        dropped = Linear.zeros(bed.spec.hidden_size)
         maps = dict.fromkeys(layers, dropped) if how == "drop" else bed.maps("residual", layers)
         rows.append(Row(name, maps, "residual", {"how": how}))
     return rows

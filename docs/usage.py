@@ -165,11 +165,11 @@ def _places() -> str:
     from nbl_export.records.destinations import DESTINATIONS
     from nbl_export.targets import load_engine
 
-    kinds = {"predicted_kv": "predicted KV", "linear": "linear layers", "none": "attention dropped"}
-    lines = [f"| `--for` | program | {' | '.join(kinds.values())} | weights | models | take |", "|---|" + "---|" * 7]
+    kinds = {"predicted_kv": "predicted KV", "linear": "linear layers"}
+    lines = [f"| `--for` | program | {' | '.join(kinds.values())} | weights | models | take |", "|---|" + "---|" * 6]
     for name, place in DESTINATIONS.items():
         about = load_engine(place.engine or "ort", place.provider).capabilities
-        held = about.kinds if place.kinds is None else place.kinds
+        held = [kind for kind in kinds if (about.holds(kind) if place.kinds is None else kind in place.kinds)]
         cells = ["yes" if kind in held else "no" for kind in kinds]
         folder = "`DIR/engine/model/`" if about.static else "`DIR/model/`"
         take = f"`convert --to {name}`" if place.form else folder

@@ -2,8 +2,7 @@
 
     DIR/nbl.json               the manifest (this module's `RunDirectory` reads and writes it)
     DIR/text.safetensors       text: token ids of the calibration text and of the second text, by use
-    DIR/moments.safetensors    calibrate; calibrate.partial.safetensors while it works
-    DIR/cuts.safetensors       calibrate, in its place, with predicted KV
+    DIR/sums.safetensors       calibrate; calibrate.partial.safetensors while it works
     DIR/maps.safetensors       plan; distill, if requested (then plan writes start.safetensors)
     DIR/distill.json           distill; distill.partial.safetensors while it works
     DIR/original/              decoder: the exported graph; all_logits.onnx is the graph as exported, if model.onnx
@@ -46,7 +45,7 @@ from nbl_export.files import (
     write_json,
 )
 from nbl_export.graph.names import GENAI_CONFIG, IR_FILE, MANIFEST
-from nbl_export.methods import kinds
+from nbl_export.methods import METHODS
 from nbl_export.options.command import describe_command
 from nbl_export.options.options import JobOptions
 from nbl_export.records import shapes
@@ -65,16 +64,15 @@ __all__ = [
     "DECODERS",
     "DISTILL_FILE",
     "EVAL_FILE",
-    "EXIT_SUMS_FILE",
     "MADE_BY",
     "MAPS_FILE",
-    "MOMENTS_FILE",
     "PACKAGES",
     "REPORT_HTML",
     "REPORT_JSON",
     "REPORT_MD",
     "SCHEMA",
     "START_FILE",
+    "SUMS_FILE",
     "TEXT_FILE",
     "VERIFY_FILE",
     "RunDirectory",
@@ -95,8 +93,7 @@ REPORT_HTML = "report.html"
 REPORT_MD = "report.md"
 TEXT_FILE = "text.safetensors"
 CHECKPOINT = "checkpoint"
-EXIT_SUMS_FILE = "cuts.safetensors"
-MOMENTS_FILE = "moments.safetensors"
+SUMS_FILE = "sums.safetensors"
 START_FILE = "start.safetensors"  # maps before distillation
 MAPS_FILE = "maps.safetensors"
 ACCEPTANCE_FILE = "acceptance-values.json"  # values to compare with
@@ -338,7 +335,7 @@ class RunDirectory:
 
 _RESULTS = {VERIFY_FILE: shapes.VERIFICATION, BENCH_FILE: shapes.BENCHMARK, EVAL_FILE: shapes.EVALUATION}
 _OURS = (
-    TEXT_FILE, MOMENTS_FILE, EXIT_SUMS_FILE, "calibrate.partial.safetensors", START_FILE, MAPS_FILE,
+    TEXT_FILE, SUMS_FILE, "calibrate.partial.safetensors", START_FILE, MAPS_FILE,
     DISTILL_FILE, "distill.partial.safetensors", *DECODERS.values(), VERIFY_FILE,
     ACCEPTANCE_FILE, EVAL_FILE, "engine", BENCH_FILE, REPORT_HTML,
     REPORT_MD, REPORT_JSON, ACCEPTANCE_JSON, CHECKPOINT, MANIFEST,
@@ -391,9 +388,8 @@ def _check_manifest(manifest: Any) -> None:
         raise KeyError(missing[0])
     require(manifest.get("num_layers", layers) == layers, "'num_layers' is not the decoder's")
     if "plan" in stages:
-        known = kinds()
         used = Plan.from_facts(manifest).mixers
-        require(set(used) <= set(known), f"'kinds' are of {', '.join(known)}")
+        require(set(used) <= set(METHODS), f"'kinds' are of {', '.join(METHODS)}")
     curve = manifest.get("curve") or {"points": []}
     fits = all(len(point["increases"]) == len(curve["texts"]) for point in curve["points"])
     require(fits, "'curve' has not one increase for each text")

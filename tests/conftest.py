@@ -69,7 +69,7 @@ _LONG = (
     "run/test_openvino_run.py", "targets/test_architecture_graphs.py", "verify/test_tiny_graphs.py",
     "targets/test_repairs.py", "methods/checkpoint/test_quantized_model.py", "verify/test_faults.py",
     "run/test_bad_directory.py", "run/test_resume.py", "run/test_given_graph.py", "cli/test_cli.py",
-    "methods/test_toy_kind.py",
+    "methods/test_third_method.py",
     "targets/test_openvino_rewrite.py", "methods/test_contract.py", "methods/linear/test_fit.py",
     "targets/test_providers.py", "targets/test_static_form.py", "evaluation/test_eval.py",
 )  # fmt: skip

@@ -142,7 +142,7 @@ KINDS: dict[str, Kind] = {
     "checks of a run": Kind(60, "run/verify.json", damage_json, ("report {here}/run", "card {here}/run")),
     "foreign run": Kind(450, "run", damage_run, RUN),
     "foreign run with an exit layer": Kind(150, "exit", damage_run, CUT),
-    "sums of exit layers": Kind(40, "exit/cuts.safetensors", damage_safetensors, CUT[:1]),
+    "sums of exit layers": Kind(40, "exit/sums.safetensors", damage_safetensors, CUT[:1]),
     "working directory": Kind(4, "strange", plant_decoys, (
         HUB, "doctor", f"calibrate --model {{here}}/model --output {{here}}/out{_SMALL}", "inspect {here}/graph",
     )),

@@ -14,7 +14,7 @@ import torch
 from nbl_export import files
 from nbl_export.errors import NblError
 from nbl_export.evaluation.results import read_entries
-from nbl_export.evaluation.scorer import recent_tokens_of
+from nbl_export.evaluation.scorer import continuing_of
 from nbl_export.files import (
     SMALL_BYTES,
     is_scratch,
@@ -27,8 +27,7 @@ from nbl_export.files import (
 )
 from nbl_export.graph.trust import parsed
 from nbl_export.methods.distill.state import State
-from nbl_export.methods.sums import Sums
-from nbl_export.methods.sums_file import MomentsWriter
+from nbl_export.methods.sums_file import SumsWriter
 from nbl_export.model.checkpoint.weights import weight_files
 from nbl_export.run_directory import RunDirectory
 from nbl_export.targets.openvino.ir.anatomy import context_length
@@ -40,11 +39,13 @@ from nbl_export.trust.model_settings import check_tokenizer_settings, read_objec
 pytestmark = pytest.mark.engine
 
 
-def moments(path: Path) -> None:
-    row, square = torch.arange(3.0, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
-    with MomentsWriter(path, {}, 2, ["normed"], 3) as writer:
-        for _ in range(2):
-            writer.write({"normed": Sums(1, *[row] * 6, *[square] * 3)})
+SHAPES = {"layers.0.sum": (3,), "layers.1.sum": (3,)}
+
+
+def sums(path: Path) -> None:
+    with SumsWriter(path, {}, SHAPES) as writer:
+        for name in SHAPES:
+            writer.write({name: torch.arange(3.0, dtype=torch.float64)})
 
 
 def stream(path: Path) -> None:
@@ -55,7 +56,7 @@ def stream(path: Path) -> None:
 WRITERS: dict[str, Callable[[Path], None]] = {
     "stream": stream,
     "json": lambda path: write_json(path, {"a": 1}),
-    "moments": moments,
+    "sums": sums,
     "distillation": lambda path: State(path, "key").save({"a": torch.zeros(2)}, {}),
 }
 
@@ -111,16 +112,16 @@ def test_an_error_leaves_the_old_file(tmp_path: Path) -> None:
     with failing(tmp_path), replaced(tmp_path / "file") as place:
         place.write_text("new")
         raise ZeroDivisionError
-    with failing(tmp_path), MomentsWriter(tmp_path / "file", {}, 2, ["normed"], 3):
+    with failing(tmp_path), SumsWriter(tmp_path / "file", {}, SHAPES):
         raise ZeroDivisionError
-    with pytest.raises(AssertionError), MomentsWriter(tmp_path / "file", {}, 2, ["normed"], 3):
+    with pytest.raises(AssertionError), SumsWriter(tmp_path / "file", {}, SHAPES):
         pass  # layers are missing
     assert (tmp_path / "file").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
-@pytest.mark.parametrize("name", ["stream", "json", "moments"])  # safetensors gives its files 0600
+@pytest.mark.parametrize("name", ["stream", "json", "sums"])  # safetensors gives its files 0600
 def test_files_have_the_permissions_that_open_gives(name: str, mask: int, tmp_path: Path) -> None:
     before = os.umask(mask)
     try:
@@ -189,7 +190,7 @@ def inspected(folder: Path) -> None:
 BIG: dict[str, tuple[str, int, Callable[[Path], object]]] = {
     "configuration": ("config.json", SMALL_BYTES, lambda folder: read_object(folder / "config.json")),
     "manifest": ("nbl.json", SMALL_BYTES, opened),
-    "manifest beside a graph": ("nbl.json", SMALL_BYTES, recent_tokens_of),
+    "manifest beside a graph": ("nbl.json", SMALL_BYTES, continuing_of),
     "index": ("model.safetensors.index.json", SMALL_BYTES, weight_files),
     "template": ("chat_template.jinja", SMALL_BYTES, lambda folder: applied(folder, "Hi")),
     "template for transformers": ("chat_template.jinja", SMALL_BYTES, check_tokenizer_settings),

@@ -184,7 +184,7 @@ def test_only_targets_know_engines() -> None:
 
 FILE_NAMES = (
     "nbl.json", "verify.json", "bench.json", "eval.json", "report.json", "report.html", "report.md",
-    "distill.json", "maps.safetensors", "moments.safetensors", "model.onnx", "all_logits.onnx", "decoder.onnx",
+    "distill.json", "maps.safetensors", "sums.safetensors", "model.onnx", "all_logits.onnx", "decoder.onnx",
     "genai_config.json", "openvino_model.xml", "openvino_model.bin", "acceptance-values.json", "acceptance.json",
 )  # fmt: skip
 NAMING = ("run_directory", "graph.names")

@@ -20,7 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 _FLAGS = {"--exit-layer": "--cut", "--recent-tokens": "--near"}  # name today -> name before
-_WORDS = {"cut": "exit", "near": "recent_tokens", "far": "long_range", "predicted": "predicted_kv"}
+_WORDS = {"none": "linear", "cut": "exit", "near": "recent_tokens", "far": "long_range", "predicted": "predicted_kv"}
 _PLAN = ("num_layers", "replaced_layers", "kinds", "tap", "select", "scores", "goal", "curve", "exit")
 _SMALL = "--calibration-tokens 2048 --config {keys}"
 _KEYS = """context = 64
@@ -75,7 +75,8 @@ def parts_of(run: Path) -> Iterator[tuple[str, Any]]:
     facts = _renamed(json.loads((run / "nbl.json").read_text(encoding="utf-8")))
     yield from ((f"plan: {name}", facts.get(name)) for name in _PLAN)
     for name, array in load_file(run / "maps.safetensors").items():
-        yield f"map: {'.'.join(_WORDS.get(word, word) for word in name.split('.'))}", array.tobytes()
+        if array.any():  # dropped attention had no map before, and has a map of zeros now
+            yield f"map: {'.'.join(_WORDS.get(word, word) for word in name.split('.'))}", array.tobytes()
     for folder in ("original", "model"):
         for file in sorted((run / folder).rglob("*")):
             if file.is_file() and file.name != "nbl.json":
@@ -83,8 +84,10 @@ def parts_of(run: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _renamed(value: Any) -> Any:
+    """With the words of today, without facts that were not noted before: None, and the epsilon of the norm."""
     if isinstance(value, dict):
-        return {_WORDS.get(key, key): _renamed(each) for key, each in value.items()}
+        noted = {key: each for key, each in value.items() if each is not None and key != "epsilon"}
+        return {_WORDS.get(key, key): _renamed(each) for key, each in noted.items()}
     if isinstance(value, list):
         return [_renamed(each) for each in value]
     return _WORDS.get(value, value) if isinstance(value, str) else value

@@ -13,10 +13,11 @@ import numpy as np
 from nbl_export.methods.base import Mixer
 from nbl_export.methods.checkpoint.load import load_model, read_spec
 from nbl_export.methods.checkpoint.source import resolve
-from nbl_export.methods.predicted_kv.prompt_exit import PromptExit, prompt_exit_of
+from nbl_export.methods.rows import continuing_tokens
 from nbl_export.records.plan import Plan
 from nbl_export.records.results import CheckResult
 from nbl_export.targets import load_engine
+from nbl_export.targets.base import compiler
 from nbl_export.verify import exporter
 from nbl_export.verify.ladder import DECODE_STEPS, Probe
 from nbl_export.verify.structure import Setting
@@ -73,8 +74,8 @@ def verify_tiny(
     if static:
         run = {subject: work / f"{subject}-float32" for subject in directories}
         for subject, directory in directories.items():
-            engine.write_float32(directory, run[subject])
-    made = Verifier(setting, _probe(prompts, prompt_exit_of(maps)), maps)
+            compiler(engine).write_float32(directory, run[subject])
+    made = Verifier(setting, _probe(prompts, continuing_tokens(mixer.reads for mixer in maps.values())), maps)
     made.run(directories, run)
     model = load_model(checkpoint)
     if precision in exporter.ROUNDED:
@@ -90,10 +91,8 @@ def _quiet(_title: str) -> Iterator[Any]:
     yield lambda *_: None
 
 
-def _probe(prompts: bool, exit_layer: PromptExit | None) -> Probe:
+def _probe(prompts: bool, continuing: int | None) -> Probe:
     ids = np.random.default_rng(0).integers(2, VOCAB, _LONG + DECODE_STEPS).tolist()
     rows = [tuple(ids[: n + DECODE_STEPS]) for n in _PREFILL]
-    continuing_rows = () if exit_layer is None else (rows[0], rows[1][: exit_layer.recent_tokens + 1 + DECODE_STEPS])
-    return Probe(
-        tuple(rows), (tuple(ids[20:44]), tuple(ids[90:114])) if prompts else (), 24, tuple(ids), continuing_rows
-    )
+    short = () if continuing is None else (rows[0], rows[1][: continuing + 1 + DECODE_STEPS])
+    return Probe(tuple(rows), (tuple(ids[20:44]), tuple(ids[90:114])) if prompts else (), 24, tuple(ids), short)

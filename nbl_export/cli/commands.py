@@ -31,9 +31,9 @@ __all__ = ["COMMANDS"]
 def calibrate(model: str, output: Path, asked: dict[str, Any], force: bool) -> None:
     """Collect the moments of every layer from calibration text."""
     from nbl_export.run.pipeline import run_calibration
-    from nbl_export.run_directory import MOMENTS_FILE
+    from nbl_export.run_directory import SUMS_FILE
 
-    print(run_calibration(model, asked, output, ui(), force=force) / MOMENTS_FILE)
+    print(run_calibration(model, asked, output, ui(), force=force) / SUMS_FILE)
 
 
 @command("plan", RUN, JSON, takes="plan")

@@ -23,7 +23,7 @@ from nbl_export.targets import owner_of
 from nbl_export.trust.contained import check_folder
 from nbl_export.trust.model_settings import read_object
 
-__all__ = ["GraphScorer", "Request", "TokenScores", "graph_scorer", "recent_tokens_of"]
+__all__ = ["GraphScorer", "Request", "TokenScores", "continuing_of", "graph_scorer"]
 
 _LOGIT_BYTES = 1 << 28  # logits of one step, by far the largest array
 _FEWEST_TOKENS = 64
@@ -56,17 +56,17 @@ class GraphScorer:
     Args:
         decoder: must give logits of all positions.
         max_length: most tokens that the graph reads; longer requests lose their beginning.
-        recent_tokens: W of a graph with an exit layer; None without one.
+        continuing: W of a graph with an exit layer; None without one.
 
     Raises:
         NblError: the graph gives logits of the last position only.
     """
 
-    def __init__(self, decoder: Any, tokenizer: Any, max_length: int, recent_tokens: int | None = None) -> None:
+    def __init__(self, decoder: Any, tokenizer: Any, max_length: int, continuing: int | None = None) -> None:
         self._decoder = decoder
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.recent_tokens = recent_tokens
+        self.continuing = continuing
         decoder.begin(1)
         logits_BTV = decoder.step(np.zeros((1, 2), np.int64))
         if logits_BTV.shape[1] != 2:
@@ -74,7 +74,7 @@ class GraphScorer:
                 "this graph gives logits of the last position only, and scores need the logits of all positions: keep "
                 "all_logits.onnx beside the graph, or export with the key logits = 'all'"
             )
-        most = _MOST_TOKENS if recent_tokens is None else recent_tokens + 1
+        most = _MOST_TOKENS if continuing is None else continuing + 1
         self._tokens = min(most, max(_FEWEST_TOKENS, _LOGIT_BYTES // (4 * int(logits_BTV.shape[2]))))
 
     def score(
@@ -130,7 +130,7 @@ class GraphScorer:
 
     def _read(self, context: Sequence[int]) -> np.ndarray:
         """Begin with a context, in chunks or as one prompt; return the logits [V] of its last token."""
-        most = self._tokens if self.recent_tokens is None else len(context)
+        most = self._tokens if self.continuing is None else len(context)
         for begin in range(0, len(context), most):
             last_V = self._decoder.step(np.array([context[begin : begin + most]]))[0, -1]
         return np.asarray(last_V)
@@ -170,11 +170,11 @@ def graph_scorer(directory: Path, threads: int | None = None, most: int | None =
     facts = target.facts(directory)
     decoder = target.open_graph(directory, facts.head_dim, threads=threads)
     positions = min(most or facts.context_length, facts.context_length)
-    return GraphScorer(decoder, load_tokenizer(directory), positions, recent_tokens_of(directory))
+    return GraphScorer(decoder, load_tokenizer(directory), positions, continuing_of(directory))
 
 
-def recent_tokens_of(directory: Path) -> int | None:
-    """W of a model directory whose prompts stop at an exit layer (`methods.predicted_kv.maps`); None for others."""
+def continuing_of(directory: Path) -> int | None:
+    """W of a model directory whose prompts stop below its highest layers; None for others."""
     path = directory / MANIFEST
     prompt_exit = read_object(path).get("exit") if path.is_file() else None
     return int(prompt_exit["recent_tokens"]) if prompt_exit else None

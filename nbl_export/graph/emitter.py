@@ -96,7 +96,7 @@ class Maker:
 
 
 class LayerMaker(Maker):
-    """Makes what is added at one layer; the `methods.base.Builder` of ONNX graphs."""
+    """Makes what is added at one layer: products and sums of rows."""
 
     def __init__(self, graph: ir.Graph, layer: int, dtype: ir.DataType | None) -> None:
         super().__init__(graph, node_name(layer, ""), dtype, constant_name(layer, ""))

@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from nbl_export.methods.base import Mixer, Port, TokenWork
+from nbl_export.methods.base import Mixer, TokenWork
 from nbl_export.methods.rows import Need, Reads, Rows, rows_needed
 from nbl_export.options.options import JobOptions
 from nbl_export.records.capabilities import Capabilities
@@ -61,7 +61,7 @@ class LayerSizes:
 
 def map_sizes(maps: Mapping[int, Mixer]) -> dict[int, LayerSizes]:
     """What each layer with a mixer costs."""
-    return {i: LayerSizes(mixer.reads, mixer.work(), Port.OUTPUT not in mixer.gives) for i, mixer in maps.items()}
+    return {i: LayerSizes(mixer.reads, mixer.work(), mixer.holds_cache) for i, mixer in maps.items()}
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from nbl_export.measure.cost import WEIGHT_BYTES, CostModel, LayerSizes, cost_mo
 from nbl_export.measure.rounds import INTERIM_ROUNDS, Rule
 from nbl_export.methods.base import TokenWork
 from nbl_export.methods.checkpoint.shape import Shape
-from nbl_export.methods.predicted_kv.prompt_exit import candidate_exits
+from nbl_export.methods.predicted_kv.candidates import candidate_exits
 from nbl_export.methods.rows import Read, Rows
 from nbl_export.model.memory import WEIGHTS_SHARE
 from nbl_export.options.goals import DEFAULT_STEPS, asked_layers, default_minutes, names_layers
@@ -146,7 +146,7 @@ class Job:
 
     @property
     def moments(self) -> float:
-        """Bytes of moments.safetensors: a matrix of float64 for each layer and tap, and half of two symmetric ones."""
+        """Bytes of sums.safetensors: a matrix of float64 for each layer and tap, and half of two symmetric ones."""
         taps = len({"residual", self.options.tap})
         return 16.0 * self.shape.decoder.hidden_size**2 * self.shape.decoder.num_layers * taps
 
@@ -309,7 +309,7 @@ class Job:
         )
         left_out = {"calibrate", "plan"} if has_maps else set()
         left_out |= set() if self.trains else {"distill"}
-        left_out |= {"bench"} if self.engine.cross else set()
+        left_out |= {"bench"} if self.engine.needs_target_gpu else set()
         return tuple(needs for needs in stages if needs.stage not in left_out)
 
     def gains(self) -> tuple[Gain, ...]:
@@ -326,7 +326,7 @@ class Job:
         costs = cost_model(self.options, self.engine, self.shape.decoder, self.shape.mlp)
         costs = dataclasses.replace(costs, tokens=tokens)
         work = [costs.prefill_flops(sizes) for sizes in ({}, self._exit_sizes() if self.exits else self._layer_sizes())]
-        seconds = [None if self.engine.cross else flops / self.product_flops_per_second for flops in work]
+        seconds = [None if self.engine.needs_target_gpu else flops / self.product_flops_per_second for flops in work]
         kind = "predicted KV" if self.exits else "linear maps" if self.options.fit != "drop" else "no attention"
         return Gain(kind, self.count, is_asked, tokens, work[0] / work[1], *seconds)
 
@@ -349,9 +349,7 @@ class Job:
     def _with_exit(self) -> Job | None:
         """The same job with the default exit layer; None if it has one, or if its engine or model takes none."""
         decoder = self.shape.decoder
-        possible = (
-            PREDICTED_KV in self.engine.kinds and decoder.architecture in LIKE_LLAMA and not decoder.sliding_window
-        )
+        possible = self.engine.holds(PREDICTED_KV) and decoder.architecture in LIKE_LLAMA and not decoder.sliding_window
         if self.options.predicts or not possible or self.shape.maps_tap:
             return None
         options = dataclasses.replace(

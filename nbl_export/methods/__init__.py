@@ -1,37 +1,32 @@
-"""What a layer does with the sequence: a protocol (`base`), one file a kind, and the kinds by name."""
+"""The methods by name. Each is a folder of this package, behind one protocol (`base.Method`)."""
 
 from __future__ import annotations
 
-from nbl_export.methods.base import Kind
-from nbl_export.methods.linear.maps import LINEAR
-from nbl_export.methods.linear.none import NONE
-from nbl_export.methods.predicted_kv.maps import PREDICTED
+from collections.abc import Mapping
+
+from nbl_export.errors import NblError
+from nbl_export.methods.base import Method, Mixer
+from nbl_export.methods.linear.method import LINEAR
+from nbl_export.methods.predicted_kv.method import PREDICTED
 from nbl_export.records.plan import ATTENTION, Plan
 
-__all__ = ["cache_layers", "kind_of", "kinds", "register"]
+__all__ = ["METHODS", "cache_layers", "method_of"]
 
-_KINDS: dict[str, Kind] = {kind.name: kind for kind in (LINEAR, NONE, PREDICTED)}
-
-
-def register(kind: Kind) -> None:
-    """Add a kind by its name."""
-    _KINDS[kind.name] = kind
-
-
-def kinds() -> tuple[str, ...]:
-    """Names of all kinds."""
-    return tuple(_KINDS)
+METHODS: dict[str, Method] = {method.name: method for method in (LINEAR, PREDICTED)}
 
 
 def cache_layers(plan: Plan) -> tuple[int, ...]:
     """Layers of a plan that hold the cache of their attention, ascending."""
-    return tuple(i for i, kind in enumerate(plan.kinds) if kind == ATTENTION or kind_of(kind).holds_cache)
+    return tuple(i for i, kind in enumerate(plan.kinds) if kind == ATTENTION or METHODS[kind].holds_cache)
 
 
-def kind_of(name: str) -> Kind:
-    """The kind of this name.
+def method_of(maps: Mapping[int, Mixer]) -> Method:
+    """The method of all maps of a model; without maps, the one that replaces nothing then.
 
     Raises:
-        KeyError: there is no such kind.
+        NblError: the maps are of several methods.
     """
-    return _KINDS[name]
+    names = sorted({mixer.kind for mixer in maps.values()})
+    if len(names) > 1:
+        raise NblError(f"the maps are of several methods ({', '.join(names)}), and a model has one")
+    return METHODS[names[0]] if names else LINEAR

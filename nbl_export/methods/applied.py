@@ -3,9 +3,9 @@
     before   x --- norm --- self_attn --- (norm) ---(+ x)---      after   x --- Identity --- mixer ---(+ x)---
 
 No modelling file is forked: the layer's own forward still adds the residual. The norm before attention becomes the
-identity, since the mixer acts on the residual stream (tap "residual"). A norm after attention does too. With predicted
-KV, a layer's forward runs on few rows (`torch_layers`), or its attention mixes own and predicted KV
-(`teacher_forced`). The attention block is as its architecture's record describes it (`architectures`):
+identity, since the mixer acts on the residual stream (tap "residual"). A norm after attention does too. A mixer that
+holds the cache changes other places of its layer (`MixerModule.places`). The attention block is as its architecture's
+record describes it (`architectures`):
 
     x ---+--- norm before --- self_attn --- norm after --- * multiplier ---+--- x + y
          `-----------------------------------------------------------------'
@@ -22,17 +22,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from nbl_export.methods.base import Mixer, Port
-from nbl_export.methods.modules import MixerModule
-from nbl_export.methods.predicted_kv.teacher_forced import TeacherForcedAttention
-from nbl_export.methods.predicted_kv.torch_layers import PrefillExitLayer, check_attention, check_served
+from nbl_export.methods.modules import MixerModule, Place
 from nbl_export.model.architectures import architecture_of
 
 __all__ = [
     "BESIDE",
     "PassThrough",
+    "applied",
     "architecture_of",
-    "block_modules",
     "block_output",
     "linearize",
     "multiplier_of",
@@ -45,61 +42,61 @@ __all__ = [
 BESIDE = "mixer"  # name, in attention, of a module that does not replace attention
 
 
-def linearize(model: Any, maps: Mapping[int, Mixer], tap: str = "residual") -> Any:
-    """Put mixers into their layers, in place, and return the model.
-
-    A mixer that gives the block's output replaces the layer's attention. With the tap "normed" the layer's norm stays
-    before the mixer. A mixer that gives keys and values stands beside it (`predicted_kv.torch_layers`).
-    """
+def linearize(model: Any, maps: Mapping[int, Any], tap: str = "residual") -> Any:
+    """Put mixers into their layers, in place and for good, and return the model; see `applied`."""
     multiplier = multiplier_of(model.config)
     replace_attention(model, {i: mixer.module(multiplier) for i, mixer in maps.items()}, tap)
     return model.eval()
 
 
+@contextlib.contextmanager
+def applied(model: Any, maps: Mapping[int, Any], tap: str = "residual") -> Iterator[None]:
+    """Within: a causal LM of transformers computes what an engine will serve with these mixers.
+
+    A mixer that gives the block's output replaces the layer's attention. With the tap "normed" the layer's norm stays
+    before the mixer. A mixer that holds the cache stands beside attention.
+    """
+    multiplier = multiplier_of(model.config)
+    modules = {i: mixer.module(multiplier).eval() for i, mixer in maps.items()}
+    decoder = model.get_decoder()
+    for index, module in modules.items():
+        _fit_in(decoder.layers[index], index, module)
+    with _switched(decoder, modules, tap, served=True):
+        yield
+
+
+def _fit_in(layer: Any, index: int, module: MixerModule) -> None:
+    reference = next(layer.self_attn.parameters())
+    module.layer_idx = index
+    module.to(dtype=reference.dtype, device=reference.device)
+
+
 def replace_attention(model: Any, modules: Mapping[int, MixerModule], tap: str) -> None:
     """Put modules into layers for good. They take on attention's dtype, device and cache index."""
     decoder = model.get_decoder()
-    places = list(_places(decoder, modules, tap, served=True))
+    places = _places(decoder, modules, tap, served=True)
     for index, module in modules.items():
-        reference = next(decoder.layers[index].self_attn.parameters())
-        module.layer_idx = index
-        module.to(dtype=reference.dtype, device=reference.device)
-        if Port.OUTPUT not in module.gives:
+        _fit_in(decoder.layers[index], index, module)
+        if module.beside:
             setattr(decoder.layers[index].self_attn, BESIDE, module)  # so that the model's weights include it
     _watch(decoder, modules)
     for owner, name, new in places:
         setattr(owner, name, new)
 
 
-def stored_in(mixer: Mixer) -> str:
+def stored_in(mixer: Any) -> str:
     """The name, in a layer, of the module of a mixer that `linearize` put there."""
-    return "self_attn" if Port.OUTPUT in mixer.gives else f"self_attn.{BESIDE}"
+    return f"self_attn.{BESIDE}" if mixer.holds_cache else "self_attn"
 
 
-Place = tuple[Any, str, Any]  # owner, attribute and new value of what the modules of layers change
-
-
-def _places(decoder: Any, modules: Mapping[int, MixerModule], tap: str, *, served: bool) -> Iterator[Place]:
-    """Where the modules of layers enter them.
+def _places(decoder: Any, modules: Mapping[int, MixerModule], tap: str, *, served: bool) -> list[Place]:
+    """What modules of one method change in a decoder.
 
     Raises:
-        NblError: a module gives keys, and the layer's attention makes keys in another way, or a layer above an exit
-        layer needs
-            rows that do not continue.
+        NblError: a layer cannot have its module.
     """
-    for index, module in modules.items():
-        layer = decoder.layers[index]
-        if Port.OUTPUT in module.gives:
-            yield layer, "self_attn", module
-            yield from ((layer, name, nn.Identity()) for name in block_modules(decoder.config, tap))
-        else:
-            check_attention(layer, decoder.config, index)
-            if not served:
-                yield layer.self_attn, "forward", TeacherForcedAttention(layer.self_attn, module)
-    if served and (found := check_served(modules, len(decoder.layers))) is not None:
-        exit_layer, recent_tokens = found
-        for index, layer in list(enumerate(decoder.layers))[exit_layer:]:
-            yield layer, "forward", PrefillExitLayer(layer, modules[index], recent_tokens)
+    first = next(iter(modules.values()), None)
+    return [] if first is None else list(first.places(decoder, modules, tap, served=served))
 
 
 def _watch(decoder: Any, modules: Mapping[int, MixerModule]) -> list[Any]:
@@ -115,15 +112,23 @@ def _watch(decoder: Any, modules: Mapping[int, MixerModule]) -> list[Any]:
     ]
 
 
-@contextlib.contextmanager
-def switched(decoder: Any, modules: Mapping[int, MixerModule], tap: str, first: int = 0) -> Iterator[None]:
+def switched(
+    decoder: Any, modules: Mapping[int, MixerModule], tap: str, first: int = 0
+) -> contextlib.AbstractContextManager[None]:
     """Within: layers of a decoder have these modules; layers below `first`, of which none is read, pass their input on.
 
     Layers below `first` stay in the list, since decoders look up a layer's mask and rotary embedding by its index.
-    Layers above an exit layer compute all positions (`methods.predicted_kv.teacher_forced`).
+    Every position is computed.
     """
+    return _switched(decoder, modules, tap, first, served=False)
+
+
+@contextlib.contextmanager
+def _switched(
+    decoder: Any, modules: Mapping[int, MixerModule], tap: str, first: int = 0, *, served: bool
+) -> Iterator[None]:
     layers = decoder.layers
-    places = list(_places(decoder, modules, tap, served=False))
+    places = _places(decoder, modules, tap, served=served)
     before = [vars(owner).get(name, owner._modules.get(name)) for owner, name, _ in places]
     handles = _watch(decoder, modules)
     try:
@@ -158,13 +163,6 @@ def multiplier_of(config: Any) -> float:
 def block_output(layer: Any, config: Any) -> tuple[nn.Module, float]:
     """The module whose output is what attention adds in the original, and its factor: value = multiplier * output."""
     return getattr(layer, architecture_of(config).norm_after or "self_attn"), multiplier_of(config)
-
-
-def block_modules(config: Any, tap: str) -> tuple[str, ...]:
-    """Names of the norms that a layer's map replaces along with attention."""
-    record = architecture_of(config)
-    before = (record.norm_before,) if tap == "residual" else ()
-    return tuple(name for name in (*before, record.norm_after) if name is not None)
 
 
 def run_from(decoder: Any, entering_BTD: torch.Tensor) -> torch.Tensor:

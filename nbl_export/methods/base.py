@@ -1,65 +1,66 @@
-"""What a layer does with the sequence, besides or instead of attention: the protocols `Mixer`, `Kind` and `Builder`.
+"""The protocol of a method: what stages, targets and reports call. No stage knows the name of a method.
 
-    Kind     the registration: moments ─► fit ─► Mixer;  tensors of a file ─► Mixer
-    Mixer    one fitted layer: emits itself into a graph, is a torch module, has tensors and work, and says
+    candidates ─► collector ─► sums ─► fit ─► choose        torch: what may be replaced, and what is
+                                        └─► Mixer of each layer, in maps.safetensors
+    applied                              torch model with mixers       (`methods.applied`)
+    passes                               ONNX graph with mixers        (`methods.rewrite`)
+    reference                            the original graph with mixers, without the passes
 
-             reads         which rows of which streams (`rows`)
-             gives         a port: the block's output, or keys and values for the layer's own attention
-             holds_cache   whether the layer's cache stays between steps
+    Mixer   one fitted layer: a torch module, tensors, work, and
 
-    Builder  what a mixer may put into a graph: one implementer each for ONNX, OpenVINO and NumPy (`apply`)
+            reads         which rows of which streams (`rows`)
+            holds_cache   whether the layer's attention and its cache stay
+            stored        matrices and vectors that a graph holds of it
 
-A new kind is one file of this package and its name in `nbl_export.methods`. Other packages ask a mixer what they
-need to know, and never for its class. Values of a builder are [B, T, width]: batch, tokens of this step, numbers of
-a token. Importing this package loads no torch.
+A method is one folder of this package and its line in `nbl_export.methods`. A plan has one method. Values are
+[B, T, D]: batch, tokens of this step, width of the residual stream. Importing this package loads no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from enum import Enum
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
 from nbl_export.errors import RefusalError
 from nbl_export.methods.rows import Reads
-from nbl_export.records.plan import LayerScore
+from nbl_export.records.decoder import DecoderSpec
+from nbl_export.records.inputs import Lazy
+from nbl_export.records.plan import Plan
+from nbl_export.text.parts import Texts
 
 if TYPE_CHECKING:
-    from nbl_export.methods.lmmse import Moments
+    import onnx_ir as ir
+
+    from nbl_export.methods.sums_file import SumsFile
+    from nbl_export.options.options import JobOptions
 
 __all__ = [
-    "OWN",
-    "Builder",
-    "Kind",
+    "Candidates",
+    "Choice",
+    "ChoiceInputs",
+    "Limit",
+    "Maps",
+    "Method",
     "Mixer",
-    "NumpyMixers",
-    "Port",
+    "Say",
     "Stored",
-    "Streams",
+    "Task",
     "TokenWork",
-    "apply",
     "cacheless",
+    "changed",
     "tapped",
 ]
 
-Value = Any  # a value of the graph that a builder makes
-OWN = None  # the layer's own input at its tap, among streams
-Streams = Mapping[int | None, Value]  # a stream that a mixer reads (`Read.stream`) -> its value [B, T, D]
-
-
-class Port(Enum):
-    """Where a mixer's value enters a layer's attention block.
-
-    OUTPUT: what the block adds to the residual stream, [B, T, D]. The layer's attention leaves.
-    KEYS, VALUES: of the layer's own attention, before rotary, [B, T, heads x head size].
-    """
-
-    OUTPUT = "output"
-    KEYS = "keys"
-    VALUES = "values"
+Value = Any  # of a graph of any form
+Stored = Mapping[str, np.ndarray]  # matrices and vectors that a graph holds of a mixer
+Say = Callable[[str], None]
+Task = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]  # title -> progress (done, total)
 
 
 @dataclass(frozen=True)
@@ -75,30 +76,16 @@ class TokenWork:
     elements: int
 
 
-class Builder(Protocol):
-    """What a mixer may put into a graph, at one layer. `name` is unique in the layer and names node and constant."""
-
-    def matmul(self, x: Value, matrix: np.ndarray, name: str) -> Value:
-        """x M' for a matrix [O, I]: the last dimension I becomes O."""
-
-    def add(self, x: Value, vector: np.ndarray, name: str) -> Value:
-        """The sum of a value and a vector [width]."""
-
-
 class Mixer(Protocol):
-    """One fitted layer: values of the streams that it reads, [B, T, D] each, to the values of its ports."""
+    """One fitted layer."""
 
     @property
     def kind(self) -> str:
-        """Name of its kind."""
+        """Name of its method."""
 
     @property
     def reads(self) -> Reads:
         """The streams that it reads, and which rows; its own input at the tap comes first."""
-
-    @property
-    def gives(self) -> tuple[Port, ...]:
-        """The ports of the layer that its values enter."""
 
     @property
     def holds_cache(self) -> bool:
@@ -109,134 +96,240 @@ class Mixer(Protocol):
         """D: the width of its input and output."""
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """All its numbers in float32, by name, as `Kind.from_tensors` takes them."""
+        """All its numbers in float32, by name, as `Method.from_tensors` takes them."""
+
+    def stored(self) -> tuple[Stored, Stored]:
+        """Matrices that a graph multiplies by, and vectors that it adds, by the name of the field that holds them."""
 
     def product(self) -> np.ndarray | None:
         """The matrix W [D, D] if it computes x W' and nothing else, as some file formats need; otherwise None."""
 
-    def emit(self, build: Builder, streams: Streams) -> Mapping[Port, Value]:
-        """The values of its ports, from the operators of a builder. No value: nothing is added there."""
-
     def module(self, multiplier: float = 1.0) -> Any:
-        """A torch module in place of a self-attention module of transformers (`methods.modules.MixerModule`).
+        """A torch module in place of or beside a self-attention module of transformers (`methods.modules.MixerModule`).
 
         Args:
             multiplier: the layer's factor of attention's output. A mixer includes it, so the module's output is
                 divided by it.
         """
 
+    def trained(self, rank: int, generator: Any) -> Any:
+        """What distillation trains, with a delta of some rank (as `modules.TrainedLinear`); None: it is not trained."""
+
     def work(self) -> tuple[TokenWork, ...]:
         """What one row of each of `reads` costs."""
 
 
-class Kind(Protocol):
-    """A kind of mixer: how it is calibrated, fitted, judged and read from a file. Torch is loaded by these methods.
+Maps = Mapping[int, Mixer]  # replaced layer -> its mixer
 
-    A kind derives from this class, whose defaults are those of a layer that reads its own token and is not trained.
+
+# -- what a choice reads -----------------------------------------------------------------------------------------
+
+
+class Candidates(Protocol):
+    """What a method may replace, as options and the decoder allow: a frozen dataclass of plain values."""
+
+    @property
+    def collected(self) -> Any:
+        """What sums are needed of: a frozen dataclass of plain values. Equal values need equal sums."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Most relative increase of perplexity, and the option's text; None for the default limit."""
+
+    share: float
+    text: str | None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """As the manifest's goal states it."""
+        return {"max_perplexity_increase": self.text or self.percent, "default": self.text is None}
+
+    @property
+    def percent(self) -> str:
+        return f"{100 * self.share:g}%"
+
+
+@dataclass(frozen=True)
+class ChoiceInputs:
+    """What the choice of a plan follows from. Building these inputs loads neither torch nor a model.
+
+    Attributes:
+        candidates: of the method.
+        trains: whether maps are trained, so that a limit on quality is tested on trained maps.
+        sums: the file of sums, whole and checked.
+        model: the torch model.
+        partial: maps and their tap -> the torch model, in which these maps can replace attention.
+        selection: texts that candidates are compared by; no map is fitted on them.
+        validation: texts on which a limit on quality is tested.
+        saved: maps and the tokens of a prompt -> the share of its arithmetic that these maps save.
+        speedup: modelled speed-ups of some maps ("prefill" and "decode"). setting: what they are modelled for.
     """
 
-    @property
-    def name(self) -> str:
-        """As plan, nbl.json and maps.safetensors name it."""
+    num_layers: int
+    candidates: Any
+    limit: Limit
+    trains: Lazy[bool]
+    sums: Lazy[SumsFile]
+    model: Lazy[Any]
+    partial: Lazy[Callable[[Maps, str], Any]]
+    selection: Lazy[Texts]
+    validation: Lazy[Texts]
+    saved: Lazy[Callable[[Maps, int], float]]
+    speedup: Lazy[Callable[[Maps], Any]]
+    setting: Lazy[Mapping[str, Any]]
 
-    @property
-    def holds_cache(self) -> bool:
-        """Whether a layer of this kind holds the cache of its attention."""
-        return False
 
-    def fit(self, moments: Moments, layer: int, *, bias: bool = True) -> Mixer:
-        """The best mixer of this kind for a layer, by second moments of its input and of attention's output.
+@dataclass(frozen=True)
+class Choice:
+    """A plan, the maps of its layers, and further facts for the manifest."""
+
+    plan: Plan
+    maps: dict[int, Mixer]
+    facts: dict[str, Any]
+
+
+# -- the protocol ------------------------------------------------------------------------------------------------
+
+
+class Method:
+    """A method. Torch and onnx_ir are loaded by its functions.
+
+    Attributes:
+        name: as plan, nbl.json and maps.safetensors name it. title: in words, plural.
+        holds_cache: whether its layers hold the cache of their attention.
+        instead: what a user does if the model does not fit into memory; "" if sums are collected layer by layer then.
+    """
+
+    name: str
+    title: str
+    holds_cache = False
+    instead = ""
+
+    # -- torch
+
+    def candidates(self, options: JobOptions, decoder: DecoderSpec, known: Mapping[str, Any]) -> Candidates:
+        """What may be replaced.
 
         Args:
-            bias: False if the format to be written stores no bias; a kind without a bias ignores it.
+            known: facts of the manifest of a run that goes on; what it has sums of stays.
 
         Raises:
-            NblError: the moments hold NaN or infinity, or x does not vary.
+            NblError: an option does not fit the decoder.
         """
+        raise NotImplementedError
 
-    def score(self, moments: Moments, layer: int, *, bias: bool = True) -> LayerScore:
-        """How well the best linear function of the input can replace a layer's attention."""
-        from nbl_export.methods import lmmse
+    def rows(self, windows_WT: Any, collected: Any) -> Any:
+        """Rows of token ids that sums are collected over, from the windows of a text."""
+        return windows_WT
 
-        return lmmse.score(moments, layer, bias=bias)
+    def sums_bytes(self, collected: Any, size: int) -> int:
+        """Bytes of the sums of one layer that is `size` wide, where they take memory of the device."""
+        return 0
 
-    def from_tensors(self, tensors: Mapping[str, np.ndarray]) -> Mixer:
+    def collector(self, model: Any, collected: Any, *, bf16: bool) -> Any:
+        """Empty sums of a torch model (`methods.collector.Collector`); `bf16`: the model's products in bfloat16.
+
+        Raises:
+            NblError: the model cannot have this method.
+        """
+        raise NotImplementedError
+
+    def known(self, collected: Any) -> dict[str, Any]:
+        """Facts of finished sums for the manifest, which `candidates` reads in a run that goes on."""
+        return {}
+
+    def choose(self, inputs: ChoiceInputs, task: Task, say: Say, known: Mapping[str, Any]) -> Choice:
+        """The plan, by quality or as asked for.
+
+        Args:
+            known: facts of the manifest of a run that goes on.
+
+        Raises:
+            NblError: no candidate is within the limit.
+        """
+        raise NotImplementedError
+
+    def applied(self, model: Any, maps: Any, tap: str = "residual") -> AbstractContextManager[None]:
+        """Within: a causal LM of transformers computes what an engine will serve with these maps."""
+        from nbl_export.methods.applied import applied
+
+        return applied(model, maps, tap)
+
+    def blank(self, config: Any, decoder: Any, stated: Any, multiplier: float = 1.0) -> Any:
+        """The torch module of a layer, whose numbers are loaded later.
+
+        Args:
+            config, decoder: of the torch model. stated: `facts` of a configuration.
+        """
+        raise NotImplementedError
+
+    # -- files
+
+    def from_tensors(self, tensors: Stored) -> Mixer:
         """The mixer of these `Mixer.tensors`.
 
         Raises:
             KeyError: a tensor is missing.
             ValueError: shapes contradict each other.
         """
+        raise NotImplementedError
 
-    def blank(self, size: int, multiplier: float = 1.0, like: Mixer | None = None) -> Any:
-        """The torch module of a mixer, whose numbers are loaded later.
+    def from_module(self, state: Stored) -> Mixer:
+        """The mixer of the `state_dict` of a module of this method; errors as in `from_tensors`."""
+        raise NotImplementedError
 
-        Args:
-            like: for a kind whose module follows from more than the size, a mixer of its shapes; no number is read.
-        """
-
-    def from_module(self, state: Mapping[str, np.ndarray], size: int) -> Mixer:
-        """The mixer of the `state_dict` of a module of this kind; errors as in `from_tensors`."""
-        return self.from_tensors(state)
-
-    def trained(self, mixer: Mixer, rank: int, generator: Any) -> Any:
-        """What distillation trains, with a delta of some rank (as `modules.TrainedLinear`); None: it is not trained."""
+    def summary(self, maps: Any) -> dict[str, Any] | None:
+        """What reports say of all maps (`exit` of nbl.json); None if nothing."""
         return None
 
+    def facts(self, maps: Any) -> dict[str, Any] | None:
+        """What all maps have in common, for the configuration of a checkpoint; None if nothing."""
+        return None
 
-def cacheless(mixers: Mapping[int, Mixer]) -> tuple[int, ...]:
+    def check_facts(self, stated: Any, layers: Sequence[int], count: int, positions: Any) -> None:
+        """Check `facts` that a configuration states.
+
+        Args:
+            layers: that are replaced. count: of the decoder. positions: most tokens of a sequence, if it is known.
+
+        Raises:
+            ValueError: they are impossible; the message says what.
+        """
+        if stated is not None:
+            raise ValueError(f"config.json has nbl_exit {stated}, and no layer is of such a kind")
+
+    # -- ONNX graphs
+
+    def passes(self, maps: Any, tap: str) -> Sequence[ir.passes.PassBase]:
+        """The passes that put mixers into a graph; each raises RefusalError for what it does not understand."""
+        raise NotImplementedError
+
+    def reference(self, directory: Path, head_dim: int, mixers: Any, tap: str, *, exact: bool) -> Any:
+        """The original graph with mixers, computed without `passes`: a decoder that `verify` steps.
+
+        Args:
+            exact: in the arithmetic that the graph's own types state; no activation is rounded.
+
+        Raises:
+            RefusalError: a layer is not understood, or has no such tap.
+        """
+        raise NotImplementedError
+
+
+def cacheless(mixers: Maps) -> tuple[int, ...]:
     """Layers whose mixer does not hold the cache of their attention, ascending."""
     return tuple(layer for layer, mixer in sorted(mixers.items()) if not mixer.holds_cache)
 
 
-Stored = Mapping[str, np.ndarray]  # matrices and vectors that a graph holds of a mixer, by the names of `emit`
+def changed(mixer: Mixer, arrays: Stored) -> Mixer:
+    """The mixer with other arrays in the fields of these names.
 
-
-def apply(
-    mixer: Mixer, streams: Mapping[int | None, np.ndarray], stored: Stored | None = None
-) -> dict[Port, np.ndarray]:
-    """The values of a mixer's ports, in NumPy and float32.
-
-    Args:
-        streams: values [B, T, D] of the streams that it reads.
-        stored: used instead of the mixer's own numbers.
+    Raises:
+        ValueError: shapes contradict each other.
     """
-    build = _Arrays(stored or {})
-    found = mixer.emit(build, {stream: value.astype(np.float32) for stream, value in streams.items()})
-    nothing = {Port.OUTPUT: np.zeros(streams[OWN].shape, np.float32)} if mixer.gives == (Port.OUTPUT,) else {}
-    return {**nothing, **found}
-
-
-class NumpyMixers:
-    """Mixers of some layers in NumPy, which read their own input and give the block's output.
-
-    Args:
-        mixers: by layer.
-        stored: by layer, see `apply`.
-    """
-
-    def __init__(self, mixers: Mapping[int, Mixer], stored: Mapping[int, Stored] | None = None) -> None:
-        self.mixers = mixers
-        self.stored = stored or {}
-        self.layers = tuple(sorted(mixers))
-
-    def __call__(self, layer: int, x_BTD: np.ndarray) -> np.ndarray:
-        """The output of a layer's mixer in float32."""
-        return apply(self.mixers[layer], {OWN: x_BTD}, self.stored.get(layer))[Port.OUTPUT]
-
-
-class _Arrays:
-    """The builder whose values are arrays."""
-
-    def __init__(self, stored: Stored) -> None:
-        self._stored = stored
-
-    def matmul(self, x: np.ndarray, matrix: np.ndarray, name: str) -> np.ndarray:
-        product: np.ndarray = x @ self._stored.get(name, matrix).T
-        return product
-
-    def add(self, x: np.ndarray, vector: np.ndarray, name: str) -> np.ndarray:
-        return x + self._stored.get(name, vector)
+    made: Mixer = dataclasses.replace(cast(Any, mixer), **arrays)
+    return made
 
 
 def tapped(block: Any, tap: str) -> Value:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from nbl_export.errors import CorruptError
-from nbl_export.methods import kind_of
+from nbl_export.methods import METHODS
 from nbl_export.methods.base import Mixer
 from nbl_export.records.plan import TAPS, USUAL_KIND
 
@@ -78,8 +78,8 @@ def load_maps(path: Path, layers: Sequence[int], width: int | None = None) -> di
             matches = [match for name in file.keys() if (match := _TENSOR.fullmatch(name))]  # noqa: SIM118
             for i in layers:
                 ours = {match[3]: match for match in matches if int(match[1]) == i}
-                kind = kind_of(next((match[2] for match in ours.values() if match[2]), USUAL_KIND))
-                maps[i] = kind.from_tensors(_Stored(file, i, {name: match[0] for name, match in ours.items()}, width))
+                method = METHODS[next((match[2] for match in ours.values() if match[2]), USUAL_KIND)]
+                maps[i] = method.from_tensors(_Stored(file, i, {name: match[0] for name, match in ours.items()}, width))
     except (SafetensorError, OSError, LookupError, ValueError, TypeError, OverflowError) as error:
         raise CorruptError(f"{path} is not a maps file for layers {list(layers)} ({error}); run plan again") from error
     for i, found in maps.items():

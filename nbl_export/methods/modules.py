@@ -19,38 +19,37 @@ times as large, and the outputs an eighth as large (bench/EXPERIMENTS.md).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from nbl_export.methods.base import Port
+from nbl_export.model.architectures import block_modules
 
-__all__ = ["MixerModule", "NothingModule", "TrainedLinear", "Wrapped", "valid_rows"]
+__all__ = ["MixerModule", "TrainedLinear", "Wrapped", "valid_rows"]
 
+
+Place = tuple[Any, str, Any]  # owner, attribute and new value
 
 _OVERSAMPLED = 16  # extra singular vectors, so that the wanted singular vectors are exact
 
 
 class MixerModule(nn.Module):
-    """Base of the modules; a subclass gives `mix`, unless it gives keys and values.
+    """Base of the modules; a subclass gives `mix` if it takes attention's place.
 
     Args:
         multiplier: the layer's factor of attention's output. A mixer includes it, so the module's output is divided.
 
     Attributes:
-        gives: as in `base.Mixer`.
-        reads: streams of other layers that the mixer reads.
-        recent_tokens: for predicted KV, the tokens at the end of a step that continue above the exit layer
-        (`methods.predicted_kv.torch_layers`). streams: their values [B, T, D] in this step.
+        beside: whether the module stands beside attention, and does not take its place.
+        reads: streams of other layers that the mixer reads. streams: their values [B, T, D] in this step.
         layer_idx: index of the layer in the cache; None to use no cache.
     """
 
-    gives: tuple[Port, ...] = (Port.OUTPUT,)
+    beside = False
     reads: tuple[int, ...] = ()
-    recent_tokens: int | None = None
 
     def __init__(self, multiplier: float = 1.0) -> None:
         super().__init__()
@@ -66,6 +65,22 @@ class MixerModule(nn.Module):
         self.count_tokens(hidden_states, kwargs.get("cache", kwargs.get("past_key_values")))
         out = self.mix(hidden_states)
         return (out if self.multiplier == 1.0 else out / self.multiplier), None
+
+    @staticmethod
+    def places(decoder: Any, modules: Mapping[int, Any], tap: str, *, served: bool) -> Iterator[Place]:
+        """What modules of this class change in a decoder.
+
+        Args:
+            served: as deployed; False computes every position, as a choice and training need it.
+
+        Raises:
+            NblError: a layer cannot have its module.
+        """
+        for index, module in modules.items():
+            layer = decoder.layers[index]
+            yield layer, "self_attn", module
+            for name in block_modules(decoder.config, tap):
+                yield layer, name, nn.Identity()
 
     def count_tokens(self, x_BTD: torch.Tensor, cache: Any) -> None:
         """Put T more tokens into the cache."""
@@ -90,13 +105,6 @@ class Wrapped(MixerModule):
     def mix(self, x_BTD: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.linear(x_BTD)
         return out
-
-
-class NothingModule(MixerModule):
-    """Zeros."""
-
-    def mix(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        return torch.zeros_like(x_BTD)
 
 
 class TrainedLinear(nn.Module):

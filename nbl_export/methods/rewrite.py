@@ -22,10 +22,8 @@ from nbl_export.graph.passes.caches import DropCaches, make_dense
 from nbl_export.graph.passes.quantize import QuantizeMaps
 from nbl_export.graph.passes.skip_norms import SkipNormToAdd
 from nbl_export.graph.passes.tail import keep_last_token
+from nbl_export.methods import method_of
 from nbl_export.methods.base import Mixer, cacheless
-from nbl_export.methods.linear.passes import RewriteBlocks
-from nbl_export.methods.predicted_kv.passes import PrefillExit
-from nbl_export.methods.predicted_kv.prompt_exit import prompt_exit_of
 from nbl_export.records.plan import spoken_layers
 
 __all__ = ["passes_for", "rewrite", "rewrite_model"]
@@ -33,11 +31,8 @@ __all__ = ["passes_for", "rewrite", "rewrite_model"]
 
 def passes_for(maps: Mapping[int, Mixer], tap: str = "residual") -> Sequence[ir.passes.PassBase]:
     """The passes of the rewrite, in order."""
-    prompt_exit = prompt_exit_of(maps)
-    others = {layer: mixer for layer, mixer in maps.items() if prompt_exit is None or layer not in prompt_exit.maps}
     return (
-        PrefillExit(maps),
-        RewriteBlocks(others, tap),
+        *method_of(maps).passes(maps, tap),
         DropCaches(cacheless(maps)),
         SkipNormToAdd(),
         QuantizeMaps(),

@@ -12,11 +12,11 @@ The cost model, tail pruning and the targets read `rows_needed` and do not ask f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["ATTENTION_READS", "Need", "Read", "Reads", "Rows", "lowest_stream", "rows_needed"]
+__all__ = ["ATTENTION_READS", "Need", "Read", "Reads", "Rows", "continuing_tokens", "lowest_stream", "rows_needed"]
 
 
 class Rows(Enum):
@@ -96,3 +96,8 @@ def rows_needed(reads: Mapping[int, Reads], layers: int) -> tuple[Need, ...]:
 def lowest_stream(reads: Mapping[int, Reads]) -> int:
     """The lowest stream that some layers read; streams below it are as if these layers were attention."""
     return min(layer if read.stream is None else read.stream for layer, own in reads.items() for read in own)
+
+
+def continuing_tokens(reads: Iterable[Reads]) -> int | None:
+    """W, the tokens at the end of a step that leave the highest layers; None if every token of a step leaves them."""
+    return max((own[0].tokens for own in reads if own[0].tokens > 1 or len(own) > 1), default=None)

@@ -15,17 +15,20 @@ maps to 1e-5):
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import torch
 
 from nbl_export.methods.lmmse import Moments
 from nbl_export.model import processes
 
-__all__ = ["REFERENCE_ROWS", "Accumulator", "Sums", "gram", "mirrored", "sums_bytes", "total"]
+__all__ = ["REFERENCE_ROWS", "Accumulator", "Sums", "gram", "sums_bytes", "tensor_shapes", "total"]
 
 REFERENCE_ROWS = 128
 _BLOCK = 4096
+_SYMMETRIC = ("xx", "yy")
 _PARTS = 3  # column blocks of X'X
 _FEW = 8  # rows that are summed in float32
 _MASSIVE = 4.0  # a massive row's norm is above this many median norms
@@ -52,6 +55,17 @@ class Sums:
     yx: torch.Tensor  # Y'X
     yy: torch.Tensor  # Y'Y
 
+    @staticmethod
+    def of(count: int, read: Callable[[str], torch.Tensor]) -> Sums:
+        """From `tensors`, which `read` gives by name."""
+        names = (field.name for field in fields(Sums) if field.name != "count")
+        return Sums(count, **{n: _unpacked(read(f"{n}_upper")) if n in _SYMMETRIC else read(n) for n in names})
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Tensors by name; of symmetric sums, the rows of the upper triangle one after another."""
+        held = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "count"}
+        return {f"{n}_upper" if n in _SYMMETRIC else n: _upper(v) if n in _SYMMETRIC else v for n, v in held.items()}
+
     def moments(self) -> Moments:
         """Raw moments, about zero: sum (x + s)(y + t)' = X'Y + s Sy' + Sx t' + n s t' for the reference rows s, t."""
         n = self.count
@@ -65,6 +79,25 @@ class Sums:
             yx=self.yx + torch.outer(t, self.x_sum) + torch.outer(self.y_sum, s) + n * torch.outer(t, s),
             yy=self.yy + torch.outer(t, self.y_sum) + torch.outer(self.y_sum, t) + n * torch.outer(t, t),
         )
+
+
+def tensor_shapes(size: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of `Sums.tensors` for rows of D = `size` numbers."""
+    vectors = dict.fromkeys(("x_ref", "y_ref", "x_unit", "y_unit", "x_sum", "y_sum"), (size,))
+    half = (size * (size + 1) // 2,)
+    return {**vectors, "xx_upper": half, "yx": (size, size), "yy_upper": half}
+
+
+def _upper(square_DD: torch.Tensor) -> torch.Tensor:
+    return square_DD[torch.ones_like(square_DD, dtype=torch.bool).triu()]
+
+
+def _unpacked(upper: torch.Tensor) -> torch.Tensor:
+    """The symmetric matrix whose upper triangle has these rows, one after another."""
+    size = math.isqrt(2 * len(upper))
+    square = upper.new_zeros(size, size)
+    square[torch.ones_like(square, dtype=torch.bool).triu()] = upper
+    return mirrored(square)
 
 
 def sums_bytes(size: int) -> int:

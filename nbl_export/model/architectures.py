@@ -19,6 +19,7 @@ __all__ = [
     "LINEARIZED",
     "REFUSED",
     "architecture_of",
+    "block_modules",
     "check_config",
     "is_hybrid",
     "mlp_of",
@@ -324,3 +325,10 @@ def supported_near(architecture: object) -> str:
     near = difflib.get_close_matches(str(architecture), ARCHITECTURES, 3)
     such = f", such as {' and '.join(near)}" if near else ""
     return f"{len(ARCHITECTURES)} are, which README.md lists{such}"
+
+
+def block_modules(config: Any, tap: str) -> tuple[str, ...]:
+    """Names of the norms that a layer's map replaces along with attention."""
+    record = architecture_of(config)
+    before = (record.norm_before,) if tap == "residual" else ()
+    return tuple(name for name in (*before, record.norm_after) if name is not None)

@@ -17,7 +17,7 @@ from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.destinations import ANYWHERE, DESTINATIONS, Destination
 from nbl_export.records.from_json import read_record, require
-from nbl_export.records.plan import DROPPED, MAPS, PREDICTED_KV, TAPS, USUAL_KIND
+from nbl_export.records.plan import MAPS, PREDICTED_KV, TAPS, USUAL_KIND
 
 __all__ = [
     "AUTO_EXIT",
@@ -81,7 +81,6 @@ _OF_ROUNDING = ("accuracy_level", "algo_config", "block_size")
 def _usual_fit(values: Mapping[str, Any], engine: Capabilities | None, model: ModelFacts) -> str:
     """Maps are trained where keys are not predicted; large models need closed form."""
     closed = values["exit_layer"] != NO_EXIT or not model.fits
-    closed |= values["kind"] != USUAL_KIND  # few kinds can be trained
     if model.maps_tap:
         return CHECKPOINT_FIT
     if not closed and (values["distill_minutes"] or values["distill_steps"]):
@@ -96,7 +95,7 @@ def _usual_exit(values: Mapping[str, Any], engine: Capabilities | None, model: M
     """The deepest exit layer for a limit on quality, unless another option asks for layers that are replaced."""
     others = ("layers", "select", "distill_minutes", "distill_steps")
     asks = any(values[name] for name in others) or values["fit"] != "independent" or values["maps"] != "affine"
-    asks |= values["logits"] == "all" or values["kind"] != USUAL_KIND
+    asks |= values["logits"] == "all"
     lacks = not _predicts_kv(values, engine) or values["decoder_source"] not in EXIT_SOURCES
     lacks |= bool(model.maps_tap) or not model.fits or not has_plain_attention(model)
     return NO_EXIT if asks or lacks else AUTO_EXIT
@@ -118,7 +117,7 @@ def _predicts_kv(values: Mapping[str, Any], engine: Capabilities | None) -> bool
     """Whether keys are predicted unless something else is asked for: not for engines that nobody has run."""
     place = _place(values)
     held = place.kinds is None or (PREDICTED_KV in place.kinds and not place.names_exit)
-    return held and (engine is None or (PREDICTED_KV in engine.kinds and not engine.cross))
+    return held and (engine is None or (engine.holds(PREDICTED_KV) and not engine.needs_target_gpu))
 
 
 def _place(values: Mapping[str, Any]) -> Destination:
@@ -168,11 +167,10 @@ _ORDERED = (
     *_ORIGINAL, Applies("a number of layers or a goal; --layers names the layers here", lambda c: not c.is_named),
 )  # fmt: skip
 _FITTED = (*_ORIGINAL, Applies("fitted maps (--fit independent or distilled)", lambda c: c.options.fit != "drop"))
-_REPLACING = (*_ORIGINAL, Applies("layers (--layers, or --exit-layer none)", lambda c: c.options.exit_layer == NO_EXIT))
 _TRAINED = (Applies("--fit distilled", lambda c: c.options.fit == "distilled"),)
 _PREDICTING = (
     Applies("--engine ort with --provider cpu, trt or trt-rtx, and the original model",
-            lambda c: c.options.exit_layer == NO_EXIT or (PREDICTED_KV in c.engine.kinds and not c.is_nbl)),
+            lambda c: c.options.exit_layer == NO_EXIT or (c.engine.holds(PREDICTED_KV) and not c.is_nbl)),
 )  # fmt: skip
 _OF_EXIT = (Applies("--exit-layer", lambda c: c.options.exit_layer != NO_EXIT),)
 _ORT = (Applies("--engine ort", lambda c: bool(c.engine.providers)),)
@@ -295,16 +293,6 @@ class JobOptions:
         choices=FITS,
         metavar="FIT",
         usual=_usual_fit,
-    )
-    kind: str = option(
-        USUAL_KIND,
-        "Kind of mixer in place of attention: linear (default), or one that you add; not with --exit-layer.",
-        _REPLACED,
-        "main plan",
-        metavar="KIND",
-        usual=lambda values, *_: DROPPED if values["fit"] == "drop" else USUAL_KIND,
-        applies=_REPLACING,
-        key=True,
     )
     select: str | None = option(
         None,
@@ -533,6 +521,11 @@ class JobOptions:
     def predicts(self) -> bool:
         """Whether keys of upper layers are predicted."""
         return self.exit_layer != NO_EXIT
+
+    @property
+    def method(self) -> str:
+        """Name of the method (`nbl_export.methods`)."""
+        return PREDICTED_KV if self.predicts else USUAL_KIND
 
     @property
     def recent_choices(self) -> tuple[int, ...]:

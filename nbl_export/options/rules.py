@@ -30,7 +30,7 @@ from nbl_export.options.options import (
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.destinations import ANYWHERE, DESTINATIONS, Destination
-from nbl_export.records.plan import DROPPED, PREDICTED_KV
+from nbl_export.records.plan import PREDICTED_KV
 
 __all__ = ["CONTRADICTIONS", "OF_DECODER", "REFUSED", "Case", "Refusal"]
 
@@ -129,26 +129,10 @@ def _not_there(case: Case, architecture: str, layers: tuple[int, ...]) -> str | 
     options = case.options
     if options.destination is None:
         return False
-    kinds = case.model.kinds or ({PREDICTED_KV} if options.predicts else {options.kind})
+    kinds = case.model.kinds or {options.method}
     why = case.place.refuses(kinds, case.engine.kinds, architecture, layers)
     use = "; leave --exit-layer out" if why and options.predicts else ""
     return bool(why) and f"--for {options.destination} is not possible: {why}{use}"
-
-
-def _unknown_kind(case: Case) -> str | bool:
-    """A kind of mixer that the engine does not hold, or that another option asks for."""
-    options = case.options
-    held = case.engine.kinds - {PREDICTED_KV, DROPPED}
-    if case.is_nbl or options.predicts or (options.kind == DROPPED and options.fit == "drop"):
-        return False
-    use = {PREDICTED_KV: "predicted KV are asked for by --exit-layer", DROPPED: "--fit drop leaves attention out"}
-    if options.kind in use:
-        return f"key kind {options.kind}: {use[options.kind]}; leave key kind out"
-    if options.fit == "drop":
-        return f"--fit drop puts nothing in place of attention; leave key kind {options.kind} out"
-    return options.kind not in held and (
-        f"key kind {options.kind} is not for engine {case.engine_with_provider}; it takes {', '.join(sorted(held))}"
-    )
 
 
 def _not_made(case: Case) -> str | bool:
@@ -220,7 +204,6 @@ REFUSED: tuple[Refusal, ...] = (
         and f"--fit {c.options.fit} needs the original model: {NO_ORIGINAL}"
     )),
     (NblError, _kv_not_predicted),
-    (UsageError, _unknown_kind),
     (UsageError, lambda c: _not_there(c, "", ())),  # kinds of layers alone
     (UsageError, _beside_exit),
     (UsageError, lambda c: (
@@ -241,7 +224,7 @@ REFUSED: tuple[Refusal, ...] = (
         and f"--fit {CHECKPOINT_FIT} is for a checkpoint with maps (nbl-export convert)"
     )),
     (UsageError, lambda c: (
-        bool(missing := c.model.kinds - c.engine.kinds)
+        bool(missing := [kind for kind in c.model.kinds if not c.engine.holds(kind)])
         and f"{c.options.model} has layers of kind {min(missing)}, which engine {c.engine_with_provider} does not run"
     )),
     (UsageError, lambda c: (

@@ -23,13 +23,12 @@ import numpy as np
 
 from nbl_export.errors import NblError, ParityError, UsageError
 from nbl_export.files import move_into_place, refuse_occupied
-from nbl_export.methods import kind_of
-from nbl_export.methods.base import Mixer
-from nbl_export.methods.inputs import Maps
+from nbl_export.methods import METHODS
+from nbl_export.methods.base import Maps, Mixer
 from nbl_export.methods.maps_file import load_maps
 from nbl_export.options.options import CHECKPOINT_FIT
 from nbl_export.records.destinations import DESTINATIONS, describe_kind, destination_named
-from nbl_export.records.plan import PREDICTED_KV, USUAL_KIND
+from nbl_export.records.plan import USUAL_KIND
 from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
 from nbl_export.run.settled import of_run, why_unfit
@@ -123,7 +122,7 @@ def _refuse_unread(job: Job, maps: Maps, asked: str) -> None:
     place = DESTINATIONS[name]
     kinds = {mixer.kind for mixer in maps.values()}
     if place.refuses(kinds, frozenset(), "", ()):
-        spoken = describe_kind(PREDICTED_KV if PREDICTED_KV in kinds else min(kinds))
+        spoken = describe_kind(min(kinds))
         raise NblError(f"{run} has {spoken}, which --to {asked} does not hold; {_INSTEAD}")
     if reason := place.refuses(kinds, frozenset(), job.decoder.architecture, maps):
         raise NblError(f"--to {asked} cannot have {run}: {reason}; nbl-export convert DIR lists who can")
@@ -181,7 +180,7 @@ def _matrix_alone(mixer: Mixer) -> Mixer:
     """The linear layer with the matrix of a mixer that is one product; dropped attention has zeros."""
     weight = mixer.product()
     assert weight is not None
-    return kind_of(USUAL_KIND).from_tensors({"weight": weight, "bias": np.zeros(len(weight), np.float32)})
+    return METHODS[USUAL_KIND].from_tensors({"weight": weight, "bias": np.zeros(len(weight), np.float32)})
 
 
 def _write_edge_llm(job: Job, maps: Maps, _form: str, out: Path) -> list[str]:

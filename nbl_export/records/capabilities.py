@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from nbl_export.records.plan import DROPPED, USUAL_KIND
+from nbl_export.records.plan import USUAL_KIND
 
 __all__ = ["LINEAR_KINDS", "Capabilities"]
 
-LINEAR_KINDS = frozenset({USUAL_KIND, DROPPED})  # that every engine has: products, or nothing
+LINEAR_KINDS = frozenset({USUAL_KIND})  # that every engine has: products in place of attention
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class Capabilities:
         narrow: whether the engine computes in fewer bits than the graph's types state, unless the precision is fp32.
         static: whether the engine compiles graphs of the static form, with caches of --max-seq-len slots, which count
             0..K-1. A CPU verifies a float32 copy of such a graph. The build stage makes the engine that runs.
-        cross: whether exports may be for another machine; bench is left out if the engine does not run here.
+        needs_target_gpu: whether exports may be for another machine; bench is left out if the engine does not run here.
         provider: ONNX Runtime's execution provider, which the exporter is told.
         providers: ONNX Runtime's other execution providers, which the engine can run with.
-        kinds: of mixers (`nbl_export.methods`) that its decoders hold.
+        kinds: methods (`nbl_export.methods`) that its decoders hold; None for every method.
         verified_by: the engine that verifies the graphs; "" is the engine itself.
     """
 
@@ -37,13 +37,13 @@ class Capabilities:
     title: str
     precisions: tuple[str, ...]
     sources: Mapping[str, tuple[str, ...]]
-    kinds: frozenset[str] = LINEAR_KINDS
+    kinds: frozenset[str] | None = LINEAR_KINDS
     cache_bytes: Mapping[str, int] = field(default_factory=dict)
     mapped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     rounded: tuple[str, ...] = ()
     narrow: bool = False
     static: bool = False
-    cross: bool = False
+    needs_target_gpu: bool = False
     provider: str = "cpu"
     providers: tuple[str, ...] = ()
     every_expert: tuple[str, ...] = ()
@@ -57,3 +57,7 @@ class Capabilities:
     def cache_itemsize(self, precision: str) -> int:
         """Bytes of a cache element."""
         return self.cache_bytes.get(precision, 4)
+
+    def holds(self, kind: str) -> bool:
+        """Whether its decoders hold a method."""
+        return self.kinds is None or kind in self.kinds

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from nbl_export.errors import UsageError
 from nbl_export.records.capabilities import LINEAR_KINDS
-from nbl_export.records.plan import DROPPED, PREDICTED_KV, USUAL_KIND
+from nbl_export.records.plan import PREDICTED_KV, USUAL_KIND
 
 __all__ = ["ANYWHERE", "DESTINATIONS", "Destination", "describe_kind", "destination_named", "is_destination"]
 
@@ -22,7 +22,7 @@ class Destination:
     Attributes:
         engine, provider: of the run whose folder it takes; "" if it takes a form of any run.
         form: that `convert` writes for it; "" if it takes the folder of the run.
-        kinds: of mixers that the form holds; None for those of the engine.
+        kinds: methods that the form holds; None for those of the engine.
         weights: of the form, in words; "" if --precision says it.
         bare: the form has one matrix a layer, without a bias, on the normed input.
         architectures: that it runs; empty for those of the run.
@@ -41,14 +41,17 @@ class Destination:
     keeps_first: bool = False
     names_exit: bool = False
 
-    def refuses(self, kinds: Iterable[str], held: frozenset[str], architecture: str, layers: Iterable[int]) -> str:
+    def refuses(
+        self, kinds: Iterable[str], held: frozenset[str] | None, architecture: str, layers: Iterable[int]
+    ) -> str:
         """Why it cannot have a model, as a part of a sentence; "" if it can.
 
         Args:
-            kinds: of the model's mixers. held: kinds of the engine, if `kinds` is None.
+            kinds: of the model's mixers. held: of the engine, if `kinds` is None.
             architecture: "" if it is not known. layers: that are replaced.
         """
-        foreign = sorted(set(kinds) - (held if self.kinds is None else self.kinds))
+        holds = held if self.kinds is None else self.kinds
+        foreign = [] if holds is None else sorted(set(kinds) - holds)
         if foreign:
             return f"it does not hold {describe_kind(foreign[0])}"
         if architecture and self.architectures and architecture not in self.architectures:
@@ -93,7 +96,7 @@ _ALSO = {
     "tensorrt-edge-llm": "edge-llm",
 }  # fmt: skip
 _NEVER = {"sglang": "SGLang has no linear layers and no predicted KV; use vllm, or transformers"}
-_SPOKEN = {PREDICTED_KV: "predicted KV", USUAL_KIND: "linear layers", DROPPED: "layers without attention"}
+_SPOKEN = {PREDICTED_KV: "predicted KV", USUAL_KIND: "linear layers"}
 
 
 def destination_named(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Which layers are replaced, by which kind of mixer, and how the layers were scored."""
+"""Which layers have mixers, of which method, and how the layers were scored."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from nbl_export.records.from_json import require
 
-__all__ = ["ATTENTION", "DROPPED", "MAPS", "PREDICTED_KV", "TAPS", "USUAL_KIND", "LayerScore", "Plan", "spoken_layers"]
+__all__ = ["ATTENTION", "MAPS", "PREDICTED_KV", "TAPS", "USUAL_KIND", "LayerScore", "Plan", "spoken_layers"]
 
 
 @dataclass(frozen=True)
@@ -46,17 +46,16 @@ MAPS = ("affine", "linear")
 
 
 ATTENTION = "attention"  # the kind of a layer that stays as it is
-USUAL_KIND = "linear"  # of a replaced layer whose kind nobody names
-DROPPED = "none"  # of a layer whose attention is left out
-PREDICTED_KV = "predicted_kv"  # of a layer above an exit layer, whose attention stays
+USUAL_KIND = "linear"  # method of a replaced layer that names none
+PREDICTED_KV = "predicted_kv"  # method of layers above an exit layer, whose attention stays
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The kind of each layer. A plan of attention alone means the original model.
+    """The method of each layer. A plan of attention alone means the original model.
 
     Attributes:
-        kinds: of each layer, a kind (`nbl_export.methods`) or `ATTENTION`.
+        kinds: of each layer, the name of a method (`nbl_export.methods`) or `ATTENTION`.
     """
 
     kinds: tuple[str, ...]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from nbl_export.records.plan import DROPPED, USUAL_KIND, spoken_layers
+from nbl_export.records.plan import USUAL_KIND, spoken_layers
 from nbl_export.records.quality import describe_long_range, spoken_loss
 from nbl_export.records.results import FAILED, VERIFIED, YES_NO, describe_background
 from nbl_export.report import words
@@ -47,7 +47,6 @@ def head(report: Mapping[str, Any]) -> tuple[Block, ...]:
     """Verdict, replaced layers and headline figures."""
     said = verdict(report)
     replaced = report["replaced_layers"]
-    usual = [DROPPED if report["fit"] == "drop" else USUAL_KIND] * len(replaced)
     return (
         _meta(report),
         _badge(report),
@@ -59,7 +58,7 @@ def head(report: Mapping[str, Any]) -> tuple[Block, ...]:
             (_speed(report, "pp", "First token"), _loss(report), _speed(report, "tg", "Further tokens"), _cache(report))
         ),
         Paragraph(_lead(report)),
-        Strip(report["num_layers"], dict(zip(replaced, report["kinds"] or usual, strict=False))),
+        Strip(report["num_layers"], dict(zip(replaced, report["kinds"] or [USUAL_KIND] * len(replaced), strict=False))),
     )
 
 

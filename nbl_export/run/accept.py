@@ -54,7 +54,7 @@ def accept(directory: Path, ui: Ui, *, force: bool = False, open_runner: OpenRun
     """
     run = RunDirectory.existing(directory)
     options = run.options
-    if not load_engine(options.engine, options.provider).capabilities.cross:
+    if not load_engine(options.engine, options.provider).capabilities.needs_target_gpu:
         raise NblError(
             f"{directory} is for an engine of a CPU, which verification has run; accept is for engines of a GPU: trt, "
             "trt-rtx, and --provider cuda"

@@ -17,6 +17,7 @@ from nbl_export.options.options import JobOptions
 from nbl_export.run.deployed import Located, locate
 from nbl_export.run.progress import Ui
 from nbl_export.targets import owner_of
+from nbl_export.targets.base import threads_of
 
 __all__ = ["compare"]
 
@@ -55,7 +56,7 @@ def compare(
         engine=", ".join(dict.fromkeys(found.engine for found in decoders.values())),
         provider=provider,
         base=base,
-        threads=options.threads or first.default_threads(),
+        threads=options.threads or threads_of(first),
         gpu=provider != "cpu" or first.capabilities.static,
     )
     variants = {n: Variant(found.path, found.open, facts[n].cache_bytes_per_token) for n, found in decoders.items()}

@@ -12,9 +12,9 @@ from nbl_export.errors import NblError, UsageError
 from nbl_export.graph.names import MANIFEST
 from nbl_export.methods import cache_layers
 from nbl_export.records.decoder import DecoderSpec
-from nbl_export.run_directory import CHECKPOINT, DECODERS, MADE_BY, MAPS_FILE, MOMENTS_FILE, RunDirectory
+from nbl_export.run_directory import CHECKPOINT, DECODERS, MADE_BY, MAPS_FILE, SUMS_FILE, RunDirectory
 from nbl_export.targets import all_targets, load_engine, owner_of
-from nbl_export.targets.base import Target
+from nbl_export.targets.base import Engine
 from nbl_export.targets.runners import TextRunner
 from nbl_export.trust.contained import check_folder, refuse_special
 
@@ -30,18 +30,18 @@ class Located:
     provider: str = "cpu"
 
     @property
-    def target(self) -> Target:
+    def target(self) -> Engine:
         """The target of that name. It is not a field, since a process that measures gets this value."""
         return load_engine(self.engine, self.provider)
 
-    def available(self) -> Target:
+    def available(self) -> Engine:
         """The target.
 
         Raises:
             NblError: the engine does not run on this machine.
         """
         engine = self.target
-        found = engine.probe_run()
+        found = engine.probe(run=True)
         if not found.available:
             asked = f"engine {self.engine}" if self.provider == "cpu" else f"provider {self.provider}"
             raise NblError(f"{asked} is not available here: {found.reason}")
@@ -149,7 +149,7 @@ def describe(directory: Path) -> dict[str, Any]:
             "nbl": _variant(directory / "model", spec, kept, itemsize),
         },
         "engines": facts.get("engines", {}),
-        "files": {n: _size(directory / n) for n in (MOMENTS_FILE, MAPS_FILE, CHECKPOINT)},
+        "files": {n: _size(directory / n) for n in (SUMS_FILE, MAPS_FILE, CHECKPOINT)},
         "scores": facts.get("scores", []),
         "command": facts["command"],
         "result": found and {name: found[name] for name in _RESULT},
@@ -179,7 +179,7 @@ def examine_engines() -> dict[str, Any]:
     for target in all_targets():
         about = target.capabilities
         own = about.provider == "cpu"
-        answer = target.probe() if own else target.probe_run()
+        answer = target.probe() if own else target.probe(run=True)
         name = about.name if own else f"{about.name} --provider {about.provider}"
         found[name] = {"title": about.title, "available": answer.available, "reason": answer.reason}
     return found

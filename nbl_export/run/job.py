@@ -9,10 +9,15 @@ checkpoint.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from nbl_export.errors import NblError
-from nbl_export.measure.cost import CostModel, cost_model
+from nbl_export.measure.cost import CostModel, cost_model, map_sizes
+from nbl_export.methods import METHODS
+from nbl_export.methods.base import Candidates, Maps
 from nbl_export.methods.checkpoint.shape import read_shape
 from nbl_export.options.command import describe_command
 from nbl_export.records.inputs import Lazy, lazy
@@ -23,7 +28,7 @@ from nbl_export.run.settled import Settled, require_engine
 from nbl_export.run.torch_model import TorchModel
 from nbl_export.run_directory import TEXT_FILE, RunDirectory
 from nbl_export.targets import load_engine
-from nbl_export.targets.base import Target
+from nbl_export.targets.base import Engine
 from nbl_export.text.parts import JobText, Texts
 
 __all__ = ["Job"]
@@ -97,14 +102,19 @@ class Job:
         """Whether maps are trained: asked for, and the model fits into memory."""
         return self.options.fit == "distilled" and not self.torch.shortage.value
 
+    @functools.cached_property
+    def candidates(self) -> Candidates:
+        """What the method may replace."""
+        return METHODS[self.options.method].candidates(self.options, self.decoder, self.run.manifest)
+
     # -- engine ------------------------------------------------------------------------------------------------
 
     @property
-    def engine(self) -> Target:
+    def engine(self) -> Engine:
         return load_engine(self.options.engine, self.options.provider)
 
     @lazy(lambda job: [job.options.engine, job.options.provider])
-    def available(self) -> Target:
+    def available(self) -> Engine:
         """The engine. Raises NblError if it is not available here."""
         require_engine(self.options)
         return self.engine
@@ -119,6 +129,12 @@ class Job:
         """The cost model of the shipped graphs."""
         mlp = read_shape(self.torch.origin()).mlp
         return cost_model(self.options, self.engine.capabilities, self.decoder, mlp)
+
+    @property
+    def saved_work(self) -> Callable[[Maps, int], float]:
+        """Maps and the tokens of a prompt -> the share of its arithmetic that these maps save."""
+        costs = self.cost.value
+        return lambda maps, tokens: dataclasses.replace(costs, tokens=tokens).prefill_saved(map_sizes(maps))
 
     # -- text --------------------------------------------------------------------------------------------------
 

@@ -34,10 +34,11 @@ from nbl_export.graph.external_graph import (
 from nbl_export.graph.files import data_files, find_graph, load_graph, save_graph
 from nbl_export.graph.names import ALL_LOGITS_FILE, MANIFEST, STATIC_GRAPH_FILE
 from nbl_export.graph.passes.tail import PruneTail
+from nbl_export.methods import method_of
 from nbl_export.methods.base import Mixer, cacheless
 from nbl_export.methods.maps_file import load_maps, maps_in
-from nbl_export.methods.predicted_kv.prompt_exit import prompt_exit_of
 from nbl_export.methods.rewrite import rewrite, rewrite_model
+from nbl_export.methods.rows import continuing_tokens
 from nbl_export.options.goals import parse_layers
 from nbl_export.records.decoder import MOST_LAYERS
 from nbl_export.records.plan import TAPS, Plan
@@ -119,9 +120,9 @@ def _write(model: Any, path: Path, file: Path, made: Path, plan: Plan, maps: dic
         rewrite(file.parent, made, maps, plan.tap)
         return
     files = list(companions(path, {file, *data_files(file, model)}))
-    stops = prompt_exit_of(maps) is not None
+    stops = continuing_tokens(mixer.reads for mixer in maps.values()) is not None
     if stops and logits_of(model.graph) != "all":
-        raise RefusalError(None, "predicted KV need the logits of all tokens, and it gives those of the last one")
+        raise RefusalError(None, "an exit layer needs the logits of all tokens, and it gives those of the last one")
     rewrite_model(model, maps, plan.tap)
     if stops:  # behind an exit layer, runtimes find the last token alone
         run_passes([PruneTail()], model)
@@ -136,7 +137,6 @@ def _write(model: Any, path: Path, file: Path, made: Path, plan: Plan, maps: dic
 
 def _facts(model: Any, file: Path, maps_file: Path, maps: dict[int, Mixer], plan: Plan) -> dict[str, Any]:
     """The content of the directory's nbl.json."""
-    prompt_exit = prompt_exit_of(maps)
     return {
         "schema": SCHEMA,
         "source": {"graph": file.name, "sha256": file_sha256(file), "producer": model.producer_name},
@@ -144,9 +144,7 @@ def _facts(model: Any, file: Path, maps_file: Path, maps: dict[int, Mixer], plan
         "num_layers": plan.num_layers,
         "replaced_layers": sorted({*plan.layers, *replaced_layers(model.graph)}),
         "tap": plan.tap,
-        "exit": None
-        if prompt_exit is None
-        else {"layer": prompt_exit.layer, "recent_tokens": prompt_exit.recent_tokens},
+        "exit": method_of(maps).summary(maps),
         "caches": present_names(model.graph, without=cacheless(maps)),
         "versions": versions(PACKAGES),
         "nbl_export": __version__,

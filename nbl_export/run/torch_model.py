@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import NblError
-from nbl_export.methods.inputs import Maps
+from nbl_export.methods.base import Maps
 from nbl_export.model import processes
 from nbl_export.records.inputs import lazy
 from nbl_export.run.progress import Ui

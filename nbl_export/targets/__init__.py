@@ -1,4 +1,4 @@
-"""Targets: one package an engine, and a protocol (`base.Target`). Differences between targets are data.
+"""Targets: one package an engine, and a protocol (`base.Engine`). Differences between targets are data.
 
 No package imports another target's package; `export`, `tokenizer`, `checks` and the like serve all of them.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nbl_export.errors import UsageError
 from nbl_export.records.destinations import is_destination
-from nbl_export.targets.base import Target
+from nbl_export.targets.base import Engine
 
 __all__ = ["ENGINES", "all_targets", "exporter_of", "load_engine", "owner_of"]
 
@@ -28,7 +28,7 @@ _WITH_PROVIDERS = {("ort", "cuda"): "nbl_export.targets.onnx.gpu:ORT_CUDA"}
 
 
 @functools.cache
-def load_engine(name: str, provider: str = "cpu") -> Target:
+def load_engine(name: str, provider: str = "cpu") -> Engine:
     """The target of that name, for an execution provider of ONNX Runtime; loads no engine's libraries.
 
     Raises:
@@ -47,21 +47,21 @@ def load_engine(name: str, provider: str = "cpu") -> Target:
             "TensorRT itself"
         )
     module, _, attribute = place.partition(":")
-    found: Target = getattr(importlib.import_module(module), attribute)
+    found: Engine = getattr(importlib.import_module(module), attribute)
     return found
 
 
-def owner_of(path: Path) -> Target | None:
+def owner_of(path: Path) -> Engine | None:
     """The target that runs a deployable directory; None if there is none."""
     return next((target for target in all_targets() if target.owns(path)), None)
 
 
-def exporter_of(source: str) -> Target:
+def exporter_of(source: str) -> Engine:
     """The first target that takes the graphs of a decoder source."""
     return next(target for target in all_targets() if source in target.capabilities.sources)
 
 
-def all_targets() -> Iterator[Target]:
+def all_targets() -> Iterator[Engine]:
     """Every target, and every execution provider of a target that has some."""
     for name in ENGINES:
         yield load_engine(name)

@@ -10,15 +10,28 @@ from typing import Any
 
 import psutil
 
-from nbl_export.graph.names import ALL_LOGITS_FILE, GRAPH_FILE, all_logits_file
-from nbl_export.methods.base import Mixer, NumpyMixers
+from nbl_export.graph.names import ALL_LOGITS_FILE, GRAPH_FILE
+from nbl_export.methods import method_of
+from nbl_export.methods.base import Mixer
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import GraphContract
 from nbl_export.records.results import CheckResult
 from nbl_export.targets.checks import ExpectedGraph, StoredWeights
 from nbl_export.targets.runners import GraphDecoder, StepDecoder, TextRunner
 
-__all__ = ["Availability", "BuildSettings", "DecoderFacts", "ExportSettings", "Target", "default_threads"]
+__all__ = [
+    "Availability",
+    "BuildSettings",
+    "Builds",
+    "DecoderFacts",
+    "Deployable",
+    "Engine",
+    "ExportSettings",
+    "Target",
+    "compiler",
+    "default_threads",
+    "threads_of",
+]
 
 
 @dataclass(frozen=True)
@@ -71,7 +84,7 @@ class ExportSettings:
 
 
 class Target:
-    """An engine and its files: exports a decoder, replaces its layers, and runs it. The only class others see.
+    """The graphs of an engine: exports a decoder, puts maps into it, and opens it for verification.
 
     Attributes:
         capabilities: what differs between targets, as data.
@@ -79,35 +92,13 @@ class Target:
 
     capabilities: Capabilities
 
-    def probe(self) -> Availability:
-        """Whether directories can be exported and verified here, by a known answer. Never raises."""
-        raise NotImplementedError
+    def probe(self, *, run: bool = False) -> Availability:
+        """Whether directories can be exported and verified here, by a known answer. Never raises.
 
-    def probe_run(self) -> Availability:
-        """Whether exported directories run here. Never raises."""
-        return self.probe()
-
-    def default_threads(self) -> int:
-        """Number of threads, at least 1."""
-        return default_threads()
-
-    def owns(self, path: Path) -> bool:
-        """Whether this target runs a deployable directory."""
-        raise NotImplementedError
-
-    def facts(self, path: Path) -> DecoderFacts:
-        """Sizes of a deployable directory that the target owns.
-
-        Raises:
-            NblError: a file is missing or damaged, or the decoder cannot be measured by single steps.
+        Args:
+            run: whether exported directories run here instead.
         """
         raise NotImplementedError
-
-    def arithmetic(self, path: Path) -> str:
-        """What the target computes in, and keeps keys and values in, in words; "" if the graph's own types say it."""
-        return ""
-
-    # -- graphs ------------------------------------------------------------------------------------------------
 
     def export(self, checkpoint: Path, out: Path, settings: ExportSettings) -> None:
         """Write the original decoder of a checkpoint directory to `out`.
@@ -140,8 +131,6 @@ class Target:
 
         keep_last_token(directory)
 
-    # -- checks of the target's own files --------------------------------------------------------------------------
-
     def check(
         self, directory: Path, contract: GraphContract, wanted: ExpectedGraph, original: Path | None
     ) -> list[CheckResult]:
@@ -161,30 +150,6 @@ class Target:
 
         return onnx_files.read_maps(directory)
 
-    def write_float32(self, directory: Path, out: Path) -> None:
-        """Write a float32 copy of a directory's graphs, which a CPU runs, for graphs of the static form."""
-        raise NotImplementedError
-
-    # -- the engine that runs, for targets that compile graphs of the static form ------------------------------------
-
-    def library_version(self) -> str:
-        """Version of the installed compiler, without loading it; "" if there is none."""
-        raise NotImplementedError
-
-    def build(self, source: Path, out: Path, settings: BuildSettings) -> dict[str, Any]:
-        """Compile the graph in `source` into the directory `out`; returns the record."""
-        raise NotImplementedError
-
-    # -- running -----------------------------------------------------------------------------------------------
-
-    def open_runner(self, path: Path, threads: int | None = None) -> TextRunner:
-        """A runner on the deployed decoder."""
-        raise NotImplementedError
-
-    def open_checked(self, directory: Path, threads: int | None = None) -> TextRunner:
-        """A runner on the deployed decoder or on its float32 copy, on a CPU, for verification."""
-        return self.open_runner(directory, threads)
-
     def open_graph(
         self,
         directory: Path,
@@ -202,7 +167,7 @@ class Target:
         raise NotImplementedError
 
     def open_reference(
-        self, directory: Path, head_dim: int, mixers: NumpyMixers, tap: str, *, exact: bool
+        self, directory: Path, head_dim: int, mixers: Mapping[int, Mixer], tap: str, *, exact: bool
     ) -> StepDecoder:
         """The graph with all logits, with mixers in place of attention, computed without the rewrite.
 
@@ -212,19 +177,71 @@ class Target:
         Raises:
             RefusalError: a layer is not understood, or has no such tap.
         """
-        from nbl_export.graph.decoder import OnnxDecoder
-        from nbl_export.methods.linear.reference import MixedSession
-        from nbl_export.methods.predicted_kv.prompt_exit import prompt_exit_of
-        from nbl_export.methods.predicted_kv.reference import PredictedKVDecoder
-
-        if prompt_exit_of(mixers.mixers) is not None:
-            return PredictedKVDecoder(directory, head_dim, mixers, tap, exact=exact)
-        session = MixedSession(directory / all_logits_file(directory), mixers, tap, exact=exact)
-        return OnnxDecoder(directory, head_dim, session=session)
+        decoder: StepDecoder = method_of(mixers).reference(directory, head_dim, mixers, tap, exact=exact)
+        return decoder
 
     def pruned_file(self, directory: Path) -> str | None:
         """The graph that ships, if the graph with all logits stays beside it."""
         return GRAPH_FILE if (directory / ALL_LOGITS_FILE).is_file() else None
+
+
+class Deployable:
+    """The directories that an engine runs."""
+
+    def owns(self, path: Path) -> bool:
+        """Whether this target runs a deployable directory."""
+        raise NotImplementedError
+
+    def facts(self, path: Path) -> DecoderFacts:
+        """Sizes of a deployable directory that the target owns.
+
+        Raises:
+            NblError: a file is missing or damaged, or the decoder cannot be measured by single steps.
+        """
+        raise NotImplementedError
+
+    def arithmetic(self, path: Path) -> str:
+        """What the target computes in, and keeps keys and values in, in words; "" if the graph's own types say it."""
+        return ""
+
+    def open_runner(self, path: Path, threads: int | None = None) -> TextRunner:
+        """A runner on the deployed decoder."""
+        raise NotImplementedError
+
+    def open_checked(self, directory: Path, threads: int | None = None) -> TextRunner:
+        """A runner on the deployed decoder or on its float32 copy, on a CPU, for verification."""
+        return self.open_runner(directory, threads)
+
+
+class Engine(Target, Deployable):
+    """A target that runs what it exports."""
+
+
+class Builds(Engine):
+    """An engine that compiles graphs of the static form."""
+
+    def library_version(self) -> str:
+        """Version of the installed compiler, without loading it; "" if there is none."""
+        raise NotImplementedError
+
+    def build(self, source: Path, out: Path, settings: BuildSettings) -> dict[str, Any]:
+        """Compile the graph in `source` into the directory `out`; returns the record."""
+        raise NotImplementedError
+
+    def write_float32(self, directory: Path, out: Path) -> None:
+        """Write a float32 copy of a directory's graphs, which a CPU runs, for graphs of the static form."""
+        raise NotImplementedError
+
+
+def compiler(engine: Target) -> Builds:
+    """The engine, whose capabilities say that it compiles (`Capabilities.static`)."""
+    assert isinstance(engine, Builds)
+    return engine
+
+
+def threads_of(engine: Target) -> int:
+    """Default number of threads of an engine; 1 if the host only feeds a GPU."""
+    return 1 if engine.capabilities.needs_target_gpu else default_threads()
 
 
 def default_threads() -> int:

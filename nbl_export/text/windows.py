@@ -31,11 +31,13 @@ __all__ = [
     "CALIBRATION_ROLES",
     "DIVISION",
     "FEWEST_WINDOWS",
+    "LONG_ROW",
     "PART_TOKENS",
     "SECOND_ROLES",
     "divide",
     "early_stopping_tokens",
     "extend",
+    "joined",
     "pack",
     "pack_ids",
     "part_tokens",
@@ -55,6 +57,7 @@ CALIBRATION_ROLES = ("validation", "selection", "validation", "test", "test", "v
 SECOND_ROLES = ("unused", "validation", "selection", "selection", "test", "validation")
 PART_TOKENS: dict[tuple[str, ...], int] = {CALIBRATION_ROLES: 4096, SECOND_ROLES: 8192}
 _JUDGING_TOKENS = 2048
+LONG_ROW = 1024  # tokens of a row whose later tokens mostly read tokens far back
 _REPEATED = 2048  # tokens: some layers are needed only for what stands far back
 _PASSAGE = 64
 _TWICE = "held-back passages, each twice"
@@ -227,3 +230,14 @@ def _spread(windows_WT: Any, count: int) -> Any:
     count = min(count, len(windows_WT))
     last = len(windows_WT) - 1
     return windows_WT[[k * last // max(1, count - 1) for k in range(count)]]
+
+
+def joined(rows_WT: Any, length: int) -> torch.Tensor:
+    """Consecutive rows joined to rows of `length` tokens, the rest left out; the rows if too few, or longer."""
+    import torch
+
+    if rows_WT.shape[1] >= length:
+        return torch.as_tensor(rows_WT)
+    ids = torch.as_tensor(rows_WT).flatten()
+    count = len(ids) // length
+    return ids[: count * length].view(count, length) if count else torch.as_tensor(rows_WT)

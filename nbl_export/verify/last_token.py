@@ -31,19 +31,19 @@ Chunk = tuple[np.ndarray, np.ndarray]  # token ids [B, T], and 1 at each valid t
 Expected = list[list[list[tuple[np.ndarray, float]]]]  # logits [V] and their limit, of each row of each step of a case
 
 
-def expected_last(every: Any, row: Sequence[int], limit: float, recent_tokens: int | None = None) -> Expected:
+def expected_last(every: Any, row: Sequence[int], limit: float, continuing: int | None = None) -> Expected:
     """What the logits of last tokens have to be, from the graph with all logits (a `GraphDecoder`).
 
     Half the distance to the nearest other position of the chunk is a second limit. It proves that the logits are those
     of the right token.
 
     Args:
-        row: at least 32 token ids of real text, and `recent_tokens` more.
+        row: at least 32 token ids of real text, and `continuing` more.
         limit: of the rms of the logit difference over the rms of the logits.
-        recent_tokens: W, if longer steps stop at an exit layer.
+        continuing: W, if longer steps stop at an exit layer.
     """
     found: Expected = []
-    for _, chunks in _cases(row, recent_tokens):
+    for _, chunks in _cases(row, continuing):
         every.begin(len(chunks[0][0]))
         steps = ((every.step(ids_BT, valid_BT), valid_BT) for ids_BT, valid_BT in chunks)
         found.append(
@@ -63,31 +63,31 @@ def _expected(all_TV: np.ndarray, limit: float) -> tuple[np.ndarray, float]:
 
 
 def check_last(
-    subject: str, expected: Expected, last: Any, row: Sequence[int], recent_tokens: int | None = None
+    subject: str, expected: Expected, last: Any, row: Sequence[int], continuing: int | None = None
 ) -> list[CheckResult]:
     """Compare the graph with the logits of the last token (a `GraphDecoder`) with what `expected_last` found.
 
     Args:
-        row, recent_tokens: as in `expected_last`.
+        row, continuing: as in `expected_last`.
     """
-    cases = zip(_cases(row, recent_tokens), expected, strict=True)
+    cases = zip(_cases(row, continuing), expected, strict=True)
     return [_judge(subject, name, last, chunks, steps) for (name, chunks), steps in cases]
 
 
-def _cases(row: Sequence[int], recent_tokens: int | None) -> Iterator[tuple[str, list[Chunk]]]:
+def _cases(row: Sequence[int], continuing: int | None) -> Iterator[tuple[str, list[Chunk]]]:
     yield "prefill", [_chunk(row)]
     yield _behind_cache(row, _CHUNK)
     yield _batch(row, BATCH_LENGTHS)
-    if recent_tokens is not None:
-        yield from _exit_cases(row, recent_tokens)
+    if continuing is not None:
+        yield from _exit_cases(row, continuing)
 
 
-def _exit_cases(row: Sequence[int], recent_tokens: int) -> Iterator[tuple[str, list[Chunk]]]:
-    for length in (recent_tokens + 1, recent_tokens + 2):
+def _exit_cases(row: Sequence[int], continuing: int) -> Iterator[tuple[str, list[Chunk]]]:
+    for length in (continuing + 1, continuing + 2):
         yield f"prefill of {length} tokens", [_chunk(row[:length])]
-    yield _behind_cache(row, recent_tokens + _CHUNK)
-    yield _batch(row, tuple(recent_tokens + length for length in BATCH_LENGTHS[1:]))
-    yield _batch(row, (recent_tokens + 1, recent_tokens + BATCH_LENGTHS[2]))
+    yield _behind_cache(row, continuing + _CHUNK)
+    yield _batch(row, tuple(continuing + length for length in BATCH_LENGTHS[1:]))
+    yield _batch(row, (continuing + 1, continuing + BATCH_LENGTHS[2]))
 
 
 def _chunk(ids: Sequence[int]) -> Chunk:

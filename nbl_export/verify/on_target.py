@@ -74,7 +74,7 @@ class Expected:
         rows: token ids of the probe's rows, the long one at last.
         long: whether there is a long row, which is prefilled in chunks.
         prompts: of greedy text.
-        recent_tokens: W, if prompts of a subject stop at an exit layer, whose logits depend on the borders of steps.
+        continuing: W, if prompts of a subject stop at an exit layer, whose logits depend on the borders of steps.
         samples: by subject.
     """
 
@@ -82,7 +82,7 @@ class Expected:
     rows: Ids
     long: bool
     prompts: Ids
-    recent_tokens: int | None
+    continuing: int | None
     samples: dict[str, Sample]
 
     def __post_init__(self) -> None:
@@ -96,12 +96,12 @@ class Expected:
 
 
 def expect(
-    precision: str, probe: Probe, references: Mapping[str, Reference], recent_tokens: int | None = None
+    precision: str, probe: Probe, references: Mapping[str, Reference], continuing: int | None = None
 ) -> Expected:
-    """Take what an engine is compared with out of the references of `probe`; `recent_tokens`: see `Expected`."""
+    """Take what an engine is compared with out of the references of `probe`; `continuing`: see `Expected`."""
     samples = {subject: _sample(reference) for subject, reference in references.items()}
     rows = (*probe.rows, *([probe.long] if probe.long else []))
-    return Expected(precision, rows, bool(probe.long), probe.prompts, recent_tokens, samples)
+    return Expected(precision, rows, bool(probe.long), probe.prompts, continuing, samples)
 
 
 def _sample(reference: Reference) -> Sample:
@@ -207,8 +207,8 @@ def _chunk_behind_cache(decoder: _OnSlots, subject: str, expected: Expected) -> 
     sample = expected.samples[subject]
     prefill = len(row) - DECODE_STEPS
     starts = sorted({0, prefill // 2, prefill})
-    if expected.recent_tokens is not None:
-        starts = [0, *range(prefill, len(row), expected.recent_tokens + 1)]
+    if expected.continuing is not None:
+        starts = [0, *range(prefill, len(row), expected.continuing + 1)]
     ends = [0, -1]
     got = run_chunks(decoder, row, starts, np.array([prefill - 1, len(row) - 1]))
     found = np.take_along_axis(got, np.array(sample.columns[0])[ends], 1)

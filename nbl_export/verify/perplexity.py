@@ -41,7 +41,7 @@ def quality_loss(
     nbl: Any,
     texts: Sequence[tuple[str | None, np.ndarray]],
     progress: Callable[[int, int], None],
-    recent_tokens: int | None = None,
+    continuing: int | None = None,
     *,
     answers: bool = True,
     held: int = 0,
@@ -50,13 +50,13 @@ def quality_loss(
 
     Args:
         texts: name and token ids [windows, context]. Without a name, only long-range tokens in the second half count.
-        recent_tokens: W, if prompts of `nbl` stop at an exit layer. answers: whether long-range tokens are judged.
+        continuing: W, if prompts of `nbl` stop at an exit layer. answers: whether long-range tokens are judged.
         held: bytes of the original's logits that may be kept until `nbl` reads the same windows; 0 is one batch.
 
     Returns:
         one row a text, and one of all long-range tokens (`records.quality.long_range_row`). Intervals are
         [low, high], computed from "per_window", and None for a single window. "prompt": tokens of a window that are
-        not scored, with `recent_tokens`.
+        not scored, with `continuing`.
     """
     total = sum(len(windows) for _, windows in texts)
     done = 0
@@ -69,24 +69,24 @@ def quality_loss(
             batch = 1
             together = 1
             half = tokens // 2
-            scored = tokens - (max(1, half) if name is None or recent_tokens is not None else 1)
+            scored = tokens - (max(1, half) if name is None or continuing is not None else 1)
             while len(found) < len(windows):
                 ids_WT = windows[len(found) : len(found) + together]
                 base, row_bytes = _read(original, ids_WT, batch, scored)
                 short = [_short(original, ids_T, scored, row_bytes, pool.map) for ids_T in ids_WT] if answers else []
-                parts = _compared(nbl, ids_WT, base, recent_tokens, pool.map)
+                parts = _compared(nbl, ids_WT, base, continuing, pool.map)
                 long_range += [_long_range(*pair) for pair in zip(short, parts, strict=True)] if answers else []
                 found += [part_T4.mean(0) for part_T4 in parts]
                 progress(done + len(found), total)
                 window_bytes = row_bytes * (tokens - 1)
-                if recent_tokens is None:  # else one: ONNX Runtime takes a chunk behind a cache for a single sequence
+                if continuing is None:  # else one: ONNX Runtime takes a chunk behind a cache for a single sequence
                     batch = max(1, min(_STEP_TOKENS // tokens, _STEP_BYTES // window_bytes))
                 together = max(batch, held // window_bytes)
             done += len(windows)
             rows += (
                 []
                 if name is None
-                else [_row(name, windows.size, found) | ({} if recent_tokens is None else {"prompt": half})]
+                else [_row(name, windows.size, found) | ({} if continuing is None else {"prompt": half})]
             )
     return rows, long_range_row([row for row in long_range if row])
 
@@ -125,7 +125,7 @@ def _read(original: Any, ids_WT: np.ndarray, batch: int, scored: int) -> tuple[l
 
 
 def _compared(
-    nbl: Any, ids_WT: np.ndarray, base: Sequence[np.ndarray], recent_tokens: int | None, spread: Spread
+    nbl: Any, ids_WT: np.ndarray, base: Sequence[np.ndarray], continuing: int | None, spread: Spread
 ) -> list[np.ndarray]:
     """What `_compare` finds at the positions of each window that the original was read at."""
     found = list[np.ndarray]()
@@ -133,9 +133,7 @@ def _compared(
     for base_BTV in base:
         ids_BT = ids_WT[len(found) : len(found) + len(base_BTV)]
         scored = base_BTV.shape[1]
-        ours_BTV = (
-            _logits(nbl, ids_BT) if recent_tokens is None else _behind_prompt(nbl, ids_BT, prompt, recent_tokens + 1)
-        )
+        ours_BTV = _logits(nbl, ids_BT) if continuing is None else _behind_prompt(nbl, ids_BT, prompt, continuing + 1)
         both = zip(base_BTV, ours_BTV[:, -scored:], ids_BT[:, -scored:], strict=True)
         found += [_compare(base_TV, ours_TV, ids_T, spread) for base_TV, ours_TV, ids_T in both]
     return found

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from nbl_export.methods import cache_layers
-from nbl_export.methods.predicted_kv.prompt_exit import prompt_exit_of
+from nbl_export.methods.rows import continuing_tokens
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.plan import Plan
 from nbl_export.records.results import YES_NO, CheckResult
-from nbl_export.targets.base import Target
+from nbl_export.targets.base import Engine
 from nbl_export.targets.checks import ExpectedGraph
 from nbl_export.verify.ladder import TOLERANCES, Probe, Tolerance
 from nbl_export.verify.last_token import check_last, expected_last
@@ -25,7 +25,7 @@ __all__ = ["Setting", "check_directory"]
 
 @dataclass(frozen=True)
 class Setting:
-    """Target, decoder and plan, and how the graphs were made.
+    """Engine, decoder and plan, and how the graphs were made.
 
     Attributes:
         precision, logits: of the shipped graphs; logits are "last" or "all".
@@ -33,7 +33,7 @@ class Setting:
         task: takes a title and returns a context; its value reports progress.
     """
 
-    engine: Target
+    engine: Engine
     spec: DecoderSpec
     plan: Plan
     precision: str
@@ -83,9 +83,9 @@ def check_directory(
     """Checks structure and last_token: reads `decoder` now, and gives the rest of the work, for when it is closed.
 
     Args:
-        shipped: the directory that is deployed. run: the directory that a CPU runs, see `Target.write_float32`.
+        shipped: the directory that is deployed. run: the directory that a CPU runs, see `Engine.write_float32`.
         decoder: of `run`, of the graph with the most logits.
-        original: see `Target.check`.
+        original: see `Engine.check`.
     """
     engine = setting.engine
     head_dim = setting.spec.head_dim
@@ -93,8 +93,8 @@ def check_directory(
     subject = wanted.subject
     row = probe.rows[0]
     contract = decoder.contract
-    recent_tokens = None if (prompt_exit := prompt_exit_of(wanted.maps)) is None else prompt_exit.recent_tokens
-    expected = [] if file is None else expected_last(decoder, row, exact_limit(decoder), recent_tokens)
+    continuing = continuing_tokens(mixer.reads for mixer in wanted.maps.values())
+    expected = [] if file is None else expected_last(decoder, row, exact_limit(decoder), continuing)
     cache = _measured_cache(subject, decoder, head_dim)
 
     def check() -> list[CheckResult]:
@@ -102,7 +102,7 @@ def check_directory(
             return [*engine.check(shipped, contract, wanted, original), cache]
         last = engine.open_graph(run, head_dim, file, exact=True)
         results = engine.check(shipped, last.contract, wanted, original)
-        return [*results, *check_last(subject, expected, last, row, recent_tokens), cache]
+        return [*results, *check_last(subject, expected, last, row, continuing), cache]
 
     return check
 

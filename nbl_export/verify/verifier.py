@@ -5,7 +5,7 @@
                     └─ in the arithmetic that ships, with the mixers ──► its greedy text          shipped, text
 
 The mixers have the matrices that the NBL graph stores, so both sides have the same numbers at any precision. A
-reference with an exit layer (`methods.predicted_kv.reference`) has the steps of the graph that is compared.
+reference whose prompts stop below the highest layers has the steps of the graph that is compared.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from nbl_export.methods.base import Mixer, NumpyMixers
-from nbl_export.methods.predicted_kv.prompt_exit import prompt_exit_of
+from nbl_export.methods.base import Maps, Mixer
+from nbl_export.methods.rows import continuing_tokens
 from nbl_export.records.results import CheckResult
 from nbl_export.targets.checks import stored_maps
 from nbl_export.verify import ladder
@@ -58,13 +58,13 @@ class Verifier:
         """
         engine = self.setting.engine
         stored = stored_maps(engine.read_maps(shipped["nbl"]), self.maps)
-        for subject, mixers in (("original", NumpyMixers({})), ("nbl", NumpyMixers(self.maps, stored))):
+        for subject, mixers in (("original", dict[int, Mixer]()), ("nbl", stored)):
             with self.setting.task(f"reference of {subject}"):
                 self.references[subject] = self._reference(run["original"], mixers)
             self._compare(subject, shipped, run[subject])
             self._text(subject, run[subject])
 
-    def _reference(self, original: Path, mixers: NumpyMixers) -> Reference:
+    def _reference(self, original: Path, mixers: Maps) -> Reference:
         """Logits of the original graph with mixers, and greedy text in the arithmetic that ships."""
         setting = self.setting
         probe = self.probe
@@ -72,7 +72,9 @@ class Verifier:
             setting.engine.open_reference, original, setting.spec.head_dim, mixers, setting.plan.tap
         )
         decoder = opened(exact=True)
-        exact = _exact_reference(decoder, probe, stops=prompt_exit_of(mixers.mixers) is not None)
+        exact = _exact_reference(
+            decoder, probe, stops=continuing_tokens(mixer.reads for mixer in mixers.values()) is not None
+        )
         if setting.rounds:
             del decoder
             decoder = opened(exact=False)
@@ -122,8 +124,8 @@ class Verifier:
 
 
 def _exact_reference(decoder: Any, probe: Probe, *, stops: bool) -> Reference:
-    """Logits of a decoder on a probe; it may have other steps than what is compared, unless prompts stop at an exit
-    layer."""
+    """Logits of a decoder on a probe; it may have other steps than what is compared, unless prompts stop below
+    the highest layers."""
     if stops:
         long = run_long(decoder, probe.long) if probe.long else None
         rows = tuple(run_rows(decoder, [row])[0] for row in probe.rows)

@@ -59,7 +59,7 @@ def answer(*arguments: object) -> Any:
 def test_leaves_the_files_of_the_run_directory_and_no_others(finished: Path) -> None:
     names = {p.name for p in finished.iterdir()}
     assert names - {".lock"} == {
-        "nbl.json", "text.safetensors", "moments.safetensors", "maps.safetensors", "original", "model", "verify.json",
+        "nbl.json", "text.safetensors", "sums.safetensors", "maps.safetensors", "original", "model", "verify.json",
         "bench.json", "report.html", "report.md", "report.json",
     }  # fmt: skip
     assert {p.name for p in (finished / "original").iterdir()} == DEPLOYED
@@ -235,7 +235,7 @@ def test_stages_by_hand_make_the_same_run(
     run = tmp_path / "run"
     few = ("--calibration-tokens", 1024, *keys(context=64, compute_dtype="float32"))
     done = nbl("calibrate", "--model", checkpoint("llama"), "--output", run, "--calibration", text, *few)
-    assert (done.status, done.out) == (0, f"{run / 'moments.safetensors'}\n"), done.err
+    assert (done.status, done.out) == (0, f"{run / 'sums.safetensors'}\n"), done.err
     assert answer("inspect", run)["status"] == "incomplete"
     assert "not finished: give the command again" in " ".join(nbl("inspect", run).out.split())
     assert "not finished" not in nbl("inspect", finished).out

@@ -21,7 +21,7 @@ from onnx.reference.op_run import OpRun
 
 from nbl_export.methods.base import Mixer
 from nbl_export.methods.checkpoint.load import load_model
-from nbl_export.methods.linear.none import Nothing
+from nbl_export.methods.linear.maps import Linear
 from nbl_export.targets.checkpoint import edge_llm
 
 from ..tiny import HIDDEN, LAYERS, random_map, save_checkpoint
@@ -136,7 +136,7 @@ def saved(architecture: str, maps: dict[int, Mixer], tap: str, home: Path) -> Pa
 
 @pytest.mark.parametrize(
     ("architecture", "maps", "tap"),
-    [("llama", {1: random_map(1)}, "residual"), ("llama", {0: random_map(0), 1: Nothing(HIDDEN)}, "normed"),
+    [("llama", {1: random_map(1)}, "residual"), ("llama", {0: random_map(0), 1: Linear.zeros(HIDDEN)}, "normed"),
      ("mistral", {0: random_map(0), 2: random_map(2)}, "normed"), ("qwen2", {2: random_map(2)}, "normed"),
      ("qwen3", {1: random_map(1)}, "residual"), ("llama-bias", {1: random_map(1)}, "normed")],
 )  # fmt: skip

@@ -20,7 +20,6 @@ from transformers import DynamicCache
 from nbl_export.methods.applied import linearize
 from nbl_export.methods.checkpoint.load import load_model
 from nbl_export.methods.linear.maps import Linear
-from nbl_export.methods.linear.none import Nothing
 
 from ..exits import predicted_maps
 from ..tiny import HEAD_DIM, HIDDEN, KV_HEADS, LAYERS
@@ -84,13 +83,13 @@ def test_logits_are_those_of_transformers(
     assert list(config.compilation_config.static_forward_context) == kept  # vLLM allocates caches for these
 
 
-def test_attention_that_was_left_out_adds_nothing(
+def test_a_map_of_zeros_adds_nothing(
     built: Callable[..., Any], checkpoint: Callable[[str], Path], random_maps: Callable[..., dict[int, Linear]]
 ) -> None:
-    maps = random_maps(0)
-    model, _ = built(maps, nbl_replaced_layers=[0, 2], nbl_kinds=["linear", "none"])
+    maps = {**random_maps(0), 2: Linear.zeros(HIDDEN)}
+    model, _ = built(maps, nbl_replaced_layers=[0, 2])
     with torch.inference_mode():
-        expected = linearize(load_model(checkpoint("llama")), {**maps, 2: Nothing(HIDDEN)})(IDS[None]).logits
+        expected = linearize(load_model(checkpoint("llama")), maps)(IDS[None]).logits
         torch.testing.assert_close(model(IDS), expected, rtol=1e-4, atol=1e-4)
 
 

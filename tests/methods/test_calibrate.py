@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from nbl_export.errors import CorruptError, NblError
-from nbl_export.methods import lmmse
+from nbl_export.methods import collector, lmmse
 from nbl_export.methods.checkpoint.load import load_model
 from nbl_export.methods.linear import collect
 from nbl_export.methods.lmmse import Moments
 from nbl_export.methods.sums import Accumulator, Sums
-from nbl_export.methods.sums_file import MomentsWriter, open_moments
+from nbl_export.methods.sums_file import SumsWriter, open_sums
 from tests.tiny import HIDDEN, LAYERS, VOCAB
 
 Checkpoint = Callable[[str], Path]
@@ -114,7 +114,7 @@ def test_hooks_are_gone_afterwards(checkpoint: Checkpoint) -> None:
 
 
 def test_progress_counts_every_token(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collect, "_BATCH_TOKENS", 64)
+    monkeypatch.setattr(collector, "BATCH_TOKENS", 64)
     seen: list[tuple[int, int]] = []
     collect.collect(load_model(checkpoint("llama")), windows(5, 32), lambda d, t: seen.append((d, t)))
     assert seen == [(64, 160), (128, 160), (160, 160)]
@@ -132,37 +132,35 @@ def test_file_round_trip_is_exact(checkpoint: Checkpoint, tmp_path: Path) -> Non
     taps, path = ("residual", "normed"), tmp_path / "m.safetensors"
     with collect.Collection(load_model(checkpoint("llama")), taps) as found:
         found.add(windows())
-    facts = {"count": found.count, "done": 1, "identity": {"batches": 1}}
-    with MomentsWriter(path, facts, LAYERS, taps, HIDDEN) as writer:
-        for i in range(LAYERS):
-            writer.write(found.layer(i))
-    with open_moments(path) as file:
-        file.check()
-        assert (file.taps, file.num_layers) == (taps, LAYERS)
-        for i in range(LAYERS):
-            for tap, sums in found.layer(i).items():
-                back = file.sums(i, tap)
-                assert all(
-                    torch.equal(torch.as_tensor(v), torch.as_tensor(getattr(back, n))) for n, v in vars(sums).items()
-                )
+    found.save(path, {"done": 1, "identity": {"batches": 1}})
+    file = open_sums(path)
+    file.check()
+    file.require(found.shapes)
+    for i in range(LAYERS):
+        for tap, sums in found.layer(i).items():
+            back = collect.read_sums(file, i, tap)
+            assert all(
+                torch.equal(torch.as_tensor(v), torch.as_tensor(getattr(back, n))) for n, v in vars(sums).items()
+            )
 
 
 def test_sums_of_an_unfinished_calibration_are_refused(tmp_path: Path) -> None:
     path, one = tmp_path / "m.safetensors", torch.ones(1, dtype=torch.float64)
     sums = Sums(1, *[one] * 6, *[one.view(1, 1)] * 3)
+    tensors = {f"layers.0.normed.{name}": value for name, value in sums.tensors().items()}
     for done in (1, 2):
         facts = {"count": 1, "done": done, "identity": {"batches": 2}}
-        with MomentsWriter(path, facts, 1, ["normed"], 1) as writer:
-            writer.write({"normed": sums})
+        with SumsWriter(path, facts, {name: value.shape for name, value in tensors.items()}) as writer:
+            writer.write(tensors)
         if done == 2:
-            with open_moments(path) as file:
-                assert file.sums(0, "normed") == sums
+            assert collect.read_sums(open_sums(path), 0, "normed") == sums
         else:
-            with pytest.raises(CorruptError, match="not finished"), open_moments(path):
-                pass
+            assert open_sums(path, whole=False).facts["done"] == done
+            with pytest.raises(CorruptError, match="not finished"):
+                open_sums(path)
 
 
 def test_foreign_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.safetensors").write_bytes(b"not a safetensors file")
-    with pytest.raises(CorruptError, match=r"m\.safetensors"), open_moments(tmp_path / "m.safetensors"):
-        pass
+    with pytest.raises(CorruptError, match=r"m\.safetensors"):
+        open_sums(tmp_path / "m.safetensors")

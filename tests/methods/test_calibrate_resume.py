@@ -23,8 +23,8 @@ PARTIAL = "calibrate.partial.safetensors"
 OFTEN = """
 import os
 os.fsync = lambda *_: None
-import nbl_export.methods.linear.collect, nbl_export.run.stages.common
-nbl_export.methods.linear.collect._BATCH_TOKENS = 128
+import nbl_export.methods.collector, nbl_export.run.stages.common
+nbl_export.methods.collector.BATCH_TOKENS = 128
 nbl_export.run.stages.common._SECONDS = nbl_export.run.stages.common._SHARE = 0
 """
 
@@ -37,10 +37,10 @@ def command(same: tuple[object, ...]) -> tuple[object, ...]:
 @pytest.fixture(scope="module")
 def expected(command: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory, server: ForkServer) -> str:
     """Hash of the moments of a run that nobody disturbed and that wrote no partial file."""
-    code = "import nbl_export.methods.linear.collect; nbl_export.methods.linear.collect._BATCH_TOKENS = 128"
+    code = "import nbl_export.methods.collector; nbl_export.methods.collector.BATCH_TOKENS = 128"
     run = tmp_path_factory.mktemp("undisturbed") / "run"
     assert server.start(*command, "--output", run, code=code).status == 0
-    return file_sha256(run / "moments.safetensors")
+    return file_sha256(run / "sums.safetensors")
 
 
 def going_on(said: str) -> int:
@@ -75,8 +75,8 @@ def test_killed_while_the_partial_file_is_written(
     done = server.start(*command, "--output", run, code=OFTEN)
     assert done.status == 0, done.err
     assert going_on(done.err) > 0
-    assert file_sha256(run / "moments.safetensors") == expected
-    assert set(snapshot(run)) == {"text.safetensors", "moments.safetensors", "nbl.json"}
+    assert file_sha256(run / "sums.safetensors") == expected
+    assert set(snapshot(run)) == {"text.safetensors", "sums.safetensors", "nbl.json"}
 
 
 def test_killed_again_and_again(command: tuple[object, ...], expected: str, tmp_path: Path, server: ForkServer) -> None:
@@ -89,7 +89,7 @@ def test_killed_again_and_again(command: tuple[object, ...], expected: str, tmp_
         before = going_on(process.err)
     done = server.start(*command, "--output", run, code=OFTEN)
     assert done.status == 0 and going_on(done.err) > before, done.err
-    assert file_sha256(run / "moments.safetensors") == expected
+    assert file_sha256(run / "sums.safetensors") == expected
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_damaged_partial_file_is_not_used(
     done = server.start(*command, "--output", interrupted, code=OFTEN)
     assert done.status == 0, done.err
     assert going_on(done.err) == 0
-    assert file_sha256(interrupted / "moments.safetensors") == expected
+    assert file_sha256(interrupted / "sums.safetensors") == expected
 
 
 def test_partial_files_cost_little(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,8 +26,12 @@ CPU = torch.device("cpu")
 IDS = torch.from_numpy(np.random.default_rng(0).integers(2, VOCAB, (32, 64)))
 
 
-def quiet(_done: int, _total: int) -> None:
-    pass
+def moments(model: Any, tap: str, *, bf16: bool) -> dict[int, lmmse.Moments]:
+    taps = tuple(dict.fromkeys(("residual", tap)))
+    with collect.Collection(model, taps, bf16=bf16) as found:
+        found.begin(IDS)
+        found.add(IDS)
+    return {i: found.layer(i)[tap].moments() for i in range(found.num_layers)}
 
 
 @pytest.fixture(params=[True, False], ids=["native", "none"])
@@ -51,7 +55,7 @@ def test_auto_is_what_the_processor_has(native: bool) -> None:
 def test_maps_of_bfloat16_products_are_near(architecture: str, tap: str, checkpoint: Checkpoint) -> None:
     """Products have 8 bits, so rows differ by 2^-9 of themselves; sums of them are float64 as always."""
     model = load_model(checkpoint(architecture))
-    wide, narrow = (collect.collect(model, IDS, quiet, ("residual", tap), narrow=n)[tap] for n in (False, True))
+    wide, narrow = (moments(model, tap, bf16=bf16) for bf16 in (False, True))
     for a, b in zip(wide.values(), narrow.values(), strict=True):
         assert b.xx.dtype == b.yx.dtype == torch.float64
         assert not torch.equal(a.yy, b.yy), "products were not in bfloat16"
@@ -69,7 +73,7 @@ def test_sums_are_the_products_of_the_rows_that_the_model_made(checkpoint: Check
     with torch.inference_mode(), bfloat16.products(CPU, True):
         model.get_decoder()(input_ids=IDS, use_cache=False)
     handle.remove()
-    found = collect.collect(model, IDS, quiet, narrow=True)["residual"][1]
+    found = moments(model, "residual", bf16=True)[1]
     expected = rows[0].T @ rows[0]
     assert (found.xx - expected).norm() <= 1e-6 * expected.norm()
 

@@ -1,29 +1,26 @@
-"""What every kind of mixer keeps: one layer, whether it is NumPy, a torch module, a file or fitted anew."""
+"""What linear layers of every form keep: one layer, whether it is NumPy, a torch module, a file or fitted anew."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from nbl_export import methods as mixers
-from nbl_export.errors import NblError
 from nbl_export.methods.applied import linearize
-from nbl_export.methods.base import OWN, Kind, Mixer, Port, apply
 from nbl_export.methods.checkpoint.load import load_model
-from nbl_export.methods.distill.teacher_student import TeacherStudent
 from nbl_export.methods.linear import collect
 from nbl_export.methods.linear.maps import Linear
-from nbl_export.methods.linear.none import Nothing
+from nbl_export.methods.linear.method import LINEAR
+from nbl_export.methods.lmmse import fit, score
 from nbl_export.methods.maps_file import load_maps, maps_in, save_maps
 from nbl_export.methods.modules import Wrapped
 from nbl_export.methods.rows import Read
 from tests.methods.test_lmmse import moments
-from tests.methods.toy_thin import RANK, THIN, Thin
 from tests.tiny import HIDDEN, VOCAB
 
 D = 6
@@ -34,15 +31,15 @@ def numbers(*shape: int, seed: int = 0) -> np.ndarray:
     return found
 
 
-def planted(size: int, seed: int = 0) -> dict[str, Mixer]:
-    """A mixer of each form of each kind that gives the block's output."""
-    square = [numbers(size, size, seed=seed + k) for k in range(2)]
+def planted(size: int, seed: int = 0) -> dict[str, Linear]:
+    """A linear layer of each form."""
+    square = numbers(size, size, seed=seed)
     bias = numbers(size, seed=seed + 3)
     return {
-        "linear": Linear(square[0], bias),
-        "linear without a bias": Linear(square[0], np.zeros_like(bias)),
-        "none": Nothing(size),
-        "thin": Thin(square[0][:RANK].copy(), square[1][:, :RANK].copy(), bias),
+        "linear": Linear(square, bias),
+        "linear without a bias": Linear(square, np.zeros_like(bias)),
+        "a bias alone": Linear(np.zeros_like(square), bias),
+        "zeros": Linear.zeros(size),
     }
 
 
@@ -50,24 +47,9 @@ EVERY = planted(D)
 ROWS = numbers(2, 9, D, seed=9)
 
 
-def output(mixer: Mixer, rows: np.ndarray) -> np.ndarray:
-    return apply(mixer, {OWN: rows})[Port.OUTPUT]
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mixers, "_KINDS", dict(mixers._KINDS))
-    mixers.register(THIN)
-
-
-def kind(mixer: Mixer) -> Kind:
-    return mixers.kind_of(mixer.kind)
-
-
-def test_every_kind_has_a_case(registered: None) -> None:
-    """But those that give keys and values (`test_predicted`)."""
-    every = {name for name in mixers.kinds() if not mixers.kind_of(name).holds_cache}
-    assert {mixer.kind for mixer in EVERY.values()} == every
+def output(mixer: Any, rows: np.ndarray) -> np.ndarray:
+    found: np.ndarray = mixer(rows)
+    return found
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -96,58 +78,37 @@ def test_tensors_make_the_same_mixer(name: str, tmp_path: Path) -> None:
     save_maps({3: mixer}, path)
     assert maps_in(path) == ((3,), "residual")
     state = {n: t.numpy() for n, t in mixer.module().state_dict().items()}
-    for found in (
-        kind(mixer).from_tensors(mixer.tensors()),
-        load_maps(path, (3,))[3],
-        kind(mixer).from_module(state, D),
-    ):
+    for found in (LINEAR.from_tensors(mixer.tensors()), load_maps(path, (3,))[3], LINEAR.from_module(state)):
         assert (found.kind, found.size, found.holds_cache) == (mixer.kind, D, False)
         np.testing.assert_allclose(output(found, ROWS), output(mixer, ROWS), atol=1e-6)
-    blank = kind(mixer).blank(D)
+    blank = LINEAR.blank(SimpleNamespace(hidden_size=D), None, None)
     blank.load_state_dict(mixer.module().state_dict())
     with torch.no_grad():
         np.testing.assert_allclose(blank(torch.from_numpy(ROWS))[0], output(mixer, ROWS), atol=1e-6)
 
 
-class Named:
-    """A builder that only notes which constants an emitted layer names."""
-
-    def __init__(self) -> None:
-        self.matrices: dict[str, np.ndarray] = {}
-        self.names: list[str] = []
-
-    def __getattr__(self, operator: str) -> Callable[..., Any]:
-        def note(*values: Any) -> Any:
-            if operator == "matmul":
-                self.matrices[values[2]] = values[1]
-            self.names.append(values[-1])
-            return values[-1]
-
-        return note
-
-
 @pytest.mark.parametrize("name", EVERY)
-def test_what_is_emitted_is_what_is_told(name: str) -> None:
-    """Codes are read back by these names, and nodes have names of their own."""
-    mixer, build = EVERY[name], Named()
-    given = mixer.emit(cast(Any, build), {OWN: "x"})
-    assert len(set(build.names)) == len(build.names)
-    assert bool(given) == bool(build.names)
+def test_what_is_stored_is_what_is_counted(name: str) -> None:
+    mixer = EVERY[name]
+    matrices, vectors = mixer.stored()
+    assert (set(matrices), set(vectors)) == {
+        "linear": ({"weight"}, {"bias"}), "linear without a bias": ({"weight"}, set()),
+        "a bias alone": ({"weight"}, {"bias"}), "zeros": (set(), set()),
+    }[name]  # fmt: skip
     (work,) = mixer.work()
-    assert work.elements == sum(m.size for m in build.matrices.values()) and work.multiply_adds >= work.elements >= 0
-    assert (work.elements > 0) == bool(build.names)
+    assert work.elements == work.multiply_adds == sum(m.size for m in matrices.values())
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_one_product_says_all_or_is_refused(name: str) -> None:
     mixer = EVERY[name]
     weight = mixer.product()
-    assert (weight is None) == (name in ("linear", "thin"))
+    assert (weight is None) == (name in ("linear", "a bias alone"))
     if weight is not None:
         np.testing.assert_allclose(ROWS @ weight.T, output(mixer, ROWS), atol=1e-6)
 
 
-def rows_of(mixer: Mixer, size: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+def rows_of(mixer: Linear, size: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """Windows [B, T, D], and what the mixer makes of them."""
     x = 3 * numbers(40, 30, size, seed=seed) + 1
     return torch.from_numpy(x), torch.from_numpy(output(mixer, x))
@@ -159,29 +120,23 @@ def test_a_planted_mixer_is_fitted(name: str) -> None:
     x, y = rows_of(mixer, D)
     found_moments = moments(x.flatten(0, 1), y.flatten(0, 1))
     bias = name != "linear without a bias"
-    found = kind(mixer).fit(found_moments, 0, bias=bias)
-    assert found.kind == mixer.kind
+    found = Linear(*fit(found_moments, 0, bias=bias))
     np.testing.assert_allclose(output(found, ROWS), output(mixer, ROWS), atol=2e-5)
-    scored = kind(mixer).score(found_moments, 4, bias=bias)
-    assert scored.layer == 4 and scored.nmse < 1e-4 and -1e-9 <= scored.bound < 1e-3
+    scored = score(found_moments, 4, bias=bias)
+    constant = name == "a bias alone"  # of whose variance nothing is left to explain
+    assert scored.layer == 4 and (scored.nmse < 1e-4) is not constant and -1e-9 <= scored.bound < 1e-3
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_the_trained_form_begins_as_the_mixer_and_others_are_refused(
-    name: str, checkpoint: Callable[[str], Path]
-) -> None:
+def test_the_trained_form_begins_as_the_mixer(name: str) -> None:
     mixer = planted(HIDDEN)[name]
-    trained = kind(mixer).trained(mixer, 2, torch.Generator().manual_seed(0))
-    if trained is None:
-        with pytest.raises(NblError, match="nothing to train in these layers"):
-            TeacherStudent(load_model(checkpoint("llama")), {1: mixer}, "residual", "fp32", 2, 0)
-        return
+    trained = mixer.trained(2, torch.Generator().manual_seed(0))
     x = torch.from_numpy(numbers(2, 5, HIDDEN))
     with torch.no_grad():
         found = Wrapped(trained, 0.5)(x)[0] * 0.5
     expected = output(mixer, x.numpy())
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-5, rtol=1e-5)
-    again = kind(mixer).from_tensors(trained.tensors())
+    again = LINEAR.from_tensors(trained.tensors())
     np.testing.assert_allclose(output(again, x.numpy()), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -192,7 +147,7 @@ def test_a_layer_of_a_model_is_calibrated_and_fitted(name: str, checkpoint: Call
     model = linearize(load_model(checkpoint("llama")), {1: mixer})
     ids = torch.from_numpy(np.random.default_rng(0).integers(2, VOCAB, (48, 64)))
     found = collect.collect(model, ids, lambda *_: None)["residual"]
-    again, rows = kind(mixer).fit(found[1], 1), numbers(2, 9, HIDDEN, seed=9)
+    again, rows = Linear(*fit(found[1], 1)), numbers(2, 9, HIDDEN, seed=9)
     np.testing.assert_allclose(output(again, rows), output(mixer, rows), atol=5e-3)
 
 

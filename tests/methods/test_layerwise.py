@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from nbl_export.files import file_sha256
+from nbl_export.methods import collector
 from nbl_export.methods.checkpoint.load import load_model
 from nbl_export.methods.linear import collect
 from nbl_export.model import mapped
@@ -41,7 +42,8 @@ def sharded(checkpoint: Checkpoint, tmp_path: Path) -> Callable[[str, torch.dtyp
 
 @pytest.fixture
 def given(text: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[object, ...]:
-    monkeypatch.setattr(collect, "_BATCH_TOKENS", 128)
+    for module in (collector, collect):
+        monkeypatch.setattr(module, "BATCH_TOKENS", 128)
     return ("--calibration", text, "--calibration-tokens", 1100, *keys(context=64, tap="normed"))
 
 
@@ -68,7 +70,7 @@ def test_moments_are_those_of_the_whole_model(
     short_of_memory(monkeypatch)
     done = nbl(*given, "--output", tmp_path / "layers")
     assert done.status == 0, done.err
-    hashes = [file_sha256(tmp_path / name / "moments.safetensors") for name in ("whole", "layers")]
+    hashes = [file_sha256(tmp_path / name / "sums.safetensors") for name in ("whole", "layers")]
     assert hashes[0] == hashes[1]
     assert not list((tmp_path / "layers").glob(".nbl-export-*"))
 
@@ -130,13 +132,18 @@ def assert_near(found: Any, expected: Any) -> None:
         assert found == (pytest.approx(expected, rel=2e-3, abs=1e-5) if isinstance(expected, float) else expected)
 
 
-def test_sums_and_weights_of_one_layer_are_in_memory_at_a_time(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_sums_and_weights_of_one_layer_are_in_memory_at_a_time(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, held = mapped.mapped_model(checkpoint("llama")), list[tuple[int, ...]]()
     with collect.Collection(model, ("residual",)) as found:
 
-        def write(_sums: Any) -> None:
+        def write(_self: Any, _sums: Any) -> None:
             sums = [i for i, each in found.found["residual"].items() if each._xx.numel()]
             held.append((*sums, sum(p.device.type != "meta" for p in model.parameters())))
 
-        found.by_layer(torch.arange(2, 66).view(2, 32), write, tmp_path, lambda _d, _t: None)
+        monkeypatch.setattr(collect.SumsWriter, "write", write)
+        monkeypatch.setattr(collect.SumsWriter, "__exit__", lambda *_: None)
+        facts = {"identity": {"batches": 1}, "done": 1}
+        found.by_layer(torch.arange(2, 66).view(2, 32), tmp_path / "sums", facts, tmp_path, lambda _d, _t: None)
     assert held == [(i, 0) for i in range(LAYERS)]

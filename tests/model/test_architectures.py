@@ -17,9 +17,10 @@ from nbl_export.methods.applied import architecture_of, linearize, run_from
 from nbl_export.methods.checkpoint.load import load_model, read_spec
 from nbl_export.methods.checkpoint.source import resolve
 from nbl_export.methods.distill.training import DistillSettings, distill
-from nbl_export.methods.linear.collect import Collection, collect
+from nbl_export.methods.linear.collect import Collection, collect, read_sums
 from nbl_export.methods.linear.maps import Linear
 from nbl_export.methods.losses import PartialReplacement
+from nbl_export.methods.sums_file import open_sums
 from nbl_export.model.architectures import ARCHITECTURES
 from nbl_export.model.head import logits_of
 from nbl_export.model.mapped import mapped_model
@@ -79,11 +80,12 @@ def test_layer_by_layer_moments_are_those_of_the_whole_model(
 ) -> None:
     ids = torch.arange(2, 130).view(2, 64) % VOCAB
     whole = collect(load_model(checkpoint(architecture)), ids, lambda *_: None)["residual"]
-    parts = list[Any]()
+    facts = {"identity": {"batches": 1}, "done": 1}
     with Collection(mapped_model(checkpoint(architecture)), ["residual"]) as found:
-        found.by_layer(ids, parts.append, tmp_path, lambda *_: None)
-    for one, other in zip(whole.values(), parts, strict=True):
-        mine = other["residual"].moments()
+        found.by_layer(ids, tmp_path / "sums", facts, tmp_path, lambda *_: None)
+    file = open_sums(tmp_path / "sums")
+    for layer, one in whole.items():
+        mine = read_sums(file, layer, "residual").moments()
         assert torch.equal(one.xx, mine.xx) and torch.equal(one.yx, mine.yx) and torch.equal(one.yy, mine.yy)
 
 

@@ -19,6 +19,7 @@ from nbl_export.methods.linear import collect
 from nbl_export.methods.linear.greedy import Judge, Search
 from nbl_export.methods.losses import PartialReplacement
 from nbl_export.methods.sums import Accumulator, sums_bytes
+from nbl_export.methods.sums_file import open_sums
 from nbl_export.model import device, mapped
 from nbl_export.model.mapped import float32_bytes, layer_bytes
 from nbl_export.publish.convert import open_finished
@@ -46,27 +47,27 @@ def quiet(*_: object) -> None: ...
 # -- what each stage computes ----------------------------------------------------------------------------------
 
 
-def collected(model: Any, _directory: Path, _scratch: Path) -> Any:
+def collected(model: Any, _directory: Path, scratch: Path) -> Any:
     """Moments, of which the second half of the batches is added to restored sums."""
     parts, taps = IDS.split(2), ("residual", "normed")
     found = []
     with collect.Collection(model, taps) as half:
         half.refer(IDS)
         half.add(parts[0])
-        kept = [half.layer(i) for i in range(half.num_layers)]
+        half.save(scratch / "sums", {"identity": {"batches": 2}, "done": 1})
     with collect.Collection(model, taps) as whole:
-        for i, sums in enumerate(kept):
-            whole.restore(i, sums)
+        whole.restore(open_sums(scratch / "sums", whole=False))
         whole.add(parts[1])
         found = [whole.layer(i)[tap] for i in range(whole.num_layers) for tap in taps]
     return [(sums.xx, sums.yx, sums.yy, sums.x_sum, sums.y_sum) for sums in found]
 
 
 def by_layer(model: Any, directory: Path, scratch: Path) -> Any:
-    layers = list[Any]()
     with collect.Collection(mapped.mapped_model(directory, model.device), ["residual"]) as found:
-        found.by_layer(IDS, layers.append, scratch, quiet)
-    return [(layer["residual"].xx, layer["residual"].yx) for layer in layers]
+        found.by_layer(IDS, scratch / "sums", {"identity": {"batches": 1}, "done": 1}, scratch, quiet)
+    file = open_sums(scratch / "sums")
+    layers = [collect.read_sums(file, layer, "residual") for layer in range(found.num_layers)]
+    return [(sums.xx, sums.yx) for sums in layers]
 
 
 def losses(model: Any, _directory: Path, _scratch: Path) -> Any:

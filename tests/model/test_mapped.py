@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import shutil
 from collections.abc import Callable, Collection
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +18,7 @@ from nbl_export.methods.checkpoint.load import load_model
 from nbl_export.methods.linear.greedy import Judge
 from nbl_export.methods.linear.maps import Linear
 from nbl_export.methods.losses import PartialReplacement
-from nbl_export.methods.predicted_kv.torch_layers import own_map
+from nbl_export.methods.predicted_kv.sums import own_map
 from nbl_export.model import mapped
 from nbl_export.model.mapped import mapped_model
 
@@ -101,7 +100,7 @@ def test_other_mixers_begin_at_the_states_of_the_same_original(checkpoint: Check
 
 def test_a_map_that_reads_another_layer_is_computed(checkpoint: Checkpoint, tmp_path: Path) -> None:
     directory = checkpoint("llama")
-    far = replace(own_map(load_model(directory), 2, 8), exit_layer=1)
+    far = own_map(load_model(directory), 2, 1, 8)
     expected, found = (model.window_losses(IDS, {"far": (2,)}) for model in both(directory, tmp_path, maps={2: far}))
     assert found == expected
 

@@ -87,8 +87,7 @@ SETTLED: list[tuple[Asked, Asked]] = [
     ({"for": "vllm", "exit_layer": "auto"}, {"engine": "ort", "exit_layer": "auto", "fit": "independent"}),
     ({"for": "gguf"}, {"destination": "llama.cpp", "exit_layer": "none", "maps": "linear", "tap": "normed"}),
     ({"for": "vllm", "engine": "openvino"}, {"engine": "openvino"}),
-    ({"layers": "2"}, {"kind": "linear", "exit_layer": "none"}),
-    ({"fit": "drop"}, {"kind": "none"}),
+    ({"layers": "2"}, {"exit_layer": "none"}),
     ({"seed": None, "distill_steps": None}, {"seed": 0, "distill_steps": None}),
 ]
 OF_MODEL: list[tuple[ModelFacts, Asked, Asked]] = [
@@ -133,8 +132,8 @@ def test_the_table_of_destinations_says_what_the_code_does() -> None:
     assert set(FORMS) == {place.form for place in DESTINATIONS.values() if place.form}
     for name, place in DESTINATIONS.items():
         options = settled({"for": name}, PLAIN)
-        held = capabilities_of(options.engine, options.provider).kinds if place.kinds is None else place.kinds
-        assert ("predicted_kv" if options.predicts else options.kind) in held, name
+        engine = capabilities_of(options.engine, options.provider)
+        assert engine.holds(options.method) if place.kinds is None else options.method in place.kinds, name
 
 
 @pytest.mark.parametrize(("asked", "expected"), SETTLED, ids=str)
@@ -225,7 +224,7 @@ IDLE: list[tuple[str, Asked, ModelFacts | None, str]] = [
     ("maps", {"maps": "linear", "fit": "drop"}, None, "fitted maps"),
     ("distill_minutes", {"distill_minutes": 1.0, "exit_layer": "2"}, None, "--fit distilled"),
     ("distill_minutes", {"distill_minutes": 1.0}, LARGE, "--fit distilled"),
-    ("distill_steps", {"distill_steps": 40, "kind": "new"}, None, "--fit distilled"),
+    ("distill_steps", {"distill_steps": 40, "fit": "independent"}, None, "--fit distilled"),
     ("distill_tokens", {"distill_tokens": 2048, "fit": "independent"}, None, "--fit distilled"),
     ("lora_rank", {"lora_rank": 16, "fit": "drop"}, None, "--fit distilled"),  # the default, but asked for
     ("label_weight", {"label_weight": 0.5, "layers": "2"}, None, "--fit distilled"),
@@ -244,12 +243,11 @@ IDLE: list[tuple[str, Asked, ModelFacts | None, str]] = [
      "--engine ort with --provider cpu, trt or trt-rtx, and the"),
     ("exit_layer", {"exit_layer": "1"}, NBL, "the original model"),
     ("recent_tokens", {"recent_tokens": 8, "layers": "1,"}, None, "--exit-layer"),
-    ("kind", {"kind": "linear"}, None, "layers (--layers, or --exit-layer none)"),
     *(
         (name, {name: value}, NBL, "no longer contains the removed attention")
         for name, value in {
             "layers": "1", "max_perplexity_increase": "5%",
-            "select": "cca", "maps": "linear", "kind": "linear", "compute_dtype": "float32",
+            "select": "cca", "maps": "linear", "compute_dtype": "float32",
         }.items()
     ),
 ]  # fmt: skip
@@ -308,10 +306,6 @@ def test_an_option_with_effect_is_accepted(asked: Asked) -> None:
 
 # All that is asked for, the model, and parts of the message: refused as usage.
 WRONG: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
-    ({"kind": "new"}, None, ("key kind new is not for engine ort; it takes linear",)),
-    ({"kind": "predicted_kv"}, None, ("key kind predicted", "--exit-layer")),
-    ({"kind": "none"}, None, ("key kind none", "--fit drop leaves attention out")),
-    ({"kind": "linear", "fit": "drop"}, None, ("leave key kind linear out",)),
     ({"engine": "steam"}, None, ("unknown engine 'steam'; engines are ort, openvino, trt, trt-rtx",)),
     ({"engine": "gguf"}, None, ("unknown engine 'gguf'", "--for gguf makes a model for it")),
     ({"engine": "openvino", "provider": "cuda"}, None, ("--provider is for engine ort, not for openvino",)),

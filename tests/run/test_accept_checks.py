@@ -17,7 +17,6 @@ import pytest
 
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.methods.applied import linearize
-from nbl_export.methods.base import NumpyMixers
 from nbl_export.methods.checkpoint.load import load_model
 from nbl_export.methods.predicted_kv.reference import PredictedKVDecoder
 from nbl_export.records.results import CheckResult
@@ -67,15 +66,15 @@ def test_a_cut_is_compared_in_the_steps_of_its_reference(recent_tokens: int) -> 
         row[: n + ladder.DECODE_STEPS] for row, n in zip(rows(), (recent_tokens + 25, recent_tokens + 2), strict=True)
     )
     probe = Probe((tuple(first), tuple(second)), (tuple(rows()[0][: recent_tokens + 24]),), 8, ())
-    mixers = NumpyMixers(predicted_maps(1, recent_tokens, 2 * HEAD, HIDDEN, LAYERS))
-    decoder = PredictedKVDecoder(directory.parent / "original", HEAD, mixers, "residual")
+    maps = predicted_maps(1, recent_tokens, 2 * HEAD, HIDDEN, LAYERS)
+    decoder = PredictedKVDecoder(directory.parent / "original", HEAD, maps)
     texts, margins = zip(*(ladder.greedy(decoder, prompt, probe.new_tokens) for prompt in probe.prompts), strict=True)
     logits = tuple(ladder.run_rows(decoder, [row])[0] for row in probe.rows)
     reference = Reference(logits, None, texts, margins)
     expected = expect("fp32", probe, {"original": reference, "nbl": reference}, recent_tokens)
     with CheckedRunner(open_decoder(directory / "decoder.onnx"), directory) as runner:
         found = list(on_target.checks(runner, "nbl", expected))
-        steps = dataclasses.replace(expected, recent_tokens=None)
+        steps = dataclasses.replace(expected, continuing=None)
         other = next(r for r in on_target.checks(runner, "nbl", steps) if r.check == "last_token")
     assert [r for r in found if not r.passed and r.check != "clock"] == []
     assert not other.passed
@@ -94,7 +93,7 @@ def checked(values: Path, fault: str = "", yardstick: float | None = None) -> li
 
 def test_values_come_back_as_they_were(values: Path, tmp_path: Path) -> None:
     found = load(values)
-    assert (found.precision, found.long, found.recent_tokens) == ("fp16", True, None)
+    assert (found.precision, found.long, found.continuing) == ("fp16", True, None)
     assert [len(row) for row in found.rows] == [56, 41, SLOTS]
     for sample in found.samples.values():
         assert np.shape(sample.columns) == np.shape(sample.logits) == (3, POSITIONS, 144)

@@ -125,7 +125,7 @@ def test_two_at_once(same: Same, run: Path) -> None:
 @pytest.mark.parametrize(
     ("kilobytes", "missing"),
     [
-        (1, "report.md"), (20, "report.md"), (4, "maps.safetensors"), (200, "moments.safetensors"),
+        (1, "report.md"), (20, "report.md"), (4, "maps.safetensors"), (200, "sums.safetensors"),
         (200, "original/model.onnx"), (450, "model/model.onnx"),
     ],
 )  # fmt: skip
@@ -183,7 +183,7 @@ def test_full_disk(kilobytes: int, same: Same, tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("name", "stage"),
     [
-        ("moments.safetensors", "calibrate"), ("maps.safetensors", "plan"), ("original/model.onnx", "decoder"),
+        ("sums.safetensors", "calibrate"), ("maps.safetensors", "plan"), ("original/model.onnx", "decoder"),
         ("original/model.onnx.data", "decoder"), ("model/model.onnx", "rewrite"), ("model/model.onnx.data", "rewrite"),
         ("model/tokenizer.json", "rewrite"), ("verify.json", "verify"), ("bench.json", "bench"),
     ],
@@ -252,7 +252,7 @@ def test_damaged_manifest_is_forgotten_with_force(same: Same, run: Path) -> None
     (run / "nbl.json").write_text("{")
     done = nbl("calibrate", *same[:4], *same[6:], "--output", run, "--force")
     assert done.status == 0, done.err
-    assert {p.name for p in run.iterdir()} == {".lock", "nbl.json", "text.safetensors", "moments.safetensors"}
+    assert {p.name for p in run.iterdir()} == {".lock", "nbl.json", "text.safetensors", "sums.safetensors"}
 
 
 # -- verification that fails ------------------------------------------------------------------------------------

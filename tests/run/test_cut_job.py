@@ -37,7 +37,7 @@ def test_the_default_job_chooses_a_cut(chosen: Path) -> None:
     assert manifest["options"]["exit_layer"] == "auto" and manifest["fit"]["kind"] == "independent"
     assert manifest["exit"] == {"layer": 1, "recent_tokens": 4}
     assert (manifest["replaced_layers"], manifest["kinds"]) == ([1, 2], ["predicted_kv", "predicted_kv"])
-    assert (chosen / "cuts.safetensors").is_file() and not (chosen / "moments.safetensors").exists()
+    assert (chosen / "sums.safetensors").is_file()
     report = json.loads((chosen / "report.json").read_text(encoding="utf-8"))
     assert (
         report["status"] == "verified"
@@ -92,12 +92,12 @@ def test_the_maps_of_a_run_make_its_graph_again(chosen: Path, tmp_path: Path) ->
 
 
 def test_another_cut_of_the_same_run_uses_its_sums(chosen: Path) -> None:
-    before = (chosen / "cuts.safetensors").read_bytes()
+    before = (chosen / "sums.safetensors").read_bytes()
     done = nbl("plan", chosen, "--exit-layer", "2", "--recent-tokens", "3")
     assert done.status == 0, done.err
     assert done.err.index("this undoes rewrite, verify, ") < done.err.index("plan: done")
     manifest = json.loads((chosen / "nbl.json").read_text(encoding="utf-8"))
-    assert manifest["exit"] == {"layer": 2, "recent_tokens": 3} and (chosen / "cuts.safetensors").read_bytes() == before
+    assert manifest["exit"] == {"layer": 2, "recent_tokens": 3} and (chosen / "sums.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize(("given", "status", "part"), [

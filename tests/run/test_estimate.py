@@ -190,7 +190,7 @@ def test_a_job_says_what_it_takes(finished: Path, same: Same, run: Path, monkeyp
 def test_disk_is_that_of_a_finished_run(finished: Path, checkpoint: Callable[[str], Path]) -> None:
     job = estimating._job(read_shape(checkpoint("llama")), opened(finished).options)
     found = {stage.stage: stage.disk_bytes for stage in job.needs()}
-    files = {"calibrate": "moments.safetensors", "plan": "maps.safetensors", "decoder": "original/model.onnx.data",
+    files = {"calibrate": "sums.safetensors", "plan": "maps.safetensors", "decoder": "original/model.onnx.data",
              "rewrite": "model/model.onnx.data"}  # fmt: skip
     left = {stage: (finished / name).stat().st_size for stage, name in files.items()}
     assert found["bench"] == 0

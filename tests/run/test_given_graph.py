@@ -123,7 +123,7 @@ def test_a_prompt_of_a_given_graph_stops_at_a_cut(
         assert found.shape == (1, 1, VOCAB)
         assert worst([found[0, 0]], [right[-1]]) < TOLERANCE[precision(source)]
     again = nbl("rewrite-graph", out, "--maps", file, "--output", tmp_path / "again")
-    assert_refused(again, 1, "predicted KV need the logits of all tokens")
+    assert_refused(again, 1, "an exit layer needs the logits of all tokens")
 
 
 def test_what_is_replaced_shows(

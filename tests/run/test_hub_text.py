@@ -66,7 +66,7 @@ def test_a_rerun_reads_what_the_first_run_kept(
     done = calibrate("run")
     assert done.status == 0, done.err
     assert f"reading from the hub: {', '.join(HUB_MIX)}" in done.err
-    moments, facts = file_sha256(run / "moments.safetensors"), facts_of(run)
+    moments, facts = file_sha256(run / "sums.safetensors"), facts_of(run)
     assert facts["name"].startswith("hub mix: allenai/c4/en, ")
     assert [part["name"] for part in facts["parts"]] == list(HUB_MIX)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -74,9 +74,9 @@ def test_a_rerun_reads_what_the_first_run_kept(
     before, asked = len(server.requests), list(library.asked)
     assert stage_lines(calibrate("run")) == {"calibrate": "reused"}
     assert stage_lines(nbl("plan", run, "--layers", 1)) == {"calibrate": "reused", "plan": "done"}
-    (run / "moments.safetensors").unlink()
+    (run / "sums.safetensors").unlink()
     assert stage_lines(calibrate("run")) == {"calibrate": "done"}
-    assert file_sha256(run / "moments.safetensors") == moments and facts_of(run) == facts
+    assert file_sha256(run / "sums.safetensors") == moments and facts_of(run) == facts
     assert (len(server.requests), list(library.asked)) == (before, asked)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     library.serve(MIX_ROWS)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nbl_export.methods.distill.training import DistillSettings
-from nbl_export.methods.sums import Sums
+from nbl_export.methods.sums_file import SumsFile, SumsWriter
 from nbl_export.records.inputs import Lazy
 from nbl_export.run.stages import calibrate, plan
 
@@ -24,34 +24,32 @@ WINDOWS = torch.arange(8 * 64).view(8, 64)
 
 
 class Collected:
-    """Stands in for the sums of a model with one layer."""
+    """Stands in for the sums of a model."""
 
-    num_layers, size, sizes, count = 1, 2, (2, 2), 64
+    restored = 0
 
-    def __init__(self, taps: list[str]) -> None:
-        self.taps, self.restored = taps, 0
+    def save(self, path: Path, facts: dict[str, Any]) -> None:
+        with SumsWriter(path, {**facts, "count": 64}, {"sum": (2,)}) as file:
+            file.write({"sum": torch.ones(2, dtype=torch.float64)})
 
-    def layer(self, _index: int) -> dict[str, Sums]:
-        ones, square = torch.ones(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
-        return dict.fromkeys(self.taps, Sums(64, ones, ones, ones, ones, ones, ones, square, square, square))
-
-    def restore(self, _index: int, _sums: dict[str, Sums]) -> None:
+    def restore(self, file: SumsFile) -> None:
+        file.require({"sum": (2,)})
         self.restored += 1
 
 
 def resumed_batches(
-    directory: Path, options: Changes, facts: Changes, windows: torch.Tensor, batches: int, products: str = "float32"
+    directory: Path, options: Changes, facts: Changes, windows: torch.Tensor, batches: int, bf16: bool = False
 ) -> int:
     """Batches that a calibration of these inputs takes from the partial file; it then leaves the file of its own."""
     job = job_of(directory, options, facts)
     declared = calibrate.declare(job)
     assert isinstance(declared, calibrate.CalibrateInputs)
     inputs = dataclasses.replace(declared, windows=Lazy(None, lambda: windows))
-    found = calibrate._facts(inputs, batches, products)
-    partial, collected = directory / "partial", Collected(found["identity"]["taps"])
+    found = calibrate._facts(inputs, windows, batches, bf16)
+    partial, collected = directory / "partial", Collected()
     done = calibrate._restored(partial, found, collected)
     assert collected.restored == (1 if done else 0)
-    calibrate._write(collected, partial, {**found, "done": 1})
+    collected.save(partial, {**found, "done": 1})
     return done
 
 
@@ -62,7 +60,7 @@ CALIBRATIONS: dict[str, dict[str, Any]] = {
     "fewer tokens": {"windows": WINDOWS[:6]},
     "other tokens": {"windows": WINDOWS + 1},
     "other batches": {"batches": 3},
-    "other products": {"products": "bfloat16"},
+    "other products": {"bf16": True},
 }
 
 

@@ -18,8 +18,8 @@ pytestmark = [pytest.mark.job, pytest.mark.process]
 
 # Small batches, and jobs that end before graphs are exported.
 SMALL = """
-import nbl_export.methods.linear.collect, nbl_export.run.pipeline as pipeline
-nbl_export.methods.linear.collect._BATCH_TOKENS = 256
+import nbl_export.methods.collector, nbl_export.methods.linear.collect, nbl_export.run.pipeline as pipeline
+nbl_export.methods.collector.BATCH_TOKENS = nbl_export.methods.linear.collect.BATCH_TOKENS = 256
 work = pipeline._work
 pipeline._work = lambda *given: work(*given[:-1], "distill")
 """
@@ -59,14 +59,14 @@ else:
 # Rank 1 dies in its second batch.
 DIES = """
 if os.environ["RANK"] == "1":
-    from nbl_export.methods.linear import collect
-    run, seen = collect.run_batch, []
+    from nbl_export.methods.collector import Collector
+    run, seen = Collector.run, []
     def dies(*given, **named):
         seen.append(1)
         if len(seen) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         run(*given, **named)
-    collect.run_batch = dies
+    Collector.run = dies
 """
 LIMIT = (*BARE[:2], "--calibration-tokens", "2560", "--max-perplexity-increase", "10000%")
 CUT, LAYERS = (*LIMIT, "--recent-tokens", "4"), (*LIMIT, "--exit-layer", "none")
@@ -86,9 +86,7 @@ def found(run: Path) -> dict[str, Any]:
     return {**facts, **{file.name: file_sha256(file) for file in run.glob("*.safetensors")}}
 
 
-@pytest.mark.parametrize(
-    ("options", "count", "file"), [(CUT, 3, "cuts.safetensors"), (LAYERS, 2, "moments.safetensors")]
-)
+@pytest.mark.parametrize(("options", "count", "file"), [(CUT, 3, "sums.safetensors"), (LAYERS, 2, "sums.safetensors")])
 def test_processes_find_what_one_finds(
     options: tuple[str, ...], count: int, file: str, job: tuple[object, ...], server: ForkServer, tmp_path: Path
 ) -> None:
@@ -115,7 +113,7 @@ def test_processes_share_a_model_that_is_larger_than_memory(
         assert process.status == 0, process.err
         assert "one layer at a time" in process.err
         done[count] = found(tmp_path / str(count))
-    assert "moments.safetensors" in done[1]
+    assert "sums.safetensors" in done[1]
     assert done[2] == done[1]
 
 

@@ -15,6 +15,7 @@ import pytest
 from nbl_export.run import accept as accepting
 from nbl_export.run.progress import Ui
 from nbl_export.targets import exporter_of
+from nbl_export.targets.base import compiler
 from nbl_export.targets.tensorrt import static_form
 from nbl_export.targets.tensorrt.engine import TRT_RTX
 from nbl_export.targets.tensorrt.record import read_record
@@ -162,7 +163,7 @@ def test_a_build_machine_needs_neither_torch_nor_the_checkpoint(run: Path) -> No
 
 @needs_rtx
 def test_what_cannot_run_here_says_so(run: Path) -> None:
-    if TRT_RTX.probe_run().available:
+    if TRT_RTX.probe(run=True).available:
         pytest.skip("this machine runs engines")
     for arguments in (("bench", run), ("generate", run, "hello"), ("generate", run / "engine" / "model", "hello")):
         done = nbl(*arguments)
@@ -175,7 +176,7 @@ def test_what_cannot_run_here_says_so(run: Path) -> None:
 )
 def test_a_fault_in_what_ships_is_caught(file: str, failed: set[str], model: Path, tmp_path: Path) -> None:
     """Keys and values of a layer go out exchanged, in one of both graphs."""
-    real = exporter_of("static").write_float32
+    real = compiler(exporter_of("static")).write_float32
 
     def broken(directory: Path, out: Path) -> None:
         if directory.name == "model":

@@ -14,7 +14,6 @@ import pytest
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE
-from nbl_export.methods.base import NumpyMixers
 from nbl_export.methods.linear.maps import Linear
 from nbl_export.methods.predicted_kv.maps import PredictedKV
 from nbl_export.targets.checks import judge_maps, stored_maps
@@ -64,7 +63,7 @@ def pair(exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 def expected(checkpoint: Path, maps: Mapping[int, Linear], source: Path, out: Path, tap: str) -> np.ndarray:
     """Logits of the torch model with maps; if the IR is not float32, of the original IR with those that `out` has."""
     if precision_of(read_ir(out)) != "fp32":
-        mixers = NumpyMixers(maps, stored_maps(ir_files.read_maps(out), maps))
+        mixers = stored_maps(ir_files.read_maps(out), maps)
         decoder = OPENVINO.open_reference(source, HEAD_DIM, mixers, tap, exact=True)
         decoder.begin(2)
         return decoder.step(IDS)

@@ -87,7 +87,7 @@ def test_what_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = load_engine("ort", "cuda")
 
     def reason(engine: Any) -> str:
-        answer = engine.probe_run()
+        answer = engine.probe(run=True)
         assert not answer.available
         assert "\n" not in answer.reason
         return str(answer.reason)
@@ -99,7 +99,7 @@ def test_what_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     installed |= {"onnxruntime-gpu", "onnxruntime-genai-cuda"}
     assert reason(cuda) == "no NVIDIA driver is installed"
     monkeypatch.setattr(gpu, "find_gpu", lambda: HOPPER)
-    assert cuda.probe_run().reason == "CUDA provider on the NVIDIA H100 (9.0)"
+    assert cuda.probe(run=True).reason == "CUDA provider on the NVIDIA H100 (9.0)"
     monkeypatch.setattr(gpu, "find_gpu", lambda: Gpu("old", "7.0", (13, 0)))  # Volta, for which there are no kernels
     assert "its compute capability is 7.0" in reason(cuda)
 
@@ -151,13 +151,13 @@ def test_cudas_libraries_are_loaded_before_genais(machine: Machine, capfd: pytes
     load_cuda()
     assert machine.calls == [gpu._GENAI_CUDA]
     assert capfd.readouterr().out == "", "a library's remark is no result"
-    assert load_engine("ort", "cuda").probe_run().reason == "CUDA provider on the NVIDIA RTX 4090 (8.9)"
+    assert load_engine("ort", "cuda").probe(run=True).reason == "CUDA provider on the NVIDIA RTX 4090 (8.9)"
 
 
 def test_the_probe_opens_the_library_itself(machine: Machine) -> None:
     """Packages, driver and GPU are there; CUDA's libraries are not."""
     machine.preloads = False
-    answer = load_engine("ort", "cuda").probe_run()
+    answer = load_engine("ort", "cuda").probe(run=True)
     assert not answer.available
     assert f"GenAI's CUDA library does not load: {MISSING}" in answer.reason
     assert "pip install 'onnxruntime-gpu[cuda,cudnn]'" in answer.reason
@@ -170,8 +170,8 @@ def test_an_old_driver_is_named_before_packages_are_fetched_for_it(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ort, "is_installed", lambda name: False)
-    assert "pip install 'nbl-export[gpu]'" in load_engine("ort", "cuda").probe_run().reason
+    assert "pip install 'nbl-export[gpu]'" in load_engine("ort", "cuda").probe(run=True).reason
     monkeypatch.setattr(gpu, "find_gpu", lambda: OLD_DRIVER)
-    reason = load_engine("ort", "cuda").probe_run().reason
+    reason = load_engine("ort", "cuda").probe(run=True).reason
     assert "supports CUDA 12.8" in reason and "onnxruntime-gpu needs CUDA 13: update the driver to R580" in reason
     assert "pip install" not in reason

@@ -52,4 +52,4 @@ def test_a_job_of_a_new_target(
     shutil.rmtree(run / "model")
     assert nbl(*words).status == 3
     failed = json.loads((run / "verify.json").read_text(encoding="utf-8"))["checks"]
-    assert {c["check"] for c in failed if not c["passed"]} >= {"structure", "nbl"}
+    assert {c["check"] for c in failed if not c["passed"]} >= {"structure"}

@@ -39,7 +39,7 @@ def test_without_the_library_the_error_says_how_to_get_it(monkeypatch: pytest.Mo
         (TRT, "tensorrt", "NVIDIA's own package index"),
         (TRT_RTX, "tensorrt-rtx", "pip install tensorrt-rtx"),
     ):
-        for answer in (engine_.probe(), engine_.probe_run()):
+        for answer in (engine_.probe(), engine_.probe(run=True)):
             assert not answer.available
             assert f"the package {package} is not installed" in answer.reason
             assert more in answer.reason
@@ -58,7 +58,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 def test_tensorrt_without_a_gpu_is_refused_before_its_library_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     stub(monkeypatch)
     monkeypatch.setattr(engine, "find_gpu", lambda: "no NVIDIA driver is installed (libcuda is not found)")
-    for answer in (TRT.probe(), TRT.probe_run()):
+    for answer in (TRT.probe(), TRT.probe(run=True)):
         assert not answer.available
         assert "no NVIDIA driver is installed" in answer.reason
     assert "--engine trt-rtx builds without a GPU" in TRT.probe().reason
@@ -114,12 +114,12 @@ def test_gpu_and_driver_have_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     for engine_, card, available, pattern in cases:
         monkeypatch.setattr(engine, "find_gpu", lambda card=card: card)
-        answer = engine_.probe_run()
+        answer = engine_.probe(run=True)
         assert answer.available is available, answer
         assert re.search(pattern, answer.reason), answer.reason
     assert Backend.open == 0, "a stream was not freed"
     monkeypatch.setattr(device, "missing_package", lambda: "device memory needs the package cuda-python")
-    assert "cuda-python" in TRT_RTX.probe_run().reason
+    assert "cuda-python" in TRT_RTX.probe(run=True).reason
 
 
 class Status(enum.IntEnum):
@@ -152,18 +152,18 @@ def test_a_driver_too_old_for_the_bindings_is_found_and_named(monkeypatch: pytes
     monkeypatch.setattr(engine, "_cuda_major", lambda library: 12)
     monkeypatch.setattr(engine, "find_gpu", lambda: Gpu("NVIDIA L4", "8.9", (12, 8)))
     bindings(monkeypatch, "13.5.0", Status.cudaErrorInsufficientDriver)
-    answer = TRT.probe_run()
+    answer = TRT.probe(run=True)
     assert not answer.available
     assert re.search(
         "cudaErrorInsufficientDriver .*supports CUDA 12.8, .*cuda-python 13.5.0 needs CUDA 13: .*'cuda-python<13'",
         answer.reason,
     )
     bindings(monkeypatch, "12.9.9", Status.cudaErrorMemoryAllocation)
-    answer = TRT.probe_run()
+    answer = TRT.probe(run=True)
     assert not answer.available
     assert answer.reason.endswith("cudaErrorMemoryAllocation")
     bindings(monkeypatch, "12.9.9", Status.cudaSuccess)
-    assert TRT.probe_run().available, TRT.probe_run().reason
+    assert TRT.probe(run=True).available, TRT.probe(run=True).reason
 
 
 def test_packages_fit_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +179,7 @@ def test_packages_fit_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
         card = Gpu("NVIDIA L4", "8.9", cuda)
         for module in (tensorrt_library, device):
             monkeypatch.setattr(module, "find_gpu", lambda card=card: card)
-        assert TRT_RTX.probe_run().reason.endswith(rtx)
+        assert TRT_RTX.probe(run=True).reason.endswith(rtx)
         assert memory in device.missing_package()
         assert f"CUDA {cuda[0]}.{cuda[1]}" in describe_gpu(card)
     assert "2 GPUs are visible" in describe_gpu(Gpu("NVIDIA L4", "8.9", (13, 0), 2))
@@ -197,21 +197,21 @@ def test_a_jetson_gets_no_advice_for_packages_that_do_not_exist(
     for module in (tensorrt_library, engine):
         monkeypatch.setattr(module, "find_gpu", lambda: orin)
     monkeypatch.setattr(tensorrt_library, "_SYSTEM", tmp_path)
-    said = TRT.probe_run().reason
+    said = TRT.probe(run=True).reason
     assert "install JetPack 7.2" in said and "cu12" not in said
     (tmp_path / "python3.12" / "dist-packages" / "tensorrt").mkdir(parents=True)
-    assert f"--system-site-packages to see that in {tmp_path}/python3.12/dist-packages" in TRT.probe_run().reason
+    assert f"--system-site-packages to see that in {tmp_path}/python3.12/dist-packages" in TRT.probe(run=True).reason
     stub(monkeypatch)
     monkeypatch.setattr(importlib.util, "find_spec", real)
     monkeypatch.setattr(engine, "_cuda_major", lambda library: 13)
-    assert re.search("update the driver .*JetPack 7.2", TRT.probe_run().reason)
+    assert re.search("update the driver .*JetPack 7.2", TRT.probe(run=True).reason)
     thor = Gpu("Thor", "11.0", (13, 0))
     for module in (tensorrt_library, engine):
         monkeypatch.setattr(module, "find_gpu", lambda: thor)
     for version, refused in (("11.4.0.106", True), ("11.0.0", True), ("11.4.1", False), ("10.16.1.11", False)):
         monkeypatch.setattr(sys.modules["tensorrt"], "__version__", version)
         said = f"tensorrt {version} is not for the Thor, a Jetson: pip install 'tensorrt>=10.16,<11' cuda-python"
-        assert (said in TRT.probe_run().reason) is refused, TRT.probe_run().reason
+        assert (said in TRT.probe(run=True).reason) is refused, TRT.probe(run=True).reason
     assert PLAIN.runs_on("8.7") and PLAIN.runs_on("11.0") and not RTX.runs_on("8.7") and not RTX.runs_on("11.0")
 
 

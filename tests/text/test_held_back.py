@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from nbl_export.methods.choose import steps_of_sets
 from nbl_export.methods.linear.order import Selection, quiet
-from nbl_export.methods.linear.planning import _steps
 from nbl_export.run.stages import plan as plan_stage
 from nbl_export.run.stages import verify
 from nbl_export.run.stages.common import Place
-from nbl_export.run.stages.plan import order_of
+from nbl_export.run.stages.plan import choice_of
 from nbl_export.run_directory import TEXT_FILE
 from nbl_export.text import corpus, parts
 from nbl_export.text import windows as text_windows
@@ -103,7 +103,7 @@ def test_stages_read_the_parts_that_are_theirs(run: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr("nbl_export.methods.linear.order.Judge", judge)
     with pytest.raises(SeenError):
-        Selection(order_of(job)).order(1)
+        Selection(choice_of(job)).order(1)
 
     def rows(windows: Any) -> set[tuple[int, ...]]:
         return {tuple(row) for row in windows.tolist()}
@@ -131,7 +131,7 @@ def test_stages_read_the_parts_that_are_theirs(run: Path, monkeypatch: pytest.Mo
             return {name: [loss, loss] for name in partial}
 
     recorder: Any = Recorder()
-    _steps(recorder.partial, job.text.validation.value, [recorder.order(1)], 0.1, quiet)
+    steps_of_sets(recorder.partial, job.text.validation.value, [recorder.order(1)], 0.1, quiet)
     assert [rows(w) for w in seen["validation"]] == [rows(near.validation), rows(second.validation)]
 
 

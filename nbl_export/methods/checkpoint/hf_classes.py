@@ -4,7 +4,7 @@
     model = AutoModelForCausalLM.from_pretrained(DIRECTORY)
 
     config.json   model_type "nbl-llama", everything of a Llama's, "nbl_replaced_layers": [0, 7], "nbl_tap": "residual",
-                  "nbl_kinds": ["none", "linear"] unless all are linear, "nbl_exit" with predicted KV (`StatedExit`)
+                  "nbl_kinds": a method's name a layer unless it is linear, "nbl_exit" what its maps have in common
     weights       model.layers.{i}.self_attn.linear.{weight,bias} of a linear layer; a residual tap has no input norm
                   model.layers.{i}.self_attn.mixer.linear.{weight,bias} of predicted KV, beside the layer's attention
 
@@ -28,11 +28,9 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from nbl_export.errors import NblError
-from nbl_export.methods import kind_of
+from nbl_export.methods import METHODS, method_of
 from nbl_export.methods.applied import BESIDE, architecture_of, linearize, multiplier_of, replace_attention
 from nbl_export.methods.base import Mixer
-from nbl_export.methods.predicted_kv.config import exit_from_config, facts_of
-from nbl_export.methods.predicted_kv.torch_layers import check_attention
 from nbl_export.model.architecture_record import Architecture
 from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED
 from nbl_export.model.checkpoint.pretrained import model_with, quiet_transformers, tokenizer_of
@@ -56,16 +54,15 @@ def _exchange(model: Any) -> None:
     count = config.num_hidden_layers
     if not set(replaced) < set(range(count)) or config.nbl_tap not in architecture_of(config).taps:
         raise ValueError(f"config.json replaces layers {replaced} of {count} at the tap {config.nbl_tap!r}")
-    kinds = dict(zip(replaced, config.nbl_kinds or [USUAL_KIND] * len(replaced), strict=True))
-    size = config.hidden_size
+    kinds = set(config.nbl_kinds or [USUAL_KIND])
+    if len(kinds) != 1 or not kinds <= set(METHODS):
+        known = ", ".join(METHODS)
+        raise ValueError(f"config.json has layers of the kinds {sorted(kinds)}; it takes one of {known} for all")
+    method = METHODS[kinds.pop()]
+    method.check_facts(config.nbl_exit, replaced, count, config.max_position_embeddings)
+    decoder = model.get_decoder()
     multiplier = multiplier_of(config)
-    prompt_exit = exit_from_config(config.nbl_exit, kinds, count, config.max_position_embeddings)
-    like = None
-    if prompt_exit is not None:
-        layer = model.get_decoder().layers[prompt_exit.layer]
-        check_attention(layer, config, prompt_exit.layer)
-        like = prompt_exit.like(size, layer.self_attn.k_proj.out_features)
-    blanks = {i: kind_of(kind).blank(size, multiplier, like) for i, kind in kinds.items()}
+    blanks = {i: method.blank(config, decoder, config.nbl_exit, multiplier) for i in replaced}
     replace_attention(model, blanks, config.nbl_tap)
 
 
@@ -152,7 +149,8 @@ def empty_linearized(config: Any, maps: Mapping[int, Mixer], tap: str) -> Any:
     values = {k: v for k, v in config.to_dict().items() if k not in _OF_CLASS}
     kinds = [maps[i].kind for i in sorted(maps)]
     given = None if set(kinds) == {USUAL_KIND} else kinds  # stock configurations leave out what is None
-    facts = {"nbl_replaced_layers": sorted(maps), "nbl_tap": tap, "nbl_kinds": given, "nbl_exit": facts_of(maps)}
+    common = method_of(maps).facts(maps)
+    facts = {"nbl_replaced_layers": sorted(maps), "nbl_tap": tap, "nbl_kinds": given, "nbl_exit": common}
     made_for = config_class(**values, **facts)
     with torch.device("meta"):
         return model_class(made_for)
@@ -166,7 +164,7 @@ def restored(model: Any) -> Any:
     """
     config = model.config
     kinds = config.nbl_kinds or [USUAL_KIND] * len(config.nbl_replaced_layers)
-    layers = [i for i, kind in zip(config.nbl_replaced_layers, kinds, strict=True) if not kind_of(kind).holds_cache]
+    layers = [i for i, kind in zip(config.nbl_replaced_layers, kinds, strict=True) if not METHODS[kind].holds_cache]
     left_out = (*(f".{i}.self_attn." for i in layers), f".self_attn.{BESIDE}.")
     values = {k: v for k, v in config.to_dict().items() if k not in _OF_CLASS and not k.startswith("nbl_")}
     with torch.device("meta"):

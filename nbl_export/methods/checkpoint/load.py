@@ -23,7 +23,7 @@ from typing import Any
 
 from nbl_export.errors import CorruptError
 from nbl_export.files import read_json, scratch_in
-from nbl_export.methods import kind_of
+from nbl_export.methods import METHODS
 from nbl_export.methods.base import Mixer
 from nbl_export.methods.checkpoint.source import Linearized, Source, log
 from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, windows_of
@@ -229,7 +229,7 @@ def load_maps(source: Any, num_layers: int) -> tuple[Plan, dict[int, Mixer]]:
                 if match and (int(match[1]) in kinds or match[2].startswith("linear.")):
                     found.setdefault(int(match[1]), {})[match[2]] = tensors.get_tensor(name).float().numpy()
     try:
-        maps = {i: kind_of(k).from_module(found.get(i, {}), replaced.size) for i, k in kinds.items()}
+        maps = {i: METHODS[kind].from_module(found.get(i, {})) for i, kind in kinds.items()}
     except KeyError:
         maps = {}
     if not maps or not found.keys() <= kinds.keys():

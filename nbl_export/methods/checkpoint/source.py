@@ -20,8 +20,7 @@ from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.files import file_sha256, key_of, safetensors_tensors
 from nbl_export.graph.gguf_header import Header, read_header
 from nbl_export.graph.names import TEXT_FILES, has_graph
-from nbl_export.methods import kinds
-from nbl_export.methods.predicted_kv.config import exit_from_config
+from nbl_export.methods import METHODS
 from nbl_export.model.architectures import ARCHITECTURES, LINEARIZED, REFUSED, check_config, is_hybrid, supported_near
 from nbl_export.model.checkpoint import pretrained
 from nbl_export.model.checkpoint.pretrained import read_config
@@ -213,15 +212,13 @@ def _linearized_of(config: dict[str, Any], where: Path) -> Linearized | None:
         raise NblError(f"{where} replaces layers {layers} of {count} at the tap {tap!r}; save the checkpoint again")
     size = config.get("hidden_size")  # checked later
     kinds_given = config.get("nbl_kinds") or [USUAL_KIND] * len(layers)
-    if (
-        not isinstance(kinds_given, list)
-        or len(kinds_given) != len(layers)
-        or any(k not in kinds() for k in kinds_given)
-    ):
-        raise NblError(f"{where} has layers of the kinds {kinds_given}; known are {', '.join(kinds())}")
+    is_known = isinstance(kinds_given, list) and len(kinds_given) == len(layers) and kinds_given[0] in METHODS
+    if not is_known or any(kind != kinds_given[0] for kind in kinds_given):
+        raise NblError(f"{where} has layers of the kinds {kinds_given}; it takes one of {', '.join(METHODS)} for all")
     made = dict(sorted(zip(layers, kinds_given, strict=True)))
+    positions = config.get("max_position_embeddings")
     try:
-        exit_from_config(config.get("nbl_exit"), made, int(count or 0), config.get("max_position_embeddings"))
+        METHODS[kinds_given[0]].check_facts(config.get("nbl_exit"), tuple(made), int(count or 0), positions)
     except ValueError as error:
         raise NblError(f"{where.parent}: {error}; save the checkpoint again") from error
     return Linearized(tuple(made), tuple(made.values()), str(tap), size if isinstance(size, int) else 0)

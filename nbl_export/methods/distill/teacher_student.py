@@ -24,9 +24,8 @@ import torch
 from torch import nn
 
 from nbl_export.errors import NblError
-from nbl_export.methods import kind_of
 from nbl_export.methods.applied import multiplier_of, run_from, switched
-from nbl_export.methods.base import Kind, Mixer
+from nbl_export.methods.base import Mixer, changed
 from nbl_export.methods.modules import Wrapped
 from nbl_export.model import bfloat16
 from nbl_export.model.head import logits_of
@@ -75,13 +74,11 @@ class TeacherStudent:
         generator = torch.Generator().manual_seed(seed)
         multiplier = multiplier_of(model.config)
         self.affine = nn.ModuleDict()
-        self._kinds = dict[int, Kind]()
+        self._start = dict(maps)
         for i, mixer in maps.items():
-            kind = kind_of(mixer.kind)
-            trained = kind.trained(mixer, rank, generator)
+            trained = mixer.trained(rank, generator)
             if trained is None:
                 raise NblError("there is nothing to train in these layers; use --fit independent")
-            self._kinds[i] = kind
             self.affine[str(i)] = Wrapped(trained, multiplier)
         self.affine.to(model.device)
 
@@ -92,14 +89,14 @@ class TeacherStudent:
 
     def maps(self) -> dict[int, Mixer]:
         """The current mixers, deltas included."""
-        return {i: kind.from_tensors(self.affine[str(i)].linear.tensors()) for i, kind in self._kinds.items()}
+        return {i: changed(mixer, self.affine[str(i)].linear.tensors()) for i, mixer in self._start.items()}
 
     def keep_only(self, layers: Collection[int]) -> None:
         """Give the other layers their attention back. States of the original made before no longer serve."""
-        for i in [i for i in self._kinds if i not in layers]:
-            del self._kinds[i]
+        for i in [i for i in self._start if i not in layers]:
+            del self._start[i]
             del self.affine[str(i)]
-        self.first = min(self._kinds)
+        self.first = min(self._start)
 
     def student(self) -> contextlib.AbstractContextManager[None]:
         """Within: replaced layers compute their maps, and layers below the first replaced one are skipped."""

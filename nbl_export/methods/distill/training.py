@@ -40,8 +40,7 @@ from typing import Any
 import torch
 
 from nbl_export.errors import NblError
-from nbl_export.methods import kind_of
-from nbl_export.methods.base import Mixer
+from nbl_export.methods.base import Mixer, changed
 from nbl_export.methods.distill.state import State
 from nbl_export.methods.distill.teacher_student import TeacherStudent
 from nbl_export.model import processes
@@ -346,8 +345,9 @@ class _Training:
                 state["state"].setdefault(int(index), {})[name] = value
         self.optimizer.load_state_dict(state)
         self.result.maps = {
-            i: kind_of(mixer.kind).from_tensors(
-                {n.removeprefix(f"best.{i}."): v.numpy() for n, v in tensors.items() if n.startswith(f"best.{i}.")}
+            i: changed(
+                mixer,
+                {n.removeprefix(f"best.{i}."): v.numpy() for n, v in tensors.items() if n.startswith(f"best.{i}.")},
             )
             for i, mixer in self.result.maps.items()
         }

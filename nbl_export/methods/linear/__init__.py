@@ -1,5 +1,6 @@
-"""Linear layers, or none, in place of attention.
+"""Linear layers in place of attention.
 
-torch    collect ─► maps, none ─► order, by greedy ─► planning: how many layers a goal allows
+method   what stages call (`methods.base.Method`)
+torch    collect ─► maps ─► order, by greedy ─► planning: how many layers a goal allows
 ONNX     passes, whose nodes builder makes               reference of verification, which no pass makes
 """

@@ -1,11 +1,11 @@
-"""Collects moments of every layer of a torch model.
-
-`collect` sets hooks on the torch model. Activations are never kept.
+"""Moments of every layer of a torch model: of its input at a tap, and of what its attention adds.
 
     reference pass   the first tokens of the text give the reference row and the units of every layer (`sums`)
     batches          each batch of windows gives products of rows
 
-Logits are never computed: the base decoder runs without the language-model head.
+    layers.{i}.{tap}.{x_sum,y_sum,yx}            sums over the rows, about the reference row
+    layers.{i}.{tap}.{xx,yy}_upper               of symmetric sums, the rows of the upper triangle in their order
+    layers.{i}.{tap}.{x_ref,y_ref,x_unit,y_unit} see `sums`
 
 With a model larger than memory (`model.mapped`), all windows go through a layer before the next layer has its weights.
 So only one layer's sums are in memory (`Collection.by_layer`).
@@ -13,75 +13,64 @@ So only one layer's sums are in memory (`Collection.by_layer`).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 
 from nbl_export.errors import NblError
 from nbl_export.methods.applied import block_output
+from nbl_export.methods.collector import BATCH_TOKENS, Collector, batches
 from nbl_export.methods.lmmse import Moments
-from nbl_export.methods.sums import REFERENCE_ROWS, Accumulator, Sums
+from nbl_export.methods.sums import REFERENCE_ROWS, Accumulator, Sums, tensor_shapes
+from nbl_export.methods.sums_file import SumsFile, SumsWriter
 from nbl_export.model import bfloat16, processes
 from nbl_export.model.mapped import in_batches
 
-__all__ = ["Collection", "attach", "batches", "collect", "run_batch"]
-
-_BATCH_TOKENS = 4096
+__all__ = ["Collection", "attach", "collect", "read_sums"]
 
 
-def batches(ids_WT: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Split windows [windows, context] into the batches that run at once."""
-    return ids_WT.split(max(1, _BATCH_TOKENS // ids_WT.shape[1]))
-
-
-def run_batch(model: Any, batch_BT: torch.Tensor, *, narrow: bool) -> None:
-    """Run a decoder without its head on windows [B, T]; `narrow`: products in bfloat16."""
-    with torch.inference_mode(), bfloat16.products(model.device, narrow):
-        model.get_decoder()(input_ids=batch_BT.to(model.device), use_cache=False)
-
-
-class Collection:
-    """Accumulators of all layers and taps, hooked to a torch model while the context is open.
+class Collection(Collector):
+    """Accumulators of all layers and taps.
 
     Args:
-        model: a causal LM of transformers, float32.
         taps: some of `records.plan.TAPS`.
-        narrow: the model's products in bfloat16; products of the sums are float32.
     """
 
-    def __init__(self, model: Any, taps: Sequence[str], *, narrow: bool = False) -> None:
-        self._model = model
+    def __init__(self, model: Any, taps: Sequence[str], *, bf16: bool = False) -> None:
+        super().__init__(model, bf16=bf16)
         self._decoder = model.get_decoder()
-        self._narrow = narrow
         self.taps = tuple(taps)
         self.size = int(model.config.hidden_size)
         self.num_layers = int(model.config.num_hidden_layers)
         self.found = {tap: {i: Accumulator() for i in range(self.num_layers)} for tap in self.taps}
-        self._handles: list[Any] = []
 
-    def __enter__(self) -> Collection:
-        for tap, accumulators in self.found.items():
-            for layer, accumulator in accumulators.items():
-                self._handles += attach(self._decoder, layer, accumulator, tap)
-        return self
+    def hooks(self) -> list[Any]:
+        return [
+            handle
+            for tap, accumulators in self.found.items()
+            for layer, accumulator in accumulators.items()
+            for handle in attach(self._decoder, layer, accumulator, tap)
+        ]
 
-    def __exit__(self, _k: type[BaseException] | None, _v: BaseException | None, _t: TracebackType | None) -> None:
-        for handle in self._handles:
-            handle.remove()
+    def begin(self, ids_WT: torch.Tensor) -> None:
+        if self.count and processes.leads():
+            self.share_references()
+        else:
+            self.refer(ids_WT)
 
-    def add(self, batch_BT: torch.Tensor) -> None:
-        """Run one batch and add its rows."""
-        run_batch(self._model, batch_BT, narrow=self._narrow)
+    def add(self, batch_BT: torch.Tensor | None) -> None:
+        if batch_BT is not None:
+            self.run(batch_BT)
 
     def refer(self, ids_WT: torch.Tensor) -> None:
         """Take reference rows and units from the beginning of the whole text."""
         for accumulator in self._accumulators():
             accumulator.only_refers = True
-        self.add(ids_WT[:1, :REFERENCE_ROWS])
+        self.run(ids_WT[:1, :REFERENCE_ROWS])
         for accumulator in self._accumulators():
             accumulator.only_refers = False
         self.share_references()
@@ -103,22 +92,30 @@ class Collection:
     def by_layer(
         self,
         ids_WT: torch.Tensor,
-        write: Callable[[dict[str, Sums]], None] | None,
+        path: Path,
+        facts: dict[str, Any],
         scratch: Path,
         progress: Callable[[int, int], None],
     ) -> None:
-        """Collect all windows with a mapped model; each layer's sums are written and freed when the layer has run.
-
-        Several processes share the batches.
-
-        Args:
-            write: gets the sums of all processes; None in another process than rank 0.
-            scratch: a directory for hidden states, 8 x tokens x hidden size bytes.
-            progress: called with tokens done in all layers, and the total.
+        """Each layer's sums are written and freed when the layer has run. Several processes share the batches.
 
         Raises:
             NblError: a weight is missing or damaged, or a layer's activations are not finite.
         """
+        with contextlib.ExitStack() as files:
+            write = None
+            if processes.leads():
+                stated = {**facts, "count": ids_WT.numel()}
+                write = files.enter_context(SumsWriter(path, stated, self.shapes)).write
+            self._by_layer(ids_WT, write, scratch, progress)
+
+    def _by_layer(
+        self,
+        ids_WT: torch.Tensor,
+        write: Callable[[dict[str, torch.Tensor]], None] | None,
+        scratch: Path,
+        progress: Callable[[int, int], None],
+    ) -> None:
         parts = batches(ids_WT)
         own = [parts[k] for k in processes.own(len(parts))]
         done = 0
@@ -133,23 +130,22 @@ class Collection:
             for accumulators in self.found.values():
                 accumulators[index].meet()
             if write is not None:
-                write(self.layer(index))
+                write(self._tensors(index))
             for accumulators in self.found.values():
                 accumulators[index].clear()
 
-        with in_batches(self._model, _BATCH_TOKENS, scratch, seen):
+        with in_batches(self._model, BATCH_TOKENS, scratch, seen):
             self.refer(ids_WT)
             for index, layer in enumerate(self._decoder.layers):
                 self._handles.append(layer.register_forward_hook(functools.partial(leave, index)))
             if own:
-                self.add(torch.cat(own))
+                self.run(torch.cat(own))
             else:  # more processes than batches
                 for index in range(self.num_layers):
                     leave(index)
 
     @property
     def count(self) -> int:
-        """Rows added so far."""
         return self.found[self.taps[0]][0].count
 
     def layer(self, index: int) -> dict[str, Sums]:
@@ -163,10 +159,44 @@ class Collection:
             raise NblError(f"layer {index}: its activations hold NaN or infinity; check the checkpoint's weights")
         return found
 
-    def restore(self, index: int, sums: dict[str, Sums]) -> None:
-        """Continue from the sums that `layer` returned."""
-        for tap, found in sums.items():
-            self.found[tap][index].restore(found, self._model.device)
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all tensors of a file of sums."""
+        shapes = tensor_shapes(self.size)
+        return {
+            f"{_title(layer, tap)}.{name}": shape
+            for layer in range(self.num_layers)
+            for tap in self.taps
+            for name, shape in shapes.items()
+        }
+
+    def _tensors(self, layer: int) -> dict[str, torch.Tensor]:
+        held = self.layer(layer).items()
+        return {f"{_title(layer, tap)}.{name}": value for tap, sums in held for name, value in sums.tensors().items()}
+
+    def save(self, path: Path, facts: dict[str, Any]) -> None:
+        with SumsWriter(path, {**facts, "count": self.count}, self.shapes) as file:
+            for layer in range(self.num_layers):
+                file.write(self._tensors(layer))
+
+    def restore(self, file: SumsFile) -> None:
+        file.require(self.shapes)
+        for tap, accumulators in self.found.items():
+            for layer, accumulator in accumulators.items():
+                accumulator.restore(read_sums(file, layer, tap), self._model.device)
+
+
+def _title(layer: int, tap: str) -> str:
+    return f"layers.{layer}.{tap}"
+
+
+def read_sums(file: SumsFile, layer: int, tap: str) -> Sums:
+    """The sums of a layer.
+
+    Raises:
+        CorruptError: the file has no sums of this layer and tap.
+    """
+    return Sums.of(file.count, lambda name: file.tensor(f"{_title(layer, tap)}.{name}"))
 
 
 def collect(
@@ -175,7 +205,7 @@ def collect(
     progress: Callable[[int, int], None],
     taps: Sequence[str] = ("residual",),
     *,
-    narrow: bool = False,
+    bf16: bool = False,
 ) -> dict[str, dict[int, Moments]]:
     """Moments of every layer over windows of token ids, for each tap (`records.plan.TAPS`).
 
@@ -187,7 +217,7 @@ def collect(
     Raises:
         NblError: a layer's activations are not finite.
     """
-    with Collection(model, taps, narrow=narrow) as collection:
+    with Collection(model, taps, bf16=bf16) as collection:
         collection.refer(ids_WT)
         done = 0
         for batch in batches(ids_WT):

@@ -2,25 +2,21 @@
 
     x -- W' -- + b --
 
-A bias of zeros is not added.
+A bias of zeros is not added. A map of zeros adds nothing: attention is dropped (the baseline of Erdogan et al. 2025).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from nbl_export.methods.base import OWN, Builder, Kind, Mixer, Port, Streams, TokenWork, Value
+from nbl_export.methods.base import Stored, TokenWork
 from nbl_export.methods.rows import Read
 from nbl_export.records.from_json import require
 
-if TYPE_CHECKING:
-    from nbl_export.methods.lmmse import Moments
-
-__all__ = ["LINEAR", "Linear"]
+__all__ = ["Linear"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +27,6 @@ class Linear:
     bias: np.ndarray
     kind = "linear"
     reads = (Read(),)
-    gives = (Port.OUTPUT,)
     holds_cache = False
 
     def __post_init__(self) -> None:
@@ -39,61 +34,46 @@ class Linear:
         require(self.weight.shape[0] == self.weight.shape[1], "the weight is not square")
         require(self.weight.shape[0] == self.bias.shape[0], "weight and bias disagree on the output size")
 
+    @staticmethod
+    def zeros(size: int) -> Linear:
+        """Attention dropped: the layer adds nothing in its place."""
+        return Linear(np.zeros((size, size), np.float32), np.zeros(size, np.float32))
+
     @property
     def size(self) -> int:
         return len(self.bias)
 
-    @property
-    def _has_bias(self) -> bool:
-        return bool(self.bias.any())
+    def __call__(self, x_BTD: np.ndarray) -> np.ndarray:
+        """x W' + b in float32."""
+        y: np.ndarray = x_BTD.astype(np.float32) @ self.weight.T + self.bias
+        return y
 
     def tensors(self) -> dict[str, np.ndarray]:
         """The weight [D, D] and the bias [D]."""
         return {"weight": self.weight, "bias": self.bias}
 
-    def product(self) -> np.ndarray | None:
-        return None if self._has_bias else self.weight
+    def stored(self) -> tuple[Stored, Stored]:
+        vectors = {"bias": self.bias} if self.bias.any() else {}
+        return ({"weight": self.weight} if vectors or self.weight.any() else {}), vectors
 
-    def emit(self, build: Builder, streams: Streams) -> dict[Port, Value]:
-        x = build.matmul(streams[OWN], self.weight, "weight")
-        return {Port.OUTPUT: build.add(x, self.bias, "bias") if self._has_bias else x}
+    def product(self) -> np.ndarray | None:
+        return None if self.bias.any() else self.weight
 
     def module(self, multiplier: float = 1.0) -> Any:
         import torch
-
-        made = LINEAR.blank(self.size, multiplier)
-        made.linear.load_state_dict({n: torch.from_numpy(getattr(self, n)) for n in ("weight", "bias")})
-        return made
-
-    def work(self) -> tuple[TokenWork, ...]:
-        return (TokenWork(self.weight.size, self.weight.size),)
-
-
-class _Linear(Kind):
-    name = "linear"
-
-    def fit(self, moments: Moments, layer: int, *, bias: bool = True) -> Linear:
-        from nbl_export.methods import lmmse
-
-        return Linear(*lmmse.fit(moments, layer, bias=bias))
-
-    def from_tensors(self, tensors: Mapping[str, np.ndarray]) -> Linear:
-        return Linear(tensors["weight"], tensors["bias"])
-
-    def blank(self, size: int, multiplier: float = 1.0, like: Mixer | None = None) -> Any:
         from torch import nn
 
         from nbl_export.methods.modules import Wrapped
 
-        return Wrapped(nn.Linear(size, size), multiplier)
+        made = nn.Linear(self.size, self.size)
+        made.load_state_dict({name: torch.from_numpy(array) for name, array in self.tensors().items()})
+        return Wrapped(made, multiplier)
 
-    def from_module(self, state: Mapping[str, np.ndarray], size: int) -> Linear:
-        return Linear(state["linear.weight"], state["linear.bias"])
-
-    def trained(self, mixer: Mixer, rank: int, generator: Any) -> Any:
+    def trained(self, rank: int, generator: Any) -> Any:
         from nbl_export.methods.modules import TrainedLinear
 
-        return TrainedLinear(mixer.module().linear, rank, generator)
+        return TrainedLinear(self.module().linear, rank, generator)
 
-
-LINEAR = _Linear()
+    def work(self) -> tuple[TokenWork, ...]:
+        elements = self.weight.size if self.stored()[0] else 0
+        return (TokenWork(elements, elements),)

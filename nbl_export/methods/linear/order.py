@@ -15,16 +15,18 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from nbl_export.files import key_of
-from nbl_export.methods import kind_of
-from nbl_export.methods.base import Mixer
-from nbl_export.methods.inputs import Maps, OrderInputs, Task
+from nbl_export.methods.base import ChoiceInputs, Mixer, Task
+from nbl_export.methods.choose import point
+from nbl_export.methods.linear.collect import read_sums
 from nbl_export.methods.linear.greedy import EVERY, RULE, Judge, Point, Search
+from nbl_export.methods.linear.maps import Linear
+from nbl_export.methods.lmmse import Moments, fit, score
 from nbl_export.methods.losses import PartialReplacement
 from nbl_export.records.from_json import read_record
-from nbl_export.records.inputs import Lazy, identity_of
-from nbl_export.records.plan import USUAL_KIND, LayerScore, Plan
+from nbl_export.records.inputs import identity_of
+from nbl_export.records.plan import LayerScore, Plan
 
-__all__ = ["Selection", "choose", "quiet", "ranked"]
+__all__ = ["Selection", "plan_of", "quiet", "ranked"]
 
 _WEIGHED_TOKENS = 512  # of the prefill whose saved arithmetic is weighed, independent of --prompt-tokens
 
@@ -42,8 +44,9 @@ class Selection:
         recorded: `facts` of an earlier selection; used if it was made from the same inputs.
     """
 
-    def __init__(self, inputs: OrderInputs, task: Task = quiet, recorded: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, inputs: ChoiceInputs, task: Task = quiet, recorded: Mapping[str, Any] | None = None) -> None:
         self.inputs = inputs
+        self.asked = inputs.candidates
         self._task = task
         self._found = recorded
         self._steps: tuple[Point, ...] = ()
@@ -53,47 +56,47 @@ class Selection:
     @functools.cached_property
     def scores(self) -> tuple[LayerScore, ...]:
         """Scores of all layers: bounds at the residual tap for every tap, errors of the chosen one."""
-        asked = self.inputs.kind
-        moments = self.inputs.moments.value
         found = []
-        kind = kind_of(asked.kind)
         for i in range(self.inputs.num_layers):
-            score = kind.score(moments(i, "residual"), i)
-            if asked.tap != "residual":
-                own = kind.score(moments(i, asked.tap), i, bias=asked.bias)
-                score = dataclasses.replace(own, bound=score.bound)
-            found.append(score)
+            scored = score(self._moments(i, "residual"), i)
+            if self.asked.tap != "residual":
+                own = score(self._moments(i, self.asked.tap), i, bias=self.asked.bias)
+                scored = dataclasses.replace(own, bound=scored.bound)
+            found.append(scored)
         return tuple(found)
+
+    def _moments(self, layer: int, tap: str) -> Moments:
+        return read_sums(self.inputs.sums.value, layer, tap).moments()
 
     def maps_of(self, layers: Collection[int]) -> dict[int, Mixer]:
         """The maps of some layers; the moments of one layer at a time are in memory."""
-        self._maps |= self._fit([i for i in layers if i not in self._maps])
+        self._maps |= {i: self._fit(i) for i in layers if i not in self._maps}
         return {i: self._maps[i] for i in layers}
 
-    def _fit(self, layers: Collection[int]) -> dict[int, Mixer]:
-        asked = self.inputs.kind
-        moments = self.inputs.moments.value
-        kind = kind_of(asked.kind)
-        return {i: kind.fit(moments(i, asked.tap), i, bias=asked.bias) for i in layers}
+    def _fit(self, layer: int) -> Linear:
+        moments = self._moments(layer, self.asked.tap)
+        if self.asked.dropped:
+            return Linear.zeros(len(moments.y_sum))
+        return Linear(*fit(moments, layer, bias=self.asked.bias))
 
     @functools.cached_property
     def partial(self) -> PartialReplacement:
         """The torch model, in which any set of layers can be replaced."""
-        return self.inputs.partial.value(self._all_maps, self.inputs.kind.tap)
+        return self.inputs.partial.value(self._all_maps, self.asked.tap)
 
     # -- order -------------------------------------------------------------------------------------------------
 
     @property
     def judges(self) -> bool:
         """Whether the model's output gives the order."""
-        return self.inputs.select == "efficient"
+        return self.asked.select == "efficient"
 
     def order(self, count: int) -> tuple[int, ...]:
         """The first `count` layers to replace; a smaller count gives a prefix of a larger count's layers."""
         if not count:
             return ()
         if not self.judges:
-            return tuple(i for i in ranked(self.scores) if i not in self.inputs.kept)[:count]
+            return tuple(i for i in ranked(self.scores) if i not in self.asked.kept)[:count]
         return self._extended(count)[count - 1].layers
 
     def expected_count(self, increase: float) -> int:
@@ -118,7 +121,7 @@ class Selection:
 
     @functools.cached_property
     def _search(self) -> Search:
-        self._names, texts = map(list, zip(*self.inputs.texts.value, strict=True))
+        self._names, texts = map(list, zip(*self.inputs.selection.value, strict=True))
         tokens = sum(windows.numel() for windows in texts)
         saved = self.inputs.saved.value
         maps = self._all_maps
@@ -127,7 +130,7 @@ class Selection:
             return saved({i: maps[i] for i in gone}, _WEIGHED_TOKENS)
 
         with self._task(f"trying each layer on {tokens} tokens") as progress:
-            return Search(Judge(self.partial, texts), self._steps, saving, progress, self.inputs.kept)
+            return Search(Judge(self.partial, texts), self._steps, saving, progress, self.asked.kept)
 
     @property
     def _all_maps(self) -> dict[int, Mixer]:
@@ -150,32 +153,22 @@ class Selection:
     def key(self) -> str:
         """Fingerprint of what an order by the model's output follows from."""
         inputs = self.inputs
-        parts = (inputs.kind, inputs.moments, inputs.partial, inputs.texts, inputs.saved)
-        return key_of(RULE, EVERY, _WEIGHED_TOKENS, [identity_of(part) for part in parts], inputs.kept)
+        asked = self.asked
+        parts = (inputs.sums, inputs.partial, inputs.selection, inputs.saved)
+        facts = (asked.tap, asked.bias, asked.dropped, asked.kept)
+        return key_of(RULE, EVERY, _WEIGHED_TOKENS, [identity_of(part) for part in parts], facts)
 
-    def facts(self, speedup: Lazy[Callable[[Maps], Any]], setting: Lazy[Mapping[str, Any]]) -> dict[str, Any]:
-        """Facts for the manifest: the order, so that it is not computed twice, and the curve that it gives.
-
-        Args:
-            speedup: modelled speed-ups of some maps. setting: what they are modelled for.
-        """
+    def facts(self) -> dict[str, Any]:
+        """Facts for the manifest: the order, so that it is not computed twice, and the curve that it gives."""
         if not self._steps:
             return {"curve": None}
         steps = [dataclasses.asdict(step) for step in self._steps]
         greedy = {"key": self.key, "texts": self._names, "steps": steps}
-        points = [self._point(speedup.value, point) for point in self._steps]
-        return {"greedy": greedy, "curve": {"texts": self._names, **setting.value, "points": points}}
-
-    def _point(self, speedup: Callable[[Maps], Any], point: Point) -> dict[str, Any]:
-        speed = speedup(self.maps_of(point.layers))
-        return {
-            "layers": len(point.layers),
-            "replaced_layers": sorted(point.layers),
-            "kl": list(point.kl),
-            "increases": list(point.increases),
-            "prefill": speed.prefill,
-            "decode": speed.decode,
-        }
+        points = []
+        for found in self._steps:
+            maps = self.maps_of(found.layers)
+            points.append(point(maps, self.inputs.speedup.value(maps), found.kl, found.increases))
+        return {"greedy": greedy, "curve": {"texts": self._names, **self.inputs.setting.value, "points": points}}
 
 
 # -- from scores and a request to a plan -----------------------------------------------------------------------
@@ -186,15 +179,14 @@ def ranked(scores: Sequence[LayerScore]) -> tuple[int, ...]:
     return tuple(s.layer for s in sorted(scores, key=lambda s: (s.bound, s.layer)))
 
 
-def choose(
+def plan_of(
     scores: Sequence[LayerScore],
     request: int | tuple[int, ...],
     tap: str = "residual",
     select: str = "cca",
     order: Sequence[int] | None = None,
-    kind: str = USUAL_KIND,
 ) -> Plan:
-    """The plan for a count or for named layers, all of one kind.
+    """The plan for a count or for named layers.
 
     A count takes the first layers of `order` (default: `ranked`).
     """
@@ -204,4 +196,4 @@ def choose(
     else:
         replaced = request
         select = "given"
-    return Plan.of(len(scores), dict.fromkeys(replaced, kind), tap, select, tuple(scores))
+    return Plan.of(len(scores), dict.fromkeys(replaced, Linear.kind), tap, select, tuple(scores))

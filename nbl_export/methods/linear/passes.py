@@ -3,7 +3,7 @@
     before   x -- norm -- qkv -- GroupQueryAttention -- o_proj -+      after   x -- MatMul(W') -- Add(b) -+
              x -------------------------------------------- join               x -------------------- join
 
-The nodes are the mixer's own (`methods.base`). If it gives no output, the join goes, and its readers get x.
+If a map adds nothing, the join goes, and its readers get x.
 This pass removes no nodes, because exporters share rotary tables, masks and shape values across layers. The old block
 only loses its reader (see `DropCaches` and `SkipNormToAdd`). Refuses a join that `anatomy` cannot find.
 """
@@ -18,13 +18,13 @@ from nbl_export.errors import RefusalError
 from nbl_export.graph.anatomy import AttentionBlock, find_block
 from nbl_export.graph.emitter import LayerMaker, element_type
 from nbl_export.graph.passes.skip_norms import SKIP_NORMS, SUM, bias_of
-from nbl_export.methods.base import OWN, Mixer, Port, tapped
+from nbl_export.methods.base import Mixer, tapped
 
 __all__ = ["RewriteBlocks"]
 
 
 class RewriteBlocks(ir.passes.InPlacePass):
-    """Put mixers into layers. They add their own nodes by a `LayerMaker`."""
+    """Put linear layers into layers."""
 
     def __init__(self, mixers: Mapping[int, Mixer], tap: str = "residual") -> None:
         super().__init__()
@@ -37,12 +37,17 @@ class RewriteBlocks(ir.passes.InPlacePass):
             mixer = self.mixers[block.layer]
             _check_same_size(block, mixer)
             make = LayerMaker(graph, block.layer, element_type(graph, block.residual))
-            given = mixer.emit(make, {OWN: tapped(block, self.tap)})
-            if Port.OUTPUT in given:
-                block.join.prepend(make.nodes)
-                block.join.replace_input_with(block.branch_index, given[Port.OUTPUT])
-            else:
+            x = tapped(block, self.tap)
+            matrices, vectors = mixer.stored()
+            if not matrices:
                 _pass_on(make, block)
+                continue
+            for name, matrix in matrices.items():
+                x = make.matmul(x, matrix, name)
+            for name, vector in vectors.items():
+                x = make.add(x, vector, name)
+            block.join.prepend(make.nodes)
+            block.join.replace_input_with(block.branch_index, x)
         return ir.passes.PassResult(model, modified=bool(self.mixers))
 
 

@@ -21,7 +21,8 @@ from nbl_export.graph.anatomy import find_block
 from nbl_export.graph.emitter import ancestors, element_type
 from nbl_export.graph.files import load_graph
 from nbl_export.graph.session import open_session, returning_memory
-from nbl_export.methods.base import NumpyMixers, tapped
+from nbl_export.methods.base import tapped
+from nbl_export.methods.linear.maps import Linear
 
 __all__ = ["MixedSession"]
 
@@ -46,12 +47,12 @@ class MixedSession:
     """
 
     def __init__(
-        self, file: Path, mixers: NumpyMixers, tap: str, *, exact: bool = False, shown: Sequence[int] = ()
+        self, file: Path, mixers: Mapping[int, Linear], tap: str, *, exact: bool = False, shown: Sequence[int] = ()
     ) -> None:
         model = load_graph(file)
         graph = model.graph
         self._mixers = mixers
-        blocks = [find_block(graph, layer) for layer in mixers.layers]
+        blocks = [find_block(graph, layer) for layer in sorted(mixers)]
         streams = [block.residual for block in blocks]
         taps = [tapped(block, tap) for block in blocks]
         dropped = {value for block in blocks for value in block.presents}
@@ -66,7 +67,7 @@ class MixedSession:
             graph.inputs.append(own)
             block.join.replace_input_with(block.branch_index, own)
             given.append(own)
-        self._between = [(i, str(x.name), str(y.name)) for i, x, y in zip(mixers.layers, taps, given, strict=True)]
+        self._between = [(i, str(x.name), str(y.name)) for i, x, y in zip(sorted(mixers), taps, given, strict=True)]
         self._parts = [
             open_session(part, folder=file.parent, entries=_STOP_SPINNING, mapped=True, exact=exact)
             for part in _parts(model, list(zip(streams, given, strict=True)), taps, list(dict.fromkeys(wanted)))
@@ -95,7 +96,7 @@ class MixedSession:
         for place, part in enumerate(self._parts):
             if place:
                 layer, x, y = self._between[place - 1]
-                known[y] = self._mixers(layer, known[x]).astype(known[x].dtype)
+                known[y] = self._mixers[layer](known[x]).astype(known[x].dtype)
             names = [value.name for value in part.get_outputs()]
             read = {value.name: known[value.name] for value in part.get_inputs()}
             known.update(zip(names, part.run(names, read, self._returning), strict=True))

@@ -1,379 +1,45 @@
-"""The exit layer of a decoder: the layer from which a prompt's skipped tokens have predicted KV
-(`methods.predicted_kv.maps`).
-
-    exit layers, by halves with the fewest recent tokens ─► the lowest that is foreseen within the limits
-    candidates (exit layer, recent tokens), most of a prompt saved first
-      ─► foreseen: the increase of perplexity on the selection texts, each within its limit
-      ─► decided: the upper end of the 95% interval on the validation texts, at most the limit ─► the first that holds
-
-A higher exit layer loses less, and so do more recent tokens: what is foreseen of one candidate speaks for others.
-
-The texts are ordinary rows of both texts, and the long-range tokens (`text.long_range`) in these rows and in
-passages that occur twice. A layer that copies above the exit layer fails there first, and ordinary text hardly shows
-it. Each row counts as much as another one, however many such tokens it has. At every position, recent tokens have
-their own keys and values, and skipped tokens predicted ones, which is close to what is served
-(`methods.predicted_kv.torch_layers`). Candidates are tested in a fixed order until the first one
-passes. Each failure before it adds the error rate of one more test at most.
-"""
+"""Which exit layers and numbers of recent tokens may be chosen, and which sums they need."""
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
 
-from nbl_export.errors import NblError
-from nbl_export.methods.inputs import Maps, Task, Texts
-from nbl_export.model import processes
-from nbl_export.records.inputs import Lazy
-from nbl_export.records.plan import Plan
-from nbl_export.records.quality import (
-    LONG_RANGE_SHARE,
-    describe_long_range,
-    long_range_ends,
-    long_range_row,
-    loss_row,
-    spoken_increase,
-)
-from nbl_export.text.long_range import FEWEST, SHORT, contexts, is_long_range
-from nbl_export.text.windows import repeated
+__all__ = ["ExitCandidates", "Exits", "candidate_exits"]
 
-if TYPE_CHECKING:
-    import torch
+_MOST = 16  # candidate exit layers: the lowest is at half of the layers, the highest leaves an eighth above it
 
-    from nbl_export.methods.base import Mixer
-    from nbl_export.methods.losses import Loss, PartialReplacement
 
-__all__ = ["LENGTH", "ExitInputs", "choose_exit", "joined"]
-
-LENGTH = 1024  # tokens of a row: skipped tokens' keys are most of what its later tokens read
-_ROWS = 16  # that decide: of each text, and of passages
-_TWICE_ROWS = 4
-_EVERY = 2  # every second position is foreseen
-_HOPELESS = 2.0  # times the limit: such an exit layer is not tried with more recent tokens, which halve a loss or less
-_PROMPTS = (512, 2048)  # tokens of the prompts whose saved work is weighed
-Say = Callable[[str], None]
+def candidate_exits(num_layers: int) -> tuple[int, ...]:
+    """The exit layers that are calibrated and judged, ascending."""
+    low = max(1, num_layers // 2)
+    high = max(1, num_layers - max(1, num_layers // 8))
+    step = max(1, math.ceil((high - low + 1) / _MOST))
+    return tuple(range(low, high + 1, step)) if num_layers > 1 else ()
 
 
 @dataclass(frozen=True)
-class ExitInputs:
-    """What the choice of an exit layer follows from.
+class Exits:
+    """What sums are of.
 
     Attributes:
-        exits: candidates; one if it is named, and then nothing is tested.
-        recent_choices: numbers of tokens at the end of a prompt that continue.
-        share: most increase of perplexity. asked: its text, None for the default.
-        maps: an exit layer and a number of recent tokens -> the maps of all layers from the exit layer up.
-        partial: maps and their tap -> the torch model, in which these maps can replace attention.
-        selection, validation: rows of each text.
-        saved: share of the arithmetic of a prompt of some tokens that maps save.
-        speedup: modelled speed-ups of some maps. setting: what they are modelled for.
+        exits: ascending. length: tokens of a row, which joins windows.
     """
 
-    num_layers: int
+    exits: tuple[int, ...]
+    length: int
+
+
+@dataclass(frozen=True)
+class ExitCandidates:
+    """Exit layers and numbers of recent tokens.
+
+    Attributes:
+        exits: one if it is named, and then nothing is tested.
+        recent_choices: numbers of tokens at the end of a prompt that continue.
+    """
+
     exits: tuple[int, ...]
     recent_choices: tuple[int, ...]
     named: bool
-    share: float
-    asked: str | None
-    length: int
-    maps: Lazy[Callable[[int, int], Maps]]
-    partial: Lazy[Callable[[Maps, str], Any]]
-    selection: Lazy[Texts]
-    validation: Lazy[Texts]
-    saved: Lazy[Callable[[Maps, int], float]]
-    speedup: Lazy[Callable[[Maps], Any]]
-    setting: Lazy[Mapping[str, Any]]
-
-
-def joined(rows_WT: Any, length: int) -> torch.Tensor:
-    """Consecutive rows joined to rows of `length` tokens, the rest left out; the rows if too few, or longer."""
-    import torch
-
-    if rows_WT.shape[1] >= length:
-        return torch.as_tensor(rows_WT)
-    ids = torch.as_tensor(rows_WT).flatten()
-    count = len(ids) // length
-    return ids[: count * length].view(count, length) if count else torch.as_tensor(rows_WT)
-
-
-def _spread(rows_WT: torch.Tensor, most: int) -> torch.Tensor:
-    """At most so many rows, from all parts of the text."""
-    return rows_WT[:: max(1, len(rows_WT) // most)][:most]
-
-
-def choose_exit(inputs: ExitInputs, task: Task, say: Say) -> tuple[Plan, dict[int, Mixer], dict[str, Any]]:
-    """The plan of the exit layer that saves most of a prompt within the limit, its maps, and further facts for the
-    manifest.
-
-    Raises:
-        NblError: no candidate is within the limit.
-    """
-    if inputs.named:
-        exit_layer = inputs.exits[0]
-        recent_tokens = inputs.recent_choices[0]
-        say(_spoken(exit_layer, recent_tokens, inputs.num_layers))
-        return _planned(inputs, exit_layer, recent_tokens, {})
-    path: list[dict[str, Any]] = []
-    judge = _Judge(inputs, task)
-    foreseen = _Foreseen(inputs, judge)
-    foreseen.halve()
-    for exit_layer, recent_tokens in _by_saving(inputs):
-        if not foreseen.holds(exit_layer, recent_tokens):
-            continue
-        chosen = inputs.maps.value(exit_layer, recent_tokens)
-        rows, long_range = judge.decide(chosen)
-        within = all(_upper(row) <= inputs.share for row in rows)
-        within &= long_range is None or long_range_ends(long_range)[1] <= LONG_RANGE_SHARE * inputs.share
-        step = {"layers": len(chosen), "layer": exit_layer, "recent_tokens": recent_tokens, "within": within}
-        path.append({**step, "quality_losses": rows, "long_range": long_range})
-        if within:
-            for line in _lines(inputs, path):
-                say(line)
-            curve = {"texts": foreseen.texts, **inputs.setting.value, "points": foreseen.points}
-            goal = {"max_perplexity_increase": inputs.asked or f"{inputs.share:.0%}", "default": inputs.asked is None}
-            return _planned(inputs, exit_layer, recent_tokens, {"goal": {**goal, "path": path[::-1]}, "curve": curve})
-    raise NblError(_unreachable(inputs, foreseen.points))
-
-
-def _planned(
-    inputs: ExitInputs, exit_layer: int, recent_tokens: int, facts: dict[str, Any]
-) -> tuple[Plan, dict[int, Mixer], dict[str, Any]]:
-    maps = dict(inputs.maps.value(exit_layer, recent_tokens))
-    plan = Plan.of(inputs.num_layers, {i: mixer.kind for i, mixer in maps.items()}, select="exit")
-    return plan, maps, {**facts, "exit": {"layer": exit_layer, "recent_tokens": recent_tokens}}
-
-
-def _by_saving(inputs: ExitInputs) -> list[tuple[int, int]]:
-    """Candidates, most of a prompt saved first."""
-    saved = inputs.saved.value
-    maps = inputs.maps.value
-    pairs = [(exit_layer, recent_tokens) for exit_layer in inputs.exits for recent_tokens in inputs.recent_choices]
-    worth = {(c, n): sum(saved(maps(c, n), tokens) for tokens in _PROMPTS) for c, n in pairs}
-    return sorted(pairs, key=lambda pair: -worth[pair])
-
-
-class _Foreseen:
-    """Candidates whose increase on the selection texts is known, or follows from others' increases."""
-
-    def __init__(self, inputs: ExitInputs, judge: _Judge) -> None:
-        self._inputs = inputs
-        self._judge = judge
-        self.texts: list[str] = []
-        self._worst: dict[tuple[int, int], float] = {}  # the largest increase of a text over the limit
-        self._points: dict[tuple[int, int], dict[str, Any]] = {}
-
-    @property
-    def points(self) -> list[dict[str, Any]]:
-        """Points of the curve, the highest exit layer first."""
-        return [self._points[key] for key in sorted(self._points, reverse=True)]
-
-    def halve(self) -> None:
-        """Find the lowest exit layer that holds with the fewest recent tokens."""
-        exits = self._inputs.exits
-        recent_tokens = min(self._inputs.recent_choices)
-        low = 0
-        high = len(exits)
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self._measured(exits[middle], recent_tokens) <= 1 else (middle + 1, high)
-
-    def holds(self, exit_layer: int, recent_tokens: int) -> bool:
-        """Whether a candidate is foreseen within the limits; it is measured only if no other one tells."""
-        for (c, n), worst in self._worst.items():
-            if c >= exit_layer and (worst > _HOPELESS or (n >= recent_tokens and worst > 1)):
-                return False
-            if c <= exit_layer and n <= recent_tokens and worst <= 1:
-                return True
-        return self._measured(exit_layer, recent_tokens) <= 1
-
-    def _measured(self, exit_layer: int, recent_tokens: int) -> float:
-        maps = self._inputs.maps.value(exit_layer, recent_tokens)
-        losses, long_range = self._judge.foresee(maps)
-        self._points[exit_layer, recent_tokens] = _point(self._inputs, maps, losses, long_range)
-        self.texts = list(losses)
-        parts = [*(increase for increase, _ in losses.values()), (long_range or 0.0) / LONG_RANGE_SHARE]
-        self._worst[exit_layer, recent_tokens] = max(parts) / self._inputs.share
-        return self._worst[exit_layer, recent_tokens]
-
-
-@dataclass
-class _Row:
-    """A row of a text.
-
-    Attributes:
-        text: its name; None if long-range tokens alone count, as in a passage that occurs twice.
-        begin: the first judged position.
-        run: of the original, which serves all exit layers; None runs it again for each.
-        long_range: positions of the long-range tokens, and what they gain by the whole text, once they are known.
-    """
-
-    text: str | None
-    ids_T: torch.Tensor
-    begin: int = 0
-    run: Any = None
-    long_range: tuple[torch.Tensor, torch.Tensor] | None = None
-
-
-class _Judge:
-    """Losses of exit layers on the selection and the validation texts, and what is lost of their long-range tokens."""
-
-    def __init__(self, inputs: ExitInputs, task: Task) -> None:
-        self._inputs = inputs
-        self._task = task
-
-    def foresee(self, maps: Maps) -> tuple[dict[str, tuple[float, float]], float | None]:
-        """Increase of perplexity and KL on each selection text, and the lost share of long-range tokens."""
-        losses, long_range = self._judged(maps, self._selection, _EVERY)
-        rows = [loss_row(name, found) for name, found in losses.items()]
-        increases = {row["text"]: (_finite(row["increase"]), _finite(row["kl"])) for row in rows}
-        return increases, None if long_range is None else _finite(long_range["lost"])
-
-    def decide(self, maps: Maps) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-        """A row of each validation text, and one of the long-range tokens, with intervals."""
-        losses, long_range = self._judged(maps, self._validation, 1)
-        return [loss_row(name, found) for name, found in losses.items()], long_range
-
-    def _judged(
-        self, maps: Maps, rows: Sequence[_Row], every: int
-    ) -> tuple[dict[str, list[Loss]], dict[str, Any] | None]:
-        """The losses of the rows of each text, and the long-range tokens; `every`: distance of positions."""
-        import torch
-
-        from nbl_export.methods.losses import Loss
-
-        partial: PartialReplacement = self._inputs.partial.value(maps, "residual")
-        table = torch.zeros(
-            len(rows), 8, dtype=torch.float64
-        )  # a row's loss, and that of its long-range tokens with their gain
-        with self._task(f"an exit layer at layer {min(maps)}") as progress:
-            for k in processes.own(len(rows)):
-                row = rows[k]
-                run = partial.runs(row.ids_T[None], again=False) if row.run is None else row.run.of(partial)
-                (last_WTD,) = run.last([tuple(maps)])
-                given = row.ids_T, run.original[0], {0: last_WTD[0]}
-                each: list[torch.Tensor] = []  # the original's losses
-                if row.text is not None:
-                    ordinary = torch.arange(0, len(row.ids_T) - 1, every)
-                    loss = partial.losses(*given, ordinary, each)[0]
-                    table[k, :4] = torch.tensor(astuple(loss), dtype=torch.float64)
-                known_N = torch.cat(each) if each and every == 1 else None
-                positions_N, gain_N = self._long_range(row, partial, run.original[0], known_N)
-                if len(positions_N) >= FEWEST:
-                    loss = partial.losses(*given, positions_N)[0]
-                    seen = (loss.positions, loss.original_sum, loss.nbl_sum, gain_N.sum().item())
-                    table[k, 4:] = torch.tensor(seen, dtype=torch.float64)
-                progress(k + 1, len(rows))
-        found: dict[str, list[Loss]] = {}
-        answers = []
-        for row, values in zip(rows, processes.joined(table).tolist(), strict=True):
-            if row.text is not None:
-                found.setdefault(row.text, []).append(Loss.of(values[:4]))
-            if values[4]:
-                answers.append((int(values[4]), *values[5:]))
-        return found, long_range_row(answers)
-
-    def _long_range(
-        self, row: _Row, partial: PartialReplacement, original_TD: torch.Tensor, known_N: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions of the long-range tokens in a row, and what they gain by the whole text.
-
-        known_N: the original's losses at all positions, if they were computed before.
-        """
-        import torch
-
-        if row.long_range is None:
-            begin = max(row.begin, SHORT - 1)
-            end = len(row.ids_T) - 1
-            if end <= begin:
-                return torch.arange(0), torch.zeros(0)
-            index = torch.from_numpy(contexts(begin, end))
-            last_ND = partial.runs(row.ids_T[index], again=False).original[:, SHORT - 1 :].flatten(0, 1)
-            short = last_ND[: end - begin]
-            target_N = row.ids_T[begin + 1 :]
-            whole_N = (
-                partial.cross_entropies(original_TD[begin:end], target_N) if known_N is None else known_N[begin:end]
-            )
-            gain = partial.cross_entropies(short, target_N) - whole_N
-            long_range = is_long_range(gain)
-            row.long_range = begin + long_range.nonzero()[:, 0], gain[long_range]
-        return row.long_range
-
-    @functools.cached_property
-    def _selection(self) -> list[_Row]:
-        """Few rows, and runs that keep what all exit layers have in common."""
-        (*texts, (_, twice_WT)), length = self._inputs.selection.value, self._inputs.length
-        rows = [_Row(name, ids_T) for name, ids_WT in texts for ids_T in joined(ids_WT, length)]
-        rows += [_Row(None, ids_T, len(ids_T) // 2) for ids_T in twice_WT]
-        original: PartialReplacement = self._inputs.partial.value({}, "residual")
-        for row in rows:
-            row.run = original.runs(row.ids_T[None], again=True)
-        return rows
-
-    @functools.cached_property
-    def _validation(self) -> list[_Row]:
-        texts = self._inputs.validation.value
-        length = self._inputs.length
-        rows = [_Row(name, ids_T) for name, ids_WT in texts for ids_T in _spread(joined(ids_WT, length), _ROWS)]
-        parts = [repeated(part, len(part))[0] for part in _spread(joined(texts[0][1], 2 * length), _TWICE_ROWS)]
-        return [*rows, *(_Row(None, part, len(part) // 2) for part in parts)]
-
-
-def _point(
-    inputs: ExitInputs, maps: Maps, losses: Mapping[str, tuple[float, float]], long_range: float | None
-) -> dict[str, Any]:
-    """A point of the curve."""
-    speed = inputs.speedup.value(maps)
-    return {
-        "layers": len(maps),
-        "replaced_layers": sorted(maps),
-        "recent_tokens": next(iter(maps.values())).reads[0].tokens,
-        "kl": [kl for _, kl in losses.values()],
-        "increases": [increase for increase, _ in losses.values()],
-        "long_range": long_range,
-        "prefill": speed.prefill,
-        "decode": speed.decode,
-    }
-
-
-def _finite(value: float | None) -> float:
-    return math.inf if value is None else value
-
-
-def _upper(row: Mapping[str, Any]) -> float:
-    """The upper end of the increase of a row; infinite without an interval."""
-    ends: Sequence[float] | None = row["increase_interval"]
-    return math.inf if row["increase"] is None or not ends else ends[1]
-
-
-def _spoken(exit_layer: int, recent_tokens: int, num_layers: int) -> str:
-    layers = f"layers {exit_layer} to {num_layers - 1}"
-    return f"keys of {layers} are predicted, but those of a prompt's last {recent_tokens} tokens"
-
-
-def _lines(inputs: ExitInputs, path: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """What was decided, for the user."""
-    best = path[-1]
-    yield _spoken(best["layer"], best["recent_tokens"], inputs.num_layers)
-    for row in best["quality_losses"]:
-        yield f"perplexity {spoken_increase(row)} on {row['text']}"
-    if best["long_range"] is not None:
-        yield describe_long_range(best["long_range"])
-    for step in path[:-1]:
-        worst = max(step["quality_losses"], key=_upper)
-        said = f"{spoken_increase(worst)} on {worst['text']}"
-        if _upper(worst) <= inputs.share:
-            said = describe_long_range(step["long_range"])
-        yield f"an exit layer at {step['layer']} with {step['recent_tokens']} recent tokens: {said}"
-
-
-def _unreachable(inputs: ExitInputs, points: Sequence[Mapping[str, Any]]) -> str:
-    least = min(points, key=lambda point: max(*point["increases"], (point["long_range"] or 0.0) / LONG_RANGE_SHARE))
-    flag = f"--max-perplexity-increase {inputs.asked}" if inputs.asked else f"the default limit of {inputs.share:.0%}"
-    return (
-        f"{flag} cannot be met: of the exit layers that were tried, {min(least['replaced_layers'])} loses least, "
-        f"{max(least['increases']):+.1%} of perplexity and {least['long_range'] or 0:.0%} of long-range tokens; "
-        "allow more, name an exit layer (--exit-layer), or replace layers (--exit-layer none)"
-    )
+    collected: Exits

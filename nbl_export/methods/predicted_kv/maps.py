@@ -20,21 +20,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from nbl_export.errors import NblError
-from nbl_export.methods.base import Builder, Kind, Mixer, Port, Streams, TokenWork, Value
+from nbl_export.methods.base import Stored, TokenWork
 from nbl_export.methods.rows import Read, Reads, Rows
 from nbl_export.records.decoder import MOST_POSITIONS
 from nbl_export.records.from_json import require
 from nbl_export.records.plan import PREDICTED_KV
 
-if TYPE_CHECKING:
-    from nbl_export.methods.lmmse import Moments
-
-__all__ = ["PREDICTED", "PredictedKV", "rows_read"]
+__all__ = ["PredictedKV", "exit_of", "rows_read"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,6 @@ class PredictedKV:
     recent_tokens: int
     epsilon: float
     kind = PREDICTED_KV
-    gives = (Port.KEYS, Port.VALUES)
     holds_cache = True
 
     def __post_init__(self) -> None:
@@ -85,18 +81,25 @@ class PredictedKV:
     def product(self) -> None:
         return None
 
-    def emit(self, build: Builder, streams: Streams) -> dict[Port, Value]:
-        """Keys and values of all tokens of a step, from what the map reads (`rows_read`); some are not used."""
-        parts = zip(self.gives, ("keys", "values"), np.split(self.weight, 2), np.split(self.bias, 2), strict=True)
-        x = streams[self.exit_layer]
-        return {p: build.add(build.matmul(x, weight, name), bias, f"{name}_bias") for p, name, weight, bias in parts}
+    def __call__(self, x_BTD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values [B, T, K] of all tokens of a step, before rotary, from the stream at the exit layer."""
+        keys, values = np.split(rows_read(x_BTD, self.epsilon) @ self.weight.T + self.bias, 2, -1)
+        return keys, values
+
+    def stored(self) -> tuple[Stored, Stored]:
+        return {"weight": self.weight}, {"bias": self.bias}
 
     def module(self, multiplier: float = 1.0) -> Any:
         import torch
 
-        made = PREDICTED.blank(self.size, multiplier, self)
+        from nbl_export.methods.predicted_kv.module import PredictedKVModule
+
+        made = PredictedKVModule(self)
         made.linear.load_state_dict({n: torch.from_numpy(getattr(self, n)) for n in ("weight", "bias")})
         return made
+
+    def trained(self, rank: int, generator: Any) -> None:
+        return None
 
     def work(self) -> tuple[TokenWork, ...]:
         return TokenWork(0, 0), TokenWork(self.weight.size, self.weight.size)
@@ -111,26 +114,13 @@ def rows_read(x_BTD: np.ndarray, epsilon: float) -> np.ndarray:
     return np.concatenate([x, np.concatenate([x[:, :1], x[:, :-1]], 1)], 2)
 
 
-class _Predicted(Kind):
-    """Maps of one exit layer are fitted together (`methods.predicted_kv.sums`), since they share the moments of
-    their inputs."""
+def exit_of(maps: Mapping[int, PredictedKV]) -> PredictedKV:
+    """A map of a model, whose exit layer, recent tokens and norm are those of all its maps.
 
-    name = PREDICTED_KV
-    holds_cache = True
-
-    def fit(self, moments: Moments, layer: int, *, bias: bool = True) -> Mixer:
-        raise NblError(f"layer {layer}: predicted KV are fitted by exit layer, not by layer")
-
-    def blank(self, size: int, multiplier: float = 1.0, like: Mixer | None = None) -> Any:
-        from nbl_export.methods.predicted_kv.module import PredictedKVModule
-
-        return PredictedKVModule(like)
-
-    def from_tensors(self, tensors: Mapping[str, np.ndarray]) -> PredictedKV:
-        inputs, exit_layer, recent_tokens, epsilon = tensors["numbers"].tolist()
-        return PredictedKV(
-            tensors["weight"], tensors["bias"], int(inputs), int(exit_layer), int(recent_tokens), epsilon
-        )
-
-
-PREDICTED = _Predicted()
+    Raises:
+        NblError: the maps have several exit layers.
+    """
+    found = {(mixer.exit_layer, mixer.recent_tokens) for mixer in maps.values()}
+    if len(found) > 1:
+        raise NblError(f"the maps have several exit layers or numbers of recent tokens: {sorted(found)}")
+    return next(iter(maps.values()))

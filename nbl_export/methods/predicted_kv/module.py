@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from nbl_export.methods.base import Port
-from nbl_export.methods.modules import MixerModule
+from nbl_export.methods.modules import MixerModule, Place
 
 __all__ = ["PredictedKVModule", "features"]
 
@@ -21,7 +21,7 @@ class PredictedKVModule(MixerModule):
         like: a mixer of this shape and exit layer; its numbers are not read.
     """
 
-    gives = (Port.KEYS, Port.VALUES)
+    beside = True
 
     def __init__(self, like: Any) -> None:
         super().__init__()
@@ -30,6 +30,21 @@ class PredictedKVModule(MixerModule):
         self.epsilon = like.epsilon
         self.reads = (like.exit_layer,)
         self.linear = nn.Linear(like.weight.shape[1], len(like.weight))
+
+    @staticmethod
+    def places(decoder: Any, modules: Mapping[int, Any], tap: str, *, served: bool) -> Iterator[Place]:
+        from nbl_export.methods.predicted_kv.teacher_forced import TeacherForcedAttention
+        from nbl_export.methods.predicted_kv.torch_layers import PrefillExitLayer, check_attention, check_served
+
+        for index, module in modules.items():
+            layer = decoder.layers[index]
+            check_attention(layer, decoder.config, index)
+            if served:
+                yield layer, "forward", PrefillExitLayer(layer, module, module.recent_tokens)
+            else:
+                yield layer.self_attn, "forward", TeacherForcedAttention(layer.self_attn, module)
+        if served:
+            check_served(modules, len(decoder.layers))
 
     def predict(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [B, T, K] each, before rotary embedding, from the stream at the exit layer."""

@@ -31,10 +31,8 @@ from nbl_export.graph.emitter import Maker, choose, dependent_nodes, element_typ
 from nbl_export.graph.names import EXIT_ROWS
 from nbl_export.graph.passes.skip_norms import SKIP_NORMS, SUM, bias_of
 from nbl_export.graph.passes.tail import LastValid
-from nbl_export.methods.base import Mixer
 from nbl_export.methods.predicted_kv.attention import ContinuingRows, ExitedAttention
-from nbl_export.methods.predicted_kv.maps import PredictedKV
-from nbl_export.methods.predicted_kv.prompt_exit import prompt_exit_of
+from nbl_export.methods.predicted_kv.maps import PredictedKV, exit_of
 from nbl_export.methods.predicted_kv.static import exit_static, name_rows
 
 __all__ = ["PrefillExit"]
@@ -46,47 +44,44 @@ _BOOL = ir.DataType.BOOL
 
 
 class PrefillExit(ir.passes.InPlacePass):
-    """Put an exit layer into the graph, at the lowest layer with predicted KV; run before the other mixers are put in.
+    """Put an exit layer into the graph, at the lowest layer with predicted KV.
 
     Args:
-        mixers: of all layers.
+        maps: of all layers from the exit layer up.
     """
 
-    def __init__(self, mixers: Mapping[int, Mixer]) -> None:
+    def __init__(self, maps: Mapping[int, PredictedKV]) -> None:
         super().__init__()
-        self.mixers = mixers
+        self.maps = dict(sorted(maps.items()))
 
     def requires(self, model: ir.Model) -> None:
         """One exit layer, and above it maps for all attention."""
-        prompt_exit = prompt_exit_of(self.mixers)
-        if prompt_exit is None:
-            return
-        first = next(iter(prompt_exit.maps.values()))
-        for layer, mixer in prompt_exit.maps.items():
+        first = exit_of(self.maps)
+        exit_layer = first.exit_layer
+        for layer, mixer in self.maps.items():
             if (mixer.inputs, mixer.epsilon) != (first.inputs, first.epsilon):
                 raise RefusalError(layer, "its predicted KV have another norm or another input")
-            if layer < prompt_exit.layer:
-                raise RefusalError(layer, f"it predicts KV below the exit layer at layer {prompt_exit.layer}")
+            if layer < exit_layer:
+                raise RefusalError(layer, f"it predicts KV below the exit layer at layer {exit_layer}")
         caches = graph_caches(model.graph)
-        if above := [i for i in caches if i >= prompt_exit.layer and i not in self.mixers]:
+        if above := [i for i in caches if i >= exit_layer and i not in self.maps]:
             what = "it has attention without predicted KV, and stands above the exit layer of the prompt at layer"
-            raise RefusalError(min(above), f"{what} {prompt_exit.layer}")
-        if prompt_exit.layer not in caches:
-            raise RefusalError(prompt_exit.layer, "it has no attention, so a prompt cannot stop below it")
+            raise RefusalError(min(above), f"{what} {exit_layer}")
+        if exit_layer not in caches:
+            raise RefusalError(exit_layer, "it has no attention, so a prompt cannot stop below it")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
-        prompt_exit = prompt_exit_of(self.mixers)
-        if prompt_exit is None:
-            return ir.passes.PassResult(model, modified=False)
-        blocks = {layer: find_block(graph, layer) for layer in prompt_exit.maps}
+        mixer = exit_of(self.maps)
+        blocks = {layer: find_block(graph, layer) for layer in self.maps}
+        stream = find_block(graph, mixer.exit_layer).residual
         if is_static(graph):
-            exit_static(graph, find_block(graph, prompt_exit.layer).residual, blocks, prompt_exit.maps)
+            exit_static(graph, stream, blocks, self.maps)
             return ir.passes.PassResult(model, modified=True)
         attentions = {layer: find_attention(block) for layer, block in blocks.items()}
-        continuing = _exit(graph, find_block(graph, prompt_exit.layer).residual, next(iter(prompt_exit.maps.values())))
-        for layer, mixer in prompt_exit.maps.items():
-            ExitedAttention(layer, attentions[layer], mixer, continuing).put_choice()
+        continuing = _exit(graph, stream, mixer)
+        for layer, own in self.maps.items():
+            ExitedAttention(layer, attentions[layer], own, continuing).put_choice()
         return ir.passes.PassResult(model, modified=True)
 
 

@@ -12,7 +12,6 @@ sequence of a batch stops by its own length; else the shortest one decides for a
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +26,8 @@ from nbl_export.graph.caches import is_static
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.files import load_graph
 from nbl_export.graph.names import all_logits_file
-from nbl_export.methods.base import NumpyMixers, Port, Stored, apply
 from nbl_export.methods.linear.reference import MixedSession
-from nbl_export.methods.predicted_kv.maps import PredictedKV, rows_read
-from nbl_export.methods.predicted_kv.prompt_exit import prompt_exit_of
+from nbl_export.methods.predicted_kv.maps import PredictedKV, exit_of
 
 __all__ = ["PredictedKVDecoder", "Rotary"]
 
@@ -38,29 +35,25 @@ _TABLES = (7, 8)  # inputs of GroupQueryAttention: cosines and sines
 
 
 class PredictedKVDecoder:
-    """The original graph with mixers, some of which are predicted KV; steps as an `OnnxDecoder`'s.
+    """The original graph with predicted KV; steps as an `OnnxDecoder`'s.
 
     Args:
         directory: holds the graph with the logits of all tokens.
-        mixers: of which at least one is predicted KV; what is stored of such a map is its weight and its bias.
-        tap: the input of the other mixers.
         exact: see `graph.session.open_session`.
 
     Raises:
         RefusalError: a layer is not understood, or its keys are not rotated by GroupQueryAttention.
     """
 
-    def __init__(self, directory: Path, head_dim: int, mixers: NumpyMixers, tap: str, *, exact: bool = False) -> None:
-        prompt_exit = prompt_exit_of(mixers.mixers)
-        assert prompt_exit is not None
-        self._exit = prompt_exit
+    def __init__(self, directory: Path, head_dim: int, maps: Mapping[int, PredictedKV], *, exact: bool = False) -> None:
+        first = exit_of(maps)
+        self._recent_tokens = first.recent_tokens
+        self._maps = maps
         file = directory / all_logits_file(directory)
-        self._maps = {layer: _stored(mixer, mixers.stored.get(layer, {})) for layer, mixer in prompt_exit.maps.items()}
         graph = load_graph(file).graph
-        self._layers = {layer: _Layer.of(graph, layer) for layer in prompt_exit.maps}
-        others = {layer: mixer for layer, mixer in mixers.mixers.items() if layer not in prompt_exit.maps}
-        session = MixedSession(file, NumpyMixers(others, mixers.stored), tap, exact=exact, shown=(prompt_exit.layer,))
-        self._stream = session.streams[prompt_exit.layer]
+        self._layers = {layer: _Layer.of(graph, layer) for layer in maps}
+        session = MixedSession(file, {}, "residual", exact=exact, shown=(first.exit_layer,))
+        self._stream = session.streams[first.exit_layer]
         self._apart = is_static(graph)
         self._decoder = OnnxDecoder(directory, head_dim, session=session)
         self._sequences: list[Any] = []
@@ -82,7 +75,7 @@ class PredictedKVDecoder:
         for row, length in enumerate(valid_BT.sum(1)):
             self._decoder.rewind(self._sequences[row])
             ids_1T = ids_BT[row : row + 1, :length]
-            stops = (length if self._apart else shortest) > self._exit.recent_tokens + 1
+            stops = (length if self._apart else shortest) > self._recent_tokens + 1
             logits_TV = self._stopping(ids_1T) if stops else self._decoder.step(ids_1T)[0]
             if not row:
                 found = np.full((*ids_BT.shape, logits_TV.shape[1]), np.nan, np.float32)
@@ -92,7 +85,7 @@ class PredictedKVDecoder:
 
     def _stopping(self, ids_1T: np.ndarray) -> np.ndarray:
         """Logits [T, V] of a step of more than W + 1 tokens."""
-        recent_tokens = self._exit.recent_tokens
+        recent_tokens = self._recent_tokens
         place = self._decoder.length
         first, skipped = (self._decoder.run(part) for part in (ids_1T[:, :1], ids_1T[:, 1:-recent_tokens]))
         self._predict(np.concatenate([first[self._stream], skipped[self._stream]], 1), place)
@@ -110,15 +103,7 @@ class PredictedKVDecoder:
             place: position of the first.
         """
         for layer, mixer in self._maps.items():
-            streams: dict[int | None, np.ndarray] = {self._exit.layer: rows_read(x_1TD, mixer.epsilon)}
-            self._layers[layer].fill(self._decoder, apply(mixer, streams), place)
-
-
-def _stored(mixer: PredictedKV, stored: Stored) -> PredictedKV:
-    """The map with what a graph stores of it."""
-    weight = stored.get("weight", mixer.weight)
-    bias = stored.get("bias", mixer.bias)
-    return dataclasses.replace(mixer, weight=weight, bias=bias)
+            self._layers[layer].fill(self._decoder, mixer(x_1TD), place)
 
 
 @dataclass(frozen=True)
@@ -183,9 +168,9 @@ class _Layer:
         heads = attention.attributes["num_heads" if is_static(graph) else "kv_num_heads"].as_int()
         return cls((keys, held), heads, Rotary(cosines, sines, interleaved))
 
-    def fill(self, decoder: OnnxDecoder, given: Mapping[Port, np.ndarray], place: int) -> None:
+    def fill(self, decoder: OnnxDecoder, given: tuple[np.ndarray, np.ndarray], place: int) -> None:
         """Put keys and values [1, T, K] of all tokens but the first at `place` into the end of the caches."""
-        keys, values = (self._heads(given[port][:, 1:]) for port in (Port.KEYS, Port.VALUES))
+        keys, values = (self._heads(rows[:, 1:]) for rows in given)
         for cache, rows in zip(self.caches, (self.rotary(keys, place + 1), values), strict=True):
             decoder.overwrite(cache, rows)
 

@@ -9,8 +9,7 @@ A step is one call of the decoder: a prompt, a part of one, or one token. A step
 original's. A skipped row leaves a layer as NaN, since nobody may read it. A batch is padded on the left. Its first
 row is each sequence's first valid one, and the shortest sequence says whether the step is the original's.
 
-Layers above the exit layer without a cache, such as linear ones, compute the same rows. Training and the choice of
-an exit layer need every row instead (`methods.predicted_kv.teacher_forced`).
+The choice of an exit layer needs every row instead (`methods.predicted_kv.teacher_forced`).
 """
 
 from __future__ import annotations
@@ -22,12 +21,10 @@ from typing import Any
 import torch
 
 from nbl_export.errors import NblError
-from nbl_export.methods.base import Port
 from nbl_export.methods.modules import MixerModule, valid_rows
-from nbl_export.methods.predicted_kv.maps import PredictedKV
-from nbl_export.model.architectures import architecture_of, unlike_llama
+from nbl_export.model.architectures import unlike_llama
 
-__all__ = ["PrefillExitLayer", "as_heads", "check_attention", "check_served", "own_map", "rotate"]
+__all__ = ["PrefillExitLayer", "as_heads", "check_attention", "check_served", "rotate"]
 
 
 class PrefillExitLayer:
@@ -35,7 +32,7 @@ class PrefillExitLayer:
 
     Args:
         layer: of the decoder.
-        module: gives the layer's skipped tokens' keys and values, or replaces its attention.
+        module: gives the layer's skipped tokens' keys and values.
         recent_tokens: W.
     """
 
@@ -81,9 +78,6 @@ class PrefillExitLayer:
     def _append(self, cache: Any, x_BTD: torch.Tensor, first_B: torch.Tensor | None, given: dict[str, Any]) -> None:
         """Put the skipped rows into the cache, behind the first row."""
         skipped = x_BTD.shape[1] - self._recent_tokens
-        if Port.OUTPUT in self._module.gives:
-            self._module.count_tokens(x_BTD[:, 1:skipped], cache)
-            return
         attention = self._layer.self_attn
         index = self._layer.self_attn.layer_idx
         stream_BTD = self._module.streams[self._module.reads[0]]
@@ -180,48 +174,15 @@ def check_attention(layer: Any, config: Any, index: int) -> None:
         raise NblError(f"layer {index}: its keys cannot be predicted: {reason}")
 
 
-def check_served(modules: Mapping[int, MixerModule], layers: int) -> tuple[int, int] | None:
-    """The exit layer of these modules and W; None without predicted KV.
+def check_served(modules: Mapping[int, Any], layers: int) -> None:
+    """Require that all layers above one exit layer have modules.
 
     Raises:
         NblError: they have several exit layers, or a layer above the exit layer needs rows that do not continue.
     """
-    found = {(module.reads[0], module.recent_tokens) for module in modules.values() if module.recent_tokens is not None}
-    if not found:
-        return None
+    found = {(module.exit_layer, module.recent_tokens) for module in modules.values()}
     if len(found) > 1:
         raise NblError("predicted KV of one model have one exit layer and one number of recent tokens")
-    ((exit_layer, recent_tokens),) = found
-    for index in range(exit_layer, layers):
-        if index not in modules:
-            raise NblError(
-                f"layer {index}: above the exit layer at layer {exit_layer}, it needs predicted KV or a linear map"
-            )
-    assert recent_tokens is not None
-    return exit_layer, recent_tokens
-
-
-@torch.no_grad()
-def own_map(model: Any, layer: int, recent_tokens: int) -> PredictedKV:
-    """The map of the layer at the exit layer, which is exact: its own products, with the weight of its norm in them.
-
-    The columns of the token before are zeros.
-
-    Raises:
-        NblError: the layer's attention is not like llama's.
-    """
-    decoder = model.get_decoder()
-    block = decoder.layers[layer]
-    config = decoder.config
-    check_attention(block, config, layer)
-    norm = getattr(block, architecture_of(config).norm_before or "")
-    products = (block.self_attn.k_proj, block.self_attn.v_proj)
-    weight = torch.cat([product.weight.float() * norm.weight.float() for product in products])
-    bias = torch.cat([_bias(product) for product in products])
-    weight = torch.cat([weight, torch.zeros_like(weight)], 1)
-    epsilon = float(norm.variance_epsilon)
-    return PredictedKV(weight.cpu().numpy(), bias.cpu().numpy(), len(norm.weight), layer, recent_tokens, epsilon)
-
-
-def _bias(product: Any) -> torch.Tensor:
-    return product.weight.new_zeros(product.out_features).float() if product.bias is None else product.bias.float()
+    exit_layer = next(iter(found))[0]
+    if above := [index for index in range(exit_layer, layers) if index not in modules]:
+        raise NblError(f"layer {above[0]}: above the exit layer at layer {exit_layer}, it needs predicted KV")

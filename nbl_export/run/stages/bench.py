@@ -17,7 +17,7 @@ from nbl_export.records.inputs import Lazy
 from nbl_export.run.job import Job
 from nbl_export.run.stages.common import Place, Skipped
 from nbl_export.run_directory import BENCH_FILE, DECODERS
-from nbl_export.targets.base import Target
+from nbl_export.targets.base import Engine, threads_of
 
 __all__ = ["BenchInputs", "declare", "run"]
 
@@ -26,7 +26,7 @@ __all__ = ["BenchInputs", "declare", "run"]
 class BenchInputs:
     """What is measured, beside the graphs; names as in the options."""
 
-    available: Lazy[Target]
+    available: Lazy[Engine]
     precision: str
     spec: DecoderSpec
     cache_length: int
@@ -35,8 +35,8 @@ class BenchInputs:
 
 def declare(job: Job) -> BenchInputs | Skipped:
     """The inputs of the stage; left out if the graphs do not run on this machine or in the timed runtime."""
-    if job.engine.capabilities.cross:
-        found = job.engine.probe_run()
+    if job.engine.capabilities.needs_target_gpu:
+        found = job.engine.probe(run=True)
         if not found.available:
             return Skipped(f"the graphs do not run on this machine: {found.reason}")
     options = job.options
@@ -61,7 +61,7 @@ def run(inputs: BenchInputs, place: Place, out: Path) -> dict[str, Any]:
         context_length=inputs.cache_length,
         engine=capabilities.name,
         provider=capabilities.provider,
-        threads=inputs.tests.threads or engine.default_threads(),
+        threads=inputs.tests.threads or threads_of(engine),
         gpu=capabilities.static or capabilities.provider != "cpu",
     )
     root = place.run.path / ("engine" if capabilities.static else "")

@@ -19,7 +19,7 @@ from nbl_export.records.requests import PERPLEXITY, Subject
 from nbl_export.run.job import Job
 from nbl_export.run.stages.common import Place, Skipped
 from nbl_export.run_directory import DECODERS, EVAL_FILE, MADE_BY
-from nbl_export.targets.base import Target
+from nbl_export.targets.base import Engine, compiler
 
 __all__ = ["EvalInputs", "declare", "run"]
 
@@ -33,7 +33,7 @@ class EvalInputs:
 
     asked: Lazy[tuple[Subject, ...]]
     variants: tuple[str, ...]
-    engine: Lazy[Target]
+    engine: Lazy[Engine]
     head_dim: int
     cache_length: int
 
@@ -93,7 +93,7 @@ def _evaluate(inputs: EvalInputs, place: Place, keep: Callable[[dict[str, Any]],
 @contextlib.contextmanager
 def _opened(inputs: EvalInputs, place: Place, variant: str) -> Iterator[Any]:
     """A decoder that scores texts."""
-    from nbl_export.evaluation.scorer import GraphScorer, graph_scorer, recent_tokens_of
+    from nbl_export.evaluation.scorer import GraphScorer, continuing_of, graph_scorer
     from nbl_export.methods.checkpoint.load import load_tokenizer
 
     directory = place.run.path / DECODERS[variant]
@@ -103,9 +103,9 @@ def _opened(inputs: EvalInputs, place: Place, variant: str) -> Iterator[Any]:
         yield graph_scorer(directory)
         return
     with place.run.scratch() as scratch:
-        engine.write_float32(directory, scratch)
+        compiler(engine).write_float32(directory, scratch)
         decoder = engine.open_graph(scratch, inputs.head_dim)
-        yield GraphScorer(decoder, load_tokenizer(directory), inputs.cache_length, recent_tokens_of(directory))
+        yield GraphScorer(decoder, load_tokenizer(directory), inputs.cache_length, continuing_of(directory))
 
 
 def _measure(subject: Subject, scorer: Any, progress: Callable[[int, int], None], *, behind_prompt: bool) -> Any:

@@ -18,7 +18,7 @@ from nbl_export.records.inputs import Lazy
 from nbl_export.run.job import Job
 from nbl_export.run.stages.common import Place, Skipped
 from nbl_export.run_directory import DECODERS, PACKAGES
-from nbl_export.targets.base import BuildSettings, ExportSettings, Target
+from nbl_export.targets.base import BuildSettings, Engine, ExportSettings, compiler
 from nbl_export.version import __version__
 
 __all__ = ["declare_build", "declare_decoder", "declare_rewrite", "run_build", "run_decoder", "run_rewrite"]
@@ -42,7 +42,7 @@ class DecoderInputs:
 
     model: Lazy[Any]
     checkpoint: Lazy[Path]
-    engine: Lazy[Target]
+    engine: Lazy[Engine]
     settings: ExportSettings
     kept_logits: str
     codes: Lazy[Any]
@@ -88,12 +88,12 @@ def run_decoder(inputs: DecoderInputs, place: Place, out: Path) -> dict[str, Any
 # -- the NBL decoder -------------------------------------------------------------------------------------------
 
 
-def declare_rewrite(job: Job) -> Lazy[Target]:
+def declare_rewrite(job: Job) -> Lazy[Engine]:
     """The engine, which replaces layers of the original graph by the plan and its maps."""
     return Lazy(job.engine.capabilities.static, lambda: job.engine)
 
 
-def run_rewrite(inputs: Lazy[Target], place: Place, out: Path) -> dict[str, Any]:
+def run_rewrite(inputs: Lazy[Engine], place: Place, out: Path) -> dict[str, Any]:
     """Write model/ with a manifest of its own."""
     plan = place.plan
     target = out / DECODERS["nbl"]
@@ -116,7 +116,7 @@ def run_rewrite(inputs: Lazy[Target], place: Place, out: Path) -> dict[str, Any]
 class BuildInputs:
     """What compiled engines follow from. library: its version."""
 
-    available: Lazy[Target]
+    available: Lazy[Engine]
     library: str
     settings: BuildSettings
 
@@ -127,14 +127,14 @@ def declare_build(job: Job) -> BuildInputs | Skipped:
         return Skipped()
     return BuildInputs(
         available=job.available,
-        library=job.engine.library_version(),
+        library=compiler(job.engine).library_version(),
         settings=BuildSettings(job.options.max_batch or 1, job.options.chunk(job.decoder)),
     )
 
 
 def run_build(inputs: BuildInputs, place: Place, out: Path) -> dict[str, Any]:
     """Write engine/; returns the records of the engines for the manifest."""
-    engine = inputs.available.value
+    engine = compiler(inputs.available.value)
     engines = {}
     for subject, name in DECODERS.items():
         with place.ui.task(f"compiling {name}"):

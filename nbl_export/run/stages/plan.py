@@ -3,116 +3,114 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nbl_export.files import arrays_sha256, file_sha256, key_of, write_json
-from nbl_export.methods.inputs import AskedGoal, MapKind, OrderInputs, PlanInputs, Texts
-from nbl_export.methods.predicted_kv.candidates import ExitInputs, choose_exit
+from nbl_export.methods import METHODS, method_of
+from nbl_export.methods.base import Choice, ChoiceInputs, Limit, Say, Task
 from nbl_export.model import processes
-from nbl_export.options.goals import DEFAULT_SELECT, DEFAULT_STEPS, asked_increase, asked_layers, default_minutes
+from nbl_export.options.goals import DEFAULT_STEPS, asked_increase, default_minutes
 from nbl_export.options.options import CHECKPOINT_FIT
-from nbl_export.records.destinations import DESTINATIONS
 from nbl_export.records.inputs import Lazy
 from nbl_export.report.quality import spoken_curve
 from nbl_export.run.job import Job
-from nbl_export.run.stages import exit as exit_layer
 from nbl_export.run.stages.common import Place, Skipped
-from nbl_export.run_directory import DISTILL_FILE, MAPS_FILE, MOMENTS_FILE, START_FILE
+from nbl_export.run_directory import DISTILL_FILE, MAPS_FILE, START_FILE, SUMS_FILE
+from nbl_export.text.parts import Texts
 
-__all__ = ["declare", "order_of", "run"]
+__all__ = ["PlanInputs", "choice_of", "declare", "run"]
 
 _STATE = 5  # kind of the saved state of a distillation; another kind begins anew
 
 
-def declare(job: Job) -> PlanInputs | ExitInputs | Lazy[Any]:
-    """The inputs of the stage plan, those of a choice of an exit layer, or the plan and maps of an NBL checkpoint."""
-    from nbl_export.methods.checkpoint import load
+@dataclass(frozen=True)
+class PlanInputs:
+    """What a plan follows from.
 
+    Attributes:
+        fit: the source of the maps. method: its name, None for maps that exist.
+        choice: inputs of `choose`, None for maps that exist. choose: gives the plan and the maps.
+    """
+
+    fit: str
+    method: str | None
+    choice: ChoiceInputs | None
+    choose: Lazy[Any]
+
+
+def declare(job: Job) -> PlanInputs:
+    """The inputs of the stage: those of a method's choice, or the plan and maps of an NBL checkpoint."""
     options = job.options
     if options.fit == CHECKPOINT_FIT:
-        return Lazy(
-            [CHECKPOINT_FIT, job.fingerprint], lambda: load.load_maps(job.settled.source.value, job.decoder.num_layers)
-        )
-    if options.predicts:
-        return exit_layer.choice(job)
+        return PlanInputs(options.fit, None, None, Lazy(job.fingerprint, lambda: _stored(job)))
+    inputs = choice_of(job)
+    known = job.run.manifest
+
+    def choose(task: Task, say: Say) -> Choice:
+        return METHODS[options.method].choose(inputs, task, say, known)
+
+    return PlanInputs(options.fit, options.method, inputs, Lazy(None, lambda: choose))
+
+
+def _stored(job: Job) -> Any:
+    from nbl_export.methods.checkpoint import load
+
+    plan, maps = load.load_maps(job.settled.source.value, job.decoder.num_layers)
+    return lambda _task, _say: Choice(plan, maps, {})
+
+
+def choice_of(job: Job) -> ChoiceInputs:
+    """What a method's choice follows from."""
+    options = job.options
     setting = {"engine": options.engine, "precision": options.precision, "tokens": options.prompt_length}
-    return PlanInputs(
-        fit=options.fit,
-        order=order_of(job),
-        request=None if options.layers is None else asked_layers(options, job.decoder),
-        goal=AskedGoal(asked_increase(options), options.max_perplexity_increase),
-        validation=job.text.validation,
+    return ChoiceInputs(
+        num_layers=job.decoder.num_layers,
+        candidates=job.candidates,
+        limit=Limit(asked_increase(options), options.max_perplexity_increase),
         trains=Lazy(None, lambda: job.trains),
+        sums=Lazy(job.files_of("calibrate"), lambda: _sums(job)),
+        model=job.torch.model,
+        partial=job.torch.partial,
+        selection=job.selection,
+        validation=job.text.validation,
+        saved=Lazy(options.kept_logits, lambda: job.saved_work),
         speedup=Lazy(None, lambda: job.cost.value.speedup),
         setting=Lazy(None, lambda: setting),
     )
 
 
-def order_of(job: Job) -> OrderInputs:
-    """What the order of replacement follows from."""
-    options = job.options
-    decoder = job.decoder
-    usual = options.select or DEFAULT_SELECT
-    return OrderInputs(
-        kind=MapKind(options.kind, options.tap, options.has_bias),
-        num_layers=decoder.num_layers,
-        select=usual,
-        moments=Lazy(job.files_of("calibrate"), lambda: _moments(job)),
-        partial=job.torch.partial,
-        texts=job.selection,
-        saved=Lazy(options.kept_logits if usual == "efficient" else None, lambda: exit_layer.saved_work(job)),
-        kept=(0,) if options.destination and DESTINATIONS[options.destination].keeps_first else (),
-    )
+def _sums(job: Job) -> Any:
+    from nbl_export.methods.sums_file import open_sums
+
+    file = open_sums(job.run.path / SUMS_FILE)
+    file.check()
+    return file
 
 
-def _moments(job: Job) -> Callable[[int, str], Any]:
-    from nbl_export.methods.sums_file import open_moments
-
-    def moments_of(layer: int, tap: str) -> Any:
-        with open_moments(job.run.path / MOMENTS_FILE) as file:
-            return file.sums(layer, tap).moments()
-
-    return moments_of
-
-
-def run(inputs: PlanInputs | ExitInputs | Lazy[Any], place: Place, out: Path) -> dict[str, Any]:
+def run(inputs: PlanInputs, place: Place, out: Path) -> dict[str, Any]:
     """Write the maps; returns plan, scores, order and curve for the manifest."""
     from nbl_export.methods.maps_file import save_maps
 
-    facts: dict[str, Any] = {"goal": None, "curve": None, "exit": None}
-    trains = False
-    say: Callable[[str], None] = lambda line: place.ui.say(f"  {line}")  # noqa: E731
-    if isinstance(inputs, Lazy):
-        (plan, maps), fit = inputs.value, inputs.identity[0]
-    elif isinstance(inputs, ExitInputs):
-        plan, maps, found = choose_exit(inputs, place.ui.task, say)
-        fit = "independent"
-        facts = {**facts, **found}
-    else:
-        from nbl_export.methods.linear.order import Selection
-        from nbl_export.methods.linear.planning import make_plan
-
-        fit = inputs.fit
-        selection = Selection(inputs.order, place.ui.task, place.run.manifest.get("greedy"))
-        plan, maps, found = make_plan(inputs, selection, say, place.ui.task)
-        facts |= found
-        trains = inputs.trains.value
-        if facts["curve"]:
-            place.ui.say(f"  {spoken_curve(facts['curve'])}")
-    distilled = trains and plan.layers
+    chosen: Choice = inputs.choose.value(place.ui.task, lambda line: place.ui.say(f"  {line}"))
+    plan = chosen.plan
+    if chosen.facts.get("curve"):
+        place.ui.say(f"  {spoken_curve(chosen.facts['curve'])}")
+    distilled = plan.layers and inputs.choice is not None and inputs.choice.trains.value
     if processes.leads():
-        save_maps(maps, out / (START_FILE if distilled else MAPS_FILE), plan.tap)
+        save_maps(chosen.maps, out / (START_FILE if distilled else MAPS_FILE), plan.tap)
     return {
-        "fit": {"kind": "independent" if fit == "distilled" else fit},
+        "fit": {"kind": "independent" if inputs.fit == "distilled" else inputs.fit},
         "replaced_layers": list(plan.layers),
         "kinds": list(plan.mixers),
         "tap": plan.tap,
         "select": plan.select,
         "scores": [dataclasses.asdict(s) for s in plan.scores],
-        **facts,
+        "exit": method_of(chosen.maps).summary(chosen.maps),
+        "goal": None,
+        "curve": None,
+        **chosen.facts,
     }
 
 
@@ -228,28 +226,30 @@ class _Goal:
 
     def narrow(self, maps: dict[int, Any]) -> tuple[int, ...]:
         """The layers that stay while training goes on."""
-        from nbl_export.methods.linear.planning import count_foreseen
+        from nbl_export.methods.choose import count_foreseen
 
         assert self._inputs.selection is not None
         begun = len(self._order)
         texts = self._inputs.selection.value
-        count = count_foreseen(self._with(maps), self._order, self._goal, texts, self._place.ui.task)
+        count = count_foreseen(self._with(maps), self._order, self._goal["share"], texts, self._place.ui.task)
         self._order = self._order[:count]
         self._place.ui.say(f"  {count} of {begun} layers stay; the training goes on with these")
         return self._order
 
     def reach(self, maps: dict[int, Any]) -> dict[str, Any]:
         """The facts of the layers whose trained maps keep the limit."""
-        from nbl_export.methods.linear.planning import count_trained
+        from nbl_export.methods.choose import count_trained
 
         assert self._inputs.validation is not None
         order = [i for i in self._order if i in maps]
+        goal = self._goal
+        limit = Limit(goal["share"], None if goal["default"] else goal["max_perplexity_increase"])
         texts = self._inputs.validation.value
-        reached = count_trained(self._with(maps), order, self._goal, texts, self._place.ui.task)
-        for line in reached.lines:
+        count, found, lines = count_trained(self._with(maps), order, limit, texts, self._place.ui.task)
+        for line in lines:
             self._place.ui.say(f"  {line}")
-        replaced = sorted(order[: reached.count])
-        return {"replaced_layers": replaced, "kinds": [maps[i].kind for i in replaced], "goal": reached.facts}
+        replaced = sorted(order[:count])
+        return {"replaced_layers": replaced, "kinds": [maps[i].kind for i in replaced], "goal": {**goal, **found}}
 
     def _with(self, maps: dict[int, Any]) -> Any:
         from nbl_export.methods.losses import PartialReplacement

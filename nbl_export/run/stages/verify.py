@@ -15,9 +15,7 @@ import numpy as np
 from nbl_export.errors import NblError
 from nbl_export.files import write_json
 from nbl_export.methods import cache_layers
-from nbl_export.methods.inputs import Texts
-from nbl_export.methods.predicted_kv.candidates import LENGTH
-from nbl_export.methods.predicted_kv.prompt_exit import prompt_exit_of
+from nbl_export.methods.rows import continuing_tokens
 from nbl_export.model import memory
 from nbl_export.options.options import CHECKPOINT_FIT
 from nbl_export.records.decoder import DecoderSpec
@@ -27,10 +25,11 @@ from nbl_export.run.job import Job
 from nbl_export.run.settled import require_engine
 from nbl_export.run.stages.common import Place
 from nbl_export.run_directory import ACCEPTANCE_FILE, DECODERS, VERIFY_FILE
-from nbl_export.targets.base import Target
+from nbl_export.targets.base import Engine, compiler
 from nbl_export.targets.tokenizer import TOKENIZER, Text
 from nbl_export.text import questions
-from nbl_export.text.windows import repeated
+from nbl_export.text.parts import Texts
+from nbl_export.text.windows import LONG_ROW, repeated
 from nbl_export.verify.on_target import expect, save
 from nbl_export.verify.perplexity import in_turn, quality_loss
 from nbl_export.verify.structure import Setting
@@ -67,7 +66,7 @@ class VerifyInputs:
     model: Lazy[Any]
     mapped: Lazy[Any]
     checkpoint: Lazy[Path]
-    engine: Lazy[Target]
+    engine: Lazy[Engine]
     spec: DecoderSpec
     precision: str
     kept_logits: str
@@ -113,7 +112,7 @@ def declare(job: Job) -> VerifyInputs:
     )
 
 
-def _engine(job: Job) -> Target:
+def _engine(job: Job) -> Engine:
     require_engine(job.options, for_verification=True)
     return job.engine
 
@@ -129,11 +128,10 @@ def check(inputs: VerifyInputs, place: Place, out: Path) -> dict[str, Any]:
     """The content of verify.json."""
     setting = setting_of(inputs, place)
     maps = place.maps()
-    prompt_exit = prompt_exit_of(maps)
-    recent_tokens = None if prompt_exit is None else prompt_exit.recent_tokens
-    probe = make_probe(inputs, recent_tokens)
+    continuing = continuing_tokens(mixer.reads for mixer in maps.values())
+    probe = make_probe(inputs, continuing)
     holder = _tokenizer(inputs, place)
-    asked = ask(holder, recent_tokens or 0, inputs.cache_length)
+    asked = ask(holder, continuing or 0, inputs.cache_length)
     if asked:
         probe = dataclasses.replace(probe, prompts=asked, new_tokens=_ANSWER_TOKENS)
     verifier = Verifier(setting, probe, maps)
@@ -148,12 +146,12 @@ def check(inputs: VerifyInputs, place: Place, out: Path) -> dict[str, Any]:
         if not inputs.lacks_attention:  # the loss takes as long again
             original, nbl, held = _open_both(setting, run)
             with place.ui.task("quality loss on held-back text") as progress:
-                test = loss_texts(inputs, recent_tokens)
+                test = loss_texts(inputs, continuing)
                 texts: list[tuple[str | None, Any]] = [*test, (None, _twice(test[0][1]))]
-                quality_losses, long_range = quality_loss(original, nbl, texts, progress, recent_tokens, held=held)
+                quality_losses, long_range = quality_loss(original, nbl, texts, progress, continuing, held=held)
             del original, nbl
-        if setting.engine.capabilities.cross:
-            save(expect(setting.precision, verifier.probe, verifier.references, recent_tokens), out / ACCEPTANCE_FILE)
+        if setting.engine.capabilities.needs_target_gpu:
+            save(expect(setting.precision, verifier.probe, verifier.references, continuing), out / ACCEPTANCE_FILE)
     said = {"answers": _answers(verifier, holder, asked=bool(asked)), "passage": questions.PASSAGE if asked else ""}
     return {**conclude(inputs, place, verifier, quality_losses, long_range), **said}
 
@@ -196,13 +194,13 @@ def _tokenizer(inputs: VerifyInputs, place: Place) -> Path | None:
     return holder if (holder / TOKENIZER).is_file() else None
 
 
-def ask(holder: Path | None, recent_tokens: int, cache_length: int) -> tuple[tuple[int, ...], ...]:
+def ask(holder: Path | None, continuing: int, cache_length: int) -> tuple[tuple[int, ...], ...]:
     """Questions in the model's chat template; none without one, or if they are too short for an exit layer, or too
     long."""
     if holder is None:
         return ()
     text = Text(holder)
-    fits = range(recent_tokens + 1, cache_length - _ANSWER_TOKENS + 1)
+    fits = range(continuing + 1, cache_length - _ANSWER_TOKENS + 1)
     with contextlib.suppress(NblError):  # a template that cannot be applied
         found = [tuple(text.asked(turn) or ()) for turn in questions.turns()]
         return tuple(found) if all(len(ids) in fits for ids in found) else ()
@@ -280,11 +278,11 @@ def _run_by_a_cpu(setting: Setting, shipped: Mapping[str, Path], place: Place) -
         return
     with place.run.scratch() as scratch, place.ui.task("float32 copies"):
         for subject, directory in shipped.items():
-            setting.engine.write_float32(directory, scratch / subject)
+            compiler(setting.engine).write_float32(directory, scratch / subject)
         yield {subject: scratch / subject for subject in shipped}
 
 
-def make_probe(inputs: VerifyInputs, recent_tokens: int | None = None) -> Any:
+def make_probe(inputs: VerifyInputs, continuing: int | None = None) -> Any:
     """Rows and prompts from held-back text, and one long row, which may continue with calibration text.
 
     The first short row exceeds a small sliding window, the long row exceeds every sliding window. With an exit
@@ -292,7 +290,7 @@ def make_probe(inputs: VerifyInputs, recent_tokens: int | None = None) -> Any:
     continues short text.
 
     Args:
-        recent_tokens: W, if prompts stop at an exit layer.
+        continuing: W, if prompts stop at an exit layer.
     """
     from nbl_export.verify import ladder
 
@@ -304,14 +302,14 @@ def make_probe(inputs: VerifyInputs, recent_tokens: int | None = None) -> Any:
     if 0 < window <= _LONGEST_PROBED_WINDOW:
         first = window + 24
     every = [*ids, *windows.flatten().tolist()]
-    if recent_tokens is not None:
-        first = max(first, recent_tokens + 25)
-        second = recent_tokens + 2
-        prompt = recent_tokens + prompt
+    if continuing is not None:
+        first = max(first, continuing + 25)
+        second = continuing + 2
+        prompt = continuing + prompt
         ids = ids if len(ids) >= 2 * first else every
     first, second = (min(n, cache_length - ladder.DECODE_STEPS, len(ids) // 2) for n in (first, second))
     rows = (ids[: first + ladder.DECODE_STEPS], ids[-(second + ladder.DECODE_STEPS) :])
-    continuing = () if recent_tokens is None else (rows[0], rows[1][: recent_tokens + 1 + ladder.DECODE_STEPS])
+    short = () if continuing is None else (rows[0], rows[1][: continuing + 1 + ladder.DECODE_STEPS])
     starts = [k * len(ids) // 4 for k in (0, 1, 2)]
     new_tokens = min(_NEW_TOKENS, cache_length - prompt)
     prompts = tuple(tuple(ids[s : s + prompt]) for s in starts)
@@ -322,16 +320,16 @@ def make_probe(inputs: VerifyInputs, recent_tokens: int | None = None) -> Any:
         prompts,
         new_tokens,
         tuple(long) if len(long) > len(rows[0]) else (),
-        tuple(map(tuple, continuing)),
+        tuple(map(tuple, short)),
     )
 
 
-def loss_texts(inputs: VerifyInputs, recent_tokens: int | None = None) -> list[tuple[str, Any]]:
+def loss_texts(inputs: VerifyInputs, continuing: int | None = None) -> list[tuple[str, Any]]:
     """Final windows of both texts as arrays, cut to the sequence length. No choice in the run used these windows.
 
     With an exit layer, rows are joined: the first half of each is a prompt that stops there (`verify.perplexity`).
     """
-    context = min(inputs.context if recent_tokens is None else max(inputs.context, LENGTH), inputs.cache_length)
+    context = min(inputs.context if continuing is None else max(inputs.context, LONG_ROW), inputs.cache_length)
     return [(name, _exit(windows.numpy(), context)) for name, windows in inputs.test.value]
 
 

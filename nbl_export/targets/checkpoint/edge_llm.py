@@ -23,7 +23,6 @@ from nbl_export.methods.applied import linearize
 from nbl_export.methods.base import Mixer
 from nbl_export.model.checkpoint.pretrained import tokenizer_of
 from nbl_export.records.destinations import DESTINATIONS
-from nbl_export.records.plan import DROPPED, USUAL_KIND
 from nbl_export.targets.checkpoint.form import (
     SIZES,
     filled,
@@ -41,7 +40,6 @@ ARCHITECTURES = DESTINATIONS["edge-llm"].architectures
 _CODE = Path(__file__).with_name("edge_llm_code.py")
 _MODULE = "configuration_nbl_edge_llm"
 _ATTENTION = "attention"
-_NONE = "mlp_none"
 
 
 def check(config: Any, maps: Mapping[int, Mixer]) -> None:
@@ -98,8 +96,8 @@ def save(model: Any, checkpoint: Path, maps: Mapping[int, Mixer], tap: str, out:
 
 def _config(config: Any, maps: Mapping[int, Mixer], tap: str) -> dict[str, Any]:
     types = [_ATTENTION] * config.num_hidden_layers
-    for index, mixer in maps.items():
-        types[index] = f"mlp_{tap}" if mixer.kind == USUAL_KIND else _NONE
+    for index in maps:
+        types[index] = f"mlp_{tap}"
     rope = rope_of(config)
     return {
         "architectures": ["NblEdgeForCausalLM"],
@@ -129,6 +127,5 @@ def load(directory: Path) -> Any:
     said = read_object(directory / "config.json")
     values = {name: said[name] for name in (*SIZES, "num_key_value_heads", "attention_bias", "head_dim")}
     config = CONFIG_MAPPING[said["nbl_original_type"]](**values, rope_parameters=said["rope_parameters"])
-    types = enumerate(said["layers_block_type"])
-    kinds = {i: DROPPED if kind == _NONE else USUAL_KIND for i, kind in types if kind != _ATTENTION}
-    return filled(config, kinds, said["nbl_tap"], read_weights(directory), directory)
+    linear = [i for i, kind in enumerate(said["layers_block_type"]) if kind != _ATTENTION]
+    return filled(config, linear, said["nbl_tap"], read_weights(directory), directory)

@@ -1,11 +1,10 @@
 """An NBL model in TensorRT-Edge-LLM; written by nbl-export beside the weights, and run by its exporter.
 
 The exporter executes the code that config.json names (`auto_map`). This file then registers a model class by the
-package's own function `register_model`: Edge-LLM's decoder, with a linear layer or nothing in place of some attention.
+package's own function `register_model`: Edge-LLM's decoder, with a linear layer in place of some attention.
 
-    layers_block_type    "attention", "mlp_normed" or "mlp_residual" (a map of the normed input, or of the stream),
-                         "mlp_none" (attention left out); Edge-LLM takes a type with "mlp" in it for a layer without
-                         a cache
+    layers_block_type    "attention", "mlp_normed" or "mlp_residual" (a map of the normed input, or of the stream);
+                         Edge-LLM takes a type with "mlp" in it for a layer without a cache
 """
 
 from __future__ import annotations
@@ -43,19 +42,13 @@ def _layer_class(default: Any) -> Any:
         def forward_ragged(self, hidden_states: torch.Tensor, **_kwargs: Any) -> tuple[torch.Tensor, None]:
             return self.linear(hidden_states), None
 
-    class Dropped(nn.Module):
-        """In place of a self-attention module that was left out."""
-
-        def forward_ragged(self, hidden_states: torch.Tensor, **_kwargs: Any) -> tuple[torch.Tensor, None]:
-            return torch.zeros_like(hidden_states), None
-
     class Layer(default.DecoderLayer):
         def __init__(self, config: Any, layer_idx: int) -> None:
             super().__init__(config, layer_idx)
             kind = config.raw_layer_types[layer_idx]
             if kind == "attention":
                 return
-            self.self_attn = Dropped() if kind == "mlp_none" else LinearAttention(config.hidden_size)
+            self.self_attn = LinearAttention(config.hidden_size)
             if kind == "mlp_residual":
                 self.input_layernorm = nn.Identity()
 

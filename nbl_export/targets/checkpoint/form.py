@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nbl_export.errors import CorruptError
-from nbl_export.methods import kind_of
+from nbl_export.methods import METHODS
 from nbl_export.methods.applied import replace_attention
 from nbl_export.model.checkpoint.pretrained import model_with
+from nbl_export.records.plan import USUAL_KIND
 from nbl_export.trust.model_settings import drop_code
 
 __all__ = ["SIZES", "filled", "head_dim_of", "read_weights", "rope_of", "write_form", "write_weights"]
@@ -71,17 +72,18 @@ def read_weights(directory: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def filled(config: Any, kinds: Mapping[int, str], tap: str, weights: dict[str, torch.Tensor], directory: Path) -> Any:
-    """The torch model of a configuration with layers of other kinds, for parity.
+def filled(config: Any, layers: Sequence[int], tap: str, weights: dict[str, torch.Tensor], directory: Path) -> Any:
+    """The torch model of a configuration with linear layers, for parity.
 
     Args:
-        kinds: of replaced layers. directory: of the weights, for the message.
+        layers: that are linear. directory: of the weights, for the message.
 
     Raises:
         CorruptError: a weight is missing.
     """
     model = model_with(config)
-    replace_attention(model, {i: kind_of(kind).blank(config.hidden_size) for i, kind in kinds.items()}, tap)
+    blank = METHODS[USUAL_KIND].blank
+    replace_attention(model, {i: blank(config, model.get_decoder(), None) for i in layers}, tap)
     missing = [name for name in model.state_dict() if name not in weights and name != "lm_head.weight"]
     if missing:
         raise CorruptError(f"{directory} lacks {missing[0]}, which its config.json names; convert again")

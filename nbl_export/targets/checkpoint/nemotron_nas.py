@@ -21,7 +21,6 @@ from nbl_export.errors import NblError
 from nbl_export.methods.applied import linearize
 from nbl_export.methods.base import Mixer
 from nbl_export.records.destinations import DESTINATIONS
-from nbl_export.records.plan import USUAL_KIND
 from nbl_export.targets.checkpoint.form import (
     SIZES,
     filled,
@@ -155,7 +154,7 @@ def load(directory: Path) -> Any:
 
     said = read_object(directory / "config.json")
     layers = [block["attention"] for block in said["block_configs"]]
-    kinds = {i: USUAL_KIND for i, layer in enumerate(layers) if layer["replace_with_linear"]}
+    linear = [i for i, layer in enumerate(layers) if layer["replace_with_linear"]]
     group = next(layer["n_heads_in_group"] for layer in layers if layer["n_heads_in_group"])
     values = {name: said[name] for name in SIZES} | {"num_key_value_heads": said["num_attention_heads"] // group}
     rope = {"rope_type": "default", **(said["rope_scaling"] or {}), "rope_theta": said["rope_theta"]}
@@ -166,4 +165,4 @@ def load(directory: Path) -> Any:
         matrix = weights.pop(name)
         weights[f"{prefix}.self_attn.linear.weight"] = matrix
         weights[f"{prefix}.self_attn.linear.bias"] = torch.zeros(len(matrix))
-    return filled(config, kinds, "normed", weights, directory)
+    return filled(config, linear, "normed", weights, directory)

@@ -11,9 +11,8 @@ from nbl_export.errors import one_line
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.names import GENAI_CONFIG, all_logits_file
 from nbl_export.graph.session import open_session
-from nbl_export.records.capabilities import LINEAR_KINDS, Capabilities
-from nbl_export.records.plan import PREDICTED_KV
-from nbl_export.targets.base import Availability, DecoderFacts, ExportSettings, Target
+from nbl_export.records.capabilities import Capabilities
+from nbl_export.targets.base import Availability, DecoderFacts, Engine, ExportSettings
 from nbl_export.targets.export import mobius
 from nbl_export.targets.export.finish import check_bounds, finish_directory
 from nbl_export.targets.onnx import export_genai
@@ -31,17 +30,17 @@ CAPABILITIES = Capabilities(
     mapped={"genai": export_genai.PRECISIONS},
     rounded=("int8", "int4"),
     every_expert=("mobius",),
-    kinds=LINEAR_KINDS | {PREDICTED_KV},
+    kinds=None,
     providers=(CUDA,),
 )
 
 
-class OrtEngine(Target):
+class OrtEngine(Engine):
     """ONNX Runtime's CPU provider."""
 
     capabilities = CAPABILITIES
 
-    def probe(self) -> Availability:
+    def probe(self, *, run: bool = False) -> Availability:
         """Whether ONNX Runtime computes here, by a tiny product with a known result. Never raises."""
         try:
             clash = _clashing_packages()

@@ -62,13 +62,15 @@ class CudaEngine(ort.OrtEngine):
         precisions=CUDA_PRECISIONS,
         sources={"genai": CUDA_PRECISIONS},
         cache_bytes=dict.fromkeys(CUDA_PRECISIONS, 2),
-        cross=True,
+        needs_target_gpu=True,
         kinds=LINEAR_KINDS,
         provider=CUDA,
     )
 
-    def probe_run(self) -> Availability:
-        """Whether directories for this provider run here: GPU, driver and packages fit, and load. Never raises."""
+    def probe(self, *, run: bool = False) -> Availability:
+        """Whether directories are made here; or run: GPU, driver and packages fit, and load. Never raises."""
+        if not run:
+            return super().probe()
         gpu = find_gpu()
         if isinstance(gpu, str):
             return Availability(False, _missing_packages() or gpu)
@@ -79,10 +81,6 @@ class CudaEngine(ort.OrtEngine):
         except Exception as error:  # a broken installation may raise anything
             return Availability(False, " ".join(str(error).split())[:500])
         return Availability(True, f"CUDA provider on the {gpu.name} ({gpu.compute})")
-
-    def default_threads(self) -> int:
-        """One thread, because the host only feeds the GPU."""
-        return 1
 
     def open_runner(self, path: Path, threads: int | None = None) -> GenaiRunner:
         """A text runner on the directory's provider."""

@@ -11,11 +11,11 @@ import numpy as np
 
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE
-from nbl_export.methods.base import NumpyMixers
+from nbl_export.methods.base import Maps
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import GraphContract
 from nbl_export.records.results import CheckResult
-from nbl_export.targets.base import Availability, DecoderFacts, ExportSettings, Target, default_threads
+from nbl_export.targets.base import Availability, DecoderFacts, Engine, ExportSettings, default_threads
 from nbl_export.targets.checks import ExpectedGraph, StoredWeights
 from nbl_export.targets.export.finish import check_bounds
 from nbl_export.targets.openvino import check
@@ -43,12 +43,12 @@ CAPABILITIES = Capabilities(
 _OLDEST = (2026, 0)  # of openvino: the API and the CPU plugin's caches are as `session` describes them
 
 
-class OpenVinoEngine(Target):
+class OpenVinoEngine(Engine):
     """OpenVINO's CPU plugin."""
 
     capabilities = CAPABILITIES
 
-    def probe(self) -> Availability:
+    def probe(self, *, run: bool = False) -> Availability:
         """Whether OpenVINO computes here, by a tiny product with a known result; says what it computes in."""
         try:
             openvino = load_openvino()
@@ -134,9 +134,7 @@ class OpenVinoEngine(Target):
         """The graph in the arithmetic that ships, or in float32."""
         return IrDecoder(directory, file or _most_logits(directory), exact=exact, threads=threads)
 
-    def open_reference(
-        self, directory: Path, head_dim: int, mixers: NumpyMixers, tap: str, *, exact: bool
-    ) -> StepDecoder:
+    def open_reference(self, directory: Path, head_dim: int, mixers: Maps, tap: str, *, exact: bool) -> StepDecoder:
         """The IR in parts, with mixers in place of attention."""
         return IrDecoder(directory, _most_logits(directory), exact=exact, mixers=mixers, tap=tap)
 

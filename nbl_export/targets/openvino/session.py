@@ -32,7 +32,6 @@ import numpy as np
 
 from nbl_export.errors import CorruptError, MissingPackageError, NblError
 from nbl_export.graph.names import IR_FILE
-from nbl_export.methods.base import NumpyMixers
 from nbl_export.records.decoder import GraphContract, TensorInfo
 from nbl_export.targets.openvino.ir.anatomy import context_length, states_of
 from nbl_export.targets.openvino.ir.files import precision_of, read_ir
@@ -77,14 +76,14 @@ class Session:
         *,
         exact: bool = False,
         threads: int | None = None,
-        mixers: NumpyMixers | None = None,
+        mixers: Mapping[int, Any] | None = None,
         tap: str = "",
     ) -> None:
         self.directory = directory
         self._mixers = mixers
         core = load_openvino().Core()
         model = read_ir(directory, file)
-        parts = [model] if mixers is None else parts_of(model, mixers.layers, tap)
+        parts = [model] if mixers is None else parts_of(model, sorted(mixers), tap)
         self.contract = _contract(model, directory / file)
         settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
         if threads:
@@ -146,8 +145,8 @@ class Session:
         for place, (request, names) in enumerate(zip(self._requests, self._names, strict=True)):
             if place:
                 assert self._mixers is not None
-                layer = self._mixers.layers[place - 1]
-                known[f"nbl.mixed.{layer}"] = self._mixers(layer, known[f"nbl.tap.{layer}"])
+                layer = sorted(self._mixers)[place - 1]
+                known[f"nbl.mixed.{layer}"] = self._mixers[layer](known[f"nbl.tap.{layer}"])
             found = request.infer({name: known[name] for name in names & known.keys()}, share_inputs=False)
             known |= {name: np.array(value) for port, value in found.items() for name in port.get_names()}
         return known

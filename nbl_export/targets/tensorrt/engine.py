@@ -20,7 +20,7 @@ from typing import Any
 from nbl_export.errors import NblError
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.names import EXIT_ROWS, GRAPH_FILE, all_logits_file
-from nbl_export.targets.base import Availability, BuildSettings, DecoderFacts, ExportSettings, Target
+from nbl_export.targets.base import Availability, Builds, BuildSettings, DecoderFacts, ExportSettings
 from nbl_export.targets.export.finish import check_bounds
 from nbl_export.targets.gpu import CUDA, LEAST_COMPUTE, Gpu, find_gpu, outdated, unpackaged
 from nbl_export.targets.tensorrt.library import LIBRARIES, Library, load_library
@@ -32,15 +32,17 @@ __all__ = ["TRT", "TRT_RTX", "TensorRtEngine"]
 _CHECKED_CHUNK = 24  # tokens; small, so that verification crosses chunk borders
 
 
-class TensorRtEngine(Target):
+class TensorRtEngine(Builds):
     """Compiles and runs with one of the two libraries."""
 
     def __init__(self, library: Library) -> None:
         self.library = library
         self.capabilities = library.capabilities
 
-    def probe(self) -> Availability:
+    def probe(self, *, run: bool = False) -> Availability:
         """Whether this machine can build an engine: builds one that adds two numbers. Never raises."""
+        if run:
+            return self._probe_run()
         library = self.library
         try:
             trt = load_library(library)
@@ -49,7 +51,7 @@ class TensorRtEngine(Target):
                 gpu = _usable_gpu(library, trt.__version__)
                 where = f"for the {gpu.name}"
             _build_known_answer(trt)
-            runs = self.probe_run()
+            runs = self._probe_run()
             reason = runs.reason if runs.available else f"engines do not run here: {runs.reason}"
             return Availability(True, f"{library.package} {trt.__version__} builds {where}; {reason}")
         except NblError as error:
@@ -58,7 +60,7 @@ class TensorRtEngine(Target):
             text = " ".join(str(error).split())[:300]
             return Availability(False, f"{library.package} is installed and does not build: {text}{self._advice()}")
 
-    def probe_run(self) -> Availability:
+    def _probe_run(self) -> Availability:
         """Whether this machine can run an engine: library, GPU and driver fit, and a stream is made. Never raises."""
         from nbl_export.targets.tensorrt.device import check_device
 
@@ -79,10 +81,6 @@ class TensorRtEngine(Target):
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 return importlib.metadata.version(f"{self.library.package}{suffix}")
         return ""
-
-    def default_threads(self) -> int:
-        """One thread, because the host only feeds the GPU."""
-        return 1
 
     def build(self, source: Path, out: Path, settings: BuildSettings) -> dict[str, Any]:
         """See `build.build_engine`."""

@@ -11,8 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from nbl_export.errors import NblError
-from nbl_export.records.capabilities import LINEAR_KINDS, Capabilities
-from nbl_export.records.plan import PREDICTED_KV
+from nbl_export.records.capabilities import Capabilities
 from nbl_export.targets.gpu import JETSON_TENSORRT, Gpu, find_gpu, has_kernels, is_jetson, release_for, unpackaged
 
 __all__ = ["LIBRARIES", "Library", "load_library"]
@@ -70,7 +69,7 @@ _SOURCES = {"static": ("fp32", *_PRECISIONS)}
 
 
 _COMPILED: dict[str, Any] = {
-    "static": True, "verified_by": "ort", "cross": True, "kinds": LINEAR_KINDS | {PREDICTED_KV},
+    "static": True, "verified_by": "ort", "needs_target_gpu": True, "kinds": None,
     "cache_bytes": dict.fromkeys(_PRECISIONS, 2),
 }  # fmt: skip
 

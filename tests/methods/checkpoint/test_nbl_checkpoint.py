@@ -12,17 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from nbl_export import methods as mixers
 from nbl_export.errors import CorruptError
 from nbl_export.methods.applied import linearize
 from nbl_export.methods.checkpoint import load
 from nbl_export.methods.checkpoint import source as checkpoint_source
 from nbl_export.methods.checkpoint.hf_classes import restored, save_linearized
 from nbl_export.methods.linear.maps import Linear
-from nbl_export.methods.linear.none import Nothing
 from nbl_export.methods.maps_file import load_maps
 from tests.command import BARE, assert_refused, nbl, repeated
-from tests.methods.toy_thin import RANK, THIN, Thin
 from tests.tiny import EVERY, HIDDEN, cases, record_of
 
 pytestmark = pytest.mark.job
@@ -83,30 +80,23 @@ def test_the_stock_model_with_the_maps_is_what_was_saved(
     assert load.load_tokenizer(stock).encode("import") == load.load_tokenizer(directory).encode("import")
 
 
-def test_a_checkpoint_says_the_kind_of_each_layer(
-    checkpoint: Callable[[str], Path], random_maps: Callable[..., dict[int, Linear]], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+def test_a_checkpoint_keeps_dropped_attention(
+    checkpoint: Callable[[str], Path], random_maps: Callable[..., dict[int, Linear]], tmp_path: Path
+) -> None:
     import transformers
 
-    monkeypatch.setattr(mixers, "_KINDS", {**mixers._KINDS, THIN.name: THIN})
-    square = random_maps(1)[1]
-    for other in (Nothing(HIDDEN), Thin(square.weight[:RANK].copy(), square.weight[:, :RANK].copy(), square.bias)):
-        maps = {**random_maps(0), 2: other}
-        original, directory = load.load_model(checkpoint("llama")), tmp_path / other.kind
-        with torch.inference_mode():
-            expected = linearize(load.load_model(checkpoint("llama")), maps)(IDS, use_cache=False).logits
-        save_linearized(original, checkpoint("llama"), maps, "residual", directory)
-        assert json.loads((directory / "config.json").read_text())["nbl_kinds"] == ["linear", other.kind]
-        plan, found = load.load_maps(checkpoint_source.resolve(str(directory)), 3)
-        assert plan.mixers == ("linear", other.kind) and found[2].kind == other.kind
-        for name, array in other.tensors().items():
-            np.testing.assert_array_equal(found[2].tensors()[name], array)
-        with torch.inference_mode():
-            model = transformers.AutoModelForCausalLM.from_pretrained(directory)
-            torch.testing.assert_close(model(IDS, use_cache=False).logits, expected)
-        stock, names = restored(model).state_dict(), load.load_model(checkpoint("llama")).state_dict()
-        assert {n: v.shape for n, v in stock.items()} == {n: v.shape for n, v in names.items()}
+    maps = {**random_maps(0), 2: Linear.zeros(HIDDEN)}
+    original, directory = load.load_model(checkpoint("llama")), tmp_path / "nbl"
+    with torch.inference_mode():
+        expected = linearize(load.load_model(checkpoint("llama")), maps)(IDS, use_cache=False).logits
+    save_linearized(original, checkpoint("llama"), maps, "residual", directory)
+    plan, found = load.load_maps(checkpoint_source.resolve(str(directory)), 3)
+    assert plan.mixers == ("linear", "linear") and not found[2].stored()[0] and found[0].stored()[0]
+    with torch.inference_mode():
+        model = transformers.AutoModelForCausalLM.from_pretrained(directory)
+        torch.testing.assert_close(model(IDS, use_cache=False).logits, expected)
+    stock, names = restored(model).state_dict(), load.load_model(checkpoint("llama")).state_dict()
+    assert {n: v.shape for n, v in stock.items()} == {n: v.shape for n, v in names.items()}
 
 
 def test_the_job_makes_the_graph_that_the_checkpoint_came_from(saved: Path, again: Path) -> None:

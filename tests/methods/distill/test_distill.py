@@ -19,7 +19,8 @@ from nbl_export.methods.checkpoint.load import load_model, load_tokenizer
 from nbl_export.methods.distill.state import State
 from nbl_export.methods.distill.training import Callbacks, DistillSettings, _batches, _Training, distill
 from nbl_export.methods.linear import collect
-from nbl_export.methods.linear.maps import LINEAR, Linear
+from nbl_export.methods.linear.maps import Linear
+from nbl_export.methods.lmmse import fit
 from nbl_export.text import corpus
 from nbl_export.text import windows as text_windows
 from tests.disk import calls_of_os
@@ -35,7 +36,7 @@ def prepared(checkpoint: Checkpoint, text: Path) -> dict[str, Any]:
     model = load_model(checkpoint("llama"))
     windows, held = text_windows.pack(corpus.read_text(str(text)), load_tokenizer(checkpoint("llama")), 8192, 64, 512)
     moments = collect.collect(model, windows, lambda _d, _t: None, ("residual", "normed"))
-    maps = {tap: {i: LINEAR.fit(found[i], i) for i in (1, 2)} for tap, found in moments.items()}
+    maps = {tap: {i: Linear(*fit(found[i], i)) for i in (1, 2)} for tap, found in moments.items()}
     return {"model": model, "windows": windows, "held": held, "maps": maps}
 
 

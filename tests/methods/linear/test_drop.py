@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nbl_export.methods.applied import linearize
-from nbl_export.methods.linear.none import Nothing
+from nbl_export.methods.linear.maps import Linear
 from tests.command import configured, nbl
 from tests.tiny import HIDDEN, LAYERS, VOCAB
 
@@ -37,7 +37,7 @@ def biased_model() -> Any:
 
 def test_drop_leaves_the_residual_alone() -> None:
     seen: dict[str, torch.Tensor] = {}
-    layer = linearize(model := biased_model(), {1: Nothing(HIDDEN)}).model.layers[1]
+    layer = linearize(model := biased_model(), {1: Linear.zeros(HIDDEN)}).model.layers[1]
     layer.register_forward_pre_hook(lambda _m, args: seen.update(x=args[0]))
     layer.post_attention_layernorm.register_forward_pre_hook(lambda _m, args: seen.update(r=args[0]))
     with torch.no_grad():

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 
 from nbl_export.errors import NblError, UsageError
-from nbl_export.methods.inputs import AskedGoal
-from nbl_export.methods.linear.planning import count_foreseen, count_trained, count_within
+from nbl_export.methods import choose
+from nbl_export.methods.base import Limit
+from nbl_export.methods.choose import count_foreseen, count_trained
+from nbl_export.methods.linear.order import quiet
+from nbl_export.methods.linear.planning import _test
 from nbl_export.options.goals import asked_increase
 from nbl_export.options.options import JobOptions
 from tests.command import assert_refused, nbl
@@ -59,7 +62,7 @@ class Priced:
     def __init__(self, *rises: float, spread: float = 1e-6, guess: int = 0) -> None:
         self.rises, self.spread, self.guess = rises, spread, guess
         self.tested: list[int] = []
-        self.partial, self.inputs = self, SimpleNamespace(num_layers=5)
+        self.partial = self
 
     def order(self, count: int) -> tuple[int, ...]:
         return tuple(range(10, 10 + count))
@@ -88,12 +91,12 @@ class Priced:
 
 def reached(
     selection: Priced, goal: str | None = "5%", texts: tuple[str, ...] = ("held back",)
-) -> tuple[int, Any, tuple[str, ...]]:
+) -> tuple[int, Any, list[str]]:
     stand_in: Any = selection
-    found = count_within(
-        AskedGoal(asked_increase(limited(goal)), goal), stand_in, [(f"{t} (deciding)", t) for t in texts]
-    )
-    return found.count, found.facts, found.lines
+    limit = Limit(asked_increase(limited(goal)), goal)
+    validation = [(f"{text} (deciding)", text) for text in texts]
+    inputs: Any = SimpleNamespace(num_layers=5, limit=limit, validation=SimpleNamespace(value=validation))
+    return choose.reached(_test(inputs, stand_in, quiet), limit)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +137,7 @@ def test_without_a_goal_the_default_increase_decides_and_says_what_one_layer_cos
     count, facts, said = reached(Priced(0.02, 0.049, 0.06, 0.2), None)
     assert (count, facts["default"], facts["max_perplexity_increase"]) == (2, True, "5%")
     assert "5% is allowed" in said[0]
-    limit = r"within the default limit of 5%: one layer alone \(10\) .*\+12\..*--layers N"
+    limit = r"the default limit of 5% cannot be met: one layer alone \(10\) .*\+12\..*--layers N"
     with pytest.raises(NblError, match=limit):
         reached(Priced(0.12, 0.2, 0.2, 0.2), None)
 
@@ -160,7 +163,7 @@ def test_the_upper_end_of_the_interval_decides() -> None:
     assert "8,192 tokens cannot tell from 5%" in said[1]
     with pytest.raises(NblError, match=r"cannot be met: one layer alone \(10\).*8,192 tokens cannot tell from 1\.5%"):
         reached(Priced(*rises, spread=0.03), "1.5%")
-    with pytest.raises(NblError, match=r"cannot be met: one layer alone \(10\) raises perplexity .* \+1\.00000"):
+    with pytest.raises(NblError, match=r"cannot be met: one layer alone \(10\) is at perplexity \+1\.00000"):
         reached(Priced(*rises), "0.9%")
 
 
@@ -178,7 +181,7 @@ def test_perplexity_increase_through_the_job(run: Path) -> None:
     assert again["options"]["layers"] is None and "--max-perplexity-increase" in again["command"]
     before = (run / "nbl.json").read_bytes()
     refused = nbl("plan", run, "--max-perplexity-increase", f"{99 * first:.6f}%", "--exit-layer", "none")
-    assert_refused(refused, 1, "cannot be met", "one layer alone", "raises perplexity on held-back text by")
+    assert_refused(refused, 1, "cannot be met", "one layer alone", "is at perplexity +")
     assert (run / "nbl.json").read_bytes() == before
     assert planned(run, "--layers", "1")["goal"] is None
 
@@ -195,20 +198,24 @@ def test_perplexity_increase_through_the_job(run: Path) -> None:
 )
 def test_the_layers_that_stay_in_training_are_foreseen(rises: tuple[float, ...], text: str, count: int) -> None:
     model: Any = Priced(*rises)
-    goal, texts = {"share": 0.05}, [("held back", "held back"), (text, text)]
+    texts: Any = [("held back", "held back"), (text, text)]
     for order in (texts, texts[::-1]):  # wherever the worse text stands
-        assert count_foreseen(model, (3, 1, 2, 0), goal, order) == count
+        assert count_foreseen(model, (3, 1, 2, 0), 0.05, order, quiet) == count
 
 
 def test_trained_maps_are_tested_downwards() -> None:
-    goal = {"max_perplexity_increase": "5%", "default": False, "order": [7, 3, 1, 2, 0], "share": 0.05}
+    limit, texts = Limit(0.05, "5%"), [("recent_tokens", "held back")]
     model: Any = Priced(0.01, 0.03, 0.06, 0.07)
-    found = count_trained(model, (7, 3, 1, 2), goal, [("recent_tokens", "held back")])
-    assert (found.count, model.tested, found.facts["order"]) == (2, [4, 3, 2], [7, 3, 1, 2, 0])
-    assert [step["within"] for step in found.facts["path"]] == [True, False, False]
-    assert found.lines[0].startswith("2 layers raise perplexity by") and found.lines[1].startswith("3 layers (with 1)")
+    count, facts, said = count_trained(model, (7, 3, 1, 2), limit, texts, quiet)
+    assert (count, model.tested) == (2, [4, 3, 2])
+    assert {name: facts[name] for name in ("max_perplexity_increase", "default")} == {
+        "max_perplexity_increase": "5%", "default": False,
+    }  # fmt: skip
+    assert [step["within"] for step in facts["path"]] == [True, False, False]
+    assert said[0].startswith("2 layers replaced: perplexity +3.0") and said[1].startswith("3 layers (with 1): ")
+    model = Priced(0.06, 0.07)
     with pytest.raises(NblError, match=r"^--max-perplexity-increase 5% cannot be met: one layer alone \(7\)"):
-        count_trained(Priced(0.06, 0.07), (7, 3), goal, [("recent_tokens", "held back")])  # type: ignore[arg-type]
+        count_trained(model, (7, 3), limit, texts, quiet)
 
 
 def test_an_impossible_goal_ends_the_job_before_the_rewrite(same: tuple[object, ...], tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from nbl_export.methods.linear.order import Selection
 from nbl_export.methods.losses import PartialReplacement
 from nbl_export.model.head import logits_of
 from nbl_export.records.from_json import read_record
-from nbl_export.run.stages.plan import order_of
+from nbl_export.run.stages.plan import choice_of
 from nbl_export.run_directory import TEXT_FILE
 from nbl_export.text.parts import read
 from tests.jobs import opened
@@ -290,7 +290,7 @@ def test_layers_are_judged_on_another_text_too(run: Path, monkeypatch: pytest.Mo
         monkeypatch.setattr("nbl_export.model.bfloat16.fast", lambda _device, native=native: native)
         job.torch.narrow.forget()
         with pytest.raises(SeenError):
-            Selection(order_of(job)).order(1)
+            Selection(choice_of(job)).order(1)
     assert bfloat16 == [True, False]
     windows = seen[0]
     recent_tokens, second = read(run / TEXT_FILE, "selection"), read(run / TEXT_FILE, "second.selection")

@@ -19,7 +19,7 @@ from nbl_export.methods.applied import linearize
 from nbl_export.methods.checkpoint.load import load_model
 from nbl_export.methods.distill.training import Callbacks, DistillSettings, distill
 from nbl_export.methods.linear import collect
-from nbl_export.methods.linear.maps import LINEAR, Linear
+from nbl_export.methods.linear.maps import Linear
 from nbl_export.methods.lmmse import fit, score
 from nbl_export.methods.maps_file import load_maps
 from nbl_export.methods.rewrite import rewrite
@@ -77,7 +77,7 @@ def test_training_leaves_the_bias_at_zero(checkpoint: Callable[[str], Path]) -> 
     model = load_model(checkpoint("llama"))
     windows = torch.randint(3, 200, (8, 64), generator=torch.Generator().manual_seed(0))
     found = collect.collect(model, windows, lambda _d, _t: None, ("normed",))["normed"]
-    maps = {i: LINEAR.fit(found[i], i, bias=False) for i in (1, 2)}
+    maps = {i: Linear(*fit(found[i], i, bias=False)) for i in (1, 2)}
     how = DistillSettings(steps=24, batch_tokens=256, check_every=8, lora_rank=4, label_weight=0.0)
     result: Any = distill(model, maps, "normed", windows, windows[:2], how, Callbacks())
     assert min(kl for _, kl in result.held_kl) < result.held_kl[0][1]

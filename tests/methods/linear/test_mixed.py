@@ -10,7 +10,6 @@ import numpy as np
 
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.names import GRAPH_FILE
-from nbl_export.methods.base import NumpyMixers
 from nbl_export.methods.linear.reference import MixedSession
 from tests.tiny import HEAD_DIM, random_map
 
@@ -24,9 +23,7 @@ def stepped(decoder: OnnxDecoder) -> None:
 
 def test_no_part_keeps_the_memory_of_its_steps(exported: Callable[..., Path]) -> None:
     """Parts of a large model would fill the memory with what each of them used once."""
-    session = MixedSession(
-        exported("llama") / GRAPH_FILE, NumpyMixers({0: random_map(0), 1: random_map(1)}), "residual"
-    )
+    session = MixedSession(exported("llama") / GRAPH_FILE, {0: random_map(0), 1: random_map(1)}, "residual")
     session._parts = parts = [mock.Mock(wraps=part) for part in session._parts]
     stepped(OnnxDecoder(Path(), HEAD_DIM, session=session))
     runs = [call for part in parts for call in part.run.call_args_list]

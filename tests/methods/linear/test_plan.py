@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.methods import cache_layers
 from nbl_export.methods.linear.maps import Linear
-from nbl_export.methods.linear.order import choose
+from nbl_export.methods.linear.order import plan_of
 from nbl_export.methods.maps_file import load_maps, maps_in, save_maps
 from nbl_export.options.goals import parse_layers
 from nbl_export.records.plan import LayerScore, Plan
@@ -49,17 +49,17 @@ def test_bad_layers_are_refused(text: str, message: str) -> None:
 
 
 def test_smallest_bound_goes_first_and_ties_go_to_the_lower_layer() -> None:
-    assert choose(SCORES, 1).layers == (1,)
-    assert choose(SCORES, 2).layers == (1, 3)
-    assert choose(SCORES, 3).layers == (1, 2, 3)
-    assert choose(SCORES, 0) == Plan.of(5, {}, "residual", "cca", SCORES)
+    assert plan_of(SCORES, 1).layers == (1,)
+    assert plan_of(SCORES, 2).layers == (1, 3)
+    assert plan_of(SCORES, 3).layers == (1, 2, 3)
+    assert plan_of(SCORES, 0) == Plan.of(5, {}, "residual", "cca", SCORES)
 
 
 def test_named_layers_are_taken_as_they_are() -> None:
-    assert choose(SCORES, (0, 4)).layers == (0, 4)
-    plan = choose(SCORES, (0, 4), kind="none")
-    assert plan.kinds == ("none", "attention", "attention", "attention", "none")
-    assert (plan.layers, plan.mixers, plan.num_layers) == ((0, 4), ("none", "none"), 5)
+    assert plan_of(SCORES, (0, 4)).layers == (0, 4)
+    plan = plan_of(SCORES, (0, 4))
+    assert plan.kinds == ("linear", "attention", "attention", "attention", "linear")
+    assert (plan.layers, plan.mixers, plan.num_layers) == ((0, 4), ("linear", "linear"), 5)
 
 
 def test_contradictory_plans_cannot_be_made() -> None:
@@ -70,7 +70,7 @@ def test_contradictory_plans_cannot_be_made() -> None:
 
 
 def test_caches_are_those_that_layers_hold() -> None:
-    assert cache_layers(Plan.of(4, {0: "linear", 2: "predicted_kv", 3: "none"})) == (1, 2)
+    assert cache_layers(Plan.of(4, {0: "linear", 2: "predicted_kv", 3: "linear"})) == (1, 2)
 
 
 def maps() -> dict[int, Linear]:
@@ -107,8 +107,8 @@ def predicted(*numbers: float) -> dict[str, np.ndarray]:
         {"weight": np.ones((4, 33), "f"), "bias": np.ones(4, "f")},
         {"weight": np.eye(5, dtype="f"), "bias": np.ones(5, "f")},
         {"weight": np.array(1, "f"), "bias": np.ones(4, "f")},
-        {"none.nothing": np.ones(0, "f")},
-        {"none.nothing": np.ones((0, 1 << 40), "f")},
+        {"weight": np.ones((0, 1 << 40), "f"), "bias": np.ones(0, "f")},
+        {"none.nothing": np.ones((0, 4), "f")},
         {"unknown.nothing": np.ones((0, 4), "f")},
         predicted(4, 1, 1e9, 1e-5),
         predicted(4, 1, np.inf, 1e-5),
@@ -120,7 +120,7 @@ def predicted(*numbers: float) -> dict[str, np.ndarray]:
     ids=range(13),
 )
 def test_maps_of_other_shapes_than_the_decoder_are_refused(tensors: dict[str, np.ndarray], tmp_path: Path) -> None:
-    for good in (LINEAR, predicted(4, 1, 2, 1e-5), {"none.nothing": np.ones((0, 4), "f")}):
+    for good in (LINEAR, predicted(4, 1, 2, 1e-5)):
         save_file({f"layers.1.{name}": array for name, array in good.items()}, tmp_path / "maps.safetensors")
         assert load_maps(tmp_path / "maps.safetensors", (1,), 4)[1].size == 4
     others = {f"layers.{'9' * 5000}.bias": np.ones(4, "f")}  # Python reads no number of as many digits
@@ -147,21 +147,21 @@ def test_an_older_maps_file_does_not_say_its_tap(tmp_path: Path) -> None:
 
 def test_a_plan_reads_the_moments_of_one_layer_at_a_time(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All moments of a large model do not fit into memory: 8 layers of 4,096 x 4,096 are 3 GiB."""
-    from nbl_export.methods import sums_file as moments_file
+    from nbl_export.methods.linear import order
 
     alive: list[weakref.ref[Any]] = []
     most = 0
-    whole = moments_file.MomentsFile.sums
+    whole = order.read_sums
 
-    def sums(self: Any, layer: int, tap: str) -> Any:
+    def read_sums(file: Any, layer: int, tap: str) -> Any:
         nonlocal most
         gc.collect()
         most = max(most, 1 + sum(ref() is not None for ref in alive))
-        found = whole(self, layer, tap)
+        found = whole(file, layer, tap)
         alive.append(weakref.ref(found.xx))
         return found
 
-    monkeypatch.setattr(moments_file.MomentsFile, "sums", sums)
+    monkeypatch.setattr(order, "read_sums", read_sums)
     gc.collect()
     gc.freeze()  # what is there already is not looked through again and again
     try:

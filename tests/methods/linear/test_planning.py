@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 
 from nbl_export.errors import NblError
-from nbl_export.methods.inputs import AskedGoal, MapKind, Maps, OrderInputs, PlanInputs
-from nbl_export.methods.linear import order as order_of
+from nbl_export.methods.base import Choice, ChoiceInputs, Limit, Maps
+from nbl_export.methods.linear import order as order_module
+from nbl_export.methods.linear.method import LayerCandidates
 from nbl_export.methods.linear.order import Selection
 from nbl_export.methods.linear.planning import make_plan
 from nbl_export.methods.lmmse import Moments
@@ -52,7 +53,7 @@ class Switched:
         return {name: [self._loss(windows, layers)] * 8 for name, layers in sets.items()}
 
     def _loss(self, windows: str, layers: Any) -> Loss:
-        rise = self.factor * sum(10 if self.maps[i].kind == "none" else 1 for i in layers)
+        rise = self.factor * sum(1 if self.maps[i].stored()[0] else 10 for i in layers)
         rise *= 2 if windows == "another" else 1
         return Loss(511, 511 * rise / 2, 511 * 3.0, 511 * (3.0 + rise))
 
@@ -73,64 +74,74 @@ class Judge(Planted):
 
 @pytest.fixture(autouse=True)
 def planted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(order_of, "Judge", Judge)
+    monkeypatch.setattr(order_module, "Judge", Judge)
+    monkeypatch.setattr(
+        order_module, "read_sums", lambda _file, layer, tap: SimpleNamespace(moments=lambda: moments_of(layer, tap))
+    )
     Judge.rounds = 0
     Switched.made.clear()
-
-
-def inputs(select: str = "cca", **kind: Any) -> OrderInputs:
-    texts = [("recent_tokens", torch.zeros(2, 8)), ("long_range", torch.zeros(2, 8))]
-    return OrderInputs(
-        MapKind(**kind), LAYERS, select, Lazy("moments", lambda: moments_of),
-        Lazy("model", lambda: Switched), Lazy("texts", lambda: texts),
-        Lazy("saved", lambda: lambda maps, tokens: len(maps) * tokens / 10_000),
-    )  # fmt: skip
-
-
-def speedup(maps: Maps) -> Any:
-    return SimpleNamespace(prefill=1 + len(maps) / 10, decode=1 + len(maps) / 20)
-
-
-def plan_inputs(order: OrderInputs, request: Any = None, goal: AskedGoal | None = None, **given: Any) -> PlanInputs:
-    values: dict[str, Any] = {
-        "fit": "independent", "order": order, "request": request,
-        "goal": goal or AskedGoal(0.1, None),
-        "trains": Lazy(None, lambda: False),
-        "validation": Lazy(None, lambda: [("recent_tokens", "one"), ("long_range", "another")]),
-        "speedup": Lazy(None, lambda: speedup), "setting": Lazy(None, lambda: {"engine": "e"}),
-    }  # fmt: skip
-    return PlanInputs(**{**values, **given})
-
-
-def planned(found: PlanInputs, **given: Any) -> tuple[Any, Any, Any, list[str]]:
-    said: list[str] = []
-    return *make_plan(found, Selection(found.order, **given), said.append), said
 
 
 def never() -> Any:
     raise AssertionError("a plan by scores needs neither a model nor a text nor costs")
 
 
+def inputs(request: Any = None, select: str = "cca", limit: Limit | None = None, **candidates: Any) -> ChoiceInputs:
+    texts = [("recent_tokens", torch.zeros(2, 8)), ("long_range", torch.zeros(2, 8))]
+    validation: Any = [("recent_tokens", "one"), ("long_range", "another")]
+    return ChoiceInputs(
+        num_layers=LAYERS,
+        candidates=LayerCandidates(request, select, **candidates),
+        limit=limit or Limit(0.1, None),
+        trains=Lazy(None, lambda: False),
+        sums=Lazy("sums", lambda: cast(Any, SimpleNamespace())),
+        model=Lazy(None, never),
+        partial=Lazy("model", lambda: Switched),
+        selection=Lazy("texts", lambda: texts),
+        validation=Lazy(None, lambda: validation),
+        saved=Lazy("saved", lambda: lambda maps, tokens: len(maps) * tokens / 10_000),
+        speedup=Lazy(None, lambda: speedup),
+        setting=Lazy(None, lambda: {"engine": "e"}),
+    )
+
+
+def speedup(maps: Maps) -> Any:
+    return SimpleNamespace(prefill=1 + len(maps) / 10, decode=1 + len(maps) / 20)
+
+
+def planned(found: ChoiceInputs, **given: Any) -> tuple[Choice, list[str]]:
+    said: list[str] = []
+    return make_plan(found, Selection(found, **given), said.append), said
+
+
 def test_a_count_takes_the_layers_with_the_best_scores() -> None:
-    lazy: dict[str, Any] = dict.fromkeys(("validation", "speedup", "setting"), Lazy(None, never))
-    heavy: dict[str, Any] = dict.fromkeys(("partial", "texts", "saved"), Lazy(None, never))
-    plan, maps, facts, _ = planned(plan_inputs(dataclasses.replace(inputs(), **heavy), 3, **lazy))
-    assert plan.layers == tuple(sorted(CHEAPEST)) == tuple(maps)
-    assert (plan.select, plan.tap, facts) == ("cca", "residual", {"curve": None, "goal": None})
+    heavy: dict[str, Any] = dict.fromkeys(
+        ("partial", "selection", "saved", "validation", "speedup", "setting"), Lazy(None, never)
+    )
+    found, _ = planned(dataclasses.replace(inputs(3), **heavy))
+    assert found.plan.layers == tuple(sorted(CHEAPEST)) == tuple(found.maps)
+    assert (found.plan.select, found.plan.tap, found.facts) == ("cca", "residual", {"curve": None, "goal": None})
 
 
 def test_named_layers_need_no_order() -> None:
-    plan, _, _, _ = planned(plan_inputs(inputs("efficient"), (0, 7)))
+    plan = planned(inputs((0, 7), "efficient"))[0].plan
     assert (plan.layers, plan.select, Judge.rounds) == ((0, 7), "given", 0)
     assert len(plan.scores) == LAYERS
 
 
-def test_maps_are_of_their_kind() -> None:
-    kinds: list[dict[str, Any]] = [{}, {"tap": "normed"}, {"tap": "normed", "bias": False}, {"kind": "none"}]
-    found = [Selection(inputs(**kind)).maps_of([5])[5] for kind in kinds]
+def test_maps_are_those_of_the_candidates() -> None:
+    asked: list[dict[str, Any]] = [{}, {"tap": "normed"}, {"tap": "normed", "bias": False}, {"dropped": True}]
+    found = [Selection(inputs(**candidates)).maps_of([5])[5] for candidates in asked]
     assert not np.allclose(found[0].tensors()["weight"], found[1].tensors()["weight"])
     assert found[1].product() is None and found[2].product() is not None  # a product alone has no bias
-    assert found[3].kind == "none"
+    assert not any(array.any() for array in found[3].tensors().values())
+    assert {mixer.kind for mixer in found} == {"linear"}
+
+
+def test_dropped_attention_is_judged_and_tested_as_it_is() -> None:
+    """A layer costs ten times what its map costs, so none is within what four fitted maps are within."""
+    with pytest.raises(NblError, match="the default limit of 10% cannot be met"):
+        planned(inputs(dropped=True))
 
 
 def test_scores_of_another_tap_keep_the_bounds_of_the_residual_tap() -> None:
@@ -141,21 +152,21 @@ def test_scores_of_another_tap_keep_the_bounds_of_the_residual_tap() -> None:
 
 def test_the_order_of_a_judge_is_that_of_the_rule_and_is_made_once() -> None:
     """A shorter plan and another count take the recorded order."""
-    longest = planned(plan_inputs(inputs("efficient"), 6))
+    longest, _ = planned(inputs(6, "efficient"))
     assert Judge.rounds == 1
-    kept = longest[2]["greedy"]
+    kept = longest.facts["greedy"]
     steps = [tuple(step["layers"]) for step in kept["steps"]]
-    assert longest[0].layers == tuple(sorted(steps[-1])) and [len(step) for step in steps] == [1, 2, 3, 4, 5, 6]
-    again = planned(plan_inputs(inputs("efficient"), 4), recorded=kept)
-    assert again[0].layers == tuple(sorted(steps[3])) and again[2]["greedy"] == kept
+    assert longest.plan.layers == tuple(sorted(steps[-1])) and [len(step) for step in steps] == [1, 2, 3, 4, 5, 6]
+    again, _ = planned(inputs(4, "efficient"), recorded=kept)
+    assert again.plan.layers == tuple(sorted(steps[3])) and again.facts["greedy"] == kept
     assert Judge.rounds == 1
     for damaged in ({**kept, "steps": "none"}, {"key": kept["key"]}, {**kept, "key": "other"}):
-        assert planned(plan_inputs(inputs("efficient"), 6), recorded=damaged)[2]["greedy"] == kept
+        assert planned(inputs(6, "efficient"), recorded=damaged)[0].facts["greedy"] == kept
     assert Judge.rounds == 4
 
 
 def test_the_curve_has_the_steps() -> None:
-    curve = planned(plan_inputs(inputs("efficient"), 2))[2]["curve"]
+    curve = planned(inputs(2, "efficient"))[0].facts["curve"]
     assert [point["layers"] for point in curve["points"]] == [1, 2]
     assert (curve["engine"], curve["texts"]) == ("e", ["recent_tokens", "long_range"])
     last = curve["points"][-1]
@@ -164,27 +175,30 @@ def test_the_curve_has_the_steps() -> None:
 
 
 def test_without_a_count_a_limit_decides() -> None:
-    plan, _, facts, said = planned(plan_inputs(inputs()))
-    assert len(plan.layers) == 4  # exp(2 * 0.01 * 4) - 1 is within 10%, one layer more is not
-    assert facts["goal"]["default"] and "10% is allowed" in said[0] and "5 layers" in said[1]
-    asked = AskedGoal(0.01, "1%")
+    found, said = planned(inputs())
+    assert len(found.plan.layers) == 4  # exp(2 * 0.01 * 4) - 1 is within 10%, one layer more is not
+    assert found.facts["goal"]["default"] and "10% is allowed" in said[0] and "5 layers" in said[1]
     with pytest.raises(NblError, match="--max-perplexity-increase 1% cannot be met"):
-        planned(plan_inputs(inputs(), None, asked))
+        planned(inputs(limit=Limit(0.01, "1%")))
 
 
 def test_another_input_or_rule_is_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every field of the order's inputs but the size of the model, which its fingerprint covers."""
-    start = inputs("efficient")
+    """What a judged order follows from, and no more: another count or limit takes the recorded order."""
+    start = inputs(None, "efficient")
     others: dict[str, Any] = {
-        "kind": MapKind(bias=False),
-        "moments": Lazy("o", lambda: moments_of), "partial": Lazy("o", lambda: Switched), "texts": Lazy("o", list),
-        "saved": Lazy("o", lambda: lambda maps, tokens: 0.0), "kept": (0,),
+        "sums": Lazy("o", lambda: cast(Any, SimpleNamespace())), "partial": Lazy("o", lambda: Switched),
+        "selection": Lazy("o", list), "saved": Lazy("o", lambda: lambda maps, tokens: 0.0),
     }  # fmt: skip
-    assert {f.name for f in dataclasses.fields(OrderInputs)} == others.keys() | {"num_layers", "select"}
+    asked: dict[str, Any] = {"tap": "normed", "bias": False, "dropped": True, "kept": (0,)}
+    free = {"num_layers", "candidates", "limit", "trains", "model", "validation", "speedup", "setting"}
+    assert {f.name for f in dataclasses.fields(ChoiceInputs)} == others.keys() | free
+    assert {f.name for f in dataclasses.fields(LayerCandidates)} == asked.keys() | {"request", "select"}
     keys = [Selection(dataclasses.replace(start, **{name: other})).key for name, other in others.items()]
+    keys += [Selection(inputs(None, "efficient", **{name: other})).key for name, other in asked.items()]
     for name in ("RULE", "EVERY", "_WEIGHED_TOKENS"):
         with monkeypatch.context() as patch:
-            patch.setattr(order_of, name, "another")
+            patch.setattr(order_module, name, "another")
             keys.append(Selection(start).key)
-    assert len({Selection(start).key, *keys}) == len(others) + 3 + 1
-    assert Selection(inputs("efficient")).key == Selection(start).key
+    assert len({Selection(start).key, *keys}) == len(others) + len(asked) + 3 + 1
+    for same in (inputs(None, "efficient"), inputs(4, "efficient", limit=Limit(0.01, "1%"))):
+        assert Selection(same).key == Selection(start).key

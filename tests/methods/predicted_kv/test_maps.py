@@ -9,13 +9,10 @@ import pytest
 import torch
 
 from nbl_export.errors import NblError
-from nbl_export.methods.base import Port, apply
 from nbl_export.methods.maps_file import load_maps, save_maps
-from nbl_export.methods.predicted_kv.maps import PREDICTED, PredictedKV, rows_read
+from nbl_export.methods.predicted_kv.maps import PredictedKV, exit_of
 from nbl_export.methods.predicted_kv.module import features
-from nbl_export.methods.predicted_kv.prompt_exit import prompt_exit_of
 from nbl_export.methods.rows import Need, rows_needed
-from tests.methods.test_lmmse import moments
 
 SIZE, KEYS = 12, 4
 
@@ -33,10 +30,9 @@ def test_numpy_and_torch_agree_and_a_file_keeps_the_numbers(tmp_path: Path) -> N
     assert (again.exit_layer, again.recent_tokens, again.inputs) == (1, 3, SIZE)  # type: ignore[attr-defined]
     assert again.epsilon == np.float32(1e-3)  # type: ignore[attr-defined]
     x_BTD = np.random.default_rng(1).normal(size=(2, 5, SIZE)).astype(np.float32)
-    given = apply(mixer, {1: rows_read(x_BTD, mixer.epsilon)})
     found = again.module().predict(torch.from_numpy(x_BTD))
-    for port, value in zip((Port.KEYS, Port.VALUES), found, strict=True):
-        np.testing.assert_allclose(given[port], value.detach().numpy(), atol=1e-5)
+    for ours, value in zip(mixer(x_BTD), found, strict=True):
+        np.testing.assert_allclose(ours, value.detach().numpy(), atol=1e-5)
     large = torch.from_numpy(300 * x_BTD).half()  # its squares are beyond float16
     wide, narrow = (features(x, 1e-3) for x in (large.float(), large))
     torch.testing.assert_close(narrow, wide.half())
@@ -46,7 +42,7 @@ def test_the_token_before_is_read_one_row_up() -> None:
     x_BTD = np.random.default_rng(1).normal(size=(1, 6, SIZE)).astype(np.float32)
     changed = x_BTD.copy()
     changed[0, 2] = 1
-    keys, others = (apply(predicted(), {1: rows_read(x, 1e-3)})[Port.KEYS] for x in (changed, x_BTD))
+    keys, others = (predicted()(x)[0] for x in (changed, x_BTD))
     long_range = np.abs(keys - others)
     assert (long_range[0].max(1) > 1e-3).tolist() == [False, False, True, True, False, False]
 
@@ -60,11 +56,6 @@ def test_a_prompt_climbs_with_its_last_rows_and_the_first() -> None:
 
 @pytest.mark.parametrize("other", [(1, 4), (0, 3)])
 def test_maps_of_a_model_have_one_cut(other: tuple[int, int]) -> None:
-    assert prompt_exit_of({2: predicted(), 1: predicted()}).recent_tokens == 3  # type: ignore[union-attr]
+    assert exit_of({2: predicted(), 1: predicted()}).recent_tokens == 3
     with pytest.raises(NblError, match="several exit layers or numbers of recent tokens"):
-        prompt_exit_of({1: predicted(), 2: predicted(*other)})
-
-
-def test_moments_of_one_layer_do_not_fit_it() -> None:
-    with pytest.raises(NblError, match="layer 7: predicted KV are fitted by exit layer"):
-        PREDICTED.fit(moments(torch.ones(2, SIZE), torch.ones(2, KEYS)), 7)
+        exit_of({1: predicted(), 2: predicted(*other)})

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,14 +12,13 @@ import torch
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.decoder import OnnxDecoder
-from nbl_export.methods.base import Mixer, NumpyMixers
+from nbl_export.methods.base import changed
 from nbl_export.methods.checkpoint.load import load_model, read_spec
 from nbl_export.methods.checkpoint.source import resolve
-from nbl_export.methods.linear.none import Nothing
 from nbl_export.methods.predicted_kv.reference import PredictedKVDecoder, Rotary
 from nbl_export.targets import exporter_of
 from tests.exits import CLOSE, apart, chunks_of, predicted_maps, torch_logits
-from tests.tiny import HEAD_DIM, HIDDEN, KV_HEADS, random_map
+from tests.tiny import HEAD_DIM, KV_HEADS
 
 NEAR = 4
 KEYS = KV_HEADS * HEAD_DIM
@@ -39,14 +37,13 @@ def test_logits_are_those_of_torch(
     maps = predicted_maps(exit_layer, NEAR, spec.num_kv_heads * spec.head_dim)
     chunks = chunks_of(CHUNKS)
     right = torch_logits(load_model(checkpoint(architecture)), maps, chunks)
-    decoder = PredictedKVDecoder(exported(architecture), spec.head_dim, NumpyMixers(maps), "residual")
+    decoder = PredictedKVDecoder(exported(architecture), spec.head_dim, maps)
     decoder.begin(1)
     assert max(apart(decoder.step(ids)[0], logits) for ids, logits in zip(chunks, right, strict=True)) < CLOSE
 
 
-def opened(exported: Callable[..., Path], mixers: Mapping[int, Mixer] | None = None) -> PredictedKVDecoder:
-    chosen = predicted_maps(1, NEAR, KEYS) if mixers is None else mixers
-    return PredictedKVDecoder(exported("llama"), HEAD_DIM, NumpyMixers(chosen), "residual")
+def opened(exported: Callable[..., Path]) -> PredictedKVDecoder:
+    return PredictedKVDecoder(exported("llama"), HEAD_DIM, predicted_maps(1, NEAR, KEYS))
 
 
 def padded(chunks: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -58,13 +55,8 @@ def padded(chunks: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return ids, valid
 
 
-@pytest.mark.parametrize("below", [{}, {0: random_map(0)}], ids=["attention", "a map"])
-def test_a_batch_is_its_sequences_alone(below: dict[int, Mixer], exported: Callable[..., Path]) -> None:
-    decoder, chunks, steps = (
-        opened(exported, {**below, **predicted_maps(1, NEAR, KEYS)}),
-        chunks_of((12, 7)),
-        chunks_of((1, 1), 1),
-    )
+def test_a_batch_is_its_sequences_alone(exported: Callable[..., Path]) -> None:
+    decoder, chunks, steps = opened(exported), chunks_of((12, 7)), chunks_of((1, 1), 1)
     decoder.begin(2)
     found = decoder.step(*padded(chunks)), decoder.step(np.concatenate(steps))
     for row, (chunk, step) in enumerate(zip(chunks, steps, strict=True)):
@@ -78,7 +70,7 @@ def test_the_maps_are_those_that_the_graph_stores(exported: Callable[..., Path])
     maps, other, (ids,) = predicted_maps(1, NEAR, KEYS), predicted_maps(1, NEAR, KEYS), chunks_of((12,))
     other[1].weight[:KEYS] /= 2
     found = []
-    for running in (NumpyMixers(maps, {1: {"weight": other[1].weight}}), NumpyMixers(other), NumpyMixers(maps)):
+    for running in ({**maps, 1: changed(maps[1], {"weight": other[1].weight})}, other, maps):
         decoder = exporter_of("genai").open_reference(exported("llama"), HEAD_DIM, running, "residual", exact=True)
         decoder.begin(1)
         found.append(decoder.step(ids)[0])
@@ -108,29 +100,6 @@ def test_logits_of_a_graph_with_a_cut_stand_at_their_tokens(monkeypatch: pytest.
     np.testing.assert_array_equal(decoder.step(ids[:, :3]), given)
 
 
-def test_linear_layers_stand_below_and_above_a_cut(
-    checkpoint: Callable[[str], Path], exported: Callable[..., Path]
-) -> None:
-    """Layer 2 adds nothing, so it holds no cache; the map of layer 0 leaves the stream of the exit layer to be
-    another one."""
-    mixers: dict[int, Mixer] = {0: random_map(0), 1: predicted_maps(1, NEAR, KEYS)[1], 2: Nothing(HIDDEN)}
-    model = load_model(checkpoint("llama"))
-    replace(model, 0, lambda x: x @ torch.from_numpy(random_map(0).weight).T + torch.from_numpy(random_map(0).bias))
-    replace(model, 2, torch.zeros_like)
-    chunks = chunks_of(CHUNKS)
-    right = torch_logits(model, {1: mixers[1]}, chunks)  # type: ignore[dict-item]
-    decoder = opened(exported, mixers)
-    decoder.begin(1)
-    assert max(apart(decoder.step(ids)[0], logits) for ids, logits in zip(chunks, right, strict=True)) < CLOSE
-
-
-def replace(model: Any, layer: int, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Let a layer add a function of its input stream; its attention goes on to fill its cache."""
-    block, seen = model.model.layers[layer], []
-    block.register_forward_pre_hook(lambda _module, given: seen.append(given[0]))
-    block.self_attn.register_forward_hook(lambda _module, _given, made: (function(seen.pop()), *made[1:]))
-
-
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rotary_embedding_is_that_of_transformers(interleaved: bool) -> None:
     from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as neighbours
@@ -148,4 +117,4 @@ def test_rotary_embedding_is_that_of_transformers(interleaved: bool) -> None:
 
 def test_a_choice_of_rotary_tables_is_refused(exported: Callable[..., Path]) -> None:
     with pytest.raises(RefusalError, match="tables of its rotary embedding"):
-        PredictedKVDecoder(exported("phi3-long"), HEAD_DIM, NumpyMixers(predicted_maps(1, NEAR, KEYS)), "residual")
+        PredictedKVDecoder(exported("phi3-long"), HEAD_DIM, predicted_maps(1, NEAR, KEYS))

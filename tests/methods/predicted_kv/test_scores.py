@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from nbl_export.evaluation.lm import OnnxLM
-from nbl_export.evaluation.scorer import GraphScorer, Request, recent_tokens_of
+from nbl_export.evaluation.scorer import GraphScorer, Request, continuing_of
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.names import ALL_LOGITS_FILE
 from nbl_export.graph.passes.tail import keep_last_token
@@ -77,5 +77,5 @@ def test_a_graph_with_caches_of_fixed_length_is_scored_as_it_is_served() -> None
 
 
 def test_the_width_is_that_of_the_directory(exit_layer: Path, exported: Any) -> None:
-    assert recent_tokens_of(exit_layer) == NEAR and recent_tokens_of(exported("llama")) is None
-    assert OnnxLM(path=str(exit_layer)).scorer.recent_tokens == NEAR
+    assert continuing_of(exit_layer) == NEAR and continuing_of(exported("llama")) is None
+    assert OnnxLM(path=str(exit_layer)).scorer.continuing == NEAR

@@ -18,7 +18,7 @@ from nbl_export.methods.applied import linearize, switched
 from nbl_export.methods.base import Mixer
 from nbl_export.methods.checkpoint.load import load_model
 from nbl_export.methods.predicted_kv.maps import PredictedKV
-from nbl_export.methods.predicted_kv.torch_layers import own_map
+from nbl_export.methods.predicted_kv.sums import own_map
 from tests.exits import by_hand, predicted
 from tests.tiny import EPSILON, HIDDEN, LAYERS, VOCAB
 
@@ -40,7 +40,7 @@ def ids(count: int, rows: int = 1, seed: int = 5) -> torch.Tensor:
 
 def maps_from(model: Any, exit_layer: int, recent_tokens: int = W) -> dict[int, PredictedKV]:
     """The exact map of the exit layer's layer, and random maps above it."""
-    made = {exit_layer: own_map(model, exit_layer, recent_tokens)}
+    made = {exit_layer: own_map(model, exit_layer, exit_layer, recent_tokens)}
     for layer in range(exit_layer + 1, LAYERS):
         rng = np.random.default_rng(layer)
         weight = rng.normal(size=made[exit_layer].weight.shape).astype(np.float32) / 8
@@ -134,27 +134,13 @@ def test_generate_continues_from_the_cache(checkpoint: Callable[[str], Path]) ->
     assert found[0, 30:].tolist() == right
 
 
-@torch.inference_mode()
-def test_linear_layers_stand_above_a_cut(checkpoint: Callable[[str], Path], random_maps: Any) -> None:
-    """A map above the exit layer computes the rows that continue; below the top, its layer only passes them on."""
-    model, text = load_model(checkpoint("llama")), ids(20)
-    maps: dict[int, Mixer] = {**maps_from(model, 1), 2: random_maps(2)[2]}
-    alone = linearize(copy.deepcopy(model), {2: maps[2]})
-    right, cache = by_hand(alone, {1: maps[1]}, DynamicCache(), text)  # type: ignore[dict-item]
-    ours = DynamicCache()
-    found = linearize(model, maps)(text, cache=ours, use_cache=True).logits
-    torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4, equal_nan=True)
-    assert [layer.get_seq_length() for layer in ours.layers] == [20, 20, 20]
-    torch.testing.assert_close(ours.layers[1].keys, cache.layers[1].keys)
-
-
 def test_the_map_of_the_cuts_own_layer_is_exact(checkpoint: Callable[[str], Path]) -> None:
     for name in ("llama-bias", "qwen2", "granite"):
         model = load_model(checkpoint(name))
         layer = model.get_decoder().layers[1]
         with torch.inference_mode():
             x = model(ids(20), use_cache=False, output_hidden_states=True).hidden_states[1]
-            mixer = own_map(model, 1, W)
+            mixer = own_map(model, 1, 1, W)
             assert (mixer.exit_layer, mixer.recent_tokens, mixer.inputs) == (1, W, HIDDEN)
             found = predicted(mixer, x)
             normed = layer.input_layernorm(x)
@@ -176,7 +162,7 @@ def test_what_cannot_stand_above_a_cut_is_refused(checkpoint: Callable[[str], Pa
     with pytest.raises(NblError, match="layer 2: above the exit layer at layer 1"):
         linearize(model, {1: maps[1]})
     with pytest.raises(NblError, match="one exit layer"):
-        linearize(model, {**maps, 2: own_map(model, 2, W)})
+        linearize(model, {**maps, 2: own_map(model, 2, 2, W)})
     assert not any("mixer" in name for name in model.state_dict())
     for name, reason in REFUSED.items():
         other = load_model(checkpoint(name))

@@ -18,13 +18,13 @@ from safetensors.numpy import load_file
 from nbl_export.errors import CorruptError
 from nbl_export.graph.names import constant_name, product_name
 from nbl_export.methods.applied import linearize
-from nbl_export.methods.base import Mixer, NumpyMixers
+from nbl_export.methods.base import Maps, Mixer
 from nbl_export.methods.checkpoint.hf_classes import save_linearized
 from nbl_export.methods.checkpoint.load import load_model
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import GraphContract, TensorInfo
 from nbl_export.records.results import CheckResult
-from nbl_export.targets.base import Availability, DecoderFacts, ExportSettings, Target
+from nbl_export.targets.base import Availability, DecoderFacts, Engine, ExportSettings
 from nbl_export.targets.checks import ExpectedGraph, StoredWeights, checked, judge_maps
 from nbl_export.targets.export.finish import add_text_files
 from nbl_export.targets.runners import StepDecoder
@@ -37,12 +37,12 @@ _WEIGHTS = "model.safetensors"
 _PARTS = ("weight", "bias")
 
 
-class ToyEngine(Target):
+class ToyEngine(Engine):
     """torch on the CPU, in float32."""
 
     capabilities = Capabilities("toy", "Toy", ("fp32",), {"toy": ("fp32",)}, cache_bytes={"fp32": 0})
 
-    def probe(self) -> Availability:
+    def probe(self, *, run: bool = False) -> Availability:
         """A product with a known result."""
         found = torch.tensor([[1.0, 2.0]]) @ torch.tensor([[1.0, 2.0], [3.0, 4.0]])
         return Availability(found.tolist() == [[7.0, 10.0]], f"torch {torch.__version__}")
@@ -107,12 +107,10 @@ class ToyEngine(Target):
             lambda product: (products[product], 0.0),
         )  # fmt: skip
 
-    def open_reference(
-        self, directory: Path, head_dim: int, mixers: NumpyMixers, tap: str, *, exact: bool
-    ) -> StepDecoder:
+    def open_reference(self, directory: Path, head_dim: int, mixers: Maps, tap: str, *, exact: bool) -> StepDecoder:
         """The original model, with the mixers' own modules."""
         decoder = ToyDecoder(directory)
-        linearize(decoder.model, mixers.mixers, tap)
+        linearize(decoder.model, mixers, tap)
         return decoder
 
     def open_graph(

@@ -8,9 +8,9 @@ attention layers, from which caches are allocated. No forward is copied:
     tap normed        the norm stays, self_attn is a linear layer
     tap residual      the norm is `Joined`, which adds and does not scale
 
-Values of config.json: nbl_replaced_layers, nbl_kinds ("linear", or "none" for attention left out; not given: all are
-linear), nbl_tap, and nbl_parallel. "replicated" (default) keeps the whole matrix on
-each tensor-parallel rank and needs no communication; "column" splits its outputs and gathers them.
+Values of config.json: nbl_replaced_layers, nbl_kinds (all "linear", unless given), nbl_tap, and nbl_parallel.
+"replicated" (default) keeps the whole matrix on each tensor-parallel rank and needs no communication; "column" splits
+its outputs and gathers them.
 With nbl_exit, all layers from the exit layer up are of the kind "predicted_kv" and keep their attention (`cut`).
 """
 
@@ -33,7 +33,6 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from nbl_export.targets.checkpoint.vllm.cut import put_exit
 
 __all__ = [
-    "Dropped",
     "Joined",
     "LinearAttention",
     "Linearized",
@@ -58,13 +57,6 @@ class LinearAttention(nn.Module):
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor, **_kwargs: Any) -> torch.Tensor:
         return self.linear(hidden_states)
-
-
-class Dropped(nn.Module):
-    """In place of a self-attention module that was left out: zeros."""
-
-    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor, **_kwargs: Any) -> torch.Tensor:
-        return torch.zeros_like(hidden_states)
 
 
 class Joined(nn.Module):
@@ -99,7 +91,7 @@ class Linearized:
             self._maps = put_exit(self.model.layers, config.nbl_exit, vllm_config)  # type: ignore[attr-defined]
             self.model.do_not_compile = True  # type: ignore[attr-defined]  # rows of a step are known when it runs
             return
-        if not set(kinds.values()) <= {"linear", "none"}:
+        if not set(kinds.values()) <= {"linear"}:
             raise ValueError(f"config.json has layers of the kinds {config.nbl_kinds}; vLLM runs linear layers")
         here = {
             i: layer
@@ -113,9 +105,8 @@ class Linearized:
             )
         ours = [i for i in replaced if i in here]
         for i in ours:
-            _exchange(here[i], kinds[i], config, vllm_config)
-        linear = [i for i in ours if kinds[i] == "linear"]
-        self._maps = [f"model.layers.{i}.self_attn.linear.bias" for i in linear]  # without the prefix that a draft has
+            _exchange(here[i], config, vllm_config)
+        self._maps = [f"model.layers.{i}.self_attn.linear.bias" for i in ours]  # without the prefix that a draft has
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load the weights of this rank."""
@@ -149,15 +140,12 @@ def _check_exit(config: Any, kinds: dict[int, str], vllm_config: Any) -> None:
         raise ValueError(f"predicted KV do not go with {what}; {advice}")
 
 
-def _exchange(layer: Any, kind: str, config: Any, vllm_config: VllmConfig) -> None:
+def _exchange(layer: Any, config: Any, vllm_config: VllmConfig) -> None:
     """Replace a layer's attention."""
     name = layer.self_attn.attn.layer_name  # model.layers.3.self_attn.attn
     vllm_config.compilation_config.static_forward_context.pop(name)  # no cache is allocated for it
     prefix = name.removesuffix(".attn")
-    if kind == "none":
-        layer.self_attn = Dropped()
-    else:
-        layer.self_attn = LinearAttention(config.hidden_size, config.nbl_parallel, vllm_config.quant_config, prefix)
+    layer.self_attn = LinearAttention(config.hidden_size, config.nbl_parallel, vllm_config.quant_config, prefix)
     if config.nbl_tap == "residual":
         layer.input_layernorm = Joined()
 

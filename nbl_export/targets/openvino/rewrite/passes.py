@@ -3,8 +3,8 @@
     before   x -- norm -- qkv -- states -- attention -- o_proj -+      after   x -- MatMul(W') -- Add(b) -+
              x ------------------------------------------------ join           x -------------------- join
 
-The nodes are the mixer's own (`methods.base`): products and additions of rows. If it adds nothing, the readers of the
-join get x. The old block loses its reader and is not saved (see `drop_states`).
+If a map adds nothing, the readers of the join get x. The old block loses its reader and is not saved (see
+`drop_states`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.names import constant_name, node_name, product_name
-from nbl_export.methods.base import OWN, Mixer, Port, tapped
+from nbl_export.methods.base import Mixer, tapped
 from nbl_export.targets.openvino.ir.anatomy import Block, Dataflow, State, states_of
 
 __all__ = ["bypass_attention", "drop_states"]
@@ -31,19 +31,24 @@ def bypass_attention(flow: Dataflow, mixers: Mapping[int, Mixer], tap: str) -> N
     for block in [flow.block(layer) for layer in sorted(mixers)]:
         mixer = mixers[block.layer]
         _check_width(block, mixer)
-        if mixer.gives != (Port.OUTPUT,):
+        if mixer.holds_cache:
             raise RefusalError(block.layer, f"an IR takes linear layers, and no {mixer.kind} layer")
-        build: Any = _Linear(block.layer)
-        output = mixer.emit(build, {OWN: tapped(block, tap)}).get(Port.OUTPUT)
-        if output is None:
+        x = tapped(block, tap)
+        matrices, vectors = mixer.stored()
+        if not matrices:
             for reader in block.join.output(0).get_target_inputs():
                 reader.replace_source_output(block.residual)
-        else:
-            block.join.input(block.branch).replace_source_output(output)
+            continue
+        build = _Linear(block.layer)
+        for name, matrix in matrices.items():
+            x = build.matmul(x, matrix, name)
+        for name, vector in vectors.items():
+            x = build.add(x, vector, name)
+        block.join.input(block.branch).replace_source_output(x)
 
 
 class _Linear:
-    """What a linear mixer puts into an IR, at one layer (the part of `methods.base.Builder` that it needs)."""
+    """Nodes of a linear layer in an IR."""
 
     def __init__(self, layer: int) -> None:
         from openvino import opset13

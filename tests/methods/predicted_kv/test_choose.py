@@ -13,13 +13,16 @@ import pytest
 import torch
 
 from nbl_export.errors import NblError
+from nbl_export.methods.base import Choice, ChoiceInputs, Limit, Say
 from nbl_export.methods.linear.order import quiet
 from nbl_export.methods.losses import Loss
-from nbl_export.methods.predicted_kv.candidates import ExitInputs, _spread, choose_exit, joined
+from nbl_export.methods.predicted_kv.candidates import ExitCandidates, Exits, candidate_exits
+from nbl_export.methods.predicted_kv.choose import _spread
+from nbl_export.methods.predicted_kv.choose import choose_exit as choose
 from nbl_export.methods.predicted_kv.maps import PredictedKV
-from nbl_export.methods.predicted_kv.prompt_exit import candidate_exits
 from nbl_export.records.inputs import Lazy
 from nbl_export.text.long_range import SHORT
+from nbl_export.text.windows import joined
 
 LAYERS, LENGTH = 8, 128
 OWN, SECOND, TWICE = "own", "second", "twice"
@@ -30,10 +33,6 @@ TOKEN = {OWN: 1, SECOND: 2, TWICE: 3}  # of each text
 
 def mixer(exit_layer: int, recent_tokens: int) -> PredictedKV:
     return PredictedKV(np.zeros((2, 8), np.float32), np.zeros(2, np.float32), 4, exit_layer, recent_tokens, 1e-6)
-
-
-def maps(exit_layer: int, recent_tokens: int) -> dict[int, PredictedKV]:
-    return {layer: mixer(exit_layer, recent_tokens) for layer in range(exit_layer, LAYERS)}
 
 
 @dataclass
@@ -95,20 +94,39 @@ class World:
         return run
 
 
-def inputs(world: World, **changes: Any) -> ExitInputs:
+def inputs(
+    world: World, exits: Sequence[int] = (4, 5, 6), recent_choices: tuple[int, ...] = (1, 2), named: bool = False,
+    limit: Limit | None = None, **changes: Any,
+) -> ChoiceInputs:  # fmt: skip
     rows = {name: torch.full((8, LENGTH), token) for name, token in TOKEN.items()}
     given: dict[str, Any] = {
-        "num_layers": LAYERS, "exits": (4, 5, 6), "recent_choices": (1, 2), "named": False, "share": 0.05,
-         "asked": None,
-        "length": LENGTH, "maps": Lazy(None, lambda: maps), "partial": Lazy(None, lambda: world.partial),
+        "num_layers": LAYERS, "limit": limit or Limit(0.05, None),
+        "candidates": ExitCandidates(tuple(exits), recent_choices, named, Exits(tuple(exits), LENGTH)),
+        "partial": Lazy(None, lambda: world.partial),
         "selection": Lazy(None, lambda: [(OWN, rows[OWN][:1]), (SECOND, rows[SECOND][:1]), (TWICE, rows[TWICE][:1])]),
         "validation": Lazy(None, lambda: [(OWN, rows[OWN]), (SECOND, rows[SECOND])]),
         "saved": Lazy(None, lambda: lambda chosen,
          tokens: len(chosen) - next(iter(chosen.values())).recent_tokens / tokens),
         "speedup": Lazy(None, lambda: lambda chosen: SimpleNamespace(prefill=1 + len(chosen) / 10, decode=1.0)),
         "setting": Lazy(None, dict),
+        **dict.fromkeys(("trains", "sums", "model"), Lazy(None, lambda: None)),
     }  # fmt: skip
-    return ExitInputs(**{**given, **changes})
+    return ChoiceInputs(**{**given, **changes})
+
+
+def choose_exit(found: ChoiceInputs, say: Say = lambda _line: None, layers: int = LAYERS) -> Choice:
+    def fit(exit_layer: int) -> dict[int, PredictedKV]:
+        return {layer: mixer(exit_layer, 1) for layer in range(exit_layer, layers)}
+
+    return choose(found, fit, quiet, say)
+
+
+def exit_of(choice: Choice) -> tuple[int, int]:
+    """Exit layer and recent tokens."""
+    found: set[Any] = {(mixer.exit_layer, mixer.recent_tokens) for mixer in choice.maps.values()}  # type: ignore[attr-defined]
+    assert len(found) == 1
+    exit_layer, recent_tokens = found.pop()
+    return exit_layer, recent_tokens
 
 
 def rises(**by_text: float) -> dict[tuple[int, int], dict[str, float]]:
@@ -121,20 +139,23 @@ def rises(**by_text: float) -> dict[tuple[int, int], dict[str, float]]:
 
 def test_the_lowest_cut_within_the_limit_is_taken_with_the_fewest_near_tokens() -> None:
     world, said = World(rises()), list[str]()
-    plan, found, facts = choose_exit(inputs(world), quiet, said.append)
+    choice = choose_exit(inputs(world), said.append)
+    plan = choice.plan
+    facts = choice.facts
     assert plan.kinds == ("attention",) * 5 + ("predicted_kv",) * 3 and plan.select == "exit"
-    assert facts["exit"] == {"layer": 5, "recent_tokens": 1} and {m.recent_tokens for m in found.values()} == {1}  # type: ignore[attr-defined]
+    assert exit_of(choice) == (5, 1)
     assert [(p["replaced_layers"][0], p["recent_tokens"]) for p in facts["curve"]["points"]] == [(5, 1), (4, 1)]
     assert facts["goal"]["path"][-1]["within"] and facts["goal"]["default"]
-    assert said[0] == "keys of layers 5 to 7 are predicted, but those of a prompt's last 1 tokens"
+    assert said[0].startswith("exit layer 5, 1 recent tokens: perplexity +1") and said[0].endswith("; 5% is allowed")
 
 
 @pytest.mark.parametrize(("text", "least"), [(OWN, 0.05), (SECOND, 0.05), (FAR, 0.1)])
 def test_each_text_can_refuse_a_cut_alone(text: str, least: float) -> None:
     """Of long-range tokens, twice the limit may be lost."""
     for rise, recent_tokens in ((least - 0.005, 1), (least + 0.005, 2)):
-        _, _, facts = choose_exit(inputs(World(rises(**{text: rise}))), quiet, lambda _line: None)
-        assert facts["exit"] == {"layer": 5, "recent_tokens": recent_tokens}
+        choice = choose_exit(inputs(World(rises(**{text: rise}))))
+        assert exit_of(choice) == (5, recent_tokens)
+    facts = choice.facts
     step = facts["goal"]["path"][-1]
     point = next(p for p in facts["curve"]["points"] if (p["replaced_layers"][0], p["recent_tokens"]) == (5, 1))
     assert ([row["text"] for row in step["quality_losses"]], step["long_range"]["windows"]) == ([OWN, SECOND], 20)
@@ -148,17 +169,14 @@ def test_prompts_of_both_lengths_order_the_candidates() -> None:
     def of(chosen: Mapping[int, PredictedKV], tokens: int) -> float:
         return saved.get((next(iter(chosen.values())).recent_tokens, tokens), 0.9)
 
-    _, _, facts = choose_exit(
-        inputs(World(rises()), exits=(6,), saved=Lazy(None, lambda: of)), quiet, lambda _line: None
-    )
-    assert facts["exit"] == {"layer": 6, "recent_tokens": 2}
+    assert exit_of(choose_exit(inputs(World(rises()), exits=(6,), saved=Lazy(None, lambda: of)))) == (6, 2)
 
 
 def test_more_near_tokens_are_tried_unless_the_loss_is_hopeless() -> None:
     """An exit layer of 9% is tried with two recent tokens, one of 11% is not."""
     for increase, exit_layer in ((0.09, 4), (0.11, 5)):
         world = World({**rises(), (4, 1): dict.fromkeys(TEXTS, increase), (4, 2): dict.fromkeys(TEXTS, 0.01)})
-        assert choose_exit(inputs(world), quiet, lambda _line: None)[2]["exit"]["layer"] == exit_layer
+        assert exit_of(choose_exit(inputs(world)))[0] == exit_layer
 
 
 def test_few_cuts_are_measured() -> None:
@@ -169,12 +187,7 @@ def test_few_cuts_are_measured() -> None:
             for c in exits for n in (1, 2)}  # fmt: skip
     world = World(lost, spread=0.02)
 
-    def deep(exit_layer: int, recent_tokens: int) -> dict[int, PredictedKV]:
-        return {layer: mixer(exit_layer, recent_tokens) for layer in range(exit_layer, 17)}
-
-    _, _, facts = choose_exit(
-        inputs(world, exits=exits, num_layers=17, maps=Lazy(None, lambda: deep)), quiet, lambda _line: None
-    )
+    facts = choose_exit(inputs(world, exits=exits, num_layers=17), layers=17).facts
     assert [(step["layer"], step["recent_tokens"]) for step in facts["goal"]["path"]] == [(9, 2), (9, 1)]
     measured = [(p["replaced_layers"][0], p["recent_tokens"]) for p in facts["curve"]["points"]]
     assert measured == [(10, 1), (9, 1), (8, 1), (7, 1)]
@@ -185,21 +198,21 @@ def test_an_interval_beyond_the_limit_refuses_what_was_foreseen(spread: float, f
     """The mean is within the limit, and the upper end is not: of a text, or of long-range tokens."""
     wide = World({key: {**dict.fromkeys(TEXTS, 0.03), FAR: 0.06} for key in rises()}, spread, far_spread)
     with pytest.raises(NblError, match="the default limit of 5% cannot be met"):
-        choose_exit(inputs(wide), quiet, lambda _line: None)
+        choose_exit(inputs(wide))
 
 
 def test_a_cut_that_holds_with_more_near_tokens_says_nothing_of_fewer() -> None:
     """(5, 2) is measured although (4, 4) was foreseen within the limit, and is not decided."""
     lost = {(4, 1): 0.09, (4, 2): 0.06, (4, 4): 0.045, (5, 1): 0.07, (5, 2): 0.055, (5, 4): 0.045, (6, 1): 0.01}
     world = World({key: dict.fromkeys(TEXTS, rise) for key, rise in lost.items()}, spread=0.02)
-    _, _, facts = choose_exit(inputs(world, recent_choices=(1, 2, 4)), quiet, lambda _line: None)
+    facts = choose_exit(inputs(world, recent_choices=(1, 2, 4))).facts
     assert [(step["layer"], step["recent_tokens"]) for step in facts["goal"]["path"][::-1]] == [(4, 4), (5, 4), (6, 1)]
 
 
 def test_answers_are_those_of_all_rows_and_of_the_second_half_of_passages_that_occur_twice() -> None:
     """Ordinary positions are every second one when foreseen, and all when decided."""
     world = World(rises(), answers=10_000)
-    choose_exit(inputs(world, exits=(6,), recent_choices=(1,)), quiet, lambda _line: None)
+    choose_exit(inputs(world, exits=(6,), recent_choices=(1,)))
     judged = [(name, positions[:2], positions[-1]) for _, _, name, positions in world.judged]
     ends = LENGTH - 2
     foreseen = [(OWN, [0, 2], ends), (FAR, [63, 64], ends), (SECOND, [0, 2], ends), (FAR, [63, 64], ends)]
@@ -209,14 +222,14 @@ def test_answers_are_those_of_all_rows_and_of_the_second_half_of_passages_that_o
 
 def test_rows_with_few_answers_do_not_count_and_a_text_without_answers_says_nothing_of_them() -> None:
     for answers, known in ((7, False), (8, True)):
-        _, _, facts = choose_exit(inputs(World(rises(), answers=answers)), quiet, lambda _line: None)
+        facts = choose_exit(inputs(World(rises(), answers=answers))).facts
         assert (facts["goal"]["path"][-1]["long_range"] is not None) is known
 
 
 def test_the_original_is_read_once_for_all_cuts_and_answers_are_found_once() -> None:
     """Three selection rows; then eight rows of both texts, and four of passages, for each of two decided cuts."""
     world = World(rises(**{OWN: 0.045}), spread=0.02)
-    _, _, facts = choose_exit(inputs(world), quiet, lambda _line: None)
+    facts = choose_exit(inputs(world)).facts
     assert len(facts["goal"]["path"]) == 2
     short = world.widths.count(2 * SHORT - 1)
     assert (len(world.widths) - short, short) == (3 + 2 * 20, 3 + 20)
@@ -224,8 +237,8 @@ def test_the_original_is_read_once_for_all_cuts_and_answers_are_found_once() -> 
 
 def test_a_named_cut_is_not_judged() -> None:
     world = World({})
-    plan, _, facts = choose_exit(inputs(world, exits=(6,), recent_choices=(2,), named=True), quiet, lambda _line: None)
-    assert plan.layers == (6, 7) and facts == {"exit": {"layer": 6, "recent_tokens": 2}} and not world.judged
+    choice = choose_exit(inputs(world, exits=(6,), recent_choices=(2,), named=True))
+    assert choice.plan.layers == (6, 7) and exit_of(choice) == (6, 2) and not choice.facts and not world.judged
 
 
 def test_a_limit_that_no_cut_keeps_names_the_best_one() -> None:
@@ -233,11 +246,11 @@ def test_a_limit_that_no_cut_keeps_names_the_best_one() -> None:
     with pytest.raises(
         NblError, match=r"--max-perplexity-increase 4% .* 6 loses least, \+24.0% of perplexity and 24% of long-range"
     ):
-        choose_exit(inputs(world, share=0.04, asked="4%"), quiet, lambda _line: None)
+        choose_exit(inputs(world, limit=Limit(0.04, "4%")))
     lost = {5: 0.2, 6: 0.3}
     world = World({key: {FAR: lost.get(key[0], 0.9)} for key in rises()})
     with pytest.raises(NblError, match=r"5 loses least, \+0.0% of perplexity and 20% of long-range"):
-        choose_exit(inputs(world), quiet, lambda _line: None)
+        choose_exit(inputs(world))
 
 
 @pytest.mark.parametrize(("layers", "exits"), [(1, ()), (2, (1,)), (24, range(12, 22)), (80, range(40, 71, 2))])

@@ -1,0 +1,166 @@
+"""The gate of quality of all methods: what is within the limit, what a test found, and how both are said.
+
+    losses of each text, window by window ─┐
+    loss of long-range tokens ─────────────┴─► step ─► within, or not ─► goal of the manifest, lines for the user
+
+A step is one tested candidate. It is within the limit if the upper end of the 95% interval of the perplexity increase
+is at most the limit on every text, and the upper end of the lost share of long-range tokens, if it was measured, is at
+most `LONG_RANGE_SHARE` times the limit. All must pass, which needs no correction (Berger 1982). Texts that test a limit
+neither ordered the candidates nor give final figures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from nbl_export.errors import NblError
+from nbl_export.methods.base import Limit, Maps, Task
+from nbl_export.methods.losses import PartialReplacement
+from nbl_export.records.quality import LONG_RANGE_SHARE, describe_long_range, long_range_ends, loss_row, spoken_increase
+from nbl_export.text.parts import Texts
+
+__all__ = ["count_foreseen", "count_trained", "lines", "point", "reached", "step", "steps_of_sets", "unreachable"]
+
+Step = dict[str, Any]
+
+
+def step(
+    facts: Mapping[str, Any],
+    losses: Mapping[str, Sequence[Any]],
+    share: float,
+    long_range: Mapping[str, Any] | None = None,
+) -> Step:
+    """A tested candidate, as the manifest has it.
+
+    Args:
+        facts: of the candidate. losses: of each text, one a window. share: the limit.
+        long_range: of long-range tokens (`records.quality.long_range_row`), if they were measured.
+    """
+    rows = [loss_row(name, found) for name, found in losses.items()]
+    within = all(_verdict(row, share) == "within" for row in rows)
+    within &= long_range is None or long_range_ends(long_range)[1] <= LONG_RANGE_SHARE * share
+    return {**facts, "within": within, "quality_losses": rows, "long_range": long_range}
+
+
+def _verdict(row: Mapping[str, Any], share: float) -> str:
+    if row["increase"] is None:
+        return "beyond"
+    low, high = row["increase_interval"] or (-math.inf, math.inf)
+    return "within" if high <= share else "beyond" if low > share else "undecided"
+
+
+def failure(tested: Step, limit: Limit) -> str:
+    """Why a step fails: the worst text beyond the limit, the worst undecided text, or long-range tokens."""
+    verdicts = [(_verdict(row, limit.share), row) for row in tested["quality_losses"]]
+    beyond = [row for verdict, row in verdicts if verdict == "beyond"]
+    undecided = [row for verdict, row in verdicts if verdict == "undecided"]
+    if not beyond and not undecided:
+        return describe_long_range(tested["long_range"])
+    worst = max(beyond or undecided, key=lambda row: math.inf if row["increase"] is None else row["increase"])
+    said = f"perplexity {spoken_increase(worst)} on {worst['text']}"
+    return said if beyond else f"{said}, which {worst['tokens']:,} tokens cannot tell from {limit.percent}"
+
+
+def lines(limit: Limit, best: tuple[str, Step], failed: Sequence[tuple[str, Step]]) -> Iterator[str]:
+    """What was found, for the user.
+
+    Args:
+        best: what is chosen, in words, and its step. failed: candidates that save more, in words, and their steps.
+    """
+    title, tested = best
+    increases = (f"{spoken_increase(row)} on {row['text']}" for row in tested["quality_losses"])
+    yield f"{title}: perplexity {'; '.join(increases)}; {limit.text or limit.percent} is allowed"
+    if tested["long_range"] is not None:
+        yield describe_long_range(tested["long_range"])
+    for name, other in failed:
+        yield f"{name}: {failure(other, limit)}"
+
+
+def unreachable(limit: Limit, what: str, instead: str) -> NblError:
+    """The error if no candidate is within the limit.
+
+    Args:
+        what: the least of all losses that were seen. instead: what else a user can ask for.
+    """
+    flag = f"--max-perplexity-increase {limit.text}" if limit.text else f"the default limit of {limit.percent}"
+    return NblError(f"{flag} cannot be met: {what}; allow more with --max-perplexity-increase, or {instead}")
+
+
+def point(maps: Maps, speed: Any, kl: Sequence[float], increases: Sequence[float], **facts: Any) -> dict[str, Any]:
+    """A point of the curve of quality against speed.
+
+    Args:
+        speed: modelled speed-ups. kl, increases: on each selection text. facts: further ones of the candidate.
+    """
+    return {
+        "layers": len(maps),
+        "replaced_layers": sorted(maps),
+        **facts,
+        "kl": list(kl),
+        "increases": list(increases),
+        "prefill": speed.prefill,
+        "decode": speed.decode,
+    }
+
+
+# -- the first layers of an order --------------------------------------------------------------------------------
+
+
+def steps_of_sets(
+    partial: PartialReplacement, texts: Texts, orders: Sequence[Sequence[int]], share: float, task: Task
+) -> list[Step]:
+    """The step of each of several sets of layers; `task` shows progress."""
+    sets = {len(order): order for order in orders}
+    losses = {}
+    for name, windows in texts:
+        with task(f"replacing {' or '.join(map(str, sets))} layers, on {name}") as progress:
+            losses[name] = partial.window_losses(windows, sets, progress)
+    found = []
+    for count, order in sets.items():
+        of_count = {name: by_count[count] for name, by_count in losses.items()}
+        found.append(step({"layers": count, "layer": order[-1]}, of_count, share))
+    return found
+
+
+def reached(path: list[Step], limit: Limit) -> tuple[int, dict[str, Any], list[str]]:
+    """The most layers within the limit, the goal of the manifest, and lines for the user.
+
+    Args:
+        path: tested steps, ascending.
+
+    Raises:
+        NblError: one layer alone is not within the limit.
+    """
+    within = [tested for tested in path if tested["within"]]
+    if not within:
+        what = f"one layer alone ({path[0]['layer']}) is at {failure(path[0], limit)}"
+        raise unreachable(limit, what, "ask for a number with --layers N")
+    best = within[-1]
+    count = best["layers"]
+    failed = [(f"{count + 1} layers (with {s['layer']})", s) for s in path if s["layers"] == count + 1]
+    title = f"{count} layer{'s' * (count > 1)} replaced"
+    return count, {**limit.facts, "path": path}, list(lines(limit, (title, best), failed))
+
+
+def count_foreseen(partial: PartialReplacement, order: Sequence[int], share: float, texts: Texts, task: Task) -> int:
+    """The most first layers of an order, at least 1, whose increase is at most `share` on every selection text."""
+    sets = {count: order[:count] for count in range(1, len(order) + 1)}
+    within = dict.fromkeys(sets, True)
+    for name, windows in texts:
+        with task(f"{len(sets)} sets of layers, on {name}") as progress:
+            for count, loss in partial.quality_losses(windows, sets, progress).items():
+                before, after = loss.perplexities
+                within[count] &= after / before - 1 <= share  # False for NaN
+    return max([count for count, kept in within.items() if kept], default=1)
+
+
+def count_trained(
+    partial: PartialReplacement, order: Sequence[int], limit: Limit, texts: Texts, task: Task
+) -> tuple[int, dict[str, Any], list[str]]:
+    """As `reached`, of the first layers of an order whose maps were trained: counts are tested downwards."""
+    path: list[Step] = []
+    while not (path and path[0]["within"]) and len(order) - len(path) > 0:
+        path = steps_of_sets(partial, texts, [order[: len(order) - len(path)]], limit.share, task) + path
+    return reached(path, limit)
