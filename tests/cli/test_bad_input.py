@@ -193,7 +193,7 @@ def test_engine_that_is_not_available(same: Same, run: Path, monkeypatch: pytest
     from nbl_export.targets.onnx.engine import OrtEngine
 
     gone = Availability(False, "the library is from the moon; install another")
-    monkeypatch.setattr(OrtEngine, "probe", lambda _self: gone)
+    monkeypatch.setattr(OrtEngine, "probe", lambda _self, run=False: gone)
     assert_refused_everywhere(run, 1, same, "engine ort is not available here", "from the moon; install another")
     before = snapshot(run)
     assert_refused(nbl("generate", run, "Hi"), 1, "not available here", "from the moon")
