@@ -43,7 +43,7 @@ Item = tuple[torch.Tensor, torch.Tensor | None]  # token ids, positions that are
 def sets_of(model: Any, run: Path, named: str, linear: Path | None) -> dict[str, dict[int, Any]]:
     """Name -> maps."""
     sums = open_sums(run / "sums.safetensors")
-    calibrated = json.loads((run / "nbl.json").read_text(encoding="utf-8"))["calibrated_exits"]
+    calibrated = json.loads((run / "nbl.json").read_text(encoding="utf-8"))["sums"]["collected"]["exits"]
     found: dict[str, dict[int, Any]] = {}
     for exit_layer, recent_tokens in (map(int, pair.split(":")) for pair in named.split(",")):
         found[f"exit layer {exit_layer}, {recent_tokens} recent"] = dict(

@@ -21,14 +21,15 @@ import functools
 import math
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from nbl_export.measure.cost import WEIGHT_BYTES, CostModel, LayerSizes, cost_model
 from nbl_export.measure.rounds import INTERIM_ROUNDS, Rule
+from nbl_export.methods import METHODS
 from nbl_export.methods.base import TokenWork
 from nbl_export.methods.checkpoint.shape import Shape
-from nbl_export.methods.predicted_kv.candidates import candidate_exits
 from nbl_export.methods.rows import Read, Rows
 from nbl_export.model.memory import WEIGHTS_SHARE
 from nbl_export.options.goals import DEFAULT_STEPS, asked_layers, default_minutes, names_layers
@@ -153,9 +154,11 @@ class Job:
     @property
     def exits(self) -> tuple[int, ...]:
         """Exit layers that are calibrated."""
-        asked = self.options.exit_layer
-        layers = self.shape.decoder.num_layers
-        return () if not self.options.predicts else candidate_exits(layers) if asked == AUTO_EXIT else (int(asked),)
+        if not self.options.predicts:
+            return ()
+        candidates: Any = METHODS[self.options.method].candidates(self.options, self.shape.decoder, {})
+        found: tuple[int, ...] = candidates.exits
+        return found
 
     @property
     def _map_elements(self) -> int:

@@ -212,7 +212,7 @@ class Method:
         """What may be replaced.
 
         Args:
-            known: facts of the manifest of a run that goes on; what it has sums of stays.
+            known: `collected` of the sums that the run has of this method, as JSON; empty without such sums.
 
         Raises:
             NblError: an option does not fit the decoder.
@@ -234,10 +234,6 @@ class Method:
             NblError: the model cannot have this method.
         """
         raise NotImplementedError
-
-    def known(self, collected: Any) -> dict[str, Any]:
-        """Facts of finished sums for the manifest, which `candidates` reads in a run that goes on."""
-        return {}
 
     def choose(self, inputs: ChoiceInputs, task: Task, say: Say, known: Mapping[str, Any]) -> Choice:
         """The plan, by quality or as asked for.

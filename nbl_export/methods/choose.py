@@ -135,7 +135,7 @@ def reached(path: list[Step], limit: Limit) -> tuple[int, dict[str, Any], list[s
     """
     within = [tested for tested in path if tested["within"]]
     if not within:
-        what = f"one layer alone ({path[0]['layer']}) is at {failure(path[0], limit)}"
+        what = f"one layer alone ({path[0]['layer']}) gives {failure(path[0], limit)}"
         raise unreachable(limit, what, "ask for a number with --layers N")
     best = within[-1]
     count = best["layers"]

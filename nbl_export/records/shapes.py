@@ -37,7 +37,7 @@ MANIFEST = {
     "places?": {"model?": str, "calibration?": [str]},
     "text?": {**_TEXT, **_SIZES, "second": str, "parts": {str: str}, "mix": [_TEXT]},
     "calibration?": {**_TEXT, "tokens?": int, "context?": int, "parts?": [_TEXT], "device?": str, "products?": str},
-    "calibrated_exits?": [int],
+    "sums?": {"method": str, "collected": {"exits?": [int]}},
     "quantized?": {
         "name": str, "title": str, "fingerprint": str, "place?": str, "method": str | None, "group_size": int | None,
     },

@@ -105,7 +105,10 @@ class Job:
     @functools.cached_property
     def candidates(self) -> Candidates:
         """What the method may replace."""
-        return METHODS[self.options.method].candidates(self.options, self.decoder, self.run.manifest)
+        name = self.options.method
+        sums = self.run.manifest.get("sums", {})
+        known = sums["collected"] if sums.get("method") == name else {}
+        return METHODS[name].candidates(self.options, self.decoder, known)
 
     # -- engine ------------------------------------------------------------------------------------------------
 

@@ -164,3 +164,13 @@ def test_foreign_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.safetensors").write_bytes(b"not a safetensors file")
     with pytest.raises(CorruptError, match=r"m\.safetensors"):
         open_sums(tmp_path / "m.safetensors")
+
+
+def test_a_file_whose_numbers_were_changed_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "sums"
+    with SumsWriter(path, {"count": 1, "done": 1, "identity": {"batches": 1}}, {"a": (2,), "b": (3, 1)}) as writer:
+        writer.write({"a": torch.ones(2, dtype=torch.float64), "b": torch.zeros(3, 1, dtype=torch.float64)})
+    open_sums(path).check()
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    with pytest.raises(CorruptError, match="its content is not what was written; run calibrate again"):
+        open_sums(path).check()

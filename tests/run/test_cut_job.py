@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,16 @@ def test_the_maps_of_a_run_make_its_graph_again(chosen: Path, tmp_path: Path) ->
     assert {name: made[name] for name in made if name != "nbl.json"} == {
         name: before[name] for name in made if name != "nbl.json"
     }
+
+
+def test_sums_that_were_changed_are_refused(chosen: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(chosen, tmp_path / "run"))
+    sums = run / "sums.safetensors"
+    sums.write_bytes(sums.read_bytes()[:-1] + b"\1")
+    before = snapshot(run)
+    done = nbl("plan", run, "--exit-layer", "2", "--recent-tokens", "3")
+    assert_refused(done, 1, "sums.safetensors is corrupted", "delete it to have it made again")
+    assert snapshot(run) == before
 
 
 def test_another_cut_of_the_same_run_uses_its_sums(chosen: Path) -> None:

@@ -2,5 +2,5 @@
 
 method   what stages call (`methods.base.Method`)
 torch    collect ─► maps ─► order, by greedy ─► planning: how many layers a goal allows
-ONNX     passes, whose nodes builder makes               reference of verification, which no pass makes
+ONNX     passes       maps in parts of the original graph judge them (`methods.mixed_session`)
 """

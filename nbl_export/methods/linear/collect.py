@@ -102,20 +102,6 @@ class Collection(Collector):
         Raises:
             NblError: a weight is missing or damaged, or a layer's activations are not finite.
         """
-        with contextlib.ExitStack() as files:
-            write = None
-            if processes.leads():
-                stated = {**facts, "count": ids_WT.numel()}
-                write = files.enter_context(SumsWriter(path, stated, self.shapes)).write
-            self._by_layer(ids_WT, write, scratch, progress)
-
-    def _by_layer(
-        self,
-        ids_WT: torch.Tensor,
-        write: Callable[[dict[str, torch.Tensor]], None] | None,
-        scratch: Path,
-        progress: Callable[[int, int], None],
-    ) -> None:
         parts = batches(ids_WT)
         own = [parts[k] for k in processes.own(len(parts))]
         done = 0
@@ -134,7 +120,12 @@ class Collection(Collector):
             for accumulators in self.found.values():
                 accumulators[index].clear()
 
-        with in_batches(self._model, BATCH_TOKENS, scratch, seen):
+        write = None
+        with contextlib.ExitStack() as files:
+            if processes.leads():
+                stated = {**facts, "count": ids_WT.numel()}
+                write = files.enter_context(SumsWriter(path, stated, self.shapes)).write
+            files.enter_context(in_batches(self._model, BATCH_TOKENS, scratch, seen))
             self.refer(ids_WT)
             for index, layer in enumerate(self._decoder.layers):
                 self._handles.append(layer.register_forward_hook(functools.partial(leave, index)))

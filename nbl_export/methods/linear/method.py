@@ -102,7 +102,7 @@ class _Linear(Method):
     def reference(self, directory: Path, head_dim: int, mixers: Any, tap: str, *, exact: bool) -> Any:
         from nbl_export.graph.decoder import OnnxDecoder
         from nbl_export.graph.names import all_logits_file
-        from nbl_export.methods.linear.reference import MixedSession
+        from nbl_export.methods.mixed_session import MixedSession
 
         session = MixedSession(directory / all_logits_file(directory), mixers, tap, exact=exact)
         return OnnxDecoder(directory, head_dim, session=session)

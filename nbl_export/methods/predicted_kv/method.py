@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["PREDICTED", "PredictedKVMethod"]
 
-_KNOWN_EXITS = "calibrated_exits"  # fact of the manifest
-
 
 class PredictedKVMethod(Method):
     """Keys and values of skipped tokens from a fitted map. Its maps are fitted together by exit layer (`sums`)."""
@@ -38,7 +36,7 @@ class PredictedKVMethod(Method):
     def candidates(self, options: JobOptions, decoder: DecoderSpec, known: Mapping[str, Any]) -> ExitCandidates:
         named = options.exit_layer != AUTO_EXIT
         exits = (int(options.exit_layer),) if named else candidate_exits(decoder.num_layers)
-        held = tuple(known.get(_KNOWN_EXITS) or ())
+        held = tuple(known.get("exits", ()))
         return ExitCandidates(
             exits=exits,
             recent_choices=tuple(n for n in options.recent_choices if n < decoder.max_positions),
@@ -55,9 +53,6 @@ class PredictedKVMethod(Method):
         from nbl_export.methods.predicted_kv.sums import ExitSums
 
         return ExitSums(model, collected.exits, bf16=bf16)
-
-    def known(self, collected: Exits) -> dict[str, Any]:
-        return {_KNOWN_EXITS: list(collected.exits)}
 
     def choose(self, inputs: ChoiceInputs, task: Task, say: Say, known: Mapping[str, Any]) -> Choice:
         from nbl_export.methods.predicted_kv.choose import choose_exit

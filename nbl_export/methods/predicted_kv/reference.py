@@ -26,7 +26,7 @@ from nbl_export.graph.caches import is_static
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.files import load_graph
 from nbl_export.graph.names import all_logits_file
-from nbl_export.methods.linear.reference import MixedSession
+from nbl_export.methods.mixed_session import MixedSession
 from nbl_export.methods.predicted_kv.maps import PredictedKV, exit_of
 
 __all__ = ["PredictedKVDecoder", "Rotary"]

@@ -99,7 +99,8 @@ def run(inputs: CalibrateInputs, place: Place, out: Path) -> dict[str, Any]:
         _run_whole(inputs, place, rows, parts, facts, out)
     known = place.run.manifest["calibration"]
     calibration = {**known, "products": facts["identity"]["products"], "device": spoken(device)}
-    return {"calibration": calibration, **method.known(inputs.collected)}
+    identity = facts["identity"]
+    return {"calibration": calibration, "sums": {name: identity[name] for name in ("method", "collected")}}
 
 
 def _run_whole(

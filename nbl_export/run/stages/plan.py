@@ -63,6 +63,8 @@ def _stored(job: Job) -> Any:
 
 def choice_of(job: Job) -> ChoiceInputs:
     """What a method's choice follows from."""
+    from nbl_export.methods.sums_file import open_sums
+
     options = job.options
     setting = {"engine": options.engine, "precision": options.precision, "tokens": options.prompt_length}
     return ChoiceInputs(
@@ -70,7 +72,7 @@ def choice_of(job: Job) -> ChoiceInputs:
         candidates=job.candidates,
         limit=Limit(asked_increase(options), options.max_perplexity_increase),
         trains=Lazy(None, lambda: job.trains),
-        sums=Lazy(job.files_of("calibrate"), lambda: _sums(job)),
+        sums=Lazy(job.files_of("calibrate"), lambda: open_sums(job.run.path / SUMS_FILE)),
         model=job.torch.model,
         partial=job.torch.partial,
         selection=job.selection,
@@ -79,14 +81,6 @@ def choice_of(job: Job) -> ChoiceInputs:
         speedup=Lazy(None, lambda: job.cost.value.speedup),
         setting=Lazy(None, lambda: setting),
     )
-
-
-def _sums(job: Job) -> Any:
-    from nbl_export.methods.sums_file import open_sums
-
-    file = open_sums(job.run.path / SUMS_FILE)
-    file.check()
-    return file
 
 
 def run(inputs: PlanInputs, place: Place, out: Path) -> dict[str, Any]:

@@ -163,7 +163,7 @@ def test_the_upper_end_of_the_interval_decides() -> None:
     assert "8,192 tokens cannot tell from 5%" in said[1]
     with pytest.raises(NblError, match=r"cannot be met: one layer alone \(10\).*8,192 tokens cannot tell from 1\.5%"):
         reached(Priced(*rises, spread=0.03), "1.5%")
-    with pytest.raises(NblError, match=r"cannot be met: one layer alone \(10\) is at perplexity \+1\.00000"):
+    with pytest.raises(NblError, match=r"cannot be met: one layer alone \(10\) gives perplexity \+1\.00000"):
         reached(Priced(*rises), "0.9%")
 
 
@@ -181,7 +181,7 @@ def test_perplexity_increase_through_the_job(run: Path) -> None:
     assert again["options"]["layers"] is None and "--max-perplexity-increase" in again["command"]
     before = (run / "nbl.json").read_bytes()
     refused = nbl("plan", run, "--max-perplexity-increase", f"{99 * first:.6f}%", "--exit-layer", "none")
-    assert_refused(refused, 1, "cannot be met", "one layer alone", "is at perplexity +")
+    assert_refused(refused, 1, "cannot be met", "one layer alone", "gives perplexity ")
     assert (run / "nbl.json").read_bytes() == before
     assert planned(run, "--layers", "1")["goal"] is None
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.names import GRAPH_FILE
-from nbl_export.methods.linear.reference import MixedSession
+from nbl_export.methods.mixed_session import MixedSession
 from tests.tiny import HEAD_DIM, random_map
 
 ENTRY = "memory.enable_memory_arena_shrinkage"

@@ -1,4 +1,4 @@
-"""Parts of an IR between which mixers take the place of attention, as `methods.linear.reference` splits an ONNX graph.
+"""Parts of an IR between which mixers take the place of attention, as `methods.mixed_session` splits an ONNX graph.
 
     input_ids ─► part 0 ─► x, tap of layer i  ...  x, output of i's mixer ─► part 1 ─► ... ─► logits
                  states of layers below i                                    states of layers from i to j

@@ -22,7 +22,6 @@ from nbl_export.graph.emitter import ancestors, element_type
 from nbl_export.graph.files import load_graph
 from nbl_export.graph.session import open_session, returning_memory
 from nbl_export.methods.base import tapped
-from nbl_export.methods.linear.maps import Linear
 
 __all__ = ["MixedSession"]
 
@@ -47,7 +46,7 @@ class MixedSession:
     """
 
     def __init__(
-        self, file: Path, mixers: Mapping[int, Linear], tap: str, *, exact: bool = False, shown: Sequence[int] = ()
+        self, file: Path, mixers: Mapping[int, Any], tap: str, *, exact: bool = False, shown: Sequence[int] = ()
     ) -> None:
         model = load_graph(file)
         graph = model.graph
