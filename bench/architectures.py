@@ -116,8 +116,8 @@ def through_the_pipeline(source: str, precision: str, checkpoint: Path, text: Pa
 def _decoder(directory: Path, head_dim: int) -> Any:
     """The graph with all logits, in its own types; an IR in float32."""
     from nbl_export.graph.decoder import OnnxDecoder
+    from nbl_export.graph.ir.session import IrDecoder
     from nbl_export.graph.names import ALL_LOGITS_IR, all_logits_file
-    from nbl_export.targets.openvino.session import IrDecoder
 
     if (directory / ALL_LOGITS_IR).is_file():
         return IrDecoder(directory, ALL_LOGITS_IR, exact=True)
@@ -189,8 +189,8 @@ def _with_random_maps(checkpoint: Path, chosen: tuple[int, ...]) -> list[np.ndar
 
 def _opened(source: str, directory: Path, head_dim: int) -> Any:
     from nbl_export.graph.decoder import OnnxDecoder
+    from nbl_export.graph.ir.session import IrDecoder
     from nbl_export.graph.names import IR_FILE, STATIC_GRAPH_FILE
-    from nbl_export.targets.openvino.session import IrDecoder
 
     if source == "static":
         return OnnxDecoder(directory, head_dim, file=STATIC_GRAPH_FILE, exact=True)

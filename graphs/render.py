@@ -20,12 +20,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import onnx_ir as ir
 
+from nbl_export.graph.ir.anatomy import states_of
+from nbl_export.graph.ir.files import ordered, read_ir
 from nbl_export.graph.names import GRAPH_FILE, STATIC_GRAPH_FILE
 from nbl_export.methods.rewrite import rewrite_model
 from nbl_export.records.decoder import TensorInfo
 from nbl_export.targets import exporter_of
-from nbl_export.targets.openvino.ir.anatomy import states_of
-from nbl_export.targets.openvino.ir.files import ordered, read_ir
 from tests.contracts import contract_of
 from tests.exports import build_decoder
 from tests.tiny import ARCHITECTURES, made_by, random_map, save_checkpoint

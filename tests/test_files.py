@@ -25,13 +25,13 @@ from nbl_export.files import (
     scratch_in,
     write_json,
 )
+from nbl_export.graph.ir.anatomy import context_length
+from nbl_export.graph.ir.files import check_ir
 from nbl_export.graph.trust import parsed
 from nbl_export.methods.distill.state import State
 from nbl_export.methods.sums_file import SumsWriter
 from nbl_export.model.checkpoint.weights import weight_files
 from nbl_export.run_directory import RunDirectory
-from nbl_export.targets.openvino.ir.anatomy import context_length
-from nbl_export.targets.openvino.ir.files import check_ir
 from nbl_export.targets.tensorrt.record import read_record
 from nbl_export.targets.tokenizer import applied, read_settings
 from nbl_export.trust.model_settings import check_tokenizer_settings, read_object

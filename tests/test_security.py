@@ -79,7 +79,7 @@ READS = {
     "targets/checkpoint/form.py": (1, "weights that were written here"),
     "targets/onnx/export_genai.py": (1, "a graph that was made here"),
     "targets/onnx_files.py": (2, "graphs of a finished run, which `read_proto` has read"),
-    "targets/openvino/ir/files.py": (1, "mapped"),
+    "graph/ir/files.py": (1, "mapped"),
     "targets/tensorrt/export.py": (1, "weights, mapped"),
     "targets/tensorrt/record.py": (1, "an engine of the user, of the recorded size"),
     "text/corpus.py": (1, "the first bytes up to a limit; hashed in blocks"),

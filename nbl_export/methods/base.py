@@ -5,6 +5,7 @@
     applied                              torch model with mixers       (`methods.applied`)
     passes                               ONNX graph with mixers        (`methods.rewrite`)
     reference                            the original graph with mixers, without the passes
+    rewrite_ir, ir_reference             the same two for OpenVINO's IR
 
     Mixer   one fitted layer: a torch module, tensors, work, and
 
@@ -311,6 +312,20 @@ class Method:
             RefusalError: a layer is not understood, or has no such tap.
         """
         raise NotImplementedError
+
+    # -- OpenVINO's IR
+
+    def rewrite_ir(self, model: Any, maps: Any, tap: str) -> None:
+        """Put mixers into an IR, in place.
+
+        Raises:
+            RefusalError: the IR is not understood, or the method has no form in an IR.
+        """
+        raise RefusalError(None, f"an IR takes no {self.title}")
+
+    def ir_reference(self, directory: Path, file: str, mixers: Any, tap: str, *, exact: bool) -> Any:
+        """As `reference`, of the graph `file` of an IR directory."""
+        raise RefusalError(None, f"an IR takes no {self.title}")
 
 
 def cacheless(mixers: Maps) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ import pytest
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.methods.applied import linearize
 from nbl_export.methods.checkpoint.load import load_model
-from nbl_export.methods.predicted_kv.reference import PredictedKVDecoder
+from nbl_export.methods.predicted_kv.reference import onnx_reference
 from nbl_export.records.results import CheckResult
 from nbl_export.run import accept as accepting
 from nbl_export.run.deployed import Located
@@ -67,7 +67,7 @@ def test_a_cut_is_compared_in_the_steps_of_its_reference(recent_tokens: int) -> 
     )
     probe = Probe((tuple(first), tuple(second)), (tuple(rows()[0][: recent_tokens + 24]),), 8, ())
     maps = predicted_maps(1, recent_tokens, 2 * HEAD, HIDDEN, LAYERS)
-    decoder = PredictedKVDecoder(directory.parent / "original", HEAD, maps)
+    decoder = onnx_reference(directory.parent / "original", HEAD, maps)
     texts, margins = zip(*(ladder.greedy(decoder, prompt, probe.new_tokens) for prompt in probe.prompts), strict=True)
     logits = tuple(ladder.run_rows(decoder, [row])[0] for row in probe.rows)
     reference = Reference(logits, None, texts, margins)

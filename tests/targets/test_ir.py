@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from nbl_export.errors import CorruptError, RefusalError
-from nbl_export.targets.openvino.ir.anatomy import Dataflow, states_of
-from nbl_export.targets.openvino.ir.files import difference, precision_of, read_ir, save_ir, stored_matrix
-from nbl_export.targets.openvino.signals import kept_signal_stack
+from nbl_export.graph.ir.anatomy import Dataflow, states_of
+from nbl_export.graph.ir.files import difference, precision_of, read_ir, save_ir, stored_matrix
+from nbl_export.graph.ir.signals import kept_signal_stack
 
 from ..damage import truncate
 from ..tiny import HEAD_DIM, LAYERS

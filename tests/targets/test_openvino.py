@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 
 from nbl_export.errors import CorruptError, MissingPackageError, NblError
+from nbl_export.graph.ir.files import difference, read_ir
+from nbl_export.graph.ir.signals import kept_signal_stack
 from nbl_export.methods.checkpoint import load
 from nbl_export.model import mapped
 from nbl_export.targets import load_engine
 from nbl_export.targets.openvino import engine as openvino_engine
 from nbl_export.targets.openvino.engine import OPENVINO
 from nbl_export.targets.openvino.export import build
-from nbl_export.targets.openvino.ir.files import difference, read_ir
-from nbl_export.targets.openvino.session import OpenVinoRunner
-from nbl_export.targets.openvino.signals import kept_signal_stack
+from nbl_export.targets.openvino.runner import OpenVinoRunner
 
 from ..tiny import VOCAB, made_by, narrowed, random_map, record_of
 
@@ -87,7 +87,7 @@ def test_ctrl_c_is_handled_after_models_were_freed(directories: dict[str, Path])
     """In a process of its own, which a signal on a freed stack would end."""
     code = (
         "import signal, sys, pathlib\n"
-        "from nbl_export.targets.openvino.session import OpenVinoRunner\n"
+        "from nbl_export.targets.openvino.runner import OpenVinoRunner\n"
         "first, second = (OpenVinoRunner(pathlib.Path(sys.argv[1]), 1) for _ in range(2))\n"
         "print(len(second.greedy([1, 2, 3], 2)))\n"
         "del first\n"
@@ -201,7 +201,7 @@ def test_a_missing_package_is_told(monkeypatch: pytest.MonkeyPatch, directories:
 
 def test_a_batch_behind_a_sequence_has_numbers(exported: Callable[..., Path]) -> None:
     """With keys and values of 8 bits, one request that ran both gives NaN (OpenVINO 2026.4)."""
-    from nbl_export.targets.openvino.session import IrDecoder
+    from nbl_export.graph.ir.session import IrDecoder
     from nbl_export.verify.ladder import run_rows
 
     rng = np.random.default_rng(0)

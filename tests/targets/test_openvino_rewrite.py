@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 
 from nbl_export.errors import RefusalError
+from nbl_export.graph.ir.anatomy import states_of
+from nbl_export.graph.ir.files import precision_of, read_ir, save_ir, stored_matrix
+from nbl_export.graph.ir.session import IrDecoder
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE
 from nbl_export.methods.linear.maps import Linear
 from nbl_export.methods.predicted_kv.maps import PredictedKV
 from nbl_export.targets.checks import judge_maps, stored_maps
 from nbl_export.targets.openvino import check as ir_files
 from nbl_export.targets.openvino.engine import OPENVINO
-from nbl_export.targets.openvino.ir.anatomy import states_of
-from nbl_export.targets.openvino.ir.files import precision_of, read_ir, save_ir, stored_matrix
-from nbl_export.targets.openvino.session import IrDecoder
 
 from ..tiny import HEAD_DIM, HIDDEN, LAYERS, VOCAB, made_by, random_map
 
@@ -182,7 +182,7 @@ def test_maps_that_compression_leaves_in_float32_are_refused(
          "96 wide, the map 8"),
         ("llama", "residual", {i: random_map(i) for i in range(3)}, "no attention layer would keep its cache"),
         ("llama", "residual", {1: PredictedKV(np.zeros((HIDDEN, 2 * HIDDEN)), np.zeros(HIDDEN), HIDDEN, 1, 8, 1e-6)},
-         "no predicted_kv layer"),
+         r"maps are for layers \[1\], and layers \[1, 2\] have attention"),
     ],
 )  # fmt: skip
 def test_what_is_not_understood_is_refused(

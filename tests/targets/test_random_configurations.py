@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
 from nbl_export.graph.decoder import OnnxDecoder
+from nbl_export.graph.ir.session import IrDecoder
 from nbl_export.graph.names import IR_FILE
 from nbl_export.methods.applied import linearize
 from nbl_export.methods.checkpoint.load import load_model, read_spec
@@ -26,7 +27,6 @@ from nbl_export.methods.checkpoint.source import resolve
 from nbl_export.methods.linear.maps import Linear
 from nbl_export.targets import exporter_of
 from nbl_export.targets.base import ExportSettings
-from nbl_export.targets.openvino.session import IrDecoder
 from nbl_export.verify.ladder import run_rows
 
 from ..tiny import _SPECIAL, EVERY, HEAD_DIM, HIDDEN, VOCAB, record_of, save_checkpoint

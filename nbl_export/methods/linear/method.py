@@ -107,5 +107,16 @@ class _Linear(Method):
         session = MixedSession(directory / all_logits_file(directory), mixers, tap, exact=exact)
         return OnnxDecoder(directory, head_dim, session=session)
 
+    def rewrite_ir(self, model: Any, maps: Any, tap: str) -> None:
+        from nbl_export.methods.linear.ir import bypass_attention, drop_states
+
+        bypass_attention(model, maps, tap)
+        drop_states(model, maps)
+
+    def ir_reference(self, directory: Path, file: str, mixers: Any, tap: str, *, exact: bool) -> Any:
+        from nbl_export.methods.linear.ir_parts import MixedIr
+
+        return MixedIr(directory, file, mixers, tap, exact=exact)
+
 
 LINEAR = _Linear()

@@ -105,9 +105,19 @@ class PredictedKVMethod(Method):
         return (PrefillExit(maps),)
 
     def reference(self, directory: Path, head_dim: int, mixers: Any, tap: str, *, exact: bool) -> Any:
-        from nbl_export.methods.predicted_kv.reference import PredictedKVDecoder
+        from nbl_export.methods.predicted_kv.reference import onnx_reference
 
-        return PredictedKVDecoder(directory, head_dim, mixers, exact=exact)
+        return onnx_reference(directory, head_dim, mixers, exact=exact)
+
+    def rewrite_ir(self, model: Any, maps: Any, tap: str) -> None:
+        from nbl_export.methods.predicted_kv.ir import exit_ir
+
+        exit_ir(model, maps)
+
+    def ir_reference(self, directory: Path, file: str, mixers: Any, tap: str, *, exact: bool) -> Any:
+        from nbl_export.methods.predicted_kv.ir_reference import ir_reference
+
+        return ir_reference(directory, file, mixers, exact=exact)
 
 
 PREDICTED = PredictedKVMethod()

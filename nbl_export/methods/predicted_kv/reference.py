@@ -12,7 +12,7 @@ sequence of a batch stops by its own length; else the shortest one decides for a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,33 +29,36 @@ from nbl_export.graph.names import all_logits_file
 from nbl_export.methods.mixed_session import MixedSession
 from nbl_export.methods.predicted_kv.maps import PredictedKV, exit_of
 
-__all__ = ["PredictedKVDecoder", "Rotary"]
+__all__ = ["KeysValues", "PredictedKVDecoder", "Rotary", "onnx_reference"]
 
 _TABLES = (7, 8)  # inputs of GroupQueryAttention: cosines and sines
+
+
+KeysValues = tuple[np.ndarray, np.ndarray]
+Fill = Callable[[Any, Mapping[int, KeysValues], int], None]
 
 
 class PredictedKVDecoder:
     """The original graph with predicted KV; steps as an `OnnxDecoder`'s.
 
     Args:
-        directory: holds the graph with the logits of all tokens.
-        exact: see `graph.session.open_session`.
-
-    Raises:
-        RefusalError: a layer is not understood, or its keys are not rotated by GroupQueryAttention.
+        decoder: runs the original graph, one sequence at a time: `begin`, `run` (all outputs by name), `step`, `mark`,
+            `rewind` and `length` as of an `OnnxDecoder`.
+        stream: name of the output that is the stream at the exit layer.
+        fill: puts keys and values [1, T, K] of each layer, for all tokens but the first, into the end of the caches.
+            It gets the decoder, them by layer, and the position of the first token.
+        apart: whether each sequence of a batch stops by its own length; else the shortest one decides for all.
     """
 
-    def __init__(self, directory: Path, head_dim: int, maps: Mapping[int, PredictedKV], *, exact: bool = False) -> None:
-        first = exit_of(maps)
-        self._recent_tokens = first.recent_tokens
+    def __init__(
+        self, decoder: Any, stream: str, maps: Mapping[int, PredictedKV], fill: Fill, *, apart: bool = True
+    ) -> None:
+        self._recent_tokens = exit_of(maps).recent_tokens
         self._maps = maps
-        file = directory / all_logits_file(directory)
-        graph = load_graph(file).graph
-        self._layers = {layer: _Layer.of(graph, layer) for layer in maps}
-        session = MixedSession(file, {}, "residual", exact=exact, shown=(first.exit_layer,))
-        self._stream = session.streams[first.exit_layer]
-        self._apart = is_static(graph)
-        self._decoder = OnnxDecoder(directory, head_dim, session=session)
+        self._stream = stream
+        self._fill = fill
+        self._apart = apart
+        self._decoder = decoder
         self._sequences: list[Any] = []
 
     def begin(self, batch: int) -> None:
@@ -96,14 +99,31 @@ class PredictedKVDecoder:
         return logits_TV
 
     def _predict(self, x_1TD: np.ndarray, place: int) -> None:
-        """Put predicted KV and values of all tokens but the first into the caches.
+        """Put predicted keys and values of all tokens but the first into the caches.
 
         Args:
             x_1TD: the stream of the first token and of the skipped ones.
             place: position of the first.
         """
-        for layer, mixer in self._maps.items():
-            self._layers[layer].fill(self._decoder, mixer(x_1TD), place)
+        self._fill(self._decoder, {layer: mixer(x_1TD) for layer, mixer in self._maps.items()}, place)
+
+
+def onnx_reference(
+    directory: Path, head_dim: int, maps: Mapping[int, PredictedKV], *, exact: bool = False
+) -> PredictedKVDecoder:
+    """The decoder of an ONNX graph, as `Method.reference` has it."""
+    exit_layer = exit_of(maps).exit_layer
+    file = directory / all_logits_file(directory)
+    graph = load_graph(file).graph
+    layers = {layer: _Layer.of(graph, layer) for layer in maps}
+    session = MixedSession(file, {}, "residual", exact=exact, shown=(exit_layer,))
+    decoder = OnnxDecoder(directory, head_dim, session=session)
+
+    def fill(decoder: Any, given: Mapping[int, KeysValues], place: int) -> None:
+        for layer, rows in given.items():
+            layers[layer].fill(decoder, rows, place)
+
+    return PredictedKVDecoder(decoder, session.streams[exit_layer], maps, fill, apart=is_static(graph))
 
 
 @dataclass(frozen=True)

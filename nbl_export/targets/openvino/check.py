@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from nbl_export.graph.ir.files import constants_of, difference, float_constant, read_ir, stored_matrix
+from nbl_export.graph.ir.tail import prune_tail
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE
 from nbl_export.records.decoder import GraphContract
 from nbl_export.records.results import CheckResult
 from nbl_export.targets.checks import PRUNED, SPOKEN, ExpectedGraph, StoredWeights, check_cache, checked, judge_maps
-from nbl_export.targets.openvino.ir.files import constants_of, difference, float_constant, read_ir, stored_matrix
-from nbl_export.targets.openvino.rewrite.tail import prune_tail
 
 __all__ = ["check", "check_pruned", "check_untouched", "read_maps"]
 

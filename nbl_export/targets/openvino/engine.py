@@ -10,7 +10,12 @@ from typing import Any
 import numpy as np
 
 from nbl_export.errors import CorruptError, NblError
+from nbl_export.graph.ir.anatomy import context_length, states_of
+from nbl_export.graph.ir.files import precision_of, read_ir
+from nbl_export.graph.ir.session import IrDecoder, Session, load_openvino
+from nbl_export.graph.ir.signals import kept_signal_stack
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE
+from nbl_export.methods import method_of
 from nbl_export.methods.base import Maps
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import GraphContract
@@ -19,10 +24,7 @@ from nbl_export.targets.base import Availability, DecoderFacts, Engine, ExportSe
 from nbl_export.targets.checks import ExpectedGraph, StoredWeights
 from nbl_export.targets.export.finish import check_bounds
 from nbl_export.targets.openvino import check
-from nbl_export.targets.openvino.ir.anatomy import context_length, states_of
-from nbl_export.targets.openvino.ir.files import precision_of, read_ir
-from nbl_export.targets.openvino.session import IrDecoder, OpenVinoRunner, Session, load_openvino
-from nbl_export.targets.openvino.signals import kept_signal_stack
+from nbl_export.targets.openvino.runner import OpenVinoRunner
 from nbl_export.targets.runners import StepDecoder
 
 __all__ = ["CAPABILITIES", "OPENVINO", "OpenVinoEngine"]
@@ -34,6 +36,7 @@ CAPABILITIES = Capabilities(
     title="OpenVINO",
     precisions=PRECISIONS,
     sources={"openvino": PRECISIONS},
+    kinds=None,
     cache_bytes={"fp16": 2, "int8": 1, "int4": 1},
     narrow=True,
     every_expert=("openvino",),
@@ -135,8 +138,10 @@ class OpenVinoEngine(Engine):
         return IrDecoder(directory, file or _most_logits(directory), exact=exact, threads=threads)
 
     def open_reference(self, directory: Path, head_dim: int, mixers: Maps, tap: str, *, exact: bool) -> StepDecoder:
-        """The IR in parts, with mixers in place of attention."""
-        return IrDecoder(directory, _most_logits(directory), exact=exact, mixers=mixers, tap=tap)
+        """By the method, on the IR."""
+        file = _most_logits(directory)
+        decoder: StepDecoder = method_of(mixers).ir_reference(directory, file, mixers, tap, exact=exact)
+        return decoder
 
     def pruned_file(self, directory: Path) -> str | None:
         """The IR that ships, if the IR with all logits stays beside it."""

@@ -39,8 +39,8 @@ def build(checkpoint: Path, out: Path, precision: str, mapped: bool = False) -> 
         import openvino  # noqa: F401
     except ImportError as error:
         raise MissingPackageError("openvino", "openvino", "making an IR") from error
+    from nbl_export.graph.ir.files import save_ir
     from nbl_export.methods.checkpoint import load
-    from nbl_export.targets.openvino.ir.files import save_ir
     from nbl_export.targets.openvino.rewrite import compress
 
     out.mkdir(parents=True)

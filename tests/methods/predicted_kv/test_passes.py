@@ -21,7 +21,7 @@ from nbl_export.graph.files import read_graph
 from nbl_export.graph.passes.tail import difference, keep_last_token
 from nbl_export.methods.base import Mixer, changed
 from nbl_export.methods.predicted_kv.maps import PredictedKV
-from nbl_export.methods.predicted_kv.reference import PredictedKVDecoder
+from nbl_export.methods.predicted_kv.reference import PredictedKVDecoder, onnx_reference
 from nbl_export.methods.rewrite import rewrite
 from nbl_export.targets.onnx_files import check_untouched
 from nbl_export.verify.ladder import greedy
@@ -46,7 +46,7 @@ def reference(
 ) -> PredictedKVDecoder:  # fmt: skip
     """The original, whose caches are edited between its calls; `test_reference.py` holds it to torch."""
     held: Any = {layer: changed(mixer, (stored or {}).get(layer, {})) for layer, mixer in maps.items()}
-    return PredictedKVDecoder(source, size, held, exact=exact)
+    return onnx_reference(source, size, held, exact=exact)
 
 
 def compare(decoder: OnnxDecoder, wanted: PredictedKVDecoder, sizes: Sequence[int]) -> float:

@@ -15,7 +15,7 @@ from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.methods.base import changed
 from nbl_export.methods.checkpoint.load import load_model, read_spec
 from nbl_export.methods.checkpoint.source import resolve
-from nbl_export.methods.predicted_kv.reference import PredictedKVDecoder, Rotary
+from nbl_export.methods.predicted_kv.reference import PredictedKVDecoder, Rotary, onnx_reference
 from nbl_export.targets import exporter_of
 from tests.exits import CLOSE, apart, chunks_of, predicted_maps, torch_logits
 from tests.tiny import HEAD_DIM, KV_HEADS
@@ -37,13 +37,13 @@ def test_logits_are_those_of_torch(
     maps = predicted_maps(exit_layer, NEAR, spec.num_kv_heads * spec.head_dim)
     chunks = chunks_of(CHUNKS)
     right = torch_logits(load_model(checkpoint(architecture)), maps, chunks)
-    decoder = PredictedKVDecoder(exported(architecture), spec.head_dim, maps)
+    decoder = onnx_reference(exported(architecture), spec.head_dim, maps)
     decoder.begin(1)
     assert max(apart(decoder.step(ids)[0], logits) for ids, logits in zip(chunks, right, strict=True)) < CLOSE
 
 
 def opened(exported: Callable[..., Path]) -> PredictedKVDecoder:
-    return PredictedKVDecoder(exported("llama"), HEAD_DIM, predicted_maps(1, NEAR, KEYS))
+    return onnx_reference(exported("llama"), HEAD_DIM, predicted_maps(1, NEAR, KEYS))
 
 
 def padded(chunks: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -117,4 +117,4 @@ def test_rotary_embedding_is_that_of_transformers(interleaved: bool) -> None:
 
 def test_a_choice_of_rotary_tables_is_refused(exported: Callable[..., Path]) -> None:
     with pytest.raises(RefusalError, match="tables of its rotary embedding"):
-        PredictedKVDecoder(exported("phi3-long"), HEAD_DIM, predicted_maps(1, NEAR, KEYS))
+        onnx_reference(exported("phi3-long"), HEAD_DIM, predicted_maps(1, NEAR, KEYS))

@@ -10,13 +10,40 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from nbl_export.methods.base import tapped
-from nbl_export.targets.openvino.ir.anatomy import Dataflow
+import numpy as np
 
-__all__ = ["parts_of"]
+from nbl_export.graph.ir.anatomy import Dataflow
+from nbl_export.graph.ir.session import IrDecoder
+from nbl_export.methods.base import tapped
+from nbl_export.methods.linear.maps import Linear
+
+__all__ = ["MixedIr", "parts_of"]
+
+
+class MixedIr(IrDecoder):
+    """The original IR with mixers in place of attention, computed without the rewrite.
+
+    Args:
+        mixers: layer -> its mixer. tap: what they read.
+    """
+
+    def __init__(self, directory: Path, file: str, mixers: Mapping[int, Linear], tap: str, *, exact: bool) -> None:
+        self._mixers = dict(sorted(mixers.items()))
+        self._tap = tap
+        super().__init__(directory, file, exact=exact)
+
+    def parts(self, model: Any) -> list[Any]:
+        return parts_of(model, list(self._mixers), self._tap)
+
+    def between(self, place: int, known: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if not place:
+            return {}
+        layer = list(self._mixers)[place - 1]
+        return {f"nbl.mixed.{layer}": self._mixers[layer](known[f"nbl.tap.{layer}"])}
 
 
 def parts_of(model: Any, layers: Sequence[int], tap: str) -> list[Any]:

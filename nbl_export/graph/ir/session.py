@@ -10,20 +10,12 @@ Facts of OpenVINO 2026.4 on x86 that the code relies on:
 - Scheduling hints make a second stream for two threads, unless the number of streams is given.
 
 An IR one step at a time, for verification: logits of a batch, as numpy arrays.
-
-Runs a directory with OpenVINO: the TextRunner of the engine.
-
-    directory (openvino_model.xml, .bin, config.json, tokenizer.json)
-        └─ OpenVinoRunner ── begin ─ append ─ append ─ rewind ─ append ...        for bench
-                         └── encode ─ stream | greedy                            for generate and verify
-
-The tokens go through `openvino` itself, not through OpenVINO GenAI: bench and verify need the logits and a rewind.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,15 +23,13 @@ from typing import Any
 import numpy as np
 
 from nbl_export.errors import CorruptError, MissingPackageError, NblError
+from nbl_export.graph.ir.anatomy import states_of
+from nbl_export.graph.ir.files import precision_of, read_ir
+from nbl_export.graph.ir.signals import kept_signal_stack
 from nbl_export.graph.names import IR_FILE
 from nbl_export.records.decoder import GraphContract, TensorInfo
-from nbl_export.targets.openvino.ir.anatomy import context_length, states_of
-from nbl_export.targets.openvino.ir.files import precision_of, read_ir
-from nbl_export.targets.openvino.ir.parts import parts_of
-from nbl_export.targets.openvino.signals import kept_signal_stack
-from nbl_export.targets.tokenizer import TextGenerationMixin
 
-__all__ = ["IrDecoder", "OpenVinoRunner", "Session", "load_openvino"]
+__all__ = ["IrDecoder", "Session", "load_openvino"]
 
 _TYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "u8": "8 bits", "u4": "4 bits"}
 _INPUTS = ("input_ids", "attention_mask", "position_ids", "beam_idx")
@@ -63,27 +53,16 @@ class Session:
     Args:
         exact: float32 arithmetic and caches, whatever the model and the plugin prefer.
         threads: None is the plugin's choice.
-        mixers: take the place of attention in their layers (`ir.parts`). tap: what they read.
-
     Raises:
         CorruptError: the files are damaged, or the IR is no decoder with states.
     """
 
     def __init__(
-        self,
-        directory: Path,
-        file: str = IR_FILE,
-        *,
-        exact: bool = False,
-        threads: int | None = None,
-        mixers: Mapping[int, Any] | None = None,
-        tap: str = "",
+        self, directory: Path, file: str = IR_FILE, *, exact: bool = False, threads: int | None = None
     ) -> None:
         self.directory = directory
-        self._mixers = mixers
         core = load_openvino().Core()
         model = read_ir(directory, file)
-        parts = [model] if mixers is None else parts_of(model, sorted(mixers), tap)
         self.contract = _contract(model, directory / file)
         settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
         if threads:
@@ -93,7 +72,7 @@ class Session:
             settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
         try:
             with kept_signal_stack():
-                self._compiled = [core.compile_model(part, "CPU", settings) for part in parts]
+                self._compiled = [core.compile_model(part, "CPU", settings) for part in self.parts(model)]
             self._requests = [compiled.create_infer_request() for compiled in self._compiled]
             self.mask_BK = np.zeros((1, 0), np.int64)
         except RuntimeError as error:
@@ -101,6 +80,14 @@ class Session:
             raise CorruptError(f"OpenVINO cannot compile {directory / file}: {reason}") from error
         self._vocab_size = model.output("logits").get_partial_shape()[-1].get_max_length()
         self._names = [{name for port in part.inputs for name in port.get_names()} for part in self._compiled]
+
+    def parts(self, model: Any) -> list[Any]:
+        """The models that run one after the other; states and inputs of the whole are among theirs."""
+        return [model]
+
+    def between(self, place: int, known: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Further inputs of part `place`, from outputs of the parts before."""
+        return {}
 
     @property
     def arithmetic(self) -> str:
@@ -121,6 +108,13 @@ class Session:
     def run(self, ids_BT: np.ndarray, valid_BT: np.ndarray) -> np.ndarray:
         """Append tokens; returns float32 logits [B, T, V], or [B, 1, V] from a pruned graph. Padding is on the left.
 
+        Raises: as `outputs`.
+        """
+        return np.asarray(self.outputs(ids_BT, valid_BT)["logits"], np.float32)
+
+    def outputs(self, ids_BT: np.ndarray, valid_BT: np.ndarray) -> dict[str, np.ndarray]:
+        """Append tokens; returns all outputs by name.
+
         Raises:
             NblError: a token is not in the vocabulary, or OpenVINO fails.
         """
@@ -138,24 +132,18 @@ class Session:
             reason = " ".join(str(error).split())[-200:]
             raise NblError(f"{self.directory} failed on a chunk of {ids_BT.shape[1]} tokens: {reason}") from error
         self.mask_BK = mask
-        return np.asarray(found["logits"], np.float32)
+        return found
 
     def _infer(self, known: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run the parts in order, and behind each part the mixer of the next part's layer."""
+        """Run the parts in order."""
         for place, (request, names) in enumerate(zip(self._requests, self._names, strict=True)):
-            if place:
-                assert self._mixers is not None
-                layer = sorted(self._mixers)[place - 1]
-                known[f"nbl.mixed.{layer}"] = self._mixers[layer](known[f"nbl.tap.{layer}"])
+            known |= self.between(place, known)
             found = request.infer({name: known[name] for name in names & known.keys()}, share_inputs=False)
             known |= {name: np.array(value) for port, value in found.items() for name in port.get_names()}
         return known
 
     def cut(self, length: int) -> None:
         """Drop everything behind the first `length` tokens, padding included."""
-        if length == 0:
-            self.begin(len(self.mask_BK))
-            return
         if length < self.mask_BK.shape[1]:
             cut = {name: np.ascontiguousarray(state[:, :, :length]) for name, state in self.states().items()}
             self.put_states(cut, self.mask_BK[:, :length])
@@ -167,6 +155,9 @@ class Session:
 
     def put_states(self, states: Mapping[str, np.ndarray], mask_BK: np.ndarray) -> None:
         """Go back to states and mask of the same batch."""
+        if not mask_BK.shape[1]:
+            self.begin(len(mask_BK))
+            return
         tensor = load_openvino().Tensor
         for state in (state for request in self._requests for state in request.query_state()):
             state.state = tensor(states[state.name])
@@ -244,45 +235,3 @@ def _rolled(rows: np.ndarray, shifts: np.ndarray) -> np.ndarray:
     if not shifts.any():
         return rows
     return np.stack([np.roll(row, int(shift), 0) for row, shift in zip(rows, shifts, strict=True)])
-
-
-class OpenVinoRunner(TextGenerationMixin):
-    """A loaded IR directory. The directory is only read.
-
-    Raises:
-        NblError: the directory is not a model that loads; the message has the path.
-    """
-
-    def __init__(self, directory: Path, threads: int | None = None) -> None:
-        self.directory = directory
-        self.context_length = context_length(directory)
-        self.session = Session(directory, threads=threads)
-        self._logits = np.zeros((1, 1, 1), np.float32)
-        self._capacity = 0
-
-    def __exit__(self, *exc: object) -> None:
-        self.session.close()
-
-    def begin(self, max_tokens: int) -> None:
-        """Forget the sequence; states grow as tokens come, so nothing is reserved."""
-        self._capacity = min(max_tokens, self.context_length)
-        self.session.begin(1)
-
-    def append(self, ids: Sequence[int]) -> None:
-        """Run the decoder over ids as one chunk.
-
-        Raises:
-            NblError: the sequence would outgrow what `begin` allowed, or OpenVINO fails.
-        """
-        ids_BT = np.asarray(ids, np.int64)[None]
-        self.check_room(self.session.mask_BK.shape[1] + ids_BT.shape[1], self._capacity)
-        self._logits = self.session.run(ids_BT, np.ones_like(ids_BT))
-
-    def rewind(self, length: int) -> None:
-        """Drop everything after the first `length` tokens; copies the states."""
-        if not 0 <= length <= self.session.mask_BK.shape[1]:
-            raise ValueError(f"cannot rewind {self.session.mask_BK.shape[1]} tokens to {length}")
-        self.session.cut(length)
-
-    def last_logits(self) -> np.ndarray:
-        return np.asarray(self._logits[0, -1], np.float32)

@@ -23,7 +23,7 @@ from typing import Any
 from nbl_export.errors import CorruptError, RefusalError
 from nbl_export.files import read_json
 
-__all__ = ["Block", "Dataflow", "State", "context_length", "states_of"]
+__all__ = ["Block", "Dataflow", "Heads", "State", "context_length", "states_of"]
 
 _RANK = 3  # of the residual stream
 _STATE = re.compile(r"past_key_values\.(\d{1,9})\.(key|value)")  # begins the name of a state
@@ -36,6 +36,11 @@ class State:
     variable: str
     read: Any
     assign: Any
+
+    @property
+    def new(self) -> Any:
+        """The rows [batch, heads, tokens, head size] that a step puts behind those of the state."""
+        return self.assign.input_value(0).get_node().input_value(1)
 
     @property
     def heads(self) -> int:
@@ -100,6 +105,21 @@ class Block:
         return self.join.input_value(1 - self.branch)
 
 
+@dataclass(frozen=True)
+class Heads:
+    """The heads of a layer.
+
+    Attributes:
+        queries, keys, values: inputs [B, T, heads x head size] of the nodes that split products into heads.
+        attention: what attention gives [B, heads, T, head size].
+    """
+
+    queries: Any
+    keys: Any
+    values: Any
+    attention: Any
+
+
 class Dataflow:
     """The order of a model's nodes, and which nodes depend on which."""
 
@@ -154,6 +174,52 @@ class Dataflow:
                 return self._described(layer, node, inside.index(True), behind)
         raise RefusalError(layer, "no addition joins its attention with the residual stream")
 
+    def heads(self, block: Block) -> Heads:
+        """Where the queries, keys and values of a layer are split into heads, and what attention makes of them.
+
+        Raises:
+            RefusalError: there is not one such node for each of them, or o_proj multiplies something else.
+        """
+        keys, values = (state.new for state in self.states[block.layer])
+        behind = self.below([self.states[block.layer][0].read])
+        attention = next(n for n in self._of_type("ScaledDotProductAttention") if n.get_name() in behind)
+        inner = self.below([block.residual.get_node()])
+
+        def split(value: Any) -> Any:
+            above = self.above(value.get_node()) & inner
+            found = [n.input(0) for n in self.nodes if n.get_name() in above and _splits(n)]
+            if len(found) != 1:
+                raise RefusalError(block.layer, f"{len(found)} nodes split its queries, keys or values into heads")
+            return found[0]
+
+        product, data = block.last
+        node = product.input_value(data).get_node()
+        while node.get_type_name() in ("Reshape", "Transpose"):
+            node = node.input_value(0).get_node()
+        if node.get_name() != attention.get_name():
+            raise RefusalError(block.layer, f"{node.get_friendly_name()} stands between its attention and o_proj")
+        return Heads(split(attention.input_value(0)), split(keys), split(values), attention.output(0))
+
+    def shapes_of(self, stream: Any, layer: int) -> list[Any]:
+        """Inputs of nodes that read the shape [B, T, D] of a layer's stream from a value in front of its attention.
+
+        OpenVINO takes a number of tokens, for a mask too, from any value that has this number.
+        """
+        behind = self.below([state.read for state in self.states[layer]])
+        inner = self.below([stream.get_node()]) - behind
+        width = stream.get_partial_shape()[-1]
+        found = [node.input(0) for node in self._of_type("ShapeOf") if node.get_name() in inner]
+        return [port for port in found if port.get_partial_shape()[-1] == width]
+
+    def head(self) -> Any:
+        """The product that makes the logits."""
+        result = next(n for n in self._of_type("Result") if "logits" in n.input_value(0).get_names())
+        above = self.above(result)
+        return [n for n in self._of_type("MatMul") if n.get_name() in above][-1]
+
+    def _of_type(self, name: str) -> list[Any]:
+        return [node for node in self.nodes if node.get_type_name() == name]
+
     def _described(self, layer: int, join: Any, branch: int, behind: set[str]) -> Block:
         residual = join.input_value(1 - branch)
         end = self._place[join.get_name()]
@@ -174,6 +240,14 @@ class Dataflow:
         own = (residual.get_node().get_name(), residual.get_index())
         normed = first[0] if len(same) == 1 and own not in same else None
         return Block(layer, join, branch, last[0], normed)
+
+
+def _splits(node: Any) -> bool:
+    """Whether a node turns [batch, tokens, width] into [batch, tokens, heads, head size]."""
+    if node.get_type_name() != "Reshape":
+        return False
+    ranks = (node.get_input_partial_shape(0).rank, node.get_output_partial_shape(0).rank)
+    return all(rank.is_static for rank in ranks) and [r.get_length() for r in ranks] == [_RANK, _RANK + 1]
 
 
 def _adds_vectors(node: Any) -> bool:

@@ -23,20 +23,12 @@ from typing import Any
 
 from nbl_export.errors import MissingPackageError, NblError, RefusalError
 from nbl_export.files import scratch_in
+from nbl_export.graph.ir.files import group_of, precision_of, read_ir, save_ir, share_constants, stored_matrix
+from nbl_export.graph.ir.signals import kept_signal_stack
+from nbl_export.graph.ir.tail import prune_tail
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE, IR_WEIGHTS
+from nbl_export.methods import method_of
 from nbl_export.methods.base import Mixer
-from nbl_export.targets.openvino.ir.anatomy import Dataflow
-from nbl_export.targets.openvino.ir.files import (
-    group_of,
-    precision_of,
-    read_ir,
-    save_ir,
-    share_constants,
-    stored_matrix,
-)
-from nbl_export.targets.openvino.rewrite.passes import bypass_attention, drop_states
-from nbl_export.targets.openvino.rewrite.tail import prune_tail
-from nbl_export.targets.openvino.signals import kept_signal_stack
 
 __all__ = ["compress", "group_size", "keep_last_token_ir", "rewrite_ir"]
 
@@ -62,8 +54,7 @@ def rewrite_ir(source: Path, out: Path, maps: Mapping[int, Mixer], tap: str = "r
     model = read_ir(source, ALL_LOGITS_IR if last_only else IR_FILE)
     precision = precision_of(model)
     group = group_of(model)
-    bypass_attention(Dataflow(model), maps, tap)
-    drop_states(model, maps)
+    method_of(maps).rewrite_ir(model, maps, tap)
     model = compress(model, precision, group=group, only_new=True)
     _refuse_float_maps(model, precision)
     save_ir(model, out, precision, group)
@@ -82,21 +73,11 @@ def _refuse_float_maps(model: Any, precision: str) -> None:
 
 
 def keep_last_token_ir(directory: Path) -> None:
-    """Rename the graph to openvino_all_logits.xml, and write the pruned graph in its place. Both read one file.
-
-    Raises:
-        RefusalError: the tail of this graph cannot be pruned; no file has changed.
-    """
+    """Rename the graph to openvino_all_logits.xml, and write the pruned graph in its place. Both read one file."""
     model = read_ir(directory)
     precision = precision_of(model)
     group = group_of(model)
-    try:
-        prune_tail(model)
-    except RefusalError as error:
-        raise RefusalError(
-            error.layer,
-            f"{error.reason} (nodes behind the last attention cannot be pruned; use the key logits = 'all')",
-        ) from error
+    prune_tail(model)
     with scratch_in(directory) as pruned:
         save_ir(model, pruned, precision, group)
         every = share_constants(directory / IR_FILE, directory / IR_WEIGHTS, (pruned / IR_FILE, pruned / IR_WEIGHTS))

@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from nbl_export.errors import RefusalError
-from nbl_export.targets.openvino.ir.anatomy import Block, Dataflow
+from nbl_export.graph.ir.anatomy import Block, Dataflow
 
 __all__ = ["prune_tail"]
 
@@ -25,17 +24,16 @@ def prune_tail(model: Any) -> None:
     The last row is the last column, as in a batch that is padded on the left. A runtime that gives each token a row of
     its own (the paged back end of OpenVINO GenAI) sees one column, so the gather does nothing there.
 
-    Raises:
-        RefusalError: the tail depends on the tokens in another way.
+    If nodes behind the last attention read something else of the tokens, the gather stands in front of lm_head alone.
     """
     from openvino import opset13 as ops
 
     flow = Dataflow(model)
     block = flow.block(max(flow.states))
-    _check_tail(flow, block)
+    reads_more = _foreign(flow, block)
     last, data = block.last
-    ends = (last.input(data), block.join.input(1 - block.branch))
-    for end, title in zip(ends, ("attention", "residual"), strict=True):
+    ends = {"attention": last.input(data), "residual": block.join.input(1 - block.branch)}
+    for title, end in ({"head": flow.head().input(0)} if reads_more else ends).items():
         taken = ops.gather(
             end.get_source_output(),
             ops.constant([-1], dtype=np.int64),
@@ -43,7 +41,8 @@ def prune_tail(model: Any) -> None:
             name=f"/nbl/last/{title}",
         )
         end.replace_source_output(taken.output(0))
-    _resize(flow, block)
+    if not reads_more:
+        _resize(flow, block)
     model.validate_nodes_and_infer_types()
 
 
@@ -70,8 +69,8 @@ def _is_shape(value: Any, block: Block) -> bool:
     return bool(own.rank == other.rank and own[-1] == other[-1])
 
 
-def _check_tail(flow: Dataflow, block: Block) -> None:
-    """Every node behind the two ends of a block depends on the inputs of the model through these ends alone."""
+def _foreign(flow: Dataflow, block: Block) -> bool:
+    """Whether a node behind the two ends of a block depends on the inputs of the model in another way too."""
     last, data = block.last
     tail = flow.below([last, block.join])
     ends = {(last.get_name(), data), (block.join.get_name(), 1 - block.branch)}
@@ -83,7 +82,5 @@ def _check_tail(flow: Dataflow, block: Block) -> None:
             is_end = (node.get_name(), place) in ends
             foreign = name not in tail and not flow.is_constant(value)
             if foreign and not is_end and not _is_shape(value, block):
-                raise RefusalError(
-                    block.layer,
-                    f"{node.get_friendly_name()} behind its attention reads {value.get_node().get_friendly_name()}",
-                )
+                return True
+    return False

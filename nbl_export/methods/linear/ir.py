@@ -1,4 +1,4 @@
-"""The passes of `rewrite` on an IR, by the same names.
+"""Linear layers in place of attention, in an IR.
 
     before   x -- norm -- qkv -- states -- attention -- o_proj -+      after   x -- MatMul(W') -- Add(b) -+
              x ------------------------------------------------ join           x -------------------- join
@@ -15,24 +15,23 @@ from typing import Any
 import numpy as np
 
 from nbl_export.errors import RefusalError
+from nbl_export.graph.ir.anatomy import Block, Dataflow, State, states_of
 from nbl_export.graph.names import constant_name, node_name, product_name
 from nbl_export.methods.base import Mixer, tapped
-from nbl_export.targets.openvino.ir.anatomy import Block, Dataflow, State, states_of
 
 __all__ = ["bypass_attention", "drop_states"]
 
 
-def bypass_attention(flow: Dataflow, mixers: Mapping[int, Mixer], tap: str) -> None:
+def bypass_attention(model: Any, mixers: Mapping[int, Mixer], tap: str) -> None:
     """Replace the attention of layers by mixers, in place.
 
     Raises:
-        RefusalError: a block is not understood, has another width, or lacks the tap, or a mixer is not linear.
+        RefusalError: a block is not understood, has another width, or lacks the tap.
     """
+    flow = Dataflow(model)
     for block in [flow.block(layer) for layer in sorted(mixers)]:
         mixer = mixers[block.layer]
         _check_width(block, mixer)
-        if mixer.holds_cache:
-            raise RefusalError(block.layer, f"an IR takes linear layers, and no {mixer.kind} layer")
         x = tapped(block, tap)
         matrices, vectors = mixer.stored()
         if not matrices:

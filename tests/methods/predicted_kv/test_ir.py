@@ -1,0 +1,113 @@
+"""Predicted KV in OpenVINO's IR: both back ends give what torch gives, sequence for sequence."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nbl_export.errors import RefusalError
+from nbl_export.graph.ir.files import precision_of, read_ir, stored_matrix
+from nbl_export.graph.ir.session import IrDecoder
+from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE
+from nbl_export.methods.checkpoint.load import load_model, read_spec
+from nbl_export.methods.checkpoint.source import resolve
+from nbl_export.targets.checks import judge_maps
+from nbl_export.targets.openvino import check
+from nbl_export.targets.openvino.engine import OPENVINO
+from tests.exits import CLOSE, apart, chunks_of, predicted_maps, torch_logits
+from tests.tiny import HEAD_DIM, KV_HEADS
+
+pytestmark = pytest.mark.engine
+
+NEAR = 4
+KEYS = KV_HEADS * HEAD_DIM
+CHUNKS = (13, 1, NEAR + 1, NEAR + 2, 9, 1)  # as for the reference
+
+
+@pytest.fixture(scope="module")
+def pair(exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
+    """(architecture, precision, exit layer) -> the original with both graphs, and its version with predicted KV."""
+
+    @functools.cache
+    def original(architecture: str, precision: str) -> Path:
+        out = tmp_path_factory.mktemp("pair") / "original"
+        shutil.copytree(exported(architecture, "openvino", precision), out)
+        OPENVINO.keep_last_token(out)
+        return out
+
+    @functools.cache
+    def make(architecture: str = "llama", precision: str = "fp32", exit_layer: int = 1) -> tuple[Path, Path]:
+        source = original(architecture, precision)
+        out = tmp_path_factory.mktemp("pair") / "model"
+        OPENVINO.linearize(source, out, predicted_maps(exit_layer, NEAR, KEYS))
+        return source, out
+
+    return make
+
+
+@pytest.mark.parametrize(("architecture", "exit_layer"), [("llama", 1), ("llama", 2), ("llama", 0), ("qwen2", 1)])
+def test_logits_are_those_of_torch(
+    architecture: str, exit_layer: int, checkpoint: Callable[[str], Path], pair: Callable[..., tuple[Path, Path]]
+) -> None:
+    spec = read_spec(resolve(str(checkpoint(architecture))))
+    maps = predicted_maps(exit_layer, NEAR, spec.num_kv_heads * spec.head_dim)
+    chunks = chunks_of(CHUNKS)
+    right = torch_logits(load_model(checkpoint(architecture)), maps, chunks)
+    source, out = pair(architecture, "fp32", exit_layer)
+    every = IrDecoder(out, ALL_LOGITS_IR, exact=True)
+    last = IrDecoder(out, IR_FILE, exact=True)
+    reference = OPENVINO.open_reference(source, spec.head_dim, maps, "residual", exact=True)
+    for decoder in (every, last, reference):
+        decoder.begin(1)
+    for ids, logits in zip(chunks, right, strict=True):
+        assert apart(every.step(ids)[0], logits) < CLOSE
+        assert apart(reference.step(ids)[0], logits) < CLOSE
+        assert apart(last.step(ids)[0], logits[-1:]) < CLOSE
+
+
+def test_each_sequence_of_a_batch_has_its_own_rows(pair: Callable[..., tuple[Path, Path]]) -> None:
+    """A batch that is padded on the left, and a step in which one row's positions go on behind the other's."""
+    _, out = pair()
+    prompts = chunks_of((13, 7))
+    valid = (np.arange(13) < np.array([[13], [7]])).astype(np.int64)
+    ids = np.stack([np.pad(prompt[0], (0, 13 - prompt.shape[1])) for prompt in prompts])
+    seconds = np.concatenate(chunks_of((6, 6), 1))  # positions 13 .. 18 and 7 .. 12
+    together = IrDecoder(out, ALL_LOGITS_IR, exact=True)
+    together.begin(2)
+    found = [together.step(ids, valid), together.step(seconds[::-1][::-1])]
+    for row, length in enumerate((13, 7)):
+        alone = IrDecoder(out, ALL_LOGITS_IR, exact=True)
+        alone.begin(1)
+        expected = alone.step(ids[row : row + 1, :length]), alone.step(seconds[row : row + 1])
+        assert np.isnan(expected[1][0]).all(-1).sum() == 6 - NEAR - 1
+        for got, right in zip(found, expected, strict=True):
+            assert apart(got[row, : right.shape[1]], right[0]) < CLOSE
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
+def test_maps_get_the_codes_of_their_neighbours(pair: Callable[..., tuple[Path, Path]], precision: str) -> None:
+    source, out = pair("llama", precision)
+    model = read_ir(out)
+    assert precision_of(model) == precision
+    products = {n.get_friendly_name(): n for n in model.get_ops() if n.get_type_name() == "MatMul"}
+    neighbour = next(name for name in products if "layers.0.mlp.up_proj" in name)
+    names = [name for name in products if name.startswith("/nbl/")]
+    assert len(names) == 2
+    found = [stored_matrix(products[name]) for name in (neighbour, *names)]
+    assert None not in found
+    if precision == "int4":
+        assert len({blocks.size for blocks in found if blocks is not None}) == 1
+    assert judge_maps("nbl", check.read_maps(out), predicted_maps(1, NEAR, KEYS)).passed
+    assert check.check_untouched(out, source).passed
+    assert check.check_pruned("nbl", out).passed
+
+
+def test_maps_of_some_layers_alone_are_refused(pair: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
+    maps = {1: predicted_maps(1, NEAR, KEYS)[1]}
+    with pytest.raises(RefusalError, match=r"layer 2: maps are for layers \[1\]"):
+        OPENVINO.linearize(pair()[0], tmp_path / "model", maps)
