@@ -72,7 +72,7 @@ _REPLACED, _DISTILL, _CALIBRATE, _TORCH, _ENGINE, _BENCH = PANELS
 
 # -- usual values, and when options have an effect ------------------------------------------------------------------
 
-EXIT_SOURCES = ("genai", _STATIC)  # decoder sources whose graphs take an exit layer
+EXIT_SOURCES = ("genai", "openvino", _STATIC)  # decoder sources whose graphs take an exit layer
 LIKE_LLAMA = ("llama", "mistral", "qwen2")  # architectures whose keys can be predicted
 # The builder reads these for MatMulNBits alone (onnxruntime_genai 0.18, models/builder.py).
 _OF_ROUNDING = ("accuracy_level", "algo_config", "block_size")
@@ -169,7 +169,7 @@ _ORDERED = (
 _FITTED = (*_ORIGINAL, Applies("fitted maps (--fit independent or distilled)", lambda c: c.options.fit != "drop"))
 _TRAINED = (Applies("--fit distilled", lambda c: c.options.fit == "distilled"),)
 _PREDICTING = (
-    Applies("--engine ort with --provider cpu, trt or trt-rtx, and the original model",
+    Applies("--engine ort with --provider cpu, openvino, trt or trt-rtx, and the original model",
             lambda c: c.options.exit_layer == NO_EXIT or (c.engine.holds(PREDICTED_KV) and not c.is_nbl)),
 )  # fmt: skip
 _OF_EXIT = (Applies("--exit-layer", lambda c: c.options.exit_layer != NO_EXIT),)
@@ -227,7 +227,7 @@ class JobOptions:
     )
     precision: str = option(
         "fp32",
-        "ort: fp32 (default), fp16, int8, int4; openvino: fp16 (default), fp32, int8, int4; trt, trt-rtx: bf16 "
+        "ort: fp32 (default), fp16, int8, int4; openvino: int8 (default), fp16, fp32, int4; trt, trt-rtx: bf16 "
         "(default), fp16, int4. ort, openvino: int4 is the default if float32 does not fit into memory.",
         _ENGINE,
         "main rewrite",
@@ -267,7 +267,8 @@ class JobOptions:
     )
     exit_layer: str = option(
         NO_EXIT,
-        "Exit layer: most tokens of a prompt skip it and those above (20); auto (default of ort): by quality; or none.",
+        "Exit layer: most tokens of a prompt skip it and those above (20); auto (default of ort and "
+        "openvino): by quality; or none.",
         _REPLACED,
         "main plan",
         first=True,

@@ -173,9 +173,9 @@ def _beside_exit(case: Case) -> str | bool:
             "give one of them"
         )
     source = options.decoder_source
+    others = [name for name in EXIT_SOURCES if name in case.engine.sources]
     return (
-        source not in EXIT_SOURCES
-        and f"--exit-layer needs the key decoder_source {' or '.join(EXIT_SOURCES)}, not {source}"
+        source not in EXIT_SOURCES and f"--exit-layer needs the key decoder_source {' or '.join(others)}, not {source}"
     )
 
 

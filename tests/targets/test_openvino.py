@@ -66,16 +66,16 @@ def test_rewinding_and_appending_gives_equal_logits(directories: dict[str, Path]
     with OpenVinoRunner(directories["nbl"], 1) as runner:
         runner.begin(40)
         runner.append(PROMPT)
-        first = runner._logits.copy()
+        first = runner.last_logits()
         runner.append([7])
-        second = runner._logits.copy()
+        second = runner.last_logits()
         runner.append([9])
         runner.rewind(len(PROMPT))
         runner.append([7])
-        assert np.array_equal(runner._logits, second)
+        assert np.array_equal(runner.last_logits(), second)
         runner.rewind(0)
         runner.append(PROMPT)
-        assert np.array_equal(runner._logits, first)
+        assert np.array_equal(runner.last_logits(), first)
         with pytest.raises(ValueError, match="cannot rewind 20 tokens to 21"):
             runner.rewind(21)
         with pytest.raises(NblError, match=r"41 tokens do not fit into .*nbl|41 tokens do not fit"):

@@ -29,9 +29,11 @@ from nbl_export.graph.ir.signals import kept_signal_stack
 from nbl_export.graph.names import IR_FILE
 from nbl_export.records.decoder import GraphContract, TensorInfo
 
-__all__ = ["IrDecoder", "Session", "load_openvino"]
+__all__ = ["IrDecoder", "Session", "check_ids", "compiled", "load_openvino", "settings_of", "vocab_size_of"]
 
 _TYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "u8": "8 bits", "u4": "4 bits"}
+# Float32 arithmetic, caches in float32, and no activation in codes.
+_EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
 _INPUTS = ("input_ids", "attention_mask", "position_ids", "beam_idx")
 
 
@@ -45,6 +47,45 @@ def load_openvino() -> ModuleType:
         return importlib.import_module("openvino")
     except ImportError as error:
         raise MissingPackageError("openvino", "openvino", "running an IR") from error
+
+
+def settings_of(model: Any, *, exact: bool = False, threads: int | None = None) -> dict[str, Any]:
+    """Settings of the CPU plugin for an IR; arguments as of `Session`."""
+    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
+    if threads:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    return settings | _EXACT if exact or precision_of(model) == "fp32" else settings
+
+
+def compiled(core: Any, model: Any, settings: Mapping[str, Any], path: Path) -> Any:
+    """A model compiled for the CPU.
+
+    Raises:
+        CorruptError: OpenVINO cannot compile it.
+    """
+    try:
+        with kept_signal_stack():
+            return core.compile_model(model, "CPU", dict(settings))
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise CorruptError(f"OpenVINO cannot compile {path}: {reason}") from error
+
+
+def check_ids(ids: np.ndarray, vocab_size: int, directory: Path) -> None:
+    """Check that tokens are in the vocabulary, if its size is known.
+
+    Raises:
+        NblError: one is not.
+    """
+    if vocab_size > 0 and int(ids.max()) >= vocab_size:
+        raise NblError(
+            f"token {int(ids.max())} is beyond the {vocab_size} of {directory}: its tokenizer is of another model"
+        )
+
+
+def vocab_size_of(model: Any) -> int:
+    """Width of the logits; -1 if it is not known."""
+    return int(model.output("logits").get_partial_shape()[-1].get_max_length())
 
 
 class Session:
@@ -64,21 +105,11 @@ class Session:
         core = load_openvino().Core()
         model = read_ir(directory, file)
         self.contract = _contract(model, directory / file)
-        settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
-        if threads:
-            settings["INFERENCE_NUM_THREADS"] = threads
-        if exact or precision_of(model) == "fp32":
-            settings |= {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
-            settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
-        try:
-            with kept_signal_stack():
-                self._compiled = [core.compile_model(part, "CPU", settings) for part in self.parts(model)]
-            self._requests = [compiled.create_infer_request() for compiled in self._compiled]
-            self.mask_BK = np.zeros((1, 0), np.int64)
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise CorruptError(f"OpenVINO cannot compile {directory / file}: {reason}") from error
-        self._vocab_size = model.output("logits").get_partial_shape()[-1].get_max_length()
+        settings = settings_of(model, exact=exact, threads=threads)
+        self._compiled = [compiled(core, part, settings, directory / file) for part in self.parts(model)]
+        self._requests = [one.create_infer_request() for one in self._compiled]
+        self.mask_BK = np.zeros((1, 0), np.int64)
+        self._vocab_size = vocab_size_of(model)
         self._names = [{name for port in part.inputs for name in port.get_names()} for part in self._compiled]
 
     def parts(self, model: Any) -> list[Any]:
@@ -118,11 +149,7 @@ class Session:
         Raises:
             NblError: a token is not in the vocabulary, or OpenVINO fails.
         """
-        if self._vocab_size > 0 and int(ids_BT.max()) >= self._vocab_size:
-            raise NblError(
-                f"token {int(ids_BT.max())} is beyond the {self._vocab_size} of {self.directory}: "
-                "its tokenizer is of another model"
-            )
+        check_ids(ids_BT, self._vocab_size, self.directory)
         mask = np.concatenate([self.mask_BK, valid_BT], 1)
         positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -ids_BT.shape[1] :]
         feeds = dict(zip(_INPUTS, (ids_BT, mask, positions, np.arange(len(ids_BT), dtype=np.int32)), strict=True))

@@ -7,7 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from nbl_export.errors import RefusalError
 from nbl_export.graph.ir.files import constants_of, difference, float_constant, read_ir, stored_matrix
+from nbl_export.graph.ir.paged import PagedIr
+from nbl_export.graph.ir.session import IrDecoder
 from nbl_export.graph.ir.tail import prune_tail
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE
 from nbl_export.records.decoder import GraphContract
@@ -18,7 +21,9 @@ __all__ = ["check", "check_pruned", "check_untouched", "read_maps"]
 
 
 _OURS = ("nbl.", "/nbl/")
-_STEPS = 1.01  # nncf's int4 spans [-8, 8) steps: the mirror image of a group's largest value is one step off
+_PAGED = 1e-4  # as of float32 in the ladder
+_STEPS = ((300, 1), (150, 280))  # tokens of each step of two sequences; more than the usual recent tokens
+_CODES = 1.01  # nncf's int4 spans [-8, 8) steps: the mirror image of a group's largest value is one step off
 
 
 def check(
@@ -37,8 +42,10 @@ def check(
         check_cache(wanted, contract.cache_bytes_per_token(spec.head_dim) // 4 * itemsize, itemsize),
         judge_maps(wanted.subject, read_maps(directory), wanted.maps),
     ]
-    if (directory / ALL_LOGITS_IR).is_file():
+    every = ALL_LOGITS_IR if (directory / ALL_LOGITS_IR).is_file() else IR_FILE
+    if every == ALL_LOGITS_IR:
         results.append(check_pruned(wanted.subject, directory))
+    results += check_paged(wanted.subject, directory, every)
     return results if original is None else [*results, check_untouched(directory, original)]
 
 
@@ -53,7 +60,7 @@ def read_maps(directory: Path) -> StoredWeights:
         blocks = stored_matrix(products[product])
         if blocks is None:
             return float_constant(products[product].input_value(1).get_node()), 0.0
-        return blocks.values, np.abs(blocks.steps) * (_STEPS if blocks.size > 1 else 0.5) + 1e-30
+        return blocks.values, np.abs(blocks.steps) * (_CODES if blocks.size > 1 else 0.5) + 1e-30
 
     return StoredWeights(products, {name: float_constant(node) for name, node in vectors.items()}, matrix)
 
@@ -62,6 +69,43 @@ def _is_vector(constant: Any) -> bool:
     """Whether a constant is a bias or the weight of a norm, and no scale of codes: [1, 1, D]."""
     readers = {port.get_node().get_type_name() for port in constant.output(0).get_target_inputs()}
     return list(constant.get_output_shape(0))[:-1] == [1, 1] and bool(readers & {"Add", "Multiply"})
+
+
+def check_paged(subject: str, directory: Path, file: str) -> list[CheckResult]:
+    """Compare steps of two sequences in the paged back end with each sequence alone in the stateful one, in float32.
+
+    The steps are two prompts, then a decode token beside a further part of the other text. An IR without a paged form
+    has no result.
+    """
+    try:
+        paged = PagedIr(directory, file, exact=True)
+    except RefusalError:
+        return []
+    alone = IrDecoder(directory, file, exact=True)
+    rng = np.random.default_rng(0)
+    texts = [[rng.integers(0, paged.vocab_size, (1, n)) for n in lengths] for lengths in _STEPS]
+    paged.begin(max(map(sum, _STEPS)), len(texts))
+    found = [paged.step({k: text[turn][0] for k, text in enumerate(texts)}) for turn in range(len(_STEPS[0]))]
+    worst = 0.0
+    for k, text in enumerate(texts):
+        alone.begin(1)
+        for turn, ids in enumerate(text):
+            right = alone.step(ids)[0]
+            before = sum(other[turn].shape[1] for other in texts[:k])
+            worst = float(np.maximum(worst, _apart(right, found[turn][before : before + len(right)])))
+    alone.close()
+    paged.close()
+    passed = bool(worst <= _PAGED)  # NaN is no number below it
+    return [CheckResult("structure", subject, "paged back end, relative rms logit difference", worst, _PAGED, passed)]
+
+
+def _apart(right_TV: np.ndarray, found_TV: np.ndarray) -> float:
+    """The rms of the difference over that of the right logits; NaN if other rows are NaN."""
+    rows = ~np.isnan(right_TV).any(1)
+    if (np.isnan(found_TV).any(1) == rows).any():
+        return float("nan")
+    difference = found_TV[rows].astype(np.float64) - right_TV[rows]
+    return float(np.sqrt(np.square(difference).mean() / np.square(right_TV[rows], dtype=np.float64).mean()))
 
 
 def check_untouched(directory: Path, original: Path) -> CheckResult:

@@ -29,7 +29,7 @@ from nbl_export.targets.runners import StepDecoder
 
 __all__ = ["CAPABILITIES", "OPENVINO", "OpenVinoEngine"]
 
-PRECISIONS = ("fp16", "fp32", "int8", "int4")
+PRECISIONS = ("int8", "fp16", "fp32", "int4")
 _ROUNDED = ("int8", "int4")  # nncf takes one matrix after the other
 CAPABILITIES = Capabilities(
     name="openvino",

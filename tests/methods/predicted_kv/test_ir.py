@@ -12,6 +12,7 @@ import pytest
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.ir.files import precision_of, read_ir, stored_matrix
+from nbl_export.graph.ir.paged import PagedIr
 from nbl_export.graph.ir.session import IrDecoder
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE
 from nbl_export.methods.checkpoint.load import load_model, read_spec
@@ -87,6 +88,45 @@ def test_each_sequence_of_a_batch_has_its_own_rows(pair: Callable[..., tuple[Pat
         assert np.isnan(expected[1][0]).all(-1).sum() == 6 - NEAR - 1
         for got, right in zip(found, expected, strict=True):
             assert apart(got[row, : right.shape[1]], right[0]) < CLOSE
+
+
+# Steps of the paged back end, each with tokens of several sequences: (sequence, tokens) in their order.
+STEPS = (
+    ((0, 13), (1, 7), (2, 3)),  # prompts of unequal length
+    ((0, 1), (1, 1), (3, 20)),  # decode beside prefill
+    ((2, 1), (0, 9), (1, 6)),  # a second turn, and a further part of a prompt
+    ((3, 1), (2, 12), (1, 1), (0, 1)),
+)
+
+
+@pytest.mark.parametrize("exit_layer", [0, 1, 2])
+def test_sequences_of_a_paged_step_are_these_sequences_alone(
+    exit_layer: int, checkpoint: Callable[[str], Path], pair: Callable[..., tuple[Path, Path]]
+) -> None:
+    model = load_model(checkpoint("llama"))
+    lengths = {s: [n for step in STEPS for name, n in step if name == s] for s in range(4)}
+    texts = {s: chunks_of(own, s) for s, own in lengths.items()}
+    right = {s: torch_logits(model, predicted_maps(exit_layer, NEAR, KEYS), chunks) for s, chunks in texts.items()}
+    paged = PagedIr(pair("llama", "fp32", exit_layer)[1], ALL_LOGITS_IR, exact=True)
+    paged.begin(64, 4)
+    done = dict.fromkeys(texts, 0)
+    for step in STEPS:
+        found = paged.step({s: texts[s][done[s]][0] for s, _ in step})
+        for s, logits in zip((s for s, _ in step), np.split(found, np.cumsum([n for _, n in step])[:-1]), strict=True):
+            assert apart(logits, right[s][done[s]]) < CLOSE
+            done[s] += 1
+
+
+def test_two_sequences_whose_positions_follow_each_other_are_one_run(pair: Callable[..., tuple[Path, Path]]) -> None:
+    """The limit that `methods.predicted_kv.ir` states."""
+    for more, continues in ((NEAR - 1, True), (NEAR, False)):
+        paged = PagedIr(pair()[1], ALL_LOGITS_IR, exact=True)
+        paged.begin(64, 2)
+        first, second, third = (ids[0] for ids in chunks_of((9, 9, more)))
+        paged.step({0: first})
+        found = paged.step({1: second, 0: third}, np.array([len(second) - 1, -1]))
+        assert np.isnan(found[0]).all() != continues
+        assert not np.isnan(found[1]).any()
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
