@@ -6,6 +6,7 @@ import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from nbl_export.errors import RefusalError
 from nbl_export.graph.ir.files import precision_of, read_ir, stored_matrix
 from nbl_export.graph.ir.paged import PagedIr
 from nbl_export.graph.ir.session import IrDecoder
+from nbl_export.graph.ir.signals import kept_signal_stack
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE
 from nbl_export.methods.checkpoint.load import load_model, read_spec
 from nbl_export.methods.checkpoint.source import resolve
@@ -151,3 +153,71 @@ def test_maps_of_some_layers_alone_are_refused(pair: Callable[..., tuple[Path, P
     maps = {1: predicted_maps(1, NEAR, KEYS)[1]}
     with pytest.raises(RefusalError, match=r"layer 2: maps are for layers \[1\]"):
         OPENVINO.linearize(pair()[0], tmp_path / "model", maps)
+
+
+# -- OpenVINO GenAI -------------------------------------------------------------------------------------------
+
+SETTINGS = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+
+
+def answers(directory: Path, prompts: list[np.ndarray], new_tokens: int = 8, **scheduler: Any) -> list[list[int]]:
+    """Greedy answers of a pipeline that gets all prompts at once."""
+    genai = pytest.importorskip("openvino_genai")
+    import openvino
+
+    config = genai.SchedulerConfig()
+    for name, value in ({"cache_size": 1, "max_num_batched_tokens": 4096} | scheduler).items():
+        setattr(config, name, value)
+    with kept_signal_stack():
+        pipeline = genai.ContinuousBatchingPipeline(str(directory), config, "CPU", SETTINGS)
+    given = genai.GenerationConfig(max_new_tokens=new_tokens, ignore_eos=True, do_sample=False)
+    found = pipeline.generate([openvino.Tensor(ids) for ids in prompts], [given] * len(prompts))
+    return [list(one.m_generation_ids[0]) for one in found]
+
+
+def alone(directory: Path, chunks: list[np.ndarray], new_tokens: int = 8) -> list[int]:
+    """The greedy answer to chunks that are appended one by one, in the stateful form."""
+    decoder = IrDecoder(directory, exact=True)
+    decoder.begin(1)
+    found: list[int] = []
+    for ids in chunks:
+        logits = decoder.step(ids)
+    for _ in range(new_tokens):
+        found.append(int(logits[0, -1].argmax()))
+        logits = decoder.step(np.array([found[-1:]]))
+    return found
+
+
+def test_prompts_at_once_get_the_answers_of_each_alone(pair: Callable[..., tuple[Path, Path]]) -> None:
+    _, out = pair()
+    prompts = chunks_of((40, 7, 23, 3, 61))
+    assert answers(out, prompts) == [alone(out, [ids]) for ids in prompts]
+
+
+def test_a_prompt_that_the_scheduler_splits_is_its_chunks(pair: Callable[..., tuple[Path, Path]]) -> None:
+    """The last W tokens of each chunk continue, so the answer is another than that of the whole prompt."""
+    _, out = pair()
+    (prompt,) = chunks_of((90,))
+    said = answers(out, [prompt], max_num_batched_tokens=32, max_num_seqs=4)[0]
+    assert said == alone(out, [prompt[:, k : k + 32] for k in range(0, 90, 32)])
+    assert said != alone(out, [prompt])
+
+
+def test_a_known_prefix_is_the_chunk_before(pair: Callable[..., tuple[Path, Path]]) -> None:
+    """With prefix caching, whole blocks of a known prefix are read from the cache."""
+    genai = pytest.importorskip("openvino_genai")
+    import openvino
+
+    _, out = pair()
+    prefix, rest = chunks_of((64, 20))
+    config = genai.SchedulerConfig()
+    config.cache_size = 1
+    config.enable_prefix_caching = True
+    with kept_signal_stack():
+        pipeline = genai.LLMPipeline(str(out), "CPU", scheduler_config=config, **SETTINGS)
+    given = genai.GenerationConfig(max_new_tokens=8, ignore_eos=True, do_sample=False)
+    first = list(pipeline.generate(openvino.Tensor(prefix), given).tokens[0])
+    both = np.concatenate([prefix, rest], 1)
+    second = list(pipeline.generate(openvino.Tensor(both), given).tokens[0])
+    assert first == alone(out, [prefix])
+    assert second == alone(out, [prefix, rest])
