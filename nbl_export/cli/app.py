@@ -100,7 +100,7 @@ def _root(
         print(__version__)
         return
     if context.invoked_subcommand not in _SHARED:
-        processes.alone()
+        processes.detach()
     if context.invoked_subcommand is not None:
         opt.refuse_options_before(context)
         return

@@ -210,7 +210,7 @@ class PartialReplacement:
         done = 0
         found_SWL = torch.zeros(len(replaced_sets), total, len(fields(Loss)), dtype=torch.float64)
         parts = windows_WT.split(at_once)
-        for part in processes.own(len(parts)):
+        for part in processes.rank_slice(len(parts)):
             ids_BT = parts[part]
             runs = self.runs(ids_BT, again=False)
             scaled = _scaled(progress, done, processes.count() * len(ids_BT), total)
@@ -221,8 +221,8 @@ class PartialReplacement:
                 found_SWL[:, part * at_once + k] = torch.tensor(rows, dtype=torch.float64)
             done = min(total, done + processes.count() * len(ids_BT))
             progress(done, total)
-        joined = processes.joined(found_SWL).tolist()
-        return {name: [Loss.of(row) for row in rows] for name, rows in zip(replaced_sets, joined, strict=True)}
+        summed = processes.all_reduce_sum(found_SWL).tolist()
+        return {name: [Loss.of(row) for row in rows] for name, rows in zip(replaced_sets, summed, strict=True)}
 
 
 def _scaled(progress: Progress, before: int, part: int, total: int) -> Progress:

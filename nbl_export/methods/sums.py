@@ -172,7 +172,7 @@ class Accumulator:
         """Give all processes the reference rows and units of rank 0; the others begin at zero."""
         references = (self._x_ref, self._y_ref, self._x_unit, self._y_unit)
         shared = [processes.from_first(value.clone()) for value in references]
-        if not processes.leads():
+        if not processes.is_rank0():
             self.start(*shared)
 
     def meet(self) -> None:
@@ -181,9 +181,9 @@ class Accumulator:
             self._begin()
         count = torch.tensor([self.count], dtype=torch.float64, device=self._x_ref.device)
         for value in (count, self._x_sum, self._y_sum, self._xx, self._yx, self._yy):
-            processes.joined(value)
+            processes.all_reduce_sum(value)
         self.count = int(count.item())
-        if not processes.leads():
+        if not processes.is_rank0():
             self.clear()
 
     def sums(self) -> Sums:

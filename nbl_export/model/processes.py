@@ -24,23 +24,23 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "alone",
-    "anywhere",
+    "all_reduce_sum",
+    "any_rank",
     "begin",
+    "broadcast_str",
     "count",
+    "detach",
     "end",
     "from_first",
-    "in_order",
-    "joined",
-    "leads",
+    "gather",
+    "is_rank0",
     "local",
-    "own",
     "rank",
-    "tell",
+    "rank_slice",
 ]
 
 _TIMEOUT = timedelta(hours=1)  # for the longest work of one process between two calls
-_LONGEST = 128  # bytes of what rank 0 tells
+_LONGEST = 128  # bytes of the text that rank 0 broadcasts
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _threads: list[int] = []  # of torch when the others have ended; empty unless work is shared now
 
@@ -66,12 +66,12 @@ def local() -> int:
     return _number("LOCAL_WORLD_SIZE", 1)
 
 
-def leads() -> bool:
-    """Whether this process has the sums, and writes."""
+def is_rank0() -> bool:
+    """Whether this process is rank 0, which has the sums and writes; so is a single process."""
     return not (_threads and rank())
 
 
-def own(size: int) -> range:
+def rank_slice(size: int) -> range:
     """The numbers of this process's items, of so many."""
     return range(rank() if _threads else 0, size, count())
 
@@ -113,14 +113,14 @@ def end() -> None:
     if _threads:
         import torch
 
-        if leads():
-            tell()
+        if is_rank0():
+            broadcast_str()
         _together("destroy_process_group")
-        alone()
+        detach()
         torch.set_num_threads(_threads.pop())
 
 
-def alone() -> None:
+def detach() -> None:
     """Leave a command that nobody shares to rank 0, which forgets the others.
 
     Raises:
@@ -158,31 +158,31 @@ def _together(function: str, *given: Any, **named: Any) -> None:
             ) from error
 
 
-def tell(said: str = "") -> str:
-    """What rank 0 says, to all processes. None goes on before all are here."""
+def broadcast_str(text: str = "") -> str:
+    """The text of rank 0, in all processes. None goes on before all are here."""
     if not _threads:
-        return said
+        return text
     import torch
 
     held = torch.zeros(_LONGEST, dtype=torch.uint8)
     if not rank():
-        held[: len(said)] = torch.tensor(list(said.encode("ascii")), dtype=torch.uint8)
+        held[: len(text)] = torch.tensor(list(text.encode("ascii")), dtype=torch.uint8)
     return bytes(from_first(held).tolist()).rstrip(b"\0").decode("ascii")
 
 
-def anywhere(found: bool) -> bool:
-    """Whether a process has found something. None goes on before all are here."""
+def any_rank(found: bool) -> bool:
+    """Whether any process has found something. None goes on before all are here."""
     import torch
 
-    return bool(joined(torch.tensor([int(found)])).item())
+    return bool(all_reduce_sum(torch.tensor([int(found)])).item())
 
 
 def from_first(value: torch.Tensor) -> torch.Tensor:
     """The value of rank 0, in place."""
-    return joined(value if leads() else value.zero_())
+    return all_reduce_sum(value if is_rank0() else value.zero_())
 
 
-def joined(value: torch.Tensor) -> torch.Tensor:
+def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
     """The sum over processes, in place. The order is free, so only exact sums are equal for every number of processes.
 
     Rows that one process has filled, and that are zeros elsewhere, are exact.
@@ -191,7 +191,7 @@ def joined(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def in_order(value: torch.Tensor) -> list[torch.Tensor]:
+def gather(value: torch.Tensor) -> list[torch.Tensor]:
     """The values of all processes by rank, for rank 0; none for the others."""
     if not _threads:
         return [value]

@@ -240,15 +240,15 @@ def _call(job: Job, stage: Stage[Any], key: str) -> None:
     """Have the other processes begin a stage too."""
     if processes.count() > 1:
         job.torch.checkpoint.value  # noqa: B018  written before others read it
-        processes.tell(f"{stage.name} {key}")
+        processes.broadcast_str(f"{stage.name} {key}")
         job.torch.agree()
 
 
 def _follow(settled: Callable[[RunDirectory, Callable[[str], None]], Settled], output: Path) -> None:
     """In another process than rank 0: take part in the stages that rank 0 begins, and write nothing."""
     job: Job | None = None
-    while told := processes.tell():
-        name, expected = told.split()
+    while message := processes.broadcast_str():
+        name, expected = message.split()
         ui = Ui(quiet=True)
         run = RunDirectory.existing(output)
         job = job or Job(settled(run, ui.say), run, ui)

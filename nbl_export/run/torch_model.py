@@ -103,7 +103,7 @@ class TorchModel:
     def agree(self) -> None:
         """Call the model too large if it is too large for one process. None loads it before all have looked."""
         short = bool(self.shortage.value)
-        if processes.anywhere(short) and not short:
+        if processes.any_rank(short) and not short:
             self._is_short_elsewhere = True
             self.shortage.forget()
 

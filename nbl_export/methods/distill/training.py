@@ -159,7 +159,7 @@ class _Training:
 
     def _build_optimizer(self) -> None:
         """Make optimizer and held-back states for the layers that the student replaces."""
-        own = processes.own(len(self._held_WT))
+        own = processes.rank_slice(len(self._held_WT))
         self._held = {row: self.pair.teacher_states(self._held_WT[row : row + 1]) for row in own}
         parameters = self.pair.trained.values()
         rate = self.settings.learning_rate
@@ -223,14 +223,14 @@ class _Training:
     def _look_at_the_clock(self) -> None:
         """Update the share of steps or minutes used."""
         limit = self.settings.minutes
-        by_time = float(processes.tell(repr(self.seconds / (limit * 60)))) if limit else 0.0
+        by_time = float(processes.broadcast_str(repr(self.seconds / (limit * 60)))) if limit else 0.0
         self.fraction = max(self.step / self.settings.steps, by_time)
 
     def begin(self, state: State | None) -> None:
         """Resume the saved run, or judge the start."""
         saved = state.load() if state else None
         step = str(saved[1]["step"] if saved else 0)
-        if processes.tell(step) != step:
+        if processes.broadcast_str(step) != step:
             raise NblError(
                 f"rank {processes.rank()} does not see the saved training that rank 0 sees; give all the same --output"
             )
@@ -264,7 +264,7 @@ class _Training:
     def _gradients(self, ids_BT: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Gradients of each row's loss, name -> [B, ...], and the rows' KL [B]; this process computes its own rows."""
         size = len(ids_BT)
-        mine = processes.own(len(ids_BT))
+        mine = processes.rank_slice(len(ids_BT))
         rows = {name: p.detach().new_zeros(size, *p.shape) for name, p in self.pair.trained.items()}
         kl_B = next(iter(rows.values())).new_zeros(size)
         if mine:
@@ -273,7 +273,7 @@ class _Training:
             for name, gradient in found.items():
                 rows[name][own] = gradient
         for value in (*rows.values(), kl_B):
-            processes.joined(value)  # exact: a row is zeros in every other process
+            processes.all_reduce_sum(value)  # exact: a row is zeros in every other process
         return rows, kl_B
 
     def advance(self, ids_BT: torch.Tensor) -> None:
@@ -308,7 +308,7 @@ class _Training:
         values_W = torch.zeros(len(self._held_WT), dtype=torch.float64)
         for row, teacher in self._held.items():
             values_W[row] = self.pair.held_kl(teacher)
-        return processes.joined(values_W).mean().item()
+        return processes.all_reduce_sum(values_W).mean().item()
 
     def save(self, state: State) -> None:
         tensors = {f"parameters.{name}": p.detach() for name, p in self.pair.trained.items()}
@@ -409,7 +409,7 @@ def distill(
                 f"step {training.step}, {training.seconds / 60:.1f} min: KL {training.result.train_kl[-1]:.4f}, "
                 f"held back {found:.4f} (start {training.held_kl[0]:.4f})"
             )
-        if state and processes.leads() and (narrows or checked or training.step % settings.kept_every == 0):
+        if state and processes.is_rank0() and (narrows or checked or training.step % settings.kept_every == 0):
             training.save(state)
     training.result.seconds = training.seconds
     return training.result

@@ -57,7 +57,7 @@ class Collection(Collector):
         ]
 
     def begin(self, ids_WT: torch.Tensor) -> None:
-        if self.count and processes.leads():
+        if self.count and processes.is_rank0():
             self.share_references()
         else:
             self.refer(ids_WT)
@@ -103,7 +103,7 @@ class Collection(Collector):
             NblError: a weight is missing or damaged, or a layer's activations are not finite.
         """
         parts = batches(ids_WT)
-        own = [parts[k] for k in processes.own(len(parts))]
+        own = [parts[k] for k in processes.rank_slice(len(parts))]
         done = 0
         total = self.num_layers * sum(part.numel() for part in own)
 
@@ -122,7 +122,7 @@ class Collection(Collector):
 
         write = None
         with contextlib.ExitStack() as files:
-            if processes.leads():
+            if processes.is_rank0():
                 stated = {**facts, "count": ids_WT.numel()}
                 write = files.enter_context(SumsWriter(path, stated, self.shapes)).write
             files.enter_context(in_batches(self._model, BATCH_TOKENS, scratch, seen))

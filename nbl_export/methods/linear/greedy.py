@@ -244,7 +244,7 @@ def _own(ids_WT: torch.Tensor, place_N: torch.Tensor) -> tuple[torch.Tensor, tor
 
     A process without a window runs the first one too, and its place is behind all others.
     """
-    if mine := [*processes.own(len(ids_WT))]:
+    if mine := [*processes.rank_slice(len(ids_WT))]:
         return ids_WT[mine], place_N.view(len(ids_WT), -1)[mine].flatten()
     return ids_WT[:1], torch.full(place_N.view(len(ids_WT), -1).shape[1:], -1)
 
@@ -274,7 +274,7 @@ class Judge:
             return own
         all_positions = own.new_zeros(sum(self.parts) + 1, *own.shape[1:])
         all_positions[self._place_N] = own
-        return processes.joined(all_positions[:-1])
+        return processes.all_reduce_sum(all_positions[:-1])
 
     def alone(self, progress: Progress) -> Effects:
         """The effects of each layer alone (K: all layers)."""

@@ -233,7 +233,7 @@ class _Judge:
             len(rows), 8, dtype=torch.float64
         )  # a row's loss, and that of its long-range tokens with their gain
         with self._task(f"an exit layer at layer {min(maps)}") as progress:
-            for k in processes.own(len(rows)):
+            for k in processes.rank_slice(len(rows)):
                 row = rows[k]
                 run = partial.runs(row.ids_T[None], again=False) if row.run is None else row.run.of(partial)
                 (last_WTD,) = run.last([tuple(maps)])
@@ -252,7 +252,7 @@ class _Judge:
                 progress(k + 1, len(rows))
         found: dict[str, list[Loss]] = {}
         answers = []
-        for row, values in zip(rows, processes.joined(table).tolist(), strict=True):
+        for row, values in zip(rows, processes.all_reduce_sum(table).tolist(), strict=True):
             if row.text is not None:
                 found.setdefault(row.text, []).append(Loss.of(values[:4]))
             if values[4]:

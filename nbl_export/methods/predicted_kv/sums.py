@@ -111,7 +111,7 @@ class ExitSums(Collector):
         self._count = 0
         self.sums = {}
         for name, size in self.shape.tensors().items():
-            held = name.endswith(".ref") or processes.leads()  # another process has places alone
+            held = name.endswith(".ref") or processes.is_rank0()  # another process has places alone
             start = torch.nan if name.endswith(".ref") else 0.0
             made = torch.full(size if held else (), start, dtype=torch.float64, device=model.device)
             self.sums[name] = made.expand(size)
@@ -200,7 +200,7 @@ class ExitSums(Collector):
 
     def _add(self, to: torch.Tensor, value: torch.Tensor) -> None:
         """Add what a batch gives, of each process in turn."""
-        for each in processes.in_order(torch.zeros_like(value) if self._idle else value):
+        for each in processes.gather(torch.zeros_like(value) if self._idle else value):
             to += each
 
 

@@ -89,7 +89,7 @@ def run(inputs: CalibrateInputs, place: Place, out: Path) -> dict[str, Any]:
     if why and method.instead:
         use = "start fewer processes, or " if processes.count() > 1 else ""
         raise NblError(f"{method.title} need the whole model in memory, and {why}; {use}{method.instead}")
-    by_layer = processes.tell("by layer" if why else "")
+    by_layer = processes.broadcast_str("by layer" if why else "")
     bf16 = bfloat16.chosen(inputs.compute_dtype, device)
     facts = _facts(inputs, rows, len(parts), bf16)
     if by_layer:
@@ -113,11 +113,11 @@ def _run_whole(
 
     def keep(done: int, path: Path = partial) -> None:
         sums.meet()
-        if processes.leads():
+        if processes.is_rank0():
             sums.save(path, {**facts, "done": done})
 
     with place.ui.task(f"{rows.numel()} tokens") as progress, sums:
-        done = int(processes.tell(str(_restored(partial, facts, sums) if processes.leads() else 0)))
+        done = int(processes.broadcast_str(str(_restored(partial, facts, sums) if processes.is_rank0() else 0)))
         if done:
             place.ui.say(f"  resuming after {done} of {len(parts)} batches")
         sums.begin(rows)

@@ -113,10 +113,10 @@ def shared_batches(
     due = time.monotonic() + _SECONDS
     for first in range(done, len(parts), processes.count()):
         end = min(first + processes.count(), len(parts))
-        mine = next(iter(processes.own(end - first)), None)
+        mine = next(iter(processes.rank_slice(end - first)), None)
         yield None if mine is None else parts[first + mine]
         progress(sum(part.numel() for part in parts[:end]), total)
-        if processes.tell("due" * (time.monotonic() >= due)):
+        if processes.broadcast_str("due" * (time.monotonic() >= due)):
             begun = time.monotonic()
             keep(end)
             due = time.monotonic() + max(_SECONDS, _SHARE * (time.monotonic() - begun))

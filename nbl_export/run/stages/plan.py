@@ -92,7 +92,7 @@ def run(inputs: PlanInputs, place: Place, out: Path) -> dict[str, Any]:
     if chosen.facts.get("curve"):
         place.ui.say(f"  {spoken_curve(chosen.facts['curve'])}")
     distilled = plan.layers and inputs.choice is not None and inputs.choice.trains.value
-    if processes.leads():
+    if processes.is_rank0():
         save_maps(chosen.maps, out / (START_FILE if distilled else MAPS_FILE), plan.tap)
     return {
         "fit": {"kind": "independent" if inputs.fit == "distilled" else inputs.fit},
@@ -184,7 +184,7 @@ def run_distill(inputs: DistillInputs, place: Place, out: Path) -> dict[str, Any
         )
     facts = goal.reach(found.maps) if goal else {}
     replaced = facts.get("replaced_layers", plan.layers)
-    if processes.leads():
+    if processes.is_rank0():
         save_maps({i: found.maps[i] for i in replaced}, out / MAPS_FILE, plan.tap)
         write_json(out / DISTILL_FILE, {"held_kl": found.held_kl, "train_kl": found.train_kl, "seconds": found.seconds})
     how = {"kind": "distilled", "label_weight": settings.label_weight, "steps": len(found.train_kl)}
