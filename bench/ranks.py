@@ -83,9 +83,9 @@ def items_of(tokenizer: Any, run: Path, data: Path, count: int) -> Iterator[tupl
                 yield title, (torch.tensor(item.ids), torch.arange(end - sum(item.counts), end))
     yield from (("WikiText-2", (torch.tensor(row), torch.arange(LENGTH // 2, LENGTH - 1, 2))) for row in wiki)
     for task, split, title in (("arc_easy", "test", "ARC-Easy"), ("piqa", "validation", "PIQA")):
-        shown = "".join(f"{q}{a}\n\n" for q, a in map(_spoken, _lines(data / task / "train.jsonl")[:SHOTS]))
+        shown = "".join(f"{q}{a}\n\n" for q, a in map(_question, _lines(data / task / "train.jsonl")[:SHOTS]))
         for line in _lines(data / task / f"{split}.jsonl")[: 5 * count]:
-            question, answer = _spoken(line)
+            question, answer = _question(line)
             yield title, answered(shown + question, answer)
 
 
@@ -93,7 +93,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _spoken(row: dict[str, Any]) -> tuple[str, str]:
+def _question(row: dict[str, Any]) -> tuple[str, str]:
     if "goal" in row:
         return f"Question: {row['goal']}\nAnswer:", f" {row[('sol1', 'sol2')[row['label']]]}"
     right = row["choices"]["text"][row["choices"]["label"].index(row["answerKey"])]

@@ -8,10 +8,10 @@ from typing import Any
 
 from tables_quality import TASKS, rise
 from tables_second import increase
-from tables_speed import cell, measured, paired, spoken
+from tables_speed import cell, describe_pair, measured, paired
 
-from nbl_export.records.plan import spoken_layers
-from nbl_export.records.quality import describe_interval, spoken_loss
+from nbl_export.records.plan import describe_layers
+from nbl_export.records.quality import describe_interval, describe_loss
 
 Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
@@ -34,7 +34,7 @@ class Found:
 
 
 def _row(found: Found, num_layers: int) -> Sequence[str]:
-    layers = spoken_layers(tuple(found.layers)) or "none"
+    layers = describe_layers(tuple(found.layers)) or "none"
     cache = f"−{100 * len(found.layers) / num_layers:.1f}%" if found.layers else "0%"
     return f"{layers}; {found.maps}", *found.losses, found.tasks, *found.speeds, cache
 
@@ -70,10 +70,10 @@ def _losses(by_text: Mapping[str, Mapping[str, float]]) -> Sequence[str]:
 
 
 def _points(tasks: Mapping[str, Any], row: str) -> str:
-    return _said({name: tasks[name]["rows"][row]["acc"]["change"] for name in TASKS})
+    return _describe_changes({name: tasks[name]["rows"][row]["acc"]["change"] for name in TASKS})
 
 
-def _said(changes: Mapping[str, float]) -> str:
+def _describe_changes(changes: Mapping[str, float]) -> str:
     return ", ".join(f"{100 * changes[name]:+.1f}".replace("-", "−") for name in TASKS)
 
 
@@ -105,11 +105,11 @@ def qwen(read: Read) -> Rows:
 def smollm2(read: Read) -> Rows:
     """SmolLM2-135M: predicted KV, a limit of 10%, eight linear layers, and sets of four, eight and twelve layers."""
     eight = read("demo-smollm2-fp32")
-    losses = [spoken_loss(loss)["increase"] for loss in eight["quality_loss"]]
+    losses = [describe_loss(loss)["increase"] for loss in eight["quality_loss"]]
     tasks, trained = read("tasks-smollm2")["tasks"], read("tasks-distilled-smollm2")["tasks"]
     bias = read("distill-affine-smollm2")["distill"]
     table = read("graph-tasks-smollm2")["table"]
-    shipped = _said({r["task"]: r["differences"][0]["value"] for r in table if r["metric"] == "acc"})
+    shipped = _describe_changes({r["task"]: r["differences"][0]["value"] for r in table if r["metric"] == "acc"})
     found = [
         *_exits(read, "SmolLM2-135M"),
         _staged(read("stages-smollm2")),
@@ -147,7 +147,7 @@ def _ort(run: Any, model: str) -> Sequence[str]:
     (figures,) = [r["figures"] for r in run["quality"] if r["task"] == "perplexity:c4"]
     loss = f"C4 {100 * (figures['nbl']['value'] / figures['original']['value'] - 1):+.0f}%"
     asked = (("pp512", 0), ("pp2048", 0), ("tg48", 512))
-    shown = [spoken(paired(run, "int4, NBL", *test)) if test in tests else "" for test in asked]
+    shown = [describe_pair(paired(run, "int4, NBL", *test)) if test in tests else "" for test in asked]
     return ("ONNX Runtime", "int4", f"{model}, {len(run['made']['layers'][0])}", loss, *shown)
 
 

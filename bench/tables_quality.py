@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from nbl_export.records.plan import spoken_layers
+from nbl_export.records.plan import describe_layers
 from nbl_export.records.quality import describe_interval
 
 Rows = list[Sequence[str]]
@@ -37,7 +37,7 @@ def _choices(run: Mapping[str, Any]) -> Rows:
     chosen = {kind: name for name, kind in run["sets"].items()}
 
     def row(title: str, name: str, quality_losses: Mapping[str, Any]) -> tuple[str, ...]:
-        layers = spoken_layers(tuple(int(i) for i in name.split(",")))
+        layers = describe_layers(tuple(int(i) for i in name.split(",")))
         speed = f"×{run['modelled_prefill'][name]:.2f}"
         return title, layers, *(rise(quality_losses[text]) for text in TEXTS), speed
 
@@ -99,7 +99,7 @@ def _tasks(found: Mapping[str, Any], fits: Mapping[str, str]) -> Rows:
     titles = [f"{shown} ({found[name]['documents']:,})" for name, shown in TASKS.items()]
     rows: Rows = [("layers", "fit", *titles, "perplexity of LAMBADA"), "llrrrr"]
     for row, fit in {"original": "", **fits}.items():
-        layers = "none" if row == "original" else spoken_layers(found["piqa"]["rows"][row]["layers"])
+        layers = "none" if row == "original" else describe_layers(found["piqa"]["rows"][row]["layers"])
         accuracies = [accuracy_of(found[name]["rows"][row]["acc"], row) for name in TASKS]
         rows.append((layers, fit, *accuracies, _perplexity_of(found["lambada_openai"]["rows"][row]["perplexity"], row)))
     return rows
@@ -117,11 +117,11 @@ def exit_tasks(read: Read) -> Rows:
                 continue
             figures, (change, *_) = found["figures"], found["differences"]
             made = {"value": figures["nbl"]["value"], "change": change["value"], "change_stderr": change["stderr"]}
-            spoken = accuracy_of if found["metric"] == "acc" else _perplexity_of
+            describe = accuracy_of if found["metric"] == "acc" else _perplexity_of
             shots, kind = found["num_fewshot"], _METRICS[found["metric"]]
             title = TASKS.get(found["task"], found["task"].removeprefix("perplexity:"))
             name = f"{title}, {kind}{f', {shots} examples' if shots else ''}"
-            shown = spoken(figures["original"], "original"), spoken(made, "nbl")
+            shown = describe(figures["original"], "original"), describe(made, "nbl")
             rows.append((run["title"], name, f"{found['items']:,}", *shown))
     return rows
 

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from nbl_export.records.paired import PairedRatio, describe_ratio, paired_ratio
-from nbl_export.records.plan import spoken_layers
+from nbl_export.records.plan import describe_layers
 from nbl_export.records.quality import describe_interval, describe_long_range
 
 Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
 
 
-def spoken(found: PairedRatio) -> str:
+def describe_pair(found: PairedRatio) -> str:
     """A ratio with its interval. An interval that contains 1 is no difference; too few loads give no verdict."""
     if found.loads == 1:
         return f"×{describe_ratio(found.ratio)} (one load)"
@@ -27,8 +27,8 @@ def spoken(found: PairedRatio) -> str:
 
 
 def cell(row: Mapping[str, Any]) -> str:
-    """A ratio of a raw result, as `spoken` has it."""
-    return spoken(_read(row))
+    """A ratio of a raw result, as `describe_pair` has it."""
+    return describe_pair(_read(row))
 
 
 def level(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -102,7 +102,7 @@ def exchange(read: Read) -> Rows:
     """What jobs reach: with an exit layer, and with linear layers within a limit on quality."""
     rows: Rows = [("job", "layers", "prompt of 512", "of 2,048", "decode", *_TEXTS), "lllllll"]
     for row in (*read("cuts")["rows"], *read("exchange")["rows"]):
-        stop, linear = row.get("exit"), spoken_layers(tuple(row.get("layers", {}).get("linear", ())))
+        stop, linear = row.get("exit"), describe_layers(tuple(row.get("layers", {}).get("linear", ())))
         layers = f"predicted KV {stop['layer']}-{row['num_layers'] - 1}" if stop else f"linear {linear}"
         speeds = [measured(row, test) or "not measured" for test in ("pp512", "pp2048", "tg")]
         rows.append((row["title"], layers, *speeds, *map(_increase, row["losses"])))
@@ -190,7 +190,8 @@ def int4_methods(read: Read) -> Rows:
         texts = (run["rows"][name][text] for text in ("c4", "wikitext"))
         rises = (f"{r['perplexity']:.1f}" if name == "float32" else _increase(r) for r in texts)
         speeds = (
-            spoken(pairs[name, phase]) if name not in ("float32", "rtn") else "" for phase in ("prefill", "decode")
+            describe_pair(pairs[name, phase]) if name not in ("float32", "rtn") else ""
+            for phase in ("prefill", "decode")
         )
         rows.append((title, f"{run['bytes'][name] / 1e6:.0f}", *rises, *speeds))
     return rows

@@ -18,10 +18,16 @@ from typing import Any
 from nbl_export.errors import NblError
 from nbl_export.methods.base import Limit, Maps, Task
 from nbl_export.methods.losses import PartialReplacement
-from nbl_export.records.quality import LONG_RANGE_SHARE, describe_long_range, long_range_ends, loss_row, spoken_increase
+from nbl_export.records.quality import (
+    LONG_RANGE_SHARE,
+    describe_increase,
+    describe_long_range,
+    long_range_ends,
+    loss_row,
+)
 from nbl_export.text.parts import Texts
 
-__all__ = ["count_foreseen", "count_trained", "lines", "point", "reached", "step", "steps_of_sets", "unreachable"]
+__all__ = ["count_estimated", "count_trained", "lines", "point", "reached", "step", "steps_of_sets", "unreachable"]
 
 Step = dict[str, Any]
 
@@ -59,7 +65,7 @@ def failure(tested: Step, limit: Limit) -> str:
     if not beyond and not undecided:
         return describe_long_range(tested["long_range"])
     worst = max(beyond or undecided, key=lambda row: math.inf if row["increase"] is None else row["increase"])
-    said = f"perplexity {spoken_increase(worst)} on {worst['text']}"
+    said = f"perplexity {describe_increase(worst)} on {worst['text']}"
     return said if beyond else f"{said}, which {worst['tokens']:,} tokens cannot tell from {limit.percent}"
 
 
@@ -70,7 +76,7 @@ def lines(limit: Limit, best: tuple[str, Step], failed: Sequence[tuple[str, Step
         best: what is chosen, in words, and its step. failed: candidates that save more, in words, and their steps.
     """
     title, tested = best
-    increases = (f"{spoken_increase(row)} on {row['text']}" for row in tested["quality_losses"])
+    increases = (f"{describe_increase(row)} on {row['text']}" for row in tested["quality_losses"])
     yield f"{title}: perplexity {'; '.join(increases)}; {limit.text or limit.percent} is allowed"
     if tested["long_range"] is not None:
         yield describe_long_range(tested["long_range"])
@@ -144,7 +150,7 @@ def reached(path: list[Step], limit: Limit) -> tuple[int, dict[str, Any], list[s
     return count, {**limit.facts, "path": path}, list(lines(limit, (title, best), failed))
 
 
-def count_foreseen(partial: PartialReplacement, order: Sequence[int], share: float, texts: Texts, task: Task) -> int:
+def count_estimated(partial: PartialReplacement, order: Sequence[int], share: float, texts: Texts, task: Task) -> int:
     """The most first layers of an order, at least 1, whose increase is at most `share` on every selection text."""
     sets = {count: order[:count] for count in range(1, len(order) + 1)}
     within = dict.fromkeys(sets, True)

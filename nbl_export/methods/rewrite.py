@@ -24,7 +24,7 @@ from nbl_export.graph.passes.skip_norms import SkipNormToAdd
 from nbl_export.graph.passes.tail import keep_last_token
 from nbl_export.methods import method_of
 from nbl_export.methods.base import Mixer, cacheless
-from nbl_export.records.plan import spoken_layers
+from nbl_export.records.plan import describe_layers
 
 __all__ = ["passes_for", "rewrite", "rewrite_model"]
 
@@ -54,14 +54,14 @@ def rewrite_model(model: ir.Model, maps: Mapping[int, Mixer], tap: str = "residu
     before = graph_caches(model.graph)
     missing = set(maps) - set(before)
     if missing:
-        left = spoken_layers(list(before))
+        left = describe_layers(list(before))
         raise RefusalError(min(missing), f"it has no attention, so it is replaced already; layers {left} have some")
     gone = cacheless(maps)
     run_passes(passes_for(maps, tap), model)
     after = [value for pasts, _ in graph_caches(model.graph).values() for value in pasts]
     if after != [value for layer in before if layer not in gone for value in before[layer][0]]:
         names = [value.name for value in after]
-        raise RefusalError(None, f"caches {names} remain, where those of layers {spoken_layers(gone)} should be gone")
+        raise RefusalError(None, f"caches {names} remain, where those of layers {describe_layers(gone)} should be gone")
 
 
 def rewrite(source: Path, out: Path, maps: Mapping[int, Mixer], tap: str = "residual") -> None:

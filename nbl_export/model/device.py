@@ -21,12 +21,12 @@ from nbl_export.errors import NblError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["chosen", "free_bytes", "guarded", "is_gpu", "spoken", "told"]
+__all__ = ["choose_and_describe", "choose_device", "describe_device", "free_bytes", "guarded", "is_gpu"]
 
 _SHARE = 0.6  # of free memory, for weights and sums in float32; the rest is for bfloat16 copies, states and logits
 
 
-def chosen(option: str, needed_bytes: int) -> torch.device:
+def choose_device(option: str, needed_bytes: int) -> torch.device:
     """The device for work of a size, for a value of `--device` (`options.options.DEVICES`).
 
     Raises:
@@ -49,11 +49,11 @@ def chosen(option: str, needed_bytes: int) -> torch.device:
     return torch.device("cpu")
 
 
-def told(option: str, needed_bytes: int, say: Callable[[str], None]) -> torch.device:
-    """As `chosen`, for the weights of a model. The user is told if torch sees a GPU."""
-    found = chosen(option, needed_bytes)
+def choose_and_describe(option: str, needed_bytes: int, say: Callable[[str], None]) -> torch.device:
+    """As `choose_device`, for the weights of a model. A machine with a GPU says where torch computes."""
+    found = choose_device(option, needed_bytes)
     if is_gpu(found):
-        say(f"  torch computes on {spoken(found)}")
+        say(f"  torch computes on {describe_device(found)}")
     elif option != "cpu" and (free := free_bytes()):
         sizes = f"{needed_bytes / 2**30:.1f} GiB in float32, and the GPU has {free / 2**30:.1f} GiB free"
         say(f"  the torch model is on the CPU: its weights are {sizes}")
@@ -78,7 +78,7 @@ def free_bytes() -> int:
     return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else 0
 
 
-def spoken(device: Any) -> str:
+def describe_device(device: Any) -> str:
     """The device's name for people."""
     import torch
 

@@ -41,7 +41,7 @@ class ModelFacts:
 
 
 # The value if nobody asks for one, from the other options, the engine and the model. Without an engine, as when a
-# command is spoken: "" if engine or model decide.
+# command is written: "" if engine or model decide.
 Usual = Callable[[Mapping[str, Any], Capabilities | None, ModelFacts], Any]
 
 

@@ -122,8 +122,8 @@ def _refuse_unread(job: Job, maps: Maps, asked: str) -> None:
     place = DESTINATIONS[name]
     kinds = {mixer.kind for mixer in maps.values()}
     if place.refuses(kinds, frozenset(), "", ()):
-        spoken = describe_kind(min(kinds))
-        raise NblError(f"{run} has {spoken}, which --to {asked} does not hold; {_INSTEAD}")
+        kind = describe_kind(min(kinds))
+        raise NblError(f"{run} has {kind}, which --to {asked} does not hold; {_INSTEAD}")
     if reason := place.refuses(kinds, frozenset(), job.decoder.architecture, maps):
         raise NblError(f"--to {asked} cannot have {run}: {reason}; nbl-export convert DIR lists who can")
     weights = [mixer.product() for mixer in maps.values()]

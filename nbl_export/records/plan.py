@@ -8,7 +8,7 @@ from typing import Any
 
 from nbl_export.records.from_json import require
 
-__all__ = ["ATTENTION", "MAPS", "PREDICTED_KV", "TAPS", "USUAL_KIND", "LayerScore", "Plan", "spoken_layers"]
+__all__ = ["ATTENTION", "MAPS", "PREDICTED_KV", "TAPS", "USUAL_KIND", "LayerScore", "Plan", "describe_layers"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class LayerScore:
     relative_error: float
 
 
-def spoken_layers(layers: Sequence[int]) -> str:
+def describe_layers(layers: Sequence[int]) -> str:
     """Sorted layers as the command line takes them: 0, 7, 24-29."""
     starts = [i for i in layers if i - 1 not in layers]
     ends = [i for i in layers if i + 1 not in layers]

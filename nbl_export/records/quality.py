@@ -34,8 +34,10 @@ __all__ = [
     "LONG_RANGE_SHARE",
     "NEAR",
     "Interval",
+    "describe_increase",
     "describe_interval",
     "describe_long_range",
+    "describe_loss",
     "grows_with_length",
     "increase_interval",
     "interval_ends",
@@ -45,8 +47,6 @@ __all__ = [
     "mean_interval",
     "perplexity",
     "promise",
-    "spoken_increase",
-    "spoken_loss",
     "warn_of_text",
 ]
 
@@ -220,7 +220,7 @@ def _inside(angle: Any, degrees: int) -> Any:
     return 2 / math.pi * (angle + np.sin(angle) * total) if odd else np.sin(angle) * total
 
 
-def spoken_loss(row: Mapping[str, Any]) -> dict[str, str]:
+def describe_loss(row: Mapping[str, Any]) -> dict[str, str]:
     """Increase, KL and top-1 agreement of a quality row (`verify.perplexity.quality_loss`) in words, with intervals."""
     return {
         "increase": describe_interval(row["increase"], row["increase_interval"], percent=True, sign=True),
@@ -260,7 +260,7 @@ def loss_row(name: str, losses: Sequence[Any]) -> dict[str, Any]:
     }
 
 
-def spoken_increase(row: Mapping[str, Any]) -> str:
+def describe_increase(row: Mapping[str, Any]) -> str:
     """The increase of perplexity of a `loss_row` in words."""
     if row["increase"] is None:
         return "infinitely much"
@@ -337,7 +337,7 @@ def warn_of_text(rows: Sequence[Mapping[str, Any]]) -> str | None:
     ends = least["increase_interval"], most["increase_interval"]
     if all(ends) and ends[0][1] >= ends[1][0]:
         return None
-    small, large = (spoken_loss(row)["increase"] for row in (least, most))
+    small, large = (describe_loss(row)["increase"] for row in (least, most))
     return (
         f"the perplexity increase depends on the text: {small} on {least['text']}, but {large} on {most['text']}; "
         "judge by the text that you will run, and calibrate on text like it or on more texts (repeat --calibration)"

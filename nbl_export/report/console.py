@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from nbl_export.records.paired import describe_ratio
-from nbl_export.records.plan import spoken_layers
+from nbl_export.records.plan import describe_layers
 from nbl_export.records.results import describe_background
 from nbl_export.report import length, model, quality, speed
 from nbl_export.report.outcome import describe_exit, outcome
@@ -122,7 +122,7 @@ def _attention(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     for (taps, reason), group in groupby(found["layers"], key=lambda f: (tuple(f["taps"]), f["reason"])):
         rows = list(group)
         rewrite = f"no: {reason}" if reason else f"yes, of {' or '.join(taps)} input"
-        yield spoken_layers([row["layer"] for row in rows]), ", ".join(rows[0]["caches"]), rewrite
+        yield describe_layers([row["layer"] for row in rows]), ", ".join(rows[0]["caches"]), rewrite
 
 
 def doctor_table(found: dict[str, Any], machine: str, gpu: str) -> Shown:

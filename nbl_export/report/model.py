@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from nbl_export.records.plan import USUAL_KIND, spoken_layers
-from nbl_export.records.quality import describe_long_range, spoken_loss
+from nbl_export.records.plan import USUAL_KIND, describe_layers
+from nbl_export.records.quality import describe_long_range, describe_loss
 from nbl_export.records.results import FAILED, VERIFIED, YES_NO, describe_background
 from nbl_export.report import words
 from nbl_export.report.document import (
@@ -113,7 +113,7 @@ def _lead(report: Mapping[str, Any]) -> str:
     chosen = "from the checkpoint" if report["without_original"] else chosen
     said = (
         f"{len(replaced)} of {total} attention layers {'is' if one else 'are'} {done}: "
-        f"{words.plural('layer', len(replaced))} {spoken_layers(replaced)} ({chosen}). "
+        f"{words.plural('layer', len(replaced))} {describe_layers(replaced)} ({chosen}). "
     )
     if report["without_original"]:
         return f"{said}A linear layer needs no KV cache. Layers and maps came with the checkpoint."
@@ -177,10 +177,10 @@ def _loss(report: Mapping[str, Any]) -> Card:
     worst = worst_loss(rows)
     ends = " → ".join(words.number(worst[name], "not finite") for name in ("perplexity_original", "perplexity_nbl"))
     lines = [f"{judged(report)} the limit of {limit_of(report)[0]}; in brackets 95% intervals"]
-    lines += [f"{spoken_loss(row)['increase']} on {row['text']}{f': {ends}' * (row is worst)}" for row in rows]
+    lines += [f"{describe_loss(row)['increase']} on {row['text']}{f': {ends}' * (row is worst)}" for row in rows]
     lines += [describe_long_range(report["long_range"])] if report["long_range"] else []
     lines += in_short((report["quality"] or {}).get("length", ()))
-    figure = spoken_loss(worst)["increase"].partition(" (")[0]
+    figure = describe_loss(worst)["increase"].partition(" (")[0]
     return Card("Quality loss: perplexity, worst text", figure, tuple(lines), _JUDGED[judged(report)])
 
 

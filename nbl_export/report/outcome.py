@@ -15,8 +15,8 @@ from typing import Any
 
 from nbl_export.options.goals import DEFAULT_INCREASE
 from nbl_export.records.paired import describe_ratio
-from nbl_export.records.plan import spoken_layers
-from nbl_export.records.quality import LONG_RANGE_SHARE, describe_long_range, long_range_ends, spoken_loss
+from nbl_export.records.plan import describe_layers
+from nbl_export.records.quality import LONG_RANGE_SHARE, describe_long_range, describe_loss, long_range_ends
 from nbl_export.records.results import FAILED
 from nbl_export.report import words
 
@@ -112,7 +112,7 @@ def outcome(report: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     """Verdict, layers, speed, cache and loss, a line each, of the value of report.json."""
     replaced = report["replaced_layers"]
     total = report["num_layers"]
-    which = f"{len(replaced)} of {total} replaced" + (f": {spoken_layers(replaced)}" if replaced else "")
+    which = f"{len(replaced)} of {total} replaced" + (f": {describe_layers(replaced)}" if replaced else "")
     cache = report["cache_bytes_per_token"]
     ends = f"{words.size(cache['original'])} to {words.size(cache['nbl'])} a token"
     said = verdict(report)
@@ -135,7 +135,7 @@ def verdict(report: Mapping[str, Any]) -> str:
     limit = limit_of(report)[0]
     loses = "What it loses was not measured."
     if quality:
-        loss = spoken_loss(worst_loss(report["quality_loss"]))["increase"]
+        loss = describe_loss(worst_loss(report["quality_loss"]))["increase"]
         which = " on the worst text" if len(report["quality_loss"]) > 1 else ""
         loses = f"Loses: perplexity {loss}{which}, {quality} the limit of {limit}."
     if is_worth and quality == "above":
@@ -189,7 +189,7 @@ def _speed(report: Mapping[str, Any], kind: str) -> str:
 
 def _losses(report: Mapping[str, Any]) -> Iterator[str]:
     for row in report["quality_loss"]:
-        yield f"perplexity {spoken_loss(row)['increase']} on {row['text']}"
+        yield f"perplexity {describe_loss(row)['increase']} on {row['text']}"
     if report.get("long_range"):
         yield describe_long_range(report["long_range"])
     verdict = judged(report)

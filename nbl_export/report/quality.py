@@ -9,7 +9,7 @@ from typing import Any
 
 from nbl_export.options.options import CHECKPOINT_FIT
 from nbl_export.records.paired import describe_ratio
-from nbl_export.records.quality import describe_long_range, promise, spoken_loss
+from nbl_export.records.quality import describe_long_range, describe_loss, promise
 from nbl_export.records.results import VERIFIED
 from nbl_export.report import words
 from nbl_export.report.document import Block, Code, Details, Figure, Heading, Pair, Paragraph, Section
@@ -17,7 +17,7 @@ from nbl_export.report.length import length
 from nbl_export.report.outcome import limit_of
 from nbl_export.report.table import Column, Table
 
-__all__ = ["answers", "benchmarks", "curve", "losses", "quality", "spoken_curve", "uses"]
+__all__ = ["answers", "benchmarks", "curve", "describe_curve", "losses", "quality", "uses"]
 
 _VARIANTS = {"original": "Original", "nbl": "NBL"}
 _MEANS = (
@@ -111,7 +111,7 @@ def losses(found: Iterable[Mapping[str, Any]], title: str = "") -> Table:
 
 
 def _loss(loss: Mapping[str, Any]) -> tuple[str, ...]:
-    said = spoken_loss(loss)
+    said = describe_loss(loss)
     ends = (words.number(loss[name], "not finite") for name in ("perplexity_original", "perplexity_nbl"))
     tokens = f"{loss['tokens']:,} ({loss['windows']})"
     return loss["text"], tokens, *ends, said["increase"], said["kl"], said["top1"]
@@ -200,7 +200,7 @@ def _no_curve(report: Mapping[str, Any]) -> str:
     return "Layers were named, or ordered by scores, so no other number of layers was measured."
 
 
-def spoken_curve(curve: Mapping[str, Any]) -> str:
+def describe_curve(curve: Mapping[str, Any]) -> str:
     """The curve in a line: "4 layers: +15%, x1.12 prefill; 8: +29%, x1.24"."""
     said = []
     for k, point in enumerate(curve["points"]):

@@ -30,7 +30,7 @@ from nbl_export.run.job import Job
 from nbl_export.run.settled import capabilities_of, model_facts
 from nbl_export.run.stages.common import Skipped, Stage
 
-__all__ = ["describe_machine", "estimate", "foreseen"]
+__all__ = ["describe_estimate", "describe_machine", "estimate"]
 
 
 def estimate(model: str, asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def estimate(model: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def foreseen(job: Job, stages: Sequence[Stage[Any]], output: Path) -> str:
+def describe_estimate(job: Job, stages: Sequence[Stage[Any]], output: Path) -> str:
     """What the stages that are left will take, in words; "" if none is left, or if the model's sizes are not known.
 
     Raises:

@@ -16,7 +16,7 @@ from nbl_export.options.options import CHECKPOINT_FIT, NO_ORIGINAL, JobOptions
 from nbl_export.options.settle import hub_id, read_asked, settle
 from nbl_export.records.requests import PERPLEXITY, EvalRequest, Subject
 from nbl_export.run.deployed import result
-from nbl_export.run.estimate import foreseen
+from nbl_export.run.estimate import describe_estimate
 from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
 from nbl_export.run.settled import Settled, capabilities_of, check_machine, settle_job, settle_run
@@ -98,7 +98,7 @@ def _work(asked: Mapping[str, Any], recorded: JobOptions | None, output: Path, u
     settled = settle_job(asked, recorded, before.manifest, ui.say)
     if until == "calibrate" and settled.options.fit == CHECKPOINT_FIT:
         raise NblError(f"nothing to calibrate here: {NO_ORIGINAL}; give the original model")
-    estimated = foreseen(Job(settled, before, ui), STAGES[: _place(until)], output)
+    estimated = describe_estimate(Job(settled, before, ui), STAGES[: _place(until)], output)
     if not _has_text(Job(settled, before, ui)):
         settled.documents.value  # noqa: B018  read before anything is written or, with force, removed
     with RunDirectory.open_run(output, create=True, force=force) as run:

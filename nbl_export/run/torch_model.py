@@ -85,8 +85,8 @@ class TorchModel:
         from nbl_export.model import device
         from nbl_export.model.mapped import float32_bytes
 
-        found = device.told(self._options.device, float32_bytes(self.checkpoint.value), self._ui.say)
-        self._run.note(torch_device=device.spoken(found))
+        found = device.choose_and_describe(self._options.device, float32_bytes(self.checkpoint.value), self._ui.say)
+        self._run.note(torch_device=device.describe_device(found))
         return found
 
     @lazy(_shown)
@@ -112,7 +112,7 @@ class TorchModel:
         """Whether the model's products are in bfloat16 (`compute_dtype`)."""
         from nbl_export.model import bfloat16, device
 
-        place = device.chosen("cpu", 0) if self.shortage.value else self.model.value.device
+        place = device.choose_device("cpu", 0) if self.shortage.value else self.model.value.device
         return bfloat16.chosen(self._options.compute_dtype, place)
 
     @lazy(lambda model: [model.fingerprint, model._options.compute_dtype])

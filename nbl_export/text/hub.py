@@ -65,7 +65,7 @@ def answer(write: Write, sources: Sequence[str], most: int, empty: Path) -> None
                     break
             write(["end", left <= 0])
         except Exception as error:  # the library raises many kinds
-            write(["error", _said(error)])
+            write(["error", _describe(error)])
             return
 
 
@@ -99,7 +99,7 @@ def _chat(messages: Any) -> str | None:
         return None
 
 
-def _said(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     text = " ".join(str(error).split())
     text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
     return text if type(error) is ValueError else f"{type(error).__name__}: {text}"

@@ -110,8 +110,8 @@ def _batch(row: Sequence[int], given: tuple[int, ...]) -> tuple[str, list[Chunk]
     batch = ids[starts + places] * valid
     single = np.ones((len(lengths), 1), np.int64)
     steps = [(ids[starts + lengths[:, None] + k], single) for k in range(2)]
-    spoken = f"{', '.join(map(str, given[:-1]))} and {given[-1]}"
-    return f"batch of lengths {spoken}, then decode", [(batch, valid), *steps]
+    named = f"{', '.join(map(str, given[:-1]))} and {given[-1]}"
+    return f"batch of lengths {named}, then decode", [(batch, valid), *steps]
 
 
 def _judge(

@@ -135,24 +135,25 @@ def test_the_stand_in_refuses_what_a_gpu_refuses() -> None:
 def test_the_gpu_is_taken_if_the_work_fits_into_its_free_memory() -> None:
     cpu = torch.device("cpu")
     with fake_cuda(free=1000):
-        assert device.chosen("auto", 600) == device.chosen("cuda", 600) == GPU
-        assert device.chosen("auto", 601) == device.chosen("cuda", 601) == device.chosen("cpu", 0) == cpu
-        assert device.spoken(GPU) == "Fake GPU (CUDA)"
-    assert device.spoken(cpu) == "CPU"
+        assert device.choose_device("auto", 600) == device.choose_device("cuda", 600) == GPU
+        assert device.choose_device("auto", 601) == device.choose_device("cuda", 601) == cpu
+        assert device.choose_device("cpu", 0) == cpu
+        assert device.describe_device(GPU) == "Fake GPU (CUDA)"
+    assert device.describe_device(cpu) == "CPU"
 
 
 def test_without_a_gpu_only_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert device.chosen("auto", 0).type == "cpu"
+    assert device.choose_device("auto", 0).type == "cpu"
     for version, why in ((None, "built without CUDA"), ("13.0", "torch sees no GPU")):
         monkeypatch.setattr(torch.version, "cuda", version)
         with pytest.raises(NblError, match=rf"--device cuda: .*{why}.*; use --device cpu"):
-            device.chosen("cuda", 0)
+            device.choose_device("cuda", 0)
 
 
 def test_cpu_never_asks_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.cuda, "is_available")
-    assert device.chosen("cpu", 0).type == "cpu"
+    assert device.choose_device("cpu", 0).type == "cpu"
 
 
 def test_bytes_are_those_of_what_is_loaded(checkpoint: Checkpoint) -> None:

@@ -22,7 +22,7 @@ from nbl_export.report.document import markdown as in_markdown
 from nbl_export.report.document import written as blocks_in_markdown
 from nbl_export.report.outcome import verdict
 from nbl_export.report.page import document, render, summarize
-from nbl_export.report.quality import spoken_curve
+from nbl_export.report.quality import describe_curve
 from nbl_export.report.speed import speed as speed_section
 from nbl_export.report.table import Column, Table, facts
 from nbl_export.trust.terminal import Console
@@ -602,7 +602,7 @@ def test_what_is_drawn_is_what_was_measured(written: Written, monkeypatch: pytes
     assert whiskers(plots.throughput(rows, []), 0) == pytest.approx(np.array(ends))
     points = [{**point, "increases": [0.1, 0.02, 0.05]} for point in CURVE["points"]]
     assert plots.curve(points, 3).axes[0].lines[0].get_ydata() == pytest.approx([1.1] * 4)  # type: ignore[attr-defined]
-    assert spoken_curve({"points": points}).count("+10.0%") == 4
+    assert describe_curve({"points": points}).count("+10.0%") == 4
     both = [{**point, "recent_tokens": recent_tokens} for point in points for recent_tokens in (64, 128)]
     of_cuts, *rings = plots.curve(both, 3, 128).axes[0].lines  # type: ignore[attr-defined]
     assert of_cuts.get_linestyle() == "None"  # two exit layers are not more and less of one thing

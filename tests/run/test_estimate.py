@@ -139,7 +139,7 @@ def test_what_kinds_can_give_an_engine_of_a_gpu(tmp_path: Path) -> None:
     assert "--exit-layer" not in said(engine="openvino", layers="8")
 
 
-def test_a_refusal_is_foreseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusal_comes_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimating, "available_bytes", lambda: 4 << 30)
     with_disk(monkeypatch, 1 << 40)
     asked = {"precision": "int4", "layers": "8"}
@@ -204,13 +204,13 @@ def test_processes_of_a_machine_hold_a_model_each(run: Path, monkeypatch: pytest
     most = max(stage.memory_bytes for stage in needs)
     monkeypatch.setattr(estimating, "available_bytes", lambda: most)
     job, stages = opened(run, context=32), STAGES[:3]
-    assert "estimate" in estimating.foreseen(job, stages, run)
+    assert "estimate" in estimating.describe_estimate(job, stages, run)
     calibrate = next(stage.memory_bytes for stage in needs if stage.stage == "calibrate")
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "40")
     assert 40 * calibrate > most
     with pytest.raises(NblError, match=r"the stage calibrate needs .* start fewer processes"):
-        estimating.foreseen(job, stages, run)
+        estimating.describe_estimate(job, stages, run)
 
 
 def test_one_process_converts_a_gguf_and_each_holds_its_layer(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,13 +87,13 @@ class Ledger:
         assert start + width <= self.cache_length and 0 < count <= width <= self.chunk
         self.ran.append(width)
         self.cache[:, start : start + width] = ids_BT
-        return np.stack([said_of(row[: start + count]) for row in self.cache])[:, None]
+        return np.stack([logits_behind(row[: start + count]) for row in self.cache])[:, None]
 
     def close(self) -> None:
         pass
 
 
-def said_of(prefix: Sequence[int] | np.ndarray) -> np.ndarray:
+def logits_behind(prefix: Sequence[int] | np.ndarray) -> np.ndarray:
     value = 0
     for token in prefix:
         value = (31 * value + int(token) + 1) % 1009
@@ -114,7 +114,7 @@ def test_greedy_is_the_loop_by_hand(runner: StaticRunner) -> None:
     said = runner.greedy(ids, 5)
     expected: list[int] = []
     for _ in range(5):
-        expected.append(int(said_of([*ids, *expected]).argmax()))
+        expected.append(int(logits_behind([*ids, *expected]).argmax()))
     assert said == expected
     assert len(runner.greedy(ids, 500)) == 10  # to the last slot
 
@@ -129,14 +129,14 @@ def test_prefill_is_padded_to_few_widths_if_there_is_room(tmp_path: Path) -> Non
         runner.append(row[done : done + count])
         done += count
         assert session.ran[-1] == width
-        assert np.array_equal(runner.last_logits(), said_of(row[:done])), done
+        assert np.array_equal(runner.last_logits(), logits_behind(row[:done])), done
     runner.append([7] * 5)  # 12 + 8 slots
     assert session.ran[-1] == 8
     runner.append([7] * 3)  # three slots are left, not four
     assert session.ran[-1] == 3
     runner.rewind(2)
     runner.append([9, 9])
-    assert session.ran[-1] == 4 and np.array_equal(runner.last_logits(), said_of([5, 6, 9, 9]))
+    assert session.ran[-1] == 4 and np.array_equal(runner.last_logits(), logits_behind([5, 6, 9, 9]))
 
 
 def test_prompts_that_cannot_be_run_are_refused(runner: StaticRunner, tmp_path: Path) -> None:

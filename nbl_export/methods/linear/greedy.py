@@ -157,12 +157,12 @@ class Search:
     def _step(self) -> tuple[Point, Effects]:
         known = self.steps[-1].layers if self.steps else ()
         estimates = self._estimates()
-        foreseen = {
+        predicted = {
             i: self._value(loss + self._excess.get(i, 0.0), (*known, i))
             for i, loss in enumerate(estimates)
             if i not in known and i not in self._kept
         }
-        ranked = sorted(foreseen, key=lambda i: (foreseen[i], i))  # the lower layer first on a tie
+        ranked = sorted(predicted, key=lambda i: (predicted[i], i))  # the lower layer first on a tie
         tried: list[tuple[float, Point, Effects]] = []
         for layer, following in zip(ranked[:TRIES], [*ranked[1:], None], strict=False):
             replaced_set = (*known, layer)
@@ -170,7 +170,7 @@ class Search:
             point = self._point(replaced_set, effects)
             self._excess[layer] = max(0.0, point.loss - estimates[layer])
             tried.append((self._value(point.loss, replaced_set), point, effects))
-            if following is None or min(value for value, _, _ in tried) <= foreseen[following]:
+            if following is None or min(value for value, _, _ in tried) <= predicted[following]:
                 break
         _, point, effects = min(tried, key=lambda t: t[0])
         if not math.isfinite(point.loss):

@@ -6,13 +6,13 @@
 A limit on quality sets the number of layers m, in the order of replacement: m = 1, 2, ... while the increase of
 perplexity is shown to be within the limit (`methods.choose`).
 
-Maps in closed form: the selection windows foresee a count, and the test begins one layer below it. Counts are tested in
-ascending order, and the first failure ends the test. So the error rate is at most that of one test (Maurer, Hothorn and
-Lehmacher 1995). If the first count fails, smaller counts are tested downwards until one passes. Each of them adds the
-error rate of one more test at most.
+Maps in closed form: the selection windows estimate a count, and the test begins one layer below it. Counts are tested
+in ascending order, and the first failure ends the test. So the error rate is at most that of one test (Maurer, Hothorn
+and Lehmacher 1995). If the first count fails, smaller counts are tested downwards until one passes. Each of them adds
+the error rate of one more test at most.
 
 Maps that are trained: as many layers begin as raise perplexity by at most `HOPE` times the limit in closed form. Partly
-through the training, the selection windows say how many of them stay (`choose.count_foreseen`). At the end, counts are
+through the training, the selection windows say how many of them stay (`choose.count_estimated`). At the end, counts are
 tested downwards until one passes (`choose.count_trained`).
 """
 

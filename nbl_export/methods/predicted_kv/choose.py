@@ -1,12 +1,12 @@
 """The exit layer of a decoder: the layer from which a prompt's skipped tokens have predicted KV
 (`methods.predicted_kv.maps`).
 
-    exit layers, by halves with the fewest recent tokens ─► the lowest that is foreseen within the limits
+    exit layers, by halves with the fewest recent tokens ─► the lowest that is estimated within the limits
     candidates (exit layer, recent tokens), most of a prompt saved first
-      ─► foreseen: the increase of perplexity on the selection texts, each within its limit
+      ─► estimated: the increase of perplexity on the selection texts, each within its limit
       ─► decided: the upper end of the 95% interval on the validation texts, at most the limit ─► the first that holds
 
-A higher exit layer loses less, and so do more recent tokens: what is foreseen of one candidate speaks for others.
+A higher exit layer loses less, and so do more recent tokens: the estimate of one candidate speaks for others.
 
 The texts are ordinary rows of both texts, and the long-range tokens (`text.long_range`) in these rows and in
 passages that occur twice. A layer that copies above the exit layer fails there first, and ordinary text hardly shows
@@ -43,7 +43,7 @@ __all__ = ["choose_exit"]
 
 _ROWS = 16  # that decide: of each text, and of passages
 _TWICE_ROWS = 4
-_EVERY = 2  # every second position is foreseen
+_EVERY = 2  # every second position is estimated
 _HOPELESS = 2.0  # times the limit: such an exit layer is not tried with more recent tokens, which halve a loss or less
 _PROMPTS = (512, 2048)  # tokens of the prompts whose saved work is weighed
 Fit = Callable[[int], Mapping[int, Mixer]]
@@ -90,10 +90,10 @@ def choose_exit(inputs: ChoiceInputs, fit: Fit, task: Task, say: Say) -> Choice:
         return chosen(exit_layer, recent_tokens, {})
     failed: list[dict[str, Any]] = []
     judge = _Judge(inputs, task)
-    foreseen = _Foreseen(inputs, fitted, judge)
-    foreseen.halve()
+    estimates = _Estimates(inputs, fitted, judge)
+    estimates.halve()
     for exit_layer, recent_tokens in _by_saving(inputs, fitted):
-        if not foreseen.holds(exit_layer, recent_tokens):
+        if not estimates.holds(exit_layer, recent_tokens):
             continue
         maps = fitted(exit_layer, recent_tokens)
         facts = {"layers": len(maps), "layer": exit_layer, "recent_tokens": recent_tokens}
@@ -105,10 +105,10 @@ def choose_exit(inputs: ChoiceInputs, fit: Fit, task: Task, say: Say) -> Choice:
         others = [(_described(other["layer"], other["recent_tokens"]), other) for other in failed]
         for line in lines(inputs.limit, (_described(exit_layer, recent_tokens), tested), others):
             say(line)
-        curve = {"texts": foreseen.texts, **inputs.setting.value, "points": foreseen.points}
+        curve = {"texts": estimates.texts, **inputs.setting.value, "points": estimates.points}
         goal = {**inputs.limit.facts, "path": [tested, *failed[::-1]]}
         return chosen(exit_layer, recent_tokens, {"goal": goal, "curve": curve})
-    least = min(foreseen.points, key=_worst)
+    least = min(estimates.points, key=_worst)
     what = (
         f"of the exit layers that were tried, {min(least['replaced_layers'])} loses least, "
         f"{max(least['increases']):+.1%} of perplexity and {least['long_range'] or 0:.0%} of long-range tokens"
@@ -134,7 +134,7 @@ def _described(exit_layer: int, recent_tokens: int) -> str:
     return f"exit layer {exit_layer}, {recent_tokens} recent tokens"
 
 
-class _Foreseen:
+class _Estimates:
     """Candidates whose increase on the selection texts is known, or follows from others' increases."""
 
     def __init__(self, inputs: ChoiceInputs, fitted: _Fitted, judge: _Judge) -> None:
@@ -162,7 +162,7 @@ class _Foreseen:
             low, high = (low, middle) if self._measured(exits[middle], recent_tokens) <= 1 else (middle + 1, high)
 
     def holds(self, exit_layer: int, recent_tokens: int) -> bool:
-        """Whether a candidate is foreseen within the limits; it is measured only if no other one tells."""
+        """Whether a candidate is estimated within the limits; it is measured only if no other one tells."""
         for (c, n), worst in self._worst.items():
             if c >= exit_layer and (worst > _HOPELESS or (n >= recent_tokens and worst > 1)):
                 return False
@@ -172,7 +172,7 @@ class _Foreseen:
 
     def _measured(self, exit_layer: int, recent_tokens: int) -> float:
         maps = self._fitted(exit_layer, recent_tokens)
-        losses, long_range = self._judge.foresee(maps)
+        losses, long_range = self._judge.estimate(maps)
         kl = [kl for _, kl in losses.values()]
         increases = [increase for increase, _ in losses.values()]
         facts = {"recent_tokens": recent_tokens, "long_range": long_range}
@@ -209,7 +209,7 @@ class _Judge:
         self._length = inputs.candidates.collected.length
         self._task = task
 
-    def foresee(self, maps: Maps) -> tuple[dict[str, tuple[float, float]], float | None]:
+    def estimate(self, maps: Maps) -> tuple[dict[str, tuple[float, float]], float | None]:
         """Increase of perplexity and KL on each selection text, and the lost share of long-range tokens."""
         losses, long_range = self._judged(maps, self._selection, _EVERY)
         rows = [loss_row(name, found) for name, found in losses.items()]

@@ -17,7 +17,7 @@ from typing import Any
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.methods import METHODS
 from nbl_export.model import processes
-from nbl_export.model.device import chosen, is_gpu, spoken
+from nbl_export.model.device import choose_device, describe_device, is_gpu
 from nbl_export.options.options import CHECKPOINT_FIT, NO_ORIGINAL
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy, identity_of
@@ -93,12 +93,12 @@ def run(inputs: CalibrateInputs, place: Place, out: Path) -> dict[str, Any]:
     bf16 = bfloat16.chosen(inputs.compute_dtype, device)
     facts = _facts(inputs, rows, len(parts), bf16)
     if by_layer:
-        place.ui.say(f"  one layer at a time{f' on {spoken(device)}' if is_gpu(device) else ''}: {why}")
+        place.ui.say(f"  one layer at a time{f' on {describe_device(device)}' if is_gpu(device) else ''}: {why}")
         _run_layers(inputs, place, rows, facts, out, device)
     else:
         _run_whole(inputs, place, rows, parts, facts, out)
     known = place.run.manifest["calibration"]
-    calibration = {**known, "products": facts["identity"]["products"], "device": spoken(device)}
+    calibration = {**known, "products": facts["identity"]["products"], "device": describe_device(device)}
     identity = facts["identity"]
     return {"calibration": calibration, "sums": {name: identity[name] for name in ("method", "collected")}}
 
@@ -136,9 +136,9 @@ def _device(inputs: CalibrateInputs) -> tuple[Any, str]:
     sums = METHODS[inputs.method].sums_bytes(inputs.collected, spec.hidden_size)
     if not short and is_gpu(inputs.device.value):
         weights = 0 if inputs.model.is_loaded else float32_bytes(checkpoint)
-        if is_gpu(whole := chosen(inputs.asked_device.value, weights + spec.num_layers * sums)):
+        if is_gpu(whole := choose_device(inputs.asked_device.value, weights + spec.num_layers * sums)):
             return whole, ""
-    device = chosen(inputs.asked_device.value, layer_bytes(checkpoint) + sums)
+    device = choose_device(inputs.asked_device.value, layer_bytes(checkpoint) + sums)
     if not short and not is_gpu(device):
         return inputs.device.value, ""
     return device, f"the weights are {short}" if short else "the GPU has too little memory for the weights and all sums"

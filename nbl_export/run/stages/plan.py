@@ -14,7 +14,7 @@ from nbl_export.model import processes
 from nbl_export.options.goals import DEFAULT_STEPS, asked_increase, default_minutes
 from nbl_export.options.options import CHECKPOINT_FIT
 from nbl_export.records.inputs import Lazy
-from nbl_export.report.quality import spoken_curve
+from nbl_export.report.quality import describe_curve
 from nbl_export.run.job import Job
 from nbl_export.run.stages.common import Place, Skipped
 from nbl_export.run_directory import DISTILL_FILE, MAPS_FILE, START_FILE, SUMS_FILE
@@ -90,7 +90,7 @@ def run(inputs: PlanInputs, place: Place, out: Path) -> dict[str, Any]:
     chosen: Choice = inputs.choose.value(place.ui.task, lambda line: place.ui.say(f"  {line}"))
     plan = chosen.plan
     if chosen.facts.get("curve"):
-        place.ui.say(f"  {spoken_curve(chosen.facts['curve'])}")
+        place.ui.say(f"  {describe_curve(chosen.facts['curve'])}")
     distilled = plan.layers and inputs.choice is not None and inputs.choice.trains.value
     if processes.is_rank0():
         save_maps(chosen.maps, out / (START_FILE if distilled else MAPS_FILE), plan.tap)
@@ -220,12 +220,12 @@ class _Goal:
 
     def narrow(self, maps: dict[int, Any]) -> tuple[int, ...]:
         """The layers that stay while training goes on."""
-        from nbl_export.methods.choose import count_foreseen
+        from nbl_export.methods.choose import count_estimated
 
         assert self._inputs.selection is not None
         begun = len(self._order)
         texts = self._inputs.selection.value
-        count = count_foreseen(self._with(maps), self._order, self._goal["share"], texts, self._place.ui.task)
+        count = count_estimated(self._with(maps), self._order, self._goal["share"], texts, self._place.ui.task)
         self._order = self._order[:count]
         self._place.ui.say(f"  {count} of {begun} layers stay; the training goes on with these")
         return self._order

@@ -20,7 +20,7 @@ from nbl_export.model import memory
 from nbl_export.options.options import CHECKPOINT_FIT
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy
-from nbl_export.records.quality import describe_long_range, spoken_loss, warn_of_text
+from nbl_export.records.quality import describe_long_range, describe_loss, warn_of_text
 from nbl_export.run.job import Job
 from nbl_export.run.settled import require_engine
 from nbl_export.run.stages.common import Place
@@ -252,7 +252,7 @@ def conclude(
     per_token = {subject: inputs.spec.cache_bytes_per_token(kept, size) for subject, kept in layers.items()}
     warning = warn_of_text(quality_losses)
     for row in quality_losses:
-        said = spoken_loss(row)["increase"]
+        said = describe_loss(row)["increase"]
         place.ui.say(f"  perplexity {said}, {row['text']}, {row['tokens']:,} tokens")
     if long_range is not None:
         place.ui.say(f"  {describe_long_range(long_range)}, {long_range['tokens']:,} tokens")

@@ -65,13 +65,13 @@ def test_a_limit_on_quality_is_kept_by_trained_maps(
     assert "training begins with 2 of 3 layers" in said and "2 of 2 layers stay" in said
     assert (first["options"]["fit"], first["tap"], first["fit"]["kind"]) == ("distilled", "normed", "distilled")
     assert [step["layers"] for step in first["goal"]["path"]] == [2] and len(first["replaced_layers"]) == 2
-    monkeypatch.setattr(choose, "count_foreseen", lambda *_: 1)
+    monkeypatch.setattr(choose, "count_estimated", lambda *_: 1)
     second, said = made(5)
     assert "plan: reused" in said
     assert "1 of 2 layers stay" in said and second["replaced_layers"] == first["goal"]["order"][:1]
     assert set(load_file(output / "maps.safetensors")) < set(load_file(output / "start.safetensors"))
     assert read(output / "model" / "nbl.json")["replaced_layers"] == second["replaced_layers"]
-    monkeypatch.setattr(choose, "count_foreseen", lambda *_: 2)
+    monkeypatch.setattr(choose, "count_estimated", lambda *_: 2)
     third, said = made(6)
     assert "2 of 2 layers stay" in said and third["replaced_layers"] == first["replaced_layers"]
 

@@ -15,7 +15,7 @@ import pytest
 from nbl_export.errors import NblError, UsageError
 from nbl_export.methods import choose
 from nbl_export.methods.base import Limit
-from nbl_export.methods.choose import count_foreseen, count_trained
+from nbl_export.methods.choose import count_estimated, count_trained
 from nbl_export.methods.linear.order import quiet
 from nbl_export.methods.linear.planning import _test
 from nbl_export.options.goals import asked_increase
@@ -119,13 +119,13 @@ def test_the_longest_plan_of_which_every_front_is_within_the_increase(rises: tup
 @pytest.mark.parametrize(
     ("guess", "expected", "tested"),
     [
-        (4, 3, [3, 4]),  # begins below what was foreseen
+        (4, 3, [3, 4]),  # begins below what was estimated
         (9, 3, [4, 3]),  # a failure at the start: downwards to the first success
         (3, 3, [2, 3, 4]),
         (1, 3, [1, 2, 3, 4]),
     ],
 )
-def test_the_test_begins_where_the_choosing_windows_foresee_it(guess: int, expected: int, tested: list[int]) -> None:
+def test_the_test_begins_where_the_selection_windows_estimate_it(guess: int, expected: int, tested: list[int]) -> None:
     selection = Priced(0.01, 0.02, 0.03, 0.09, guess=guess)
     count, facts, _ = reached(selection)
     assert count == expected
@@ -196,11 +196,11 @@ def test_perplexity_increase_through_the_job(run: Path) -> None:
         ((0.01, 0.02, 0.04, math.nan), "held back", 3),
     ],
 )
-def test_the_layers_that_stay_in_training_are_foreseen(rises: tuple[float, ...], text: str, count: int) -> None:
+def test_the_layers_that_stay_in_training_are_estimated(rises: tuple[float, ...], text: str, count: int) -> None:
     model: Any = Priced(*rises)
     texts: Any = [("held back", "held back"), (text, text)]
     for order in (texts, texts[::-1]):  # wherever the worse text stands
-        assert count_foreseen(model, (3, 1, 2, 0), 0.05, order, quiet) == count
+        assert count_estimated(model, (3, 1, 2, 0), 0.05, order, quiet) == count
 
 
 def test_trained_maps_are_tested_downwards() -> None:

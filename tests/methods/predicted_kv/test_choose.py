@@ -194,7 +194,7 @@ def test_few_cuts_are_measured() -> None:
 
 
 @pytest.mark.parametrize(("spread", "far_spread"), [(0.04, 0.0), (0.0, 0.15)])
-def test_an_interval_beyond_the_limit_refuses_what_was_foreseen(spread: float, far_spread: float) -> None:
+def test_an_interval_beyond_the_limit_refuses_what_was_estimated(spread: float, far_spread: float) -> None:
     """The mean is within the limit, and the upper end is not: of a text, or of long-range tokens."""
     wide = World({key: {**dict.fromkeys(TEXTS, 0.03), FAR: 0.06} for key in rises()}, spread, far_spread)
     with pytest.raises(NblError, match="the default limit of 5% cannot be met"):
@@ -202,7 +202,7 @@ def test_an_interval_beyond_the_limit_refuses_what_was_foreseen(spread: float, f
 
 
 def test_a_cut_that_holds_with_more_near_tokens_says_nothing_of_fewer() -> None:
-    """(5, 2) is measured although (4, 4) was foreseen within the limit, and is not decided."""
+    """(5, 2) is measured although (4, 4) was estimated within the limit, and is not decided."""
     lost = {(4, 1): 0.09, (4, 2): 0.06, (4, 4): 0.045, (5, 1): 0.07, (5, 2): 0.055, (5, 4): 0.045, (6, 1): 0.01}
     world = World({key: dict.fromkeys(TEXTS, rise) for key, rise in lost.items()}, spread=0.02)
     facts = choose_exit(inputs(world, recent_choices=(1, 2, 4))).facts
@@ -210,13 +210,13 @@ def test_a_cut_that_holds_with_more_near_tokens_says_nothing_of_fewer() -> None:
 
 
 def test_answers_are_those_of_all_rows_and_of_the_second_half_of_passages_that_occur_twice() -> None:
-    """Ordinary positions are every second one when foreseen, and all when decided."""
+    """Ordinary positions are every second one when estimated, and all when decided."""
     world = World(rises(), answers=10_000)
     choose_exit(inputs(world, exits=(6,), recent_choices=(1,)))
     judged = [(name, positions[:2], positions[-1]) for _, _, name, positions in world.judged]
     ends = LENGTH - 2
-    foreseen = [(OWN, [0, 2], ends), (FAR, [63, 64], ends), (SECOND, [0, 2], ends), (FAR, [63, 64], ends)]
-    assert judged[:4] == foreseen and judged[4] == (FAR, [LENGTH // 2, LENGTH // 2 + 1], ends)
+    estimated = [(OWN, [0, 2], ends), (FAR, [63, 64], ends), (SECOND, [0, 2], ends), (FAR, [63, 64], ends)]
+    assert judged[:4] == estimated and judged[4] == (FAR, [LENGTH // 2, LENGTH // 2 + 1], ends)
     assert judged[5] == (OWN, [0, 1], ends) and judged[-1] == (FAR, [LENGTH, LENGTH + 1], 2 * LENGTH - 2)
 
 
