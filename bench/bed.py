@@ -30,7 +30,7 @@ class Bed:
         windows: int,
         train_tokens: int = TOKENS,
         taps: Sequence[str] = ("residual",),
-        narrow_judge: bool = False,
+        bf16_judge: bool = False,
     ) -> None:
         from nbl_export.methods.checkpoint import load
         from nbl_export.methods.checkpoint import source as checkpoint_source
@@ -63,10 +63,10 @@ class Bed:
         self.far = rows[len(rows) // 2 :]  # the second half judges layers, as in nbl-export; figures use the first
         self.texts[far.name] = self._spread(rows[: len(rows) // 2].flatten(), windows)
         self.texts["code"] = self._spread(self._ids(standard_library()), windows)
-        self.narrow_judge = narrow_judge
+        self.bf16_judge = bf16_judge
         started = time.monotonic()
         quiet: Any = lambda _d, _t: None  # noqa: E731
-        self.moments = collect.collect(self.model, self.windows, quiet, taps, bf16=narrow_judge) if taps else {}
+        self.moments = collect.collect(self.model, self.windows, quiet, taps, bf16=bf16_judge) if taps else {}
         log(f"moments: {time.monotonic() - started:.0f} s")
 
     def _ids(self, documents: Any) -> Any:
@@ -101,7 +101,7 @@ class Bed:
         """Name of a mix -> text -> KL, the mix's perplexity and the original's perplexity."""
         from nbl_export.methods.losses import PartialReplacement
 
-        switched = PartialReplacement(self.model, maps, tap, narrow=self.narrow_judge)
+        switched = PartialReplacement(self.model, maps, tap, bf16_matmul=self.bf16_judge)
         found: dict[str, dict[str, Any]] = {name: {} for name in replaced_sets}
         for text, rows in self.texts.items():
             losses = switched.quality_losses(rows, replaced_sets)

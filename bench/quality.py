@@ -72,8 +72,8 @@ def judged(bed: Bed, maps: Mapping[int, Any], count: int, costs: Any) -> tuple[A
 
     sizes = map_sizes(maps)
     saved: Any = lambda gone: costs.prefill_saved({i: sizes[i] for i in gone})  # noqa: E731
-    started, narrow = time.monotonic(), bfloat16.fast(bed.model.device)
-    judge = Judge(PartialReplacement(bed.model, maps, "residual", narrow=narrow), bed.early_stopping)
+    started, bf16_matmul = time.monotonic(), bfloat16.has_native_bf16(bed.model.device)
+    judge = Judge(PartialReplacement(bed.model, maps, "residual", bf16_matmul=bf16_matmul), bed.early_stopping)
     steps = Search(judge, (), saved, lambda _d, _t: None).extend(count)
     seconds = time.monotonic() - started
     log(f"{list(steps[-1].layers)} in {seconds:.0f} s")
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("what", choices=("orders", "distill"))
     parser.add_argument("--text", choices=("c4", "default"), default="c4")
     parser.add_argument("--windows", type=int, default=16, help="windows from each text")
-    parser.add_argument("--narrow-judge", action="store_true", help="bfloat16 products, where the processor has them")
+    parser.add_argument("--bf16-judge", action="store_true", help="bfloat16 products, where the processor has them")
     parser.add_argument("--layers", default="")
     parser.add_argument("--counts", default="4,8", help="numbers of layers, for orders")
     parser.add_argument("--keep", type=Path, help="directory for the maps of distill")
@@ -130,7 +130,7 @@ def main() -> None:
 
     tap = "normed" if options.what == "distill" else "residual"
     bed = Bed(
-        options.model, options.data, options.text, options.windows, options.train_tokens, (tap,), options.narrow_judge
+        options.model, options.data, options.text, options.windows, options.train_tokens, (tap,), options.bf16_judge
     )
     result = orders(bed, options) if options.what == "orders" else {"distill": distilled(bed, options)}
     asked = {k: v for k, v in vars(options).items() if k not in ("model", "data", "keep")}

@@ -45,8 +45,8 @@ class Row:
 class Everyone:
     """Scores of all rows and of the original for the same requests, computed together."""
 
-    def __init__(self, model: Any, rows: Sequence[Row], narrow: bool) -> None:
-        self.model, self.decoder, self.rows, self.narrow = model, model.get_decoder(), rows, narrow
+    def __init__(self, model: Any, rows: Sequence[Row], bf16_matmul: bool) -> None:
+        self.model, self.decoder, self.rows, self.bf16_matmul = model, model.get_decoder(), rows, bf16_matmul
         self.modules = {row.name: {i: m.module().eval() for i, m in row.maps.items()} for row in rows}
 
     def score(self, requests: Sequence[Any]) -> dict[str, dict[Any, Any]]:
@@ -78,7 +78,7 @@ class Everyone:
             self.decoder.layers[i].register_forward_pre_hook(lambda _m, args, i=i: seen.__setitem__(i, args[0]))
             for i in set(first.values())
         ]
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=self.narrow):
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=self.bf16_matmul):
             last = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
             for hook in hooks:
                 hook.remove()
@@ -181,9 +181,9 @@ def main() -> None:
         options.model, options.data, "default", 1, taps=("residual",) if any("=cca:" in r for r in options.rows) else ()
     )
     rows = rows_of(options.rows, bed)
-    narrow = not options.float32 and bfloat16.fast(torch.device("cpu"))
+    bf16_matmul = not options.float32 and bfloat16.has_native_bf16(torch.device("cpu"))
     result |= {"machine": machine(), "versions": versions(("torch", "transformers", "lm_eval"))}
-    result |= {"products": "bfloat16" if narrow else "float32", "calibration": bed.text}
+    result |= {"products": "bfloat16" if bf16_matmul else "float32", "calibration": bed.text}
     names = options.tasks.split(",")
     subjects = tasks.load_tasks(tuple(f"{options.data}/{name}.yaml" for name in names), options.limit)
     for name, subject in zip(names, subjects, strict=True):
@@ -197,7 +197,7 @@ def main() -> None:
         lm = answering(bed.tokenizer, bed.spec.max_positions)
         tasks.run_task(subject.value, lm, subject.limit)
         log(f"{name}: {len(lm.asked)} requests, {sum(len(_read(r)) for r in lm.asked)} tokens")
-        scores = Everyone(bed.model, missing, narrow).score(lm.asked)
+        scores = Everyone(bed.model, missing, bf16_matmul).score(lm.asked)
         outcomes = {}
         for row, lm.scores in scores.items():
             outcomes[row] = tasks.run_task(subject.value, lm, subject.limit)

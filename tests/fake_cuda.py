@@ -118,7 +118,7 @@ def fake_cuda(free: int = 80 << 30) -> Iterator[SimpleNamespace]:
 
     seen = SimpleNamespace(free=free, products=set())
 
-    def products(where: torch.device, enabled: bool) -> torch.autocast:
+    def bf16_autocast(where: torch.device, enabled: bool) -> torch.autocast:
         seen.products.add(where)
         return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
 
@@ -127,8 +127,8 @@ def fake_cuda(free: int = 80 << 30) -> Iterator[SimpleNamespace]:
         patch.setattr(torch.cuda, "mem_get_info", lambda *_: (seen.free, 80 << 30))
         patch.setattr(torch.cuda, "get_device_name", lambda *_: "Fake GPU")
         patch.setattr(device, "_gpu", lambda: GPU)
-        patch.setattr(bfloat16, "fast", lambda _: False)
-        patch.setattr(bfloat16, "products", products)
+        patch.setattr(bfloat16, "has_native_bf16", lambda _: False)
+        patch.setattr(bfloat16, "bf16_autocast", bf16_autocast)
         patch.setattr(load, "load_model", _without_modes(load.load_model))  # it makes real meta tensors
         patch.setattr(mapped, "mapped_model", _without_modes(mapped.mapped_model))
         with _Functions(), _Dispatch():

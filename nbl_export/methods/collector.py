@@ -51,7 +51,7 @@ class Collector(ABC):
 
     def run(self, batch_BT: torch.Tensor) -> None:
         """Run the decoder without its head on token ids [B, T]."""
-        with torch.inference_mode(), bfloat16.products(self._model.device, self._bf16):
+        with torch.inference_mode(), bfloat16.bf16_autocast(self._model.device, self._bf16):
             self._model.get_decoder()(input_ids=batch_BT.to(self._model.device), use_cache=False)
 
     @property

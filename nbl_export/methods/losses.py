@@ -74,7 +74,7 @@ class PartialReplacement:
     Args:
         maps: of every layer that a mix may replace.
         tap: what the maps act on (`records.plan.TAPS`).
-        narrow: products in bfloat16; logits of the original stay float32.
+        bf16_matmul: products in bfloat16; logits of the original stay float32.
         scratch: a directory for hidden states that are kept; None keeps them in memory. A model larger than memory
             (`model.mapped`) has one.
 
@@ -85,13 +85,13 @@ class PartialReplacement:
     """
 
     def __init__(
-        self, model: Any, maps: Mapping[int, Mixer], tap: str, *, narrow: bool = False, scratch: Path | None = None
+        self, model: Any, maps: Mapping[int, Mixer], tap: str, *, bf16_matmul: bool = False, scratch: Path | None = None
     ) -> None:
         self.model = model
-        self._narrow = narrow
+        self._bf16_matmul = bf16_matmul
         self._scratch = scratch
         self.most_tokens = 2048 if scratch is None else 8192  # each run reads all weights of a mapped model
-        self.head = Head(model, narrow=narrow)
+        self.head = Head(model, bf16_matmul=bf16_matmul)
         self._decoder = model.get_decoder()
         self._layers = self._decoder.layers
         self._tap = tap
@@ -134,7 +134,7 @@ class PartialReplacement:
         handles = [self._layers[i].register_forward_pre_hook(note(i)) for i in watch]
         try:
             with (
-                bfloat16.products(self.model.device, self._narrow),
+                bfloat16.bf16_autocast(self.model.device, self._bf16_matmul),
                 switched(self._decoder, {i: self._modules[i] for i in replaced_set}, self._tap, first),
             ):
                 if ids_BT is not None:

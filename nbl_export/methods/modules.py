@@ -147,7 +147,7 @@ class TrainedLinear(nn.Module):
         return {"weight": self.weight} if whole else dict(self.named_parameters())
 
     @torch.no_grad()
-    def aim(self, gradients: Mapping[str, torch.Tensor]) -> None:
+    def init_lora_from_gradient(self, gradients: Mapping[str, torch.Tensor]) -> None:
         """Set `down` to the first right singular vectors of the gradient [D, D] by `weight`.
 
         These vectors have norm 1, as random vectors have on average. If the rank is above D, the rest stays random.

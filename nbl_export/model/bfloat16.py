@@ -10,10 +10,10 @@ from torch import nn
 
 from nbl_export.errors import NblError
 
-__all__ = ["Weights", "chosen", "fast", "products"]
+__all__ = ["Weights", "bf16_autocast", "has_native_bf16", "use_bf16"]
 
 
-def fast(device: torch.device) -> bool:
+def has_native_bf16(device: torch.device) -> bool:
     """Whether bfloat16 products are native: a CPU needs AVX512_BF16 or AMX, a GPU compute capability 8."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -21,21 +21,21 @@ def fast(device: torch.device) -> bool:
     return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
 
 
-def chosen(dtype: str, device: torch.device) -> bool:
+def use_bf16(dtype: str, device: torch.device) -> bool:
     """Whether products are in bfloat16, for a value of `compute_dtype` (`options.options.DTYPES`).
 
     Raises:
         NblError: bfloat16 is asked for, and the processor has no such products.
     """
-    if dtype == "bfloat16" and not fast(device):
+    if dtype == "bfloat16" and not has_native_bf16(device):
         raise NblError(
             f"key compute_dtype bfloat16: this {'GPU' if device.type == 'cuda' else 'processor'} has no bfloat16 "
             "products (a CPU needs AVX512_BF16 or AMX); use auto or float32"
         )
-    return dtype != "float32" and fast(device)
+    return dtype != "float32" and has_native_bf16(device)
 
 
-def products(device: torch.device, enabled: bool) -> torch.autocast:
+def bf16_autocast(device: torch.device, enabled: bool) -> torch.autocast:
     """Within: products in bfloat16, if enabled; the residual stream, norms and softmax stay float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 

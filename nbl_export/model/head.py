@@ -43,22 +43,22 @@ class Head:
 
     Args:
         model: a causal LM of transformers.
-        narrow: products of changes in bfloat16, with a copy of the matrix. Logits themselves stay float32.
+        bf16_matmul: products of changes in bfloat16, with a copy of the matrix. Logits themselves stay float32.
     """
 
-    def __init__(self, model: Any, *, narrow: bool = False) -> None:
+    def __init__(self, model: Any, *, bf16_matmul: bool = False) -> None:
         record = architecture_of(model.config)
         config = model.config
         weight_VD = model.lm_head.weight.detach()
         self._model = model
         self.size = weight_VD.shape[0]
-        self._weight_VD = weight_VD.to(torch.bfloat16) if narrow else weight_VD
+        self._weight_VD = weight_VD.to(torch.bfloat16) if bf16_matmul else weight_VD
         self._divisor = None if record.logits_divisor is None else float(getattr(config, record.logits_divisor))
         self._cap = None if record.logits_cap is None else getattr(config, record.logits_cap)
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """Logits [N, V] in float32, from float32 products."""
-        with bfloat16.products(hidden_ND.device, False):
+        with bfloat16.bf16_autocast(hidden_ND.device, False):
             return logits_of(self._model, hidden_ND)
 
     def near_logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:

@@ -177,7 +177,7 @@ def describe_machine() -> str:
 
 @functools.cache
 def _has_products(*names: str) -> bool:
-    """Whether the processor has one of these instructions for bfloat16 products, as `model.bfloat16.fast` says."""
+    """Whether the processor has one of these instructions for bfloat16 products, as `bfloat16.has_native_bf16` says."""
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:  # not Linux

@@ -272,7 +272,7 @@ def check_machine(options: JobOptions, *, runs_engine: bool) -> None:
     if options.device != "auto" or options.compute_dtype == "bfloat16":
         from nbl_export.model import bfloat16, device
 
-        bfloat16.chosen(options.compute_dtype, device.choose_device(options.device, 0))
+        bfloat16.use_bf16(options.compute_dtype, device.choose_device(options.device, 0))
     if runs_engine:
         require_engine(options)
 

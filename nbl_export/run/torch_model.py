@@ -108,12 +108,12 @@ class TorchModel:
             self.shortage.forget()
 
     @lazy(lambda model: model._options.compute_dtype)
-    def narrow(self) -> bool:
+    def bf16_matmul(self) -> bool:
         """Whether the model's products are in bfloat16 (`compute_dtype`)."""
         from nbl_export.model import bfloat16, device
 
         place = device.choose_device("cpu", 0) if self.shortage.value else self.model.value.device
-        return bfloat16.chosen(self._options.compute_dtype, place)
+        return bfloat16.use_bf16(self._options.compute_dtype, place)
 
     @lazy(lambda model: [model.fingerprint, model._options.compute_dtype])
     def partial(self) -> Callable[[Maps, str], Any]:
@@ -122,11 +122,11 @@ class TorchModel:
         from nbl_export.model.mapped import mapped_model
 
         if not self.shortage.value:
-            return lambda maps, tap: PartialReplacement(self.model.value, maps, tap, narrow=self.narrow.value)
+            return lambda maps, tap: PartialReplacement(self.model.value, maps, tap, bf16_matmul=self.bf16_matmul.value)
         self._ui.say(f"  one layer at a time: the weights are {self.shortage.value}")
 
         def mixed(maps: Maps, tap: str) -> PartialReplacement:
             model = mapped_model(self.checkpoint.value, head=True)
-            return PartialReplacement(model, maps, tap, narrow=self.narrow.value, scratch=self._run.path)
+            return PartialReplacement(model, maps, tap, bf16_matmul=self.bf16_matmul.value, scratch=self._run.path)
 
         return mixed

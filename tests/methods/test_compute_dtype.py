@@ -36,18 +36,18 @@ def moments(model: Any, tap: str, *, bf16: bool) -> dict[int, lmmse.Moments]:
 
 @pytest.fixture(params=[True, False], ids=["native", "none"])
 def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    monkeypatch.setattr(bfloat16, "fast", lambda _device: request.param)
+    monkeypatch.setattr(bfloat16, "has_native_bf16", lambda _device: request.param)
     return bool(request.param)
 
 
 def test_auto_is_what_the_processor_has(native: bool) -> None:
-    assert bfloat16.chosen("auto", CPU) is native
-    assert bfloat16.chosen("float32", CPU) is False
+    assert bfloat16.use_bf16("auto", CPU) is native
+    assert bfloat16.use_bf16("float32", CPU) is False
     if native:
-        assert bfloat16.chosen("bfloat16", CPU) is True
+        assert bfloat16.use_bf16("bfloat16", CPU) is True
     else:
         with pytest.raises(NblError, match=r"key compute_dtype bfloat16: this processor has no bfloat16 products"):
-            bfloat16.chosen("bfloat16", CPU)
+            bfloat16.use_bf16("bfloat16", CPU)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "phi3"])
@@ -55,8 +55,8 @@ def test_auto_is_what_the_processor_has(native: bool) -> None:
 def test_maps_of_bfloat16_products_are_near(architecture: str, tap: str, checkpoint: Checkpoint) -> None:
     """Products have 8 bits, so rows differ by 2^-9 of themselves; sums of them are float64 as always."""
     model = load_model(checkpoint(architecture))
-    wide, narrow = (moments(model, tap, bf16=bf16) for bf16 in (False, True))
-    for a, b in zip(wide.values(), narrow.values(), strict=True):
+    wide, bf16 = (moments(model, tap, bf16=bf16) for bf16 in (False, True))
+    for a, b in zip(wide.values(), bf16.values(), strict=True):
         assert b.xx.dtype == b.yx.dtype == torch.float64
         assert not torch.equal(a.yy, b.yy), "products were not in bfloat16"
         assert (a.yx - b.yx).norm() <= 0.02 * a.yx.norm()
@@ -70,7 +70,7 @@ def test_sums_are_the_products_of_the_rows_that_the_model_made(checkpoint: Check
     rows: list[torch.Tensor] = []
     layer = model.model.layers[1]
     handle = layer.register_forward_pre_hook(lambda _m, args: rows.append(args[0].reshape(-1, HIDDEN).double()))
-    with torch.inference_mode(), bfloat16.products(CPU, True):
+    with torch.inference_mode(), bfloat16.bf16_autocast(CPU, True):
         model.get_decoder()(input_ids=IDS, use_cache=False)
     handle.remove()
     found = moments(model, "residual", bf16=True)[1]
@@ -81,7 +81,7 @@ def test_sums_are_the_products_of_the_rows_that_the_model_made(checkpoint: Check
 def test_bfloat16_where_there_is_none_is_refused_before_any_work(
     run: Path, same: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bfloat16, "fast", lambda _device: False)
+    monkeypatch.setattr(bfloat16, "has_native_bf16", lambda _device: False)
     before = snapshot(run)
     for given in (same, ("calibrate", *same[:4])):
         for output in (run, tmp_path / "new"):
@@ -99,5 +99,7 @@ def test_the_manifest_says_what_products_were_and_auto_moves_with_the_run(
     assert nbl(*given).status == 0
     found: dict[str, Any] = json.loads((tmp_path / "run" / "nbl.json").read_text(encoding="utf-8"))
     assert found["calibration"]["products"] == ("bfloat16" if native else "float32")
-    monkeypatch.setattr(bfloat16, "fast", lambda _device: not native)  # the same directory on another machine
+    monkeypatch.setattr(
+        bfloat16, "has_native_bf16", lambda _device: not native
+    )  # the same directory on another machine
     assert stage_lines(nbl(*given)) == {"calibrate": "reused"}

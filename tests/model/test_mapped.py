@@ -42,12 +42,12 @@ def quiet(_done: int, _total: int) -> None:
 
 
 def both(
-    directory: Path, scratch: Path, tap: str = "residual", narrow: bool = False, maps: Any = None
+    directory: Path, scratch: Path, tap: str = "residual", bf16_matmul: bool = False, maps: Any = None
 ) -> tuple[PartialReplacement, PartialReplacement]:
     """The model in memory, and the mapped model."""
     maps, model = maps or MAPS, mapped_model(directory, head=True)
-    whole = PartialReplacement(load_model(directory), maps, tap, narrow=narrow)
-    return whole, PartialReplacement(model, maps, tap, narrow=narrow, scratch=scratch)
+    whole = PartialReplacement(load_model(directory), maps, tap, bf16_matmul=bf16_matmul)
+    return whole, PartialReplacement(model, maps, tap, bf16_matmul=bf16_matmul, scratch=scratch)
 
 
 @pytest.mark.parametrize("architecture", cases(EVERY))
@@ -62,9 +62,9 @@ def test_logits_and_losses_are_those_of_the_whole_model(
     assert found == expected and len({losses[0].nbl_sum for losses in found.values()}) == len(SETS)
 
 
-@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("bf16_matmul", [False, True])
 def test_effects_are_those_of_the_whole_model_and_kept_states_leave_no_file(
-    narrow: bool, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bf16_matmul: bool, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files: list[Any] = []
     memmap = mapped.np.memmap
@@ -74,7 +74,9 @@ def test_effects_are_those_of_the_whole_model_and_kept_states_leave_no_file(
         return memmap(file, *given, **named)
 
     monkeypatch.setattr(mapped.np, "memmap", noted)
-    alone = [Judge(model, [IDS]).alone(quiet) for model in both(checkpoint("gemma3"), tmp_path, narrow=narrow)]
+    alone = [
+        Judge(model, [IDS]).alone(quiet) for model in both(checkpoint("gemma3"), tmp_path, bf16_matmul=bf16_matmul)
+    ]
     for expected, found in zip(*(vars(each).values() for each in alone), strict=True):
         assert torch.equal(found, expected)
     assert len(files) == LAYERS and not list(tmp_path.iterdir())

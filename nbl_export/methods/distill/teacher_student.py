@@ -67,10 +67,10 @@ class TeacherStudent:
         self.tap = tap
         self.layers = self.decoder.layers
         self.first = min(maps)
-        self.narrow = dtype == "bf16" or (dtype == "auto" and bfloat16.fast(model.device))
+        self.bf16_matmul = dtype == "bf16" or (dtype == "auto" and bfloat16.has_native_bf16(model.device))
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        self._weights = bfloat16.Weights(model) if self.narrow else None
+        self._weights = bfloat16.Weights(model) if self.bf16_matmul else None
         generator = torch.Generator().manual_seed(seed)
         multiplier = multiplier_of(model.config)
         self.affine = nn.ModuleDict()
@@ -116,7 +116,7 @@ class TeacherStudent:
         if not training or self._weights is None:
             yield
             return
-        with self._weights.used(), bfloat16.products(self.model.device, True):
+        with self._weights.used(), bfloat16.bf16_autocast(self.model.device, True):
             yield
 
     @contextlib.contextmanager
@@ -130,11 +130,13 @@ class TeacherStudent:
             for hook in hooks:
                 hook.remove()
 
-    def aim(self, gradients: Mapping[str, torch.Tensor]) -> None:
-        """Initialise the deltas from gradients by the `whole` weights (`TrainedLinear.aim`)."""
+    def init_lora_from_gradient(self, gradients: Mapping[str, torch.Tensor]) -> None:
+        """Initialise the deltas from gradients by the `whole` weights (`TrainedLinear.init_lora_from_gradient`)."""
         for index, module in self.affine.items():
             own = f"{index}.linear."
-            module.linear.aim({name.removeprefix(own): g for name, g in gradients.items() if name.startswith(own)})
+            module.linear.init_lora_from_gradient(
+                {name.removeprefix(own): g for name, g in gradients.items() if name.startswith(own)}
+            )
 
     @property
     def units(self) -> dict[str, torch.Tensor]:

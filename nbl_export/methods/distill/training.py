@@ -6,7 +6,7 @@
                states (`methods.distill.teacher_student`)
     kept       the maps with the lowest held-back KL; the closed-form maps if training never improved on them
 
-With `narrows`, more layers than a limit on quality allows may begin. After `NARROWED_AT` of the run, the caller says
+With `drops_layers`, more layers than a limit on quality allows may begin. After `DROP_AT` of the run, the caller says
 which of them stay. The others get their attention back, and the rest of the run trains the maps that stay.
 
 Three choices reduce overfitting (bench/EXPERIMENTS.md): the loss on intermediate hidden states, low-rank deltas, and
@@ -46,14 +46,14 @@ from nbl_export.methods.distill.teacher_student import TeacherStudent
 from nbl_export.model import processes
 from nbl_export.options.goals import DEFAULT_STEPS
 
-__all__ = ["AIMING", "NARROWED_AT", "UNLIMITED", "Callbacks", "DistillSettings", "Distilled", "distill"]
+__all__ = ["DROP_AT", "LORA_INIT_SHARE", "UNLIMITED", "Callbacks", "DistillSettings", "Distilled", "distill"]
 
 UNLIMITED = 1_000_000  # steps, if minutes are given
-AIMING = 0.05  # share of the steps or minutes that `aim` takes before the first step
-NARROWED_AT = 0.4  # share of the steps or minutes after which layers are given back
+LORA_INIT_SHARE = 0.05  # share of the steps or minutes that `init_lora_from_gradient` takes before the first step
+DROP_AT = 0.4  # share of the steps or minutes after which layers are given back
 
 _CLIP = 1.0  # largest norm of a row's gradient
-# Training retreats if the mean KL of so many steps is this many times the KL at the start. The rate then falls.
+# Training rolls back if the mean KL of so many steps is this many times the KL at the start. The rate then falls.
 _RECENT = 5
 _AWAY = 1.5
 _SLOWER = 0.25
@@ -80,7 +80,7 @@ class DistillSettings:
         label_weight: share of the KL, 0 to 1, that the cross-entropy of the text's next tokens replaces (Hinton et al.
             2015). Near the lowest KL a small share raises KL in second order and lowers perplexity in first order.
             0.1 costs 1% of the KL, 0.2 up to 7% (bench/EXPERIMENTS.md).
-        narrows: whether `Callbacks.narrow` says which layers stay.
+        drops_layers: whether `Callbacks.drop_layers` says which layers stay.
     """
 
     steps: int = DEFAULT_STEPS
@@ -95,7 +95,7 @@ class DistillSettings:
     lora_rank: int = 16
     hidden_weight: float = 0.3
     label_weight: float = 0.1
-    narrows: bool = False
+    drops_layers: bool = False
 
     @property
     def kept_every(self) -> int:
@@ -103,23 +103,23 @@ class DistillSettings:
         return max(1, self.check_every // 2)
 
     @property
-    def aimed(self) -> int:
+    def lora_init_batches(self) -> int:
         """Most batches whose gradients initialise low-rank deltas: a twentieth of the steps, 16 at most."""
-        return max(1, min(16, int(AIMING * self.steps)))
+        return max(1, min(16, int(LORA_INIT_SHARE * self.steps)))
 
 
 @dataclass
 class Distilled:
     """The best maps, held-back KL by step (0 is the start), and training KL by step, in nats.
 
-    narrowed: place in `held_kl` from which on the figures are of the layers that stayed.
+    dropped_at: place in `held_kl` from which on the figures are of the layers that stayed.
     """
 
     maps: dict[int, Mixer]
     held_kl: list[tuple[int, float]] = field(default_factory=list)
     train_kl: list[float] = field(default_factory=list)
     seconds: float = 0.0
-    narrowed: int = 0
+    dropped_at: int = 0
 
 
 @dataclass(frozen=True)
@@ -130,13 +130,13 @@ class Callbacks:
         progress: called with thousandths of the run done, and 1000.
         say: takes a line of log.
         state: stores the run at every check, and halfway between two checks.
-        narrow: takes the current maps; returns the layers that stay.
+        drop_layers: takes the current maps; returns the layers that stay.
     """
 
     progress: Callable[[int, int], None] = lambda _done, _total: None
     say: Callable[[str], None] = lambda _line: None
     state: State | None = None
-    narrow: Callable[[dict[int, Mixer]], Collection[int]] | None = None
+    drop_layers: Callable[[dict[int, Mixer]], Collection[int]] | None = None
 
 
 class _Training:
@@ -150,11 +150,11 @@ class _Training:
         self.slowed = 1.0
         self.step = 0
         self.best_at = 0.0
-        self.retreated_at = 0
+        self.rolled_back_at = 0
         self._earlier = 0.0
         self._started = time.monotonic()
         self.result = Distilled(pair.maps())
-        self.narrowed = not settings.narrows
+        self.dropped = not settings.drops_layers
         self._build_optimizer()
 
     def _build_optimizer(self) -> None:
@@ -169,27 +169,27 @@ class _Training:
         )
         self.keep()
 
-    def narrow(self, layers: Collection[int]) -> None:
+    def drop_layers(self, layers: Collection[int]) -> None:
         """Train only these layers from here on; they keep what the optimizer knows of them."""
         known = self.optimizer.state
-        self.narrowed = True
+        self.dropped = True
         self.pair.keep_only(layers)
         self._build_optimizer()
         self.optimizer.state.update({p: known[p] for p in self.pair.trained.values() if p in known})
         self._set_rate()
         self.result.maps = self.pair.maps()
-        self.result.narrowed = len(self.result.held_kl)
+        self.result.dropped_at = len(self.result.held_kl)
         self.best_at = self.fraction
-        self.retreated_at = self.step
+        self.rolled_back_at = self.step
         self.result.held_kl.append((self.step, self._held_kl()))
 
     @property
     def held_kl(self) -> list[float]:
         """Held-back KL of the layers that are trained now, the first at their start."""
-        return [kl for _, kl in self.result.held_kl[self.result.narrowed :]]
+        return [kl for _, kl in self.result.held_kl[self.result.dropped_at :]]
 
     def keep(self) -> None:
-        """Keep the parameters as those to retreat to."""
+        """Keep the parameters as those to go back to."""
         self._kept = {name: p.detach().clone() for name, p in self.pair.trained.items()}
 
     def rollback(self) -> bool:
@@ -199,14 +199,14 @@ class _Training:
         """
         recent = self.result.train_kl[-_RECENT:]
         away = not sum(recent) / _RECENT <= _AWAY * self.held_kl[0]  # NaN too
-        if not away or self.step - self.retreated_at < _RECENT:
+        if not away or self.step - self.rolled_back_at < _RECENT:
             return False
         with torch.no_grad():
             for name, parameter in self.pair.trained.items():
                 parameter.copy_(self._kept[name])
         self.optimizer.state.clear()
         self.slowed *= _SLOWER
-        self.retreated_at = self.step
+        self.rolled_back_at = self.step
         self.best_at = self.fraction
         self._set_rate()
         return True
@@ -242,8 +242,8 @@ class _Training:
             raise NblError("distillation cannot start: the closed-form maps give logits that are not finite")
         self.result.held_kl.append((0, start))
 
-    def aim(self, batches: Iterable[torch.Tensor]) -> None:
-        """Initialise the deltas from the gradients of some batches, within the share `AIMING` of the run."""
+    def init_lora_from_gradient(self, batches: Iterable[torch.Tensor]) -> None:
+        """Initialise the deltas from the gradients of some batches, within the share `LORA_INIT_SHARE` of the run."""
         total: dict[str, torch.Tensor] = {}
         for ids_BT in batches:
             teacher = self.pair.teacher_states(ids_BT, training=True)
@@ -251,9 +251,9 @@ class _Training:
             for name, gradient in _clipped_mean(rows).items():
                 total[name] = total[name] + gradient if name in total else gradient
             self._look_at_the_clock()
-            if self.fraction >= AIMING:
+            if self.fraction >= LORA_INIT_SHARE:
                 break
-        self.pair.aim(total)
+        self.pair.init_lora_from_gradient(total)
         self.pair.measure(teacher)
         self.keep()
 
@@ -319,13 +319,13 @@ class _Training:
         tensors |= {f"kept.{name}": value for name, value in self._kept.items()}
         tensors |= {f"units.{name}": value for name, value in self.pair.units.items()}
         kept = {"held_kl": self.result.held_kl, "train_kl": self.result.train_kl, "best_at": self.best_at}
-        kept |= {"slowed": self.slowed, "retreated_at": self.retreated_at}
-        kept |= {"narrowed": self.narrowed, "since": self.result.narrowed, "layers": list(self.result.maps)}
+        kept |= {"slowed": self.slowed, "rolled_back_at": self.rolled_back_at}
+        kept |= {"dropped": self.dropped, "since": self.result.dropped_at, "layers": list(self.result.maps)}
         state.save(tensors, {**kept, "step": self.step, "seconds": self.seconds})
 
     def _restore(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
-        self.narrowed = facts["narrowed"]
-        self.result.narrowed = facts["since"]
+        self.dropped = facts["dropped"]
+        self.result.dropped_at = facts["since"]
         if set(facts["layers"]) != set(self.result.maps):
             self.pair.keep_only(facts["layers"])
             self._build_optimizer()
@@ -337,7 +337,7 @@ class _Training:
                 units.copy_(tensors[f"units.{name}"])
         self._kept = {name: tensors[f"kept.{name}"] for name in self.pair.trained}
         self.slowed = facts["slowed"]
-        self.retreated_at = facts["retreated_at"]
+        self.rolled_back_at = facts["rolled_back_at"]
         state = self.optimizer.state_dict()
         for key, value in tensors.items():
             if key.startswith("optimizer."):
@@ -387,7 +387,7 @@ def distill(
     training = _Training(pair, settings, held_WT)
     training.begin(state)
     if training.step == 0:
-        training.aim(itertools.islice(_batches(windows_WT, settings), settings.aimed))
+        training.init_lora_from_gradient(itertools.islice(_batches(windows_WT, settings), settings.lora_init_batches))
     for number, batch_BT in enumerate(_batches(windows_WT, settings)):
         if number < training.step:
             continue
@@ -400,16 +400,16 @@ def distill(
                 f"step {training.step}: KL runs away; back to the best maps at {training.slowed:.2g} of the rate"
             )
         checked = training.step % settings.check_every == 0 or training.over
-        narrows = not training.narrowed and training.fraction >= NARROWED_AT
-        if narrows:
-            training.narrow(around.narrow(pair.maps()) if around.narrow else pair.maps())
+        drops_layers = not training.dropped and training.fraction >= DROP_AT
+        if drops_layers:
+            training.drop_layers(around.drop_layers(pair.maps()) if around.drop_layers else pair.maps())
         elif checked:
             found = training.judge()
             around.say(
                 f"step {training.step}, {training.seconds / 60:.1f} min: KL {training.result.train_kl[-1]:.4f}, "
                 f"held back {found:.4f} (start {training.held_kl[0]:.4f})"
             )
-        if state and processes.is_rank0() and (narrows or checked or training.step % settings.kept_every == 0):
+        if state and processes.is_rank0() and (drops_layers or checked or training.step % settings.kept_every == 0):
             training.save(state)
     training.result.seconds = training.seconds
     return training.result

@@ -240,7 +240,7 @@ def attach(decoder: Any, layer: int, accumulator: Accumulator, tap: str) -> list
         x_BTD = seen.pop("x")
         if len(x_BTD) > len(y_BTD):  # the layer runs in batches
             x_BTD, seen["x"] = x_BTD[: len(y_BTD)], x_BTD[len(y_BTD) :]
-        with bfloat16.products(y_BTD.device, False):
+        with bfloat16.bf16_autocast(y_BTD.device, False):
             accumulator.update(x_BTD.to(y_BTD.device).float().flatten(0, 1), y_BTD.flatten(0, 1))
 
     tapped = read if tap == "residual" else read.self_attn

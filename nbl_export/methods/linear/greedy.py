@@ -312,14 +312,14 @@ class Judge:
         head = self._partial.head
         base_NV = head.near_logits(self._original_ND[part_N])
         share_NV = base_NV.softmax(1)
-        narrow_NKV = head.changes(base_NV, change_NKD)
-        apart_NKV = narrow_NKV.float()
+        typed_NKV = head.changes(base_NV, change_NKD)
+        apart_NKV = typed_NKV.float()
         mean_NK1 = apart_NKV @ share_NV[..., None]
         square_NK1 = apart_NKV.square() @ share_NV[..., None]
         pull: tuple[torch.Tensor, ...] = ()
         if pulled:
-            typed_N1V = share_NV[:, None].to(narrow_NKV.dtype)
+            typed_N1V = share_NV[:, None].to(typed_NKV.dtype)
             common_N1D = head.pull(base_NV, typed_N1V)
-            pull = (head.pull(base_NV, narrow_NKV * typed_N1V) - mean_NK1 * common_N1D,)
+            pull = (head.pull(base_NV, typed_NKV * typed_N1V) - mean_NK1 * common_N1D,)
         variance_NK = (square_NK1 - mean_NK1.square())[..., 0]
         return *divergence(share_NV, apart_NKV, self._target_N[part_N].to(share_NV.device)), variance_NK, *pull

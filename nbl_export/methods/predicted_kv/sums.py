@@ -173,7 +173,7 @@ class ExitSums(Collector):
             self._add(count, torch.full_like(count, len(x_NF)))
             self._count += int(count.item())
         self._add(self.sums[f"exits.{exit_layer}.sum"], total(x_NF))
-        with bfloat16.products(x_NF.device, False):
+        with bfloat16.bf16_autocast(x_NF.device, False):
             for rows in x_NF.split(_BLOCK):
                 self._add(self.sums[f"exits.{exit_layer}.xx"], gram(rows))
 
@@ -183,7 +183,7 @@ class ExitSums(Collector):
         def take(_product: Any, _args: Any, output: torch.Tensor) -> None:
             y_NK = self._about(f"layers.{layer}", places, output[:, 1:].float().flatten(0, 1))
             self._add(self.sums[f"layers.{layer}.sum"][places], total(y_NK))
-            with bfloat16.products(y_NK.device, False):
+            with bfloat16.bf16_autocast(y_NK.device, False):
                 for exit_layer in (exit_layer for exit_layer in self.shape.exits if exit_layer < layer):
                     yx_KF = self.sums[f"exits.{exit_layer}.yx"][layer - exit_layer - 1, places]
                     for y, x in zip(y_NK.split(_BLOCK), self._features[exit_layer].split(_BLOCK), strict=True):

@@ -90,7 +90,7 @@ def run(inputs: CalibrateInputs, place: Place, out: Path) -> dict[str, Any]:
         use = "start fewer processes, or " if processes.count() > 1 else ""
         raise NblError(f"{method.title} need the whole model in memory, and {why}; {use}{method.instead}")
     by_layer = processes.broadcast_str("by layer" if why else "")
-    bf16 = bfloat16.chosen(inputs.compute_dtype, device)
+    bf16 = bfloat16.use_bf16(inputs.compute_dtype, device)
     facts = _facts(inputs, rows, len(parts), bf16)
     if by_layer:
         place.ui.say(f"  one layer at a time{f' on {describe_device(device)}' if is_gpu(device) else ''}: {why}")

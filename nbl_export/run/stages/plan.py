@@ -131,7 +131,7 @@ class DistillInputs:
     selection: Lazy[Texts] | None
     validation: Lazy[Texts] | None
     model: Lazy[Any]
-    narrow: Lazy[bool]
+    bf16_matmul: Lazy[bool]
 
 
 def declare_distill(job: Job) -> DistillInputs | Skipped:
@@ -141,7 +141,7 @@ def declare_distill(job: Job) -> DistillInputs | Skipped:
     if not job.trains:
         return Skipped("the model does not fit into memory, which training needs")
     options = job.options
-    narrows = "order" in (job.run.manifest.get("goal") or {})
+    drops_layers = "order" in (job.run.manifest.get("goal") or {})
     return DistillInputs(
         fingerprint=job.fingerprint,
         distill_steps=options.distill_steps,
@@ -151,10 +151,10 @@ def declare_distill(job: Job) -> DistillInputs | Skipped:
         label_weight=options.label_weight,
         training=job.text.training,
         early_stopping=job.text.early_stopping,
-        selection=job.selection if narrows else None,
-        validation=job.text.validation if narrows else None,
+        selection=job.selection if drops_layers else None,
+        validation=job.text.validation if drops_layers else None,
         model=job.torch.model,
-        narrow=job.torch.narrow,
+        bf16_matmul=job.torch.bf16_matmul,
     )
 
 
@@ -180,7 +180,7 @@ def run_distill(inputs: DistillInputs, place: Place, out: Path) -> dict[str, Any
             windows,
             early_stopping,
             settings,
-            training.Callbacks(progress, lambda s: place.ui.say(f"  {s}"), state, goal.narrow if goal else None),
+            training.Callbacks(progress, lambda s: place.ui.say(f"  {s}"), state, goal.drop_layers if goal else None),
         )
     facts = goal.reach(found.maps) if goal else {}
     replaced = facts.get("replaced_layers", plan.layers)
@@ -205,7 +205,7 @@ def _settings(inputs: DistillInputs, goal: _Goal | None) -> Any:
         dtype="auto",
         lora_rank=inputs.lora_rank,
         label_weight=inputs.label_weight,
-        narrows=goal is not None,
+        drops_layers=goal is not None,
     )
 
 
@@ -218,7 +218,7 @@ class _Goal:
         self._goal = place.run.manifest["goal"]
         self._order: tuple[int, ...] = tuple(self._goal["order"])
 
-    def narrow(self, maps: dict[int, Any]) -> tuple[int, ...]:
+    def drop_layers(self, maps: dict[int, Any]) -> tuple[int, ...]:
         """The layers that stay while training goes on."""
         from nbl_export.methods.choose import count_estimated
 
@@ -249,7 +249,7 @@ class _Goal:
         from nbl_export.methods.losses import PartialReplacement
 
         inputs = self._inputs
-        return PartialReplacement(inputs.model.value, maps, self._place.plan.tap, narrow=inputs.narrow.value)
+        return PartialReplacement(inputs.model.value, maps, self._place.plan.tap, bf16_matmul=inputs.bf16_matmul.value)
 
 
 def _state_key(fingerprint: str, maps: Path, windows: Any, early_stopping: Any, settings: Any) -> str:

@@ -88,14 +88,14 @@ def test_same_seed_same_maps(prepared: dict[str, Any], plain: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "patience", "narrows", "taken"), [(100, 0.02, False, 2), (20, 0.5, False, 10), (20, 0.5, True, 18)]
+    ("steps", "patience", "drops_layers", "taken"), [(100, 0.02, False, 2), (20, 0.5, False, 10), (20, 0.5, True, 18)]
 )
 def test_stops_when_held_back_text_no_longer_improves(
-    steps: int, patience: float, narrows: bool, taken: int, prepared: dict[str, Any]
+    steps: int, patience: float, drops_layers: bool, taken: int, prepared: dict[str, Any]
 ) -> None:
     """Its patience is a share of the run, however often it looks, and begins anew when layers are given back."""
     settings = DistillSettings(
-        steps=steps, batch_tokens=128, check_every=1, patience=patience, learning_rate=0.0, narrows=narrows
+        steps=steps, batch_tokens=128, check_every=1, patience=patience, learning_rate=0.0, drops_layers=drops_layers
     )
     assert len(run(prepared, "normed", settings).train_kl) == taken
 
@@ -118,7 +118,7 @@ def test_model_comes_back_as_it_was(prepared: dict[str, Any]) -> None:
     assert all(torch.equal(before[n], after[n]) for n in before)
 
 
-NARROWING = dataclasses.replace(QUICK, narrows=True)  # at step 24 of 60
+DROPPING = dataclasses.replace(QUICK, drops_layers=True)  # at step 24 of 60
 
 
 def test_layers_are_given_back_and_the_rest_is_trained_further(
@@ -126,16 +126,16 @@ def test_layers_are_given_back_and_the_rest_is_trained_further(
 ) -> None:
     seen: list[dict[int, Any]] = []
 
-    def narrow(maps: dict[int, Any]) -> tuple[int, ...]:
+    def drop_layers(maps: dict[int, Any]) -> tuple[int, ...]:
         seen.append(maps)
         return (2,)
 
-    result = run(prepared, "normed", NARROWING, narrow=narrow)
+    result = run(prepared, "normed", DROPPING, drop_layers=drop_layers)
     (trained,) = seen
     assert set(trained) == {1, 2} and set(result.maps) == {2}
     assert np.abs(trained[2].weight - prepared["maps"]["normed"][2].weight).max() > 0
-    (step, start), *others = result.held_kl[result.narrowed :]
-    assert step == 24 and [s for s, _ in result.held_kl[: result.narrowed]] == [0, 20]
+    (step, start), *others = result.held_kl[result.dropped_at :]
+    assert step == 24 and [s for s, _ in result.held_kl[: result.dropped_at]] == [0, 20]
     model, held = checkpoint("llama"), prepared["held"]
     assert held_kl(model, {2: trained[2]}, held, "normed") == pytest.approx(start, rel=1e-3)
     best = min(kl for _, kl in others)
@@ -144,16 +144,16 @@ def test_layers_are_given_back_and_the_rest_is_trained_further(
 
 def test_a_layer_that_stays_keeps_what_the_optimizer_knows(prepared: dict[str, Any], plain: Any) -> None:
     """Where all layers stay, training goes on as if nobody had asked."""
-    asked = run(prepared, "normed", NARROWING, narrow=lambda maps: tuple(maps))
+    asked = run(prepared, "normed", DROPPING, drop_layers=lambda maps: tuple(maps))
     assert asked.train_kl == plain.train_kl
 
 
 def test_a_killed_run_does_not_give_layers_back_twice(prepared: dict[str, Any], tmp_path: Path) -> None:
-    whole = run(prepared, "normed", NARROWING, narrow=lambda _: (2,))
+    whole = run(prepared, "normed", DROPPING, drop_layers=lambda _: (2,))
     with pytest.raises(Killed):
-        run(prepared, "normed", NARROWING, Fragile(tmp_path / "state", 3, after=True), narrow=lambda _: (2,))
-    again = run(prepared, "normed", NARROWING, State(tmp_path / "state", "key"))  # nobody to ask
-    assert (again.train_kl, again.held_kl, again.narrowed) == (whole.train_kl, whole.held_kl, whole.narrowed)
+        run(prepared, "normed", DROPPING, Fragile(tmp_path / "state", 3, after=True), drop_layers=lambda _: (2,))
+    again = run(prepared, "normed", DROPPING, State(tmp_path / "state", "key"))  # nobody to ask
+    assert (again.train_kl, again.held_kl, again.dropped_at) == (whole.train_kl, whole.held_kl, whole.dropped_at)
     np.testing.assert_array_equal(again.maps[2].weight, whole.maps[2].weight)
 
 
@@ -214,8 +214,8 @@ class Fragile(State):
 @pytest.mark.fuzz
 @pytest.mark.parametrize(
     "settings",
-    [QUICK, dataclasses.replace(QUICK, learning_rate=3.0, check_every=6)],  # retreats are 5 steps apart: between saves
-    ids=["steady", "retreating"],
+    [QUICK, dataclasses.replace(QUICK, learning_rate=3.0, check_every=6)],  # rollbacks are 5 steps apart: between saves
+    ids=["steady", "rolling back"],
 )
 def test_killed_runs_end_with_the_same_maps(
     settings: DistillSettings, prepared: dict[str, Any], tmp_path: Path
@@ -233,7 +233,7 @@ def test_killed_runs_end_with_the_same_maps(
             np.testing.assert_array_equal(again.maps[i].bias, best.bias)
 
 
-def test_a_resumed_run_retreats_to_the_best_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_rolls_back_to_the_best_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not to the parameters at the kill."""
 
     def training(value: float) -> _Training:
@@ -299,12 +299,13 @@ def test_lora_trains_a_delta_of_its_rank(prepared: dict[str, Any], plain: Any) -
         assert not np.array_equal(plain.maps[i].bias, affine.bias)
 
 
-def test_deltas_are_aimed_once_and_a_run_that_goes_on_keeps_them(
+def test_lora_is_initialised_once_and_a_run_that_goes_on_keeps_them(
     prepared: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lengths: list[int] = []
     monkeypatch.setattr(
-        "nbl_export.methods.distill.training._Training.aim", lambda _self, batches: lengths.append(len(list(batches)))
+        "nbl_export.methods.distill.training._Training.init_lora_from_gradient",
+        lambda _self, batches: lengths.append(len(list(batches))),
     )
     with pytest.raises(Killed):
         run(prepared, "normed", QUICK, Fragile(tmp_path / "state", 1, after=True))
@@ -313,11 +314,11 @@ def test_deltas_are_aimed_once_and_a_run_that_goes_on_keeps_them(
 
 
 def test_bfloat16_trains_as_well_and_is_judged_in_float32(prepared: dict[str, Any], plain: Any) -> None:
-    wide, narrow = plain, run(prepared, "normed", dataclasses.replace(QUICK, dtype="bf16"))
-    assert narrow.held_kl[0] == wide.held_kl[0]
-    assert narrow.train_kl[0] == pytest.approx(wide.train_kl[0], rel=0.05)
-    assert narrow.train_kl[0] != wide.train_kl[0]
-    gain = [min(v for _, v in r.held_kl) - r.held_kl[0][1] for r in (narrow, wide)]
+    wide, bf16 = plain, run(prepared, "normed", dataclasses.replace(QUICK, dtype="bf16"))
+    assert bf16.held_kl[0] == wide.held_kl[0]
+    assert bf16.train_kl[0] == pytest.approx(wide.train_kl[0], rel=0.05)
+    assert bf16.train_kl[0] != wide.train_kl[0]
+    gain = [min(v for _, v in r.held_kl) - r.held_kl[0][1] for r in (bf16, wide)]
     assert gain[0] == pytest.approx(gain[1], rel=0.1)
 
 

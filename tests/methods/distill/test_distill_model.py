@@ -174,7 +174,7 @@ def test_units_are_measured_on_what_a_map_reads(twin: Make) -> None:
         made.affine["0"].linear.up.zero_()  # where aiming begins
         made.affine["0"].linear.shift.zero_()
     teacher = made.teacher_states(IDS, training=True)
-    training.aim([IDS])
+    training.init_lora_from_gradient([IDS])
     linear = made.affine["0"].linear
     with torch.no_grad():
         x = made.layers[0].input_layernorm(teacher.entering)
@@ -198,7 +198,7 @@ def test_deltas_begin_where_the_gradient_is(twin: Make) -> None:
     batches = [IDS, IDS.flip(0) + 1]
     states = (made.teacher_states(ids, training=True) for ids in batches)
     whole = [_clipped_mean(made.gradients(teacher, 0.3, 0.1, whole=True)[0]) for teacher in states]
-    training.aim(batches)
+    training.init_lora_from_gradient(batches)
     for index in ("0", "2"):
         linear, total = made.affine[index].linear, sum(g[f"{index}.linear.weight"] for g in whole)
         assert isinstance(total, torch.Tensor)
@@ -216,33 +216,33 @@ def test_a_clock_that_is_nearly_over_stops_aiming(twin: Make, monkeypatch: pytes
     )
     training = _Training(made, DistillSettings(UNLIMITED, minutes=1.0, lora_rank=2), [])
     left = iter([IDS] * 16)
-    training.aim(left)
+    training.init_lora_from_gradient(left)
     assert len(list(left)) == 13
 
 
 def test_a_rank_above_the_width_keeps_its_other_directions() -> None:
-    """Its gradient has no more of them; aimed twice they are the same."""
+    """Its gradient has no more of them; initialised twice they are the same."""
     linear = torch.nn.Linear(6, 6)
     made, again = (TrainedLinear(linear, 9, torch.Generator().manual_seed(3)) for _ in range(2))
     random = made.down.detach().clone()
     gradient = torch.randn(6, 6, generator=torch.Generator().manual_seed(4))
     state = torch.get_rng_state()
-    made.aim({"weight": gradient})
+    made.init_lora_from_gradient({"weight": gradient})
     assert torch.equal(torch.get_rng_state(), state)
-    again.aim({"weight": gradient})
+    again.init_lora_from_gradient({"weight": gradient})
     assert torch.equal(made.down, again.down)
     assert torch.equal(made.down[6:], random[6:]) and not torch.equal(made.down[:6], random[:6])
     torch.testing.assert_close(made.down[:6] @ made.down[:6].T, torch.eye(6), atol=1e-5, rtol=0)
 
 
-def test_narrow_weights_are_what_autocast_would_make(checkpoint: Callable[[str], Path]) -> None:
+def test_bf16_weights_are_what_autocast_would_make(checkpoint: Callable[[str], Path]) -> None:
     model = load_model(checkpoint("llama"))
     before = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
     embeddings = model.get_input_embeddings().weight
-    with torch.no_grad(), bfloat16.products(model.device, True):
+    with torch.no_grad(), bfloat16.bf16_autocast(model.device, True):
         expected = model(IDS, use_cache=False).logits
     weights = bfloat16.Weights(model)
-    with weights.used(), bfloat16.products(model.device, True), torch.no_grad():
+    with weights.used(), bfloat16.bf16_autocast(model.device, True), torch.no_grad():
         assert model.lm_head.weight.dtype == torch.bfloat16 != embeddings.dtype
         assert model.get_input_embeddings().weight is embeddings
         assert torch.equal(model(IDS, use_cache=False).logits, expected)

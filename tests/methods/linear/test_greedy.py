@@ -99,15 +99,15 @@ def test_texts_may_differ_in_length(checkpoint: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "granite"])
-def test_losses_of_narrow_products_are_those_of_the_logits(architecture: str, checkpoint: Checkpoint) -> None:
+def test_losses_of_bf16_products_are_those_of_the_logits(architecture: str, checkpoint: Checkpoint) -> None:
     """Only changes of logits are products in bfloat16, so losses and KL keep three digits."""
     model = load_model(checkpoint(architecture))
     torch.manual_seed(0)
     original = torch.randn(len(HELD[0]), model.config.hidden_size)
     replaced_set = original + 0.05 * torch.randn(original.shape)
-    loss = PartialReplacement(model, MAPS, "residual", narrow=True).losses(HELD[0], original, {"mix": replaced_set})[
-        "mix"
-    ]
+    loss = PartialReplacement(model, MAPS, "residual", bf16_matmul=True).losses(
+        HELD[0], original, {"mix": replaced_set}
+    )["mix"]
     log_p, log_q = (logits_of(model, h[:-1]).double().log_softmax(-1) for h in (original, replaced_set))
     assert loss.kl_sum == pytest.approx((log_p.exp() * (log_p - log_q)).sum().item(), rel=1e-2)
     assert loss.original_sum == pytest.approx(-log_p.gather(1, HELD[0][1:, None]).sum().item(), rel=1e-5)
@@ -134,11 +134,12 @@ def test_effects_are_those_of_whole_models(architecture: str, tap: str, checkpoi
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "granite"])
 def test_effects_in_bfloat16_are_near(architecture: str, checkpoint: Checkpoint) -> None:
     model = load_model(checkpoint(architecture))
-    wide, narrow = (
-        judged(PartialReplacement(model, MAPS, "residual", narrow=n)).alone(quiet).kl_NK.mean(0) for n in (False, True)
+    wide, bf16 = (
+        judged(PartialReplacement(model, MAPS, "residual", bf16_matmul=n)).alone(quiet).kl_NK.mean(0)
+        for n in (False, True)
     )
-    assert narrow.tolist() == pytest.approx(wide.tolist(), rel=0.05)
-    assert not torch.equal(narrow, wide), "products were not in bfloat16"
+    assert bf16.tolist() == pytest.approx(wide.tolist(), rel=0.05)
+    assert not torch.equal(bf16, wide), "products were not in bfloat16"
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "granite"])
@@ -282,13 +283,13 @@ def test_layers_are_judged_on_another_text_too(run: Path, monkeypatch: pytest.Mo
 
     def note(switched: Any, texts: Any) -> None:
         seen.append(torch.cat(texts[:-1]))  # without the passages that occur twice
-        bfloat16.append(switched._narrow)
+        bfloat16.append(switched._bf16_matmul)
         raise SeenError
 
     monkeypatch.setattr("nbl_export.methods.linear.order.Judge", note)
     for native in (True, False):  # products of bfloat16, in which trials are computed where they are
-        monkeypatch.setattr("nbl_export.model.bfloat16.fast", lambda _device, native=native: native)
-        job.torch.narrow.forget()
+        monkeypatch.setattr("nbl_export.model.bfloat16.has_native_bf16", lambda _device, native=native: native)
+        job.torch.bf16_matmul.forget()
         with pytest.raises(SeenError):
             Selection(choice_of(job)).order(1)
     assert bfloat16 == [True, False]

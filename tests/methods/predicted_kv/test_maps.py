@@ -34,8 +34,8 @@ def test_numpy_and_torch_agree_and_a_file_keeps_the_numbers(tmp_path: Path) -> N
     for ours, value in zip(mixer(x_BTD), found, strict=True):
         np.testing.assert_allclose(ours, value.detach().numpy(), atol=1e-5)
     large = torch.from_numpy(300 * x_BTD).half()  # its squares are beyond float16
-    wide, narrow = (features(x, 1e-3) for x in (large.float(), large))
-    torch.testing.assert_close(narrow, wide.half())
+    wide, half = (features(x, 1e-3) for x in (large.float(), large))
+    torch.testing.assert_close(half, wide.half())
 
 
 def test_the_token_before_is_read_one_row_up() -> None:
