@@ -20,7 +20,7 @@ from nbl_export.targets import load_engine
 from nbl_export.targets.base import compiler
 from nbl_export.verify import exporter
 from nbl_export.verify.ladder import DECODE_STEPS, Probe
-from nbl_export.verify.structure import Setting
+from nbl_export.verify.structure import VerificationContext
 from nbl_export.verify.verifier import Verifier
 from tests.exports import build_decoder
 
@@ -60,7 +60,7 @@ def verify_tiny(
     maps = {i: mixer_of(i) for i in replaced}
     plan = Plan.of(LAYERS, {i: mixer.kind for i, mixer in maps.items()}, tap)
     cache_length = SLOTS if static else spec.max_positions
-    setting = Setting(engine, spec, plan, precision, "last", cache_length, _quiet)
+    verification = VerificationContext(engine, spec, plan, precision, "last", cache_length, _quiet)
     directories = {"original": work / "original", "nbl": work / "model"}
     if exported is None:
         build_decoder(source, checkpoint, directories["original"], precision, cache_length=cache_length)
@@ -75,7 +75,7 @@ def verify_tiny(
         run = {subject: work / f"{subject}-float32" for subject in directories}
         for subject, directory in directories.items():
             compiler(engine).write_float32(directory, run[subject])
-    made = Verifier(setting, _probe(prompts, continuing_tokens(mixer.reads for mixer in maps.values())), maps)
+    made = Verifier(verification, _probe(prompts, continuing_tokens(mixer.reads for mixer in maps.values())), maps)
     made.run(directories, run)
     model = load_model(checkpoint)
     if precision in exporter.ROUNDED:

@@ -21,7 +21,7 @@ from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
 from nbl_export.run.settled import Settled, capabilities_of, check_machine, settle_job, settle_run
 from nbl_export.run.stages import bench, calibrate, evaluate, graphs, plan, text, verify
-from nbl_export.run.stages.common import Inputs, Place, Skipped, Stage
+from nbl_export.run.stages.common import Inputs, Skipped, Stage, StageContext
 from nbl_export.run_directory import REPORT_JSON, VERIFY_FILE, RunDirectory, refuse_foreign
 from nbl_export.targets import load_engine
 
@@ -98,7 +98,7 @@ def _work(asked: Mapping[str, Any], recorded: JobOptions | None, output: Path, u
     settled = settle_job(asked, recorded, before.manifest, ui.say)
     if until == "calibrate" and settled.options.fit == CHECKPOINT_FIT:
         raise NblError(f"nothing to calibrate here: {NO_ORIGINAL}; give the original model")
-    estimated = describe_estimate(Job(settled, before, ui), STAGES[: _place(until)], output)
+    estimated = describe_estimate(Job(settled, before, ui), STAGES[: _number_of(until)], output)
     if not _has_text(Job(settled, before, ui)):
         settled.documents.value  # noqa: B018  read before anything is written or, with force, removed
     with RunDirectory.open_run(output, create=True, force=force) as run:
@@ -195,7 +195,7 @@ def _prepare(request: EvalRequest, positions: int, ui: Ui) -> tuple[Subject, ...
     return tuple(subjects)
 
 
-def _place(until: str) -> int:
+def _number_of(until: str) -> int:
     """Number of stages up to a stage."""
     return [stage.name for stage in STAGES].index(until) + 1
 
@@ -204,12 +204,12 @@ def _advance(job: Job, until: str, *, ignore_failure: bool = False, needs: str =
     """Run stages in order up to one."""
     run = job.run
     ui = job.ui
-    stages = STAGES[: _place(until)]
+    stages = STAGES[: _number_of(until)]
     for index, stage in enumerate(stages):
         if not any(each.shared for each in stages[index:]):
             processes.end()
         declared = stage.declared(job)
-        place = Place(run, ui, readers(stage.name))
+        ctx = StageContext(run, ui, readers(stage.name))
         if isinstance(declared, Skipped):
             if stage.name == needs:
                 raise NblError(f"nothing to {stage.title} here: {declared.reason or 'the engine compiles nothing'}")
@@ -218,19 +218,20 @@ def _advance(job: Job, until: str, *, ignore_failure: bool = False, needs: str =
             continue
         inputs, key = declared
         is_done = run.is_done(stage.name, key)
-        if is_done and (stage.name != "verify" or ignore_failure or place.passed):  # a failed verification runs again
+        if is_done and (stage.name != "verify" or ignore_failure or ctx.passed):  # a failed verification runs again
             ui.say(f"{stage.title}: reused")
         else:
-            if undone := [name for name in readers(stage.name) if name in run.stages and _place(name) > _place(until)]:
+            later = [name for name in readers(stage.name) if _number_of(name) > _number_of(until)]
+            if undone := [name for name in later if name in run.stages]:
                 ui.say(f"  this undoes {', '.join(undone)} of {run.path}; to keep them, stop now and work on a copy")
             if not stage.by_part:
                 job.note()  # of what the result is made
             if stage.shared:
                 _call(job, stage, key)
-            _run(place, stage, inputs, key)
+            _run(ctx, stage, inputs, key)
         run.partial(stage.name).unlink(missing_ok=True)
         if stage.name == "verify" and not ignore_failure:
-            _refuse_failed(place)
+            _refuse_failed(ctx)
     processes.end()
     job.note()
     run.save()
@@ -253,41 +254,41 @@ def _follow(settled: Callable[[RunDirectory, Callable[[str], None]], Settled], o
         run = RunDirectory.existing(output)
         job = job or Job(settled(run, ui.say), run, ui)
         job.run.manifest = run.manifest
-        declared = [stage.declared(job) for stage in STAGES[: _place(name)]][-1]
+        declared = [stage.declared(job) for stage in STAGES[: _number_of(name)]][-1]
         if isinstance(declared, Skipped) or declared[1] != expected:
             raise NblError(f"rank {processes.rank()} has other inputs than rank 0; give all the same command and files")
         job.note()
         job.torch.agree()
         with guarded(name):
-            STAGES[_place(name) - 1].run(declared[0], Place(job.run, ui), Path(os.devnull))
+            STAGES[_number_of(name) - 1].run(declared[0], StageContext(job.run, ui), Path(os.devnull))
     processes.end()
 
 
-def _run(place: Place, stage: Stage[Inputs], inputs: Inputs, key: str) -> None:
-    place.ui.say(f"{stage.title} ...")
+def _run(ctx: StageContext, stage: Stage[Inputs], inputs: Inputs, key: str) -> None:
+    ctx.ui.say(f"{stage.title} ...")
     if stage.shared and processes.count() > 1:
-        place.ui.say(f"  {processes.count()} processes share the work")
+        ctx.ui.say(f"  {processes.count()} processes share the work")
     started = time.monotonic()
-    with place.run.scratch() as scratch, guarded(stage.title, by_engine=stage.by_engine):
-        facts = stage.run(inputs, place, scratch)
+    with ctx.run.scratch() as scratch, guarded(stage.title, by_engine=stage.by_engine):
+        facts = stage.run(inputs, ctx, scratch)
         seconds = time.monotonic() - started
-        place.run.finish(stage.name, key, scratch, seconds, place.readers, **facts)
-    place.ui.say(f"{stage.title}: done in {seconds:.1f} s")
+        ctx.run.finish(stage.name, key, scratch, seconds, ctx.readers, **facts)
+    ctx.ui.say(f"{stage.title}: done in {seconds:.1f} s")
 
 
-def _refuse_failed(place: Place) -> None:
+def _refuse_failed(ctx: StageContext) -> None:
     from nbl_export.report import page
 
-    result = place.run.read_json(VERIFY_FILE)
+    result = ctx.run.read_json(VERIFY_FILE)
     if result["passed"]:
         return
-    with place.run.scratch() as scratch:  # a report without speed figures
-        page.render(place.run.manifest, result, None, scratch)
-        place.run.finish("report", key_of("failed"), scratch, 0.0, (), status="failed")
+    with ctx.run.scratch() as scratch:  # a report without speed figures
+        page.render(ctx.run.manifest, result, None, scratch)
+        ctx.run.finish("report", key_of("failed"), scratch, 0.0, (), status="failed")
     failed = next(r for r in result["checks"] if not r["passed"])
     seen = "not finite" if failed["value"] is None else f"{failed['value']:.3g} seen"
     raise ParityError(
-        f"verification failed in {place.run.path}: check {failed['check']} ({failed['subject']}, {failed['metric']}"
+        f"verification failed in {ctx.run.path}: check {failed['check']} ({failed['subject']}, {failed['metric']}"
         f"{', ' + failed['detail'] if failed['detail'] else ''}): {seen}, {failed['tolerance']:.3g} allowed; "
         f"{_EXPORTERS_FAULT if failed['check'] in ('exporter', 'original') else ''}"
         "the directory is kept for inspection (verify.json, report.html)"

@@ -20,11 +20,11 @@ from nbl_export.targets.checks import ExpectedGraph
 from nbl_export.verify.ladder import TOLERANCES, Probe, Tolerance
 from nbl_export.verify.last_token import check_last, expected_last
 
-__all__ = ["Setting", "check_directory"]
+__all__ = ["VerificationContext", "check_directory"]
 
 
 @dataclass(frozen=True)
-class Setting:
+class VerificationContext:
     """Engine, decoder and plan, and how the graphs were made.
 
     Attributes:
@@ -78,7 +78,13 @@ def exact_limit(decoder: Any) -> float:
 
 
 def check_directory(
-    setting: Setting, shipped: Path, run: Path, decoder: Any, wanted: ExpectedGraph, probe: Probe, original: Path | None
+    verification: VerificationContext,
+    shipped: Path,
+    run: Path,
+    decoder: Any,
+    wanted: ExpectedGraph,
+    probe: Probe,
+    original: Path | None,
 ) -> Callable[[], list[CheckResult]]:
     """Checks structure and last_token: reads `decoder` now, and gives the rest of the work, for when it is closed.
 
@@ -87,9 +93,9 @@ def check_directory(
         decoder: of `run`, of the graph with the most logits.
         original: see `Engine.check`.
     """
-    engine = setting.engine
-    head_dim = setting.spec.head_dim
-    file = setting.engine.pruned_file(run)
+    engine = verification.engine
+    head_dim = verification.spec.head_dim
+    file = verification.engine.pruned_file(run)
     subject = wanted.subject
     row = probe.rows[0]
     contract = decoder.contract

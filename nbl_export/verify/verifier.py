@@ -24,7 +24,7 @@ from nbl_export.records.results import CheckResult
 from nbl_export.targets.checks import stored_maps
 from nbl_export.verify import ladder
 from nbl_export.verify.ladder import LONG_CHUNK, Probe, Reference, greedy, run_chunks, run_long, run_rows
-from nbl_export.verify.structure import Setting, check_directory, exact_limit
+from nbl_export.verify.structure import VerificationContext, check_directory, exact_limit
 
 __all__ = ["Verifier"]
 
@@ -41,8 +41,8 @@ class Verifier:
         warnings: what is wrong with the exporter's original and does not fail the run, in sentences.
     """
 
-    def __init__(self, setting: Setting, probe: Probe, maps: Mapping[int, Mixer]) -> None:
-        self.setting = setting
+    def __init__(self, verification: VerificationContext, probe: Probe, maps: Mapping[int, Mixer]) -> None:
+        self.verification = verification
         self.probe = probe
         self.maps = maps
         self.results: list[CheckResult] = []
@@ -56,26 +56,26 @@ class Verifier:
         Args:
             shipped: the deployed directories by subject. run: the directories that a CPU runs.
         """
-        engine = self.setting.engine
+        engine = self.verification.engine
         stored = stored_maps(engine.read_maps(shipped["nbl"]), self.maps)
         for subject, mixers in (("original", dict[int, Mixer]()), ("nbl", stored)):
-            with self.setting.task(f"reference of {subject}"):
+            with self.verification.task(f"reference of {subject}"):
                 self.references[subject] = self._reference(run["original"], mixers)
             self._compare(subject, shipped, run[subject])
             self._text(subject, run[subject])
 
     def _reference(self, original: Path, mixers: Maps) -> Reference:
         """Logits of the original graph with mixers, and greedy text in the arithmetic that ships."""
-        setting = self.setting
+        verification = self.verification
         probe = self.probe
         opened = functools.partial(
-            setting.engine.open_reference, original, setting.spec.head_dim, mixers, setting.plan.tap
+            verification.engine.open_reference, original, verification.spec.head_dim, mixers, verification.plan.tap
         )
         decoder = opened(exact=True)
         exact = _exact_reference(
             decoder, probe, stops=continuing_tokens(mixer.reads for mixer in mixers.values()) is not None
         )
-        if setting.rounds:
+        if verification.rounds:
             del decoder
             decoder = opened(exact=False)
             self._shipped = [run_rows(decoder, [row])[0] for row in probe.rows]
@@ -85,31 +85,31 @@ class Verifier:
         return dataclasses.replace(exact, greedy=said, margins=gaps)
 
     def _compare(self, subject: str, shipped: Mapping[str, Path], run: Path) -> None:
-        setting = self.setting
+        verification = self.verification
         probe = self.probe
         truth = self.references[subject]
-        decoder = setting.engine.open_graph(run, setting.spec.head_dim, exact=True)
-        wanted = setting.wanted(subject, self.maps)
+        decoder = verification.engine.open_graph(run, verification.spec.head_dim, exact=True)
+        wanted = verification.wanted(subject, self.maps)
         original = shipped["original"] if subject == "nbl" else None
-        directory = check_directory(setting, shipped[subject], run, decoder, wanted, probe, original)
+        directory = check_directory(verification, shipped[subject], run, decoder, wanted, probe, original)
         limit = exact_limit(decoder)
         logits = ladder.check_logits(subject, subject, decoder, probe, truth, limit)
         if probe.long:
             logits += ladder.check_long(subject, subject, decoder, probe.long, truth, limit)
         del decoder
         self.results += directory() + logits
-        if setting.rounds and subject == "nbl":
-            decoder = setting.engine.open_graph(run, setting.spec.head_dim)
+        if verification.rounds and subject == "nbl":
+            decoder = verification.engine.open_graph(run, verification.spec.head_dim)
             pairs = [(run_rows(decoder, [row])[0], right) for row, right in zip(probe.rows, self._shipped, strict=True)]
-            self.results += ladder.judge("shipped", subject, "one sequence", pairs, setting.tolerance.limit)
+            self.results += ladder.judge("shipped", subject, "one sequence", pairs, verification.tolerance.limit)
 
     def _text(self, subject: str, run: Path) -> None:
         """Check text. The original's is reported: a near-tie of the original says nothing of the rewrite."""
         truth = self.references[subject]
-        tolerance = self.setting.tolerance
+        tolerance = self.verification.tolerance
         if not truth.greedy:
             return
-        with self.setting.engine.open_checked(run) as runner:
+        with self.verification.engine.open_checked(run) as runner:
             said = [runner.greedy(prompt, self.probe.new_tokens) for prompt in self.probe.prompts]
         self.said[subject] = said
         result = ladder.check_greedy(subject, said, truth.greedy, truth.margins, tolerance)

@@ -11,7 +11,7 @@ from nbl_export.records.plan import Plan
 from nbl_export.records.results import CheckResult, status_of
 from nbl_export.report.console import checks_table
 from nbl_export.run.progress import Ui
-from nbl_export.run.stages.common import Place
+from nbl_export.run.stages.common import StageContext
 from nbl_export.trust.terminal import Console
 from nbl_export.verify import ladder
 
@@ -36,7 +36,7 @@ def test_a_failed_check_fails_the_run() -> None:
     assert status_of([asdict(WIRING), asdict(SHIPPED)]) == "verified"
     assert status_of([asdict(WIRING), asdict(TEXT)]) == "failed"
     opened: Any = SimpleNamespace(read_json=lambda _name: verified("int4", WIRING, TEXT), stages={"verify": {}})
-    assert Place(opened, Ui(quiet=True)).verdict == "failed"
+    assert StageContext(opened, Ui(quiet=True)).verdict == "failed"
 
 
 def test_what_is_proven_is_said() -> None:

@@ -13,7 +13,7 @@ from nbl_export.methods.choose import steps_of_sets
 from nbl_export.methods.linear.order import Selection, quiet
 from nbl_export.run.stages import plan as plan_stage
 from nbl_export.run.stages import verify
-from nbl_export.run.stages.common import Place
+from nbl_export.run.stages.common import StageContext
 from nbl_export.run.stages.plan import choice_of
 from nbl_export.run_directory import TEXT_FILE
 from nbl_export.text import corpus, parts
@@ -151,7 +151,7 @@ def test_distilled_maps_are_judged_by_the_choosing_part(run: Path, monkeypatch: 
 
     monkeypatch.setattr("nbl_export.methods.distill.training.distill", distill)
     with pytest.raises(SeenError) as seen:
-        plan_stage.run_distill(inputs, Place(job.run, job.ui), run)
+        plan_stage.run_distill(inputs, StageContext(job.run, job.ui), run)
     windows, early_stopping = seen.value.args
     assert early_stopping.tolist() == parts.read(run / TEXT_FILE, "selection").tolist()
     assert windows.tolist() == parts.read(run / TEXT_FILE, "training").tolist()
@@ -173,5 +173,5 @@ def test_a_run_says_what_it_read_for_what(run: Path) -> None:
 def test_a_tested_count_is_a_use_of_the_text_also_without_a_goal(run: Path) -> None:
     job = opened(run)
     job.run.manifest["goal"] = {"max_perplexity_increase": "10%", "default": True, "path": [{"layers": 1}]}
-    uses = verify.uses_of(verify.declare(job), Place(job.run, job.ui))
+    uses = verify.uses_of(verify.declare(job), StageContext(job.run, job.ui))
     assert [u["tokens"] for u in uses if u["use"] == "number of layers"] == [4096, 4096]

@@ -23,7 +23,7 @@ from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
 from nbl_export.run.settled import of_run
 from nbl_export.run.stages import verify
-from nbl_export.run.stages.common import Place
+from nbl_export.run.stages.common import StageContext
 from nbl_export.run_directory import RunDirectory
 from nbl_export.targets.checks import MAPS
 from nbl_export.verify import exporter
@@ -65,7 +65,7 @@ def continued(run: Path) -> list[dict[str, Any]]:
     ):
         options, ui = JobOptions.from_json(opened.manifest["options"]), Ui(quiet=True)
         job = Job(of_run(opened, options, ui.say), opened, ui)
-        found: list[dict[str, Any]] = verify.check(verify.declare(job), Place(opened, ui), run)["checks"]
+        found: list[dict[str, Any]] = verify.check(verify.declare(job), StageContext(opened, ui), run)["checks"]
         return found
 
 

@@ -270,6 +270,6 @@ def test_decoders_take_turns_if_both_do_not_fit(
     opened: list[Path] = []
     engine = SimpleNamespace(open_graph=lambda folder, _head_dim: opened.append(folder))
     monkeypatch.setattr(memory, "available_bytes", lambda: available)
-    setting: Any = SimpleNamespace(engine=engine, spec=SimpleNamespace(head_dim=8))
-    _, _, held = verify._open_both(setting, run)
+    verification: Any = SimpleNamespace(engine=engine, spec=SimpleNamespace(head_dim=8))
+    _, _, held = verify._open_both(verification, run)
     assert (opened, held) == (([], available // 8) if alone else ([*run.values()], 0))

@@ -199,7 +199,7 @@ def test_one_graph_is_open_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
         open_graph=opened, open_reference=opened, open_checked=open_checked, read_maps=mock.Mock(),
         pruned_file=lambda _: "pruned", check=lambda *_: [],
     )  # fmt: skip
-    setting: Any = SimpleNamespace(
+    verification: Any = SimpleNamespace(
         engine=engine, spec=SPEC, plan=Plan.of(LAYERS, {}), rounds=True, tolerance=TOLERANCES["int4"],
         wanted=lambda *_: ExpectedGraph("nbl", SPEC, "int4", "last", (), {}), task=lambda _: mock.MagicMock(),
     )  # fmt: skip
@@ -208,7 +208,7 @@ def test_one_graph_is_open_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (structure, verifying):
         monkeypatch.setattr(module, "exact_limit", lambda _: 1e-4)
     monkeypatch.setattr(verifying, "greedy", lambda *_: ((0, 1, 2, 3), (1.0,) * 4))
-    made = Verifier(setting, Probe(tuple(map(tuple, rows)), ((1, 2),), 4), {})
+    made = Verifier(verification, Probe(tuple(map(tuple, rows)), ((1, 2),), 4), {})
     made.run({"original": Path("a"), "nbl": Path("b")}, {"original": Path("a"), "nbl": Path("b")})
     assert all(r.passed for r in made.results) and list(made.references) == ["original", "nbl"]
     assert seen == [0] * len(seen) and len(seen) == 11  # references, both graphs and text of both; what ships of nbl
@@ -219,8 +219,8 @@ def test_text_of_the_original_warns_and_fails_only_if_its_margin_is_not_finite(m
     runner = mock.MagicMock()
     runner.__enter__.return_value.greedy.return_value = [1]
     engine = SimpleNamespace(open_checked=lambda _run: runner)
-    setting: Any = SimpleNamespace(engine=engine, tolerance=TOLERANCES["fp32"])
-    made = Verifier(setting, Probe(((1,),), ((1,),), 1), {})
+    verification: Any = SimpleNamespace(engine=engine, tolerance=TOLERANCES["fp32"])
+    made = Verifier(verification, Probe(((1,),), ((1,),), 1), {})
     made.references["original"] = Reference((), None, ((2,),), ((margin,),))
     made._text("original", Path("a"))
     assert [(r.passed, len(made.warnings)) for r in made.results] == [(passed, int(passed))]

@@ -15,7 +15,7 @@ from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.from_json import edited
 from nbl_export.records.inputs import Lazy
 from nbl_export.run.job import Job
-from nbl_export.run.stages.common import Place, Skipped
+from nbl_export.run.stages.common import Skipped, StageContext
 from nbl_export.run_directory import BENCH_FILE, DECODERS
 from nbl_export.targets.base import Engine, threads_of
 
@@ -51,7 +51,7 @@ def declare(job: Job) -> BenchInputs | Skipped:
     )
 
 
-def run(inputs: BenchInputs, place: Place, out: Path) -> dict[str, Any]:
+def run(inputs: BenchInputs, ctx: StageContext, out: Path) -> dict[str, Any]:
     """Write bench.json."""
     engine = inputs.available.value
     spec = inputs.spec
@@ -64,30 +64,30 @@ def run(inputs: BenchInputs, place: Place, out: Path) -> dict[str, Any]:
         threads=inputs.tests.threads or threads_of(engine),
         gpu=capabilities.static or capabilities.provider != "cpu",
     )
-    root = place.run.path / ("engine" if capabilities.static else "")
+    root = ctx.run.path / ("engine" if capabilities.static else "")
     token_bytes = functools.partial(spec.cache_bytes_per_token, itemsize=capabilities.cache_itemsize(inputs.precision))
-    counts = spec.num_layers, len(cache_layers(place.plan))
+    counts = spec.num_layers, len(cache_layers(ctx.plan))
     variants = {
         subject: Variant(root / name, engine.open_runner, token_bytes(kept))
         for (subject, name), kept in zip(DECODERS.items(), counts, strict=True)
     }
-    with place.ui.task("rounds") as progress:
-        result = side_by_side(variants, inputs.tests, setting, progress, place.ui.say)
+    with ctx.ui.task("rounds") as progress:
+        result = side_by_side(variants, inputs.tests, setting, progress, ctx.ui.say)
     said = {subject: engine.arithmetic(variant.directory) for subject, variant in variants.items()}
     arithmetic = {"arithmetic": said} if any(said.values()) else {}
     slots = {"slots": inputs.cache_length} if capabilities.static else {}
     write_json(out / BENCH_FILE, {**result, **arithmetic, **slots})
-    return {"status": place.verdict}
+    return {"status": ctx.verdict}
 
 
 # -- report ----------------------------------------------------------------------------------------------------
 
 
-def run_report(_inputs: tuple[()], place: Place, out: Path) -> dict[str, Any]:
+def run_report(_inputs: tuple[()], ctx: StageContext, out: Path) -> dict[str, Any]:
     """Write the report as HTML, Markdown and JSON. It follows from what earlier stages left, and nothing else."""
     from nbl_export.report import page
 
-    verify, bench, quality = page.results_of(place.run)
-    with edited(place.run.path, page.ADVICE):
-        page.render({**place.run.manifest, "status": place.verdict}, verify, bench, out, quality)
-    return {"status": place.verdict}
+    verify, bench, quality = page.results_of(ctx.run)
+    with edited(ctx.run.path, page.ADVICE):
+        page.render({**ctx.run.manifest, "status": ctx.verdict}, verify, bench, out, quality)
+    return {"status": ctx.verdict}

@@ -22,7 +22,7 @@ from nbl_export.options.options import CHECKPOINT_FIT, NO_ORIGINAL
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy, identity_of
 from nbl_export.run.job import Job
-from nbl_export.run.stages.common import Place, Skipped, shared_batches
+from nbl_export.run.stages.common import Skipped, StageContext, shared_batches
 from nbl_export.run_directory import SUMS_FILE
 from nbl_export.text.parts import rows_sha256
 
@@ -73,7 +73,7 @@ def declare(job: Job) -> CalibrateInputs | Skipped:
     )
 
 
-def run(inputs: CalibrateInputs, place: Place, out: Path) -> dict[str, Any]:
+def run(inputs: CalibrateInputs, ctx: StageContext, out: Path) -> dict[str, Any]:
     """Write the sums; returns the facts for the manifest.
 
     Raises:
@@ -93,21 +93,21 @@ def run(inputs: CalibrateInputs, place: Place, out: Path) -> dict[str, Any]:
     bf16 = bfloat16.use_bf16(inputs.compute_dtype, device)
     facts = _facts(inputs, rows, len(parts), bf16)
     if by_layer:
-        place.ui.say(f"  one layer at a time{f' on {describe_device(device)}' if is_gpu(device) else ''}: {why}")
-        _run_layers(inputs, place, rows, facts, out, device)
+        ctx.ui.say(f"  one layer at a time{f' on {describe_device(device)}' if is_gpu(device) else ''}: {why}")
+        _run_layers(inputs, ctx, rows, facts, out, device)
     else:
-        _run_whole(inputs, place, rows, parts, facts, out)
-    known = place.run.manifest["calibration"]
+        _run_whole(inputs, ctx, rows, parts, facts, out)
+    known = ctx.run.manifest["calibration"]
     calibration = {**known, "products": facts["identity"]["products"], "device": describe_device(device)}
     identity = facts["identity"]
     return {"calibration": calibration, "sums": {name: identity[name] for name in ("method", "collected")}}
 
 
 def _run_whole(
-    inputs: CalibrateInputs, place: Place, rows: Any, parts: Sequence[Any], facts: dict[str, Any], out: Path
+    inputs: CalibrateInputs, ctx: StageContext, rows: Any, parts: Sequence[Any], facts: dict[str, Any], out: Path
 ) -> None:
     """Collect with the whole model in memory."""
-    partial = place.run.partial("calibrate")
+    partial = ctx.run.partial("calibrate")
     bf16 = facts["identity"]["products"] == "bfloat16"
     sums = METHODS[inputs.method].collector(inputs.model.value, inputs.collected, bf16=bf16)
 
@@ -116,10 +116,10 @@ def _run_whole(
         if processes.is_rank0():
             sums.save(path, {**facts, "done": done})
 
-    with place.ui.task(f"{rows.numel()} tokens") as progress, sums:
+    with ctx.ui.task(f"{rows.numel()} tokens") as progress, sums:
         done = int(processes.broadcast_str(str(_restored(partial, facts, sums) if processes.is_rank0() else 0)))
         if done:
-            place.ui.say(f"  resuming after {done} of {len(parts)} batches")
+            ctx.ui.say(f"  resuming after {done} of {len(parts)} batches")
         sums.begin(rows)
         for batch in shared_batches(parts, done, progress, keep):
             sums.add(batch)
@@ -145,7 +145,7 @@ def _device(inputs: CalibrateInputs) -> tuple[Any, str]:
 
 
 def _run_layers(
-    inputs: CalibrateInputs, place: Place, rows: Any, facts: dict[str, Any], out: Path, device: Any
+    inputs: CalibrateInputs, ctx: StageContext, rows: Any, facts: dict[str, Any], out: Path, device: Any
 ) -> None:
     """Collect with the weights and sums of one layer at a time in memory."""
     from nbl_export.model.mapped import mapped_model
@@ -153,8 +153,8 @@ def _run_layers(
     bf16 = facts["identity"]["products"] == "bfloat16"
     model = mapped_model(inputs.checkpoint.value, device)
     sums = METHODS[inputs.method].collector(model, inputs.collected, bf16=bf16)
-    with place.ui.task(f"{rows.numel()} tokens, layer by layer") as progress, sums:
-        sums.by_layer(rows, out / SUMS_FILE, facts, place.run.path, progress)
+    with ctx.ui.task(f"{rows.numel()} tokens, layer by layer") as progress, sums:
+        sums.by_layer(rows, out / SUMS_FILE, facts, ctx.run.path, progress)
 
 
 def _facts(inputs: CalibrateInputs, rows: Any, batches: int, bf16: bool) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What all stages share: declared inputs, the place where a stage works, and which earlier stages it reads."""
+"""What all stages share: declared inputs, the context of a stage, and which earlier stages it reads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
 from nbl_export.run_directory import MAPS_FILE, VERIFY_FILE, RunDirectory
 
-__all__ = ["Inputs", "Place", "Skipped", "Stage", "shared_batches"]
+__all__ = ["Inputs", "Skipped", "Stage", "StageContext", "shared_batches"]
 
 _SECONDS = 30.0  # least time between two partial files,
 _SHARE = 50.0  # and at least this many times the seconds of writing one
@@ -34,7 +34,7 @@ class Skipped:
 
 
 @dataclass(frozen=True)
-class Place:
+class StageContext:
     """Where a stage works: the run directory with what earlier stages left, and the user who watches.
 
     readers: names of the stages that read this one, directly or indirectly.
@@ -84,7 +84,7 @@ class Stage(Generic[Inputs]):
     title: str
     reads: tuple[str, ...]
     declare: Callable[[Job], Inputs | Skipped]
-    run: Callable[[Inputs, Place, Path], dict[str, Any]]
+    run: Callable[[Inputs, StageContext, Path], dict[str, Any]]
     by_engine: bool = False
     shared: bool = False
     by_part: bool = False

@@ -17,7 +17,7 @@ from nbl_export.options.options import CHECKPOINT_FIT
 from nbl_export.records.inputs import Lazy
 from nbl_export.records.requests import PERPLEXITY, Subject
 from nbl_export.run.job import Job
-from nbl_export.run.stages.common import Place, Skipped
+from nbl_export.run.stages.common import Skipped, StageContext
 from nbl_export.run_directory import DECODERS, EVAL_FILE, MADE_BY
 from nbl_export.targets.base import Engine, compiler
 
@@ -52,57 +52,57 @@ def declare(job: Job) -> EvalInputs | Skipped:
     )
 
 
-def run(inputs: EvalInputs, place: Place, out: Path) -> dict[str, Any]:
+def run(inputs: EvalInputs, ctx: StageContext, out: Path) -> dict[str, Any]:
     """Write eval.json; each finished figure is saved in the run immediately."""
 
     def keep(value: dict[str, Any]) -> None:
-        with place.run.scratch() as scratch:
+        with ctx.run.scratch() as scratch:
             write_json(scratch / EVAL_FILE, value)
-            place.run.finish("eval", key_of("unfinished"), scratch, 0.0, place.readers, status=place.verdict)
+            ctx.run.finish("eval", key_of("unfinished"), scratch, 0.0, ctx.readers, status=ctx.verdict)
 
-    write_json(out / EVAL_FILE, _evaluate(inputs, place, keep))
-    return {"status": place.verdict}
+    write_json(out / EVAL_FILE, _evaluate(inputs, ctx, keep))
+    return {"status": ctx.verdict}
 
 
-def _evaluate(inputs: EvalInputs, place: Place, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def _evaluate(inputs: EvalInputs, ctx: StageContext, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """The content of eval.json; `keep` receives it after each new figure."""
     from nbl_export.evaluation import results
 
     subjects = inputs.asked.value
-    known = results.read_entries(place.run.path / EVAL_FILE)
-    models = {variant: key_of(place.run.stages[MADE_BY[DECODERS[variant]]]["files"]) for variant in inputs.variants}
+    known = results.read_entries(ctx.run.path / EVAL_FILE)
+    models = {variant: key_of(ctx.run.stages[MADE_BY[DECODERS[variant]]]["files"]) for variant in inputs.variants}
     kept = {k: e for k, e in known.items() if e.get("model") == models.get(e.get("variant", ""))}
     for variant, model in models.items():
         keys = {key_of(model, subject.asked): subject for subject in subjects}
         missing = {key: subject for key, subject in keys.items() if key not in kept}
         if not missing:
             continue
-        with _opened(inputs, place, variant) as scorer:
+        with _opened(inputs, ctx, variant) as scorer:
             for key, subject in missing.items():
                 started = time.monotonic()
-                with place.ui.task(f"{variant}: {subject.name}") as progress:
-                    outcome = _measure(subject, scorer, progress, behind_prompt=place.plan.predicts)
+                with ctx.ui.task(f"{variant}: {subject.name}") as progress:
+                    outcome = _measure(subject, scorer, progress, behind_prompt=ctx.plan.predicts)
                 seconds = round(time.monotonic() - started, 3)
                 kept[key] = results.entry(key, subject, variant, outcome, model=model, seconds=seconds)
                 figures = ", ".join(f"{name} {metric.value:.4g}" for name, metric in outcome.metrics.items())
-                place.ui.say(f"  {variant}: {subject.name}: {figures} ({outcome.items} items, {seconds:.1f} s)")
+                ctx.ui.say(f"  {variant}: {subject.name}: {figures} ({outcome.items} items, {seconds:.1f} s)")
                 keep(results.summarize(kept))
     return results.summarize(kept)
 
 
 @contextlib.contextmanager
-def _opened(inputs: EvalInputs, place: Place, variant: str) -> Iterator[Any]:
+def _opened(inputs: EvalInputs, ctx: StageContext, variant: str) -> Iterator[Any]:
     """A decoder that scores texts."""
     from nbl_export.evaluation.scorer import GraphScorer, continuing_of, graph_scorer
     from nbl_export.methods.checkpoint.load import load_tokenizer
 
-    directory = place.run.path / DECODERS[variant]
+    directory = ctx.run.path / DECODERS[variant]
     engine = inputs.engine.value
-    place.run.check(MADE_BY[DECODERS[variant]])
+    ctx.run.check(MADE_BY[DECODERS[variant]])
     if not engine.capabilities.static:
         yield graph_scorer(directory)
         return
-    with place.run.scratch() as scratch:
+    with ctx.run.scratch() as scratch:
         compiler(engine).write_float32(directory, scratch)
         decoder = engine.open_graph(scratch, inputs.head_dim)
         yield GraphScorer(decoder, load_tokenizer(directory), inputs.cache_length, continuing_of(directory))

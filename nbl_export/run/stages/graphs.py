@@ -16,7 +16,7 @@ from nbl_export.methods import cache_layers
 from nbl_export.options.public import public_facts
 from nbl_export.records.inputs import Lazy
 from nbl_export.run.job import Job
-from nbl_export.run.stages.common import Place, Skipped
+from nbl_export.run.stages.common import Skipped, StageContext
 from nbl_export.run_directory import DECODERS, PACKAGES
 from nbl_export.targets.base import BuildSettings, Engine, ExportSettings, compiler
 from nbl_export.version import __version__
@@ -74,7 +74,7 @@ def _codes(inputs: DecoderInputs) -> Path | None:
     return Path(found.directory)
 
 
-def run_decoder(inputs: DecoderInputs, place: Place, out: Path) -> dict[str, Any]:
+def run_decoder(inputs: DecoderInputs, ctx: StageContext, out: Path) -> dict[str, Any]:
     """Write original/."""
     inputs.model.forget()  # the exporter loads its own copy
     engine = inputs.engine.value
@@ -93,18 +93,18 @@ def declare_rewrite(job: Job) -> Lazy[Engine]:
     return Lazy(job.engine.capabilities.static, lambda: job.engine)
 
 
-def run_rewrite(inputs: Lazy[Engine], place: Place, out: Path) -> dict[str, Any]:
+def run_rewrite(inputs: Lazy[Engine], ctx: StageContext, out: Path) -> dict[str, Any]:
     """Write model/ with a manifest of its own."""
-    plan = place.plan
+    plan = ctx.plan
     target = out / DECODERS["nbl"]
-    original = place.run.path / DECODERS["original"]
+    original = ctx.run.path / DECODERS["original"]
     engine = inputs.value
-    engine.linearize(original, target, place.maps(), plan.tap)
-    facts = {k: place.run.manifest[k] for k in _DEPLOYED_FACTS}
-    facts["exit"] = place.run.manifest.get("exit")
+    engine.linearize(original, target, ctx.maps(), plan.tap)
+    facts = {k: ctx.run.manifest[k] for k in _DEPLOYED_FACTS}
+    facts["exit"] = ctx.run.manifest.get("exit")
     if engine.capabilities.static:
         facts["cache_layers"] = list(cache_layers(plan))  # layers of the cache ids 0..K-1
-    facts = public_facts(facts, place.run.manifest)  # the folder may be published: no paths of this machine
+    facts = public_facts(facts, ctx.run.manifest)  # the folder may be published: no paths of this machine
     write_json(target / MANIFEST, {**facts, "versions": versions(PACKAGES), "nbl_export": __version__})
     return {"versions": {"nbl-export": __version__, **versions(PACKAGES)}}
 
@@ -132,13 +132,13 @@ def declare_build(job: Job) -> BuildInputs | Skipped:
     )
 
 
-def run_build(inputs: BuildInputs, place: Place, out: Path) -> dict[str, Any]:
+def run_build(inputs: BuildInputs, ctx: StageContext, out: Path) -> dict[str, Any]:
     """Write engine/; returns the records of the engines for the manifest."""
     engine = compiler(inputs.available.value)
     engines = {}
     for subject, name in DECODERS.items():
-        with place.ui.task(f"compiling {name}"):
-            record = engine.build(place.run.path / name, out / "engine" / name, inputs.settings)
-        place.ui.say(f"  {name}: {record['plan_bytes'] / 2**20:,.0f} MiB in {record['build_seconds']:.1f} s")
+        with ctx.ui.task(f"compiling {name}"):
+            record = engine.build(ctx.run.path / name, out / "engine" / name, inputs.settings)
+        ctx.ui.say(f"  {name}: {record['plan_bytes'] / 2**20:,.0f} MiB in {record['build_seconds']:.1f} s")
         engines[subject] = {k: v for k, v in record.items() if k not in ("inputs", "outputs", "schema")}
-    return {"engines": engines, "status": place.verdict}
+    return {"engines": engines, "status": ctx.verdict}

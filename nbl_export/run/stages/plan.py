@@ -16,7 +16,7 @@ from nbl_export.options.options import CHECKPOINT_FIT
 from nbl_export.records.inputs import Lazy
 from nbl_export.report.quality import describe_curve
 from nbl_export.run.job import Job
-from nbl_export.run.stages.common import Place, Skipped
+from nbl_export.run.stages.common import Skipped, StageContext
 from nbl_export.run_directory import DISTILL_FILE, MAPS_FILE, START_FILE, SUMS_FILE
 from nbl_export.text.parts import Texts
 
@@ -83,14 +83,14 @@ def choice_of(job: Job) -> ChoiceInputs:
     )
 
 
-def run(inputs: PlanInputs, place: Place, out: Path) -> dict[str, Any]:
+def run(inputs: PlanInputs, ctx: StageContext, out: Path) -> dict[str, Any]:
     """Write the maps; returns plan, scores, order and curve for the manifest."""
     from nbl_export.methods.maps_file import save_maps
 
-    chosen: Choice = inputs.choose.value(place.ui.task, lambda line: place.ui.say(f"  {line}"))
+    chosen: Choice = inputs.choose.value(ctx.ui.task, lambda line: ctx.ui.say(f"  {line}"))
     plan = chosen.plan
     if chosen.facts.get("curve"):
-        place.ui.say(f"  {describe_curve(chosen.facts['curve'])}")
+        ctx.ui.say(f"  {describe_curve(chosen.facts['curve'])}")
     distilled = plan.layers and inputs.choice is not None and inputs.choice.trains.value
     if processes.is_rank0():
         save_maps(chosen.maps, out / (START_FILE if distilled else MAPS_FILE), plan.tap)
@@ -158,21 +158,21 @@ def declare_distill(job: Job) -> DistillInputs | Skipped:
     )
 
 
-def run_distill(inputs: DistillInputs, place: Place, out: Path) -> dict[str, Any]:
+def run_distill(inputs: DistillInputs, ctx: StageContext, out: Path) -> dict[str, Any]:
     """Write the trained maps and distill.json; returns the facts for the manifest."""
     from nbl_export.methods.distill import training
     from nbl_export.methods.distill.state import State
     from nbl_export.methods.maps_file import load_maps, maps_in, save_maps
 
-    plan = place.plan
+    plan = ctx.plan
     windows = inputs.training.value
     early_stopping = inputs.early_stopping.value
-    goal = _Goal(inputs, place) if inputs.validation else None
+    goal = _Goal(inputs, ctx) if inputs.validation else None
     settings = _settings(inputs, goal)
-    path = place.run.path / START_FILE
-    start = load_maps(path, maps_in(path)[0], place.run.decoder.hidden_size)
-    state = State(place.run.partial("distill"), _state_key(inputs.fingerprint, path, windows, early_stopping, settings))
-    with place.ui.task("distilling") as progress:
+    path = ctx.run.path / START_FILE
+    start = load_maps(path, maps_in(path)[0], ctx.run.decoder.hidden_size)
+    state = State(ctx.run.partial("distill"), _state_key(inputs.fingerprint, path, windows, early_stopping, settings))
+    with ctx.ui.task("distilling") as progress:
         found = training.distill(
             inputs.model.value,
             start,
@@ -180,7 +180,7 @@ def run_distill(inputs: DistillInputs, place: Place, out: Path) -> dict[str, Any
             windows,
             early_stopping,
             settings,
-            training.Callbacks(progress, lambda s: place.ui.say(f"  {s}"), state, goal.drop_layers if goal else None),
+            training.Callbacks(progress, lambda s: ctx.ui.say(f"  {s}"), state, goal.drop_layers if goal else None),
         )
     facts = goal.reach(found.maps) if goal else {}
     replaced = facts.get("replaced_layers", plan.layers)
@@ -212,10 +212,10 @@ def _settings(inputs: DistillInputs, goal: _Goal | None) -> Any:
 class _Goal:
     """A limit on quality that trained maps are to keep, by the plan's order of replacement."""
 
-    def __init__(self, inputs: DistillInputs, place: Place) -> None:
+    def __init__(self, inputs: DistillInputs, ctx: StageContext) -> None:
         self._inputs = inputs
-        self._place = place
-        self._goal = place.run.manifest["goal"]
+        self._ctx = ctx
+        self._goal = ctx.run.manifest["goal"]
         self._order: tuple[int, ...] = tuple(self._goal["order"])
 
     def drop_layers(self, maps: dict[int, Any]) -> tuple[int, ...]:
@@ -225,9 +225,9 @@ class _Goal:
         assert self._inputs.selection is not None
         begun = len(self._order)
         texts = self._inputs.selection.value
-        count = count_estimated(self._with(maps), self._order, self._goal["share"], texts, self._place.ui.task)
+        count = count_estimated(self._with(maps), self._order, self._goal["share"], texts, self._ctx.ui.task)
         self._order = self._order[:count]
-        self._place.ui.say(f"  {count} of {begun} layers stay; the training goes on with these")
+        self._ctx.ui.say(f"  {count} of {begun} layers stay; the training goes on with these")
         return self._order
 
     def reach(self, maps: dict[int, Any]) -> dict[str, Any]:
@@ -239,9 +239,9 @@ class _Goal:
         goal = self._goal
         limit = Limit(goal["share"], None if goal["default"] else goal["max_perplexity_increase"])
         texts = self._inputs.validation.value
-        count, found, lines = count_trained(self._with(maps), order, limit, texts, self._place.ui.task)
+        count, found, lines = count_trained(self._with(maps), order, limit, texts, self._ctx.ui.task)
         for line in lines:
-            self._place.ui.say(f"  {line}")
+            self._ctx.ui.say(f"  {line}")
         replaced = sorted(order[:count])
         return {"replaced_layers": replaced, "kinds": [maps[i].kind for i in replaced], "goal": {**goal, **found}}
 
@@ -249,7 +249,7 @@ class _Goal:
         from nbl_export.methods.losses import PartialReplacement
 
         inputs = self._inputs
-        return PartialReplacement(inputs.model.value, maps, self._place.plan.tap, bf16_matmul=inputs.bf16_matmul.value)
+        return PartialReplacement(inputs.model.value, maps, self._ctx.plan.tap, bf16_matmul=inputs.bf16_matmul.value)
 
 
 def _state_key(fingerprint: str, maps: Path, windows: Any, early_stopping: Any, settings: Any) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from nbl_export.records.inputs import Lazy
 from nbl_export.run.job import Job
-from nbl_export.run.stages.common import Place
+from nbl_export.run.stages.common import StageContext
 from nbl_export.run_directory import TEXT_FILE
 from nbl_export.text.corpus import Text, stdlib_text
 from nbl_export.text.windows import DIVISION
@@ -65,7 +65,7 @@ def declare(job: Job) -> TextInputs:
     )
 
 
-def run(inputs: TextInputs, place: Place, out: Path) -> dict[str, Any]:
+def run(inputs: TextInputs, ctx: StageContext, out: Path) -> dict[str, Any]:
     """Write text.safetensors; returns names, hashes and sizes for the manifest."""
     from nbl_export.text import parts
 

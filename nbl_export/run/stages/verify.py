@@ -23,7 +23,7 @@ from nbl_export.records.inputs import Lazy
 from nbl_export.records.quality import describe_long_range, describe_loss, warn_of_text
 from nbl_export.run.job import Job
 from nbl_export.run.settled import require_engine
-from nbl_export.run.stages.common import Place
+from nbl_export.run.stages.common import StageContext
 from nbl_export.run_directory import ACCEPTANCE_FILE, DECODERS, VERIFY_FILE
 from nbl_export.targets.base import Engine, compiler
 from nbl_export.targets.tokenizer import TOKENIZER, Text
@@ -32,7 +32,7 @@ from nbl_export.text.parts import Texts
 from nbl_export.text.windows import LONG_ROW, repeated
 from nbl_export.verify.on_target import expect, save
 from nbl_export.verify.perplexity import in_turn, quality_loss
-from nbl_export.verify.structure import Setting
+from nbl_export.verify.structure import VerificationContext
 from nbl_export.verify.verifier import Verifier
 
 __all__ = ["VerifyInputs", "ask", "check", "declare", "loss_texts", "run", "uses_of"]
@@ -117,53 +117,55 @@ def _engine(job: Job) -> Engine:
     return job.engine
 
 
-def run(inputs: VerifyInputs, place: Place, out: Path) -> dict[str, Any]:
+def run(inputs: VerifyInputs, ctx: StageContext, out: Path) -> dict[str, Any]:
     """Write verify.json, and acceptance-values.json for an engine of another machine."""
-    result = check(inputs, place, out)
+    result = check(inputs, ctx, out)
     write_json(out / VERIFY_FILE, result)
     return {"status": result["status"]}
 
 
-def check(inputs: VerifyInputs, place: Place, out: Path) -> dict[str, Any]:
+def check(inputs: VerifyInputs, ctx: StageContext, out: Path) -> dict[str, Any]:
     """The content of verify.json."""
-    setting = setting_of(inputs, place)
-    maps = place.maps()
+    verification = _verification_of(inputs, ctx)
+    maps = ctx.maps()
     continuing = continuing_tokens(mixer.reads for mixer in maps.values())
     probe = make_probe(inputs, continuing)
-    holder = _tokenizer(inputs, place)
+    holder = _tokenizer(inputs, ctx)
     asked = ask(holder, continuing or 0, inputs.cache_length)
     if asked:
         probe = dataclasses.replace(probe, prompts=asked, new_tokens=_ANSWER_TOKENS)
-    verifier = Verifier(setting, probe, maps)
-    shipped = {subject: place.run.path / name for subject, name in DECODERS.items()}
-    with _run_by_a_cpu(setting, shipped, place) as run:
+    verifier = Verifier(verification, probe, maps)
+    shipped = {subject: ctx.run.path / name for subject, name in DECODERS.items()}
+    with _run_by_a_cpu(verification, shipped, ctx) as run:
         verifier.run(shipped, run)
         _check_exporter(verifier, inputs, run["original"])
         results = verifier.results
-        place.ui.say(f"  graphs: {sum(r.passed for r in results)} of {len(results)} checks passed")
+        ctx.ui.say(f"  graphs: {sum(r.passed for r in results)} of {len(results)} checks passed")
         quality_losses = list[dict[str, Any]]()
         long_range = None
         if not inputs.lacks_attention:  # the loss takes as long again
-            original, nbl, held = _open_both(setting, run)
-            with place.ui.task("quality loss on held-back text") as progress:
+            original, nbl, held = _open_both(verification, run)
+            with ctx.ui.task("quality loss on held-back text") as progress:
                 test = loss_texts(inputs, continuing)
                 texts: list[tuple[str | None, Any]] = [*test, (None, _twice(test[0][1]))]
                 quality_losses, long_range = quality_loss(original, nbl, texts, progress, continuing, held=held)
             del original, nbl
-        if setting.engine.capabilities.needs_target_gpu:
-            save(expect(setting.precision, verifier.probe, verifier.references, continuing), out / ACCEPTANCE_FILE)
+        if verification.engine.capabilities.needs_target_gpu:
+            save(expect(verification.precision, verifier.probe, verifier.references, continuing), out / ACCEPTANCE_FILE)
     said = {"answers": _answers(verifier, holder, asked=bool(asked)), "passage": questions.PASSAGE if asked else ""}
-    return {**conclude(inputs, place, verifier, quality_losses, long_range), **said}
+    return {**conclude(inputs, ctx, verifier, quality_losses, long_range), **said}
 
 
-def _open_both(setting: Setting, run: Mapping[str, Path]) -> tuple[Any, Any, int]:
+def _open_both(verification: VerificationContext, run: Mapping[str, Path]) -> tuple[Any, Any, int]:
     """The original and the NBL decoder, and the logits in bytes that may wait for the second one.
 
     They take turns if both do not fit into memory.
     """
     needed = _SESSION_SHARE * sum(file.stat().st_size for name in DECODERS for file in run[name].iterdir())
     available = memory.available_bytes()
-    openers = [functools.partial(setting.engine.open_graph, run[name], setting.spec.head_dim) for name in DECODERS]
+    openers = [
+        functools.partial(verification.engine.open_graph, run[name], verification.spec.head_dim) for name in DECODERS
+    ]
     if needed <= available:
         return openers[0](), openers[1](), 0
     return *in_turn(*openers), int(_LOGITS_SHARE * available)
@@ -173,23 +175,24 @@ def _check_exporter(verifier: Verifier, inputs: VerifyInputs, original: Path) ->
     """Check exporter. The torch model is forgotten afterwards."""
     from nbl_export.verify import exporter
 
-    setting = verifier.setting
+    verification = verifier.verification
     model = inputs.mapped if inputs.shortage.value else inputs.model
-    with setting.task("torch model") as progress:
-        if setting.precision in exporter.ROUNDED:
-            decoder, (_, windows) = setting.engine.open_graph(original, inputs.spec.head_dim), loss_texts(inputs)[0]
-            found = exporter.check_perplexity(model.value, decoder, setting.precision, windows, progress)
+    with verification.task("torch model") as progress:
+        if verification.precision in exporter.ROUNDED:
+            decoder = verification.engine.open_graph(original, inputs.spec.head_dim)
+            _, windows = loss_texts(inputs)[0]
+            found = exporter.check_perplexity(model.value, decoder, verification.precision, windows, progress)
             verifier.results.append(found[0])
             verifier.warnings += filter(None, found[1:])
         else:
             reference = verifier.references["original"]
-            verifier.results += exporter.check_logits(model.value, setting.precision, verifier.probe, reference)
+            verifier.results += exporter.check_logits(model.value, verification.precision, verifier.probe, reference)
     model.forget()
 
 
-def _tokenizer(inputs: VerifyInputs, place: Place) -> Path | None:
+def _tokenizer(inputs: VerifyInputs, ctx: StageContext) -> Path | None:
     """A directory with tokenizer.json: the shipped original's, or the checkpoint; None without one."""
-    shipped = place.run.path / DECODERS["original"]
+    shipped = ctx.run.path / DECODERS["original"]
     holder = shipped if (shipped / TOKENIZER).is_file() else inputs.checkpoint.value
     return holder if (holder / TOKENIZER).is_file() else None
 
@@ -223,22 +226,22 @@ def _answers(verifier: Verifier, holder: Path | None, *, asked: bool) -> list[di
     ]
 
 
-def setting_of(inputs: VerifyInputs, place: Place) -> Setting:
+def _verification_of(inputs: VerifyInputs, ctx: StageContext) -> VerificationContext:
     """The verification settings of the run."""
-    return Setting(
+    return VerificationContext(
         engine=inputs.engine.value,
         spec=inputs.spec,
-        plan=place.plan,
+        plan=ctx.plan,
         precision=inputs.precision,
         logits=inputs.kept_logits,
         cache_length=inputs.cache_length,
-        task=place.ui.task,
+        task=ctx.ui.task,
     )
 
 
 def conclude(
     inputs: VerifyInputs,
-    place: Place,
+    ctx: StageContext,
     verifier: Verifier,
     quality_losses: list[dict[str, Any]],
     long_range: dict[str, Any] | None = None,
@@ -246,18 +249,18 @@ def conclude(
     """The content of verify.json; prints the perplexity increases, what long-range tokens keep, and warnings."""
     from nbl_export.verify import ladder
 
-    plan = place.plan
+    plan = ctx.plan
     size = inputs.engine.value.capabilities.cache_itemsize(inputs.precision)
     layers = {"original": plan.num_layers, "nbl": len(cache_layers(plan))}
     per_token = {subject: inputs.spec.cache_bytes_per_token(kept, size) for subject, kept in layers.items()}
     warning = warn_of_text(quality_losses)
     for row in quality_losses:
         said = describe_loss(row)["increase"]
-        place.ui.say(f"  perplexity {said}, {row['text']}, {row['tokens']:,} tokens")
+        ctx.ui.say(f"  perplexity {said}, {row['text']}, {row['tokens']:,} tokens")
     if long_range is not None:
-        place.ui.say(f"  {describe_long_range(long_range)}, {long_range['tokens']:,} tokens")
+        ctx.ui.say(f"  {describe_long_range(long_range)}, {long_range['tokens']:,} tokens")
     for sentence in (*verifier.warnings, *filter(None, [warning])):
-        place.ui.say(f"  {sentence}")
+        ctx.ui.say(f"  {sentence}")
     found = ladder.summary(verifier.results, inputs.precision, quality_losses, plan)
     return {
         **found,
@@ -265,20 +268,22 @@ def conclude(
         "warnings": verifier.warnings,
         "long_range": long_range,
         "quality_warning": warning,
-        "texts": uses_of(inputs, place) if quality_losses else [],
+        "texts": uses_of(inputs, ctx) if quality_losses else [],
         "cache_bytes_per_token": per_token,
     }
 
 
 @contextlib.contextmanager
-def _run_by_a_cpu(setting: Setting, shipped: Mapping[str, Path], place: Place) -> Iterator[dict[str, Path]]:
+def _run_by_a_cpu(
+    verification: VerificationContext, shipped: Mapping[str, Path], ctx: StageContext
+) -> Iterator[dict[str, Path]]:
     """Directories of the graphs that a CPU runs: the deployed ones, or their float32 copies."""
-    if not setting.static:
+    if not verification.static:
         yield dict(shipped)
         return
-    with place.run.scratch() as scratch, place.ui.task("float32 copies"):
+    with ctx.run.scratch() as scratch, ctx.ui.task("float32 copies"):
         for subject, directory in shipped.items():
-            compiler(setting.engine).write_float32(directory, scratch / subject)
+            compiler(verification.engine).write_float32(directory, scratch / subject)
         yield {subject: scratch / subject for subject in shipped}
 
 
@@ -344,16 +349,16 @@ def _exit(windows_WT: Any, context: int) -> Any:
     return ids[: len(ids) // context * context].reshape(-1, context)
 
 
-def uses_of(inputs: VerifyInputs, place: Place) -> list[dict[str, Any]]:
+def uses_of(inputs: VerifyInputs, ctx: StageContext) -> list[dict[str, Any]]:
     """The value of "texts" in verify.json: for each use of a text, its name and number of tokens."""
     names = inputs.names.value
     used: list[tuple[str, str, Any]] = [("calibration: scores and maps", names[0], inputs.windows.value)]
     if inputs.training is not None:
         used.append(("distillation: training", names[0], inputs.training.value))
         used.append(("distillation: judging", names[0], inputs.early_stopping.value))
-    if place.plan.select == "efficient":
+    if ctx.plan.select == "efficient":
         used += [("choice of layers", *text) for text in inputs.selection.value]
-    if (place.run.manifest.get("goal") or {}).get("path"):
+    if (ctx.run.manifest.get("goal") or {}).get("path"):
         used += [("number of layers", n, rows) for n, (_, rows) in zip(names, inputs.validation.value, strict=False)]
     used += [("final figures", n, rows) for n, (_, rows) in zip(names, inputs.test.value, strict=False)]
     return [{"use": use, "text": name, "tokens": int(windows.numel())} for use, name, windows in used]
