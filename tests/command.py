@@ -100,7 +100,7 @@ def stage_lines(outcome: Outcome) -> dict[str, str]:
 
 
 def text_is_read(outcome: Outcome) -> bool:
-    """Whether the stage text has read and cut a text."""
+    """Whether the stage text has read and split a text."""
     return "text: done" in outcome.err
 
 

@@ -25,7 +25,7 @@ from nbl_export.errors import NblError
 from nbl_export.evaluation.measure import Metric, Outcome, windows
 from nbl_export.evaluation.scorer import GraphScorer, Request
 from nbl_export.records.quality import NEAR
-from nbl_export.text.corpus import Text
+from nbl_export.text.corpus import Corpus
 
 __all__ = ["COPYING", "OF_TEXT", "TESTS", "run_length"]
 
@@ -57,7 +57,7 @@ class _Item:
 
 def run_length(
     test: str,
-    text: Text | None,
+    text: Corpus | None,
     scorer: GraphScorer,
     window: int,
     limit: int | None,

@@ -29,7 +29,7 @@ import numpy as np
 
 from nbl_export.errors import NblError
 from nbl_export.evaluation.scorer import GraphScorer, Request
-from nbl_export.text.corpus import READ_BYTES, Text
+from nbl_export.text.corpus import READ_BYTES, Corpus
 from nbl_export.text.windows import token_ids
 
 __all__ = ["AGGREGATIONS", "Metric", "Outcome", "aggregate_with_stderr", "paired_difference", "run_windows", "windows"]
@@ -127,7 +127,7 @@ def _error(influence: np.ndarray) -> float | None:
 # -- texts -----------------------------------------------------------------------------------------------------
 
 
-def windows(text: Text, tokenizer: Any, context: int, limit: int | None) -> list[list[int]]:
+def windows(text: Corpus, tokenizer: Any, context: int, limit: int | None) -> list[list[int]]:
     """Token ids of each window; at most `limit` windows.
 
     Raises:
@@ -135,7 +135,7 @@ def windows(text: Text, tokenizer: Any, context: int, limit: int | None) -> list
     """
     enough = sys.maxsize if limit is None else context * limit
     ids = token_ids(text, tokenizer, enough)
-    if text.cut and len(ids) < enough:
+    if text.truncated and len(ids) < enough:
         raise NblError(f"of the text {text.name} only the first {READ_BYTES >> 20} MiB are read; give --limit")
     starts = range(0, len(ids) - context + 1, context)[:limit]
     if not starts:

@@ -30,7 +30,7 @@ from nbl_export.records.destinations import DESTINATIONS
 from nbl_export.records.inputs import Lazy
 from nbl_export.run_directory import RunDirectory
 from nbl_export.targets import ENGINES, load_engine
-from nbl_export.text.corpus import Text
+from nbl_export.text.corpus import Corpus
 from nbl_export.text.mixture import absolute_sources, identify, read_texts
 
 __all__ = [
@@ -70,7 +70,7 @@ class Settled:
     source: Lazy[Source]
     codes: Lazy[Source | None]
     sources: list[str]
-    documents: Lazy[Text]
+    documents: Lazy[Corpus]
     facts: Mapping[str, Any]
 
 
@@ -251,8 +251,8 @@ def _codes(options: JobOptions, decoder: DecoderSpec) -> tuple[Lazy[Source | Non
     return Lazy(about["fingerprint"], lambda: found), {"quantized": {"name": options.quantized_model, **about}}
 
 
-def _documents(options: JobOptions, sources: list[str], say: Say) -> Lazy[Text]:
-    def read() -> Text:
+def _documents(options: JobOptions, sources: list[str], say: Say) -> Lazy[Corpus]:
+    def read() -> Corpus:
         if identify(options.calibration) != sources:
             raise NblError("the calibration text has changed since this run; restore it")
         return read_texts(options.calibration, say)

@@ -26,14 +26,14 @@ from nbl_export.targets.runners import TextRunner
 from nbl_export.trust.contained import check_folder
 from nbl_export.trust.model_settings import read_text
 
-__all__ = ["TOKENIZER", "Text", "TextGenerationMixin", "applied", "read_settings", "render"]
+__all__ = ["TOKENIZER", "TextGenerationMixin", "TokenizerFiles", "applied", "read_settings", "render"]
 
 
 TOKENIZER = "tokenizer.json"
 _Own = TypeVar("_Own", bound="TextGenerationMixin")
 
 
-class Text:
+class TokenizerFiles:
     """The tokenizer of a directory.
 
     Raises:
@@ -107,9 +107,9 @@ class TextGenerationMixin(TextRunner):
         """Free the model; the runner cannot be used afterwards."""
 
     @functools.cached_property
-    def text(self) -> Text:
+    def text(self) -> TokenizerFiles:
         """The tokenizer of the directory."""
-        return Text(self.directory)
+        return TokenizerFiles(self.directory)
 
     def last_logits(self) -> np.ndarray:
         """Logits [V] float32 after the last token; valid only right after `append`."""

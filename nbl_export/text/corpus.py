@@ -36,14 +36,14 @@ from nbl_export.text import hub
 
 __all__ = [
     "READ_BYTES",
-    "Text",
-    "TextPart",
-    "cut_documents",
+    "Corpus",
+    "CorpusPart",
     "documents_sha256",
     "find",
     "hub_texts",
     "installed_text",
     "read_text",
+    "split_documents",
     "stdlib_text",
 ]
 
@@ -54,7 +54,7 @@ _PROBED_BYTES = 1 << 16  # a file with zeros among these is binary
 
 
 @dataclass(frozen=True)
-class TextPart:
+class CorpusPart:
     """Name and SHA-256 of one text of a mix."""
 
     name: str
@@ -62,21 +62,22 @@ class TextPart:
 
 
 @dataclass(frozen=True)
-class Text:
+class Corpus:
     """Documents, and the name and SHA-256 of their source.
 
-    parts: the texts of a mix. ended_by: the text whose end ended the mix. cut: the source holds more than was read.
+    parts: the texts of a mix. ended_by: the text whose end ended the mix.
+    truncated: the source holds more than was read.
     """
 
     name: str
     sha256: str
     documents: tuple[str, ...]
-    parts: tuple[TextPart, ...] = ()
+    parts: tuple[CorpusPart, ...] = ()
     ended_by: str = ""
-    cut: bool = False
+    truncated: bool = False
 
 
-def _read_file(path: Path, name: str = "") -> Text:
+def _read_file(path: Path, name: str = "") -> Corpus:
     """Read the beginning of a text file. Its hash is of the whole file.
 
     Raises:
@@ -84,7 +85,7 @@ def _read_file(path: Path, name: str = "") -> Text:
     """
     try:
         with path.open("rb") as file:
-            text, cut = _decoded(path, gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file)
+            text, truncated = _decoded(path, gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file)
             file.seek(0)
             digest = stream_sha256(file)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -93,31 +94,31 @@ def _read_file(path: Path, name: str = "") -> Text:
         raise NblError(f"calibration text {path} cannot be read: {error.strerror}") from error
     if not text or text.isspace():
         raise NblError(f"calibration text {path} is empty")
-    documents = tuple(document for document in _documents(path, text, cut) if document.strip())
+    documents = tuple(document for document in _documents(path, text, truncated) if document.strip())
     if not documents:
         raise NblError(f"calibration text {path} holds no text")
-    return Text(name or path.name, digest, documents, cut=cut)
+    return Corpus(name or path.name, digest, documents, truncated=truncated)
 
 
 def _decoded(path: Path, stream: IO[bytes] | gzip.GzipFile) -> tuple[str, bool]:
     """The text of the first `READ_BYTES`, and whether more bytes follow."""
     data = stream.read(READ_BYTES)
-    cut = bool(stream.read(1))
+    truncated = bool(stream.read(1))
     if b"\0" in data[:_PROBED_BYTES]:
         raise NblError(f"calibration text {path} is a binary file; give UTF-8 text, .jsonl or .json")
     try:
-        text, _ = codecs.utf_8_decode(data, "strict", not cut)  # the limit may lie inside a character
+        text, _ = codecs.utf_8_decode(data, "strict", not truncated)  # the limit may lie inside a character
     except UnicodeDecodeError as error:
         raise NblError(f"calibration text {path} is not UTF-8 (byte {error.start}); convert it with iconv") from error
-    return text.removeprefix("\ufeff"), cut
+    return text.removeprefix("\ufeff"), truncated
 
 
-def _documents(path: Path, text: str, cut: bool) -> Iterator[str]:
+def _documents(path: Path, text: str, truncated: bool) -> Iterator[str]:
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if suffix not in (".json", ".jsonl"):
         yield text
         return
-    for place, row in _rows(path, text) if suffix == ".json" else _lines(path, text, cut):
+    for place, row in _rows(path, text) if suffix == ".json" else _lines(path, text, truncated):
         document = row.get("text") if isinstance(row, dict) else None
         if not isinstance(document, str):
             raise NblError(f"calibration text {path}, {place} has no text field")
@@ -136,8 +137,8 @@ def _rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     yield from ((f"entry {number}", row) for number, row in enumerate(rows, 1))
 
 
-def _lines(path: Path, text: str, cut: bool) -> Iterator[tuple[str, Any]]:
-    """Number and value of each line that is not blank; a last line that the reading limit cut is left out."""
+def _lines(path: Path, text: str, truncated: bool) -> Iterator[tuple[str, Any]]:
+    """Number and value of each line that is not blank; a last line that the reading limit truncated is left out."""
     number = 1
     begin = 0
     for line in re.finditer(r"[^\n]+", text):
@@ -148,7 +149,7 @@ def _lines(path: Path, text: str, cut: bool) -> Iterator[tuple[str, Any]]:
                 f"calibration text {path}, line {number} is longer than {_LINE_CHARS >> 20} Mi characters; "
                 "cut it into several documents"
             )
-        if not line[0].isspace() and not (cut and end == len(text)):
+        if not line[0].isspace() and not (truncated and end == len(text)):
             yield f"line {number}", _parsed(f"{path}, line {number}", line[0])
 
 
@@ -160,7 +161,7 @@ def _parsed(place: str, text: str) -> Any:
 
 
 log = logging.getLogger(__name__)
-_LONG_DOCUMENT_CHARS = 8000  # a mix cuts longer documents
+_LONG_DOCUMENT_CHARS = 8000  # a mix splits longer documents
 
 
 # The default text without the hub: exllamav3 ships calibration prose (MIT) beside its code. The files are read; the
@@ -176,7 +177,7 @@ _FALLBACK = "pydoc_data/topics.py"
 _HUB_ID = re.compile(r"[\w-]+/[\w-]+(\.[0-9]\w*)?((/[\w.-]+)?@[\w.\[\]%:+-]+)?", re.ASCII)
 
 
-def hub_texts(sources: Sequence[str], most: int | None = None, seconds: float | None = None) -> list[Text]:
+def hub_texts(sources: Sequence[str], most: int | None = None, seconds: float | None = None) -> list[Corpus]:
     """The first documents of hub datasets.
 
     Args:
@@ -188,8 +189,8 @@ def hub_texts(sources: Sequence[str], most: int | None = None, seconds: float | 
     """
     found = hub.stream(sources, READ_BYTES if most is None else most, seconds)
     return [
-        Text(source, documents_sha256(documents), documents, cut=cut)
-        for source, (documents, cut) in zip(sources, found, strict=True)
+        Corpus(source, documents_sha256(documents), documents, truncated=truncated)
+        for source, (documents, truncated) in zip(sources, found, strict=True)
     ]
 
 
@@ -217,7 +218,7 @@ def find(source: str) -> Path | None:
     return None
 
 
-def read_text(source: str) -> Text:
+def read_text(source: str) -> Corpus:
     """Read one file or hub dataset.
 
     Raises:
@@ -227,7 +228,7 @@ def read_text(source: str) -> Text:
     return hub_texts([source])[0] if file is None else _read_file(file)
 
 
-def installed_text(reason: str = "", *, failed: bool = False) -> Text:
+def installed_text(reason: str = "", *, failed: bool = False) -> Corpus:
     """The default text without the hub: web, encyclopaedia, technical, story and program text of a package.
 
     The shares are equal, and the stories are half dialogue. Documents of the five files are interleaved, so any prefix
@@ -248,16 +249,16 @@ def installed_text(reason: str = "", *, failed: bool = False) -> Text:
         )
         return stdlib_text()
     texts = [_read_file(path) for path in found]
-    parts = tuple(TextPart(path.stem, text.sha256) for path, text in zip(found, texts, strict=True))
+    parts = tuple(CorpusPart(path.stem, text.sha256) for path, text in zip(found, texts, strict=True))
     name = f"{_OFFLINE}: {', '.join(path.stem for path in found)}"
     if failed:
         log.warning("calibration text: %s; using the %s instead", reason, _OFFLINE)
     digest = hashlib.sha256("".join(t.sha256 for t in texts).encode()).hexdigest()
     documents = itertools.chain.from_iterable(zip(*(_paragraphs(t.documents) for t in texts), strict=False))
-    return Text(name, digest, tuple(documents), parts, cut=any(t.cut for t in texts))
+    return Corpus(name, digest, tuple(documents), parts, truncated=any(t.truncated for t in texts))
 
 
-def stdlib_text() -> Text:
+def stdlib_text() -> Corpus:
     """The language reference inside Python's standard library: prose and code on every machine."""
     return _read_file(Path(sysconfig.get_paths()["stdlib"]) / _FALLBACK, name=f"python {_FALLBACK}")
 
@@ -272,7 +273,7 @@ def _package_files() -> list[Path]:
 
 
 def _paragraphs(documents: Iterable[str], target_chars: int = 2000) -> list[str]:
-    """Cut or join documents at line ends into pieces of about the same length."""
+    """Split or join documents at line ends into pieces of about the same length."""
     pieces: list[str] = []
     current: list[str] = []
     size = 0
@@ -289,8 +290,8 @@ def _paragraphs(documents: Iterable[str], target_chars: int = 2000) -> list[str]
     return pieces
 
 
-def cut_documents(documents: Iterable[str]) -> list[str]:
-    """The documents; long documents are cut at line ends."""
+def split_documents(documents: Iterable[str]) -> list[str]:
+    """The documents; long documents are split at line ends."""
     found: list[str] = []
     for document in documents:
         found += [document] if len(document) <= _LONG_DOCUMENT_CHARS else _paragraphs([document])

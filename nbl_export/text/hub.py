@@ -3,7 +3,7 @@
     unavailable()          why the hub is not asked: a switch, no library, no answer within seconds
     stream(sources, ...)   child `answer` ─► lines of JSON ─► documents of each source
 
-    ["text", "one document"] ... ["end", cut] of source 0, then the same of source 1
+    ["text", "one document"] ... ["end", truncated] of source 0, then the same of source 1
     ["error", "why this dataset cannot be read"], and the process ends
 
 A child can be stopped while its library waits for the network. The child's memory is freed when it ends. It works in an

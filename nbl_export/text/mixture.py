@@ -16,7 +16,7 @@ from pathlib import Path
 
 from nbl_export.errors import NblError, UsageError
 from nbl_export.files import file_sha256
-from nbl_export.text.corpus import Text, TextPart, cut_documents, find, hub_texts, installed_text, read_text
+from nbl_export.text.corpus import Corpus, CorpusPart, find, hub_texts, installed_text, read_text, split_documents
 from nbl_export.text.hub import HubError, unavailable
 
 __all__ = ["HUB_MIX", "absolute_sources", "default_text", "identify", "mix", "read_texts"]
@@ -55,7 +55,7 @@ def identify(values: Sequence[str]) -> list[str]:
         raise NblError(f"calibration text {error.filename} cannot be read: {error.strerror}") from error
 
 
-def read_texts(values: Sequence[str], say: Callable[[str], None] = lambda _line: None) -> Text:
+def read_texts(values: Sequence[str], say: Callable[[str], None] = lambda _line: None) -> Corpus:
     """The text that --calibration names; the default text for no values.
 
     Args:
@@ -72,7 +72,7 @@ def read_texts(values: Sequence[str], say: Callable[[str], None] = lambda _line:
     return texts[0] if len(texts) == 1 else mix(texts)
 
 
-def default_text(say: Callable[[str], None] = lambda _line: None) -> Text:
+def default_text(say: Callable[[str], None] = lambda _line: None) -> Corpus:
     """The mix of `HUB_MIX`, or installed text if the hub cannot be read."""
     if reason := unavailable():
         return installed_text(reason)
@@ -85,13 +85,13 @@ def default_text(say: Callable[[str], None] = lambda _line: None) -> Text:
     return dataclasses.replace(mix(texts), name=f"hub mix: {', '.join(names)}")
 
 
-def mix(texts: Sequence[Text]) -> Text:
-    """One text of several; long documents are cut at line ends, so that they can be mixed."""
-    parts = tuple(TextPart(text.name, text.sha256) for text in texts)
+def mix(texts: Sequence[Corpus]) -> Corpus:
+    """One text of several; long documents are split at line ends, so that they can be mixed."""
+    parts = tuple(CorpusPart(text.name, text.sha256) for text in texts)
     digest = hashlib.sha256("".join(part.sha256 for part in parts).encode()).hexdigest()
-    documents, ended = _interleave([cut_documents(text.documents) for text in texts])
+    documents, ended = _interleave([split_documents(text.documents) for text in texts])
     name = " + ".join(part.name for part in parts)
-    return Text(name, digest, tuple(documents), parts, texts[ended].name, texts[ended].cut)
+    return Corpus(name, digest, tuple(documents), parts, texts[ended].name, texts[ended].truncated)
 
 
 def _interleave(streams: Sequence[Sequence[str]]) -> tuple[list[str], int]:

@@ -1,4 +1,4 @@
-"""The text of a job: rows of token ids by what they are for, cut once and read by every later stage.
+"""The text of a job: rows of token ids by what they are for, split once and read by every later stage.
 
     calibration text ─► windows, held_out, training, validation, selection, test ┐
     second text ──────► second.validation, second.selection, second.test ─────────┴─► one safetensors file
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from nbl_export.errors import CorruptError
 from nbl_export.files import arrays_sha256
 from nbl_export.records.inputs import Lazy
-from nbl_export.text.corpus import Text
+from nbl_export.text.corpus import Corpus
 from nbl_export.text.windows import (
     CALIBRATION_ROLES,
     SECOND_ROLES,
@@ -47,7 +47,7 @@ Texts = Sequence[tuple[str, Any]]  # name and token ids [windows, context] of ea
 
 
 def split_rows(
-    text: Text, tokenizer: Any, tokens: int, context: int, training: int, vocab_size: int
+    text: Corpus, tokenizer: Any, tokens: int, context: int, training: int, vocab_size: int
 ) -> dict[str, torch.Tensor]:
     """The parts of a calibration text, which is tokenised once.
 
@@ -66,7 +66,7 @@ def split_rows(
     return {**rows, **divide(held, CALIBRATION_ROLES)}
 
 
-def split_second(text: Text, tokenizer: Any, context: int, vocab_size: int) -> dict[str, torch.Tensor]:
+def split_second(text: Corpus, tokenizer: Any, context: int, vocab_size: int) -> dict[str, torch.Tensor]:
     """The parts of the second text; nothing if it has too few windows."""
     rows, _ = pack(text, tokenizer, part_tokens(SECOND_ROLES, context), context, vocab_size=vocab_size)
     if len(rows) < len(SECOND_ROLES):

@@ -1,4 +1,4 @@
-"""Cuts text into token windows of one length, and divides them by purpose.
+"""Splits text into token windows of one length, and divides them by purpose.
 
 Each window has one purpose, so no final figure is measured on text that chose something.
 
@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.errors import NblError
-from nbl_export.text.corpus import Text
+from nbl_export.text.corpus import Corpus
 
 if TYPE_CHECKING:
     import torch
@@ -66,17 +66,17 @@ DIVISION: list[Any] = [[*part] for part in PART_TOKENS.items()]  # in the key of
 
 
 def pack(
-    text: Text, tokenizer: Any, tokens: int, context: int, held_out: int = 0, vocab_size: int | None = None
+    text: Corpus, tokenizer: Any, tokens: int, context: int, held_out: int = 0, vocab_size: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokenize and cut into full windows: `token_ids` and `pack_ids`."""
+    """Tokenize and split into full windows: `token_ids` and `pack_ids`."""
     needed = (max(1, -(-tokens // context)) + -(-held_out // context)) * context
     return pack_ids(text, token_ids(text, tokenizer, needed, vocab_size), tokens, context, held_out)
 
 
 def pack_ids(
-    text: Text, ids: Sequence[int], tokens: int, context: int, held_out: int
+    text: Corpus, ids: Sequence[int], tokens: int, context: int, held_out: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cut the token ids of a text into full windows, packed and never padded.
+    """Split the token ids of a text into full windows, packed and never padded.
 
     Returns:
         ids [windows, context] for calibration, and held-back ids [held, context] that follow. If the text is too short
@@ -103,12 +103,12 @@ def pack_ids(
     short = [f"{have * context:,} of {asked * context:,} {name}" for have, asked, name in parts if have < asked]
     if short:
         ended = f", since {text.ended_by} ends there" if text.ended_by else ""
-        ended += ", and only the first part of a long text is read" if text.cut else ""
+        ended += ", and only the first part of a long text is read" if text.truncated else ""
         log.warning("calibration text %s is shorter than asked: it gives %s%s", text.name, " and ".join(short), ended)
     return rows[:used], rows[windows - held :]
 
 
-def token_ids(text: Text, tokenizer: Any, needed: int, vocab_size: int | None = None) -> list[int]:
+def token_ids(text: Corpus, tokenizer: Any, needed: int, vocab_size: int | None = None) -> list[int]:
     """Token ids of the beginning of a text: all that are needed, and few more.
 
     Args:
@@ -134,7 +134,7 @@ def token_ids(text: Text, tokenizer: Any, needed: int, vocab_size: int | None = 
 
 
 def _pieces(documents: Iterable[str]) -> Iterator[str]:
-    """The documents; a very long document comes in pieces, cut at line ends if possible."""
+    """The documents; a very long document comes in pieces, split at line ends if possible."""
     for document in documents:
         begin = 0
         while begin < len(document):

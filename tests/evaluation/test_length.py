@@ -18,7 +18,7 @@ from nbl_export.evaluation.results import entry, summarize
 from nbl_export.evaluation.scorer import GraphScorer, Request, TokenScores
 from nbl_export.records.quality import grows_with_length
 from nbl_export.records.requests import Subject
-from nbl_export.text.corpus import Text
+from nbl_export.text.corpus import Corpus
 from nbl_export.verify.ladder import TOLERANCES
 
 from ..command import in_new_process, nbl
@@ -58,7 +58,7 @@ class Spy(GraphScorer):
 
 def measured(test: str, limit: int | None = None, window: int = WINDOW, letters: int = 4 * WINDOW) -> tuple[Any, Spy]:
     spy = Spy()
-    text = Text("a", "0", ("abcdefgh" * (letters // 8),))
+    text = Corpus("a", "0", ("abcdefgh" * (letters // 8),))
     return run_length(test, text, spy, window, limit, lambda _done, _total: None), spy
 
 
@@ -78,7 +78,7 @@ def test_a_window_of_another_length_ends_with_a_shorter_part() -> None:
 
 
 def test_behind_a_prompt_its_tokens_are_not_scored() -> None:
-    spy, text = Spy(), Text("a", "0", ("abcdefgh" * WINDOW,))
+    spy, text = Spy(), Corpus("a", "0", ("abcdefgh" * WINDOW,))
     found = run_length("position", text, spy, WINDOW, 1, lambda *_: None, behind_prompt=True)
     assert found.metrics["loss 1024"].value == (512 + 1023) / 2 and len(found.metrics) == 2
     assert len(spy.requests[0].context) == 512

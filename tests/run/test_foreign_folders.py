@@ -15,7 +15,7 @@ from nbl_export.errors import NblError
 from nbl_export.report import console, model, page
 from nbl_export.run.deployed import describe
 from nbl_export.run_directory import RunDirectory
-from nbl_export.text.corpus import Text
+from nbl_export.text.corpus import Corpus
 from nbl_export.text.windows import pack
 
 from ..command import assert_refused, nbl, snapshot
@@ -131,7 +131,7 @@ def test_a_tokenizer_with_settings_of_a_wrong_kind() -> None:
         raise TypeError("'>' not supported between instances of 'int' and 'str'")
 
     with pytest.raises(NblError, match="the model's tokenizer fails on t"):
-        pack(Text("t", "0", ("words",)), tokenizer, 64, 32)
+        pack(Corpus("t", "0", ("words",)), tokenizer, 64, 32)
 
 
 @pytest.mark.parametrize("name", ["bench.json", "maps.safetensors", "model/tokenizer.json", "nbl.json", "original"])

@@ -1,4 +1,4 @@
-"""Text of the hub in a run directory: cut once, and read from there ever after."""
+"""Text of the hub in a run directory: split once, and read from there ever after."""
 
 from __future__ import annotations
 

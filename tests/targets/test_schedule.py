@@ -17,7 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from nbl_export.errors import MissingPackageError, NblError
 from nbl_export.targets.tensorrt.static.host import StaticRunner
 from nbl_export.targets.tensorrt.static.schedule import Profile, engine_profiles, profile_for
-from nbl_export.targets.tokenizer import Text
+from nbl_export.targets.tokenizer import TokenizerFiles
 
 from ..tiny import END_IDS
 
@@ -200,7 +200,7 @@ def test_ids_are_those_of_transformers(texts: Path) -> None:
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(str(texts))
-    ours = Text(texts)
+    ours = TokenizerFiles(texts)
     for prompt in ("The quick brown fox", "naïve 你好 ", ""):
         assert ours.encode(prompt, chat=True) == theirs(prompt)["input_ids"]
         assert ours.encode(prompt, chat=True)[0] == 0  # begin of text
@@ -209,12 +209,12 @@ def test_ids_are_those_of_transformers(texts: Path) -> None:
     chat = theirs.apply_chat_template(
         [{"role": "user", "content": "Why?"}], add_generation_prompt=True, return_dict=True
     )["input_ids"]
-    assert Text(texts).encode("Why?", chat=True) == chat
-    assert Text(texts).encode("Why?", chat=False) == theirs("Why?")["input_ids"]
+    assert TokenizerFiles(texts).encode("Why?", chat=True) == chat
+    assert TokenizerFiles(texts).encode("Why?", chat=False) == theirs("Why?")["input_ids"]
 
 
 def test_pieces_join_to_the_text_and_stop_at_its_end(texts: Path) -> None:
-    text = Text(texts)
+    text = TokenizerFiles(texts)
     ids = text.encode("naïve 你好 words", chat=False)
     assert text.end_ids == END_IDS
     pieces = list(text.pieces([*ids, END_IDS[1], *ids]))
@@ -223,7 +223,7 @@ def test_pieces_join_to_the_text_and_stop_at_its_end(texts: Path) -> None:
 
 
 def test_an_answer_is_what_stands_behind_its_prompt_until_the_end_of_text(texts: Path) -> None:
-    text = Text(texts)
+    text = TokenizerFiles(texts)
     prompt, answer = (text.encode(part, chat=False) for part in ("naïve 你", "好 words"))
     assert text.whole([*prompt, END_IDS[0], *prompt]) == "naïve 你" * 2  # a prompt may hold the end of another text
     assert text.behind(prompt, [*answer, END_IDS[0], *answer]) == "好 words"
@@ -233,31 +233,31 @@ def test_the_template_of_the_settings_is_used_and_a_bad_one_named(texts: Path) -
     path = texts / "tokenizer_config.json"
     settings_ = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**settings_, "chat_template": "<{{ messages[0]['content'] }}>"}), encoding="utf-8")
-    text = Text(texts)
+    text = TokenizerFiles(texts)
     assert "".join(text.pieces(text.encode("Why", chat=True))) == "<Why>"
     path.write_text(json.dumps({**settings_, "chat_template": "{% if %}"}), encoding="utf-8")
     with pytest.raises(NblError, match=r"chat template .*--raw"):
-        Text(texts).encode("Why", chat=True)
+        TokenizerFiles(texts).encode("Why", chat=True)
 
 
 def test_generation_config_knows_better_which_ids_end_a_text(texts: Path) -> None:
     (texts / "generation_config.json").write_text('{"eos_token_id": [7, 8]}', encoding="utf-8")
-    assert Text(texts).end_ids == (7, 8)
+    assert TokenizerFiles(texts).end_ids == (7, 8)
     (texts / "generation_config.json").write_text('{"eos_token_id": {"7": 8}}', encoding="utf-8")
     with pytest.raises(NblError, match="has an eos_token_id that is no number of a token"):
-        Text(texts)
+        TokenizerFiles(texts)
     (texts / "generation_config.json").unlink()
     (texts / "config.json").unlink()
-    assert Text(texts).end_ids == ()
+    assert TokenizerFiles(texts).end_ids == ()
 
 
 def test_a_damaged_tokenizer_is_named(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (texts / "tokenizer_config.json").write_text("{", encoding="utf-8")
     with pytest.raises(NblError, match=r"tokenizer_config\.json cannot be read"):
-        Text(texts)
+        TokenizerFiles(texts)
     (texts / "tokenizer.json").unlink()
     with pytest.raises(NblError, match="tokenizer of"):
-        Text(texts)
+        TokenizerFiles(texts)
     monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
     with pytest.raises(MissingPackageError, match="tokenizers"):
-        Text(texts)
+        TokenizerFiles(texts)

@@ -14,7 +14,7 @@ from nbl_export.errors import NblError
 from nbl_export.methods.checkpoint.load import load_tokenizer
 from nbl_export.text import corpus
 from nbl_export.text import windows as text_windows
-from nbl_export.text.corpus import Text, read_text
+from nbl_export.text.corpus import Corpus, read_text
 from nbl_export.text.windows import pack
 
 
@@ -91,7 +91,7 @@ def test_of_a_short_text_an_eighth_is_held_back_or_what_calibration_leaves(
     def tokenizer(piece: str, **_: object) -> dict[str, list[int]]:
         return {"input_ids": list(range(len(piece)))}
 
-    used, held = pack(Text("t", "0", ("x" * tokens,)), tokenizer, 160 * 64, 64, 64 * 64)
+    used, held = pack(Corpus("t", "0", ("x" * tokens,)), tokenizer, 160 * 64, 64, 64 * 64)
     assert (len(used), len(held)) == windows
     assert used.flatten().tolist() == list(range(used.numel())) and int(held[-1, -1]) < tokens
 
@@ -99,7 +99,7 @@ def test_of_a_short_text_an_eighth_is_held_back_or_what_calibration_leaves(
 def test_short_text_says_how_much_is_needed(checkpoint: Callable[[str], Path]) -> None:
     tokenizer = load_tokenizer(checkpoint("llama"))
     with pytest.raises(NblError, match=r"too short: .* 128 are needed for a context of 64"):
-        pack(Text("tiny", "0", ("just a few words",)), tokenizer, 640, 64, 64)
+        pack(Corpus("tiny", "0", ("just a few words",)), tokenizer, 640, 64, 64)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_the_warning_names_what_is_short(tokens: int, said: str, caplog: pytest.
     def tokenizer(piece: str, **_: object) -> dict[str, list[int]]:
         return {"input_ids": list(range(len(piece)))}
 
-    used, held = pack(Text("t", "0", ("x" * tokens,)), tokenizer, 160 * 64 - 30, 64, 80 * 64)
+    used, held = pack(Corpus("t", "0", ("x" * tokens,)), tokenizer, 160 * 64 - 30, 64, 80 * 64)
     assert caplog.messages == ([f"calibration text t is shorter than asked: {said}"] if said else [])
     if said:
         assert f"{held.numel():,} of 5,120" in said
@@ -157,6 +157,6 @@ def test_a_very_long_document_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch)
         asked.append(piece)
         return {"input_ids": list(range(len(piece)))}
 
-    text = corpus.Text("t", "0", ("y" * 100,))
+    text = corpus.Corpus("t", "0", ("y" * 100,))
     assert len(text_windows.token_ids(text, tokenizer, 15)) == 20
     assert asked == ["y" * 10] * 2

@@ -43,7 +43,7 @@ def counting(tokens: int) -> tuple[Any, Any]:
 
     size = 1000
     documents = [" ".join(map(str, range(k, min(tokens, k + size)))) for k in range(0, tokens, size)]
-    return corpus.Text("counted", "0", tuple(documents)), tokenizer
+    return corpus.Corpus("counted", "0", tuple(documents)), tokenizer
 
 
 def positions(windows: Any) -> set[int]:

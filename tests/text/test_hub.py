@@ -107,7 +107,7 @@ def test_the_library_itself_reads_the_mix(server: FakeHub, tmp_path: Path, monke
 def test_a_dataset_of_the_mix_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mixture, "_HUB_MIX_CHARS", 2000)
     text = read_texts(())
-    assert text.cut and 3000 < sum(map(len, text.documents)) <= 6000
+    assert text.truncated and 3000 < sum(map(len, text.documents)) <= 6000
 
 
 @pytest.mark.usefixtures("server")

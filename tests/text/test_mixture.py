@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from nbl_export.errors import UsageError
 from nbl_export.methods.checkpoint.load import load_tokenizer
 from nbl_export.text import corpus, windows
-from nbl_export.text.corpus import Text
+from nbl_export.text.corpus import Corpus
 from nbl_export.text.mixture import absolute_sources, identify, mix, read_texts
 
 from ..command import keys, nbl
@@ -39,7 +39,7 @@ def test_a_local_text_is_named_by_its_place(tmp_path: Path, monkeypatch: pytest.
 @given(st.lists(st.lists(st.integers(1, 5000), min_size=20, max_size=60), min_size=2, max_size=4))
 def test_every_prefix_is_the_mix(drawn: list[list[int]]) -> None:
     """Shares are equal up to one document."""
-    texts = [Text(str(k), "0", tuple(str(k) * size for size in sizes)) for k, sizes in enumerate(drawn)]
+    texts = [Corpus(str(k), "0", tuple(str(k) * size for size in sizes)) for k, sizes in enumerate(drawn)]
     used = [0] * len(texts)
     for document in mix(texts).documents:
         used[int(document[0])] += len(document)
@@ -49,8 +49,8 @@ def test_every_prefix_is_the_mix(drawn: list[list[int]]) -> None:
 def test_mix_ends_with_the_first_text_that_does(
     checkpoint: Callable[[str], Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    long = Text("long", "1", tuple("a b c d " * 50 for _ in range(100)))
-    short = Text("short", "2", tuple("e f g h " * 50 for _ in range(10)))
+    long = Corpus("long", "1", tuple("a b c d " * 50 for _ in range(100)))
+    short = Corpus("short", "2", tuple("e f g h " * 50 for _ in range(10)))
     mixed = mix([long, short])
     assert sum(d.startswith("a") for d in mixed.documents) == pytest.approx(10, abs=1)
     assert (mixed.ended_by, mixed.name) == ("short", "long + short")
@@ -58,9 +58,9 @@ def test_mix_ends_with_the_first_text_that_does(
     assert "shorter than asked" in caplog.text and "since short ends there" in caplog.text
 
 
-def test_long_documents_are_cut_and_nothing_is_lost() -> None:
+def test_long_documents_are_split_and_nothing_is_lost() -> None:
     document = "\n".join(f"line {k} of a long text" for k in range(2000))
-    pieces = corpus.cut_documents(["short", document])
+    pieces = corpus.split_documents(["short", document])
     assert pieces[0] == "short" and len(pieces) > 10
     assert "\n".join(pieces[1:]) == document
 

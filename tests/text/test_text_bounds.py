@@ -16,7 +16,7 @@ from nbl_export.errors import NblError
 from nbl_export.evaluation.measure import windows
 from nbl_export.methods.checkpoint.load import load_tokenizer
 from nbl_export.text import corpus
-from nbl_export.text.corpus import Text, read_text
+from nbl_export.text.corpus import Corpus, read_text
 from nbl_export.text.windows import pack
 
 from ..fake_datasets import FakeDatasets
@@ -53,7 +53,7 @@ def test_a_gibibyte_of_text_in_a_small_archive(tmp_path: Path) -> None:
     found, most = peak(lambda: read_text(str(path)))
     assert most < BOUND
     assert len(found.documents[0]) == corpus.READ_BYTES
-    assert found.cut
+    assert found.truncated
     assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -99,13 +99,13 @@ def test_what_is_read_is_the_beginning(packed: str, tmp_path: Path) -> None:
     write = gzip.compress if packed else bytes
     (tmp_path / f"a.jsonl{packed}").write_bytes(write("\n".join(lines).encode()))
     found = read_text(str(tmp_path / f"a.jsonl{packed}"))
-    assert found.cut and 20 < len(found.documents) < 100
+    assert found.truncated and 20 < len(found.documents) < 100
     assert found.documents == tuple(f"é漢 {i}" for i in range(len(found.documents)))
     (tmp_path / f"a.txt{packed}").write_bytes(write(("x" + "漢" * 500).encode()))
     assert read_text(str(tmp_path / f"a.txt{packed}")).documents == ("x" + "漢" * 333,)
     (tmp_path / f"b.txt{packed}").write_bytes(write(b"x" * 1000))
     whole = read_text(str(tmp_path / f"b.txt{packed}"))
-    assert (len(whole.documents[0]), whole.cut) == (1000, False)
+    assert (len(whole.documents[0]), whole.truncated) == (1000, False)
     (tmp_path / f"c.txt{packed}").write_bytes(write(b"x" * 200 + b"\xff" + b"x" * 90))
     with pytest.raises(NblError, match=r"not UTF-8 \(byte 200\)"):
         read_text(str(tmp_path / f"c.txt{packed}"))
@@ -115,7 +115,7 @@ def test_what_is_read_is_the_beginning(packed: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_a_cut_text_is_not_taken_for_a_short_one(
+def test_a_truncated_text_is_not_taken_for_a_short_one(
     checkpoint: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "a.txt").write_text("some words " * 400)
@@ -132,13 +132,13 @@ def test_hub_rows_end_at_the_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     library = FakeDatasets(tmp_path / "library", monkeypatch)
     library.serve({"org/name@train": [*({"text": f"{number} " * 20} for number in range(3)), "break"]})
     text = read_text("org/name")
-    assert (sum(map(len, text.documents)), text.cut) == (100, True)
+    assert (sum(map(len, text.documents)), text.truncated) == (100, True)
     assert text.sha256 == hashlib.sha256("\0".join(text.documents).encode()).hexdigest()
 
 
-def test_a_mix_is_cut_where_the_text_that_ends_it_is() -> None:
+def test_a_mix_is_truncated_where_the_text_that_ends_it_is() -> None:
     from nbl_export.text.mixture import mix
 
-    cut = Text("a", "0", ("a" * 10,) * 150, cut=True)
-    assert mix([cut, Text("b", "1", ("b" * 1000,) * 9)]).cut
-    assert not mix([cut, Text("b", "1", ("b" * 1000,))]).cut  # the other ends it
+    long = Corpus("a", "0", ("a" * 10,) * 150, truncated=True)
+    assert mix([long, Corpus("b", "1", ("b" * 1000,) * 9)]).truncated
+    assert not mix([long, Corpus("b", "1", ("b" * 1000,))]).truncated  # the other ends it

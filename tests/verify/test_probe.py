@@ -13,7 +13,7 @@ import torch
 
 from nbl_export.records.inputs import Lazy
 from nbl_export.run.stages.verify import ask, loss_texts, make_probe
-from nbl_export.targets.tokenizer import Text
+from nbl_export.targets.tokenizer import TokenizerFiles
 from nbl_export.text.questions import PASSAGE, QUESTIONS
 from nbl_export.verify.ladder import DECODE_STEPS, Probe
 from nbl_export.verify.last_token import BATCH_LENGTHS
@@ -70,7 +70,7 @@ def test_a_model_with_a_chat_template_is_asked_questions(checkpoint: Callable[[s
     assert ask(folder, 0, 4096) == ask(None, 0, 4096) == ()
     template = folder / "chat_template.jinja"
     template.write_text("user {{ messages[0].content }} end", encoding="utf-8")
-    asked, text = ask(folder, 16, 4096), Text(folder)
+    asked, text = ask(folder, 16, 4096), TokenizerFiles(folder)
     turns = [f"user {PASSAGE}\n\n{question} end" for question in QUESTIONS]
     assert list(asked) == [tuple(text.encode(turn, chat=False)) for turn in turns]
     most = max(map(len, asked))

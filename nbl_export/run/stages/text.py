@@ -1,4 +1,4 @@
-"""The text stage: both texts of a job are read, tokenised and cut once; every later stage reads the rows.
+"""The text stage: both texts of a job are read, tokenised and split once; every later stage reads the rows.
 
     --calibration ─► documents ─┐
     second text ────────────────┴─► token ids ─► text.safetensors (`text.parts`), hashes in nbl.json
@@ -17,7 +17,7 @@ from nbl_export.records.inputs import Lazy
 from nbl_export.run.job import Job
 from nbl_export.run.stages.common import StageContext
 from nbl_export.run_directory import TEXT_FILE
-from nbl_export.text.corpus import Text, stdlib_text
+from nbl_export.text.corpus import Corpus, stdlib_text
 from nbl_export.text.windows import DIVISION
 
 __all__ = ["TextInputs", "declare", "run"]
@@ -30,7 +30,7 @@ class TextInputs:
     Attributes:
         fingerprint: of the model, whose tokenizer reads the text.
         sources: see `text.mixture.identify`.
-        distill_tokens: of the text that maps are trained on; cut in any case, so that another fit reads no text again.
+        distill_tokens: of the text that maps are trained on; always split, so that another fit reads no text again.
         division: see `text.windows`.
         documents: the calibration text.
         second: the text that nobody calibrates on.
@@ -43,8 +43,8 @@ class TextInputs:
     distill_tokens: int
     division: list[Any]
     vocab_size: int
-    documents: Lazy[Text]
-    second: Lazy[Text]
+    documents: Lazy[Corpus]
+    second: Lazy[Corpus]
     tokenizer: Lazy[Any]
 
 

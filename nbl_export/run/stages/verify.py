@@ -26,7 +26,7 @@ from nbl_export.run.settled import require_engine
 from nbl_export.run.stages.common import StageContext
 from nbl_export.run_directory import ACCEPTANCE_FILE, DECODERS, VERIFY_FILE
 from nbl_export.targets.base import Engine, compiler
-from nbl_export.targets.tokenizer import TOKENIZER, Text
+from nbl_export.targets.tokenizer import TOKENIZER, TokenizerFiles
 from nbl_export.text import questions
 from nbl_export.text.parts import Texts
 from nbl_export.text.windows import LONG_ROW, repeated
@@ -202,7 +202,7 @@ def ask(holder: Path | None, continuing: int, cache_length: int) -> tuple[tuple[
     long."""
     if holder is None:
         return ()
-    text = Text(holder)
+    text = TokenizerFiles(holder)
     fits = range(continuing + 1, cache_length - _ANSWER_TOKENS + 1)
     with contextlib.suppress(NblError):  # a template that cannot be applied
         found = [tuple(text.asked(turn) or ()) for turn in questions.turns()]
@@ -217,7 +217,7 @@ def _answers(verifier: Verifier, holder: Path | None, *, asked: bool) -> list[di
     """
     if set(verifier.said) != set(DECODERS) or holder is None:
         return []
-    text = Text(holder)
+    text = TokenizerFiles(holder)
     prompts = verifier.probe.prompts
     shown = questions.QUESTIONS if asked else tuple(map(text.whole, prompts))
     return [

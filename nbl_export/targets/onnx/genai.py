@@ -47,7 +47,7 @@ from nbl_export.graph.names import GRAPH_FILE
 from nbl_export.graph.trust import read_proto
 from nbl_export.targets.base import default_threads
 from nbl_export.targets.onnx.facts import GenaiSettings
-from nbl_export.targets.tokenizer import Text, TextGenerationMixin
+from nbl_export.targets.tokenizer import TextGenerationMixin, TokenizerFiles
 from nbl_export.trust.contained import check_folder
 
 __all__ = ["SILENT", "GenaiRunner", "load_package", "open_model"]
@@ -130,9 +130,9 @@ class GenaiRunner(TextGenerationMixin):
         return np.asarray(self._generator.get_logits()[0, -1], dtype=np.float32)
 
     @functools.cached_property
-    def text(self) -> Text:
+    def text(self) -> TokenizerFiles:
         """The tokenizer of the directory; genai_config.json says which ids end a text."""
-        found = Text(self.directory)
+        found = TokenizerFiles(self.directory)
         found.end_ids = self.settings.end_ids
         return found
 
