@@ -151,7 +151,7 @@ def static_form(precision: str, checkpoint: Path, text: Path, run: Path) -> dict
     found: dict[str, Any] = {"replaced_layers": list(plan.layers)}
     for subject, name, chosen in (("original", "original", None), ("nbl", "model", maps)):
         found[subject] = worst(
-            OnnxDecoder(run / name, 0, file=STATIC_GRAPH_FILE, exact=True), torch_logits(checkpoint, chosen)
+            OnnxDecoder(run / name, 0, file=STATIC_GRAPH_FILE, fp32_activations=True), torch_logits(checkpoint, chosen)
         )
     return {"status": "verified", "reason": "", **found}
 
@@ -193,7 +193,7 @@ def _opened(source: str, directory: Path, head_dim: int) -> Any:
     from nbl_export.graph.names import IR_FILE, STATIC_GRAPH_FILE
 
     if source == "static":
-        return OnnxDecoder(directory, head_dim, file=STATIC_GRAPH_FILE, exact=True)
+        return OnnxDecoder(directory, head_dim, file=STATIC_GRAPH_FILE, fp32_activations=True)
     if source == "openvino":
         return IrDecoder(directory, IR_FILE, exact=True)
     return _decoder(directory, head_dim)

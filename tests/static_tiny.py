@@ -91,7 +91,7 @@ def worst(got: np.ndarray, expected: np.ndarray) -> float:
 
 def open_decoder(path: Path, chunk: int | None = None) -> OnnxDecoder:
     """A graph in float32, or with int4 blocks, as verification opens it."""
-    return OnnxDecoder(path.parent, HEAD, file=path.name, exact=True, chunk=chunk)
+    return OnnxDecoder(path.parent, HEAD, file=path.name, fp32_activations=True, chunk=chunk)
 
 
 def appended(decoder: OnnxDecoder, parts: Iterable[list[int]]) -> Iterator[np.ndarray]:

@@ -39,7 +39,7 @@ class OnnxDecoder:
         head_dim: size of a head, used if the graph only names that dimension.
         threads: intra-op threads; None is ONNX Runtime's choice.
         caches: name of each cache input -> of its output; None: past_key_values.N.key -> present.N.key.
-        exact: see `open_session`; runs return their memory.
+        fp32_activations: see `open_session`; runs return their memory.
         session: runs in place of a session of the graph (`mixed.MixedSession`); `directory` is then not read.
         chunk: most tokens of a run; a longer step is several runs. None for any number. For graphs of the static form.
 
@@ -56,12 +56,14 @@ class OnnxDecoder:
         *,
         file: str = GRAPH_FILE,
         caches: Mapping[str, str] | None = None,
-        exact: bool = False,
+        fp32_activations: bool = False,
         session: Any = None,
         chunk: int | None = None,
     ) -> None:
-        self.session = session or open_session(directory / file, threads, mapped=True, exact=exact)
-        self._options = [returning_memory()] if exact else []
+        self.session = session or open_session(
+            directory / file, threads, mapped=True, fp32_activations=fp32_activations
+        )
+        self._options = [returning_memory()] if fp32_activations else []
         self.head_dim = head_dim
         self._chunk = chunk
         self.contract = contract_of_session(self.session)

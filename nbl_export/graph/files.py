@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from nbl_export.errors import CorruptError, NblError, RefusalError
 from nbl_export.files import read_json
-from nbl_export.graph.exact import graphs_of
+from nbl_export.graph.fp32_activations import graphs_of
 from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE
 from nbl_export.graph.trust import check_graph, parsed
 from nbl_export.trust.contained import check_inside

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import CorruptError, MissingPackageError, NblError, one_line
-from nbl_export.graph.exact import exact_model
+from nbl_export.graph.fp32_activations import keep_fp32_activations
 from nbl_export.graph.trust import read_proto
 from nbl_export.records.decoder import GraphContract, TensorInfo
 
@@ -56,7 +56,7 @@ def open_session(
     folder: Path | None = None,
     entries: Mapping[str, str] | None = None,
     mapped: bool = False,
-    exact: bool = False,
+    fp32_activations: bool = False,
 ) -> Any:
     """An InferenceSession on the CPU provider. Memory of closed sessions goes back to the system first (`_trim`).
 
@@ -68,7 +68,7 @@ def open_session(
         mapped: a float32 graph keeps its weights in the file, mapped into memory, so the kernel can drop their pages.
             By default ONNX Runtime copies each matrix into another order. In float32 that changes the rounding of
             products alone. Quantised matrices need it: without it they take other kernels.
-        exact: products with quantised matrices do not round activations (`graph.exact`).
+        fp32_activations: products with quantised matrices do not round activations (`graph.fp32_activations`).
 
     Raises:
         CorruptError: ONNX Runtime cannot load the graph.
@@ -84,8 +84,8 @@ def open_session(
     loaded = str(graph) if isinstance(graph, Path) else graph
     proto = read_proto(graph) if isinstance(graph, Path) else _parsed(graph)
     entries = dict(entries or {}) | ({_UNPACKED: "1"} if mapped and _is_float32(proto) else {})
-    if exact:
-        entries |= exact_model(proto)
+    if fp32_activations:
+        entries |= keep_fp32_activations(proto)
         loaded = proto.SerializeToString()
         folder = graph.parent if isinstance(graph, Path) else folder
     if folder is not None:

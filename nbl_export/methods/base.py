@@ -302,11 +302,11 @@ class Method:
         """The passes that put mixers into a graph; each raises RefusalError for what it does not understand."""
         raise NotImplementedError
 
-    def reference(self, directory: Path, head_dim: int, mixers: Any, tap: str, *, exact: bool) -> Any:
+    def reference(self, directory: Path, head_dim: int, mixers: Any, tap: str, *, fp32_activations: bool) -> Any:
         """The original graph with mixers, computed without `passes`: a decoder that `verify` steps.
 
         Args:
-            exact: in the arithmetic that the graph's own types state; no activation is rounded.
+            fp32_activations: in the arithmetic that the graph's own types state; no activation is rounded.
 
         Raises:
             RefusalError: a layer is not understood, or has no such tap.

@@ -34,7 +34,7 @@ class MixedSession:
     Args:
         file: the graph, with the logits of all tokens.
         tap: the input of the mixers.
-        exact: see `open_session`.
+        fp32_activations: see `open_session`.
         shown: layers whose input stream is one more output.
 
     Attributes:
@@ -46,7 +46,13 @@ class MixedSession:
     """
 
     def __init__(
-        self, file: Path, mixers: Mapping[int, Any], tap: str, *, exact: bool = False, shown: Sequence[int] = ()
+        self,
+        file: Path,
+        mixers: Mapping[int, Any],
+        tap: str,
+        *,
+        fp32_activations: bool = False,
+        shown: Sequence[int] = (),
     ) -> None:
         model = load_graph(file)
         graph = model.graph
@@ -68,7 +74,9 @@ class MixedSession:
             given.append(own)
         self._between = [(i, str(x.name), str(y.name)) for i, x, y in zip(sorted(mixers), taps, given, strict=True)]
         self._parts = [
-            open_session(part, folder=file.parent, entries=_STOP_SPINNING, mapped=True, exact=exact)
+            open_session(
+                part, folder=file.parent, entries=_STOP_SPINNING, mapped=True, fp32_activations=fp32_activations
+            )
             for part in _parts(model, list(zip(streams, given, strict=True)), taps, list(dict.fromkeys(wanted)))
         ]
         self._returning = returning_memory()

@@ -177,7 +177,7 @@ class Target:
         Raises:
             RefusalError: a layer is not understood, or has no such tap.
         """
-        decoder: StepDecoder = method_of(mixers).reference(directory, head_dim, mixers, tap, exact=exact)
+        decoder: StepDecoder = method_of(mixers).reference(directory, head_dim, mixers, tap, fp32_activations=exact)
         return decoder
 
     def pruned_file(self, directory: Path) -> str | None:

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import onnx
 
-from nbl_export.graph.exact import graphs_of
 from nbl_export.graph.files import check_structure, load_graph, skeleton
+from nbl_export.graph.fp32_activations import graphs_of
 from nbl_export.graph.names import ALL_LOGITS_FILE, STATIC_GRAPH_FILE, graph_file
 from nbl_export.graph.passes.tail import difference
 from nbl_export.records.decoder import ITEMSIZE, GraphContract

@@ -71,7 +71,7 @@ class VerificationContext:
         return ExpectedGraph(subject, self.spec, self.precision, self.logits, kept, maps)
 
 
-def exact_limit(decoder: Any) -> float:
+def unrounded_limit(decoder: Any) -> float:
     """The limit of logits for a decoder that does not round activations: that of its caches' type."""
     caches = {a.dtype for a in decoder.contract.inputs if a.name.startswith("past_key_values.")}
     return TOLERANCES["fp16" if "float16" in caches else "fp32"].limit
@@ -100,7 +100,7 @@ def check_directory(
     row = probe.rows[0]
     contract = decoder.contract
     continuing = continuing_tokens(mixer.reads for mixer in wanted.maps.values())
-    expected = [] if file is None else expected_last(decoder, row, exact_limit(decoder), continuing)
+    expected = [] if file is None else expected_last(decoder, row, unrounded_limit(decoder), continuing)
     cache = _measured_cache(subject, decoder, head_dim)
 
     def check() -> list[CheckResult]:

@@ -24,7 +24,7 @@ from nbl_export.records.results import CheckResult
 from nbl_export.targets.checks import stored_maps
 from nbl_export.verify import ladder
 from nbl_export.verify.ladder import LONG_CHUNK, Probe, Reference, greedy, run_chunks, run_long, run_rows
-from nbl_export.verify.structure import VerificationContext, check_directory, exact_limit
+from nbl_export.verify.structure import VerificationContext, check_directory, unrounded_limit
 
 __all__ = ["Verifier"]
 
@@ -72,7 +72,7 @@ class Verifier:
             verification.engine.open_reference, original, verification.spec.head_dim, mixers, verification.plan.tap
         )
         decoder = opened(exact=True)
-        exact = _exact_reference(
+        truth = _fp32_reference(
             decoder, probe, stops=continuing_tokens(mixer.reads for mixer in mixers.values()) is not None
         )
         if verification.rounds:
@@ -82,7 +82,7 @@ class Verifier:
         texts = [greedy(decoder, prompt, probe.new_tokens) for prompt in probe.prompts]
         said = tuple(ids for ids, _ in texts)
         gaps = tuple(margins for _, margins in texts)
-        return dataclasses.replace(exact, greedy=said, margins=gaps)
+        return dataclasses.replace(truth, greedy=said, margins=gaps)
 
     def _compare(self, subject: str, shipped: Mapping[str, Path], run: Path) -> None:
         verification = self.verification
@@ -92,7 +92,7 @@ class Verifier:
         wanted = verification.wanted(subject, self.maps)
         original = shipped["original"] if subject == "nbl" else None
         directory = check_directory(verification, shipped[subject], run, decoder, wanted, probe, original)
-        limit = exact_limit(decoder)
+        limit = unrounded_limit(decoder)
         logits = ladder.check_logits(subject, subject, decoder, probe, truth, limit)
         if probe.long:
             logits += ladder.check_long(subject, subject, decoder, probe.long, truth, limit)
@@ -123,7 +123,7 @@ class Verifier:
         self.results.append(result)
 
 
-def _exact_reference(decoder: Any, probe: Probe, *, stops: bool) -> Reference:
+def _fp32_reference(decoder: Any, probe: Probe, *, stops: bool) -> Reference:
     """Logits of a decoder on a probe; it may have other steps than what is compared, unless prompts stop below
     the highest layers."""
     if stops:

@@ -122,7 +122,7 @@ def test_a_graph_without_the_repair_does_not_run(
 
 def _opened(checkpoint: Path, out: Path) -> Any:
     static.build(checkpoint, out, "fp32", max_seq_len=96)
-    return OnnxDecoder(out, 0, file="decoder.onnx", exact=True)
+    return OnnxDecoder(out, 0, file="decoder.onnx", fp32_activations=True)
 
 
 @pytest.mark.parametrize("left_out", ["HeadMajorCaches", "ScaledQueries", "DerivedPositions", "ExplicitMasks"])

@@ -174,7 +174,7 @@ def test_what_depends_on_the_borders_of_chunks_is_seen() -> None:
             return super().step(ids_BT, valid_BT) + (ids_BT.shape[1] == LONG_CHUNK)
 
     decoder, row = Bordered([np.random.default_rng(0).standard_normal((1100, 30))]), (0, *[1] * 1099)
-    truth = verifying._exact_reference(decoder, Probe((), (), 0, row), stops=False)
+    truth = verifying._fp32_reference(decoder, Probe((), (), 0, row), stops=False)
     results = check_long("nbl", "nbl", decoder, row, truth, TOLERANCES["fp32"].limit)
     assert [r.passed for r in results] == [False, True]
 
@@ -206,7 +206,7 @@ def test_one_graph_is_open_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, found in {"expected_last": [], "check_last": [], "_measured_cache": mock.Mock(passed=True)}.items():
         monkeypatch.setattr(structure, name, lambda *_, found=found: found)
     for module in (structure, verifying):
-        monkeypatch.setattr(module, "exact_limit", lambda _: 1e-4)
+        monkeypatch.setattr(module, "unrounded_limit", lambda _: 1e-4)
     monkeypatch.setattr(verifying, "greedy", lambda *_: ((0, 1, 2, 3), (1.0,) * 4))
     made = Verifier(verification, Probe(tuple(map(tuple, rows)), ((1, 2),), 4), {})
     made.run({"original": Path("a"), "nbl": Path("b")}, {"original": Path("a"), "nbl": Path("b")})

@@ -99,12 +99,12 @@ class _Linear(Method):
 
         return (RewriteBlocks(maps, tap),)
 
-    def reference(self, directory: Path, head_dim: int, mixers: Any, tap: str, *, exact: bool) -> Any:
+    def reference(self, directory: Path, head_dim: int, mixers: Any, tap: str, *, fp32_activations: bool) -> Any:
         from nbl_export.graph.decoder import OnnxDecoder
         from nbl_export.graph.names import all_logits_file
         from nbl_export.methods.mixed_session import MixedSession
 
-        session = MixedSession(directory / all_logits_file(directory), mixers, tap, exact=exact)
+        session = MixedSession(directory / all_logits_file(directory), mixers, tap, fp32_activations=fp32_activations)
         return OnnxDecoder(directory, head_dim, session=session)
 
     def rewrite_ir(self, model: Any, maps: Any, tap: str) -> None:

@@ -104,10 +104,10 @@ class PredictedKVMethod(Method):
 
         return (PrefillExit(maps),)
 
-    def reference(self, directory: Path, head_dim: int, mixers: Any, tap: str, *, exact: bool) -> Any:
+    def reference(self, directory: Path, head_dim: int, mixers: Any, tap: str, *, fp32_activations: bool) -> Any:
         from nbl_export.methods.predicted_kv.reference import onnx_reference
 
-        return onnx_reference(directory, head_dim, mixers, exact=exact)
+        return onnx_reference(directory, head_dim, mixers, fp32_activations=fp32_activations)
 
     def rewrite_ir(self, model: Any, maps: Any, tap: str) -> None:
         from nbl_export.methods.predicted_kv.ir import exit_ir

@@ -109,14 +109,14 @@ class PredictedKVDecoder:
 
 
 def onnx_reference(
-    directory: Path, head_dim: int, maps: Mapping[int, PredictedKV], *, exact: bool = False
+    directory: Path, head_dim: int, maps: Mapping[int, PredictedKV], *, fp32_activations: bool = False
 ) -> PredictedKVDecoder:
     """The decoder of an ONNX graph, as `Method.reference` has it."""
     exit_layer = exit_of(maps).exit_layer
     file = directory / all_logits_file(directory)
     graph = load_graph(file).graph
     layers = {layer: _Layer.of(graph, layer) for layer in maps}
-    session = MixedSession(file, {}, "residual", exact=exact, shown=(exit_layer,))
+    session = MixedSession(file, {}, "residual", fp32_activations=fp32_activations, shown=(exit_layer,))
     decoder = OnnxDecoder(directory, head_dim, session=session)
 
     def fill(decoder: Any, given: Mapping[int, KeysValues], place: int) -> None:

@@ -90,7 +90,9 @@ class OrtEngine(Engine):
         exact: bool = False,
     ) -> OnnxDecoder:
         """The directory's graph on plain ONNX Runtime's CPU provider."""
-        return OnnxDecoder(directory, head_dim, threads, file=file or all_logits_file(directory), exact=exact)
+        return OnnxDecoder(
+            directory, head_dim, threads, file=file or all_logits_file(directory), fp32_activations=exact
+        )
 
 
 ORT = OrtEngine()

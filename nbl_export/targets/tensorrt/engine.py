@@ -137,12 +137,12 @@ class TensorRtEngine(Builds):
     ) -> OnnxDecoder:
         """A float32 copy on ONNX Runtime's CPU provider, which has no MatMul for bf16.
 
-        Always `exact`: by default ONNX Runtime fuses int4 blocks to MatMulNBits with int8 activations (logits off by up
-        to 1).
+        Never rounds activations: by default ONNX Runtime fuses int4 blocks to MatMulNBits with int8 activations
+        (logits off by up to 1).
         """
         file = file or all_logits_file(directory)
         chunk = _checked_chunk(directory / file)
-        return OnnxDecoder(directory, head_dim, threads, file=file, exact=True, chunk=chunk)
+        return OnnxDecoder(directory, head_dim, threads, file=file, fp32_activations=True, chunk=chunk)
 
     def open_checked(self, directory: Path, threads: int | None = None) -> CheckedRunner:
         """A text runner on the same copy, with the logits that the deployed graph gives."""

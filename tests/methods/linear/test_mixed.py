@@ -31,11 +31,13 @@ def test_no_part_keeps_the_memory_of_its_steps(exported: Callable[..., Path]) ->
     assert {run.args[2].get_run_config_entry(ENTRY) for run in runs} == {"cpu:0"}
 
 
-def test_an_exact_decoder_keeps_no_memory_of_its_steps_and_another_one_does(exported: Callable[..., Path]) -> None:
+def test_a_decoder_with_fp32_activations_keeps_no_memory_of_its_steps_and_another_one_does(
+    exported: Callable[..., Path],
+) -> None:
     """Verification opens one after the other, and a limit on memory counts what the last one keeps."""
     found = []
-    for exact in (True, False):
-        decoder = OnnxDecoder(exported("llama"), HEAD_DIM, exact=exact)
+    for fp32_activations in (True, False):
+        decoder = OnnxDecoder(exported("llama"), HEAD_DIM, fp32_activations=fp32_activations)
         decoder.session = mock.Mock(wraps=decoder.session)
         stepped(decoder)
         found.append([run.get_run_config_entry(ENTRY) for run in decoder.session.run.call_args.args[2:]])

@@ -41,12 +41,12 @@ def cut_at(exit_layer: int, recent_tokens: int, *, keys: int = KEYS) -> dict[int
 
 
 def reference(
-    source: Path, maps: Mapping[int, PredictedKV], *, size: int = HEAD_DIM, exact: bool = False,
+    source: Path, maps: Mapping[int, PredictedKV], *, size: int = HEAD_DIM, fp32_activations: bool = False,
     stored: Mapping[int, dict[str, np.ndarray]] | None = None,
 ) -> PredictedKVDecoder:  # fmt: skip
     """The original, whose caches are edited between its calls; `test_reference.py` holds it to torch."""
     held: Any = {layer: changed(mixer, (stored or {}).get(layer, {})) for layer, mixer in maps.items()}
-    return onnx_reference(source, size, held, exact=exact)
+    return onnx_reference(source, size, held, fp32_activations=fp32_activations)
 
 
 def compare(decoder: OnnxDecoder, wanted: PredictedKVDecoder, sizes: Sequence[int]) -> float:

@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 import psutil
 
-__all__ = ["exact_model", "graphs_of"]
+__all__ = ["graphs_of", "keep_fp32_activations"]
 
 _FLOAT32 = 1  # onnxruntime, docs/ContribOperators.md, MatMulNBits
 _FUSED = {"session.qdq_matmulnbits_accuracy_level": str(_FLOAT32)}  # of a DequantizeLinear and a MatMul
 _NOT_FUSED = {"session.disable_quant_qdq": "1"}  # otherwise the pair becomes a MatMulNBits again
 
 
-def exact_model(proto: Any) -> dict[str, str]:
+def keep_fp32_activations(proto: Any) -> dict[str, str]:
     """Change a graph in place, without its external data; returns entries of the session's configuration."""
     graphs = list(graphs_of(proto.graph))
     stored = {tensor.name for tensor in proto.graph.initializer}
