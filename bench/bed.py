@@ -58,10 +58,11 @@ class Bed:
             ),
             "realnews": self._spread(self._ids(news(data)), windows),
         }
-        far = corpus.stdlib_text()
-        rows, _ = text_windows.pack(far, self.tokenizer, 32_768, CONTEXT)
-        self.far = rows[len(rows) // 2 :]  # the second half judges layers, as in nbl-export; figures use the first
-        self.texts[far.name] = self._spread(rows[: len(rows) // 2].flatten(), windows)
+        documentation = corpus.stdlib_text()
+        rows, _ = text_windows.pack(documentation, self.tokenizer, 32_768, CONTEXT)
+        # The second half judges layers, as in nbl-export; figures use the first.
+        self.documentation = rows[len(rows) // 2 :]
+        self.texts[documentation.name] = self._spread(rows[: len(rows) // 2].flatten(), windows)
         self.texts["code"] = self._spread(self._ids(standard_library()), windows)
         self.bf16_judge = bf16_judge
         started = time.monotonic()
@@ -86,8 +87,9 @@ class Bed:
         """The windows by which nbl-export judges layers, of each text."""
         from nbl_export.text.windows import selection_texts
 
-        near = self.held[len(self.held) // 2 :]
-        return [windows for _, windows in selection_texts([("near", near), ("far", self.far)], self.spec.max_positions)]
+        selection = self.held[len(self.held) // 2 :]
+        texts = [("calibration", selection), ("documentation", self.documentation)]
+        return [windows for _, windows in selection_texts(texts, self.spec.max_positions)]
 
     def maps(self, tap: str, layers: Any) -> dict[int, Any]:
         from nbl_export.methods.linear.maps import Linear

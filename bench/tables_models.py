@@ -46,9 +46,9 @@ def _job(run: Mapping[str, Any], maps: str, losses: Sequence[str], layers: Seque
 
 
 def _exits(read: Read, model: str) -> list[Found]:
-    """The jobs of a model with predicted KV, of `bench/cuts.py`."""
+    """The jobs of a model with predicted KV, of `bench/exit_layers.py`."""
     found = []
-    for run in read("cuts")["rows"]:
+    for run in read("exit-layers")["rows"]:
         title, _, how = run["title"].partition(", ")
         losses = [
             describe_interval(r["increase"], r["increase_interval"], percent=True, sign=True) for r in run["losses"]

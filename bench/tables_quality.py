@@ -111,7 +111,7 @@ _METRICS = {"acc": "accuracy", "perplexity": "perplexity", "token_perplexity": "
 def exit_tasks(read: Read) -> Rows:
     """What tasks lose by the default jobs, on the shipped graphs and behind prompts, as they are served."""
     rows: Rows = [("job", "task", "documents", "original", "NBL"), "llrrr"]
-    for run in read("cuts")["rows"]:
+    for run in read("exit-layers")["rows"]:
         for found in run["tasks"]:
             if found["metric"] not in _METRICS:
                 continue

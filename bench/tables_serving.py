@@ -25,7 +25,7 @@ def vllm(read: Read) -> Rows:
 
 def vllm_exit(read: Read) -> Rows:
     """Throughput of vLLM with predicted KV on long prompts."""
-    found = read("vllm-cut-smollm2")
+    found = read("vllm-exit-smollm2")
     asked, (original, ours) = found["asked"], found["rows"].values()
     speeds = (f"{row['tokens_per_second']:,.0f}" for row in (original, ours))
     name = f"{asked['prompts']} prompts of {asked['prompt_tokens']:,} tokens, {asked['new_tokens']} new ones each"

@@ -64,7 +64,7 @@ def headline(read: Read) -> Rows:
     """What jobs with predicted KV give, for the README: those of which speed and all losses were measured."""
     rows: Rows = [("model", "prompt of 2,048 tokens", "of 512", *(f"perplexity, {name}" for name in _TEXTS),
                    "WikiText-2", "long-range tokens keep"), "lllllll"]  # fmt: skip
-    for run in read("cuts")["rows"]:
+    for run in read("exit-layers")["rows"]:
         if run["measured"] and run["long_range"] is not None:
             speeds = (measured(run, test) for test in ("pp2048", "pp512"))
             losses = (_increase(loss) for loss in run["losses"])
@@ -101,7 +101,7 @@ def _increase(loss: Mapping[str, Any]) -> str:
 def exchange(read: Read) -> Rows:
     """What jobs reach: with an exit layer, and with linear layers within a limit on quality."""
     rows: Rows = [("job", "layers", "prompt of 512", "of 2,048", "decode", *_TEXTS), "lllllll"]
-    for row in (*read("cuts")["rows"], *read("exchange")["rows"]):
+    for row in (*read("exit-layers")["rows"], *read("exchange")["rows"]):
         stop, linear = row.get("exit"), describe_layers(tuple(row.get("layers", {}).get("linear", ())))
         layers = f"predicted KV {stop['layer']}-{row['num_layers'] - 1}" if stop else f"linear {linear}"
         speeds = [measured(row, test) or "not measured" for test in ("pp512", "pp2048", "tg")]
@@ -112,7 +112,7 @@ def exchange(read: Read) -> Rows:
 def search(read: Read) -> Rows:
     """What the search for an exit layer measured in each default job."""
     rows: Rows = [("job", "exit layer", "recent tokens", *_TEXTS, "lost", "prefill of 512, modelled"), "lrrrrrr"]
-    for row in read("cuts")["rows"]:
+    for row in read("exit-layers")["rows"]:
         for point in row["points"]:
             losses = (f"{100 * value:+.1f}%".replace("-", "−") for value in point["increases"])
             lost, layer = f"{100 * point['long_range']:.0f}%", str(point["replaced_layers"][0])
@@ -124,7 +124,7 @@ def job_times(read: Read) -> Rows:
     """Minutes of the stages of jobs with predicted KV."""
     stages = ("calibrate", "plan", "verify", "bench")
     rows: Rows = [("job", *stages, "all stages"), "l" + "r" * (len(stages) + 1)]
-    for row in read("cuts")["rows"]:
+    for row in read("exit-layers")["rows"]:
         seconds = row["seconds"]
         if "bench" not in seconds:  # a job that did not end
             continue

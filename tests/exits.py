@@ -1,4 +1,4 @@
-"""Maps of a tiny model's cut, and what torch computes behind it, from caches edited by hand."""
+"""Maps of a tiny model with an exit layer, and what torch computes above it, from caches edited by hand."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CLOSE = 1e-5
 def predicted_maps(
     exit_layer: int, recent_tokens: int, keys: int, size: int = HIDDEN, layers: int = LAYERS
 ) -> dict[int, PredictedKV]:
-    """Random maps of the layers from `cut` up.
+    """Random maps of the layers from the exit layer up.
 
     Args:
         keys: K, the numbers of a token's keys. size: D.

@@ -92,7 +92,7 @@ RUN = (
     "convert {here}/run --output {here}/out --to transformers", "convert {here}/run --output {here}/out --to edge-llm",
     "--config {here}/run/nbl.json --output {here}/out",
 )  # fmt: skip
-CUT = (
+EXIT = (
     "plan {here}/exit --exit-layer 2 --recent-tokens 3", "rewrite {here}/exit", "verify {here}/exit",
     "report {here}/exit",
     _GENERATE % "exit", "convert {here}/exit --output {here}/out --to transformers",
@@ -103,7 +103,7 @@ REFUSED = {**dict.fromkeys(ENGINE, 1), "accept {here}/run": 1, "build {here}/run
 _OV = ("openvino",)
 _LINKS = {
     "a checkpoint": ("model", MODEL[:3]), "a graph": ("graph", GRAPH), "a deployed folder": ("deploy", DEPLOY),
-    "a run": ("run", RUN), "a run with an exit layer": ("exit", CUT), "an NBL checkpoint": ("nbl", NBL),
+    "a run": ("run", RUN), "a run with an exit layer": ("exit", EXIT), "an NBL checkpoint": ("nbl", NBL),
     "an IR": ("ir", IR), "an engine": ("engine", ENGINE), "the folder of a GGUF": ("gguf", (_CALIBRATE + "gguf",)),
 }  # fmt: skip
 _IN_FOLDERS = ((damage_links, "a link in", 40), (plant_links, "planted links in", 80), (enlarge, "1 GiB in", 20))
@@ -141,8 +141,8 @@ KINDS: dict[str, Kind] = {
     "results of a run": Kind(100, "run/bench.json", damage_json, ("report {here}/run",)),
     "checks of a run": Kind(60, "run/verify.json", damage_json, ("report {here}/run", "card {here}/run")),
     "foreign run": Kind(450, "run", damage_run, RUN),
-    "foreign run with an exit layer": Kind(150, "exit", damage_run, CUT),
-    "sums of exit layers": Kind(40, "exit/sums.safetensors", damage_safetensors, CUT[:1]),
+    "foreign run with an exit layer": Kind(150, "exit", damage_run, EXIT),
+    "sums of exit layers": Kind(40, "exit/sums.safetensors", damage_safetensors, EXIT[:1]),
     "working directory": Kind(4, "strange", plant_decoys, (
         HUB, "doctor", f"calibrate --model {{here}}/model --output {{here}}/out{_SMALL}", "inspect {here}/graph",
     )),

@@ -45,10 +45,10 @@ def pristine(
 
     def make(folder: Path) -> None:
         run = shutil.copytree(finished, folder / "run")
-        cut = ("--exit-layer", 1, "--recent-tokens", 4, "--output", folder / "exit")
+        exits = ("--exit-layer", 1, "--recent-tokens", 4, "--output", folder / "exit")
         for command in (
             ("convert", run, "--to", "transformers", "--output", folder / "nbl"),
-            ("--model", checkpoint("llama"), "--calibration", text, *BARE, *cut),
+            ("--model", checkpoint("llama"), "--calibration", text, *BARE, *exits),
         ):
             done = nbl(*command)
             assert done.status == 0, done.err

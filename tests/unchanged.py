@@ -21,6 +21,13 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 _FLAGS = {"--exit-layer": "--cut", "--recent-tokens": "--near"}  # name today -> name before
 _WORDS = {"none": "linear", "cut": "exit", "near": "recent_tokens", "far": "long_range", "predicted": "predicted_kv"}
+# Names of nodes and values before -> today, replaced in this order.
+_NAMES = {
+    "/nbl/cut": "/nbl/exit", "nbl.cut.": "nbl.exit.", "climbing_": "continuing_", "near_": "recent_",
+    "exit.near": "exit.recent", "/from_near": "/from_recent", "is_before_near": "is_before_recent",
+    "is_far": "is_skipped", "far_": "skipped_", "/far": "/skipped", "FarKeys": "SkippedKeys",
+    "FarValues": "SkippedValues", "/near\"": "/in_window\"",
+}  # fmt: skip
 _PLAN = ("num_layers", "replaced_layers", "kinds", "tap", "select", "scores", "goal", "curve", "exit")
 _SMALL = "--calibration-tokens 2048 --config {keys}"
 _KEYS = """context = 64
@@ -80,7 +87,18 @@ def parts_of(run: Path) -> Iterator[tuple[str, Any]]:
     for folder in ("original", "model"):
         for file in sorted((run / folder).rglob("*")):
             if file.is_file() and file.name != "nbl.json":
-                yield f"{folder}: {file.relative_to(run / folder)}", file.read_bytes()
+                content = _graph(file) if file.suffix == ".onnx" else file.read_bytes()
+                yield f"{folder}: {file.relative_to(run / folder)}", content
+
+
+def _graph(file: Path) -> str:
+    """A graph as text with the names of today; its external data is another file."""
+    import onnx
+
+    text = str(onnx.load(file, load_external_data=False))
+    for before, today in _NAMES.items():
+        text = text.replace(before, today)
+    return text
 
 
 def _renamed(value: Any) -> Any:

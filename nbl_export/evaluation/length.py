@@ -24,7 +24,7 @@ import numpy as np
 from nbl_export.errors import NblError
 from nbl_export.evaluation.measure import Metric, Outcome, windows
 from nbl_export.evaluation.scorer import GraphScorer, Request
-from nbl_export.records.quality import NEAR
+from nbl_export.records.quality import SHORT_TEXT
 from nbl_export.text.corpus import Corpus
 
 __all__ = ["COPYING", "OF_TEXT", "TESTS", "run_length"]
@@ -84,8 +84,8 @@ def run_length(
     found: dict[str, list[float]] = {}
     for done, item in enumerate(items, 1):
         scores = scorer.token_scores(item.request)
-        cuts = np.cumsum(item.counts)[:-1]
-        parts = zip(np.split(scores.loglikelihoods, cuts), np.split(scores.greedy, cuts), strict=True)
+        bounds = np.cumsum(item.counts)[:-1]
+        parts = zip(np.split(scores.loglikelihoods, bounds), np.split(scores.greedy, bounds), strict=True)
         for end, (loss, greedy) in zip(item.ends, parts, strict=True):
             found.setdefault(f"loss {end}", []).append(-float(loss.mean()))
             correct = greedy.all() if test == RETRIEVAL else greedy.mean()
@@ -101,7 +101,7 @@ def _items(test: str, rows: list[list[int]], tokenizer: Any, window: int, count:
         counts = tuple(b - a for a, b in itertools.pairwise((1, *ends)))  # nothing predicts the first token
         yield from (_Item(tuple(row), ends, counts) for row in rows)
         return
-    for length, index in itertools.product(sorted({min(NEAR, window), window}), range(count)):
+    for length, index in itertools.product(sorted({min(SHORT_TEXT, window), window}), range(count)):
         rng = np.random.default_rng((_SEED, length, index))
         if test == RETRIEVAL:
             depth = (index + 0.5) / count / 2  # in the first half

@@ -20,7 +20,13 @@ from nbl_export.errors import CorruptError
 from nbl_export.evaluation.length import POSITION, TESTS
 from nbl_export.evaluation.measure import Outcome, paired_difference
 from nbl_export.files import read_json
-from nbl_export.records.quality import NEAR, describe_interval, grows_with_length, increase_interval, mean_interval
+from nbl_export.records.quality import (
+    SHORT_TEXT,
+    describe_interval,
+    grows_with_length,
+    increase_interval,
+    mean_interval,
+)
 from nbl_export.records.requests import Subject
 
 __all__ = ["SCHEMA", "entry", "read_entries", "summarize"]
@@ -172,28 +178,29 @@ def _rise(new: Entry, old: Entry, end: int) -> np.ndarray:
 
 def _warning(new: Entry, old: Entry, ends: list[int]) -> str | None:
     """One sentence if a test's loss grows with length; else None."""
-    near = [end for end in ends if end <= NEAR]
-    far = ends[-1]
-    if not near or far <= NEAR:
+    short_ends = [end for end in ends if end <= SHORT_TEXT]
+    most = ends[-1]
+    if not short_ends or most <= SHORT_TEXT:
         return None
-    counts = np.diff((1, *near))
-    short_W = np.average([_rise(new, old, end) for end in near], axis=0, weights=counts)
-    if not grows_with_length(short_W, _rise(new, old, far)):
+    counts = np.diff((1, *short_ends))
+    short_W = np.average([_rise(new, old, end) for end in short_ends], axis=0, weights=counts)
+    if not grows_with_length(short_W, _rise(new, old, most)):
         return None
     test, _, text = new["task"].partition(":")
     if test == POSITION:
         none = np.zeros(len(short_W))
-        rises = (increase_interval(none, rise_W) for rise_W in (short_W, _rise(new, old, far)))
+        rises = (increase_interval(none, rise_W) for rise_W in (short_W, _rise(new, old, most)))
         small, large = (describe_interval(rise.value, rise.ends, percent=True, sign=True) for rise in rises)
         said = (
-            f"perplexity rises by {small} at positions below {NEAR}, but by {large} at positions from {ends[-2]:,} on"
+            f"perplexity rises by {small} at positions below {SHORT_TEXT}, "
+            f"but by {large} at positions from {ends[-2]:,} on"
         )
     else:
-        shares = (e["metrics"][f"correct {end}"]["value"] for end in (NEAR, far) for e in (old, new))
+        shares = (e["metrics"][f"correct {end}"]["value"] for end in (SHORT_TEXT, most) for e in (old, new))
         short, short_nbl, long, long_nbl = (f"{share:.0%}" for share in shares)
         said = (
-            f"{test} is correct in {long_nbl} instead of the original's {long} in {far:,} tokens, and in {short_nbl} "
-            f"instead of {short} in {NEAR}"
+            f"{test} is correct in {long_nbl} instead of the original's {long} in {most:,} tokens, and in {short_nbl} "
+            f"instead of {short} in {SHORT_TEXT}"
         )
     return (
         f"the loss grows with length: {f'on {text}, ' if text else ''}{said}; use short texts, or replace other layers"

@@ -43,9 +43,8 @@ TEXT_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokeni
 _ENDINGS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md", ".data", "")  # none: texts such as LICENSE
 MANIFEST = "nbl.json"  # in a run directory and in a deployable directory
 OWN_NODES = "/nbl/"  # begins the names of nodes that the rewrite adds
-EXIT_ROWS = (
-    "/nbl/cut/Rows"  # the node that takes the rows that continue above an exit layer; the last token's row comes first
-)
+# The node that takes the rows that continue above an exit layer; the last token's row comes first.
+EXIT_ROWS = "/nbl/exit/Rows"
 
 
 def graph_file(directory: Path) -> str:

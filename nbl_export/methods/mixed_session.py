@@ -111,20 +111,20 @@ class MixedSession:
 
 
 def _parts(
-    model: ir.Model, cuts: Sequence[Collection[ir.Value]], taps: Sequence[ir.Value], wanted: Sequence[ir.Value]
+    model: ir.Model, boundaries: Sequence[Collection[ir.Value]], taps: Sequence[ir.Value], wanted: Sequence[ir.Value]
 ) -> Iterator[bytes]:
-    """The part before the first cut, and the parts behind each cut, which read the values of the cut.
+    """The part before the first boundary, and the parts behind each boundary, which read the values of the boundary.
 
     Args:
-        taps: of each cut, computed before it; the first norm of a graph reads the stream of its cut.
-        wanted: each of these values is an output of the first part that can compute it from the cuts.
+        taps: of each boundary, computed before it; the first norm of a graph reads the stream of its boundary.
+        wanted: each of these values is an output of the first part that can compute it from the boundaries.
     """
-    place = {value: number for number, cut in enumerate(cuts, start=1) for value in cut}
-    inputs: list[dict[ir.Value, None]] = [{} for _ in range(len(cuts) + 1)]
+    place = {value: number for number, boundary in enumerate(boundaries, start=1) for value in boundary}
+    inputs: list[dict[ir.Value, None]] = [{} for _ in range(len(boundaries) + 1)]
     outputs: list[dict[ir.Value, None]] = [{} for _ in inputs]
     before = {tap: number for number, tap in enumerate(taps, start=1)}
     for value in wanted:
-        stops = {v: number for v, number in place.items() if number < before.get(value, len(cuts) + 1)}
+        stops = {v: number for v, number in place.items() if number < before.get(value, len(boundaries) + 1)}
         read = _read(value, stops)
         own = max((stops[v] for v in read if v in stops), default=0)
         inputs[own].update(dict.fromkeys(read))

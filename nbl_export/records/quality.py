@@ -30,9 +30,9 @@ import numpy as np
 
 __all__ = [
     "CONFIDENCE",
-    "FAR",
     "LONG_RANGE_SHARE",
-    "NEAR",
+    "SHORT_TEXT",
+    "WARN_RATIO",
     "Interval",
     "describe_increase",
     "describe_interval",
@@ -51,8 +51,8 @@ __all__ = [
 ]
 
 CONFIDENCE = 0.95
-FAR = 2.0  # a warning needs a loss this many times that on another text, or in a short one
-NEAR = 512  # tokens of a short text
+WARN_RATIO = 2.0  # a warning needs a loss this many times that on another text, or in a short one
+SHORT_TEXT = 512  # tokens of a short text
 LONG_RANGE_SHARE = 2.0  # of long-range tokens so many times the limit may be lost
 _NOTICED = 0.05  # no warning below this perplexity increase
 
@@ -319,7 +319,7 @@ def promise(share: float) -> str:
 
 
 def warn_of_text(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """One sentence if the largest perplexity increase is more than `FAR` times the smallest; else None.
+    """One sentence if the largest perplexity increase is more than `WARN_RATIO` times the smallest; else None.
 
     If both increases have intervals, the intervals must also be disjoint.
 
@@ -332,7 +332,7 @@ def warn_of_text(rows: Sequence[Mapping[str, Any]]) -> str | None:
     least, most = (pick(rows, key=lambda row: row["increase"]) for pick in (min, max))
     low = least["increase"]
     high = most["increase"]
-    if high < _NOTICED or high <= FAR * low:
+    if high < _NOTICED or high <= WARN_RATIO * low:
         return None
     ends = least["increase_interval"], most["increase_interval"]
     if all(ends) and ends[0][1] >= ends[1][0]:
@@ -345,13 +345,13 @@ def warn_of_text(rows: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def grows_with_length(short_W: np.ndarray, long_W: np.ndarray) -> bool:
-    """Whether the loss rises `FAR` times as much at length as in `NEAR` tokens, and enough to be noticed.
+    """Whether the loss rises `WARN_RATIO` times as much at length as in a short text, and enough to be noticed.
 
-    The interval of the rise at length - `FAR` * the rise in `NEAR` tokens, item by item, must be above zero.
+    The interval of the rise at length - `WARN_RATIO` * the rise in a short text, item by item, must be above zero.
 
     Args:
         short_W, long_W: loss after minus loss before of each window, key or sequence, in nats.
     """
     rise = mean_interval(long_W)
-    apart = mean_interval(long_W - FAR * short_W)
+    apart = mean_interval(long_W - WARN_RATIO * short_W)
     return rise.value is not None and rise.value >= math.log1p(_NOTICED) and apart.low is not None and apart.low > 0

@@ -27,7 +27,7 @@ from nbl_export.targets.checks import PRUNED, SPOKEN, ExpectedGraph, StoredWeigh
 __all__ = ["check", "check_files", "check_untouched", "read_maps"]
 
 _OURS = re.compile(r"nbl\.layers\.\d+\.")
-_SHAPES = ("nbl.states.", "nbl.cut.")  # begin the names of shapes, indices and tables (`rewrite`)
+_SHAPES = ("nbl.states.", "nbl.exit.")  # begin the names of shapes, indices and tables (`rewrite`)
 _OUR_PRODUCT = re.compile(r"/nbl/layers\.\d+/MatMul")
 # ONNX Runtime's symmetric quantiser spans [-8, 8) steps: the mirror image of a block's largest value is one step off.
 _STEPS = 1.01

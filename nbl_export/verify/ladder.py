@@ -214,8 +214,8 @@ def judge(
         rows: what was got, and what is expected; the last `DECODE_STEPS` positions are decode.
     """
     results = []
-    for part, cut in (("prefill", slice(None, -DECODE_STEPS)), ("decode", slice(-DECODE_STEPS, None))):
-        figures = [apart(expected[cut], got[cut]) for got, expected in rows]
+    for part, positions in (("prefill", slice(None, -DECODE_STEPS)), ("decode", slice(-DECODE_STEPS, None))):
+        figures = [apart(expected[positions], got[positions]) for got, expected in rows]
         value = float(np.max(figures))  # NaN if one is
         passed = bool(np.isfinite(value) and value <= limit)
         results.append(

@@ -52,7 +52,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="module")
 def exit_layer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """(architecture, cut, W) -> NBL checkpoint of a tiny model with random predicted KV."""
+    """(architecture, exit layer, W) -> NBL checkpoint of a tiny model with random predicted KV."""
 
     @functools.cache
     def make(architecture: str, layer: int, recent_tokens: int) -> Path:

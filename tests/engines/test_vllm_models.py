@@ -26,7 +26,7 @@ from ..tiny import HEAD_DIM, HIDDEN, KV_HEADS, LAYERS
 from . import fake_vllm
 
 IDS = torch.arange(3, 40)
-NAMES = [f"nbl_export.targets.checkpoint.vllm.{name}" for name in ("models", "cut", "prefix")]
+NAMES = [f"nbl_export.targets.checkpoint.vllm.{name}" for name in ("models", "predicted_kv", "prefix")]
 W = 5
 
 
@@ -145,7 +145,7 @@ def test_predicted_keys_do_not_depend_on_the_schedule(
     schedule: str, exit_layer: int, models: ModuleType, checkpoint: Callable[[str], Path]
 ) -> None:
     maps = predicted_maps(exit_layer, W, KV_HEADS * HEAD_DIM)
-    model = cut_model(models, checkpoint, maps)
+    model = exit_model(models, checkpoint, maps)
     right = linearize(load_model(checkpoint("llama")), maps)
     prompts, blocks = (30, 4, 17), torch.arange(36).view(12, 3).T.tolist()  # higher ones as a text grows
     texts = [torch.from_numpy(np.random.default_rng(n).integers(2, 300, n + 3)) for n in prompts]
@@ -196,7 +196,7 @@ def test_each_rank_fills_the_heads_that_it_holds(
         assert torch.equal(torch.stack([part[0] for part in filled]), heads)
 
 
-def cut_model(models: ModuleType, checkpoint: Callable[[str], Path], maps: dict[int, Any], **settings: Any) -> Any:
+def exit_model(models: ModuleType, checkpoint: Callable[[str], Path], maps: dict[int, Any], **settings: Any) -> Any:
     one = next(iter(maps.values()))
     facts = {"layer": one.exit_layer, "recent_tokens": one.recent_tokens, "epsilon": one.epsilon}
     asked = {

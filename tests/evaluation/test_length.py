@@ -122,7 +122,7 @@ NOISE = 0.02 * np.array([1, -1, 2, -2, 1, -1, 0, 0])
 
 
 @pytest.mark.parametrize(
-    ("near", "far", "warned"),
+    ("short", "long", "warned"),
     [
         (0.1 + NOISE, 0.3 + NOISE, True),
         (0.1 + NOISE, 0.15 + NOISE, False),  # more, but not twice
@@ -132,16 +132,16 @@ NOISE = 0.02 * np.array([1, -1, 2, -2, 1, -1, 0, 0])
         (0.1 + NOISE, np.full(8, np.nan), False),
     ],
 )
-def test_a_warning_needs_twice_the_loss_beyond_noise(near: np.ndarray, far: np.ndarray, warned: bool) -> None:
-    assert grows_with_length(near, far) == warned
+def test_a_warning_needs_twice_the_loss_beyond_noise(short: np.ndarray, long: np.ndarray, warned: bool) -> None:
+    assert grows_with_length(short, long) == warned
 
 
-def entries(test: str, near: float, far: float) -> dict[str, Any]:
+def entries(test: str, short: float, long: float) -> dict[str, Any]:
     """Entries of the original and of a model whose loss and failures grow by these shares."""
     found = {}
     for variant, scale in (("original", 0.0), ("nbl", 1.0)):
         metrics = {}
-        for end, rise in ((512, near), (4096, far)):
+        for end, rise in ((512, short), (4096, long)):
             losses, shares = [2.0 + scale * (rise + n) for n in NOISE], [1.0 - scale * rise] * len(NOISE)
             metrics[f"loss {end}"] = Metric.of("mean", losses, higher_is_better=False)
             metrics[f"correct {end}"] = Metric.of("mean", shares, higher_is_better=True)

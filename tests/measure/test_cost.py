@@ -67,7 +67,7 @@ def test_a_decoder_small_enough_for_paper() -> None:
     assert model.speedup_of_sizes({1: work(16)}).decode == before / after
 
 
-def test_a_cut_small_enough_for_paper() -> None:
+def test_an_exit_layer_small_enough_for_paper() -> None:
     """The same decoder and 6 tokens; keys of layer 1 are predicted, but those of the first token and the last two."""
     model = CostModel(DecoderSpec("llama", 2, 4, 2, 1, 2, 10, 64), MlpSpec(8), 2.0, 1.0, 2, tokens=6)
     maps = {1: PredictedKV(np.zeros((4, 8), np.float32), np.zeros(4, np.float32), 4, 1, 2, 1e-5)}
@@ -189,7 +189,7 @@ def test_a_job_from_a_source_that_computes_every_expert(checkpoint: Callable[[st
         assert (found.every_expert, found.mlp) == (every, MlpSpec(INNER, 3, experts=16, chosen=8))
 
 
-def test_a_step_that_climbs_whole_costs_what_it_costs_in_the_original() -> None:
+def test_a_step_that_continues_whole_costs_what_it_costs_in_the_original() -> None:
     """Maps of predicted KV are not read in a decode step, and a longer step reads them."""
     reads = (Read(rows=Rows.LAST, tokens=4), Read(1, Rows.ALL))
     sizes = {layer: LayerSizes(reads, (TokenWork(0, 0), TokenWork(999, 999)), attends=True) for layer in (1, 2)}

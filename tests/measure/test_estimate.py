@@ -145,7 +145,7 @@ def test_a_model_needs_memory_for_one_layer_at_a_time() -> None:
 
 
 @pytest.mark.parametrize("exit_layer", ["20", "auto"])
-def test_sums_of_cuts_are_in_memory_beside_the_model(exit_layer: str) -> None:
+def test_sums_of_exit_layers_are_in_memory_beside_the_model(exit_layer: str) -> None:
     estimated = job(SMOLLM2, exit_layer=exit_layer)
     needs = by_stage(estimated)["calibrate"]
     shape = ExitShape(estimated.exits, 30, 576, 3 * 64, 1e-5)

@@ -102,8 +102,8 @@ def test_other_mixers_begin_at_the_states_of_the_same_original(checkpoint: Check
 
 def test_a_map_that_reads_another_layer_is_computed(checkpoint: Checkpoint, tmp_path: Path) -> None:
     directory = checkpoint("llama")
-    far = own_map(load_model(directory), 2, 1, 8)
-    expected, found = (model.window_losses(IDS, {"far": (2,)}) for model in both(directory, tmp_path, maps={2: far}))
+    map_2 = own_map(load_model(directory), 2, 1, 8)
+    expected, found = (model.window_losses(IDS, {"one": (2,)}) for model in both(directory, tmp_path, maps={2: map_2}))
     assert found == expected
 
 

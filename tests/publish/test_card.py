@@ -56,7 +56,7 @@ def base(run: Path, tmp_path: Path) -> Path:
     return copy
 
 
-def test_a_cut_is_not_called_replaced_attention(run: Path) -> None:
+def test_an_exit_layer_is_not_called_replaced_attention(run: Path) -> None:
     report = json.loads((run / "report.json").read_text(encoding="utf-8")) | {"exit": {"layer": 2, "recent_tokens": 8}}
     text = card.render(manifest(run), report, card.find(manifest(run)))
     assert f"most of a prompt skips layers 2 to {report['num_layers'] - 1}" in text

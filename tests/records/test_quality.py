@@ -136,7 +136,7 @@ def test_what_windows_cannot_say() -> None:
     assert mean_interval([0.98, 1.0, 1.0], (0.0, 1.0)).high == 1.0
 
 
-def test_rows_of_answers_count_equally_however_many_they_have() -> None:
+def test_rows_of_long_range_tokens_count_equally_however_many_they_have() -> None:
     row = long_range_row([(10, 20.0, 21.0, 10.0), (100, 200.0, 250.0, 100.0)])
     assert row is not None and row["lost"] == pytest.approx((0.1 + 0.5) / 2) and row["tokens"] == 110
     assert row["perplexity_nbl"] == pytest.approx(math.exp((2.1 + 2.5) / 2))

@@ -87,7 +87,7 @@ def test_every_text_is_judged(rows: list[tuple[float, list[float] | None]], expe
     [(0.07, [0.05, 0.09], "within"), (0.08, [0.05, 0.11], "undecided"), (0.13, [0.11, 0.15], "above"),
      (0.09, None, "within"), (None, None, "above")],
 )  # fmt: skip
-def test_answers_from_far_back_may_lose_twice_the_limit(
+def test_long_range_tokens_may_lose_twice_the_limit(
     lost: float | None, ends: list[float] | None, expected: str
 ) -> None:
     found = report(

@@ -604,12 +604,12 @@ def test_what_is_drawn_is_what_was_measured(written: Written, monkeypatch: pytes
     assert plots.curve(points, 3).axes[0].lines[0].get_ydata() == pytest.approx([1.1] * 4)  # type: ignore[attr-defined]
     assert describe_curve({"points": points}).count("+10.0%") == 4
     both = [{**point, "recent_tokens": recent_tokens} for point in points for recent_tokens in (64, 128)]
-    of_cuts, *rings = plots.curve(both, 3, 128).axes[0].lines  # type: ignore[attr-defined]
-    assert of_cuts.get_linestyle() == "None"  # two exit layers are not more and less of one thing
+    of_exits, *rings = plots.curve(both, 3, 128).axes[0].lines  # type: ignore[attr-defined]
+    assert of_exits.get_linestyle() == "None"  # two exit layers are not more and less of one thing
     assert [ring.get_xdata().tolist() for ring in rings] == [[both[3]["prefill"]]]
 
 
-def test_points_of_cuts_have_their_near_tokens() -> None:
+def test_points_of_exit_layers_have_their_recent_tokens() -> None:
     points = [{**point, "recent_tokens": 4, "long_range": 0.05} for point in CURVE["points"]]
     goal = {"max_perplexity_increase": "40%", "default": False, "path": []}
     exit_layer = {

@@ -59,7 +59,7 @@ def values(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("recent_tokens", [8, 20])
-def test_a_cut_is_compared_in_the_steps_of_its_reference(recent_tokens: int) -> None:
+def test_an_exit_layer_is_compared_in_the_steps_of_its_reference(recent_tokens: int) -> None:
     """The cached steps of `last_token` continue whole, which one chunk of them does not if W is small."""
     directory = graph_of("llama", (), "fp32", exit_layer=(1, recent_tokens))
     first, second = (

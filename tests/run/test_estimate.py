@@ -113,7 +113,7 @@ def test_options_are_settled_as_in_the_main_job(tmp_path: Path, monkeypatch: pyt
     assert_refused(nbl("estimate", model, "--exit-layer", "20", "--distill-minutes", "3"), 2, "is for --fit distilled")
 
 
-def test_a_job_with_a_cut_has_sums_of_its_candidates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_with_an_exit_layer_has_sums_of_its_candidates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A named exit layer sums less than all candidates, and a lower exit layer gains more of a prompt."""
     with_memory(monkeypatch, 200)
     model = str(written(tmp_path))

@@ -24,7 +24,7 @@ from nbl_export.verify.ladder import DECODE_STEPS, run_rows
 from ..command import assert_refused, in_new_process, nbl, snapshot
 from ..damage import name_code, named_code
 from ..exits import chunks_of, predicted_maps
-from ..exits import torch_logits as cut_logits
+from ..exits import torch_logits as exit_logits
 from ..graph_sources import OPTIMUM_PYTHON
 from ..tiny import HEAD_DIM, HIDDEN, LAYERS, VOCAB
 
@@ -106,7 +106,7 @@ def test_rewritten_graph_agrees_with_torch(
 
 
 @pytest.mark.parametrize("source", ["genai-fp32", "genai-fp16"])
-def test_a_prompt_of_a_given_graph_stops_at_a_cut(
+def test_a_prompt_of_a_given_graph_stops_below_an_exit_layer(
     source: str, checkpoint: Any, given_graph: Given, tmp_path: Path
 ) -> None:
     """Its logits are those of the last token, all caches stay, and nbl.json has the exit layer."""
@@ -118,7 +118,7 @@ def test_a_prompt_of_a_given_graph_stops_at_a_cut(
     assert (facts["exit"], len(facts["caches"])) == ({"layer": 1, "recent_tokens": 4}, 2 * LAYERS)
     decoder, chunks = OnnxDecoder(out, HEAD_DIM, caches=facts["caches"]), chunks_of((20, 1, 1, 9, 1))
     decoder.begin(1)
-    for chunk, right in zip(chunks, cut_logits(load_model(checkpoint("llama")), maps, chunks), strict=True):
+    for chunk, right in zip(chunks, exit_logits(load_model(checkpoint("llama")), maps, chunks), strict=True):
         found = decoder.step(chunk)
         assert found.shape == (1, 1, VOCAB)
         assert worst([found[0, 0]], [right[-1]]) < TOLERANCE[precision(source)]

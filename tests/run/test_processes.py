@@ -69,7 +69,7 @@ if os.environ["RANK"] == "1":
     Collector.run = dies
 """
 LIMIT = (*BARE[:2], "--calibration-tokens", "2560", "--max-perplexity-increase", "10000%")
-CUT, LAYERS = (*LIMIT, "--recent-tokens", "4"), (*LIMIT, "--exit-layer", "none")
+EXIT, LAYERS = (*LIMIT, "--recent-tokens", "4"), (*LIMIT, "--exit-layer", "none")
 STEPS = "distill_steps = 8\nlora_rank = 2\ncontext = 32\n"
 
 
@@ -86,7 +86,7 @@ def found(run: Path) -> dict[str, Any]:
     return {**facts, **{file.name: file_sha256(file) for file in run.glob("*.safetensors")}}
 
 
-@pytest.mark.parametrize(("options", "count", "file"), [(CUT, 3, "sums.safetensors"), (LAYERS, 2, "sums.safetensors")])
+@pytest.mark.parametrize(("options", "count", "file"), [(EXIT, 3, "sums.safetensors"), (LAYERS, 2, "sums.safetensors")])
 def test_processes_find_what_one_finds(
     options: tuple[str, ...], count: int, file: str, job: tuple[object, ...], server: ForkServer, tmp_path: Path
 ) -> None:
@@ -139,11 +139,11 @@ def test_a_process_that_is_killed_leaves_one_sentence_and_nothing_half_done(
     number: int, said: str, job: tuple[object, ...], server: ForkServer, tmp_path: Path
 ) -> None:
     started, code = time.monotonic(), RANKS.format(count=2, signal=number) + SMALL + DIES
-    process = server.start(*job, *CUT, "--output", tmp_path / "run", code=code)
+    process = server.start(*job, *EXIT, "--output", tmp_path / "run", code=code)
     assert process.status == 1 and time.monotonic() - started < 60
     assert_refused(Outcome(1, "", process.err), 1, said)
     assert set(snapshot(tmp_path / "run")) == {"text.safetensors", "nbl.json"}
-    again = server.start(*job, *CUT, "--output", tmp_path / "run", code=SMALL)
+    again = server.start(*job, *EXIT, "--output", tmp_path / "run", code=SMALL)
     assert again.status == 0 and "text: reused" in again.err, again.err
 
 

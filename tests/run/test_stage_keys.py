@@ -35,7 +35,7 @@ BASES: dict[str, dict[str, Any]] = {
     "verify": {"fit": "distilled", "tap": "normed"},
     "build": TRT,
 }
-CUT: dict[str, Any] = {"layers": None, "select": None, "exit_layer": "auto"}
+EXIT: dict[str, Any] = {"layers": None, "select": None, "exit_layer": "auto"}
 ASKED = {"eval": EVAL}
 # Another value of each option.
 OTHER: dict[str, Any] = {
@@ -101,13 +101,13 @@ def test_an_option_that_a_stage_reads_is_in_its_key(stage: str, key_of_stage: An
     assert [option for option, value in changed.items() if key_of_stage(stage, **{option: value}) == before] == []
 
 
-def test_the_near_tokens_of_a_cut_are_in_the_key_of_the_plan_alone(key_of_stage: Any) -> None:
+def test_the_recent_tokens_of_an_exit_layer_are_in_the_key_of_the_plan_alone(key_of_stage: Any) -> None:
     named = {"layers": None, "select": None, "exit_layer": "1"}
     assert len({key_of_stage("plan", **named, recent_tokens=count) for count in (64, 65)}) == 2
     assert len({key_of_stage("calibrate", **named, recent_tokens=count) for count in (64, 65)}) == 1
     assert key_of_stage("plan", recent_tokens=65) == key_of_stage("plan")
-    assert len({key_of_stage("plan", **CUT, max_perplexity_increase=share) for share in (None, "6%", "7%")}) == 3
-    assert len({key_of_stage("calibrate", **CUT, compute_dtype=name) for name in ("auto", "float32")}) == 2
+    assert len({key_of_stage("plan", **EXIT, max_perplexity_increase=share) for share in (None, "6%", "7%")}) == 3
+    assert len({key_of_stage("calibrate", **EXIT, compute_dtype=name) for name in ("auto", "float32")}) == 2
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ ROWS: dict[str, tuple[str, ...]] = {
 
 
 @pytest.mark.parametrize(
-    ("stage", "options"), [*((s, BASES.get(s, {})) for s in ROWS), ("calibrate", CUT), ("plan", CUT)]
+    ("stage", "options"), [*((s, BASES.get(s, {})) for s in ROWS), ("calibrate", EXIT), ("plan", EXIT)]
 )
 def test_other_rows_of_a_part_that_a_stage_reads_are_another_key(
     stage: str, options: dict[str, Any], tmp_path: Path

@@ -113,7 +113,7 @@ def test_other_precisions_and_batches_build(precision: str, batch: int, tmp_path
 
 @needs_rtx
 @pytest.mark.parametrize(("precision", "batch"), [("bf16", 1), ("int4", 4)])
-def test_a_cut_builds_with_fused_attention(precision: str, batch: int, tmp_path: Path) -> None:
+def test_an_exit_layer_builds_with_fused_attention(precision: str, batch: int, tmp_path: Path) -> None:
     """No row stops in a decode step, and the skipped rows have a map and no further copy of a matrix."""
     source = graph_of("llama", (), precision, exit_layer=(1, 8))
     found = parsed(source / "decoder.onnx")

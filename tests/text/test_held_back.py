@@ -88,7 +88,7 @@ def test_a_text_that_is_too_short_for_every_use_is_refused() -> None:
 
 def test_stages_read_the_parts_that_are_theirs(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = opened(run, select="efficient")
-    near, second = (
+    own_rows, second = (
         SimpleNamespace(**{part: parts.read(run / TEXT_FILE, f"{text}{part}") for part in PARTS})
         for text in ("", "second.")
     )
@@ -109,12 +109,12 @@ def test_stages_read_the_parts_that_are_theirs(run: Path, monkeypatch: pytest.Mo
         return {tuple(row) for row in windows.tolist()}
 
     own, others, twice = seen["selection"]
-    assert rows(own) <= rows(near.selection) and rows(others) <= rows(second.selection)
+    assert rows(own) <= rows(own_rows.selection) and rows(others) <= rows(second.selection)
     passages, again = torch.as_tensor(twice).view(2, -1, min(64, twice.numel() // 2))
     assert torch.equal(passages.flip(0), again)  # a layer that copies from far back is seen
-    assert passages.flatten().tolist() == near.selection.flatten()[: passages.numel()].tolist()
+    assert passages.flatten().tolist() == own_rows.selection.flatten()[: passages.numel()].tolist()
     final = [windows for _, windows in verify.loss_texts(verify.declare(job))]
-    assert rows(final[0]) == rows(near.test) and rows(final[1]) == rows(second.test)
+    assert rows(final[0]) == rows(own_rows.test) and rows(final[1]) == rows(second.test)
     assert final[1].size == final[0].size == 2048  # shorten_parts
 
     class Recorder:
@@ -132,7 +132,7 @@ def test_stages_read_the_parts_that_are_theirs(run: Path, monkeypatch: pytest.Mo
 
     recorder: Any = Recorder()
     steps_of_sets(recorder.partial, job.text.validation.value, [recorder.order(1)], 0.1, quiet)
-    assert [rows(w) for w in seen["validation"]] == [rows(near.validation), rows(second.validation)]
+    assert [rows(w) for w in seen["validation"]] == [rows(own_rows.validation), rows(second.validation)]
 
 
 def test_distilled_maps_are_judged_by_the_choosing_part(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ def made(recent_tokens: int | None, held_out: int = 1000, cache_length: int = 40
 
 
 @pytest.mark.parametrize(("recent_tokens", "held_out"), [(1, 1000), (64, 1000), (128, 300), (256, 300)])
-def test_rows_and_prompts_exceed_the_near_tokens(recent_tokens: int, held_out: int) -> None:
+def test_rows_and_prompts_exceed_the_recent_tokens(recent_tokens: int, held_out: int) -> None:
     probe = made(recent_tokens, held_out)
     first, second = (len(row) - DECODE_STEPS for row in probe.rows)
     assert first > second == recent_tokens + 2 and all(len(prompt) > recent_tokens + 1 for prompt in probe.prompts)
@@ -39,7 +39,7 @@ def test_rows_and_prompts_exceed_the_near_tokens(recent_tokens: int, held_out: i
     assert len(probe.rows[0]) >= recent_tokens + max(BATCH_LENGTHS) + len(BATCH_LENGTHS) + 2  # what `check_last` reads
 
 
-def test_a_plan_without_a_cut_has_short_rows() -> None:
+def test_a_plan_without_an_exit_layer_has_short_rows() -> None:
     probe = made(None)
     assert [len(row) for row in probe.rows] == [64 + DECODE_STEPS, 37 + DECODE_STEPS] and not probe.continuing
     assert {len(prompt) for prompt in probe.prompts} == {24}

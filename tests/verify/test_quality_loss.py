@@ -159,7 +159,7 @@ class Stopping(Windowed):
 
 
 @pytest.mark.parametrize("length", [60, 61, 57, 2])
-def test_with_a_cut_the_second_half_of_a_window_is_scored(length: int) -> None:
+def test_with_an_exit_layer_the_second_half_of_a_window_is_scored(length: int) -> None:
     windows = np.random.default_rng(2).integers(0, 50, (3, length))
     original, nbl = Windowed(0, 50), Stopping(1, 8)
     (row,), _ = quality_loss(original, nbl, [("t", windows)], lambda _d, _t: None, 8)
@@ -228,7 +228,7 @@ class Copying:
 
 @pytest.mark.parametrize("recent_tokens", [None, 8])
 @pytest.mark.parametrize(("answers", "named"), [(10, True), (10, False), (7, True)])
-def test_answers_from_far_back_are_a_row_of_their_own(
+def test_long_range_tokens_are_a_row_of_their_own(
     recent_tokens: int | None, answers: int, named: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Few tokens, then 180 of ten others, then the few ones again: only a whole text tells these.

@@ -136,7 +136,7 @@ def test_positions_that_neither_side_computes_are_left_out() -> None:
     assert passed() == [False, True] * 2
 
 
-def test_a_batch_in_which_all_tokens_climb_is_compared_with_its_own_logits() -> None:
+def test_a_batch_in_which_all_tokens_continue_is_compared_with_its_own_logits() -> None:
     expected, rows = table()
     others, both = table(1)
     both = [[2, *both[0][1:]], [3, *both[1][1:]]]

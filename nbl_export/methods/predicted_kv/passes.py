@@ -37,8 +37,8 @@ from nbl_export.methods.predicted_kv.static import exit_static, name_rows
 
 __all__ = ["PrefillExit"]
 
-_PREFIX = "/nbl/cut"
-_CONSTANTS = "nbl.cut"
+_PREFIX = "/nbl/exit"
+_CONSTANTS = "nbl.exit"
 _INT = ir.DataType.INT64
 _BOOL = ir.DataType.BOOL
 
@@ -155,8 +155,8 @@ class _Step:
         recent_tokens = self.mixer.recent_tokens
         end = make("Squeeze", "end", self.at, number("last", [-1]))
         zero = make("Sub", "zero", end, end)
-        near_rows = make("Add", "near_rows", end, number("near", np.arange(1 - recent_tokens, 1)[None]))
-        rows = make("Concat", "rows", zero, near_rows, axis=1)
+        recent_rows = make("Add", "recent_rows", end, number("recent", np.arange(1 - recent_tokens, 1)[None]))
+        rows = make("Concat", "rows", zero, recent_rows, axis=1)
         places = make("Unsqueeze", "places", rows, number("last", [-1]))
         length = make("Shape", "length", self.chunk, start=1, end=2)
         whole = make("Shape", "whole", graph_input(make.graph, "attention_mask"), start=1, end=2)
@@ -197,8 +197,8 @@ class _Step:
         norm = {"axis": -1, "stash_type": 1, "epsilon": mixer.epsilon}
         normed = make("SimplifiedLayerNormalization", "norm", x, ones, dtype=dtype, **norm)
         axis = number("row", [1])
-        behind = number("near_begins", [-mixer.recent_tokens])
-        skipped = make("Slice", "far", normed, axis, behind, axis, dtype=dtype)
+        behind = number("recent_begins", [-mixer.recent_tokens])
+        skipped = make("Slice", "skipped", normed, axis, behind, axis, dtype=dtype)
         until = number("before_ends", [-mixer.recent_tokens - 1])
         before = make("Slice", "before", normed, number("begin", [0]), until, axis, dtype=dtype)
         return make("Concat", "features", skipped, before, dtype=dtype, axis=2)

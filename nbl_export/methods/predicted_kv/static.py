@@ -30,8 +30,8 @@ from nbl_export.methods.predicted_kv.maps import PredictedKV
 
 __all__ = ["exit_static", "name_rows"]
 
-_PREFIX = "/nbl/cut"
-_CONSTANTS = "nbl.cut"
+_PREFIX = "/nbl/exit"
+_CONSTANTS = "nbl.exit"
 _INT = ir.DataType.INT64
 _BOOL = ir.DataType.BOOL
 
@@ -55,7 +55,7 @@ def exit_static(
     make = Maker(graph, f"{_PREFIX}/", dtype, f"{_CONSTANTS}.")
     step = _Step.of(ints, mixer.recent_tokens)
     readers = tuple(x.uses())
-    rows = make("GatherND", "climbing_rows", x, step.places, batch_dims=1)
+    rows = make("GatherND", "continuing_rows", x, step.places, batch_dims=1)
     for node, index in readers:
         node.replace_input_with(index, rows)
     own = ints("GatherND", "own_positions", positions, step.places, batch_dims=1)
@@ -77,7 +77,7 @@ def name_rows(value: ir.Value, ids: ir.Value) -> None:
     dims = value.shape
     tokens = None if ids.shape is None else ids.shape[1]
     if dims is not None and len(dims) == 3 and dims[1] == tokens:
-        value.shape = ir.Shape([dims[0], "climbing_length", dims[2]])
+        value.shape = ir.Shape([dims[0], "continuing_length", dims[2]])
 
 
 @dataclass(frozen=True)
@@ -111,19 +111,19 @@ class _Step:
         length = ints("Shape", "length", graph_input(ints.graph, "input_ids"), start=1, end=2)
         few = ints("Min", "few", length, ints.constant("most", [recent_tokens + 1]))  # M
         steps_T1 = counted("all", length)
-        climbing_M1 = counted("few", few)
+        continuing_M1 = counted("few", few)
         last_place = ints("Sub", "last_place", few, one)
         last_row = ints("Min", EXIT_ROWS.removeprefix(f"{_PREFIX}/"), last.at, last_place)
         stop = ints("Sub", "stop", last.at, last_row)  # [B, 1, 1]: rows that stop
-        shifted = ints("Mul", "shifted", ints("Min", "is_behind_first", climbing_M1, one), stop)
-        places = ints("Add", "places", climbing_M1, shifted)
-        near_place = ints("Max", "near_place", ints("Sub", "from_near", steps_T1, stop), zero)
-        near_place = ints("Min", "own_place", near_place, last_place)
+        shifted = ints("Mul", "shifted", ints("Min", "is_behind_first", continuing_M1, one), stop)
+        places = ints("Add", "places", continuing_M1, shifted)
+        recent_place = ints("Max", "recent_place", ints("Sub", "from_recent", steps_T1, stop), zero)
+        recent_place = ints("Min", "own_place", recent_place, last_place)
         behind_first = ints("Greater", "is_not_first", steps_T1, zero, dtype=_BOOL)
-        is_skipped = ints("LessOrEqual", "is_before_near", steps_T1, stop, dtype=_BOOL)
-        is_skipped = ints("And", "is_far", behind_first, is_skipped, dtype=_BOOL)
-        source = ints("Where", "source", is_skipped, ints("Add", "far_place", steps_T1, last_place), near_place)
-        return cls(places, source, ints("Sub", "far_end", length, last_place))
+        is_skipped = ints("LessOrEqual", "is_before_recent", steps_T1, stop, dtype=_BOOL)
+        is_skipped = ints("And", "is_skipped", behind_first, is_skipped, dtype=_BOOL)
+        source = ints("Where", "source", is_skipped, ints("Add", "skipped_place", steps_T1, last_place), recent_place)
+        return cls(places, source, ints("Sub", "skipped_end", length, last_place))
 
 
 def _positions(layer: int, found: Written) -> ir.Value:
@@ -179,7 +179,7 @@ def _features(ints: Maker, make: Maker, step: _Step, x: ir.Value, mixer: Predict
     normed = make("RMSNormalization", "norm", x, ones, axis=-1, epsilon=mixer.epsilon)
     axis = ints.constant("row", [1])
     one = ints.constant("begin", [1])
-    skipped = make("Slice", "far", normed, one, step.end, axis)
+    skipped = make("Slice", "skipped", normed, one, step.end, axis)
     end = ints("Sub", "before_end", step.end, one)
     before = make("Slice", "before", normed, ints.constant("none", [0]), end, axis)
     return make("Concat", "features", skipped, before, axis=2)
@@ -191,6 +191,6 @@ def _predicted(ints: Maker, make: LayerMaker, mixer: PredictedKV, features: ir.V
     axis = ints.constant("width_axis", [2])
     width = len(mixer.bias) // 2
     start, middle, end = (ints.constant(f"width_{n}", [n]) for n in (0, width, 2 * width))
-    keys = make("Slice", "FarKeys", made, start, middle, axis)
-    values = make("Slice", "FarValues", made, middle, end, axis)
+    keys = make("Slice", "SkippedKeys", made, start, middle, axis)
+    values = make("Slice", "SkippedValues", made, middle, end, axis)
     return keys, values

@@ -26,8 +26,8 @@ from nbl_export.text.windows import joined
 
 LAYERS, LENGTH = 8, 128
 OWN, SECOND, TWICE = "own", "second", "twice"
-FAR = "long-range tokens"  # each loses a nat behind a short context
-TEXTS = (OWN, SECOND, FAR)
+LONG_RANGE = "long-range tokens"  # each loses a nat behind a short context
+TEXTS = (OWN, SECOND, LONG_RANGE)
 TOKEN = {OWN: 1, SECOND: 2, TWICE: 3}  # of each text
 
 
@@ -37,17 +37,17 @@ def mixer(exit_layer: int, recent_tokens: int) -> PredictedKV:
 
 @dataclass
 class World:
-    """Increases of perplexity by (cut, near) and text, and what was computed.
+    """Increases of perplexity by (exit layer, W) and text, and what was computed.
 
     Attributes:
         answers: positions from the end of a row that are long-range tokens.
-        judged: cut, near, text, and judged positions.
+        judged: exit layer, W, text, and judged positions.
         widths: of the rows of each run of the original.
     """
 
     rises: Mapping[tuple[int, int], Mapping[str, float]]
     spread: float = 0.0
-    far_spread: float = 0.0  # on validation rows
+    long_range_spread: float = 0.0  # on validation rows
     decides: bool = False
     answers: int = 16
     judged: list[tuple[int, int, str, list[int]]] = field(default_factory=list)
@@ -63,14 +63,15 @@ class World:
             assert first is not None
             if each is not None:
                 each.append(torch.zeros(len(positions_N)))
-            name = FAR if positions_N[0] else next(n for n, token in TOKEN.items() if token == int(ids_T.max()))
+            name = LONG_RANGE if positions_N[0] else next(n for n, token in TOKEN.items() if token == int(ids_T.max()))
             world.judged.append((first.exit_layer, first.recent_tokens, name, positions_N.tolist()))
             noise = (
                 world.spread * (-1) ** (len(world.judged) // 2) * (positions_N[:2].tolist() == [0, 1])
             )  # on validation rows
             rise, count = world.rises[first.exit_layer, first.recent_tokens].get(name, 0.0), len(positions_N)
-            noise = noise if name != FAR else world.decides * world.far_spread * (-1) ** (len(world.judged) // 2)
-            rise = (rise if name == FAR else math.log1p(rise)) + noise
+            if name == LONG_RANGE:
+                noise = world.decides * world.long_range_spread * (-1) ** (len(world.judged) // 2)
+            rise = (rise if name == LONG_RANGE else math.log1p(rise)) + noise
             return {0: Loss(count, rise * count, 2.0 * count, (2.0 + rise) * count)}
 
         def cross_entropies(last_ND: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
@@ -137,7 +138,7 @@ def rises(**by_text: float) -> dict[tuple[int, int], dict[str, float]]:
             for c in (4, 5, 6) for n in (1, 2)}  # fmt: skip
 
 
-def test_the_lowest_cut_within_the_limit_is_taken_with_the_fewest_near_tokens() -> None:
+def test_the_lowest_exit_layer_within_the_limit_is_taken_with_the_fewest_recent_tokens() -> None:
     world, said = World(rises()), list[str]()
     choice = choose_exit(inputs(world), said.append)
     plan = choice.plan
@@ -149,8 +150,8 @@ def test_the_lowest_cut_within_the_limit_is_taken_with_the_fewest_near_tokens() 
     assert said[0].startswith("exit layer 5, 1 recent tokens: perplexity +1") and said[0].endswith("; 5% is allowed")
 
 
-@pytest.mark.parametrize(("text", "least"), [(OWN, 0.05), (SECOND, 0.05), (FAR, 0.1)])
-def test_each_text_can_refuse_a_cut_alone(text: str, least: float) -> None:
+@pytest.mark.parametrize(("text", "least"), [(OWN, 0.05), (SECOND, 0.05), (LONG_RANGE, 0.1)])
+def test_each_text_can_refuse_an_exit_layer_alone(text: str, least: float) -> None:
     """Of long-range tokens, twice the limit may be lost."""
     for rise, recent_tokens in ((least - 0.005, 1), (least + 0.005, 2)):
         choice = choose_exit(inputs(World(rises(**{text: rise}))))
@@ -159,7 +160,7 @@ def test_each_text_can_refuse_a_cut_alone(text: str, least: float) -> None:
     step = facts["goal"]["path"][-1]
     point = next(p for p in facts["curve"]["points"] if (p["replaced_layers"][0], p["recent_tokens"]) == (5, 1))
     assert ([row["text"] for row in step["quality_losses"]], step["long_range"]["windows"]) == ([OWN, SECOND], 20)
-    assert point["long_range"] == pytest.approx(0.01 if text != FAR else 0.105)
+    assert point["long_range"] == pytest.approx(0.01 if text != LONG_RANGE else 0.105)
 
 
 def test_prompts_of_both_lengths_order_the_candidates() -> None:
@@ -172,15 +173,15 @@ def test_prompts_of_both_lengths_order_the_candidates() -> None:
     assert exit_of(choose_exit(inputs(World(rises()), exits=(6,), saved=Lazy(None, lambda: of)))) == (6, 2)
 
 
-def test_more_near_tokens_are_tried_unless_the_loss_is_hopeless() -> None:
+def test_more_recent_tokens_are_tried_unless_the_loss_is_hopeless() -> None:
     """An exit layer of 9% is tried with two recent tokens, one of 11% is not."""
     for increase, exit_layer in ((0.09, 4), (0.11, 5)):
         world = World({**rises(), (4, 1): dict.fromkeys(TEXTS, increase), (4, 2): dict.fromkeys(TEXTS, 0.01)})
         assert exit_of(choose_exit(inputs(world)))[0] == exit_layer
 
 
-def test_few_cuts_are_measured() -> None:
-    """Twelve cuts take four measurements; an exit layer that holds is decided with more recent tokens without
+def test_few_exit_layers_are_measured() -> None:
+    """Twelve candidates take four measurements; an exit layer that holds is decided with more recent tokens without
     another one."""
     exits = tuple(range(4, 16))
     lost = {(c, n): dict.fromkeys(TEXTS, 0.045 if (c, n) == (9, 1) else 0.01 if c >= 9 else 0.2)
@@ -193,15 +194,15 @@ def test_few_cuts_are_measured() -> None:
     assert measured == [(10, 1), (9, 1), (8, 1), (7, 1)]
 
 
-@pytest.mark.parametrize(("spread", "far_spread"), [(0.04, 0.0), (0.0, 0.15)])
-def test_an_interval_beyond_the_limit_refuses_what_was_estimated(spread: float, far_spread: float) -> None:
+@pytest.mark.parametrize(("spread", "long_range_spread"), [(0.04, 0.0), (0.0, 0.15)])
+def test_an_interval_beyond_the_limit_refuses_what_was_estimated(spread: float, long_range_spread: float) -> None:
     """The mean is within the limit, and the upper end is not: of a text, or of long-range tokens."""
-    wide = World({key: {**dict.fromkeys(TEXTS, 0.03), FAR: 0.06} for key in rises()}, spread, far_spread)
+    wide = World({key: {**dict.fromkeys(TEXTS, 0.03), LONG_RANGE: 0.06} for key in rises()}, spread, long_range_spread)
     with pytest.raises(NblError, match="the default limit of 5% cannot be met"):
         choose_exit(inputs(wide))
 
 
-def test_a_cut_that_holds_with_more_near_tokens_says_nothing_of_fewer() -> None:
+def test_an_exit_layer_that_holds_with_more_recent_tokens_says_nothing_of_fewer() -> None:
     """(5, 2) is measured although (4, 4) was estimated within the limit, and is not decided."""
     lost = {(4, 1): 0.09, (4, 2): 0.06, (4, 4): 0.045, (5, 1): 0.07, (5, 2): 0.055, (5, 4): 0.045, (6, 1): 0.01}
     world = World({key: dict.fromkeys(TEXTS, rise) for key, rise in lost.items()}, spread=0.02)
@@ -209,25 +210,30 @@ def test_a_cut_that_holds_with_more_near_tokens_says_nothing_of_fewer() -> None:
     assert [(step["layer"], step["recent_tokens"]) for step in facts["goal"]["path"][::-1]] == [(4, 4), (5, 4), (6, 1)]
 
 
-def test_answers_are_those_of_all_rows_and_of_the_second_half_of_passages_that_occur_twice() -> None:
+def test_long_range_tokens_are_those_of_all_rows_and_of_the_second_half_of_passages_that_occur_twice() -> None:
     """Ordinary positions are every second one when estimated, and all when decided."""
     world = World(rises(), answers=10_000)
     choose_exit(inputs(world, exits=(6,), recent_choices=(1,)))
     judged = [(name, positions[:2], positions[-1]) for _, _, name, positions in world.judged]
     ends = LENGTH - 2
-    estimated = [(OWN, [0, 2], ends), (FAR, [63, 64], ends), (SECOND, [0, 2], ends), (FAR, [63, 64], ends)]
-    assert judged[:4] == estimated and judged[4] == (FAR, [LENGTH // 2, LENGTH // 2 + 1], ends)
-    assert judged[5] == (OWN, [0, 1], ends) and judged[-1] == (FAR, [LENGTH, LENGTH + 1], 2 * LENGTH - 2)
+    estimated = [
+        (OWN, [0, 2], ends),
+        (LONG_RANGE, [63, 64], ends),
+        (SECOND, [0, 2], ends),
+        (LONG_RANGE, [63, 64], ends),
+    ]
+    assert judged[:4] == estimated and judged[4] == (LONG_RANGE, [LENGTH // 2, LENGTH // 2 + 1], ends)
+    assert judged[5] == (OWN, [0, 1], ends) and judged[-1] == (LONG_RANGE, [LENGTH, LENGTH + 1], 2 * LENGTH - 2)
 
 
-def test_rows_with_few_answers_do_not_count_and_a_text_without_answers_says_nothing_of_them() -> None:
+def test_rows_with_few_long_range_tokens_do_not_count_and_a_text_without_any_says_nothing_of_them() -> None:
     for answers, known in ((7, False), (8, True)):
         facts = choose_exit(inputs(World(rises(), answers=answers))).facts
         assert (facts["goal"]["path"][-1]["long_range"] is not None) is known
 
 
-def test_the_original_is_read_once_for_all_cuts_and_answers_are_found_once() -> None:
-    """Three selection rows; then eight rows of both texts, and four of passages, for each of two decided cuts."""
+def test_the_original_is_read_once_for_all_exit_layers_and_long_range_tokens_are_found_once() -> None:
+    """Three selection rows; then eight rows of both texts, and four of passages, for each of two decided layers."""
     world = World(rises(**{OWN: 0.045}), spread=0.02)
     facts = choose_exit(inputs(world)).facts
     assert len(facts["goal"]["path"]) == 2
@@ -235,20 +241,20 @@ def test_the_original_is_read_once_for_all_cuts_and_answers_are_found_once() -> 
     assert (len(world.widths) - short, short) == (3 + 2 * 20, 3 + 20)
 
 
-def test_a_named_cut_is_not_judged() -> None:
+def test_a_named_exit_layer_is_not_judged() -> None:
     world = World({})
     choice = choose_exit(inputs(world, exits=(6,), recent_choices=(2,), named=True))
     assert choice.plan.layers == (6, 7) and exit_of(choice) == (6, 2) and not choice.facts and not world.judged
 
 
-def test_a_limit_that_no_cut_keeps_names_the_best_one() -> None:
+def test_a_limit_that_no_exit_layer_keeps_names_the_best_one() -> None:
     world = World({key: dict.fromkeys(TEXTS, 0.08 * (9 - key[0])) for key in rises()})
     with pytest.raises(
         NblError, match=r"--max-perplexity-increase 4% .* 6 loses least, \+24.0% of perplexity and 24% of long-range"
     ):
         choose_exit(inputs(world, limit=Limit(0.04, "4%")))
     lost = {5: 0.2, 6: 0.3}
-    world = World({key: {FAR: lost.get(key[0], 0.9)} for key in rises()})
+    world = World({key: {LONG_RANGE: lost.get(key[0], 0.9)} for key in rises()})
     with pytest.raises(NblError, match=r"5 loses least, \+0.0% of perplexity and 20% of long-range"):
         choose_exit(inputs(world))
 

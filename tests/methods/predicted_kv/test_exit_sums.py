@@ -175,7 +175,7 @@ def test_a_file_of_other_sums_is_refused(checkpoint: Callable[[str], Path], tmp_
             maps_of(model, file, candidates, 1, 7)
 
 
-def test_impossible_cuts_are_refused(checkpoint: Callable[[str], Path]) -> None:
+def test_impossible_exit_layers_are_refused(checkpoint: Callable[[str], Path]) -> None:
     model = load_model(checkpoint("llama"))
     for wrong in ((2, 1), (1, 1), (LAYERS,), (-1,)):
         with pytest.raises(NblError, match="are not those of 3 layers"):

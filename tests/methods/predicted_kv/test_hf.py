@@ -137,11 +137,13 @@ def test_a_value_that_cannot_be(change: dict[str, Any], said: str, saved: Path, 
      ({"nbl_replaced_layers": [1], "nbl_kinds": ["predicted_kv"]}, r"layer \[2\] above it is not replaced")],
     ids=["no exit layer", "parts of it", "no predicted KV", "two methods", "attention above it"],
 )  # fmt: skip
-def test_a_cut_that_is_not_that_of_the_layers(changes: dict[str, Any], said: str, saved: Path, tmp_path: Path) -> None:
+def test_an_exit_that_is_not_that_of_the_layers(
+    changes: dict[str, Any], said: str, saved: Path, tmp_path: Path
+) -> None:
     assert_refused(changed(saved, tmp_path / "nbl", **changes), said)
 
 
-def test_a_cut_that_is_no_object(saved: Path, tmp_path: Path) -> None:
+def test_an_exit_that_is_no_object(saved: Path, tmp_path: Path) -> None:
     directory = changed(saved, tmp_path / "nbl", nbl_exit=[1, 5])
     with pytest.raises(NblError, match=r"nbl_exit \[1, 5\], which is no exit layer: an exit layer has layer"):
         resolve(str(directory))

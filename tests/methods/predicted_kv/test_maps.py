@@ -47,7 +47,7 @@ def test_the_token_before_is_read_one_row_up() -> None:
     assert (long_range[0].max(1) > 1e-3).tolist() == [False, False, True, True, False, False]
 
 
-def test_a_prompt_climbs_with_its_last_rows_and_the_first() -> None:
+def test_a_prompt_continues_with_its_last_rows_and_the_first() -> None:
     reads = {i: predicted(2, 3).reads for i in (2, 3, 4)}
     needs = rows_needed(reads, 5)
     assert needs == (Need(None), Need(None), Need(None), Need(3, first=True), Need(3, first=True), Need(1))
@@ -55,7 +55,7 @@ def test_a_prompt_climbs_with_its_last_rows_and_the_first() -> None:
 
 
 @pytest.mark.parametrize("other", [(1, 4), (0, 3)])
-def test_maps_of_a_model_have_one_cut(other: tuple[int, int]) -> None:
+def test_maps_of_a_model_have_one_exit_layer(other: tuple[int, int]) -> None:
     assert exit_of({2: predicted(), 1: predicted()}).recent_tokens == 3
     with pytest.raises(NblError, match="several exit layers or numbers of recent tokens"):
         exit_of({1: predicted(), 2: predicted(*other)})

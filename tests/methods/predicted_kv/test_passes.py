@@ -36,7 +36,7 @@ TOKENS = np.random.default_rng(2).integers(2, VOCAB, (2, 120))
 Exported = Callable[..., Path]
 
 
-def cut_at(exit_layer: int, recent_tokens: int, *, keys: int = KEYS) -> dict[int, PredictedKV]:
+def maps_of_exit(exit_layer: int, recent_tokens: int, *, keys: int = KEYS) -> dict[int, PredictedKV]:
     return predicted_maps(exit_layer, recent_tokens, keys)
 
 
@@ -71,9 +71,9 @@ def steps(recent_tokens: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(("exit_layer", "recent_tokens"), list(itertools.product(range(LAYERS), (1, 3, 8))))
-def test_every_cut(exit_layer: int, recent_tokens: int, exported: Exported, tmp_path: Path) -> None:
+def test_every_exit_layer(exit_layer: int, recent_tokens: int, exported: Exported, tmp_path: Path) -> None:
     """Chunks of any size, behind a cache of any length, and single steps; with all logits and the last ones."""
-    maps = cut_at(exit_layer, recent_tokens)
+    maps = maps_of_exit(exit_layer, recent_tokens)
     source, out = exported("llama"), tmp_path / "nbl"
     rewrite(source, out, maps)
     every, wanted = OnnxDecoder(out, HEAD_DIM), reference(source, maps)
@@ -87,7 +87,7 @@ def test_every_cut(exit_layer: int, recent_tokens: int, exported: Exported, tmp_
 
 
 def test_half_precision(given_graph: Callable[[str], Path], tmp_path: Path) -> None:
-    maps, source = cut_at(1, 3), given_graph("genai-fp16")
+    maps, source = maps_of_exit(1, 3), given_graph("genai-fp16")
     rewrite(source, tmp_path / "nbl", maps)
     wanted = reference(source, maps)
     for sizes in steps(3):
@@ -103,7 +103,7 @@ def test_other_graphs(
     architecture: str, source: str, heads: int, size: int, exported: Exported, tmp_path: Path
 ) -> None:
     """Another exporter; biases; queries, keys and values that are three inputs; rotary embedding of half a head."""
-    maps = cut_at(1, 3, keys=heads * size)
+    maps = maps_of_exit(1, 3, keys=heads * size)
     rewrite(exported(architecture, source), tmp_path / "nbl", maps)
     wanted = reference(exported(architecture, source), maps, size=size)
     assert compare(OnnxDecoder(tmp_path / "nbl", size), wanted, [12, 1, 9, 1]) < TOLERANCE["fp32"]
@@ -112,7 +112,7 @@ def test_other_graphs(
 def test_attributes_of_attention(exported: Exported, tmp_path: Path) -> None:
     """A soft cap of scores, a scale of its own, and the scale that is not stated."""
     for number, (scale, cap) in enumerate([(0.4, 0.0), (0.4, 1.5), (0.0, 0.0)]):
-        source, maps = shutil.copytree(exported("llama"), tmp_path / str(number)), cut_at(1, 3)
+        source, maps = shutil.copytree(exported("llama"), tmp_path / str(number)), maps_of_exit(1, 3)
         model = ir.load(source / "model.onnx")
         for node in model.graph:
             if node.op_type == "GroupQueryAttention":
@@ -126,7 +126,7 @@ def test_attributes_of_attention(exported: Exported, tmp_path: Path) -> None:
 
 def test_a_bias_in_a_skip_norm(exported: Exported, tmp_path: Path) -> None:
     """As optimisers fuse it: the stream at the exit layer is a sum of three."""
-    source, maps = shutil.copytree(exported("llama-bias"), tmp_path / "source"), cut_at(1, 3)
+    source, maps = shutil.copytree(exported("llama-bias"), tmp_path / "source"), maps_of_exit(1, 3)
     model = ir.load(source / "model.onnx")
     for node in [node for node in model.graph if node.op_type == "SkipSimplifiedLayerNormalization"]:
         add = node.inputs[1].producer()  # type: ignore[union-attr]
@@ -143,7 +143,7 @@ def test_a_bias_in_a_skip_norm(exported: Exported, tmp_path: Path) -> None:
 def test_a_short_step_is_the_original(precision: str, exported: Exported, tmp_path: Path) -> None:
     """Bit for bit, also in a padded batch whose shortest sequence is short."""
     source = exported("llama", "genai", precision)
-    rewrite(source, tmp_path / "nbl", cut_at(1, 8))
+    rewrite(source, tmp_path / "nbl", maps_of_exit(1, 8))
     ours, theirs = OnnxDecoder(tmp_path / "nbl", HEAD_DIM), OnnxDecoder(source, HEAD_DIM)
     valid = np.ones((2, 20), np.int64)
     valid[1, 9:] = 0
@@ -158,7 +158,7 @@ def test_a_short_step_is_the_original(precision: str, exported: Exported, tmp_pa
 @pytest.mark.parametrize("lengths", [(20, 11), (20, 5), (6, 6)], ids=str)
 def test_a_padded_batch(lengths: tuple[int, int], exported: Exported, tmp_path: Path) -> None:
     """Each sequence is as it is alone, in the prompt and behind it."""
-    maps = cut_at(1, 3)
+    maps = maps_of_exit(1, 3)
     rewrite(exported("llama"), tmp_path / "nbl", maps)
     every, alone = OnnxDecoder(tmp_path / "nbl", HEAD_DIM), reference(exported("llama"), maps)
     keep_last_token(tmp_path / "nbl")
@@ -178,7 +178,7 @@ def test_genai_says_what_the_onnx_decoder_says(exported: Exported, tmp_path: Pat
     """In its shared caches: a prompt of several times W, a second turn, and a way back."""
     from nbl_export.targets.onnx.genai import GenaiRunner
 
-    rewrite(exported("llama"), tmp_path / "nbl", cut_at(1, 5))
+    rewrite(exported("llama"), tmp_path / "nbl", maps_of_exit(1, 5))
     every = OnnxDecoder(tmp_path / "nbl", HEAD_DIM)
     keep_last_token(tmp_path / "nbl")
     prompt, turn = TOKENS[0, :40].tolist(), TOKENS[0, 40:60]
@@ -201,7 +201,7 @@ def refusal(source: Path, out: Path, maps: Mapping[int, Mixer]) -> str:
 
 def test_refused(exported: Exported, given_graph: Callable[[str], Path], tmp_path: Path) -> None:
     """Layers that differ, others above the exit layer, and attention that is not like this."""
-    llama, whole = exported("llama"), cut_at(1, 3)
+    llama, whole = exported("llama"), maps_of_exit(1, 3)
     cases = [
         (llama, {1: whole[1]}, "2: it has attention without predicted KV"),
         (llama, {2: whole[2]}, "1: it has attention without predicted KV"),
@@ -221,7 +221,7 @@ def test_refused(exported: Exported, given_graph: Callable[[str], Path], tmp_pat
 def test_the_graph_is_understood(exported: Exported, tmp_path: Path) -> None:
     """Layers, joins and caches of an exit layer graph are found; a step runs few nodes more, and a matrix is stored
     once."""
-    rewrite(exported("llama"), tmp_path / "nbl", cut_at(1, 3))
+    rewrite(exported("llama"), tmp_path / "nbl", maps_of_exit(1, 3))
     graph = read_graph(tmp_path / "nbl" / "model.onnx").graph
     assert cache_layers(graph) == (0, 1, 2)
     assert len(graph) == len(read_graph(exported("llama") / "model.onnx").graph) + 12

@@ -20,10 +20,10 @@ from nbl_export.targets import exporter_of
 from tests.exits import CLOSE, apart, chunks_of, predicted_maps, torch_logits
 from tests.tiny import HEAD_DIM, KV_HEADS
 
-NEAR = 4
+W = 4
 KEYS = KV_HEADS * HEAD_DIM
 # of one sequence: a prompt that stops, short steps, and further chunks that stop behind a cache
-CHUNKS = (13, 1, NEAR + 1, NEAR + 2, 9, 1)
+CHUNKS = (13, 1, W + 1, W + 2, 9, 1)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_logits_are_those_of_torch(
     architecture: str, exit_layer: int, checkpoint: Callable[[str], Path], exported: Callable[..., Path]
 ) -> None:
     spec = read_spec(resolve(str(checkpoint(architecture))))
-    maps = predicted_maps(exit_layer, NEAR, spec.num_kv_heads * spec.head_dim)
+    maps = predicted_maps(exit_layer, W, spec.num_kv_heads * spec.head_dim)
     chunks = chunks_of(CHUNKS)
     right = torch_logits(load_model(checkpoint(architecture)), maps, chunks)
     decoder = onnx_reference(exported(architecture), spec.head_dim, maps)
@@ -43,7 +43,7 @@ def test_logits_are_those_of_torch(
 
 
 def opened(exported: Callable[..., Path]) -> PredictedKVDecoder:
-    return onnx_reference(exported("llama"), HEAD_DIM, predicted_maps(1, NEAR, KEYS))
+    return onnx_reference(exported("llama"), HEAD_DIM, predicted_maps(1, W, KEYS))
 
 
 def padded(chunks: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -67,7 +67,7 @@ def test_a_batch_is_its_sequences_alone(exported: Callable[..., Path]) -> None:
 
 def test_the_maps_are_those_that_the_graph_stores(exported: Callable[..., Path]) -> None:
     """An engine opens the reference of a plan with an exit layer."""
-    maps, other, (ids,) = predicted_maps(1, NEAR, KEYS), predicted_maps(1, NEAR, KEYS), chunks_of((12,))
+    maps, other, (ids,) = predicted_maps(1, W, KEYS), predicted_maps(1, W, KEYS), chunks_of((12,))
     other[1].weight[:KEYS] /= 2
     found = []
     for running in ({**maps, 1: changed(maps[1], {"weight": other[1].weight})}, other, maps):
@@ -77,17 +77,17 @@ def test_the_maps_are_those_that_the_graph_stores(exported: Callable[..., Path])
     assert apart(found[0], found[1]) < CLOSE < 100 * CLOSE < apart(found[0], found[2])
 
 
-def test_one_short_row_lets_a_whole_batch_climb(exported: Callable[..., Path]) -> None:
+def test_one_short_row_lets_a_whole_batch_continue(exported: Callable[..., Path]) -> None:
     decoder, original = opened(exported), OnnxDecoder(exported("llama"), HEAD_DIM)
-    for chunk, shorter in zip(chunks_of((NEAR + 1, 15)), (NEAR + 1, 15), strict=True):
-        ids, valid = padded([chunk, *chunks_of((NEAR + 1,), 3)])
+    for chunk, shorter in zip(chunks_of((W + 1, 15)), (W + 1, 15), strict=True):
+        ids, valid = padded([chunk, *chunks_of((W + 1,), 3)])
         for one in (decoder, original):
             one.begin(2)
         found, right = decoder.step(ids, valid), original.step(ids, valid)
         assert apart(found[0, :shorter], right[0, :shorter]) < CLOSE
 
 
-def test_logits_of_a_graph_with_a_cut_stand_at_their_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_of_a_graph_with_an_exit_layer_stand_at_their_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = OnnxDecoder(Path(), 0, session=SimpleNamespace(get_inputs=list, get_outputs=list))
     decoder.begin(2)
     given = np.arange(1, 7, dtype=np.float32).reshape(2, 3, 1)
@@ -117,4 +117,4 @@ def test_rotary_embedding_is_that_of_transformers(interleaved: bool) -> None:
 
 def test_a_choice_of_rotary_tables_is_refused(exported: Callable[..., Path]) -> None:
     with pytest.raises(RefusalError, match="tables of its rotary embedding"):
-        onnx_reference(exported("phi3-long"), HEAD_DIM, predicted_maps(1, NEAR, KEYS))
+        onnx_reference(exported("phi3-long"), HEAD_DIM, predicted_maps(1, W, KEYS))

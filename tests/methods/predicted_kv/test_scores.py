@@ -20,7 +20,7 @@ from nbl_export.methods.predicted_kv.maps import PredictedKV
 from nbl_export.methods.rewrite import rewrite
 from tests.tiny import HEAD_DIM, HIDDEN, KV_HEADS, VOCAB
 
-NEAR = 4
+W = 4
 IDS = tuple(np.random.default_rng(0).integers(2, VOCAB, 40).tolist())
 
 
@@ -29,14 +29,12 @@ def exit_layer(exported: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng, out = np.random.default_rng(1), tmp_path_factory.mktemp("exit") / "model"
     wide = 2 * KV_HEADS * HEAD_DIM
     maps = {
-        layer: PredictedKV(
-            rng.normal(0, 0.2, (wide, 2 * HIDDEN)).astype("f"), np.zeros(wide, "f"), HIDDEN, 1, NEAR, 1e-2
-        )
+        layer: PredictedKV(rng.normal(0, 0.2, (wide, 2 * HIDDEN)).astype("f"), np.zeros(wide, "f"), HIDDEN, 1, W, 1e-2)
         for layer in (1, 2)
     }
     rewrite(exported("llama"), out, maps)
     keep_last_token(out)
-    (out / "nbl.json").write_text(json.dumps({"exit": {"layer": 1, "recent_tokens": NEAR}}), encoding="utf-8")
+    (out / "nbl.json").write_text(json.dumps({"exit": {"layer": 1, "recent_tokens": W}}), encoding="utf-8")
     return out
 
 
@@ -57,7 +55,7 @@ def expected(decoder: Any, ids: Sequence[int], context: int) -> list[float]:
 @pytest.mark.parametrize("context", [3, 20])
 @pytest.mark.parametrize("count", [1, 12])
 def test_a_continuation_is_scored_as_it_is_served(exit_layer: Path, context: int, count: int) -> None:
-    scorer = GraphScorer(opened(exit_layer), None, 512, NEAR)
+    scorer = GraphScorer(opened(exit_layer), None, 512, W)
     request = Request(IDS[:context], IDS[context : context + count])
     right = expected(opened(exit_layer), IDS[: context + count], context)
     np.testing.assert_allclose(scorer.token_scores(request).loglikelihoods, right, atol=1e-5)
@@ -77,5 +75,5 @@ def test_a_graph_with_caches_of_fixed_length_is_scored_as_it_is_served() -> None
 
 
 def test_the_width_is_that_of_the_directory(exit_layer: Path, exported: Any) -> None:
-    assert continuing_of(exit_layer) == NEAR and continuing_of(exported("llama")) is None
-    assert OnnxLM(path=str(exit_layer)).scorer.continuing == NEAR
+    assert continuing_of(exit_layer) == W and continuing_of(exported("llama")) is None
+    assert OnnxLM(path=str(exit_layer)).scorer.continuing == W

@@ -21,21 +21,21 @@ from tests.static_tiny import HEAD, HIDDEN, LAYERS, TOLERANCE, open_decoder, row
 
 pytestmark = pytest.mark.engine
 
-NEAR = 8
+W = 8
 # Prompts around W + 1 tokens, later steps of several sizes, and single tokens.
-STEPS = [[NEAR + 1, 1, NEAR + 2, 1, NEAR], [3 * NEAR + 5, 1, 2 * NEAR + 3, 1, 1], [1, NEAR + 4, NEAR + 2, NEAR + 1]]
+STEPS = [[W + 1, 1, W + 2, 1, W], [3 * W + 5, 1, 2 * W + 3, 1, 1], [1, W + 4, W + 2, W + 1]]
 
 Form = Callable[[str], ir.Model]
 Tiny = Callable[[str], Path]
 
 
 def maps_at(exit_layer: int) -> dict[int, PredictedKV]:
-    return predicted_maps(exit_layer, NEAR, 2 * HEAD, HIDDEN, LAYERS)
+    return predicted_maps(exit_layer, W, 2 * HEAD, HIDDEN, LAYERS)
 
 
 @pytest.fixture(scope="module")
 def graph(form: Form, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path]:
-    """(architecture, cut) -> directory with both graphs"""
+    """(architecture, exit layer) -> directory with both graphs"""
 
     def make(architecture: str, exit_layer: int) -> Path:
         root = tmp_path_factory.mktemp("exit")
@@ -77,15 +77,15 @@ def test_steps_are_those_of_torch(
             ids = np.array([rows()[0][start : start + size]])
             found, end = every.step(ids)[0], last.step(ids)[0]
             computed = ~np.isnan(found).any(1)
-            assert computed.sum() == min(size, NEAR + 1) and (computed == ~np.isnan(expected).any(1)).all()
+            assert computed.sum() == min(size, W + 1) and (computed == ~np.isnan(expected).any(1)).all()
             assert worst(found[computed], expected[computed]) < TOLERANCE["fp32"], sizes
             assert worst(end, expected[-1:]) < TOLERANCE["fp32"], sizes
             start += size
 
 
-def test_each_sequence_of_a_batch_climbs_by_its_own_length(graph: Callable[[str, int], Path], tiny: Tiny) -> None:
+def test_each_sequence_of_a_batch_continues_by_its_own_length(graph: Callable[[str, int], Path], tiny: Tiny) -> None:
     """A long one, one of W + 1 tokens and one that rests; then chunks of a runner's size and single tokens."""
-    counts, chunk = [[3 * NEAR, NEAR + 1], [NEAR + 3, 0], [1, 1], [2 * NEAR, NEAR + 5], [1, 1]], 2 * NEAR + 1
+    counts, chunk = ([[3 * W, W + 1], [W + 3, 0], [1, 1], [2 * W, W + 5], [1, 1]], 2 * W + 1)
     decoder = open_decoder(graph("llama", 1) / "decoder.onnx", chunk)
     decoder.begin(2)
     right = []
@@ -106,20 +106,20 @@ def test_each_sequence_of_a_batch_climbs_by_its_own_length(graph: Callable[[str,
 
 def positions_of_other_rows(nodes: dict[str, ir.Node]) -> None:
     """Masks and rotary tables of the first M rows in place of those of the rows that continue."""
-    own = nodes["/nbl/cut/own_positions"]
-    moved = ir.node("Sub", [nodes["/nbl/cut/places"].outputs[0], nodes["/nbl/cut/shifted"].outputs[0]])
+    own = nodes["/nbl/exit/own_positions"]
+    moved = ir.node("Sub", [nodes["/nbl/exit/places"].outputs[0], nodes["/nbl/exit/shifted"].outputs[0]])
     own.prepend(moved)
     own.replace_input_with(1, moved.outputs[0])
 
 
 def one_row_later(nodes: dict[str, ir.Node]) -> None:
-    before = nodes["/nbl/cut/before"]
+    before = nodes["/nbl/exit/before"]
     for index in (1, 2):
-        before.replace_input_with(index, nodes["/nbl/cut/far"].inputs[index])
+        before.replace_input_with(index, nodes["/nbl/exit/skipped"].inputs[index])
 
 
 def own_keys_only(nodes: dict[str, ir.Node]) -> None:
-    nodes["/nbl/cut/source"].replace_input_with(1, nodes["/nbl/cut/source"].inputs[2])
+    nodes["/nbl/exit/source"].replace_input_with(1, nodes["/nbl/exit/source"].inputs[2])
 
 
 @pytest.mark.parametrize("fault", [positions_of_other_rows, one_row_later, own_keys_only])
@@ -132,5 +132,5 @@ def test_a_fault_shows(
     ir.save(model, path)
     decoder, row = open_decoder(path), rows()[0]
     decoder.begin(1)
-    found = decoder.step(np.array([row[: 3 * NEAR]]))[0]
-    assert worst(found, served(tiny, "llama", 1, row, [3 * NEAR])[0][-1:]) > 100 * TOLERANCE["fp32"]
+    found = decoder.step(np.array([row[: 3 * W]]))[0]
+    assert worst(found, served(tiny, "llama", 1, row, [3 * W])[0][-1:]) > 100 * TOLERANCE["fp32"]

@@ -77,7 +77,7 @@ def test_a_short_prompt_is_the_originals_bit_for_bit(checkpoint: Callable[[str],
 
 
 @torch.inference_mode()
-def test_rows_that_do_not_climb_are_nan(checkpoint: Callable[[str], Path]) -> None:
+def test_skipped_rows_are_nan(checkpoint: Callable[[str], Path]) -> None:
     model = load_model(checkpoint("llama"))
     found = linearize(model, maps_from(model, 1))(ids(20), use_cache=False).logits[0]
     assert (~found.isnan().any(1)).nonzero()[:, 0].tolist() == [0, *range(20 - W, 20)]
@@ -108,7 +108,7 @@ def test_a_sequence_of_a_padded_batch_is_as_alone(attention: str, checkpoint: Ca
 
 
 @torch.inference_mode()
-def test_the_shortest_sequence_says_whether_a_batch_climbs(checkpoint: Callable[[str], Path]) -> None:
+def test_the_shortest_sequence_says_whether_a_batch_exits(checkpoint: Callable[[str], Path]) -> None:
     model = load_model(checkpoint("llama"))
     text, valid = ids(16, 2), torch.ones(2, 16, dtype=torch.long)
     valid[1, : 16 - W - 1] = 0
@@ -134,7 +134,7 @@ def test_generate_continues_from_the_cache(checkpoint: Callable[[str], Path]) ->
     assert found[0, 30:].tolist() == right
 
 
-def test_the_map_of_the_cuts_own_layer_is_exact(checkpoint: Callable[[str], Path]) -> None:
+def test_the_map_of_the_exit_layer_itself_is_exact(checkpoint: Callable[[str], Path]) -> None:
     for name in ("llama-bias", "qwen2", "granite"):
         model = load_model(checkpoint(name))
         layer = model.get_decoder().layers[1]
@@ -156,7 +156,7 @@ def test_weights_of_maps_are_the_models(checkpoint: Callable[[str], Path]) -> No
     assert set(model.state_dict()) - names == added
 
 
-def test_what_cannot_stand_above_a_cut_is_refused(checkpoint: Callable[[str], Path]) -> None:
+def test_what_cannot_stand_above_an_exit_layer_is_refused(checkpoint: Callable[[str], Path]) -> None:
     model = load_model(checkpoint("llama"))
     maps = maps_from(model, 1)
     with pytest.raises(NblError, match="layer 2: above the exit layer at layer 1"):

@@ -23,7 +23,7 @@ from tests.verifying import verify_tiny
 
 pytestmark = pytest.mark.job
 
-NEAR = 4
+W = 4
 KEYS = KV_HEADS * HEAD_DIM
 PREFILL = ("nbl", "nbl", "relative rms logit difference, prefill")
 LAST = ("last_token", "nbl", "relative rms logit difference, last token")
@@ -50,7 +50,7 @@ def test_all_checks_pass(
     architecture: str, source: str, precision: str, exit_layer: int, checkpoint: Checkpoint,
     exported: Any, tmp_path: Path,
 ) -> None:  # fmt: skip
-    maps = predicted_maps(exit_layer, NEAR, KEYS)
+    maps = predicted_maps(exit_layer, W, KEYS)
     found = verify_tiny(
         checkpoint(architecture), source, precision, tmp_path, tuple(maps), mixer_of=maps.__getitem__,
         exported=exported(architecture, source, precision) if source == "genai" else None,
@@ -65,7 +65,7 @@ def test_all_checks_pass(
 # ----------------------------------------------------------
 
 
-def with_near(maps: Maps, recent_tokens: int) -> Maps:
+def with_recent(maps: Maps, recent_tokens: int) -> Maps:
     return {layer: dataclasses.replace(mixer, recent_tokens=recent_tokens) for layer, mixer in maps.items()}
 
 
@@ -83,8 +83,8 @@ def turned(maps: Maps) -> Maps:
 
 
 WRITTEN: dict[str, tuple[Callable[[Maps], Maps], tuple[str, str, str]]] = {
-    "W is one more": (lambda maps: with_near(maps, NEAR + 1), PREFILL),
-    "W is one less": (lambda maps: with_near(maps, NEAR - 1), PREFILL),
+    "W is one more": (lambda maps: with_recent(maps, W + 1), PREFILL),
+    "W is one less": (lambda maps: with_recent(maps, W - 1), PREFILL),
     "keys and values of a map exchanged": (exchanged, AS_FITTED),
     "the columns of the token before exchanged": (turned, AS_FITTED),
     "maps of two layers exchanged": (lambda maps: {1: maps[2], 2: maps[1]}, AS_FITTED),
@@ -94,13 +94,13 @@ WRITTEN: dict[str, tuple[Callable[[Maps], Maps], tuple[str, str, str]]] = {
 @pytest.mark.parametrize("fault", WRITTEN)
 def test_a_wrong_map_is_named(fault: str, checkpoint: Checkpoint, exported: Any, tmp_path: Path) -> None:
     change, wanted = WRITTEN[fault]
-    assert wanted in failed(checkpoint, exported, tmp_path, written=change(predicted_maps(1, NEAR, KEYS)))
+    assert wanted in failed(checkpoint, exported, tmp_path, written=change(predicted_maps(1, W, KEYS)))
 
 
-def test_a_wrong_cut_is_named(checkpoint: Checkpoint, exported: Any, tmp_path: Path) -> None:
+def test_a_wrong_exit_layer_is_named(checkpoint: Checkpoint, exported: Any, tmp_path: Path) -> None:
     """Maps read the stream that enters layer 1; the graph gives them that of layer 0, with a map of layer 0."""
-    right = predicted_maps(1, NEAR, KEYS)
-    wrong = predicted_maps(0, NEAR, KEYS)
+    right = predicted_maps(1, W, KEYS)
+    wrong = predicted_maps(0, W, KEYS)
     assert PREFILL in failed(checkpoint, exported, tmp_path, right, wrong)
 
 
@@ -122,8 +122,8 @@ def one_position_off(nodes: Mapping[str, ir.Node], _model: ir.Model) -> None:
 
 def from_the_other_side(nodes: Mapping[str, ir.Node], _model: ir.Model) -> None:
     """The map reads the token behind."""
-    before = nodes["/nbl/cut/Few/before"]
-    for index, row in ((1, 2), (2, 1 - NEAR)):
+    before = nodes["/nbl/exit/Few/before"]
+    for index, row in ((1, 2), (2, 1 - W)):
         before.replace_input_with(index, constant(before, np.array([row])))
 
 
@@ -143,19 +143,19 @@ def own_keys_lost(nodes: Mapping[str, ir.Node], _model: ir.Model) -> None:
 
 
 def not_seen_by_itself(nodes: Mapping[str, ir.Node], _model: ir.Model) -> None:
-    node = nodes["/nbl/cut/Few/seen"]
+    node = nodes["/nbl/exit/Few/seen"]
     node.op_type = "Less"
 
 
 def row_before_the_last(_nodes: Mapping[str, ir.Node], model: ir.Model) -> None:
     """Of the rows that continue, the last is the last but one of the step."""
-    value = model.graph.initializers["nbl.cut.near"]
+    value = model.graph.initializers["nbl.exit.recent"]
     value.const_value = ir.tensor(value.const_value.numpy() - 1, name=value.name)  # type: ignore[union-attr]
 
 
 def other_last_row(_nodes: Mapping[str, ir.Node], model: ir.Model) -> None:
     """The graph with the logits of the last token takes those of the token before."""
-    value = model.graph.initializers["nbl.cut.few"]
+    value = model.graph.initializers["nbl.exit.few"]
     value.const_value = ir.tensor(value.const_value.numpy() - 1, name=value.name)  # type: ignore[union-attr]
 
 
@@ -200,7 +200,7 @@ def failed(
     written: Mapping[int, Mixer] | None = None, damage: Callable[[Path], None] | None = None,
 ) -> set[tuple[str, str, str]]:  # fmt: skip
     """Check, subject and metric of what failed; nothing of the original."""
-    given = predicted_maps(1, NEAR, KEYS) if maps is None else maps
+    given = predicted_maps(1, W, KEYS) if maps is None else maps
     found = verify_tiny(
         checkpoint("llama"), "genai", "fp32", tmp_path, tuple(given), mixer_of=given.__getitem__,
         exported=exported("llama"), prompts=False, written=written, damage=damage,

@@ -11,7 +11,8 @@ attention layers, from which caches are allocated. No forward is copied:
 Values of config.json: nbl_replaced_layers, nbl_kinds (all "linear", unless given), nbl_tap, and nbl_parallel.
 "replicated" (default) keeps the whole matrix on each tensor-parallel rank and needs no communication; "column" splits
 its outputs and gathers them.
-With nbl_exit, all layers from the exit layer up are of the kind "predicted_kv" and keep their attention (`cut`).
+With nbl_exit, all layers from the exit layer up are of the kind "predicted_kv" and keep their attention: see
+`vllm.predicted_kv`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.model_executor.models.utils import PPMissingLayer
 
-from nbl_export.targets.checkpoint.vllm.cut import put_exit
+from nbl_export.targets.checkpoint.vllm.predicted_kv import put_exit
 
 __all__ = [
     "Joined",

@@ -66,7 +66,7 @@ def _config_class(kind: str, name: str) -> Any:
         "nbl_exit": None,
         "nbl_tap": "residual",
         "nbl_parallel": "replicated",
-        # A window of all positions hides nothing, and lets vLLM hand lengths of prompts to `cut`.
+        # A window of all positions hides nothing, and lets vLLM hand lengths of prompts to `predicted_kv`.
         "rswa_window": property(lambda self: self.max_position_embeddings if self.nbl_exit else None),
     }
     return strict(type(f"Nbl{name}Config", (base,), fields))

@@ -167,8 +167,8 @@ def _mask(make: Maker, positions: ir.Value, cache_length: int, window: int | Non
         return causal
     width = make.constant(f"window_{window}", window)
     start = make("Sub", f"{name}/start", query, width, dtype=_I64, shape=column)
-    near = make("Greater", f"{name}/near", keys, start, dtype=_BOOL, shape=full)
-    return make("And", name, causal, near, dtype=_BOOL, shape=full)
+    in_window = make("Greater", f"{name}/in_window", keys, start, dtype=_BOOL, shape=full)
+    return make("And", name, causal, in_window, dtype=_BOOL, shape=full)
 
 
 class TrimRotaryTables(ir.passes.InPlacePass):

@@ -2,7 +2,7 @@
 
     nbl-export --model MODEL --output DIR                                       the default job
     nbl-export eval DIR --tasks DATA/lambada_openai.yaml --limit 500            last words of passages
-    python bench/cuts.py "SmolLM2-135M=DIR" ... > RESULT.json
+    python bench/exit_layers.py "SmolLM2-135M=DIR" ... > RESULT.json
 
 Each argument is TITLE=DIR. Losses are those of the report: of windows that neither fitted nor chose. Samples of each
 load are kept, and the loss of each window. A run without a benchmark has no speed.

@@ -21,19 +21,19 @@ from ..jobs import until
 
 pytestmark = pytest.mark.job
 
-CUT = ("--recent-tokens", "4", "--max-perplexity-increase", "10000%")
+EXIT = ("--recent-tokens", "4", "--max-perplexity-increase", "10000%")
 
 
 @pytest.fixture(scope="module")
 def chosen(checkpoint: Any, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished job that chose its exit layer."""
     run = tmp_path_factory.mktemp("exit") / "run"
-    done = nbl("--model", checkpoint("llama"), "--calibration", text, *BARE, *CUT, "--output", run)
+    done = nbl("--model", checkpoint("llama"), "--calibration", text, *BARE, *EXIT, "--output", run)
     assert done.status == 0, done.err
     return run
 
 
-def test_the_default_job_chooses_a_cut(chosen: Path) -> None:
+def test_the_default_job_chooses_an_exit_layer(chosen: Path) -> None:
     manifest = json.loads((chosen / "nbl.json").read_text(encoding="utf-8"))
     assert manifest["options"]["exit_layer"] == "auto" and manifest["fit"]["kind"] == "independent"
     assert manifest["exit"] == {"layer": 1, "recent_tokens": 4}
@@ -60,7 +60,7 @@ def test_forms_that_do_not_hold_predicted_keys_are_refused(form: str, chosen: Pa
 
 
 @pytest.mark.parametrize("form", ["transformers", "vllm"])
-def test_transformers_loads_what_a_run_with_a_cut_is_converted_to(
+def test_transformers_loads_what_a_run_with_an_exit_layer_is_converted_to(
     form: str, chosen: Path, checkpoint: Any, tmp_path: Path
 ) -> None:
     saved = tmp_path / "nbl"
@@ -102,7 +102,7 @@ def test_sums_that_were_changed_are_refused(chosen: Path, tmp_path: Path) -> Non
     assert snapshot(run) == before
 
 
-def test_another_cut_of_the_same_run_uses_its_sums(chosen: Path) -> None:
+def test_another_exit_layer_of_the_same_run_uses_its_sums(chosen: Path) -> None:
     before = (chosen / "sums.safetensors").read_bytes()
     done = nbl("plan", chosen, "--exit-layer", "2", "--recent-tokens", "3")
     assert done.status == 0, done.err
