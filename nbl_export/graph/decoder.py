@@ -178,6 +178,6 @@ def _in_place(logits_BMV: np.ndarray, valid_BT: np.ndarray) -> np.ndarray:
     found = np.full((batch, tokens, vocab), np.nan, np.float32)
     found[:, 0] = logits_BMV[:, 0]
     for row, length in enumerate(valid_BT.sum(1)):
-        near = max(1, int(length) - given + 1)
-        found[row, near : near + given - 1] = logits_BMV[row, 1:]
+        first = max(1, int(length) - given + 1)
+        found[row, first : first + given - 1] = logits_BMV[row, 1:]
     return found

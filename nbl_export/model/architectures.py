@@ -321,9 +321,9 @@ LINEARIZED = "nbl-"  # prefix of the architecture in an NBL checkpoint's config.
 
 
 def supported_near(architecture: object) -> str:
-    """How many architectures are supported, and up to three whose names are near, for a refusal."""
-    near = difflib.get_close_matches(str(architecture), ARCHITECTURES, 3)
-    such = f", such as {' and '.join(near)}" if near else ""
+    """How many architectures are supported, and up to three whose names are similar, for a refusal."""
+    similar = difflib.get_close_matches(str(architecture), ARCHITECTURES, 3)
+    such = f", such as {' and '.join(similar)}" if similar else ""
     return f"{len(ARCHITECTURES)} are, which README.md lists{such}"
 
 

@@ -57,8 +57,8 @@ CALIBRATION_ROLES = ("validation", "selection", "validation", "test", "test", "v
 SECOND_ROLES = ("unused", "validation", "selection", "selection", "test", "validation")
 PART_TOKENS: dict[tuple[str, ...], int] = {CALIBRATION_ROLES: 4096, SECOND_ROLES: 8192}
 _JUDGING_TOKENS = 2048
-LONG_ROW = 1024  # tokens of a row whose later tokens mostly read tokens far back
-_REPEATED = 2048  # tokens: some layers are needed only for what stands far back
+LONG_ROW = 1024  # tokens of a row whose later tokens mostly read long-range tokens
+_REPEATED = 2048  # tokens: some layers are needed only for long-range tokens
 _PASSAGE = 64
 _TWICE = "held-back passages, each twice"
 FEWEST_WINDOWS = 3  # one for each purpose
@@ -214,7 +214,7 @@ def selection_texts(parts: Sequence[tuple[str, Any]], positions: int) -> list[tu
 def repeated(windows_WT: torch.Tensor, length: int) -> torch.Tensor:
     """One row of at most `length` tokens: short passages, and then the same passages in reverse order.
 
-    Loss on the second half shows whether the model still finds and copies what stands far back, as induction heads do
+    Loss on the second half shows whether the model still finds and copies long-range tokens, as induction heads do
     (Olsson et al. 2022, In-context Learning and Induction Heads). Ordinary text hardly shows this.
     """
     import torch

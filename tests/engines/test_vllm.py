@@ -51,7 +51,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="module")
-def exit_layer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def exit_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """(architecture, exit layer, W) -> NBL checkpoint of a tiny model with random predicted KV."""
 
     @functools.cache
@@ -132,18 +132,18 @@ def test_prefix_caching_and_chunked_prefill(saved: Callable[..., Path]) -> None:
     [("llama", 1, 6, {}), ("llama", 2, 20, CHUNKS), ("mistral", 1, 33, CHUNKS), ("qwen2", 2, 6, CHUNKS)],
 )
 def test_predicted_keys_are_those_of_transformers(
-    architecture: str, layer: int, recent_tokens: int, chunks: dict[str, Any], exit_layer: Callable[..., Path]
+    architecture: str, layer: int, recent_tokens: int, chunks: dict[str, Any], exit_checkpoint: Callable[..., Path]
 ) -> None:
     """Prompts below and above W + 1. A chunk may end at the exit layer beside another prompt's tokens, which
     continue."""
-    directory = exit_layer(architecture, layer, recent_tokens)
+    directory = exit_checkpoint(architecture, layer, recent_tokens)
     found = run(job(directory, 3, enable_prefix_caching=bool(chunks), **chunks))
     assert found["tokens"] == expected(directory) and found["same"]
 
 
-def test_a_prompt_reads_predicted_keys_from_the_cache(exit_layer: Callable[..., Path]) -> None:
+def test_a_prompt_reads_predicted_keys_from_the_cache(exit_checkpoint: Callable[..., Path]) -> None:
     """Prompts share two blocks, which are far in all of them; the third time, their own ends are there too."""
-    directory = exit_layer("llama", 1, 6)
+    directory = exit_checkpoint("llama", 1, 6)
     shared = IDS[-1][:64]
     prompts = [shared + IDS[n][:11] for n in range(1, 6)]
     found = run({**job(directory, 3, enable_prefix_caching=True), "ids": prompts, "apart": True})

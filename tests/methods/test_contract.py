@@ -151,10 +151,10 @@ def test_a_layer_of_a_model_is_calibrated_and_fitted(name: str, checkpoint: Call
     np.testing.assert_allclose(output(again, rows), output(mixer, rows), atol=5e-3)
 
 
-def cached(model: Any, ids: torch.Tensor, exits: tuple[int, ...], **given: Any) -> torch.Tensor:
+def cached(model: Any, ids: torch.Tensor, ends: tuple[int, ...], **given: Any) -> torch.Tensor:
     """Logits of a prefill and of steps with the cache."""
     parts, cache = [], None
-    for start, end in zip((0, *exits), (*exits, ids.shape[1]), strict=True):
+    for start, end in zip((0, *ends), (*ends, ids.shape[1]), strict=True):
         mask = {name: value[:, :end] for name, value in given.items()}
         out = model(ids[:, start:end], past_key_values=cache, use_cache=True, **mask)
         cache = out.past_key_values
@@ -169,8 +169,8 @@ def test_a_padded_row_gives_what_the_row_alone_gives(name: str, checkpoint: Call
     ids = torch.stack([rows[0], torch.cat([torch.zeros(8, dtype=torch.long), rows[1]])])
     mask = torch.stack([torch.ones(20), torch.cat([torch.zeros(8), torch.ones(12)])]).long()
     with torch.inference_mode():
-        for exits in ((), (14, *range(15, 20))):
-            found = cached(model, ids, exits, attention_mask=mask)
+        for ends in ((), (14, *range(15, 20))):
+            found = cached(model, ids, ends, attention_mask=mask)
             for k, row in enumerate(rows):
                 alone = model(row[None], use_cache=False).logits[0]
                 torch.testing.assert_close(found[k, -len(row) :], alone, rtol=1e-4, atol=2e-4)

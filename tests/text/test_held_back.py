@@ -111,7 +111,7 @@ def test_stages_read_the_parts_that_are_theirs(run: Path, monkeypatch: pytest.Mo
     own, others, twice = seen["selection"]
     assert rows(own) <= rows(own_rows.selection) and rows(others) <= rows(second.selection)
     passages, again = torch.as_tensor(twice).view(2, -1, min(64, twice.numel() // 2))
-    assert torch.equal(passages.flip(0), again)  # a layer that copies from far back is seen
+    assert torch.equal(passages.flip(0), again)  # a layer that copies long-range tokens is seen
     assert passages.flatten().tolist() == own_rows.selection.flatten()[: passages.numel()].tolist()
     final = [windows for _, windows in verify.loss_texts(verify.declare(job))]
     assert rows(final[0]) == rows(own_rows.test) and rows(final[1]) == rows(second.test)

@@ -1,4 +1,4 @@
-"""The price: figures and intervals of windows, and when the user is told that it is not the same everywhere."""
+"""Quality loss: figures and intervals of windows, and when the user is told that it is not the same everywhere."""
 
 from __future__ import annotations
 

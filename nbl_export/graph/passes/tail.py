@@ -133,7 +133,7 @@ class LastValid:
         num_tokens [B]                 max(num_tokens - 1, 0)         the static form, which has no mask
 
     In the static form the input num_tokens (valid new tokens of each row) is added behind write_indices. A row that
-    rests in a step has num_tokens 0. It gets the index of its first padding token, whose logits must be ignored.
+    is idle in a step has num_tokens 0. It gets the index of its first padding token, whose logits must be ignored.
     ArgMax could also find the last 1 of a mask. But TensorRT's parser refuses to take the last of equal values, and
     CUDA has no kernel for it.
 

@@ -10,8 +10,8 @@ With `drops_layers`, more layers than a limit on quality allows may begin. After
 which of them stay. The others get their attention back, and the rest of the run trains the maps that stay.
 
 Three choices reduce overfitting (bench/EXPERIMENTS.md): the loss on intermediate hidden states, low-rank deltas, and
-short rows that are cut anew in every epoch. Attention uses the first token of a row as a sink, which shapes the whole
-row. Without new cuts the maps would see the same few hundred first tokens in every epoch.
+short rows divided anew in each epoch. Attention uses the first token of a row as a sink, which shapes the whole
+row. Without new rows the maps would see the same few hundred first tokens in every epoch.
 
 A low-rank delta `up down` begins with `up` at zero. `down` begins at the first right singular vectors of the whole
 matrix's gradient (Wang et al. 2024, LoRA-GA, who also set `up` by the gradient). R random directions would see only R
@@ -423,7 +423,7 @@ def _clipped_mean(rows: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _batches(windows_WT: torch.Tensor, settings: DistillSettings) -> Iterator[torch.Tensor]:
-    """Token ids [B, T] of each step. Each epoch cuts the text anew from a random offset, and shuffles the rows."""
+    """Token ids [B, T] of each step. Each epoch divides the text anew from a random offset, and shuffles the rows."""
     generator = torch.Generator().manual_seed(settings.seed)
     text = windows_WT.flatten()
     length = min(settings.window, windows_WT.shape[1])

@@ -330,12 +330,12 @@ def make_probe(inputs: VerifyInputs, continuing: int | None = None) -> Any:
 
 
 def loss_texts(inputs: VerifyInputs, continuing: int | None = None) -> list[tuple[str, Any]]:
-    """Final windows of both texts as arrays, cut to the sequence length. No choice in the run used these windows.
+    """Final windows of both texts as arrays, in rows of the sequence length. No choice in the run used these windows.
 
     With an exit layer, rows are joined: the first half of each is a prompt that stops there (`verify.perplexity`).
     """
     context = min(inputs.context if continuing is None else max(inputs.context, LONG_ROW), inputs.cache_length)
-    return [(name, _exit(windows.numpy(), context)) for name, windows in inputs.test.value]
+    return [(name, _in_rows(windows.numpy(), context)) for name, windows in inputs.test.value]
 
 
 def _twice(rows_WT: Any) -> Any:
@@ -343,7 +343,7 @@ def _twice(rows_WT: Any) -> Any:
     return np.stack([repeated(ids_T, len(ids_T))[0].numpy() for ids_T in rows_WT[:_TWICE_ROWS]])
 
 
-def _exit(windows_WT: Any, context: int) -> Any:
+def _in_rows(windows_WT: Any, context: int) -> Any:
     ids = windows_WT.reshape(-1)
     context = min(context, len(ids))  # a short text is one window
     return ids[: len(ids) // context * context].reshape(-1, context)

@@ -157,7 +157,7 @@ def test_a_killed_run_does_not_give_layers_back_twice(prepared: dict[str, Any], 
     np.testing.assert_array_equal(again.maps[2].weight, whole.maps[2].weight)
 
 
-def test_epochs_cut_the_text_anew() -> None:
+def test_epochs_divide_the_text_anew() -> None:
     """Each takes nearly all of it, in rows that begin elsewhere, in another order."""
     text = torch.arange(6 * 64).view(6, 64)
     first, second = _batches(text, DistillSettings(steps=2, batch_tokens=352, window=32))
@@ -170,16 +170,16 @@ def test_epochs_cut_the_text_anew() -> None:
     assert first[:, 0].tolist() != sorted(first[:, 0].tolist())
 
 
-def test_the_seed_gives_the_cuts_and_the_order_of_the_text() -> None:
+def test_the_seed_gives_the_rows_and_the_order_of_the_text() -> None:
     text = torch.arange(6 * 64).view(6, 64)
 
-    def exit_layer(seed: int) -> list[list[int]]:
+    def first_batch(seed: int) -> list[list[int]]:
         (batch,) = _batches(text, DistillSettings(steps=1, batch_tokens=352, window=32, seed=seed))
         return batch.tolist()
 
-    assert exit_layer(1) == exit_layer(1)
-    assert len({exit_layer(seed)[0][0] % 32 for seed in range(8)}) > 1  # cuts
-    assert len({tuple(row[0] // 32 for row in exit_layer(seed)) for seed in range(8)}) == 8  # orders
+    assert first_batch(1) == first_batch(1)
+    assert len({first_batch(seed)[0][0] % 32 for seed in range(8)}) > 1  # starts of rows
+    assert len({tuple(row[0] // 32 for row in first_batch(seed)) for seed in range(8)}) == 8  # orders
 
 
 def test_short_text_is_a_batch_by_itself() -> None:

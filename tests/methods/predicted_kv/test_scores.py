@@ -25,7 +25,7 @@ IDS = tuple(np.random.default_rng(0).integers(2, VOCAB, 40).tolist())
 
 
 @pytest.fixture(scope="module")
-def exit_layer(exported: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exit_directory(exported: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng, out = np.random.default_rng(1), tmp_path_factory.mktemp("exit") / "model"
     wide = 2 * KV_HEADS * HEAD_DIM
     maps = {
@@ -54,10 +54,10 @@ def expected(decoder: Any, ids: Sequence[int], context: int) -> list[float]:
 
 @pytest.mark.parametrize("context", [3, 20])
 @pytest.mark.parametrize("count", [1, 12])
-def test_a_continuation_is_scored_as_it_is_served(exit_layer: Path, context: int, count: int) -> None:
-    scorer = GraphScorer(opened(exit_layer), None, 512, W)
+def test_a_continuation_is_scored_as_it_is_served(exit_directory: Path, context: int, count: int) -> None:
+    scorer = GraphScorer(opened(exit_directory), None, 512, W)
     request = Request(IDS[:context], IDS[context : context + count])
-    right = expected(opened(exit_layer), IDS[: context + count], context)
+    right = expected(opened(exit_directory), IDS[: context + count], context)
     np.testing.assert_allclose(scorer.token_scores(request).loglikelihoods, right, atol=1e-5)
     other = Request(IDS[:context], (7,))  # a second one of the same context
     (total, _), _, _ = scorer.score([request, other, Request(IDS[1:9], IDS[9:11])])
@@ -74,6 +74,6 @@ def test_a_graph_with_caches_of_fixed_length_is_scored_as_it_is_served() -> None
     np.testing.assert_allclose(found.loglikelihoods, expected(open_decoder(path, 64), ids, 20), atol=1e-5)
 
 
-def test_the_width_is_that_of_the_directory(exit_layer: Path, exported: Any) -> None:
-    assert continuing_of(exit_layer) == W and continuing_of(exported("llama")) is None
-    assert OnnxLM(path=str(exit_layer)).scorer.continuing == W
+def test_the_width_is_that_of_the_directory(exit_directory: Path, exported: Any) -> None:
+    assert continuing_of(exit_directory) == W and continuing_of(exported("llama")) is None
+    assert OnnxLM(path=str(exit_directory)).scorer.continuing == W

@@ -172,7 +172,7 @@ def _mask(make: Maker, positions: ir.Value, cache_length: int, window: int | Non
 
 
 class TrimRotaryTables(ir.passes.InPlacePass):
-    """Cut the cos and sin tables to the slots of the cache; run after `DerivedPositions`."""
+    """Shorten the cos and sin tables to the slots of the cache; run after `DerivedPositions`."""
 
     def __init__(self, cache_length: int) -> None:
         super().__init__()
