@@ -27,9 +27,9 @@ from tests.tiny import HEAD_DIM, KV_HEADS
 
 pytestmark = pytest.mark.engine
 
-NEAR = 4
+W = 4
 KEYS = KV_HEADS * HEAD_DIM
-CHUNKS = (13, 1, NEAR + 1, NEAR + 2, 9, 1)  # as for the reference
+CHUNKS = (13, 1, W + 1, W + 2, 9, 1)  # as for the reference
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def pair(exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
     def make(architecture: str = "llama", precision: str = "fp32", exit_layer: int = 1) -> tuple[Path, Path]:
         source = original(architecture, precision)
         out = tmp_path_factory.mktemp("pair") / "model"
-        OPENVINO.linearize(source, out, predicted_maps(exit_layer, NEAR, KEYS))
+        OPENVINO.linearize(source, out, predicted_maps(exit_layer, W, KEYS))
         return source, out
 
     return make
@@ -58,7 +58,7 @@ def test_logits_are_those_of_torch(
     architecture: str, exit_layer: int, checkpoint: Callable[[str], Path], pair: Callable[..., tuple[Path, Path]]
 ) -> None:
     spec = read_spec(resolve(str(checkpoint(architecture))))
-    maps = predicted_maps(exit_layer, NEAR, spec.num_kv_heads * spec.head_dim)
+    maps = predicted_maps(exit_layer, W, spec.num_kv_heads * spec.head_dim)
     chunks = chunks_of(CHUNKS)
     right = torch_logits(load_model(checkpoint(architecture)), maps, chunks)
     source, out = pair(architecture, "fp32", exit_layer)
@@ -87,7 +87,7 @@ def test_each_sequence_of_a_batch_has_its_own_rows(pair: Callable[..., tuple[Pat
         alone = IrDecoder(out, ALL_LOGITS_IR, exact=True)
         alone.begin(1)
         expected = alone.step(ids[row : row + 1, :length]), alone.step(seconds[row : row + 1])
-        assert np.isnan(expected[1][0]).all(-1).sum() == 6 - NEAR - 1
+        assert np.isnan(expected[1][0]).all(-1).sum() == 6 - W - 1
         for got, right in zip(found, expected, strict=True):
             assert apart(got[row, : right.shape[1]], right[0]) < CLOSE
 
@@ -108,7 +108,7 @@ def test_sequences_of_a_paged_step_are_these_sequences_alone(
     model = load_model(checkpoint("llama"))
     lengths = {s: [n for step in STEPS for name, n in step if name == s] for s in range(4)}
     texts = {s: chunks_of(own, s) for s, own in lengths.items()}
-    right = {s: torch_logits(model, predicted_maps(exit_layer, NEAR, KEYS), chunks) for s, chunks in texts.items()}
+    right = {s: torch_logits(model, predicted_maps(exit_layer, W, KEYS), chunks) for s, chunks in texts.items()}
     paged = PagedIr(pair("llama", "fp32", exit_layer)[1], ALL_LOGITS_IR, exact=True)
     paged.begin(64, 4)
     done = dict.fromkeys(texts, 0)
@@ -121,7 +121,7 @@ def test_sequences_of_a_paged_step_are_these_sequences_alone(
 
 def test_two_sequences_whose_positions_follow_each_other_are_one_run(pair: Callable[..., tuple[Path, Path]]) -> None:
     """The limit that `methods.predicted_kv.ir` states."""
-    for more, continues in ((NEAR - 1, True), (NEAR, False)):
+    for more, continues in ((W - 1, True), (W, False)):
         paged = PagedIr(pair()[1], ALL_LOGITS_IR, exact=True)
         paged.begin(64, 2)
         first, second, third = (ids[0] for ids in chunks_of((9, 9, more)))
@@ -144,13 +144,13 @@ def test_maps_get_the_codes_of_their_neighbours(pair: Callable[..., tuple[Path, 
     assert None not in found
     if precision == "int4":
         assert len({blocks.size for blocks in found if blocks is not None}) == 1
-    assert judge_maps("nbl", check.read_maps(out), predicted_maps(1, NEAR, KEYS)).passed
+    assert judge_maps("nbl", check.read_maps(out), predicted_maps(1, W, KEYS)).passed
     assert check.check_untouched(out, source).passed
     assert check.check_pruned("nbl", out).passed
 
 
 def test_maps_of_some_layers_alone_are_refused(pair: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
-    maps = {1: predicted_maps(1, NEAR, KEYS)[1]}
+    maps = {1: predicted_maps(1, W, KEYS)[1]}
     with pytest.raises(RefusalError, match=r"layer 2: maps are for layers \[1\]"):
         OPENVINO.linearize(pair()[0], tmp_path / "model", maps)
 
