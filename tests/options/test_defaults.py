@@ -1,4 +1,4 @@
-"""Every road to a job settles its options alike, refuses before anything is written, and repeats from its own command.
+"""Every way to a job settles its options alike, refuses before anything is written, and repeats from its own command.
 
 flags, --config FILE, a stage of a run, a run's nbl.json, Python ─► one settling ─► the options of the job
 """
@@ -109,7 +109,7 @@ def recorded(tmp_path: Path) -> Recorded:
 # -- roads --------------------------------------------------------------------------------------------------------
 
 
-def test_roads_to_a_new_run(tmp_path: Path, stopped: None) -> None:
+def test_ways_to_a_new_run(tmp_path: Path, stopped: None) -> None:
     out = tmp_path / "out"
     roads: dict[str, Callable[[Mapping[str, Any]], Callable[[], object]]] = {
         "flags": lambda a: line("--model", "m", *flags(a), "--output", out),
@@ -126,7 +126,7 @@ def test_roads_to_a_new_run(tmp_path: Path, stopped: None) -> None:
     assert not out.exists()
 
 
-def test_roads_to_a_changed_run(recorded: Recorded, tmp_path: Path, stopped: None) -> None:
+def test_ways_to_a_changed_run(recorded: Recorded, tmp_path: Path, stopped: None) -> None:
     directory = recorded(fit="distilled", distill_steps=4)
     before = (directory / "nbl.json").read_bytes()
     found = reached(line("plan", directory, "--fit", "independent", "--layers", 2))

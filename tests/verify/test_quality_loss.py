@@ -32,7 +32,7 @@ def rows(*increases: float) -> list[dict[str, object]]:
 @pytest.mark.parametrize(
     "increases", [(), (0.5,), (0.5, 0.5), (0.3, 0.59), (0.6, 0.31), (0.001, 0.04), (-0.01, 0.049), (-0.1, -0.2)]
 )
-def test_prices_that_are_near(increases: tuple[float, ...]) -> None:
+def test_losses_that_are_similar(increases: tuple[float, ...]) -> None:
     assert warn_of_text(rows(*increases)) is None
 
 
@@ -45,7 +45,7 @@ def test_prices_that_are_near(increases: tuple[float, ...]) -> None:
         ((-0.01, 0.06), ("−1.00% on text 0", "+6.0% on text 1")),
     ],
 )
-def test_prices_that_are_far(increases: tuple[float, ...], parts: tuple[str, ...]) -> None:
+def test_losses_that_differ(increases: tuple[float, ...], parts: tuple[str, ...]) -> None:
     said = warn_of_text(rows(*increases))
     assert said is not None and all(part in said for part in parts)
 

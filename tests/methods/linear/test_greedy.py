@@ -65,7 +65,7 @@ def whole_models(
 
 @pytest.mark.parametrize("tap", ["residual", "normed"])
 @pytest.mark.parametrize("architecture", ["llama", "mistral-window"])
-def test_price_of_every_mix_is_that_of_whole_models(architecture: str, tap: str, checkpoint: Checkpoint) -> None:
+def test_quality_loss_of_every_mix_is_that_of_whole_models(architecture: str, tap: str, checkpoint: Checkpoint) -> None:
     directory = checkpoint(architecture)
     switched = PartialReplacement(load_model(directory), MAPS, tap)
     for replaced_set in (s for n in range(1, LAYERS) for s in itertools.combinations(range(LAYERS), n)):
