@@ -31,7 +31,7 @@ Recorded = Callable[..., Path]
 QUIET = Ui(quiet=True)
 # Options that change other options, and one that has no effect beside them.
 ASKED: dict[str, Any] = {"engine": "openvino", "maps": "linear", "layers": "2"}
-EXPECTED: dict[str, Any] = {"tap": "normed", "precision": "fp16", "decoder_source": "openvino", "layers": "2"}
+EXPECTED: dict[str, Any] = {"tap": "normed", "precision": "int8", "decoder_source": "openvino", "layers": "2"}
 IDLE = {"seed": 3, "layers": "2"}
 
 

@@ -57,10 +57,10 @@ SETTLED: list[tuple[Asked, Asked]] = [
     ({"provider": "cuda"}, {"exit_layer": "none", "fit": "distilled", "precision": "fp16", "decoder_source": "genai"}),
     (
         {"engine": "openvino"},
-        {"tap": "normed", "fit": "distilled", "exit_layer": "none", "precision": "fp16", "decoder_source": "openvino"},
+        {"tap": "residual", "fit": "independent", "exit_layer": "auto", "precision": "int8", "decoder_source": "openvino"},
     ),
     ({"layers": "2"}, {"tap": "residual", "fit": "independent", "exit_layer": "none"}),
-    ({"engine": "openvino", "layers": "2"}, {"tap": "normed", "fit": "distilled"}),  # as without a number
+    ({"engine": "trt-rtx", "layers": "2"}, {"tap": "normed", "fit": "distilled"}),  # as without a number
     ({"precision": "fp16"}, {"decoder_source": "mobius", "exit_layer": "none"}),
     ({"select": "cca"}, {"fit": "independent"}),
     ({"fit": "distilled", "tap": "residual"}, {"tap": "residual"}),
@@ -73,12 +73,12 @@ SETTLED: list[tuple[Asked, Asked]] = [
     ({"engine": "trt", "prompt_tokens": (128,), "generate_tokens": 256}, {"depths": (0, 1792)}),
     ({"engine": "trt", "max_seq_len": 64}, {"depths": (0,)}),
     ({"engine": "trt", "max_seq_len": 256}, {"depths": (0, 128)}),  # a prompt of 512 fits at no depth
-    ({"engine": "openvino"}, {"depths": (0, 2048)}),
+    ({"engine": "openvino"}, {"depths": (0,)}),
     (
         {"engine": "trt-rtx", "exit_layer": "auto"},
         {"decoder_source": "static", "fit": "independent", "exit_layer": "auto"},
     ),
-    ({"for": "openvino"}, {"engine": "openvino", "precision": "fp16", "exit_layer": "none"}),
+    ({"for": "openvino"}, {"engine": "openvino", "precision": "int8", "exit_layer": "auto"}),
     ({"for": "cuda"}, {"engine": "ort", "provider": "cuda", "precision": "fp16"}),
     ({"for": "tensorrt"}, {"destination": "trt", "engine": "trt", "decoder_source": "static"}),
     ({"for": "genai"}, {"engine": "ort", "exit_layer": "auto"}),
@@ -165,10 +165,10 @@ CHANGED: list[tuple[Asked, Asked, Asked]] = [
         {"exit_layer": "none"},
         {"max_perplexity_increase": "5%", "exit_layer": "none"},
     ),
-    ({"engine": "openvino"}, {"layers": "2"}, {"tap": "normed", "fit": "distilled"}),
+    ({"engine": "trt-rtx"}, {"layers": "2"}, {"tap": "normed", "fit": "distilled"}),
     ({"layers": "2"}, {"max_perplexity_increase": "5%"}, {"tap": "residual", "fit": "independent"}),
     ({"engine": "openvino", "precision": "int8"}, {"layers": "2"}, {"precision": "int8"}),
-    ({}, {"engine": "openvino"}, {"precision": "fp16", "decoder_source": "openvino"}),
+    ({}, {"engine": "openvino"}, {"precision": "int8", "decoder_source": "openvino"}),
     ({"for": "mlx-lm"}, {"for": "vllm"}, {"maps": "affine", "engine": "ort"}),
     ({"for": "trt-rtx"}, {"engine": "trt"}, {"destination": None, "engine": "trt", "precision": "bf16"}),
     # What no longer applies returns to its default.
@@ -239,8 +239,8 @@ IDLE: list[tuple[str, Asked, ModelFacts | None, str]] = [
     ("builder_option", {"builder_option": "accuracy_level=1"}, None, "--precision int8 or int4"),
     ("quantized_model", {"quantized_model": "x", "precision": "int8"}, None, "--precision int4"),
     ("threads", {"threads": 2, "engine": "trt-rtx"}, None, "compile nothing"),
-    ("exit_layer", {"exit_layer": "1", "engine": "openvino"}, None,
-     "--engine ort with --provider cpu, trt or trt-rtx, and the"),
+    ("exit_layer", {"exit_layer": "1", "provider": "cuda"}, None,
+     "--engine ort with --provider cpu, openvino, trt or trt-rtx, and the"),
     ("exit_layer", {"exit_layer": "1"}, NBL, "the original model"),
     ("recent_tokens", {"recent_tokens": 8, "layers": "1,"}, None, "--exit-layer"),
     *(
@@ -310,7 +310,7 @@ WRONG: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
     ({"engine": "gguf"}, None, ("unknown engine 'gguf'", "--for gguf makes a model for it")),
     ({"engine": "openvino", "provider": "cuda"}, None, ("--provider is for engine ort, not for openvino",)),
     ({"precision": "fp7"}, None, ("--precision fp7 is not for engine ort", "fp32", "int4")),
-    ({"engine": "openvino", "precision": "bf16"}, None, ("engine openvino; it takes fp16, fp32, int8, int4",)),
+    ({"engine": "openvino", "precision": "bf16"}, None, ("engine openvino; it takes int8, fp16, fp32, int4",)),
     ({"engine": "trt-rtx", "precision": "int8"}, None, ("--precision int8", "bf16, fp16, int4")),
     ({"provider": "cuda", "precision": "fp32"}, None, ("engine ort with --provider cuda; it takes fp16",)),
     ({"provider": "cuda", "decoder_source": "mobius"}, None, ("mobius is not for engine ort with --provider cuda",)),
@@ -340,7 +340,7 @@ WRONG: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
     ({"fit": "given"}, PLAIN, ("--fit given is for a checkpoint with maps (nbl-export convert)",)),
     ({"fit": "distilled"}, NBL, ("--fit distilled needs the original model: the checkpoint no longer contains",)),
     ({"fit": "drop"}, NBL, ("--fit drop needs the original model: the checkpoint no longer contains",)),
-    ({"engine": "openvino"}, KEYS, ("m has layers of kind predicted_kv, which engine openvino does not run",)),
+    ({"provider": "cuda"}, KEYS, ("m has layers of kind predicted_kv, which engine",)),
     ({"tap": "normed"}, NBL, ("key tap normed: the maps of m have the tap residual; leave key tap out",)),
     *(
         ({"layers": text}, None, ("--layers", part))

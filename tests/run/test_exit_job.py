@@ -121,8 +121,8 @@ def test_another_exit_layer_of_the_same_run_uses_its_sums(chosen: Path) -> None:
     (("--exit-layer", "1", *keys(logits="all")), 2, "--exit-layer does not go with key logits all"),
     (("--exit-layer", "1", "--max-perplexity-increase", "5%"), 2, "--exit-layer 1 names the exit layer"),
     (("--exit-layer", "1", *keys(decoder_source="mobius")), 2,
-     "--exit-layer needs the key decoder_source genai or static"),
-    (("--exit-layer", "1", "--engine", "openvino"), 2, "--exit-layer is for --engine ort"),
+     "--exit-layer needs the key decoder_source genai, not mobius"),
+    (("--exit-layer", "1", "--provider", "cuda"), 2, "--exit-layer is for --engine ort"),
     (("--recent-tokens", "8", "--layers", "1"), 2, "--recent-tokens is for --exit-layer"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(
