@@ -1,10 +1,11 @@
 """Golden text of tiny decoders before and after the rewrite, with their contracts.
 
-    python graphs/render.py        writes graphs/{architecture}-{source}-{original|nbl}.txt
+    python graphs/render.py        writes graphs/{architecture}-{source}-{original|nbl|predicted-kv}.txt
     tests/test_graphs.py           compares, and shows what changed
 
-The text is for review: inputs, outputs, then one line for each node. Initializers appear with name, element type and
-shape; the parity tests check their values.
+`nbl` has a linear layer. `predicted-kv` has an exit layer at layer 1 and 3 recent tokens. The text is for review:
+inputs, outputs, then one line for each node. Lines of a branch are indented. Initializers appear with name, element
+type and shape, and with their value if the rewrite added a few integers. The parity tests check all other values.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import importlib.metadata as metadata
 import sys
 import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +25,16 @@ import onnx_ir as ir
 from nbl_export.graph.ir.anatomy import states_of
 from nbl_export.graph.ir.files import ordered, read_ir
 from nbl_export.graph.names import GRAPH_FILE, STATIC_GRAPH_FILE
+from nbl_export.methods.base import Mixer
 from nbl_export.methods.rewrite import rewrite_model
 from nbl_export.records.decoder import TensorInfo
 from nbl_export.targets import exporter_of
 from tests.contracts import contract_of
+from tests.exits import predicted_maps
 from tests.exports import build_decoder
-from tests.tiny import ARCHITECTURES, made_by, random_map, save_checkpoint
+from tests.tiny import ARCHITECTURES, HEAD_DIM, KV_HEADS, made_by, random_map, save_checkpoint
 
-__all__ = ["CASES", "HERE", "export_case", "header", "render_all", "render_case", "render_graph"]
+__all__ = ["CASES", "HERE", "export_case", "file_names", "header", "render_all", "render_case", "render_graph"]
 
 Case = tuple[str, str, str]  # architecture, decoder source, precision
 
@@ -49,6 +53,9 @@ CASES: tuple[Case, ...] = (
     ("llama", "openvino", "int4"),
     ("gemma3", "openvino", "fp32"),
 )
+# Those of CASES that have predicted KV too: joined and separate products of attention, and the static form.
+PREDICTED: tuple[Case, ...] = (("llama", "genai", "fp32"), ("qwen2", "genai", "fp32"), ("llama", "static", "fp16"))
+PREDICTED_MAPS = predicted_maps(1, 3, KV_HEADS * HEAD_DIM)
 _EXPORTER = {"genai": "onnxruntime-genai", "mobius": "mobius-onnx", "static": "mobius-onnx", "openvino": "openvino"}
 _FILE = {"genai": GRAPH_FILE, "mobius": GRAPH_FILE, "static": STATIC_GRAPH_FILE}
 _SLOTS = 96  # of a cache of the static form
@@ -66,12 +73,20 @@ def render_graph(model: ir.Model) -> str:
     contract = contract_of(model)
     lines = [f"opsets {dict(sorted(model.opset_imports.items()))}, caches of layers {list(contract.cache_layers)}"]
     lines += [f"input  {_info(i)}" for i in contract.inputs] + [f"output {_info(o)}" for o in contract.outputs]
-    for node in model.graph:
-        attributes = ", ".join(f"{k}={_attribute(a)}" for k, a in sorted(node.attributes.items()))
+    return "\n".join([*lines, *_node_lines(model.graph)]) + "\n"
+
+
+def _node_lines(graph: ir.Graph) -> Iterator[str]:
+    for node in graph:
+        branches = {k: a.as_graph() for k, a in node.attributes.items() if a.type == ir.AttributeType.GRAPH}
+        settings = {k: a for k, a in node.attributes.items() if k not in branches}
+        attributes = ", ".join(f"{k}={_attribute(a)}" for k, a in sorted(settings.items()))
         inputs = ", ".join(_value(v) for v in node.inputs)
         outputs = ", ".join(v.name or "-" for v in node.outputs)
-        lines.append(f"{node.op_type}({inputs}) -> {outputs}" + (f"  [{attributes}]" if attributes else ""))
-    return "\n".join(lines) + "\n"
+        yield f"{node.op_type}({inputs}) -> {outputs}" + (f"  [{attributes}]" if attributes else "")
+        for name, branch in branches.items():
+            yield f"  {name} -> {', '.join(map(_value, branch.outputs))}"
+            yield from (f"    {line}" for line in _node_lines(branch))
 
 
 def render_ir(model: Any) -> str:
@@ -113,8 +128,17 @@ def _value(value: ir.Value | None) -> str:
     if value is None:
         return "-"
     if value.is_initializer():
-        return f"{value.name}<{value.dtype.name if value.dtype is not None else '?'}{list(value.shape or ())}>"
+        kind = value.dtype.name if value.dtype is not None else "?"
+        return f"{value.name}<{kind}{list(value.shape or ())}{_numbers(value)}>"
     return str(value.name)
+
+
+def _numbers(value: ir.Value) -> str:
+    """The value of a few integers that the rewrite added."""
+    held = value.const_value
+    if held is None or not str(value.name).startswith("nbl.") or held.dtype != ir.DataType.INT64 or held.size > 8:
+        return ""
+    return f" = {held.numpy().tolist()}"
 
 
 def _attribute(attribute: ir.Attr) -> str:
@@ -133,21 +157,31 @@ def export_case(case: Case, scratch: Path) -> Path:
     return out
 
 
+def file_names(case: Case) -> list[str]:
+    """Names of the golden files of a case."""
+    stem = "-".join(case).removesuffix("-fp32")
+    kinds = ("original", "nbl", "predicted-kv") if case in PREDICTED else ("original", "nbl")
+    return [f"{stem}-{kind}.txt" for kind in kinds]
+
+
 def render_case(case: Case, original: Path, scratch: Path) -> dict[str, str]:
     """File name -> text, for a case before and after the rewrite."""
-    architecture, source, precision = case
-    stem = f"{architecture}-{source}" + ("" if precision == "fp32" else f"-{precision}")
-    names = [f"{stem}-{name}.txt" for name in ("original", "nbl")]
+    source = case[1]
+    names = file_names(case)
     if source == "openvino":
-        nbl = scratch / f"{stem}-nbl"
+        nbl = scratch / names[1]
         exporter_of(source).linearize(original, nbl, MAPS)
         texts = [render_ir(read_ir(directory)) for directory in (original, nbl)]
     else:
-        model = ir.load(original / _FILE[source])
-        before = render_graph(model)
-        rewrite_model(model, MAPS)
-        texts = [before, render_graph(model)]
+        every = ({}, MAPS, PREDICTED_MAPS) if case in PREDICTED else ({}, MAPS)
+        texts = [render_graph(_rewritten(original / _FILE[source], maps)) for maps in every]
     return {name: f"{header(source)}\n{text}" for name, text in zip(names, texts, strict=True)}
+
+
+def _rewritten(file: Path, maps: Mapping[int, Mixer]) -> ir.Model:
+    model = ir.load(file)
+    rewrite_model(model, maps)
+    return model
 
 
 def render_all() -> dict[str, str]:

@@ -160,6 +160,23 @@ def test_sums_of_an_unfinished_calibration_are_refused(tmp_path: Path) -> None:
                 open_sums(path)
 
 
+def written(folder: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
+    """A finished file of sums that are zeros."""
+    with SumsWriter(folder / "sums", {"count": 1, "done": 1, "identity": {"batches": 1}}, shapes) as writer:
+        writer.write({name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()})
+    return folder / "sums"
+
+
+@pytest.mark.parametrize("other", [{"a": (2,)}, {"a": (2,), "b": (1, 3)}, {"a": (2,), "b": (3, 1), "c": (1,)}], ids=str)
+def test_a_file_that_does_not_hold_exactly_the_sums_is_refused(
+    other: dict[str, tuple[int, ...]], tmp_path: Path
+) -> None:
+    wanted = {"a": (2,), "b": (3, 1)}
+    open_sums(written(tmp_path, wanted)).require(wanted)
+    with pytest.raises(CorruptError, match="holds other sums than its model has"):
+        open_sums(written(tmp_path, other)).require(wanted)
+
+
 def test_foreign_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.safetensors").write_bytes(b"not a safetensors file")
     with pytest.raises(CorruptError, match=r"m\.safetensors"):
@@ -167,9 +184,8 @@ def test_foreign_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_file_whose_numbers_were_changed_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "sums"
-    with SumsWriter(path, {"count": 1, "done": 1, "identity": {"batches": 1}}, {"a": (2,), "b": (3, 1)}) as writer:
-        writer.write({"a": torch.ones(2, dtype=torch.float64), "b": torch.zeros(3, 1, dtype=torch.float64)})
+    """Also behind the first megabyte, which is hashed at once."""
+    path = written(tmp_path, {"a": (2,), "b": (1 << 17, 1)})
     open_sums(path).check()
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
     with pytest.raises(CorruptError, match="its content is not what was written; run calibrate again"):

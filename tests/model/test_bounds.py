@@ -96,6 +96,7 @@ def scalar(tmp_path: Path) -> Path:
     return model
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", ["spec", "convert"])
 def test_a_gguf_without_tensors_takes_no_memory(tmp_path: Path, kind: str) -> None:
     file = empty_gguf(tmp_path / "model.gguf")
@@ -103,6 +104,7 @@ def test_a_gguf_without_tensors_takes_no_memory(tmp_path: Path, kind: str) -> No
     assert "its widest weight has 0" in refused(file, kind)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "key",
     [
@@ -118,6 +120,7 @@ def test_elements_that_a_gguf_states_take_no_memory(key: bytes, tmp_path: Path) 
     assert "is truncated or not a GGUF file" in refused(empty_gguf(tmp_path / "model.gguf", key), "spec")
 
 
+@pytest.mark.process
 def test_a_map_wider_than_the_decoder_takes_no_memory(tmp_path: Path) -> None:
     head, _ = safetensors_header({"layers.1.bias": ("F32", [32_768]), "layers.1.weight": ("F32", [32_768, 32_768])}, {})
     with (tmp_path / "maps.safetensors").open("wb") as file:  # nothing on the disk but the header
@@ -126,6 +129,7 @@ def test_a_map_wider_than_the_decoder_takes_no_memory(tmp_path: Path) -> None:
     assert "layers.1.weight has shape [32768, 32768]" in refused(tmp_path / "maps.safetensors", "maps")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", ["spec", "load"])
 def test_a_checkpoint_without_weights_takes_no_memory(scalar: Path, kind: str) -> None:
     if kind == "spec":
@@ -135,7 +139,7 @@ def test_a_checkpoint_without_weights_takes_no_memory(scalar: Path, kind: str) -
 
 
 @pytest.mark.parametrize("name", ["vocab_size", "intermediate_size", "head_dim", "num_attention_heads"])
-@pytest.mark.parametrize("number", [200, 1 << 29, 1 << 62])
+@pytest.mark.parametrize("number", [200, pytest.param(1 << 29, marks=pytest.mark.process), 1 << 62])
 def test_a_size_beyond_the_files_takes_no_memory(
     checkpoint: Checkpoint, tmp_path: Path, name: str, number: int
 ) -> None:
@@ -230,6 +234,7 @@ def test_rotary_tables_are_no_larger_than_the_weights(
         check_bounds(model)
 
 
+@pytest.mark.process
 def test_the_most_positions_take_little_memory(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Of a model of a megabyte: what the builder of graphs makes of the largest number that passes."""
     model = Path(shutil.copytree(checkpoint("llama"), tmp_path / "model"))

@@ -125,6 +125,30 @@ def test_what_changes_nothing_in_a_stage_is_not_in_its_key(
     assert key_of_stage(stage, **{**given, **same}) == key_of_stage(stage, **given)
 
 
+# The earlier stages whose keys are in that of each stage. No key has that of `text`: parts of the text are inputs.
+EDGES: dict[str, set[str]] = {
+    "text": set(), "calibrate": set(), "plan": {"calibrate"}, "distill": {"plan"}, "decoder": set(),
+    "rewrite": {"plan", "distill", "decoder"}, "verify": {"rewrite"}, "eval": {"rewrite"}, "build": {"rewrite"},
+    "bench": {"rewrite", "build"}, "report": {"plan", "verify", "eval", "build", "bench"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_another_result_of_a_stage_that_is_read_is_another_key(stage: common.Stage[Any], tmp_path: Path) -> None:
+    def key(**others: str) -> str:
+        job = job_of(tmp_path, {**USUAL, **BASES.get(stage.name, {})}, asked=ASKED.get(stage.name, ()))
+        job.keys.update({**dict.fromkeys(EDGES, "one"), **others})
+        declared = stage.declared(job)
+        assert not isinstance(declared, Skipped)
+        return declared[1]
+
+    changed = {name for name in EDGES if name != "text" and key(**{name: "another"}) != key()}
+    assert changed == EDGES[stage.name]
+    job = job_of(tmp_path, USUAL)
+    keys(job)
+    assert "text" not in job.keys
+
+
 # The parts of the text that each stage reads itself.
 ROWS: dict[str, tuple[str, ...]] = {
     "calibrate": ("windows",),

@@ -17,7 +17,7 @@ import pytest
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.methods.linear.maps import Linear
 from nbl_export.methods.rewrite import rewrite
-from nbl_export.records.decoder import DecoderSpec
+from nbl_export.records.decoder import DecoderSpec, TensorInfo
 from nbl_export.records.plan import Plan
 from nbl_export.records.results import CheckResult
 from nbl_export.targets.checks import ExpectedGraph, judge_maps
@@ -98,6 +98,37 @@ def test_one_wrong_position_fails_its_part_only() -> None:
 
 def test_difference_below_the_limit_passes() -> None:
     assert judge(bump(1, 5, 0.001)) == [True] * 4
+
+
+def test_a_batch_that_is_wrong_fails_alone() -> None:
+    class OneSequence(FakeDecoder):
+        def step(self, ids_BT: np.ndarray, valid_BT: np.ndarray | None = None) -> np.ndarray:
+            return super().step(ids_BT, valid_BT) + (self.batch > 1)
+
+    expected, rows = table()
+    truth = Reference(tuple(expected), None)
+    results = check_logits("nbl", "nbl", OneSequence(expected), probe(rows), truth, TOLERANCES["fp32"].limit)
+    assert [r.passed for r in results] == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("arithmetic", "allowed"),
+    [("fp32", 1e-4), ("fp16", 0.01), ("bf16", 0.06), ("int8", 0.1), ("int4", 0.1), ("narrow", 0.1)],
+)
+def test_each_arithmetic_has_its_limit(arithmetic: str, allowed: float) -> None:
+    for share, passed in ((0.9, True), (1.1, False)):
+
+        def change(logits: list[np.ndarray], share: float = share) -> None:
+            logits[:] = [row * np.float32(1 + share * allowed) for row in logits]
+
+        assert judge(change, TOLERANCES[arithmetic].limit) == [passed] * 4
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [("float32", "fp32"), ("float16", "fp16")])
+def test_what_does_not_round_has_the_limit_of_its_caches(dtype: str, allowed: str) -> None:
+    inputs = (TensorInfo("input_ids", "int64", ()), TensorInfo("past_key_values.0.key", dtype, ()))
+    decoder = SimpleNamespace(contract=SimpleNamespace(inputs=inputs))
+    assert structure.unrounded_limit(decoder) == TOLERANCES[allowed].limit
 
 
 @pytest.mark.parametrize("row", [0, 1])

@@ -13,6 +13,7 @@ import torch
 
 from nbl_export.methods.base import Mixer
 from nbl_export.methods.checkpoint.load import load_model
+from nbl_export.methods.distill import teacher_student
 from nbl_export.methods.distill.teacher_student import TeacherStudent, _distance, _Divergence
 from nbl_export.methods.distill.training import UNLIMITED, DistillSettings, _clipped_mean, _Training
 from nbl_export.methods.linear.maps import Linear
@@ -114,6 +115,14 @@ def test_loss_and_kl_are_those_of_the_logits_whatever_their_type(dtype: torch.dt
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-3)
     assert kl.item() == pytest.approx(apart.sum().item(), rel=1e-3)
     assert (gradient - expected).norm() < 0.005 * expected.norm()
+
+
+def test_the_loss_does_not_depend_on_how_many_logits_are_held(twin: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = twin()
+    theirs, ours = torch.randn(2, 10, HIDDEN, generator=torch.Generator().manual_seed(2))
+    expected = made._apart(theirs, ours, IDS[0, :9], 0.5)
+    monkeypatch.setattr(teacher_student, "_LOGIT_ROWS", 4)
+    torch.testing.assert_close(made._apart(theirs, ours, IDS[0, :9], 0.5), expected)
 
 
 def test_a_wild_row_does_not_drown_the_others(twin: Make, monkeypatch: pytest.MonkeyPatch) -> None:

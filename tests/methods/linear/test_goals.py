@@ -15,7 +15,7 @@ import pytest
 from nbl_export.errors import NblError, UsageError
 from nbl_export.methods import choose
 from nbl_export.methods.base import Limit
-from nbl_export.methods.choose import count_estimated, count_trained
+from nbl_export.methods.choose import count_estimated, count_trained, failure, step
 from nbl_export.methods.linear.order import quiet
 from nbl_export.methods.linear.planning import _test
 from nbl_export.options.goals import asked_increase
@@ -165,6 +165,19 @@ def test_the_upper_end_of_the_interval_decides() -> None:
         reached(Priced(*rises, spread=0.03), "1.5%")
     with pytest.raises(NblError, match=r"cannot be met: one layer alone \(10\) gives perplexity \+1\.00000"):
         reached(Priced(*rises), "0.9%")
+
+
+def test_one_window_has_no_interval_and_is_not_within_the_limit() -> None:
+    windows = Priced(0.0)._losses("held back", 1)
+    assert step({}, {"held back": windows}, 0.05)["within"]
+    assert not step({}, {"held back": windows[:1]}, 0.05)["within"]
+
+
+def test_a_text_beyond_the_limit_is_named_before_a_worse_one_that_is_undecided() -> None:
+    clear = Priced(0.06)._losses("held back", 1)
+    wide = Priced(0.08, spread=0.1)._losses("held back", 1)
+    for losses in ({"clear": clear, "wide": wide}, {"wide": wide, "clear": clear}):
+        assert failure(step({}, losses, 0.05), Limit(0.05, None)).endswith("on clear")
 
 
 def test_perplexity_increase_through_the_job(run: Path) -> None:
