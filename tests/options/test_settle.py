@@ -57,7 +57,13 @@ SETTLED: list[tuple[Asked, Asked]] = [
     ({"provider": "cuda"}, {"exit_layer": "none", "fit": "distilled", "precision": "fp16", "decoder_source": "genai"}),
     (
         {"engine": "openvino"},
-        {"tap": "residual", "fit": "independent", "exit_layer": "auto", "precision": "int8", "decoder_source": "openvino"},
+        {
+            "tap": "residual",
+            "fit": "independent",
+            "exit_layer": "auto",
+            "precision": "int8",
+            "decoder_source": "openvino",
+        },
     ),
     ({"layers": "2"}, {"tap": "residual", "fit": "independent", "exit_layer": "none"}),
     ({"engine": "trt-rtx", "layers": "2"}, {"tap": "normed", "fit": "distilled"}),  # as without a number
