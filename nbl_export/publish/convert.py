@@ -26,6 +26,7 @@ from nbl_export.files import move_into_place, refuse_occupied
 from nbl_export.methods import METHODS
 from nbl_export.methods.base import Maps, Mixer
 from nbl_export.methods.maps_file import load_maps
+from nbl_export.model.checkpoint.pretrained import config_of
 from nbl_export.options.options import CHECKPOINT_FIT
 from nbl_export.records.destinations import DESTINATIONS, describe_kind, destination_named
 from nbl_export.records.plan import USUAL_KIND
@@ -37,7 +38,6 @@ from nbl_export.targets import load_engine
 
 __all__ = ["FORMS", "Route", "convert", "open_finished", "routes"]
 
-_READ_BY = {name: place.form for name, place in DESTINATIONS.items() if place.form}
 _INSTEAD = (
     "use --to transformers or vllm, convert a run of linear layers (--layers N), or deploy DIR/model with ONNX Runtime "
     "GenAI"
@@ -58,13 +58,13 @@ def convert(output: Path, form: str, target: Path, ui: Ui, *, force: bool = Fals
         NblError: `target` is there already, the run is not finished or failed, or its model has no such form.
         ParityError: what was written is not the model.
     """
-    asked = form
-    form = _form_of(form)
+    name = _destination_of(form)
     refuse_occupied(target)
     with open_finished(output, ui, force=force) as job:
         maps = load_maps(job.run.path / MAPS_FILE, job.plan.layers, job.decoder.hidden_size)
-        _refuse_unread(job, maps, asked)
+        _refuse_unread(job, maps, form, name)
         with job.run.scratch() as scratch, ui.task("saving"):
+            form = DESTINATIONS[name].form
             said = FORMS[form](job, maps, form, scratch / "saved")
             move_into_place(scratch / "saved", target)
     for sentence in said:
@@ -93,31 +93,28 @@ def open_finished(output: Path, ui: Ui, *, force: bool = False) -> Iterator[Job]
         yield Job(dataclasses.replace(settled, options=options), run, ui)
 
 
-def _form_of(asked: str) -> str:
-    """The form that a destination reads, or that `asked` is itself."""
+def _destination_of(asked: str) -> str:
+    """The destination that is asked for by its name, or by the form that it reads."""
     if asked.lower() in _OF_LLAMA_CPP:
         raise UsageError(
             f"--to {asked} is llama.cpp's own: its convert_hf_to_gguf.py makes a GGUF file of "
             "convert --to nemotron-nas (docs/serving.md)"
         )
-    if asked in FORMS:
-        return asked
     with contextlib.suppress(UsageError):
         name = destination_named(asked)
-        if name in _READ_BY:
-            return _READ_BY[name]
+        if DESTINATIONS[name].form:
+            return name
         raise NblError(f"--to {asked} writes nothing: it takes the folder of a run that was made with --for {name}")
-    names = ", ".join(name for name in _READ_BY if name not in (*FORMS, *_OF_LLAMA_CPP))
-    raise UsageError(f"--to is {', '.join(FORMS)}, or a destination ({names}), not {asked!r}")
+    reading = (name for name, place in DESTINATIONS.items() if place.form and name not in FORMS)
+    raise UsageError(f"--to is {', '.join(FORMS)}, or a destination ({', '.join(reading)}), not {asked!r}")
 
 
-def _refuse_unread(job: Job, maps: Maps, asked: str) -> None:
+def _refuse_unread(job: Job, maps: Maps, asked: str, name: str) -> None:
     """Refuse layers and models that the destination does not read.
 
     Raises:
         NblError: the message has the reason.
     """
-    name = destination_named(asked)
     run = job.run.path
     place = DESTINATIONS[name]
     kinds = {mixer.kind for mixer in maps.values()}
@@ -132,10 +129,9 @@ def _refuse_unread(job: Job, maps: Maps, asked: str) -> None:
             f"{run} has maps with a bias or on the residual stream, and --to {asked} holds one matrix a layer on the "
             f"normed input; make another run with --for {name}"
         )
-    if name == "llama.cpp":
-        from nbl_export.targets.checkpoint.nemotron_nas import check_vocabulary
-
-        check_vocabulary(job.torch.checkpoint.value, job.decoder.vocab_size)
+    checkpoint = job.torch.checkpoint.value
+    if reason := why_unfit(name, config_of(checkpoint), checkpoint, tuple(maps)):
+        raise NblError(reason)
 
 
 def _write_checkpoint(job: Job, maps: Maps, _form: str, out: Path) -> list[str]:
@@ -169,7 +165,6 @@ def _write_nemotron_nas(job: Job, maps: Maps, form: str, out: Path) -> list[str]
 
     model = job.torch.model.value
     ids = _ids(job)
-    nemotron_nas.check(model.config, tuple(maps), form)
     alone = {i: _matrix_alone(mixer) for i, mixer in maps.items()}
     nemotron_nas.save(copy.deepcopy(model), job.torch.checkpoint.value, alone, form, out)
     expected = log_probabilities(linearize(copy.deepcopy(model), alone, _BARE_TAP), ids)
@@ -193,7 +188,6 @@ def _write_edge_llm(job: Job, maps: Maps, _form: str, out: Path) -> list[str]:
     from nbl_export.model.head import log_probabilities
     from nbl_export.targets.checkpoint import edge_llm
 
-    edge_llm.check(job.torch.model.value.config, maps)
     model = copy.deepcopy(job.torch.model.value)
     ids = _ids(job)
     edge_llm.save(model, job.torch.checkpoint.value, maps, job.plan.tap, out)
