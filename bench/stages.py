@@ -27,15 +27,13 @@ def plain_seconds(directory: Path) -> tuple[int, float]:
     import torch
 
     from nbl_export.methods.linear import collect
-    from nbl_export.options.options import JobOptions
-    from nbl_export.run.job import Job
     from nbl_export.run.progress import Ui
     from nbl_export.run.settled import of_run
     from nbl_export.run_directory import RunDirectory
 
-    run, ui = RunDirectory.peek(directory), Ui(quiet=True)
-    job = Job(of_run(run, JobOptions.from_json(run.manifest["options"]), ui.say), run, ui)
-    windows, decoder = job.text.windows.value, job.torch.model.value.get_decoder()
+    run = RunDirectory.peek(directory)
+    job = of_run(run, run.options, Ui(quiet=True))
+    windows, decoder = job.text.windows.value, job.model.value.get_decoder()
     with torch.inference_mode():
         decoder(input_ids=collect.batches(windows)[0], use_cache=False)  # warm-up
         started = time.monotonic()

@@ -106,7 +106,7 @@ def _no_run(path: Path) -> NblError:
 
 
 class RunDirectory:
-    """A run directory that this process holds the lock of. Use `open_run`."""
+    """A run directory of which `opened` holds the lock."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -114,9 +114,8 @@ class RunDirectory:
 
     # -- opening ---------------------------------------------------------------------------------------
 
-    @classmethod
     @contextlib.contextmanager
-    def open_run(cls, path: Path, *, create: bool, force: bool = False) -> Iterator[RunDirectory]:
+    def opened(self, *, create: bool, force: bool = False) -> Iterator[RunDirectory]:
         """Lock the directory and read its manifest; `force` with `create` removes the run's files first.
 
         Raises:
@@ -125,23 +124,24 @@ class RunDirectory:
             CorruptError: the manifest cannot be read.
         """
         if create:
-            refuse_foreign(path)
-            make_folder(path)
-        elif not (path / MANIFEST).is_file():
-            raise _no_run(path)
-        with locked(path):
-            run = cls(path)
+            refuse_foreign(self.path)
+            make_folder(self.path)
+        elif not (self.path / MANIFEST).is_file():
+            raise _no_run(self.path)
+        with locked(self.path):
             try:
-                with friendly_os_errors(path):
-                    run._sweep()
+                with friendly_os_errors(self.path):
+                    self._sweep()
                     if create and force:
-                        run._reset()
-                    run._read()
-                    yield run
+                        for name in _OURS:  # that this tool writes, the manifest last
+                            remove(self.path / name)
+                    self._read()
+                    yield self
             finally:
                 with contextlib.suppress(OSError):
-                    run._sweep()  # an interrupt may come between making a scratch directory and using it
-                    run._forget_checkpoint()
+                    self._sweep()  # an interrupt may come between making a scratch directory and using it
+                    if "report" in self.manifest.get("stages", {}):  # whoever needs the weights converts them again
+                        remove(self.path / CHECKPOINT)
 
     @classmethod
     def peek(cls, path: Path) -> RunDirectory:
@@ -170,11 +170,6 @@ class RunDirectory:
         """Remove what a killed process left unfinished."""
         for leftover in filter(is_scratch, self.path.iterdir()):
             remove(leftover)
-
-    def _forget_checkpoint(self) -> None:
-        """Remove the converted weights of a finished run: whoever needs them has the model, and converts them again."""
-        if "report" in self.manifest.get("stages", {}):
-            remove(self.path / CHECKPOINT)
 
     def _read(self) -> None:
         path = self.path / MANIFEST
@@ -243,11 +238,6 @@ class RunDirectory:
         """Merge facts into the manifest and write it."""
         self.note(**facts)
         write_json(self.path / MANIFEST, self.manifest)
-
-    def _reset(self) -> None:
-        """Remove the run. Only names that this tool writes are removed, the manifest last."""
-        for name in _OURS:
-            remove(self.path / name)
 
     # -- stages ----------------------------------------------------------------------------------------
 

@@ -54,10 +54,11 @@ def job_of(directory: Path, options: dict[str, Any], manifest: dict[str, Any] | 
         "kinds": ["linear"], "tap": "residual", "select": "cca", "scores": [], "options": given.to_json(),
         "stages": {"calibrate": {"key": "", "files": "moments"}}, "text": TEXT, **(manifest or {}),
     }  # fmt: skip
-    settled = of_run(run, given, lambda _line: None)
-    source: Any = SimpleNamespace(gguf=None, fingerprint=settled.fingerprint, directory=directory)
-    job = Job(dataclasses.replace(settled, source=Lazy(None, lambda: source)), run, Ui(quiet=True), asked)
-    job.torch.__dict__["shortage"] = Lazy(None, lambda: "")
+    job = of_run(run, given, Ui(quiet=True))
+    source: Any = SimpleNamespace(gguf=None, fingerprint=job.fingerprint, directory=directory)
+    job.source = Lazy(None, lambda: source)
+    job.evaluation = asked
+    job.__dict__["shortage"] = Lazy(None, lambda: "")
     return job
 
 
@@ -65,4 +66,4 @@ def opened(run: Path, **changes: Any) -> Job:
     """The job of a finished run."""
     found = RunDirectory.peek(run)
     options = JobOptions.from_json({**found.manifest["options"], **changes})
-    return Job(of_run(found, options, lambda _line: None), found, Ui(quiet=True))
+    return of_run(found, options, Ui(quiet=True))

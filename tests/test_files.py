@@ -178,7 +178,7 @@ def test_scratch_is_new_and_of_this_user_alone(tmp_path: Path, monkeypatch: pyte
 
 
 def opened(folder: Path) -> object:
-    with RunDirectory.open_run(folder, create=False) as run:
+    with RunDirectory(folder).opened(create=False) as run:
         return run
 
 

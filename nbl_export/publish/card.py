@@ -57,7 +57,7 @@ def write_card(directory: Path, hub_id: str | None = None, *, force: bool = Fals
     """
     if hub_id is not None:
         check_hub_id(hub_id, "--base-model")
-    with RunDirectory.open_run(directory, create=False) as run:
+    with RunDirectory(directory).opened(create=False) as run:
         check_publishable(run, force=force)
         target = run.path / CARD
         written_before = run.manifest.get("card", {}).get("sha256")

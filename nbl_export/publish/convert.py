@@ -82,15 +82,15 @@ def open_finished(output: Path, ui: Ui, *, force: bool = False) -> Iterator[Job]
         NblError: the run is not finished or failed, or its model is not available.
         CorruptError: the maps have changed since they were fitted.
     """
-    with RunDirectory.open_run(output, create=False) as run:
+    with RunDirectory(output).opened(create=False) as run:
         run.require("verify")
         run.refuse_failed(force=force)
         for stage in ("plan", "distill"):
             if stage in run.stages:
                 run.check(stage)
-        settled = of_run(run, run.options, ui.say)
-        options = dataclasses.replace(settled.options, device="cpu")  # forms are compared bit for bit
-        yield Job(dataclasses.replace(settled, options=options), run, ui)
+        job = of_run(run, run.options, ui)
+        job.options = dataclasses.replace(job.options, device="cpu")  # forms are compared bit for bit
+        yield job
 
 
 def _destination_of(asked: str) -> str:
@@ -129,7 +129,7 @@ def _refuse_unread(job: Job, maps: Maps, asked: str, name: str) -> None:
             f"{run} has maps with a bias or on the residual stream, and --to {asked} holds one matrix a layer on the "
             f"normed input; make another run with --for {name}"
         )
-    checkpoint = job.torch.checkpoint.value
+    checkpoint = job.checkpoint.value
     if reason := why_unfit(name, config_of(checkpoint), checkpoint, tuple(maps)):
         raise NblError(reason)
 
@@ -144,10 +144,10 @@ def _write_checkpoint(job: Job, maps: Maps, _form: str, out: Path) -> list[str]:
     from nbl_export.methods.checkpoint.hf_classes import save_linearized
     from nbl_export.model.checkpoint.pretrained import check_weights
 
-    checkpoint = job.torch.checkpoint.value
+    checkpoint = job.checkpoint.value
     tap = job.plan.tap
     if not copy_linearized(checkpoint, maps, tap, out):
-        save_linearized(job.torch.model.value, checkpoint, maps, tap, out)
+        save_linearized(job.model.value, checkpoint, maps, tap, out)
     check_weights(out)
     return []
 
@@ -163,10 +163,10 @@ def _write_nemotron_nas(job: Job, maps: Maps, form: str, out: Path) -> list[str]
     from nbl_export.model.head import log_probabilities
     from nbl_export.targets.checkpoint import nemotron_nas
 
-    model = job.torch.model.value
+    model = job.model.value
     ids = _ids(job)
     alone = {i: _matrix_alone(mixer) for i, mixer in maps.items()}
-    nemotron_nas.save(copy.deepcopy(model), job.torch.checkpoint.value, alone, form, out)
+    nemotron_nas.save(copy.deepcopy(model), job.checkpoint.value, alone, form, out)
     expected = log_probabilities(linearize(copy.deepcopy(model), alone, _BARE_TAP), ids)
     return [_compared(job, nemotron_nas.load(out), expected, ids)]
 
@@ -188,9 +188,9 @@ def _write_edge_llm(job: Job, maps: Maps, _form: str, out: Path) -> list[str]:
     from nbl_export.model.head import log_probabilities
     from nbl_export.targets.checkpoint import edge_llm
 
-    model = copy.deepcopy(job.torch.model.value)
+    model = copy.deepcopy(job.model.value)
     ids = _ids(job)
-    edge_llm.save(model, job.torch.checkpoint.value, maps, job.plan.tap, out)
+    edge_llm.save(model, job.checkpoint.value, maps, job.plan.tap, out)
     same = _compared(job, edge_llm.load(out), log_probabilities(model, ids), ids)
     return [same, *edge_llm.remarks(out)]
 

@@ -30,7 +30,7 @@ from nbl_export.run.job import Job
 from nbl_export.run.settled import capabilities_of, model_facts
 from nbl_export.run.stages.common import Skipped, Stage
 
-__all__ = ["describe_estimate", "describe_machine", "estimate"]
+__all__ = ["describe_estimate", "describe_machine", "estimate", "stages_left"]
 
 
 def estimate(model: str, asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,21 +66,21 @@ def estimate(model: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def describe_estimate(job: Job, stages: Sequence[Stage[Any]], output: Path) -> str:
+def describe_estimate(job: Job, left: Sequence[Stage[Any]], output: Path) -> str:
     """What the stages that are left will take, in words; "" if none is left, or if the model's sizes are not known.
 
     Raises:
         NblError: memory or disk cannot suffice.
     """
-    source = job.settled.source.value
+    source = job.source.value
     try:
         shape = read_shape(source.gguf or source.directory)
     except NblError:  # transformers knows sizes that the configuration does not state
         return ""
     estimated = _job(dataclasses.replace(shape, decoder=job.decoder), job.options)
-    left = _left(job, stages)
-    shared = {stage.name for stage in stages if stage.shared}
-    needs = [need for need in _of_all_processes(estimated, shared) if need.stage in left]
+    names = {stage.name for stage in left}
+    shared = {stage.name for stage in left if stage.shared}
+    needs = [need for need in _of_all_processes(estimated, shared) if need.stage in names]
     if not needs:
         return ""
     total = _totals(needs)
@@ -92,7 +92,7 @@ def describe_estimate(job: Job, stages: Sequence[Stage[Any]], output: Path) -> s
         said += (
             f"\n  weights in {SMALLEST}: in float32 they take {size(estimated.weights)}; --precision sets another type"
         )
-    return f"{said}\n  {_describe_gain(estimated)}" if estimated.engine.static and "plan" in left else said
+    return f"{said}\n  {_describe_gain(estimated)}" if estimated.engine.static and "plan" in names else said
 
 
 def _of_all_processes(job: EstimatedJob, shared: Collection[str]) -> Iterator[Needs]:
@@ -148,19 +148,17 @@ def _shortage(needs: Sequence[Needs], memory: float, disk: float, output: Path) 
     return ""
 
 
-def _left(job: Job, stages: Sequence[Stage[Any]]) -> set[str]:
-    """Names of the stages that will run."""
-    known = job.run.manifest.get("stages")
-    if not known:
-        return {stage.name for stage in stages}
-    left: set[str] = set()
+def stages_left(job: Job, stages: Sequence[Stage[Any]]) -> list[Stage[Any]]:
+    """The stages that will run."""
+    known = job.run.manifest.get("stages", {})
+    left: list[Stage[Any]] = []
     for stage in stages:
-        if left & set(stage.reads):
-            left.add(stage.name)
+        if {each.name for each in left} & set(stage.reads):
+            left.append(stage)
             continue
         declared = stage.declared(job)
         if not isinstance(declared, Skipped) and declared[1] != known.get(stage.name, {}).get("key"):
-            left.add(stage.name)
+            left.append(stage)
     return left
 
 

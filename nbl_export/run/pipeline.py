@@ -13,13 +13,13 @@ from nbl_export.files import key_of
 from nbl_export.model import processes
 from nbl_export.model.device import guarded
 from nbl_export.options.options import CHECKPOINT_FIT, NO_ORIGINAL, JobOptions
-from nbl_export.options.settle import hub_id, read_asked, settle
+from nbl_export.options.settle import hub_id
 from nbl_export.records.requests import PERPLEXITY, EvalRequest, Subject
 from nbl_export.run.deployed import result
-from nbl_export.run.estimate import describe_estimate
+from nbl_export.run.estimate import describe_estimate, stages_left
 from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
-from nbl_export.run.settled import Settled, capabilities_of, check_machine, settle_job, settle_run
+from nbl_export.run.settled import settle_job, settle_run
 from nbl_export.run.stages import bench, calibrate, evaluate, graphs, plan, text, verify
 from nbl_export.run.stages.common import Inputs, Skipped, Stage, StageContext
 from nbl_export.run_directory import REPORT_JSON, VERIFY_FILE, RunDirectory, refuse_foreign
@@ -64,7 +64,7 @@ def run_job(
         NblError: an error that the user can correct; raised before any computation if possible.
         ParityError: the NBL graph does not compute what the original graph computes with these layers.
     """
-    _work(read_asked(asked), recorded, output, ui, force, "report")
+    _work(asked, recorded, output, ui, force, "report")
     _tell(output, ui)
     return output
 
@@ -89,31 +89,23 @@ def run_calibration(model: str, given: dict[str, Any], output: Path, ui: Ui, *, 
 
 def _work(asked: Mapping[str, Any], recorded: JobOptions | None, output: Path, ui: Ui, force: bool, until: str) -> None:
     """Settle the options, check all inputs, and run the stages up to a stage."""
+    runs_engine = until != "calibrate"
     if processes.begin():
-        _follow(lambda run, say: settle_job(asked, recorded, {} if force else run.manifest, say), output)
-    early = settle(asked, capabilities_of, recorded=recorded)  # reads no model, which can take a minute
-    check_machine(early, runs_engine=until != "calibrate")
+        _follow(lambda run, ui: settle_job(asked, recorded, run, ui, runs_engine=runs_engine), output)
     refuse_foreign(output)
-    before = RunDirectory(output) if force else RunDirectory.peek(output)
-    settled = settle_job(asked, recorded, before.manifest, ui.say)
-    if until == "calibrate" and settled.options.fit == CHECKPOINT_FIT:
+    run = RunDirectory(output) if force else RunDirectory.peek(output)
+    job = settle_job(asked, recorded, run, ui, runs_engine=runs_engine)
+    if until == "calibrate" and job.options.fit == CHECKPOINT_FIT:
         raise NblError(f"nothing to calibrate here: {NO_ORIGINAL}; give the original model")
-    estimated = describe_estimate(Job(settled, before, ui), STAGES[: _number_of(until)], output)
-    if not _has_text(Job(settled, before, ui)):
-        settled.documents.value  # noqa: B018  read before anything is written or, with force, removed
-    with RunDirectory.open_run(output, create=True, force=force) as run:
-        job = Job(settled, run, ui)
+    left = stages_left(job, STAGES[: _number_of(until)])
+    estimated = describe_estimate(job, left, output)
+    if STAGES[0] in left:
+        job.documents.value  # noqa: B018  read before anything is written or, with force, removed
+    with run.opened(create=True, force=force):
         job.begin()
         if estimated:
             ui.say(estimated)
         _advance(job, until)
-
-
-def _has_text(job: Job) -> bool:
-    """Whether the run has the text that the options ask for."""
-    stage = STAGES[0]
-    declared = STAGES[0].declared(job)
-    return not isinstance(declared, Skipped) and job.run.is_done(stage.name, declared[1])
 
 
 def run_stages(
@@ -134,9 +126,10 @@ def run_stages(
         asked: what the stage `eval` measures, which is skipped if there is nothing.
     """
     if processes.begin():
-        _follow(lambda run, say: settle_run(run, changes or {}, say), output)
-    with RunDirectory.open_run(output, create=False) as run:
-        job = Job(settle_run(run, changes or {}, ui.say), run, ui, asked)
+        _follow(lambda run, ui: settle_run(run, changes or {}, ui), output)
+    with RunDirectory(output).opened(create=False) as run:
+        job = settle_run(run, changes or {}, ui)
+        job.evaluation = asked
         _advance(job, until, ignore_failure=force, needs=needs)
         return run
 
@@ -205,11 +198,11 @@ def _advance(job: Job, until: str, *, ignore_failure: bool = False, needs: str =
     run = job.run
     ui = job.ui
     stages = STAGES[: _number_of(until)]
+    job.keys.clear()  # of stages that an estimate declared
     for index, stage in enumerate(stages):
         if not any(each.shared for each in stages[index:]):
             processes.end()
         declared = stage.declared(job)
-        ctx = StageContext(run, ui, readers(stage.name))
         if isinstance(declared, Skipped):
             if stage.name == needs:
                 raise NblError(f"nothing to {stage.title} here: {declared.reason or 'the engine compiles nothing'}")
@@ -217,6 +210,7 @@ def _advance(job: Job, until: str, *, ignore_failure: bool = False, needs: str =
                 ui.say(f"{stage.title}: left out, {declared.reason}")
             continue
         inputs, key = declared
+        ctx = StageContext(run, ui, readers(stage.name))
         is_done = run.is_done(stage.name, key)
         if is_done and (stage.name != "verify" or ignore_failure or ctx.passed):  # a failed verification runs again
             ui.say(f"{stage.title}: reused")
@@ -226,9 +220,7 @@ def _advance(job: Job, until: str, *, ignore_failure: bool = False, needs: str =
                 ui.say(f"  this undoes {', '.join(undone)} of {run.path}; to keep them, stop now and work on a copy")
             if not stage.by_part:
                 job.note()  # of what the result is made
-            if stage.shared:
-                _call(job, stage, key)
-            _run(ctx, stage, inputs, key)
+            _run(job, stage, inputs, key, ctx)
         run.partial(stage.name).unlink(missing_ok=True)
         if stage.name == "verify" and not ignore_failure:
             _refuse_failed(ctx)
@@ -237,43 +229,39 @@ def _advance(job: Job, until: str, *, ignore_failure: bool = False, needs: str =
     run.save()
 
 
-def _call(job: Job, stage: Stage[Any], key: str) -> None:
-    """Have the other processes begin a stage too."""
-    if processes.count() > 1:
-        job.torch.checkpoint.value  # noqa: B018  written before others read it
-        processes.broadcast_str(f"{stage.name} {key}")
-        job.torch.agree()
-
-
-def _follow(settled: Callable[[RunDirectory, Callable[[str], None]], Settled], output: Path) -> None:
+def _follow(settled: Callable[[RunDirectory, Ui], Job], output: Path) -> None:
     """In another process than rank 0: take part in the stages that rank 0 begins, and write nothing."""
     job: Job | None = None
     while message := processes.broadcast_str():
         name, expected = message.split()
         ui = Ui(quiet=True)
         run = RunDirectory.existing(output)
-        job = job or Job(settled(run, ui.say), run, ui)
+        job = job or settled(run, ui)
         job.run.manifest = run.manifest
         declared = [stage.declared(job) for stage in STAGES[: _number_of(name)]][-1]
         if isinstance(declared, Skipped) or declared[1] != expected:
             raise NblError(f"rank {processes.rank()} has other inputs than rank 0; give all the same command and files")
         job.note()
-        job.torch.agree()
+        job.agree()
         with guarded(name):
             STAGES[_number_of(name) - 1].run(declared[0], StageContext(job.run, ui), Path(os.devnull))
     processes.end()
 
 
-def _run(ctx: StageContext, stage: Stage[Inputs], inputs: Inputs, key: str) -> None:
-    ctx.ui.say(f"{stage.title} ...")
+def _run(job: Job, stage: Stage[Inputs], inputs: Inputs, key: str, ctx: StageContext) -> None:
+    """Run a stage, and have other processes begin it if they share its work."""
+    job.ui.say(f"{stage.title} ...")
     if stage.shared and processes.count() > 1:
-        ctx.ui.say(f"  {processes.count()} processes share the work")
+        job.ui.say(f"  {processes.count()} processes share the work")
+        job.checkpoint.value  # noqa: B018  written before others read it
+        processes.broadcast_str(f"{stage.name} {key}")
+        job.agree()
     started = time.monotonic()
-    with ctx.run.scratch() as scratch, guarded(stage.title, by_engine=stage.by_engine):
+    with job.run.scratch() as scratch, guarded(stage.title, by_engine=stage.by_engine):
         facts = stage.run(inputs, ctx, scratch)
         seconds = time.monotonic() - started
-        ctx.run.finish(stage.name, key, scratch, seconds, ctx.readers, **facts)
-    ctx.ui.say(f"{stage.title}: done in {seconds:.1f} s")
+        job.run.finish(stage.name, key, scratch, seconds, ctx.readers, **facts)
+    job.ui.say(f"{stage.title}: done in {seconds:.1f} s")
 
 
 def _refuse_failed(ctx: StageContext) -> None:

@@ -1,17 +1,16 @@
 """What is asked for becomes a settled job: options, a decoder, and what identifies its model and its text.
 
-asked + files of the model ─► settle_job ─► Settled     a whole job
-changes + nbl.json ─────────► settle_run ─► Settled     further stages of a run; its model need not be here
+asked + files of the model ─► settle_job ─► Job     a whole job
+changes + nbl.json ─────────► settle_run ─► Job     further stages of a run; its model need not be here
 
 Both read the facts of the engine (`Capabilities`) and of the model (`ModelFacts`). What the facts mean for an option is
-said by `options.rules`. `check_machine` says whether this machine can do what is settled.
+said by `options.rules`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,65 +27,39 @@ from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.destinations import DESTINATIONS
 from nbl_export.records.inputs import Lazy
+from nbl_export.run.job import Job, require_engine
+from nbl_export.run.progress import Ui
 from nbl_export.run_directory import RunDirectory
 from nbl_export.targets import ENGINES, load_engine
-from nbl_export.text.corpus import Corpus
-from nbl_export.text.mixture import absolute_sources, identify, read_texts
+from nbl_export.text.mixture import absolute_sources, identify
 
-__all__ = [
-    "Settled",
-    "capabilities_of",
-    "check_machine",
-    "model_facts",
-    "of_run",
-    "require_engine",
-    "settle_job",
-    "settle_run",
-    "why_unfit",
-]
-
-Say = Callable[[str], None]
+__all__ = ["capabilities_of", "model_facts", "of_run", "settle_job", "settle_run", "why_unfit"]
 
 
-@dataclass(frozen=True)
-class Settled:
-    """Settled options, with the model that they were settled for.
+def settle_job(
+    asked: Mapping[str, Any], recorded: JobOptions | None, run: RunDirectory, ui: Ui, *, runs_engine: bool = True
+) -> Job:
+    """A whole job, in a directory that holds nothing yet or a run that goes on.
 
-    Attributes:
-        options: with places of this machine.
-        noted: as the manifest has them.
-        fingerprint: of the model.
-        source: the model, if it is on this machine.
-        codes: a checkpoint whose codes the int4 graphs use, or None.
-        sources: what identifies the calibration text, see `text.mixture.identify`.
-        documents: the calibration text; without documents if the model samples it.
-        facts: what the manifest will say of all this.
-    """
-
-    options: JobOptions
-    noted: JobOptions
-    decoder: DecoderSpec
-    fingerprint: str
-    source: Lazy[Source]
-    codes: Lazy[Source | None]
-    sources: list[str]
-    documents: Lazy[Corpus]
-    facts: Mapping[str, Any]
-
-
-def settle_job(asked: Mapping[str, Any], recorded: JobOptions | None, manifest: Mapping[str, Any], say: Say) -> Settled:
-    """A whole job.
+    Options, engine and processor are checked before the model is looked for, which can fetch many gigabytes.
 
     Args:
         recorded: the options of another run, which those asked for change.
-        manifest: of the run that goes on; empty for a new one.
+        runs_engine: whether the job needs its engine on this machine.
 
     Raises:
-        NblError: the model cannot be used, or an option does not fit it.
+        NblError: the model cannot be used, an option does not fit it, or this machine lacks what is asked for.
     """
-    source = resolve(str(asked.get("model") or (recorded.model if recorded else "")))
-    if manifest and manifest["model"]["fingerprint"] == source.fingerprint:
-        decoder = DecoderSpec(**manifest["decoder"])
+    options = settle(asked, capabilities_of, recorded=recorded)
+    if options.device != "auto" or options.compute_dtype == "bfloat16":
+        from nbl_export.model import bfloat16, device
+
+        bfloat16.use_bf16(options.compute_dtype, device.choose_device(options.device, 0))
+    if runs_engine:
+        require_engine(options)
+    source = resolve(options.model)
+    if run.manifest and run.manifest["model"]["fingerprint"] == source.fingerprint:
+        decoder = run.decoder
     else:
         from nbl_export.methods.checkpoint import load
 
@@ -110,20 +83,20 @@ def settle_job(asked: Mapping[str, Any], recorded: JobOptions | None, manifest: 
         "options": options.to_json(),
         **noted,
     }
-    return Settled(
+    return Job(
+        run=run,
+        ui=ui,
         options=options,
-        noted=options,
         decoder=decoder,
         fingerprint=source.fingerprint,
         source=Lazy(source.fingerprint, lambda: source),
         codes=codes,
         sources=sources,
-        documents=_documents(options, sources, say),
         facts=facts,
     )
 
 
-def settle_run(run: RunDirectory, changes: Mapping[str, Any], say: Say) -> Settled:
+def settle_run(run: RunDirectory, changes: Mapping[str, Any], ui: Ui) -> Job:
     """Further stages of a run, with changed options if any.
 
     Raises:
@@ -144,13 +117,13 @@ def settle_run(run: RunDirectory, changes: Mapping[str, Any], say: Say) -> Settl
     options = settle(changes, capabilities_of, facts, recorded)
     if "engine" in changes:
         require_engine(options)
-    return of_run(run, options, say)
+    return of_run(run, options, ui)
 
 
-def of_run(run: RunDirectory, options: JobOptions, say: Say) -> Settled:
+def of_run(run: RunDirectory, options: JobOptions, ui: Ui) -> Job:
     """A run with settled options. Its text and its model stay those that it was made from."""
     manifest = run.manifest
-    here = located(options, run.manifest)
+    here = located(options, manifest)
     decoder = run.decoder
     fingerprint = str(manifest["model"]["fingerprint"])
     facts: dict[str, Any] = {"options": options.to_json()}
@@ -160,15 +133,15 @@ def of_run(run: RunDirectory, options: JobOptions, say: Say) -> Settled:
     else:
         codes, noted = _codes(here, decoder)
         facts |= noted
-    return Settled(
+    return Job(
+        run=run,
+        ui=ui,
         options=here,
-        noted=options,
         decoder=decoder,
         fingerprint=fingerprint,
         source=Lazy(fingerprint, lambda: resolve(here.model)),
         codes=codes,
         sources=manifest["sources"],
-        documents=_documents(here, manifest["sources"], say),
         facts=facts,
     )
 
@@ -249,45 +222,3 @@ def _codes(options: JobOptions, decoder: DecoderSpec) -> tuple[Lazy[Source | Non
     found = quantized.find(options.quantized_model, decoder)
     about = quantized.describe(found)
     return Lazy(about["fingerprint"], lambda: found), {"quantized": {"name": options.quantized_model, **about}}
-
-
-def _documents(options: JobOptions, sources: list[str], say: Say) -> Lazy[Corpus]:
-    def read() -> Corpus:
-        if identify(options.calibration) != sources:
-            raise NblError("the calibration text has changed since this run; restore it")
-        return read_texts(options.calibration, say)
-
-    return Lazy(None, read)
-
-
-# -- the machine --------------------------------------------------------------------------------------------------
-
-
-def check_machine(options: JobOptions, *, runs_engine: bool) -> None:
-    """Check that this machine can do what is asked for.
-
-    Raises:
-        NblError: the processor has no bfloat16 products, or GPU or engine is not available; the message has the reason.
-    """
-    if options.device != "auto" or options.compute_dtype == "bfloat16":
-        from nbl_export.model import bfloat16, device
-
-        bfloat16.use_bf16(options.compute_dtype, device.choose_device(options.device, 0))
-    if runs_engine:
-        require_engine(options)
-
-
-def require_engine(options: JobOptions, *, for_verification: bool = False) -> None:
-    """Check that the engine is available on this machine.
-
-    Args:
-        for_verification: check the engine of verification, which differs for compiled engines.
-
-    Raises:
-        NblError: the engine is not available; the message has the reason.
-    """
-    engine = load_engine(options.engine, options.provider)
-    name = (engine.capabilities.verified_by if for_verification else "") or options.engine
-    found = (engine if name == options.engine else load_engine(name)).probe()
-    if not found.available:
-        raise NblError(f"engine {name} is not available here: {found.reason}")

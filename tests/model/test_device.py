@@ -253,7 +253,7 @@ def test_a_gpu_that_fails_ends_with_one_sentence_and_finished_stages_stay(
 
 def test_forms_are_made_on_the_cpu(run: Path) -> None:
     with fake_cuda(), open_finished(run, Ui(quiet=True)) as job:
-        assert job.torch.model.value.device.type == "cpu"
+        assert job.model.value.device.type == "cpu"
 
 
 @pytest.mark.parametrize("said", ["CUDA out of memory. Tried to allocate 2 GiB", "CUDA error 700: illegal access"])

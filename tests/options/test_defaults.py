@@ -50,8 +50,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*args: Any, **more: Any) -> JobOptions:
         raise _Reached(settle(*args, **more))
 
-    for module in (pipeline, run_settled):
-        monkeypatch.setattr(module, "settle", stop)
+    monkeypatch.setattr(run_settled, "settle", stop)
 
 
 def reached(call: Callable[[], object]) -> JobOptions:

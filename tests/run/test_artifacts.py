@@ -31,7 +31,7 @@ MANIFEST = {
 }
 
 def work(where, version):
-    with RunDirectory.open_run(where, create=True, force=version == "over again") as run:
+    with RunDirectory(where).opened(create=True, force=version == "over again") as run:
         if not run.manifest:
             run.save(**MANIFEST)
         for stage, readers in (("decoder", ["verify"]), ("verify", [])):

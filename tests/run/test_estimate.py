@@ -200,21 +200,22 @@ def test_disk_is_that_of_a_finished_run(finished: Path, checkpoint: Callable[[st
 def test_processes_of_a_machine_hold_a_model_each(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from nbl_export.run.pipeline import STAGES
 
-    needs = estimating._job(read_shape(opened(run).torch.origin()), opened(run).options).needs()
+    needs = estimating._job(read_shape(opened(run).origin()), opened(run).options).needs()
     most = max(stage.memory_bytes for stage in needs)
     monkeypatch.setattr(estimating, "available_bytes", lambda: most)
-    job, stages = opened(run, context=32), STAGES[:3]
-    assert "estimate" in estimating.describe_estimate(job, stages, run)
+    job = opened(run, context=32)
+    left = estimating.stages_left(job, STAGES[:3])
+    assert "estimate" in estimating.describe_estimate(job, left, run)
     calibrate = next(stage.memory_bytes for stage in needs if stage.stage == "calibrate")
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "40")
     assert 40 * calibrate > most
     with pytest.raises(NblError, match=r"the stage calibrate needs .* start fewer processes"):
-        estimating.describe_estimate(job, stages, run)
+        estimating.describe_estimate(job, left, run)
 
 
 def test_one_process_converts_a_gguf_and_each_holds_its_layer(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = read_shape(opened(run).torch.origin())
+    shape = read_shape(opened(run).origin())
     alone = estimating._job(shape, opened(run).options)
     layer = next(need.memory_bytes for need in alone.needs() if need.stage == "calibrate")
     decoder = dataclasses.replace(shape.decoder, vocab_size=1 << 20)  # so that a layer is little of all weights
@@ -231,7 +232,8 @@ def test_a_job_that_resumes_counts_what_is_left(run: Path, same: Same, monkeypat
     from nbl_export.run.pipeline import STAGES
 
     def left(**changes: Any) -> set[str]:
-        return estimating._left(opened(run, **changes), STAGES) & {"calibrate", "plan", "decoder", "verify", "bench"}
+        found = {stage.name for stage in estimating.stages_left(opened(run, **changes), STAGES)}
+        return found & {"calibrate", "plan", "decoder", "verify", "bench"}
 
     assert left() == set()
     assert left(layers="0") == {"plan", "verify", "bench"}

@@ -276,8 +276,7 @@ def test_the_table_above_has_what_a_stage_reads(stage: str, tmp_path: Path, monk
     options = {**USUAL, **BASES.get(stage, {})}
     job = job_of(tmp_path, options, asked=ASKED.get(stage, ()))
     watched = Watched(**{name: getattr(job.options, name) for name in JobOptions.__dataclass_fields__})
-    job = Job(dataclasses.replace(job.settled, options=watched), job.run, job.ui, job.evaluation)
-    job.torch.__dict__["shortage"] = Lazy(None, lambda: "")
+    job.options = watched
     monkeypatch.setattr(common.StageContext, "maps", lambda _self: {})
     monkeypatch.setattr("nbl_export.methods.sums_file.open_sums", lambda _path: None)
     found = next(s for s in STAGES if s.name == stage)

@@ -52,9 +52,9 @@ def test_filelock_itself_does_not_follow_a_link(tmp_path: Path) -> None:
 
 def test_a_plain_lock_is_taken(run: Path) -> None:
     (run / ".lock").write_text("")
-    with RunDirectory.open_run(run, create=False) as opened:
+    with RunDirectory(run).opened(create=False) as opened:
         assert opened.stages
     (run / ".lock").rename(run / "kept")
     (run / ".lock").symlink_to("kept")
-    with pytest.raises(CorruptError), RunDirectory.open_run(run, create=False):
+    with pytest.raises(CorruptError), RunDirectory(run).opened(create=False):
         pass

@@ -19,7 +19,6 @@ import torch
 from nbl_export.methods.checkpoint import load
 from nbl_export.options.options import JobOptions
 from nbl_export.records.quantised import unpacked
-from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
 from nbl_export.run.settled import of_run
 from nbl_export.run.stages import verify
@@ -58,11 +57,11 @@ def runs(checkpoint: Callable[[str], Path], text: Path, tmp_path_factory: pytest
 def continued(run: Path) -> list[dict[str, Any]]:
     """The checks of a run directory as it is now; the quality loss, which is not gated, is left out."""
     with (
-        RunDirectory.open_run(run, create=False) as opened,
+        RunDirectory(run).opened(create=False) as opened,
         mock.patch.object(verify, "quality_loss", return_value=([], None)),
     ):
         options, ui = JobOptions.from_json(opened.manifest["options"]), Ui(quiet=True)
-        job = Job(of_run(opened, options, ui.say), opened, ui)
+        job = of_run(opened, options, ui)
         found: list[dict[str, Any]] = verify.check(verify.declare(job), StageContext(opened, ui), run)["checks"]
         return found
 

@@ -65,10 +65,10 @@ def declare(job: Job) -> CalibrateInputs | Skipped:
         collected=job.candidates.collected,
         compute_dtype=options.compute_dtype,
         spec=job.decoder,
-        model=job.torch.model,
-        checkpoint=job.torch.checkpoint,
-        shortage=job.torch.shortage,
-        device=job.torch.device,
+        model=job.model,
+        checkpoint=job.checkpoint,
+        shortage=job.shortage,
+        device=job.device,
         asked_device=Lazy(None, lambda: options.device),
     )
 

@@ -53,12 +53,12 @@ def declare_decoder(job: Job) -> DecoderInputs:
     """The inputs of the stage."""
     options = job.options
     return DecoderInputs(
-        model=job.torch.model,
-        checkpoint=job.torch.checkpoint,
+        model=job.model,
+        checkpoint=job.checkpoint,
         engine=Lazy([job.engine.capabilities.source, options.provider], lambda: job.engine),
         settings=ExportSettings(options.decoder_source, options.precision, job.cache_length, options.builder_options),
         kept_logits=options.kept_logits,
-        codes=job.settled.codes,
+        codes=job.codes,
         tap=options.tap if options.quantized_model else None,
     )
 

@@ -57,7 +57,7 @@ def declare(job: Job) -> PlanInputs:
 def _stored(job: Job) -> Any:
     from nbl_export.methods.checkpoint import load
 
-    plan, maps = load.load_maps(job.settled.source.value, job.decoder.num_layers)
+    plan, maps = load.load_maps(job.source.value, job.decoder.num_layers)
     return lambda _task, _say: Choice(plan, maps, {})
 
 
@@ -73,8 +73,8 @@ def choice_of(job: Job) -> ChoiceInputs:
         limit=Limit(asked_increase(options), options.max_perplexity_increase),
         trains=Lazy(None, lambda: job.trains),
         sums=Lazy(job.files_of("calibrate"), lambda: open_sums(job.run.path / SUMS_FILE)),
-        model=job.torch.model,
-        partial=job.torch.partial,
+        model=job.model,
+        partial=job.partial,
         selection=job.selection,
         validation=job.text.validation,
         saved=Lazy(options.kept_logits, lambda: job.saved_work),
@@ -153,8 +153,8 @@ def declare_distill(job: Job) -> DistillInputs | Skipped:
         early_stopping=job.text.early_stopping,
         selection=job.selection if drops_layers else None,
         validation=job.text.validation if drops_layers else None,
-        model=job.torch.model,
-        bf16_matmul=job.torch.bf16_matmul,
+        model=job.model,
+        bf16_matmul=job.bf16_matmul,
     )
 
 

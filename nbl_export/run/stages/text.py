@@ -53,15 +53,15 @@ def declare(job: Job) -> TextInputs:
     options = job.options
     return TextInputs(
         fingerprint=job.fingerprint,
-        sources=job.settled.sources,
+        sources=job.sources,
         calibration_tokens=options.calibration_tokens,
         context=options.context,
         distill_tokens=options.distill_tokens,
         division=DIVISION,
         vocab_size=job.decoder.vocab_size,
-        documents=job.settled.documents,
+        documents=job.documents,
         second=Lazy(None, stdlib_text),
-        tokenizer=job.torch.tokenizer,
+        tokenizer=job.tokenizer,
     )
 
 

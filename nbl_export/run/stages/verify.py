@@ -90,9 +90,9 @@ def declare(job: Job) -> VerifyInputs:
     text = job.text
     verified_by = "static form" if job.engine.capabilities.static else [options.engine, options.provider]
     return VerifyInputs(
-        model=job.torch.model,
-        mapped=job.torch.mapped,
-        checkpoint=job.torch.checkpoint,
+        model=job.model,
+        mapped=job.mapped,
+        checkpoint=job.checkpoint,
         engine=Lazy(verified_by, lambda: _engine(job)),
         spec=job.decoder,
         precision=options.precision,
@@ -108,7 +108,7 @@ def declare(job: Job) -> VerifyInputs:
         selection=job.selection,
         validation=text.validation,
         test=text.test,
-        shortage=job.torch.shortage,
+        shortage=job.shortage,
     )
 
 

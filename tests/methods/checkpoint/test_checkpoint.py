@@ -54,11 +54,11 @@ def test_main_job_on_a_gguf_directory(gguf: Path, text: Path, tmp_path: Path) ->
     assert weights.is_file()
 
     # A finished run has no second copy of the weights, and a command that reads none makes none.
-    with RunDirectory.open_run(run, create=False) as opened, opened.scratch() as scratch:
+    with RunDirectory(run).opened(create=False) as opened, opened.scratch() as scratch:
         opened.finish("report", "key", scratch, 0.0, ())
     assert not weights.parent.exists()
     job = opened_run(run)
-    assert (job.cost.value.mlp.width, job.torch.shortage.value) == (INNER, "")
+    assert (job.cost.value.mlp.width, job.shortage.value) == (INNER, "")
     assert not weights.parent.exists()
     assert nbl("plan", run).status == 0
     assert nbl("rewrite", run).status == 0

@@ -289,7 +289,7 @@ def test_layers_are_judged_on_another_text_too(run: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("nbl_export.methods.linear.order.Judge", note)
     for native in (True, False):  # products of bfloat16, in which trials are computed where they are
         monkeypatch.setattr("nbl_export.model.bfloat16.has_native_bf16", lambda _device, native=native: native)
-        job.torch.bf16_matmul.forget()
+        job.bf16_matmul.forget()
         with pytest.raises(SeenError):
             Selection(choice_of(job)).order(1)
     assert bfloat16 == [True, False]
