@@ -271,11 +271,9 @@ class RunDirectory:
                     "delete it to have it made again, or start over with --force"
                 )
 
-    @contextlib.contextmanager
-    def scratch(self) -> Iterator[Path]:
+    def scratch(self) -> contextlib.AbstractContextManager[Path]:
         """A directory on the same file system, removed afterwards in any case."""
-        with scratch_in(self.path) as directory:
-            yield directory
+        return scratch_in(self.path)
 
     def finish(self, stage: str, key: str, scratch: Path, seconds: float, readers: Sequence[str], **facts: Any) -> None:
         """Move everything in `scratch` into place and record the stage. Records of its readers are dropped.

@@ -42,8 +42,8 @@ __all__ = ["Job", "require_engine"]
 _COST_OPTIONS = ("engine", "provider", "precision", "prompt_length", "kept_logits")
 
 
-def require_engine(options: JobOptions, *, for_verification: bool = False) -> None:
-    """Check that the engine is available on this machine.
+def require_engine(options: JobOptions, *, for_verification: bool = False) -> Engine:
+    """The engine, which is available on this machine.
 
     Args:
         for_verification: check the engine of verification, which differs for compiled engines.
@@ -56,6 +56,7 @@ def require_engine(options: JobOptions, *, for_verification: bool = False) -> No
     found = (engine if name == options.engine else load_engine(name)).probe()
     if not found.available:
         raise NblError(f"engine {name} is not available here: {found.reason}")
+    return engine
 
 
 def _of_files(job: Job) -> str:
@@ -155,8 +156,7 @@ class Job:
     @lazy(lambda job: [job.options.engine, job.options.provider])
     def available(self) -> Engine:
         """The engine. Raises NblError if it is not available here."""
-        require_engine(self.options)
-        return self.engine
+        return require_engine(self.options)
 
     @property
     def cache_length(self) -> int:

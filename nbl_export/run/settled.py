@@ -185,12 +185,11 @@ def _facts_of(source: Source, decoder: DecoderSpec) -> ModelFacts:
 def _refuse_unfit(options: JobOptions, source: Source) -> None:
     """Refuse a model that the form of `--for` cannot hold."""
     name = options.destination
-    if name is None or not DESTINATIONS[name].form or source.linearized is not None:
-        return
-    from nbl_export.model.checkpoint.pretrained import config_of
+    if name and DESTINATIONS[name].form and not source.linearized:
+        from nbl_export.model.checkpoint.pretrained import config_of
 
-    if reason := why_unfit(name, config_of(source.gguf or source.directory), source.directory):
-        raise NblError(f"--for {name} is not possible: {reason}")
+        if reason := why_unfit(name, config_of(source.gguf or source.directory), source.directory):
+            raise NblError(f"--for {name} is not possible: {reason}")
 
 
 def why_unfit(name: str, config: Any, directory: Path, layers: tuple[int, ...] = ()) -> str:

@@ -155,6 +155,7 @@ class _Training:
         self._started = time.monotonic()
         self.result = Distilled(pair.maps())
         self.dropped = not settings.drops_layers
+        self._weights = settings.hidden_weight, settings.label_weight
         self._build_optimizer()
 
     def _build_optimizer(self) -> None:
@@ -164,9 +165,7 @@ class _Training:
         parameters = self.pair.trained.values()
         rate = self.settings.learning_rate
         self.optimizer = torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.99))
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda _: self.slowed * 0.5 * (1 + math.cos(math.pi * min(1.0, self.fraction)))
-        )
+        self._set_rate()
         self.keep()
 
     def drop_layers(self, layers: Collection[int]) -> None:
@@ -176,7 +175,6 @@ class _Training:
         self.pair.keep_only(layers)
         self._build_optimizer()
         self.optimizer.state.update({p: known[p] for p in self.pair.trained.values() if p in known})
-        self._set_rate()
         self.result.maps = self.pair.maps()
         self.result.dropped_at = len(self.result.held_kl)
         self.best_at = self.fraction
@@ -212,8 +210,10 @@ class _Training:
         return True
 
     def _set_rate(self) -> None:
+        """Let the learning rate fall along a cosine."""
+        share = self.slowed * 0.5 * (1 + math.cos(math.pi * min(1.0, self.fraction)))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate * self.schedule.lr_lambdas[0](self.step)
+            group["lr"] = self.settings.learning_rate * share
 
     @property
     def seconds(self) -> float:
@@ -257,10 +257,6 @@ class _Training:
         self.pair.measure(teacher)
         self.keep()
 
-    @property
-    def _weights(self) -> tuple[float, float]:
-        return self.settings.hidden_weight, self.settings.label_weight
-
     def _gradients(self, ids_BT: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Gradients of each row's loss, name -> [B, ...], and the rows' KL [B]; this process computes its own rows."""
         size = len(ids_BT)
@@ -285,7 +281,7 @@ class _Training:
         self.optimizer.step()
         self.step += 1
         self._look_at_the_clock()
-        self.schedule.step()
+        self._set_rate()
         self.result.train_kl.append(kl_B.mean().item())
 
     def judge(self) -> float:
@@ -318,10 +314,19 @@ class _Training:
             tensors |= {f"best.{i}.{name}": torch.from_numpy(array) for name, array in best.tensors().items()}
         tensors |= {f"kept.{name}": value for name, value in self._kept.items()}
         tensors |= {f"units.{name}": value for name, value in self.pair.units.items()}
-        kept = {"held_kl": self.result.held_kl, "train_kl": self.result.train_kl, "best_at": self.best_at}
-        kept |= {"slowed": self.slowed, "rolled_back_at": self.rolled_back_at}
-        kept |= {"dropped": self.dropped, "since": self.result.dropped_at, "layers": list(self.result.maps)}
-        state.save(tensors, {**kept, "step": self.step, "seconds": self.seconds})
+        facts = {
+            "held_kl": self.result.held_kl,
+            "train_kl": self.result.train_kl,
+            "best_at": self.best_at,
+            "slowed": self.slowed,
+            "rolled_back_at": self.rolled_back_at,
+            "dropped": self.dropped,
+            "since": self.result.dropped_at,
+            "layers": list(self.result.maps),
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+        state.save(tensors, facts)
 
     def _restore(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
         self.dropped = facts["dropped"]

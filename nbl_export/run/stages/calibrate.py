@@ -81,6 +81,7 @@ def run(inputs: CalibrateInputs, ctx: StageContext, out: Path) -> dict[str, Any]
     """
     from nbl_export.methods.collector import batches
     from nbl_export.model import bfloat16
+    from nbl_export.model.mapped import mapped_model
 
     method = METHODS[inputs.method]
     rows = method.rows(inputs.windows.value, inputs.collected)
@@ -92,14 +93,16 @@ def run(inputs: CalibrateInputs, ctx: StageContext, out: Path) -> dict[str, Any]
     by_layer = processes.broadcast_str("by layer" if why else "")
     bf16 = bfloat16.use_bf16(inputs.compute_dtype, device)
     facts = _facts(inputs, rows, len(parts), bf16)
+    identity = facts["identity"]
     if by_layer:
         ctx.ui.say(f"  one layer at a time{f' on {describe_device(device)}' if is_gpu(device) else ''}: {why}")
-        _run_layers(inputs, ctx, rows, facts, out, device)
+        sums = method.collector(mapped_model(inputs.checkpoint.value, device), inputs.collected, bf16=bf16)
+        with ctx.ui.task(f"{rows.numel()} tokens, layer by layer") as progress, sums:
+            sums.by_layer(rows, out / SUMS_FILE, facts, ctx.run.path, progress)
     else:
         _run_whole(inputs, ctx, rows, parts, facts, out)
     known = ctx.run.manifest["calibration"]
-    calibration = {**known, "products": facts["identity"]["products"], "device": describe_device(device)}
-    identity = facts["identity"]
+    calibration = {**known, "products": identity["products"], "device": describe_device(device)}
     return {"calibration": calibration, "sums": {name: identity[name] for name in ("method", "collected")}}
 
 
@@ -142,19 +145,6 @@ def _device(inputs: CalibrateInputs) -> tuple[Any, str]:
     if not short and not is_gpu(device):
         return inputs.device.value, ""
     return device, f"the weights are {short}" if short else "the GPU has too little memory for the weights and all sums"
-
-
-def _run_layers(
-    inputs: CalibrateInputs, ctx: StageContext, rows: Any, facts: dict[str, Any], out: Path, device: Any
-) -> None:
-    """Collect with the weights and sums of one layer at a time in memory."""
-    from nbl_export.model.mapped import mapped_model
-
-    bf16 = facts["identity"]["products"] == "bfloat16"
-    model = mapped_model(inputs.checkpoint.value, device)
-    sums = METHODS[inputs.method].collector(model, inputs.collected, bf16=bf16)
-    with ctx.ui.task(f"{rows.numel()} tokens, layer by layer") as progress, sums:
-        sums.by_layer(rows, out / SUMS_FILE, facts, ctx.run.path, progress)
 
 
 def _facts(inputs: CalibrateInputs, rows: Any, batches: int, bf16: bool) -> dict[str, Any]:

@@ -63,23 +63,19 @@ def declare_decoder(job: Job) -> DecoderInputs:
     )
 
 
-def _codes(inputs: DecoderInputs) -> Path | None:
-    """Directory of the quantised checkpoint, after a check that it is of this model; None without one."""
-    from nbl_export.methods.checkpoint import quantized
-
-    found = inputs.codes.value
-    if found is None or inputs.tap is None:
-        return None
-    quantized.check_same(found, inputs.checkpoint.value, inputs.tap)
-    return Path(found.directory)
-
-
 def run_decoder(inputs: DecoderInputs, ctx: StageContext, out: Path) -> dict[str, Any]:
     """Write original/."""
     inputs.model.forget()  # the exporter loads its own copy
     engine = inputs.engine.value
     original = out / DECODERS["original"]
-    engine.export(inputs.checkpoint.value, original, dataclasses.replace(inputs.settings, codes=_codes(inputs)))
+    settings = inputs.settings
+    if inputs.tap is not None:
+        from nbl_export.methods.checkpoint import quantized
+
+        codes = inputs.codes.value
+        quantized.check_same(codes, inputs.checkpoint.value, inputs.tap)
+        settings = dataclasses.replace(settings, codes=Path(codes.directory))
+    engine.export(inputs.checkpoint.value, original, settings)
     if inputs.kept_logits == "last":
         engine.keep_last_token(original)
     return {"logits": inputs.kept_logits}

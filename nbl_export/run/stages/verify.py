@@ -21,8 +21,7 @@ from nbl_export.options.options import CHECKPOINT_FIT
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy
 from nbl_export.records.quality import describe_long_range, describe_loss, warn_of_text
-from nbl_export.run.job import Job
-from nbl_export.run.settled import require_engine
+from nbl_export.run.job import Job, require_engine
 from nbl_export.run.stages.common import StageContext
 from nbl_export.run_directory import ACCEPTANCE_FILE, DECODERS, VERIFY_FILE
 from nbl_export.targets.base import Engine, compiler
@@ -30,6 +29,7 @@ from nbl_export.targets.tokenizer import TOKENIZER, TokenizerFiles
 from nbl_export.text import questions
 from nbl_export.text.parts import Texts
 from nbl_export.text.windows import LONG_ROW, repeated
+from nbl_export.verify import ladder
 from nbl_export.verify.on_target import expect, save
 from nbl_export.verify.perplexity import in_turn, quality_loss
 from nbl_export.verify.structure import VerificationContext
@@ -93,7 +93,7 @@ def declare(job: Job) -> VerifyInputs:
         model=job.model,
         mapped=job.mapped,
         checkpoint=job.checkpoint,
-        engine=Lazy(verified_by, lambda: _engine(job)),
+        engine=Lazy(verified_by, lambda: require_engine(options, for_verification=True)),
         spec=job.decoder,
         precision=options.precision,
         kept_logits=options.kept_logits,
@@ -112,11 +112,6 @@ def declare(job: Job) -> VerifyInputs:
     )
 
 
-def _engine(job: Job) -> Engine:
-    require_engine(job.options, for_verification=True)
-    return job.engine
-
-
 def run(inputs: VerifyInputs, ctx: StageContext, out: Path) -> dict[str, Any]:
     """Write verify.json, and acceptance-values.json for an engine of another machine."""
     result = check(inputs, ctx, out)
@@ -126,11 +121,20 @@ def run(inputs: VerifyInputs, ctx: StageContext, out: Path) -> dict[str, Any]:
 
 def check(inputs: VerifyInputs, ctx: StageContext, out: Path) -> dict[str, Any]:
     """The content of verify.json."""
-    verification = _verification_of(inputs, ctx)
+    verification = VerificationContext(
+        engine=inputs.engine.value,
+        spec=inputs.spec,
+        plan=ctx.plan,
+        precision=inputs.precision,
+        logits=inputs.kept_logits,
+        cache_length=inputs.cache_length,
+        task=ctx.ui.task,
+    )
     maps = ctx.maps()
     continuing = continuing_tokens(mixer.reads for mixer in maps.values())
     probe = make_probe(inputs, continuing)
-    holder = _tokenizer(inputs, ctx)
+    tokenizers = (ctx.run.path / DECODERS["original"], inputs.checkpoint.value)
+    holder = next((directory for directory in tokenizers if (directory / TOKENIZER).is_file()), None)
     asked = ask(holder, continuing or 0, inputs.cache_length)
     if asked:
         probe = dataclasses.replace(probe, prompts=asked, new_tokens=_ANSWER_TOKENS)
@@ -190,13 +194,6 @@ def _check_exporter(verifier: Verifier, inputs: VerifyInputs, original: Path) ->
     model.forget()
 
 
-def _tokenizer(inputs: VerifyInputs, ctx: StageContext) -> Path | None:
-    """A directory with tokenizer.json: the shipped original's, or the checkpoint; None without one."""
-    shipped = ctx.run.path / DECODERS["original"]
-    holder = shipped if (shipped / TOKENIZER).is_file() else inputs.checkpoint.value
-    return holder if (holder / TOKENIZER).is_file() else None
-
-
 def ask(holder: Path | None, continuing: int, cache_length: int) -> tuple[tuple[int, ...], ...]:
     """Questions in the model's chat template; none without one, or if they are too short for an exit layer, or too
     long."""
@@ -226,19 +223,6 @@ def _answers(verifier: Verifier, holder: Path | None, *, asked: bool) -> list[di
     ]
 
 
-def _verification_of(inputs: VerifyInputs, ctx: StageContext) -> VerificationContext:
-    """The verification settings of the run."""
-    return VerificationContext(
-        engine=inputs.engine.value,
-        spec=inputs.spec,
-        plan=ctx.plan,
-        precision=inputs.precision,
-        logits=inputs.kept_logits,
-        cache_length=inputs.cache_length,
-        task=ctx.ui.task,
-    )
-
-
 def conclude(
     inputs: VerifyInputs,
     ctx: StageContext,
@@ -247,8 +231,6 @@ def conclude(
     long_range: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of verify.json; prints the perplexity increases, what long-range tokens keep, and warnings."""
-    from nbl_export.verify import ladder
-
     plan = ctx.plan
     size = inputs.engine.value.capabilities.cache_itemsize(inputs.precision)
     layers = {"original": plan.num_layers, "nbl": len(cache_layers(plan))}
@@ -297,8 +279,6 @@ def make_probe(inputs: VerifyInputs, continuing: int | None = None) -> Any:
     Args:
         continuing: W, if prompts stop at an exit layer.
     """
-    from nbl_export.verify import ladder
-
     windows = inputs.windows.value
     cache_length = inputs.cache_length
     ids = inputs.held_out.value.flatten().tolist()

@@ -184,7 +184,7 @@ class TrtSession:
         self._shapes = {}
         self._step.reset()
         for info in caches:
-            size = _bytes(info, batch)
+            size = batch * int(np.prod([int(n) for n in info.shape[1:]])) * ITEMSIZE[info.dtype]
             if self._caches.get(info.name, (0, 0))[1] < size:
                 self._caches[info.name] = (self._device.allocate(size), size)
         with self._messages.explaining(f"TensorRT refuses {batch} rows"):
@@ -221,7 +221,11 @@ class TrtSession:
             self._step.run((batch, tokens), execute)
         else:
             execute()
-        return self._download(batch, tokens)
+        shape = (batch, 1 if self._last_only else tokens, int(self._logits.shape[-1]))
+        logits = self._host_logits[: int(np.prod(shape))].reshape(shape)
+        self._device.download(self._buffers["logits"], logits)
+        self._device.synchronize()
+        return logits
 
     def _execute(self, context: Any, index: int, shape: tuple[int, int]) -> None:
         with self._messages.explaining("TensorRT refuses a step"):
@@ -231,13 +235,6 @@ class TrtSession:
                 self._shapes[index] = shape
             require(context.execute_async_v3(self._device.stream), "a step")
 
-    def _download(self, batch: int, tokens: int) -> np.ndarray:
-        shape = (batch, 1 if self._last_only else tokens, int(self._logits.shape[-1]))
-        raw = self._host_logits[: int(np.prod(shape))].reshape(shape)
-        self._device.download(self._buffers["logits"], raw)
-        self._device.synchronize()
-        return raw
-
     def close(self) -> None:
         """Keep the compiled kernels, free contexts and engine, then all memory.
 
@@ -246,16 +243,13 @@ class TrtSession:
         """
         if self.kernels is not None:
             self.kernels.save()
-        with contextlib.ExitStack() as behind:
-            behind.callback(self._device.close)
-            behind.callback(self._drop)
+        try:
             self._device.synchronize()
-
-    def _drop(self) -> None:
-        """Destroy the library's objects, which are in use until the stream is done."""
-        self._step.reset()
-        self._contexts = []
-        self._engine = self._runtime = None
+        finally:  # the library's objects are in use until the stream is done
+            self._step.reset()
+            self._contexts = []
+            self._engine = self._runtime = None
+            self._device.close()
 
 
 class _Controls:
@@ -303,10 +297,6 @@ def _deserialize(
         # a plan may hold a library for the host; the default, made explicit
         runtime.engine_host_code_allowed = False
         return runtime, require(runtime.deserialize_cuda_engine(plan))
-
-
-def _bytes(info: TensorInfo, batch: int) -> int:
-    return batch * int(np.prod([int(n) for n in info.shape[1:]])) * ITEMSIZE[info.dtype]
 
 
 # -- contexts ------------------------------------------------------------------------------------------
@@ -387,12 +377,9 @@ class DecodeStep:
         self.reset()
         execute()
         if self._captures:
-            self._capture(execute)
+            try:
+                self._replay = self._device.capture(execute)
+            except NblError as error:
+                log.warning("the decode step runs without a CUDA graph, which is slower: %s", error)
+                self._captures = False
         self._shape = shape
-
-    def _capture(self, execute: Callable[[], None]) -> None:
-        try:
-            self._replay = self._device.capture(execute)
-        except NblError as error:
-            log.warning("the decode step runs without a CUDA graph, which is slower: %s", error)
-            self._captures = False
