@@ -25,7 +25,7 @@ $(VENV)/.quick: pyproject.toml | $(VENV)/.export
 	touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/.export
-	$(PIP) -e '.[export,cpu,openvino,trt-rtx,eval,dev]' 'openvino-genai>=2026.0'
+	$(PIP) -e '.[export,cpu,openvino,trt-rtx,eval,dev]'
 	touch $@
 
 # A named exit layer and less calibration text make a first look fast. Maps of less text lose more, so the exit layer is two layers above the default job's (bench/results/exit-layers.json).

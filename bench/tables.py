@@ -48,6 +48,7 @@ TABLES: Mapping[str, Table] = {
     "vllm": serving.vllm,
     "vllm-exit": serving.vllm_exit,
     "llama-cpp": serving.llama_cpp,
+    "first-token": serving.first_token,
     "rtx-engines": serving.rtx_engines,
     "ngram": serving.ngram,
     "shapes": second.shapes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -67,3 +68,37 @@ def rtx_engines(read: Read) -> Rows:
         ("size", *(f"{one['plan_bytes'] / 2**20:.0f} MiB" for one in found.values())),
         ("time of the builder, two threads", *(f"{one['build_seconds']:.0f} s" for one in found.values())),
     ]  # fmt: skip
+
+
+FIRST_TOKEN = {"first-token-smollm2": "SmolLM2-135M", "first-token-qwen05": "Qwen2.5-Coder-0.5B"}  # raw result -> model
+
+
+def first_token(read: Read) -> Rows:
+    """Milliseconds to the first token and of each further one, memory and loss of runtimes, fastest first."""
+    rows: Rows = [
+        ("model", "runtime", "first token, 512 tokens", "2,048", "4,096", "a token behind 512", "memory", "loss"),
+        "llrrrrrr",
+    ]
+    for name, model in FIRST_TOKEN.items():
+        found = read(name)
+        times = found["times"]
+        for title in sorted(found["versions"], key=lambda title: times["2048"][title]["first_ms"]["median"]):
+            own = {length: answers[title] for length, answers in times.items()}
+            firsts = (f"{own[length]['first_ms']['median']:,.0f} ms" for length in ("512", "2048", "4096"))
+            token = f"{own['512']['token_ms']['median']:,.1f} ms"
+            memory = f"{own['4096']['peak_bytes'] / 2**20:,.0f} MiB"
+            rows.append((model, title, *firsts, token, memory, loss_over_float(found["losses"], title)))
+    return rows
+
+
+def loss_over_float(losses: Any, title: str) -> str:
+    """The largest increase of perplexity over float32 among the texts, with its name; "" for float32 itself."""
+    if title == "ONNX Runtime, float32":
+        return ""
+    increases = {}
+    for text, own in losses.items():
+        pairs = zip(own[title], own["ONNX Runtime, float32"], strict=True)
+        differences = [ours - right for ours, right in pairs]
+        increases[text] = math.exp(sum(differences) / len(differences)) - 1
+    worst = max(increases, key=lambda text: increases[text])
+    return f"{100 * increases[worst]:+.1f}% ({worst})"
