@@ -92,13 +92,13 @@ def first_token(read: Read) -> Rows:
 
 
 def loss_over_float(losses: Any, title: str) -> str:
-    """The largest increase of perplexity over float32 among the texts, with its name; "" for float32 itself."""
-    if title == "ONNX Runtime, float32":
-        return ""
+    """The largest increase of perplexity over float32 among the texts, with its name; "" if none was measured."""
     increases = {}
     for text, own in losses.items():
         pairs = zip(own[title], own["ONNX Runtime, float32"], strict=True)
         differences = [ours - right for ours, right in pairs]
         increases[text] = math.exp(sum(differences) / len(differences)) - 1
+    if not increases:
+        return ""
     worst = max(increases, key=lambda text: increases[text])
     return f"{100 * increases[worst]:+.1f}% ({worst})"

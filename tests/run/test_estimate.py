@@ -106,7 +106,7 @@ def test_options_are_settled_as_in_the_main_job(tmp_path: Path, monkeypatch: pyt
         with_disk(monkeypatch, 1 << 40)
         found = estimate(str(model), {})
         assert (found["options"]["precision"], found["refused"]) == (precision, "")
-    assert estimate(str(model), {"engine": "openvino"})["options"]["fit"] == "distilled"
+    assert estimate(str(model), {"engine": "openvino"})["options"]["exit_layer"] == "auto"
     assert estimate(str(model), {"layers": "8"})["options"]["fit"] == "independent"
     assert_refused(nbl("estimate", model, "--layers", "40"), 1, "all 32 attention layers")
     assert_refused(nbl("estimate", model, "--precision", "int3"), 2, "--precision int3 is not for engine ort")
@@ -136,7 +136,8 @@ def test_what_kinds_can_give_an_engine_of_a_gpu(tmp_path: Path) -> None:
     )
     told = said(engine="trt", exit_layer="24")
     assert re.search(r"about 1\.25x if 8 layers have predicted KV, of 32", told) and "--exit-layer" not in told
-    assert "--exit-layer" not in said(engine="openvino", layers="8")
+    assert "--exit-layer" in said(engine="openvino", layers="8")
+    assert "--exit-layer" not in said(provider="cuda", layers="8")
 
 
 def test_a_refusal_comes_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from nbl_export.records.quantised import Blocks
 __all__ = [
     "check_ir",
     "constants_of",
+    "copy_options",
     "difference",
     "float_constant",
     "group_of",
@@ -42,6 +43,7 @@ __all__ = [
 _DATA = re.compile(r"<data\b[^<>]*>")
 _OFFSET, _SIZE = (re.compile(rf'(?<=\s{name}=")\d{{1,18}}(?=")') for name in ("offset", "size"))
 _MOST_BYTES = 1 << 26  # of a graph file
+_ACTIVATIONS = "128"  # activations of a group that share a scale
 _INFO = "nbl_export"  # section of the graph's runtime information
 
 
@@ -92,7 +94,8 @@ def save_ir(model: Any, directory: Path, precision: str, group: int = 0) -> None
     """Write a model to a directory, with its precision and the size of its groups of int4 codes.
 
     A model without codes keeps its keys and values in 16 bits in OpenVINO GenAI too, as
-    optimum-intel asks for.
+    optimum-intel asks for. A model in codes names the size of the groups in which the CPU plugin rounds activations to
+    8 bits: the plugin's own choice of 32 reads prompts more slowly (bench/EXPERIMENTS.md).
     """
     import openvino
 
@@ -100,7 +103,17 @@ def save_ir(model: Any, directory: Path, precision: str, group: int = 0) -> None
     model.set_rt_info(str(group), [_INFO, "group_size"])
     if precision == "fp16":
         model.set_rt_info("f16", ["runtime_options", "KV_CACHE_PRECISION"])
+    if precision in ("int8", "int4"):
+        model.set_rt_info(_ACTIVATIONS, ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
     openvino.save_model(model, str(directory / IR_FILE), compress_to_fp16=False)
+
+
+def copy_options(model: Any, other: Any) -> None:
+    """Give another model the options of the plugin that a model names."""
+    for name in ("KV_CACHE_PRECISION", "DYNAMIC_QUANTIZATION_GROUP_SIZE"):
+        path = ["runtime_options", name]
+        if model.has_rt_info(path):
+            other.set_rt_info(model.get_rt_info(path).value, path)
 
 
 def precision_of(model: Any) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from nbl_export.graph.ir.anatomy import Dataflow
+from nbl_export.graph.ir.files import copy_options
 from nbl_export.graph.ir.session import IrDecoder
 from nbl_export.methods.base import tapped
 from nbl_export.methods.linear.maps import Linear
@@ -79,9 +80,7 @@ def _part(model: Any, low: int | None, high: int | None, tap: str) -> Any:
     sinks = [state.assign for layer in within for state in flow.states[layer]]
     parameters = [node for node in _above([*results, *sinks]) if node.get_type_name() == "Parameter"]
     part = openvino.Model(results, sinks, parameters, f"{model.get_name()}.{low}")
-    option = ["runtime_options", "KV_CACHE_PRECISION"]  # the type of the caches that ship
-    if model.has_rt_info(option):
-        part.set_rt_info(model.get_rt_info(option).value, option)
+    copy_options(model, part)
     return part
 
 
