@@ -43,9 +43,10 @@ def plan(directory: Path, asked: dict[str, Any], as_json: bool) -> None:
     from nbl_export.run.pipeline import run_stages
 
     run = run_stages(directory, "plan", ui(as_json), changes=asked)
-    shown = ("num_layers", "replaced_layers", "tap", "select", "fit", "goal", "curve", "scores")
-    facts = {k: run.manifest[k] for k in shown}
-    show(facts, scores(run.manifest, "Layers, smallest bound first"), as_json)
+    shown = ("num_layers", "replaced_layers", "exit", "tap", "select", "fit", "goal", "curve", "scores")
+    facts = {k: run.manifest.get(k) for k in shown}
+    if as_json or facts["scores"]:  # an exit layer has no scores of single layers
+        show(facts, scores(run.manifest, "Layers, smallest bound first"), as_json)
 
 
 @command("rewrite", RUN, takes="rewrite", hidden=True)

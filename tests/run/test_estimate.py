@@ -106,7 +106,7 @@ def test_options_are_settled_as_in_the_main_job(tmp_path: Path, monkeypatch: pyt
         with_disk(monkeypatch, 1 << 40)
         found = estimate(str(model), {})
         assert (found["options"]["precision"], found["refused"]) == (precision, "")
-    assert estimate(str(model), {"engine": "openvino"})["options"]["exit_layer"] == "auto"
+    assert estimate(str(model), {"engine": "openvino"})["options"]["fit"] == "independent"
     assert estimate(str(model), {"layers": "8"})["options"]["fit"] == "independent"
     assert_refused(nbl("estimate", model, "--layers", "40"), 1, "all 32 attention layers")
     assert_refused(nbl("estimate", model, "--precision", "int3"), 2, "--precision int3 is not for engine ort")
