@@ -18,6 +18,7 @@ import pytest
 
 from nbl_export.errors import NblError
 from nbl_export.graph.decoder import OnnxDecoder
+from nbl_export.graph.ir.files import read_ir
 from nbl_export.methods.applied import linearize
 from nbl_export.methods.checkpoint.load import load_model, read_spec
 from nbl_export.methods.checkpoint.source import resolve
@@ -27,6 +28,7 @@ from nbl_export.targets.export import mobius, restore_attention
 from nbl_export.targets.onnx import export_genai as genai_patches
 from nbl_export.targets.openvino import export as openvino_export
 from nbl_export.targets.openvino import trace
+from nbl_export.targets.openvino.engine import OPENVINO
 from nbl_export.targets.tensorrt import export as static
 from nbl_export.targets.tensorrt import static_form
 from nbl_export.verify.exporter import row_logits
@@ -108,7 +110,6 @@ def test_a_graph_without_the_repair_is_not_that_of_torch(
         (genai_patches, "_gemma3", as_it_was, "gemma3", "genai", "rope_type"),
         (mobius, "_restore_config", nothing, "olmo2", "mobius", "."),
         (openvino_export, "_start_empty", nothing, "llama", "openvino", "."),
-        (trace, "_fold_sizes", nothing, "phi3", "openvino", "."),
     ],
 )
 def test_a_graph_without_the_repair_does_not_run(
@@ -118,6 +119,20 @@ def test_a_graph_without_the_repair_does_not_run(
     monkeypatch.setattr(module, repair, instead)
     with pytest.raises(Exception, match=said):  # of the exporter, of the runtime, or a refusal
         verify_tiny(checkpoint(architecture), source, "fp32", tmp_path, (1,))
+
+
+@pytest.mark.parametrize("repaired", [True, False])
+def test_folded_sizes_let_the_last_layer_compute_one_token(
+    repaired: bool, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Without them, nodes behind the last attention read the number of tokens, and the head alone has one token."""
+    if not repaired:
+        monkeypatch.setattr(trace, "_fold_sizes", nothing)
+    openvino_export.build(checkpoint("phi3"), tmp_path / "ir", "fp32")
+    OPENVINO.keep_last_token(tmp_path / "ir")
+    names = {node.get_friendly_name() for node in read_ir(tmp_path / "ir").get_ops()}
+    gathers = {name for name in names if name.startswith("/nbl/last/")}
+    assert gathers == ({"/nbl/last/attention", "/nbl/last/residual"} if repaired else {"/nbl/last/head"})
 
 
 def _opened(checkpoint: Path, out: Path) -> Any:
