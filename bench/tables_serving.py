@@ -95,6 +95,8 @@ def loss_over_float(losses: Any, title: str) -> str:
     """The largest increase of perplexity over float32 among the texts, with its name; "" if none was measured."""
     increases = {}
     for text, own in losses.items():
+        if title not in own:
+            continue
         pairs = zip(own[title], own["ONNX Runtime, float32"], strict=True)
         differences = [ours - right for ours, right in pairs]
         increases[text] = math.exp(sum(differences) / len(differences)) - 1

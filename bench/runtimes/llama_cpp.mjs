@@ -34,11 +34,10 @@ async function lost(ids, next) {
     const losses = [];
     for (const [place, token] of next.entries()) {
         const given = place === 0 ? ids : [next[place - 1]];
-        const asked = {logits: {filter: {tokens: [token], includeMax: true}}, totalLogitWeight: true, options: {temperature: 1}};
+        const asked = {probabilities: true, options: {temperature: 1, topK: 0, topP: 1, minP: 0}};
         const input = [...given.slice(0, -1), [given.at(-1), {generateNext: asked}]];
         const found = (await sequence.controlledEvaluate(input)).at(-1).next;
-        const most = Math.max(...found.logits.values());
-        losses.push(most + Math.log(found.totalLogitWeight) - found.logits.get(token));
+        losses.push(-Math.log(found.probabilities.get(token)));
     }
     return {losses};
 }

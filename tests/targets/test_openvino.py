@@ -14,6 +14,7 @@ import pytest
 
 from nbl_export.errors import CorruptError, MissingPackageError, NblError
 from nbl_export.graph.ir.files import difference, read_ir
+from nbl_export.graph.ir.paged import PagedIr
 from nbl_export.graph.ir.signals import kept_signal_stack
 from nbl_export.methods.checkpoint import load
 from nbl_export.model import mapped
@@ -151,6 +152,14 @@ def test_the_tokenizer_as_ir_gives_the_same_ids(directories: dict[str, Path]) ->
         tokenizer = genai.Tokenizer(str(directories["nbl"]))
     assert tokenizer.encode(text).input_ids.data[0].tolist() == ours
     assert tokenizer.decode(ours) == text
+
+
+@pytest.mark.parametrize(("architecture", "paged"), [("llama", True), ("gemma3", False)])
+def test_a_graph_with_windows_runs_in_the_stateful_form(
+    architecture: str, paged: bool, exported: Callable[..., Path]
+) -> None:
+    with OpenVinoRunner(exported(architecture, "openvino", "fp32"), 1) as runner:
+        assert isinstance(runner._session, PagedIr) == paged
 
 
 def test_a_directory_without_positions_is_told(directories: dict[str, Path], tmp_path: Path) -> None:

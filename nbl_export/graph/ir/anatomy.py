@@ -23,7 +23,7 @@ from typing import Any
 from nbl_export.errors import CorruptError, RefusalError
 from nbl_export.files import read_json
 
-__all__ = ["Block", "Dataflow", "Heads", "State", "context_length", "states_of"]
+__all__ = ["Block", "Dataflow", "Heads", "State", "context_length", "has_window", "states_of"]
 
 _RANK = 3  # of the residual stream
 _STATE = re.compile(r"past_key_values\.(\d{1,9})\.(key|value)")  # begins the name of a state
@@ -256,6 +256,15 @@ def _adds_vectors(node: Any) -> bool:
         return False
     rank = node.get_output_partial_shape(0).rank
     return bool(rank.is_dynamic or rank.get_length() == _RANK)
+
+
+def has_window(directory: Path) -> bool:
+    """Whether config.json states a sliding window that the model uses; False without such a file."""
+    try:
+        config = read_json(directory / "config.json")
+    except (OSError, ValueError):
+        return False
+    return bool(config.get("sliding_window")) and config.get("use_sliding_window") is not False
 
 
 def context_length(directory: Path) -> int:

@@ -6,6 +6,9 @@
 
 OpenVINO's own transformation, which OpenVINO GenAI applies too, turns attention and states into paged attention. Each
 token becomes a row of the batch. lm_head multiplies the rows that are asked for (`rows`), as in OpenVINO GenAI.
+
+A tiny Gemma 3 has other logits in this form than in the stateful one (OpenVINO 2026.4), so a graph with sliding windows
+is refused.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from nbl_export.errors import NblError, RefusalError
-from nbl_export.graph.ir.anatomy import Dataflow
+from nbl_export.graph.ir.anatomy import Dataflow, has_window
 from nbl_export.graph.ir.files import read_ir
 from nbl_export.graph.ir.session import check_ids, compiled, load_openvino, settings_of, vocab_size_of
 from nbl_export.graph.names import IR_FILE
@@ -45,6 +48,8 @@ class PagedIr:
     ) -> None:
         self.directory = directory
         self._openvino = load_openvino()
+        if has_window(directory):
+            raise RefusalError(None, "OpenVINO's paged form of it can lose the sliding window")
         model = read_ir(directory, file)
         settings = settings_of(model, exact=exact, threads=threads)
         self.vocab_size = vocab_size_of(model)
