@@ -132,12 +132,6 @@ def engines(read: Read) -> Rows:
                    "decode after 512"), "lllrrrr"]  # fmt: skip
     for model, name in (("SmolLM2", "int4-smollm2"), ("Qwen", "int4-qwen")):
         rows.append(_ort(read(name), model))
-    for layers in (8, 12):
-        for precision in ("fp16", "int8", "int4"):
-            name = "openvino" if layers == 8 else "openvino12"
-            runs = {kind: read(f"{name}-{kind}-{precision}") for kind in ("prefill", "decode")}
-            shown = [_of(runs["decode" if depth else "prefill"], test, depth) for test, depth in _SHORT]
-            rows.append(("OpenVINO", precision, f"SmolLM2, {layers}", "not measured", *shown))
     return rows
 
 

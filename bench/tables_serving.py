@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -72,6 +73,8 @@ def rtx_engines(read: Read) -> Rows:
 
 FIRST_TOKEN = {"first-token-smollm2": "SmolLM2-135M", "first-token-qwen05": "Qwen2.5-Coder-0.5B"}  # raw result -> model
 
+_FLOAT = "ONNX Runtime, float32"
+
 
 def first_token(read: Read) -> Rows:
     """Milliseconds to the first token and of each further one, memory and loss of runtimes, fastest first."""
@@ -92,15 +95,18 @@ def first_token(read: Read) -> Rows:
 
 
 def loss_over_float(losses: Any, title: str) -> str:
-    """The largest increase of perplexity over float32 among the texts, with its name; "" if none was measured."""
-    increases = {}
+    """The largest increase of perplexity over float32 among the texts, two standard errors over windows, its text.
+
+    "" if none was measured.
+    """
+    found = []
     for text, own in losses.items():
-        if title not in own:
-            continue
-        pairs = zip(own[title], own["ONNX Runtime, float32"], strict=True)
-        differences = [ours - right for ours, right in pairs]
-        increases[text] = math.exp(sum(differences) / len(differences)) - 1
-    if not increases:
+        if title in own and title != _FLOAT:
+            differences = [ours - right for ours, right in zip(own[title], own[_FLOAT], strict=True)]
+            error = statistics.stdev(differences) / math.sqrt(len(differences))
+            found.append((statistics.mean(differences), error, text))
+    if not found:
         return ""
-    worst = max(increases, key=lambda text: increases[text])
-    return f"{100 * increases[worst]:+.1f}% ({worst})"
+    mean, error, text = max(found)
+    increase = math.exp(mean)
+    return f"{100 * (increase - 1):+.1f}% ± {200 * increase * error:.1f} ({text})"

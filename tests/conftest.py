@@ -166,6 +166,22 @@ def exported(checkpoint: Callable[[str], Path], stores: dict[str, Store]) -> Cal
 
 
 @pytest.fixture(scope="session")
+def exported_ir(exported: Callable[..., Path], stores: dict[str, Store]) -> Callable[[str, str], Path]:
+    """(architecture, precision) -> the original IR with both graphs. Never write to it."""
+
+    def make(architecture: str, precision: str) -> Path:
+        from nbl_export.targets.openvino.engine import OPENVINO
+
+        def build(folder: Path) -> None:
+            shutil.copytree(exported(architecture, "openvino", precision), folder / "original")
+            OPENVINO.keep_last_token(folder / "original")
+
+        return stores["package"].get(f"pruned-{architecture}-{precision}", build) / "original"
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def given_graph(checkpoint: Callable[[str], Path], stores: dict[str, Store]) -> Callable[[str], Path]:
     """source -> directory of the tiny Llama's graph as that exporter makes it (`graph_sources`). Never write to it."""
 

@@ -18,6 +18,7 @@ __all__ = [
     "SPOKEN",
     "ExpectedGraph",
     "StoredWeights",
+    "apart",
     "check_cache",
     "checked",
     "judge_maps",
@@ -128,3 +129,17 @@ def _problem(held: StoredWeights, layer: int, matrices: Stored, vectors: Stored)
         if found.shape != matrices[part].shape or (np.abs(found - matrices[part]) > allowed).any():
             return f"layer {layer}'s {part} is not the fitted one"
     return ""
+
+
+def apart(right: np.ndarray, found: np.ndarray) -> float:
+    """The rms of the difference of logits over the rms of the right ones, [V] or [positions, V].
+
+    Positions that neither has computed are left out; NaN if one alone has computed a position.
+    """
+    computed = ~np.isnan(right).all(-1)
+    if (np.isnan(found).all(-1) == computed).any():
+        return float("nan")
+    right = right[computed]
+    found = found[computed]
+    away = found.astype(np.float64) - right
+    return float(np.sqrt(np.square(away).mean() / np.square(right, dtype=np.float64).mean()))

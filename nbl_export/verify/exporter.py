@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from nbl_export.records.results import CheckResult
-from nbl_export.verify.ladder import PERPLEXITY, TOLERANCES, Probe, Reference, apart, shown_positions
+from nbl_export.targets.checks import apart
+from nbl_export.verify.ladder import PERPLEXITY, TOLERANCES, Probe, Reference, shown_positions
 from nbl_export.verify.perplexity import quality_loss
 
 __all__ = ["ROUNDED", "check_logits", "check_perplexity", "row_logits"]

@@ -31,6 +31,7 @@ import numpy as np
 
 from nbl_export.records.plan import Plan
 from nbl_export.records.results import FAILED, CheckResult, status_of
+from nbl_export.targets.checks import apart
 
 __all__ = [
     "DECODE_STEPS",
@@ -41,7 +42,6 @@ __all__ = [
     "Probe",
     "Reference",
     "Tolerance",
-    "apart",
     "check_greedy",
     "check_logits",
     "check_long",
@@ -222,20 +222,6 @@ def judge(
             CheckResult(check, subject, f"relative rms logit difference, {part}", value, limit, passed, name)
         )
     return results
-
-
-def apart(right: np.ndarray, found: np.ndarray) -> float:
-    """The rms of the difference of logits over the rms of the right ones, [V] or [positions, V].
-
-    Positions that neither has computed are left out; NaN if one alone has computed a position.
-    """
-    computed = ~np.isnan(right).all(-1)
-    if (np.isnan(found).all(-1) == computed).any():
-        return float("nan")
-    right = right[computed]
-    found = found[computed]
-    away = found.astype(np.float64) - right
-    return float(np.sqrt(np.square(away).mean() / np.square(right, dtype=np.float64).mean()))
 
 
 def greedy(decoder: Any, prompt: Sequence[int], new_tokens: int) -> tuple[tuple[int, ...], tuple[float, ...]]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from nbl_export.records.results import YES_NO, CheckResult
-from nbl_export.verify.ladder import apart
+from nbl_export.targets.checks import apart
 
 __all__ = ["BATCH_LENGTHS", "check_last", "expected_last"]
 

@@ -28,8 +28,9 @@ from nbl_export.errors import CorruptError, NblError
 from nbl_export.files import read_json, replacing
 from nbl_export.records.from_json import read_record, require
 from nbl_export.records.results import CheckResult
+from nbl_export.targets.checks import apart
 from nbl_export.verify import ladder
-from nbl_export.verify.ladder import DECODE_STEPS, LONG_CHUNK, ON_GPU, Probe, Reference, apart, run_chunks
+from nbl_export.verify.ladder import DECODE_STEPS, LONG_CHUNK, ON_GPU, Probe, Reference, run_chunks
 
 __all__ = ["POSITIONS", "Expected", "Sample", "checks", "expect", "load", "save"]
 

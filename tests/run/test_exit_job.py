@@ -106,6 +106,7 @@ def test_another_exit_layer_of_the_same_run_uses_its_sums(chosen: Path) -> None:
     before = (chosen / "sums.safetensors").read_bytes()
     done = nbl("plan", chosen, "--exit-layer", "2", "--recent-tokens", "3")
     assert done.status == 0, done.err
+    assert done.out == ""  # an exit layer has no scores of single layers
     assert done.err.index("this undoes rewrite, verify, ") < done.err.index("plan: done")
     manifest = json.loads((chosen / "nbl.json").read_text(encoding="utf-8"))
     assert manifest["exit"] == {"layer": 2, "recent_tokens": 3} and (chosen / "sums.safetensors").read_bytes() == before

@@ -154,7 +154,7 @@ def test_the_tokenizer_as_ir_gives_the_same_ids(directories: dict[str, Path]) ->
     assert tokenizer.decode(ours) == text
 
 
-@pytest.mark.parametrize(("architecture", "paged"), [("llama", True), ("gemma3", False)])
+@pytest.mark.parametrize(("architecture", "paged"), [("llama", True), ("gemma3", False), ("mistral-window", False)])
 def test_a_graph_with_windows_runs_in_the_stateful_form(
     architecture: str, paged: bool, exported: Callable[..., Path]
 ) -> None:

@@ -38,21 +38,16 @@ OTHERS = [pytest.param(a, marks=() if a in FEW else pytest.mark.fuzz) for a in m
 
 
 @pytest.fixture(scope="module")
-def pair(exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
+def pair(
+    exported_ir: Callable[[str, str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[Path, Path]]:
     """(architecture, replaced, precision, tap) -> the original with both graphs, and its NBL version."""
-
-    @functools.cache
-    def original(architecture: str, precision: str) -> Path:
-        out = tmp_path_factory.mktemp("pair") / "original"
-        shutil.copytree(exported(architecture, "openvino", precision), out)
-        OPENVINO.keep_last_token(out)
-        return out
 
     @functools.cache
     def make(
         architecture: str, replaced: tuple[int, ...], precision: str = "fp32", tap: str = "residual"
     ) -> tuple[Path, Path]:
-        source = original(architecture, precision)
+        source = exported_ir(architecture, precision)
         out = tmp_path_factory.mktemp("pair") / "model"
         OPENVINO.linearize(source, out, {i: random_map(i) for i in replaced}, tap)
         return source, out

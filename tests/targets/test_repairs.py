@@ -24,6 +24,7 @@ from nbl_export.methods.checkpoint.load import load_model, read_spec
 from nbl_export.methods.checkpoint.source import resolve
 from nbl_export.model.architectures import ARCHITECTURES
 from nbl_export.records.results import CheckResult
+from nbl_export.targets.checks import apart
 from nbl_export.targets.export import mobius, restore_attention
 from nbl_export.targets.onnx import export_genai as genai_patches
 from nbl_export.targets.openvino import export as openvino_export
@@ -32,7 +33,6 @@ from nbl_export.targets.openvino.engine import OPENVINO
 from nbl_export.targets.tensorrt import export as static
 from nbl_export.targets.tensorrt import static_form
 from nbl_export.verify.exporter import row_logits
-from nbl_export.verify.ladder import apart
 
 from ..exports import build_decoder
 from ..tiny import LAYERS, random_map

@@ -7,8 +7,8 @@
 OpenVINO's own transformation, which OpenVINO GenAI applies too, turns attention and states into paged attention. Each
 token becomes a row of the batch. lm_head multiplies the rows that are asked for (`rows`), as in OpenVINO GenAI.
 
-A tiny Gemma 3 has other logits in this form than in the stateful one (OpenVINO 2026.4), so a graph with sliding windows
-is refused.
+A graph with sliding windows is refused. Tiny models of nine architectures with windows have other logits in this form
+than in the stateful one (OpenVINO 2026.4).
 """
 
 from __future__ import annotations

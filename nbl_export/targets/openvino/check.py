@@ -15,7 +15,16 @@ from nbl_export.graph.ir.tail import prune_tail
 from nbl_export.graph.names import ALL_LOGITS_IR, IR_FILE
 from nbl_export.records.decoder import GraphContract
 from nbl_export.records.results import CheckResult
-from nbl_export.targets.checks import PRUNED, SPOKEN, ExpectedGraph, StoredWeights, check_cache, checked, judge_maps
+from nbl_export.targets.checks import (
+    PRUNED,
+    SPOKEN,
+    ExpectedGraph,
+    StoredWeights,
+    apart,
+    check_cache,
+    checked,
+    judge_maps,
+)
 
 __all__ = ["check", "check_pruned", "check_untouched", "read_maps"]
 
@@ -92,20 +101,11 @@ def check_paged(subject: str, directory: Path, file: str) -> list[CheckResult]:
         for turn, ids in enumerate(text):
             right = alone.step(ids)[0]
             before = sum(other[turn].shape[1] for other in texts[:k])
-            worst = float(np.maximum(worst, _apart(right, found[turn][before : before + len(right)])))
+            worst = float(np.maximum(worst, apart(right, found[turn][before : before + len(right)])))
     alone.close()
     paged.close()
     passed = bool(worst <= _PAGED)  # NaN is no number below it
     return [CheckResult("structure", subject, "paged back end, relative rms logit difference", worst, _PAGED, passed)]
-
-
-def _apart(right_TV: np.ndarray, found_TV: np.ndarray) -> float:
-    """The rms of the difference over that of the right logits; NaN if other rows are NaN."""
-    rows = ~np.isnan(right_TV).any(1)
-    if (np.isnan(found_TV).any(1) == rows).any():
-        return float("nan")
-    difference = found_TV[rows].astype(np.float64) - right_TV[rows]
-    return float(np.sqrt(np.square(difference).mean() / np.square(right_TV[rows], dtype=np.float64).mean()))
 
 
 def check_untouched(directory: Path, original: Path) -> CheckResult:

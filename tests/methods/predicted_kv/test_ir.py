@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,19 +32,14 @@ CHUNKS = (13, 1, W + 1, W + 2, 9, 1)  # as for the reference
 
 
 @pytest.fixture(scope="module")
-def pair(exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
+def pair(
+    exported_ir: Callable[[str, str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[Path, Path]]:
     """(architecture, precision, exit layer) -> the original with both graphs, and its version with predicted KV."""
 
     @functools.cache
-    def original(architecture: str, precision: str) -> Path:
-        out = tmp_path_factory.mktemp("pair") / "original"
-        shutil.copytree(exported(architecture, "openvino", precision), out)
-        OPENVINO.keep_last_token(out)
-        return out
-
-    @functools.cache
     def make(architecture: str = "llama", precision: str = "fp32", exit_layer: int = 1) -> tuple[Path, Path]:
-        source = original(architecture, precision)
+        source = exported_ir(architecture, precision)
         out = tmp_path_factory.mktemp("pair") / "model"
         OPENVINO.linearize(source, out, predicted_maps(exit_layer, W, KEYS))
         return source, out
@@ -136,6 +130,8 @@ def test_maps_get_the_codes_of_their_neighbours(pair: Callable[..., tuple[Path, 
     source, out = pair("llama", precision)
     model = read_ir(out)
     assert precision_of(model) == precision
+    groups = ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"]  # of activations, which the plugin reads
+    assert model.has_rt_info(groups) == (precision != "fp16")
     products = {n.get_friendly_name(): n for n in model.get_ops() if n.get_type_name() == "MatMul"}
     neighbour = next(name for name in products if "layers.0.mlp.up_proj" in name)
     names = [name for name in products if name.startswith("/nbl/")]
