@@ -13,13 +13,16 @@ import numpy as np
 import pytest
 
 from nbl_export.errors import CorruptError, MissingPackageError, NblError
+from nbl_export.graph.ir import paged
 from nbl_export.graph.ir.files import difference, read_ir
 from nbl_export.graph.ir.paged import PagedIr
 from nbl_export.graph.ir.signals import kept_signal_stack
+from nbl_export.graph.names import IR_FILE
 from nbl_export.methods.checkpoint import load
 from nbl_export.model import mapped
 from nbl_export.targets import load_engine
 from nbl_export.targets.openvino import engine as openvino_engine
+from nbl_export.targets.openvino.check import check_paged
 from nbl_export.targets.openvino.engine import OPENVINO
 from nbl_export.targets.openvino.export import build
 from nbl_export.targets.openvino.runner import OpenVinoRunner
@@ -154,12 +157,21 @@ def test_the_tokenizer_as_ir_gives_the_same_ids(directories: dict[str, Path]) ->
     assert tokenizer.decode(ours) == text
 
 
-@pytest.mark.parametrize(("architecture", "paged"), [("llama", True), ("gemma3", False), ("mistral-window", False)])
+@pytest.mark.parametrize(("architecture", "is_paged"), [("llama", True), ("gemma3", False), ("mistral-window", False)])
 def test_a_graph_with_windows_runs_in_the_stateful_form(
-    architecture: str, paged: bool, exported: Callable[..., Path]
+    architecture: str, is_paged: bool, exported: Callable[..., Path]
 ) -> None:
     with OpenVinoRunner(exported(architecture, "openvino", "fp32"), 1) as runner:
-        assert isinstance(runner._session, PagedIr) == paged
+        assert isinstance(runner._session, PagedIr) == is_paged
+
+
+@pytest.mark.parametrize(("architecture", "passed"), [("llama", True), ("mistral-window", False)])
+def test_another_answer_of_the_paged_form_is_found(
+    architecture: str, passed: bool, exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paged, "has_window", lambda _directory: False)
+    (result,) = check_paged("original", exported(architecture, "openvino", "fp32"), IR_FILE)
+    assert result.passed == passed
 
 
 def test_a_directory_without_positions_is_told(directories: dict[str, Path], tmp_path: Path) -> None:

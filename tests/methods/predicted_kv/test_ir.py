@@ -70,17 +70,18 @@ def test_logits_are_those_of_torch(
 def test_each_sequence_of_a_batch_has_its_own_rows(pair: Callable[..., tuple[Path, Path]]) -> None:
     """A batch that is padded on the left, and a step in which one row's positions go on behind the other's."""
     _, out = pair()
-    prompts = chunks_of((13, 7))
-    valid = (np.arange(13) < np.array([[13], [7]])).astype(np.int64)
+    lengths = (7, 13)
+    prompts = chunks_of(lengths)
+    valid = (np.arange(13) < np.array(lengths)[:, None]).astype(np.int64)
     ids = np.stack([np.pad(prompt[0], (0, 13 - prompt.shape[1])) for prompt in prompts])
-    seconds = np.concatenate(chunks_of((6, 6), 1))  # positions 13 .. 18 and 7 .. 12
+    seconds = np.concatenate(chunks_of((6, 6), 1))  # positions 7 .. 12, and 13 .. 18
     together = IrDecoder(out, ALL_LOGITS_IR, exact=True)
     together.begin(2)
-    found = [together.step(ids, valid), together.step(seconds[::-1][::-1])]
-    for row, length in enumerate((13, 7)):
-        alone = IrDecoder(out, ALL_LOGITS_IR, exact=True)
-        alone.begin(1)
-        expected = alone.step(ids[row : row + 1, :length]), alone.step(seconds[row : row + 1])
+    found = [together.step(ids, valid), together.step(seconds)]
+    for row, length in enumerate(lengths):
+        single = IrDecoder(out, ALL_LOGITS_IR, exact=True)
+        single.begin(1)
+        expected = single.step(ids[row : row + 1, :length]), single.step(seconds[row : row + 1])
         assert np.isnan(expected[1][0]).all(-1).sum() == 6 - W - 1
         for got, right in zip(found, expected, strict=True):
             assert apart(got[row, : right.shape[1]], right[0]) < CLOSE
