@@ -18,7 +18,6 @@ Read = Callable[[str], Any]
 _HEAD = (("replaced layers, maps", "perplexity, first text", "Python's docs", "LAMBADA, ARC-Easy, PIQA", "prefill 512",
           "prefill 2,048", "decode after 2,048", "cache"), "lrrrrrrr")  # fmt: skip
 _TESTS = (("pp512", 0), ("pp2048", 0), ("tg", 2048))
-_SHORT = (("pp512", 0), ("pp2048", 0), ("tg", 512))
 _NO_TESTS = ("", "", "")
 
 
@@ -145,9 +144,8 @@ def _ort(run: Any, model: str) -> Sequence[str]:
     return ("ONNX Runtime", "int4", f"{model}, {len(run['made']['layers'][0])}", loss, *shown)
 
 
-def _of(run: Mapping[str, Any], test: str, depth: int, variant: str | None = None) -> str:
-    """The ratio of a test. Without a name it is that of the last decoder of the run."""
-    wanted = variant or list(run["variants"])[-1]
+def _of(run: Mapping[str, Any], test: str, depth: int, variant: str) -> str:
+    """The ratio of a test."""
     (ratio,) = [r for r in run["ratios"]
-                if r["variant"] == wanted and r["test"].startswith(test) and r["depth"] == depth]  # fmt: skip
+                if r["variant"] == variant and r["test"].startswith(test) and r["depth"] == depth]  # fmt: skip
     return cell(ratio)
