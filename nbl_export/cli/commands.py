@@ -337,13 +337,13 @@ def generate(
 
 @command(
     "inspect",
-    click.Argument(["directory"], type=PATH, metavar="DIR|FILE.onnx", help="A run directory, or any decoder graph."),
+    click.Argument(["directory"], type=PATH, metavar="DIR|FILE.onnx", help="A run directory, or a decoder."),
     JSON,
 )
 def inspect(directory: Path, as_json: bool) -> None:
-    """Show the contents of a run directory or of an ONNX decoder."""
-    from nbl_export.graph.names import has_graph
-    from nbl_export.report.console import describe_table, graph_table
+    """Show a run directory, or a decoder and what makes it slow at reading prompts."""
+    from nbl_export.graph.names import has_graph, has_ir
+    from nbl_export.report.console import describe_table, graph_table, ir_table
     from nbl_export.run.deployed import describe
 
     if has_graph(directory):
@@ -352,6 +352,12 @@ def inspect(directory: Path, as_json: bool) -> None:
 
         found = describe_graph(directory)
         show(found, graph_table(found), as_json)
+        return
+    if has_ir(directory):
+        from nbl_export.graph.ir.findings import describe_ir
+
+        found = describe_ir(directory)
+        show(found, ir_table(found), as_json)
         return
     facts = describe(directory)
     show(facts, describe_table(facts), as_json)

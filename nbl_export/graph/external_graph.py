@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from nbl_export.errors import RefusalError
 from nbl_export.files import read_json
 from nbl_export.graph.anatomy import PRODUCTS, AttentionBlock, find_block, graph_caches, is_constant
 from nbl_export.graph.files import data_files, find_graph, load_graph
-from nbl_export.graph.genai_config import check_genai_config
+from nbl_export.graph.findings import find_slow
+from nbl_export.graph.genai_config import check_genai_config, providers_of
 from nbl_export.graph.names import GENAI_CONFIG, MANIFEST, TEXT_FILES, goes_with_graph
 from nbl_export.trust.contained import check_folder, check_inside, refuse_special
 
@@ -95,7 +97,7 @@ def companions(path: Path, skipped: set[Path]) -> Iterator[tuple[Path, Path]]:
 
 
 def describe_graph(path: Path) -> dict[str, Any]:
-    """Describe a graph file: what is recognised in it, and which layers can be rewritten.
+    """Describe a graph file: what is recognised in it, which layers can be rewritten, and what reads prompts slowly.
 
     Raises:
         NblError: there is no graph, the graph is not whole, or it is no decoder with caches.
@@ -115,6 +117,7 @@ def describe_graph(path: Path) -> dict[str, Any]:
         except RefusalError as error:
             found["reason"] = error.reason
         layers.append(found)
+    on_cpu = providers_of(config_dir_of(file)) <= {"cpu"}
     return {
         "graph": str(file),
         "bytes": file.stat().st_size + sum(data.stat().st_size for data in data_files(file, model)),
@@ -122,6 +125,7 @@ def describe_graph(path: Path) -> dict[str, Any]:
         "logits": logits_of(graph),
         "replaced_layers": replaced_layers(graph),
         "layers": layers,
+        "findings": [asdict(finding) for finding in find_slow(graph, on_cpu=on_cpu)],
     }
 
 

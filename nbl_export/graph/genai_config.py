@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import NblError
+from nbl_export.files import read_json
 from nbl_export.graph.names import GENAI_CONFIG
 from nbl_export.trust.contained import check_inside
 from nbl_export.trust.model_settings import read_object, read_text
 
-__all__ = ["GENAI_CONFIG", "check_genai_config", "read_genai_config"]
+__all__ = ["GENAI_CONFIG", "check_genai_config", "providers_of", "read_genai_config"]
 
 _MOST_BYTES = 1 << 20
 _NAME = re.compile(r"[A-Za-z0-9_][\w. %/:-]*")
@@ -83,6 +84,21 @@ def check_genai_config(directory: Path) -> None:
     """Check the settings of a folder, if the file exists."""
     if (directory / GENAI_CONFIG).is_file() or (directory / GENAI_CONFIG).is_symlink():
         read_genai_config(directory)
+
+
+def providers_of(directory: Path) -> set[str]:
+    """Names of the execution providers that a folder asks for; none if the file is missing or damaged.
+
+    Raises:
+        CorruptError: the file is a link out of the directory.
+    """
+    check_inside(directory / GENAI_CONFIG, directory)
+    try:
+        settings = read_json(directory / GENAI_CONFIG)
+        named = settings["model"]["decoder"]["session_options"]["provider_options"]
+        return {name for entry in named for name in entry}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
 
 
 def _refused(settings: Mapping[str, Any], part: str) -> Iterator[str]:

@@ -23,6 +23,7 @@ __all__ = [
     "goes_with_graph",
     "graph_file",
     "has_graph",
+    "has_ir",
     "node_name",
     "product_name",
 ]
@@ -55,6 +56,11 @@ def graph_file(directory: Path) -> str:
 def has_graph(path: Path) -> bool:
     """Whether a path is an ONNX file, or a directory that holds one; a run directory has graphs one level down."""
     return path.suffix == ".onnx" or any(any(path.glob(pattern)) for pattern in ("*.onnx", "onnx/*.onnx"))
+
+
+def has_ir(path: Path) -> bool:
+    """Whether a directory holds an IR, or a part of one."""
+    return any((path / name).is_file() for name in (IR_FILE, IR_WEIGHTS))
 
 
 def goes_with_graph(file: Path) -> bool:

@@ -22,6 +22,7 @@ __all__ = [
     "engines_table",
     "eval_table",
     "graph_table",
+    "ir_table",
     "routes_table",
     "speed_table",
 ]
@@ -114,7 +115,29 @@ def graph_table(found: dict[str, Any]) -> Shown:
             ("logits", _LOGITS[found["logits"]]),
         ]
     )
-    return head, Table.of(("layers", "caches", "can become a map"), _attention(found), "Attention layers")
+    layers = Table.of(("layers", "caches", "can become a map"), _attention(found), "Attention layers")
+    return head, layers, _slow(found["findings"])
+
+
+def ir_table(found: dict[str, Any]) -> Shown:
+    """`graph.ir.findings.describe_ir`: the decoder, and what makes it slow."""
+    head = facts(
+        [
+            ("graph", f"{found['graph']} ({size(found['bytes'])} with its constants)"),
+            ("key/value states", found["states"]),
+            ("logits", _LOGITS[found["logits"]]),
+        ]
+    )
+    return head, _slow(found["findings"])
+
+
+def _slow(findings: list[dict[str, Any]]) -> Table | str:
+    """What makes a decoder slow at reading prompts, a row each."""
+    if not findings:
+        return "Nothing found that slows the reading of prompts."
+    columns = ("what", Column("nodes", "number"), "what to do")
+    rows = ((finding["what"], finding["nodes"], finding["advice"]) for finding in findings)
+    return Table.of(columns, rows, "Slow at reading prompts")
 
 
 def _attention(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:

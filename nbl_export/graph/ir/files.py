@@ -24,6 +24,7 @@ from nbl_export.graph.names import IR_FILE, IR_WEIGHTS
 from nbl_export.records.quantised import Blocks
 
 __all__ = [
+    "GROUP_OPTION",
     "check_ir",
     "constants_of",
     "copy_options",
@@ -43,7 +44,8 @@ __all__ = [
 _DATA = re.compile(r"<data\b[^<>]*>")
 _OFFSET, _SIZE = (re.compile(rf'(?<=\s{name}=")\d{{1,18}}(?=")') for name in ("offset", "size"))
 _MOST_BYTES = 1 << 26  # of a graph file
-_ACTIVATIONS = "128"  # activations of a group that share a scale
+GROUP_OPTION = "DYNAMIC_QUANTIZATION_GROUP_SIZE"  # of the plugin: activations of a group that share a scale
+_ACTIVATIONS = "128"
 _INFO = "nbl_export"  # section of the graph's runtime information
 
 
@@ -104,13 +106,13 @@ def save_ir(model: Any, directory: Path, precision: str, group: int = 0) -> None
     if precision == "fp16":
         model.set_rt_info("f16", ["runtime_options", "KV_CACHE_PRECISION"])
     if precision in ("int8", "int4"):
-        model.set_rt_info(_ACTIVATIONS, ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
+        model.set_rt_info(_ACTIVATIONS, ["runtime_options", GROUP_OPTION])
     openvino.save_model(model, str(directory / IR_FILE), compress_to_fp16=False)
 
 
 def copy_options(model: Any, other: Any) -> None:
     """Give another model the options of the plugin that a model names."""
-    for name in ("KV_CACHE_PRECISION", "DYNAMIC_QUANTIZATION_GROUP_SIZE"):
+    for name in ("KV_CACHE_PRECISION", GROUP_OPTION):
         path = ["runtime_options", name]
         if model.has_rt_info(path):
             other.set_rt_info(model.get_rt_info(path).value, path)

@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nbl_export.errors import CorruptError, NblError, one_line
-from nbl_export.files import read_json
-from nbl_export.graph.genai_config import read_genai_config
+from nbl_export.graph.genai_config import providers_of, read_genai_config
 from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE
 from nbl_export.graph.trust import read_proto
 from nbl_export.targets.base import DecoderFacts
-from nbl_export.trust.contained import check_inside
 
 __all__ = ["CUDA", "GenaiSettings", "provider_of", "read_facts"]
 
@@ -55,14 +53,7 @@ def provider_of(directory: Path) -> str:
     Raises:
         CorruptError: genai_config.json is a link out of the directory.
     """
-    check_inside(directory / GENAI_CONFIG, directory)
-    try:
-        settings = read_json(directory / GENAI_CONFIG)
-        named = settings["model"]["decoder"]["session_options"]["provider_options"]
-        asked = {name for entry in named for name in entry}
-    except (OSError, ValueError, KeyError, TypeError):
-        return "cpu"  # opening the directory reports the error
-    return CUDA if CUDA in asked else "cpu"
+    return CUDA if CUDA in providers_of(directory) else "cpu"  # opening a damaged directory reports the error
 
 
 @dataclass(frozen=True)
