@@ -31,6 +31,8 @@ class Capabilities:
         providers: ONNX Runtime's other execution providers, which the engine can run with.
         kinds: methods (`nbl_export.methods`) that its decoders hold; None for every method.
         verified_by: the engine that verifies the graphs; "" is the engine itself.
+        faster_on_cpu: an engine that reads prompts faster on a CPU, as docs/results.md measures; "" if none does.
+        refused_rotary: types of rotary embeddings that its graphs cannot have, as config.json names them.
     """
 
     name: str
@@ -48,6 +50,8 @@ class Capabilities:
     providers: tuple[str, ...] = ()
     every_expert: tuple[str, ...] = ()
     verified_by: str = ""
+    faster_on_cpu: str = ""
+    refused_rotary: tuple[str, ...] = ()
 
     @property
     def source(self) -> str:

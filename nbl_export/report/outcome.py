@@ -23,6 +23,7 @@ from nbl_export.report import words
 __all__ = [
     "Timed",
     "describe_exit",
+    "faster_runtime",
     "headline",
     "judged",
     "limit_of",
@@ -233,6 +234,22 @@ def _ends(row: Mapping[str, Any]) -> Sequence[float]:
     return row["increase_interval"] or (row["increase"], row["increase"])
 
 
+def faster_runtime(report: Mapping[str, Any]) -> tuple[str, str] | None:
+    """A runtime that reads prompts faster on a CPU, in a sentence, and the command that makes a model for it.
+
+    None if the measured one is the fastest known, or does not run on a CPU.
+    """
+    found = (report["bench"] or {}).get("faster")
+    if not found:
+        return None
+    lacks = f" It is not available on this machine: {found['lacks']}." if found["lacks"] else ""
+    said = (
+        f"{found['title']} in {found['precision']}, its default, reads prompts faster than {found['than']} on the "
+        f"processors measured (docs/results.md#runtimes-side-by-side).{lacks}"
+    )
+    return said, f"nbl-export --model {shlex.quote(report['model']['name'])} --engine {found['engine']} --output OTHER"
+
+
 def next_steps(report: Mapping[str, Any], directory: Path) -> Iterator[tuple[str, str]]:
     """What to do with a finished run: commands, and the page to read."""
     place = shlex.quote(str(directory))
@@ -240,4 +257,6 @@ def next_steps(report: Mapping[str, Any], directory: Path) -> Iterator[tuple[str
         trained = ", or train the maps (--fit distilled)" if report["fit"] == "independent" else ""
         higher = report.get("exit") and f"exit higher (--exit-layer {report['exit']['layer'] + 1})"
         yield "better", higher or f"ask for fewer layers (--layers N){trained}"
+    if faster := faster_runtime(report):
+        yield "faster", f"{faster[0]} {faster[1]}"
     yield "try", f'nbl-export generate {place} "Write two sentences about the sea." --both'

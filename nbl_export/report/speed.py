@@ -11,8 +11,8 @@ from typing import Any
 from nbl_export.records.paired import FEWEST_LOADS, LEVEL_UNTIL_NARROW, describe_level, describe_ratio, exact_level
 from nbl_export.records.results import describe_background
 from nbl_export.report import words
-from nbl_export.report.document import Block, Figure, Heading, Paragraph, Section
-from nbl_export.report.outcome import timed
+from nbl_export.report.document import Block, Code, Figure, Heading, Paragraph, Section
+from nbl_export.report.outcome import faster_runtime, timed
 from nbl_export.report.table import Cell, Column, Table
 
 __all__ = ["engines", "intervals", "speed", "speeds"]
@@ -29,7 +29,7 @@ def speed(report: Mapping[str, Any]) -> Section:
     """What the benchmark measured, or that it measured nothing."""
     if not report["bench"]:
         return Section("Speed", (Paragraph("Speed and memory were not measured."),))
-    blocks = (_setting(report), _THROUGHPUT, *_speeds(report), *_sizes(report))
+    blocks = (_setting(report), _THROUGHPUT, *_speeds(report), *_faster(report), *_sizes(report))
     return Section("Speed", blocks)
 
 
@@ -115,6 +115,12 @@ def _slots(report: Mapping[str, Any]) -> Iterator[Block]:
         f"The bytes of engine and caches give {by_bytes}. They count an embedding table, of which a step reads a row, "
         "and no copies of keys and values for each query head."
     )
+
+
+def _faster(report: Mapping[str, Any]) -> tuple[Block, ...]:
+    """A runtime that reads prompts faster."""
+    found = faster_runtime(report)
+    return () if found is None else (Paragraph(found[0]), Code(found[1]))
 
 
 def _level(report: Mapping[str, Any]) -> str:

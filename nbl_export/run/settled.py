@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nbl_export.errors import NblError
+from nbl_export.files import read_json
 from nbl_export.methods.checkpoint.shape import read_shape
 from nbl_export.methods.checkpoint.source import Source, resolve
 from nbl_export.model.architectures import ARCHITECTURES, supported_near
@@ -31,9 +32,10 @@ from nbl_export.run.job import Job, require_engine
 from nbl_export.run.progress import Ui
 from nbl_export.run_directory import RunDirectory
 from nbl_export.targets import ENGINES, load_engine
+from nbl_export.targets.base import Engine
 from nbl_export.text.mixture import absolute_sources, identify
 
-__all__ = ["capabilities_of", "model_facts", "of_run", "settle_job", "settle_run", "why_unfit"]
+__all__ = ["capabilities_of", "faster_engine", "model_facts", "of_run", "settle_job", "settle_run", "why_unfit"]
 
 
 def settle_job(
@@ -207,6 +209,34 @@ def why_unfit(name: str, config: Any, directory: Path, layers: tuple[int, ...] =
     except NblError as error:
         return str(error)
     return ""
+
+
+def faster_engine(job: Job) -> Engine | None:
+    """The engine that reads prompts faster than the job's one on a CPU, if it takes the model at this precision.
+
+    Models with a sliding window are left out: their speed was not compared.
+    """
+    name = job.engine.capabilities.faster_on_cpu
+    if not name or job.decoder.sliding_window:
+        return None
+    same = ("model", "precision", "quantized_model")
+    asked = {"engine": name, **{option: getattr(job.options, option) for option in same}}
+    try:
+        settle(asked, capabilities_of, model_facts(job.decoder))
+    except NblError:
+        return None
+    refused = capabilities_of(name).refused_rotary
+    return None if _rotary_of(job.run.path / "original") in refused else load_engine(name)
+
+
+def _rotary_of(directory: Path) -> str:
+    """The type of rotary embeddings in config.json; "" if it names none."""
+    try:
+        config = read_json(directory / "config.json")
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        return str(rope.get("rope_type") or rope.get("type") or "")
+    except (OSError, ValueError, AttributeError):
+        return ""
 
 
 # -- files that options name -----------------------------------------------------------------------------------

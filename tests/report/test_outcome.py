@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from nbl_export.report.outcome import Timed, judged, limit_of, next_steps, outcome
-from nbl_export.report.page import summarize
+from nbl_export.report.document import markdown
+from nbl_export.report.outcome import Timed, faster_runtime, judged, limit_of, next_steps, outcome
+from nbl_export.report.page import document, summarize
 
 from .test_report import BENCH, MANIFEST, VERIFY
 
@@ -107,3 +108,23 @@ def test_what_to_do_next() -> None:
         dict(next_steps(report(exit={"layer": 3, "recent_tokens": 4}), Path("r")))["better"]
         == "exit higher (--exit-layer 4)"
     )
+
+
+FASTER = {"engine": "another", "title": "Another", "precision": "int8", "than": "Measured", "lacks": ""}
+
+
+def test_a_faster_runtime_is_named_with_its_command() -> None:
+    """Only if the benchmark has noted one."""
+    bench = report()["bench"]
+    for found in (report(), report(bench=None, rows=[], ratios=[])):
+        assert faster_runtime(found) is None
+        assert "--engine another" not in markdown(document(found))
+        assert "faster" not in dict(next_steps(found, Path("run")))
+    said = report(bench={**bench, "faster": FASTER})
+    page = markdown(document(said))
+    assert "Another in int8, its default, reads prompts faster than Measured" in page
+    assert "nbl-export --model tiny/decoder --engine another --output OTHER" in page
+    assert "not available" not in page
+    assert "--engine another" in dict(next_steps(said, Path("run")))["faster"]
+    lacking = report(bench={**bench, "faster": {**FASTER, "lacks": "the package is missing"}})
+    assert "not available on this machine: the package is missing" in markdown(document(lacking))

@@ -61,6 +61,7 @@ def test_the_report_names_what_the_engine_computes_in(runs: dict[str, Path]) -> 
     assert all(said.endswith("with keys and values in float16") for said in bench["arithmetic"].values())
     assert f"The engine {bench['arithmetic']['nbl']}." in (runs["fp16"] / "report.md").read_text()
     assert bench["variants"]["nbl"]["model_bytes"] > 100_000
+    assert "faster" not in bench and "OTHER" not in (runs["fp16"] / "report.md").read_text()
 
 
 def test_generate_bench_and_inspect(runs: dict[str, Path]) -> None:

@@ -11,10 +11,12 @@ from nbl_export.files import write_json
 from nbl_export.measure.benchmark import BenchSetting, BenchTests, side_by_side
 from nbl_export.measure.rounds import Variant
 from nbl_export.methods import cache_layers
+from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.from_json import edited
 from nbl_export.records.inputs import Lazy
 from nbl_export.run.job import Job
+from nbl_export.run.settled import faster_engine
 from nbl_export.run.stages.common import Skipped, StageContext
 from nbl_export.run_directory import BENCH_FILE, DECODERS
 from nbl_export.targets.base import Engine, threads_of
@@ -31,6 +33,7 @@ class BenchInputs:
     spec: DecoderSpec
     cache_length: int
     tests: BenchTests
+    faster: Lazy[Engine | None]
 
 
 def declare(job: Job) -> BenchInputs | Skipped:
@@ -48,6 +51,7 @@ def declare(job: Job) -> BenchInputs | Skipped:
         tests=BenchTests(
             options.prompt_tokens, options.generate_tokens, options.depths, options.threads, options.repetitions
         ),
+        faster=Lazy(None, lambda: faster_engine(job)),
     )
 
 
@@ -76,8 +80,19 @@ def run(inputs: BenchInputs, ctx: StageContext, out: Path) -> dict[str, Any]:
     said = {subject: engine.arithmetic(variant.directory) for subject, variant in variants.items()}
     arithmetic = {"arithmetic": said} if any(said.values()) else {}
     slots = {"slots": inputs.cache_length} if capabilities.static else {}
-    write_json(out / BENCH_FILE, {**result, **arithmetic, **slots})
+    write_json(out / BENCH_FILE, {**result, **arithmetic, **slots, **_faster(inputs.faster.value, capabilities)})
     return {"status": ctx.verdict}
+
+
+def _faster(other: Engine | None, measured: Capabilities) -> dict[str, Any]:
+    """What the report says of an engine that reads prompts faster, and what this machine lacks for it."""
+    if other is None:
+        return {}
+    found = other.probe()
+    about = other.capabilities
+    lacks = "" if found.available else found.reason
+    titles = {"engine": about.name, "title": about.title, "precision": about.precisions[0], "than": measured.title}
+    return {"faster": {**titles, "lacks": lacks}}
 
 
 # -- report ----------------------------------------------------------------------------------------------------

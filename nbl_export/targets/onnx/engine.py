@@ -32,6 +32,7 @@ CAPABILITIES = Capabilities(
     every_expert=("mobius",),
     kinds=None,
     providers=(CUDA,),
+    faster_on_cpu="openvino",
 )
 
 

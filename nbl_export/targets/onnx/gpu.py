@@ -65,6 +65,7 @@ class CudaEngine(ort.OrtEngine):
         needs_target_gpu=True,
         kinds=LINEAR_KINDS,
         provider=CUDA,
+        faster_on_cpu="",
     )
 
     def probe(self, *, run: bool = False) -> Availability:

@@ -42,6 +42,7 @@ CAPABILITIES = Capabilities(
     every_expert=("openvino",),
     mapped={"openvino": _ROUNDED},
     rounded=_ROUNDED,
+    refused_rotary=("longrope",),  # `trace`
 )
 _OLDEST = (2026, 0)  # of openvino: the API and the CPU plugin's caches are as `session` describes them
 
