@@ -6,7 +6,7 @@
     blocks      activations are rounded to 8 bits in groups, and these must divide the groups of weights
     activations the plugin rounds in groups of 32 by itself, and not at all if a named size does not divide the weights'
 
-The plugin rounds activations only if it computes in float32: not on processors with AMX.
+The last two were measured on a processor without AMX.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ def _activations(model: Any, coded: Sequence[_Product]) -> Iterator[Finding]:
     size = int(named) if named.isdecimal() and len(named) < 10 else _PLUGIN_GROUP
     best = min([BLOCK, *(product.group for product in coded if product.group)])
     left = [product for product in coded if not size or product.group % size]
-    advice = f'load with {GROUP_OPTION}="{best}" (no effect on processors with AMX)'
+    advice = f'load with {GROUP_OPTION}="{best}" (on processors without AMX)'
     if left:
         yield Finding(f"activations stay in float: they are to be rounded in groups of {size}", len(left), advice)
     elif coded and size < best:
