@@ -158,6 +158,7 @@ def test_small_groups_of_weights(exported_ir: Exported, tmp_path: Path) -> None:
     """The head has one scale an output, so that any group of activations suits it."""
     source = exported_ir("llama", "int4")
     small = {"groups are": 7 * LAYERS}
+    assert findings(source) == small
     assert findings(with_option(source, tmp_path / "32", "32")) == small
     assert findings(with_option(source, tmp_path / "128", "128")) == {**small, "activations stay": 7 * LAYERS}
 

@@ -45,7 +45,7 @@ _DATA = re.compile(r"<data\b[^<>]*>")
 _OFFSET, _SIZE = (re.compile(rf'(?<=\s{name}=")\d{{1,18}}(?=")') for name in ("offset", "size"))
 _MOST_BYTES = 1 << 26  # of a graph file
 GROUP_OPTION = "DYNAMIC_QUANTIZATION_GROUP_SIZE"  # of the plugin: activations of a group that share a scale
-_ACTIVATIONS = "128"
+_ACTIVATIONS = 128
 _INFO = "nbl_export"  # section of the graph's runtime information
 
 
@@ -97,7 +97,8 @@ def save_ir(model: Any, directory: Path, precision: str, group: int = 0) -> None
 
     A model without codes keeps its keys and values in 16 bits in OpenVINO GenAI too, as
     optimum-intel asks for. A model in codes names the size of the groups in which the CPU plugin rounds activations to
-    8 bits: the plugin's own choice of 32 reads prompts more slowly (bench/EXPERIMENTS.md).
+    8 bits: the plugin's own choice of 32 reads prompts more slowly (bench/EXPERIMENTS.md). A size that does not divide
+    the groups of the codes leaves activations in float, which is slower still.
     """
     import openvino
 
@@ -106,7 +107,7 @@ def save_ir(model: Any, directory: Path, precision: str, group: int = 0) -> None
     if precision == "fp16":
         model.set_rt_info("f16", ["runtime_options", "KV_CACHE_PRECISION"])
     if precision in ("int8", "int4"):
-        model.set_rt_info(_ACTIVATIONS, ["runtime_options", GROUP_OPTION])
+        model.set_rt_info(str(min(_ACTIVATIONS, group or _ACTIVATIONS)), ["runtime_options", GROUP_OPTION])
     openvino.save_model(model, str(directory / IR_FILE), compress_to_fp16=False)
 
 
