@@ -105,6 +105,22 @@ def test_what_is_attention(exported: Exported, tmp_path: Path) -> None:
     assert findings(tmp_path)["attention is"] == 1
 
 
+def test_weights_behind_a_dequantisation_are_quantised(exported: Exported, tmp_path: Path) -> None:
+    from onnx import helper, numpy_helper
+
+    model = onnx.load(exported("llama") / "model.onnx")
+    assert "weights are" in findings(exported("llama"))
+    product = next(node for node in model.graph.node if node.op_type == "MatMul")
+    matrix = next(tensor for tensor in model.graph.initializer if tensor.name == product.input[1])
+    codes = np.ones(list(matrix.dims), np.int8)
+    model.graph.initializer.append(numpy_helper.from_array(codes, "codes"))
+    model.graph.initializer.append(numpy_helper.from_array(np.array(1, np.float32), "scale"))
+    product.input[1] = "wide"
+    model.graph.node.insert(0, helper.make_node("DequantizeLinear", ["codes", "scale"], ["wide"]))
+    onnx.save(model, tmp_path / "model.onnx")
+    assert "weights are" not in findings(tmp_path)
+
+
 def test_traits_of_a_cpu_are_not_told_of_a_gpu(quantised: Path) -> None:
     each_product(quantised, accuracy_level=0, block_size=32)
     settings = json.loads((quantised / "genai_config.json").read_text())
@@ -176,6 +192,21 @@ def test_the_head_that_genai_cuts(architecture: str, recognised: bool, exported:
     assert ("nothing for OpenVINO GenAI" in found[0]["advice"]) is recognised
     attention = [finding["nodes"] for finding in found if finding["what"].startswith("attention is")]
     assert attention == ([LAYERS] if architecture == "gemma2" else [])  # its capped scores have no fused node
+
+
+@pytest.mark.engine
+def test_what_is_attention_in_an_ir(tmp_path: Path) -> None:
+    """The Softmax of a product of values; behind weights, as in a router of experts, a Softmax is none."""
+    import openvino
+    from openvino import opset13 as ops
+
+    x = ops.parameter([-1, 8, 4], np.float32, name="x")
+    scores = ops.matmul(x, x, False, True)
+    routed = ops.matmul(ops.softmax(scores, -1), ops.constant(np.ones((8, 4), np.float32)), False, False)
+    model = openvino.Model([ops.softmax(routed, -1)], [x], "router")
+    model.outputs[0].get_tensor().set_names({"logits"})
+    openvino.save_model(model, tmp_path / IR_FILE, compress_to_fp16=False)
+    assert findings(tmp_path)["attention is"] == 1
 
 
 @pytest.mark.engine

@@ -12,7 +12,7 @@ The last two were measured on a processor without AMX.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ __all__ = ["describe_ir", "find_slow"]
 
 _FLOATS = ("f64", "f32", "f16", "bf16")
 _DECODES = ("Convert", "Reshape", "Transpose", "Subtract", "Multiply", "FakeQuantize")  # a matrix's way to its product
+_MOST_STEPS = 16  # of such a way
+_TAKES_TOKENS = ("Gather", "GatherND", "Slice", "StridedSlice")
 _PLUGIN_GROUP = 32  # activations of a group, if nobody names a size
 
 
@@ -68,19 +70,85 @@ def describe_ir(directory: Path) -> dict[str, Any]:
 
 def find_slow(model: Any) -> list[Finding]:
     """The traits of a decoder that slow the reading of prompts."""
-    products = list(_products(model))
+    flow = _Flow(model)
+    products = list(flow.products.values())
     coded = [product for product in products if product.kind not in _FLOATS]
-    weighted = {product.name for product in products}
-    found = [*_head(model, weighted), *_attention(model, weighted)]
+    found = [*_head(model, flow), *_attention(flow)]
     if products and not coded:
+        kinds = ", ".join(sorted({product.kind for product in products}))
         found.append(
             Finding(
-                f"weights are float ({', '.join(sorted({p.kind for p in products}))}): no product has weights in codes",
+                f"weights are float ({kinds}): no product has weights in codes",
                 len(products),
                 "compress to int8 or int4 (optimum-cli --weight-format int8); measure the loss",
             )
         )
     return [*found, *_blocks(coded), *_activations(model, coded)]
+
+
+class _Flow:
+    """What is computed from what, in one walk; a product with weights begins anew. Nodes are known by their names.
+
+    Attributes:
+        products: products with a matrix of weights.
+        attention: number of nodes that are a Softmax of a product of two computed values. The Softmax of a router of
+            experts has weights before it.
+        chosen: nodes that are computed from a choice among tokens, and products with weights of such nodes.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.products: dict[str, _Product] = {}
+        self.attention = 0
+        self.chosen: set[str] = set()
+        self._moving: set[str] = set()
+        self._scores: set[str] = set()
+        for node in model.get_ordered_ops():
+            self._visit(node, [value.get_node() for value in node.input_values()])
+
+    def _visit(self, node: Any, given: list[Any]) -> None:
+        name = node.get_name()
+        kind = node.get_type_name()
+        moving = [other.get_name() for other in given if other.get_name() in self._moving]
+        if kind not in ("Parameter", "ReadValue") and not moving:
+            return
+        self._moving.add(name)
+        if kind == "ShapeOf":
+            return
+        values = node.input_values() if kind == "MatMul" else ()
+        stored = [found for value in values if (found := self._stored(value))]
+        if stored:
+            self.products[name] = _Product(name, *stored[0])
+            if not self.chosen.isdisjoint(moving):
+                self.chosen.add(name)
+            return
+        behind = any(other in self._scores for other in moving)
+        if behind or (kind == "MatMul" and len(moving) == 2):
+            self._scores.add(name)
+        self.attention += behind and kind == "Softmax"
+        takes = kind in _TAKES_TOKENS and given[0].get_name() in moving and given[0].get_type_name() != "ShapeOf"
+        if takes or any(other in self.chosen and other not in self.products for other in moving):
+            self.chosen.add(name)
+
+    def _stored(self, value: Any) -> tuple[str, int] | None:
+        """Type of a matrix of weights, and the weights that share a scale; None for a computed value or a vector."""
+        node = value.get_node()
+        shape = value.get_partial_shape()
+        if node.get_name() in self._moving or shape.is_dynamic or len([d for d in shape.to_shape() if d > 1]) < 2:
+            return None
+        scales = 0
+        is_rounded = False
+        for _ in range(_MOST_STEPS):
+            step = node.get_type_name()
+            if step not in _DECODES:
+                break
+            is_rounded |= step == "FakeQuantize"
+            if step == "Multiply":
+                scales = _count(node.input_value(1))
+            node = node.input_value(0).get_node()
+        stored = node.output(0)
+        kind = "8 bits" if is_rounded else stored.get_element_type().to_string()
+        is_grouped = scales and len(stored.get_partial_shape()) > len(shape)
+        return kind, _count(stored) // scales if is_grouped else 0
 
 
 def _logits(model: Any) -> Any:
@@ -92,65 +160,19 @@ def _is_of_one_token(logits: Any) -> bool:
     return bool(shape.rank.is_static and shape.rank.get_length() == 3 and shape[1] == 1)
 
 
-def _products(model: Any) -> Iterator[_Product]:
-    for node in model.get_ops():
-        if node.get_type_name() == "MatMul":
-            for value in node.input_values():
-                found = _stored(value)
-                if found is not None:
-                    yield _Product(node.get_name(), *found)
-
-
-def _stored(value: Any) -> tuple[str, int] | None:
-    """Type of a matrix of weights, and the weights that share a scale; None for a computed value or a vector."""
-    shape = value.get_partial_shape()
-    if shape.is_dynamic or len([d for d in shape.to_shape() if d > 1]) < 2:
-        return None
-    node = value.get_node()
-    scales = 0
-    is_rounded = False
-    while (step := node.get_type_name()) in _DECODES:
-        is_rounded |= step == "FakeQuantize"
-        if step == "Multiply":
-            scales = _count(node.input_value(1))
-        node = node.input_value(0).get_node()
-    if step != "Constant":
-        return None
-    stored = node.output(0)
-    kind = "8 bits" if is_rounded else stored.get_element_type().to_string()
-    is_grouped = scales and len(stored.get_shape()) > len(shape)
-    return kind, _count(stored) // scales if is_grouped else 0
-
-
 def _count(value: Any) -> int:
     """Elements of a value; 0 if its shape is not known."""
     shape = value.get_partial_shape()
     return 0 if shape.is_dynamic else math.prod(shape.to_shape())
 
 
-def _above(nodes: Iterable[Any], ends: Collection[str]) -> Iterator[Any]:
-    """Nodes that some nodes are computed from, up to the nodes named `ends`, which are given too, and up to shapes."""
-    waiting = list(nodes)
-    seen = set()
-    while waiting:
-        for value in waiting.pop().input_values():
-            node = value.get_node()
-            name = node.get_name()
-            if name in seen or node.get_type_name() == "ShapeOf":
-                continue
-            seen.add(name)
-            yield node
-            if name not in ends:
-                waiting.append(node)
-
-
-def _head(model: Any, weighted: Collection[str]) -> Iterator[Finding]:
+def _head(model: Any, flow: _Flow) -> Iterator[Finding]:
     logits = _logits(model)
     if logits is None or _is_of_one_token(logits):
         return
-    behind = list(_above([logits.get_node()], weighted))
-    heads = [node for node in behind if node.get_name() in weighted]
-    if not heads or any(map(_takes_tokens, [*behind, *_above(heads, weighted)])):
+    heads = list(_heads(logits.get_node(), flow))
+    last = logits.get_node().input_value(0).get_node().get_name()
+    if not heads or not flow.chosen.isdisjoint((last, *heads)):
         return
     what = "the head computes logits of all tokens of a prompt"
     gather = "put a Gather of the last token in front of the head"
@@ -162,13 +184,21 @@ def _head(model: Any, weighted: Collection[str]) -> Iterator[Finding]:
     yield Finding(what, len(heads), advice)
 
 
-def _takes_tokens(node: Any) -> bool:
-    """Whether a node chooses among values that are computed from the inputs; tables and shapes are not."""
-    if node.get_type_name() not in ("Gather", "GatherND", "Slice", "StridedSlice"):
-        return False
-    source = node.input_value(0).get_node()
-    sources = {above.get_type_name() for above in (source, *_above([source], ()))}
-    return source.get_type_name() != "ShapeOf" and not sources.isdisjoint(("Parameter", "ReadValue"))
+def _heads(result: Any, flow: _Flow) -> Iterator[str]:
+    """Names of the nearest products with weights that a result is computed from."""
+    waiting = [result]
+    seen = set()
+    while waiting:
+        for value in waiting.pop().input_values():
+            node = value.get_node()
+            name = node.get_name()
+            if name in seen:
+                continue
+            seen.add(name)
+            if name in flow.products:
+                yield name
+            else:
+                waiting.append(node)
 
 
 def _genai_cuts(model: Any) -> bool:
@@ -186,19 +216,11 @@ def _genai_cuts(model: Any) -> bool:
     return rank is not None and rank.is_static and rank.get_length() == 3
 
 
-def _attention(model: Any, weighted: Collection[str]) -> Iterator[Finding]:
-    """A Softmax of a product of two computed values is attention; that of a router of experts has weights above it."""
-    products = {node.get_name() for node in model.get_ops() if node.get_type_name() == "MatMul"}
-    scores = products - set(weighted)
-    found = 0
-    for node in model.get_ops():
-        if node.get_type_name() == "Softmax":
-            above = {other.get_name() for other in _above([node], products)}
-            found += not scores.isdisjoint(above)
-    if found:
+def _attention(flow: _Flow) -> Iterator[Finding]:
+    if flow.attention:
         yield Finding(
             "attention is products and a Softmax, not ScaledDotProductAttention",
-            found,
+            flow.attention,
             "export with sdpa attention, if the model has it: without, OpenVINO GenAI takes its slower back end",
         )
 
