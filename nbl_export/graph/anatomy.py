@@ -37,7 +37,8 @@ __all__ = [
 
 # Operators that multiply activations by weights, or that quantise activations for such a product.
 PRODUCTS = ("MatMul", "Gemm", "MatMulNBits", "MatMulBnb4", "MatMulInteger", "QLinearMatMul", "FusedMatMul",
-            "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "DynamicQuantizeLinear", "QuantizeLinear")  # fmt: skip
+            "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "RowwiseMatMul", "DynamicQuantizeLinear",
+            "QuantizeLinear")  # fmt: skip
 _TAKES_TOKENS = ("Gather", "GatherND", "Slice")
 _READS_ONLY_SHAPE = ("Shape", "Size")
 _DEPTH = 8

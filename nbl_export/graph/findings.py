@@ -24,7 +24,7 @@ __all__ = ["find_slow"]
 _FLOAT = ("MatMul", "Gemm", "FusedMatMul")
 # Products with quantised weights, and the input that holds these weights.
 _QUANTISED = {"MatMulNBits": 1, "MatMulBnb4": 1, "MatMulInteger": 1, "MatMulIntegerToFloat": 1,
-              "DynamicQuantizeMatMul": 1, "QLinearMatMul": 3, "QMoE": 2}  # fmt: skip
+              "DynamicQuantizeMatMul": 1, "QLinearMatMul": 3, "RowwiseMatMul": 2, "QMoE": 2}  # fmt: skip
 _TAKES_TOKENS = ("Gather", "GatherND", "Slice")
 _READS_ONLY_SHAPE = ("Shape", "Size")
 _INT8 = 4  # accuracy_level

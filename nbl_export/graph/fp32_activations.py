@@ -2,6 +2,7 @@
 
     MatMulNBits, accuracy_level 4 ─┬─ 4 bits ─► MatMulNBits, accuracy_level 1
                                    └─ 8 bits ─► DequantizeLinear ─ Transpose ─ MatMul
+    RowwiseMatMul ─► its exact form, see `graph.rowwise`
     DequantizeLinear ─ MatMul ─► the same, which ONNX Runtime may fuse with accuracy_level 1
 
 ONNX Runtime 1.32 has a float32 kernel for codes of 4 bits on CPUs. For codes of 8 bits it dequantises all matrices at
@@ -11,12 +12,15 @@ graph is loaded. The logits of SmolLM2 in int8 are equal bit for bit in both way
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import psutil
+
+from nbl_export.graph.rowwise import make_exact
 
 __all__ = ["graphs_of", "keep_fp32_activations"]
 
@@ -38,16 +42,19 @@ def keep_fp32_activations(proto: Any) -> dict[str, str]:
         if _numbers(node)["K"] % _numbers(node)["block_size"] == 0  # the last block of a row is not padded
         if len(node.input) <= 4 and all(name in stored and uses[name] == 1 for name in node.input[1:3])
     ]
+    rows = make_exact(proto)
     size = sum(4 * _numbers(node)["N"] * _numbers(node)["K"] for node in wide)
+    size += sum(4 * math.prod(codes.dims) for codes in rows)
     if size > psutil.virtual_memory().available / 2:
         wide = []
+        rows = []  # dequantised at each run
     made = [new for node in wide for new in _dequantised(proto, node)]
     for attribute in (a for node in products for a in node.attribute):
         attribute.i = _FLOAT32 if attribute.name == "accuracy_level" else attribute.i
     nodes = list(proto.graph.node)
     del proto.graph.node[:]
     proto.graph.node.extend([*made, *nodes])
-    return _FUSED | (_NOT_FUSED if wide else {})
+    return _FUSED | (_NOT_FUSED if wide or rows else {})
 
 
 def graphs_of(graph: Any) -> Iterator[Any]:

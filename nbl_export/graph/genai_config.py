@@ -45,7 +45,7 @@ _KEYS = {
         "session.disable_prepacking", "session.dynamic_block_base", "session.force_spinning_stop",
         "session.inter_op.allow_spinning", "session.intra_op.allow_spinning", "session.set_denormal_as_zero",
         "session.qdq_matmulnbits_accuracy_level", "session.use_device_allocator_for_initializers",
-        "session.use_env_allocators",
+        "session.use_env_allocators", "session.x64quantprecision",
     },
     _PROVIDERS: set(),
     f"{_PROVIDERS}.cpu": set(),

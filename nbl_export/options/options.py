@@ -75,7 +75,7 @@ _REPLACED, _DISTILL, _CALIBRATE, _TORCH, _ENGINE, _BENCH = PANELS
 EXIT_SOURCES = ("genai", "openvino", _STATIC)  # decoder sources whose graphs take an exit layer
 LIKE_LLAMA = ("llama", "mistral", "qwen2")  # architectures whose keys can be predicted
 # The builder reads these for MatMulNBits alone (onnxruntime_genai 0.18, models/builder.py).
-_OF_ROUNDING = ("accuracy_level", "algo_config", "block_size")
+OF_ROUNDING = ("accuracy_level", "algo_config", "block_size")
 
 
 def _usual_fit(values: Mapping[str, Any], engine: Capabilities | None, model: ModelFacts) -> str:
@@ -184,8 +184,8 @@ _INT4 = (
 )
 _BUILT = (
     Applies("decoder_source genai", lambda c: c.options.decoder_source == "genai"),
-    Applies(f"--precision int8 or int4 ({', '.join(_OF_ROUNDING)})",
-            lambda c: c.options.precision in ("int8", "int4") or not set(c.builder_keys) & set(_OF_ROUNDING)),
+    Applies(f"--precision int8 or int4 ({', '.join(OF_ROUNDING)})",
+            lambda c: c.options.precision in ("int8", "int4") or not set(c.builder_keys) & set(OF_ROUNDING)),
 )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ class Capabilities:
         cache_bytes: precision -> bytes of a cache element; 4 if it is not named.
         mapped: decoder source -> the precisions whose export leaves the weights in the checkpoint's files.
         rounded: of these, the precisions whose export holds one matrix in float32 at a time.
+        balanced: precisions whose export reads a part of the calibration text, to round activations by channel.
         narrow: whether the engine computes in fewer bits than the graph's types state, unless the precision is fp32.
         static: whether the engine compiles graphs of the static form, with caches of --max-seq-len slots, which count
             0..K-1. A CPU verifies a float32 copy of such a graph. The build stage makes the engine that runs.
@@ -43,6 +44,7 @@ class Capabilities:
     cache_bytes: Mapping[str, int] = field(default_factory=dict)
     mapped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     rounded: tuple[str, ...] = ()
+    balanced: tuple[str, ...] = ()
     narrow: bool = False
     static: bool = False
     needs_target_gpu: bool = False

@@ -32,7 +32,7 @@ STAGES: tuple[Stage[Any], ...] = (
     Stage("calibrate", "calibrate", ("text",), calibrate.declare, calibrate.run, shared=True),
     Stage("plan", "plan", ("text", "calibrate"), plan.declare, plan.run, shared=True),
     Stage("distill", "distill", ("text", "plan"), plan.declare_distill, plan.run_distill, shared=True),
-    Stage("decoder", "decoder graph", (), graphs.declare_decoder, graphs.run_decoder),
+    Stage("decoder", "decoder graph", ("text",), graphs.declare_decoder, graphs.run_decoder),
     Stage("rewrite", "rewrite", ("plan", "distill", "decoder"), graphs.declare_rewrite, graphs.run_rewrite),
     Stage("verify", "verify", ("text", "rewrite"), verify.declare, verify.run),
     Stage("eval", "evaluate", ("rewrite",), evaluate.declare, evaluate.run),

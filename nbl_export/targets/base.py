@@ -74,6 +74,7 @@ class ExportSettings:
         cache_length: tokens of a fixed cache, for graphs of the static form.
         builder_options: further options of the GenAI builder, as key=value.
         codes: a quantised checkpoint whose codes the graph gets.
+        rows_BT: token ids of a text, for a precision that rounds activations by what they usually are.
     """
 
     source: str
@@ -81,6 +82,7 @@ class ExportSettings:
     cache_length: int = 0
     builder_options: tuple[str, ...] = ()
     codes: Path | None = None
+    rows_BT: Any = None
 
 
 class Target:

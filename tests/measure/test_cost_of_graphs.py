@@ -89,10 +89,10 @@ def test_original_graph(
     exported: Callable[..., Path], checkpoint: Callable[[str], Path], tmp_path: Path, precision: str, tokens: int,
     depth: int,
 ) -> None:  # fmt: skip
-    """int4 as the model counts it: all matrices in 4 bits, where k_quant_mixed keeps some in 8."""
-    directory = exported("llama", "genai", precision) if precision != "int4" else tmp_path / "int4"
-    if precision == "int4":
-        settings = ExportSettings("genai", "int4", 0, ("algo_config=default",))
+    """int4 and int8 as the model counts them: all matrices in blocks of 4 bits, or of 8 bits."""
+    directory = exported("llama", "genai", precision) if precision == "fp32" else tmp_path / precision
+    if precision != "fp32":
+        settings = ExportSettings("genai", precision, 0, ("algo_config=default",) if precision == "int4" else ())
         exporter_of("genai").export(checkpoint("llama"), directory, settings)
     found = Count(directory, "model.onnx", tmp_path).run(tokens, depth)
     assert costs_of(checkpoint("llama"), precision, pruned=False).prefill({}, tokens, depth) == found

@@ -105,7 +105,7 @@ def _way_of_single_tokens(join: ir.Node, index: int) -> list[tuple[ir.Node, int]
 def _is_for_each_token(node: ir.Node, entering: int) -> bool:
     """Whether a node computes each token [B, T, ...] of input `entering` from that token alone."""
     others = [v for i, v in enumerate(node.inputs) if v is not None and i != entering]
-    if node.op_type in ("MatMul", "MatMulNBits"):
+    if node.op_type in ("MatMul", "MatMulNBits", "RowwiseMatMul"):
         return entering == 0
     if node.op_type in ("Add", "Mul"):
         return all(v.shape is not None and all(n == 1 for n in v.shape[:-1]) for v in others)

@@ -26,6 +26,8 @@ __all__ = ["declare_build", "declare_decoder", "declare_rewrite", "run_build", "
 _DEPLOYED_FACTS = ("schema", "model", "decoder", "options", "calibration", "num_layers", "replaced_layers", "kinds",
                    "tap", "select", "fit", "scores", "logits")  # fmt: skip
 
+_BALANCE_TOKENS = 2048
+
 
 # -- the original ----------------------------------------------------------------------------------------------
 
@@ -37,6 +39,7 @@ class DecoderInputs:
     Attributes:
         engine: exports the decoder. settings: without the directory of `codes`.
         kept_logits: "last" or "all".
+        rows: of the calibration text, for a precision that rounds activations by channel, or None.
         codes: a checkpoint with quantised matrices of the same model, or None. tap: with which it must agree.
     """
 
@@ -45,6 +48,7 @@ class DecoderInputs:
     engine: Lazy[Engine]
     settings: ExportSettings
     kept_logits: str
+    rows: Lazy[Any] | None
     codes: Lazy[Any]
     tap: str | None
 
@@ -58,6 +62,7 @@ def declare_decoder(job: Job) -> DecoderInputs:
         engine=Lazy([job.engine.capabilities.source, options.provider], lambda: job.engine),
         settings=ExportSettings(options.decoder_source, options.precision, job.cache_length, options.builder_options),
         kept_logits=options.kept_logits,
+        rows=job.text.windows if options.precision in job.engine.capabilities.balanced else None,
         codes=job.codes,
         tap=options.tap if options.quantized_model else None,
     )
@@ -75,6 +80,10 @@ def run_decoder(inputs: DecoderInputs, ctx: StageContext, out: Path) -> dict[str
         codes = inputs.codes.value
         quantized.check_same(codes, inputs.checkpoint.value, inputs.tap)
         settings = dataclasses.replace(settings, codes=Path(codes.directory))
+    if inputs.rows is not None:
+        rows_WT = inputs.rows.value
+        count = max(1, _BALANCE_TOKENS // rows_WT.shape[1])
+        settings = dataclasses.replace(settings, rows_BT=rows_WT[:count].numpy())
     engine.export(inputs.checkpoint.value, original, settings)
     if inputs.kept_logits == "last":
         engine.keep_last_token(original)

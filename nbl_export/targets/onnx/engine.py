@@ -11,6 +11,7 @@ from nbl_export.errors import one_line
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.names import GENAI_CONFIG, all_logits_file
 from nbl_export.graph.session import open_session
+from nbl_export.options.options import OF_ROUNDING
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.targets.base import Availability, DecoderFacts, Engine, ExportSettings
 from nbl_export.targets.export import mobius
@@ -33,6 +34,7 @@ CAPABILITIES = Capabilities(
     kinds=None,
     providers=(CUDA,),
     faster_on_cpu="openvino",
+    balanced=("int8",),
 )
 
 
@@ -76,6 +78,16 @@ class OrtEngine(Engine):
         else:
             export_genai.build(checkpoint, out, settings, self.capabilities.provider)
         finish_directory(checkpoint, out)
+        if settings.rows_BT is not None and self._rounds_rows(settings):
+            from nbl_export.targets.onnx.int8_rows import round_rows  # loads onnx_ir, which a run here does not need
+
+            round_rows(out, settings.rows_BT)
+
+    def _rounds_rows(self, settings: ExportSettings) -> bool:
+        """Whether int8 is of rows; an option of the builder that is about rounding asks for its own form."""
+        asked = {option.partition("=")[0] for option in settings.builder_options}
+        is_cpu = self.capabilities.provider == CAPABILITIES.provider
+        return settings.precision == "int8" and is_cpu and asked.isdisjoint(OF_ROUNDING)
 
     def open_runner(self, path: Path, threads: int | None = None) -> GenaiRunner:
         """A text runner on a deployable directory."""
