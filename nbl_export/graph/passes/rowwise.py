@@ -34,6 +34,7 @@ _BITS = 8
 _MOMENT = "nbl.moment."
 _INPUTS_OF_CODES = 3  # x, codes, scales; further inputs are zero points, an order of groups, a bias
 _LARGEST = 127
+_SCALES = 3  # place among the inputs of a converted product
 
 
 def moment_outputs(model: ir.Model) -> dict[str, str]:
@@ -78,7 +79,9 @@ class MakeRowwise(ir.passes.InPlacePass):
         ]
         for x, nodes in by_input.items():
             balance_K = self._balance(x, nodes)
-            inverse = register(graph, ir.tensor(1 / balance_K, name=f"{x.name}/inverse"))
+            # ONNX Runtime leaves out a product with the scalar 1.
+            left = np.float32(1) if _scaled_before(x, 1 / balance_K) else 1 / balance_K
+            inverse = register(graph, ir.tensor(np.asarray(left), name=f"{x.name}/inverse"))
             for node in nodes:
                 _convert(graph, node, inverse, balance_K, shared)
         return ir.passes.PassResult(model, modified=True)
@@ -135,6 +138,25 @@ def _by_input(graph: ir.Graph) -> dict[ir.Value, list[ir.Node]]:
         if x is not None and _is_convertible(node) and node.attributes["N"].as_int() != width:
             found.setdefault(x, []).append(node)
     return found
+
+
+def _scaled_before(x: ir.Value, inverse_K: npt.NDArray[np.floating]) -> bool:
+    """Scale the columns of a converted product that is a factor of x, and so x; returns whether there is one.
+
+    x = silu(gate) * up is such a value: the balance of `down` costs nothing.
+    """
+    product = x.producer()
+    is_ours = all(_is_convertible(node) for node, _ in x.uses())
+    if product is None or product.op_type != "Mul" or x.is_graph_output() or not is_ours:
+        return False
+    for factor in product.inputs:
+        node = None if factor is None else factor.producer()
+        if node is not None and node.op_type == NAME and len(node.outputs[0].uses()) == 1:
+            scales = need(node.inputs[_SCALES], f"scales of {node.name}")
+            assert scales.const_value is not None
+            scales.const_value = ir.tensor(scales.const_value.numpy() * inverse_K, name=scales.name)
+            return True
+    return False
 
 
 def _is_convertible(node: ir.Node) -> bool:

@@ -133,6 +133,13 @@ def test_a_decoder_has_rows_in_every_product_but_the_head(folder: Path) -> None:
     assert settings["model"]["decoder"]["session_options"]["session.x64quantprecision"] == "1"
 
 
+def test_the_balance_of_down_is_in_the_scales_of_up(folder: Path) -> None:
+    proto = onnx.load(str(folder / GRAPH_FILE))
+    stored = {tensor.name: tensor for tensor in proto.graph.initializer}
+    shapes = {node.name: list(stored[node.input[1]].dims) for node in proto.graph.node if node.op_type == NAME}
+    assert {name: not shape for name, shape in shapes.items()} == {name: "down_proj" in name for name in shapes}
+
+
 def test_products_of_one_input_round_it_once(folder: Path, tmp_path: Path) -> None:
     options: Any = ort.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
