@@ -175,7 +175,11 @@ def damage_gguf(random: Random, path: Path) -> None:
 def _key(random: Random) -> bytes:
     """A key of a GGUF file with a value of its own size, or far less of it than it states."""
     name = random.choice(_KEYS).encode()
-    return struct.pack("<Q", len(name)) + name + _typed(random, random.choice((_ARRAY, _ARRAY, _WORD, 4, 10)))
+    value = _typed(random, random.choice((_ARRAY, _ARRAY, _WORD, 4, 10)))
+    if random.random() < 0.1:  # a long array that is all there: empty words, or numbers
+        count = 2 ** random.randint(17, 20)
+        value = struct.pack("<IIQ", _ARRAY, random.choice((_WORD, 10)), count) + bytes(8 * count)
+    return struct.pack("<Q", len(name)) + name + value
 
 
 def _typed(random: Random, kind: int, depth: int = 0) -> bytes:

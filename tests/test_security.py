@@ -84,7 +84,7 @@ READS = {
     "targets/tensorrt/record.py": (1, "an engine of the user, of the recorded size"),
     "text/corpus.py": (1, "the first bytes up to a limit; hashed in blocks"),
 }  # fmt: skip
-READERS = {"read_text", "read_bytes", "open", "load_file", "GGUFReader"}
+READERS = {"read_text", "read_bytes", "open", "load_file", "GGUFReader", "PlainReader"}
 LIBRARIES = {"onnx.load", "ir.load", "np.load", "np.fromfile", "json.load", "tomllib.load", "ModelCard.load"}
 OTHERS = {"read_text", "corpus.read_text", "kernels.open", "variants[name].open", "found.open", "os.open"}  # bounded
 

@@ -23,10 +23,11 @@ _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _TEXT = 8
 _ARRAY = 9
 _MOST_DIMENSIONS = 4
-# A large vocabulary, Gemma's, has 1.3 million elements: words, scores, types and merges.
+# A large vocabulary, Gemma's, has 1.3 million elements: words, scores, types and merges, five for each word.
 _MOST_KEYS = 1 << 12
 _MOST_TENSORS = 1 << 16
-_MOST_ELEMENTS = 1 << 21
+_MOST_ELEMENTS = 3 << 19
+_MOST_PER_WORD = 8
 _MOST_BYTES = 1 << 27
 
 
@@ -58,7 +59,10 @@ def read_header(path: Path) -> Header:
             _refuse_more(count, _MOST_KEYS, "keys")
             _refuse_more(tensors, _MOST_TENSORS, "tensors")
             keys = {head.text(): _value(head, head.number("I")) for _ in range(count)}
-            return Header(keys, dict(_shape(head) for _ in range(tensors)))
+            shapes = dict(_shape(head) for _ in range(tensors))
+            words = shapes.get("token_embd.weight", (0,))[0]
+            _refuse_more(_MOST_ELEMENTS - head.elements, _MOST_KEYS + _MOST_PER_WORD * words, "elements of arrays")
+            return Header(keys, shapes)
         except ValueError as error:
             raise CorruptError(f"{path} is truncated or not a GGUF file ({error}); fetch it again") from error
 

@@ -113,8 +113,9 @@ def test_a_gguf_without_tensors_takes_no_memory(tmp_path: Path, kind: str) -> No
         struct.pack("<IIQ", 9, 1, 1 << 24) + bytes(1 << 24),  # all there: the gguf package makes an object of each byte
         struct.pack("<IIQIQ", 9, 9, 1 << 40, 5, 1 << 40),  # arrays
         struct.pack("<IQ", 8, 1 << 62),
+        struct.pack("<IIQ", 9, 8, 1 << 20) + bytes(8 << 20),  # empty words, all there
     ],
-    ids=["numbers", "texts", "bytes", "arrays", "text"],
+    ids=["numbers", "texts", "bytes", "arrays", "text", "words"],
 )
 def test_elements_that_a_gguf_states_take_no_memory(key: bytes, tmp_path: Path) -> None:
     assert "is truncated or not a GGUF file" in refused(empty_gguf(tmp_path / "model.gguf", key), "spec")
