@@ -25,11 +25,12 @@ import onnx_ir as ir
 from onnx_ir.convenience import replace_nodes_and_values
 
 from nbl_export.errors import RefusalError
+from nbl_export.graph.anatomy import AttentionBlock, find_attention
 from nbl_export.graph.emitter import LayerMaker, Maker, choose
 from nbl_export.graph.names import node_name
 from nbl_export.methods.predicted_kv.maps import PredictedKV
 
-__all__ = ["ContinuingRows", "ExitedAttention"]
+__all__ = ["ContinuingRows", "ExitedAttention", "stated_keys"]
 
 _MICROSOFT = "com.microsoft"
 _INPUTS = 9  # of GroupQueryAttention: queries, keys, values, caches, lengths, rotary tables; others are refused
@@ -171,6 +172,19 @@ class ExitedAttention:
 
     def _integers(self, name: str, numbers: Sequence[int]) -> ir.Value:
         return self._rows.shared.constant(name, numbers, ir.DataType.INT64)
+
+
+def stated_keys(block: AttentionBlock) -> int | None:
+    """Numbers of a token's keys, from the cache's shape, or that of the queries; None if none states them."""
+    dims = block.pasts[0].shape
+    if dims is not None and isinstance(dims[1], int) and isinstance(dims[3], int):
+        return dims[1] * dims[3]
+    attention = find_attention(block)
+    settings = _settings(attention)
+    queries, keys = attention.inputs[:2]
+    width = None if queries is None or queries.shape is None else queries.shape[-1]
+    heads = settings["num_heads"] + (2 * settings["kv_num_heads"] if keys is None else 0)  # beside queries or apart
+    return width * settings["kv_num_heads"] // heads if isinstance(width, int) else None
 
 
 def _settings(node: ir.Node) -> dict[str, Any]:

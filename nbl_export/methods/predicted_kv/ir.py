@@ -31,7 +31,7 @@ import numpy as np
 from nbl_export.errors import RefusalError
 from nbl_export.graph.ir.anatomy import Dataflow, Heads
 from nbl_export.graph.names import constant_name, product_name
-from nbl_export.methods.predicted_kv.maps import PredictedKV, exit_of
+from nbl_export.methods.predicted_kv.maps import PredictedKV, exit_of, require_keys
 
 __all__ = ["exit_ir"]
 
@@ -51,6 +51,8 @@ def exit_ir(model: Any, maps: Mapping[int, PredictedKV]) -> None:
         raise RefusalError(missing[0], f"maps are for layers {sorted(maps)}, and layers {above} have attention")
     blocks = {layer: flow.block(layer) for layer in above}
     heads = {layer: flow.heads(blocks[layer]) for layer in above}
+    for layer, found in heads.items():
+        require_keys(layer, maps[layer], _width(found.keys.get_source_output()))
     head = flow.head()
     stream = blocks[mixer.exit_layer].residual
     readers = stream.get_target_inputs()

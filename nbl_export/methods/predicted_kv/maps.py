@@ -24,14 +24,14 @@ from typing import Any
 
 import numpy as np
 
-from nbl_export.errors import NblError
+from nbl_export.errors import NblError, RefusalError
 from nbl_export.methods.base import Stored, TokenWork
 from nbl_export.methods.rows import Read, Reads, Rows
 from nbl_export.records.decoder import MOST_POSITIONS
 from nbl_export.records.from_json import require
 from nbl_export.records.plan import PREDICTED_KV
 
-__all__ = ["PredictedKV", "exit_of", "rows_read"]
+__all__ = ["PredictedKV", "exit_of", "require_keys", "rows_read"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class PredictedKV:
             self.exit_layer >= 0 and 1 <= self.recent_tokens <= MOST_POSITIONS,
             "there is no such exit layer or number of recent tokens",
         )
+        require(0 < self.epsilon < 1, "epsilon is between 0 and 1")
 
     @property
     def reads(self) -> Reads:
@@ -124,3 +125,14 @@ def exit_of(maps: Mapping[int, PredictedKV]) -> PredictedKV:
     if len(found) > 1:
         raise NblError(f"the maps have several exit layers or numbers of recent tokens: {sorted(found)}")
     return next(iter(maps.values()))
+
+
+def require_keys(layer: int, mixer: PredictedKV, keys: int | None) -> None:
+    """Compare what a map predicts with the numbers of a token's keys in a graph; None if the graph does not say.
+
+    Raises:
+        RefusalError: the map is of another width.
+    """
+    predicted = len(mixer.weight) // 2
+    if keys not in (predicted, None):
+        raise RefusalError(layer, f"its map predicts keys {predicted} wide, and the graph's are {keys} wide")

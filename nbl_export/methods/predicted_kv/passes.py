@@ -31,8 +31,8 @@ from nbl_export.graph.emitter import Maker, choose, dependent_nodes, element_typ
 from nbl_export.graph.names import EXIT_ROWS
 from nbl_export.graph.passes.skip_norms import SKIP_NORMS, SUM, bias_of
 from nbl_export.graph.passes.tail import LastValid
-from nbl_export.methods.predicted_kv.attention import ContinuingRows, ExitedAttention
-from nbl_export.methods.predicted_kv.maps import PredictedKV, exit_of
+from nbl_export.methods.predicted_kv.attention import ContinuingRows, ExitedAttention, stated_keys
+from nbl_export.methods.predicted_kv.maps import PredictedKV, exit_of, require_keys
 from nbl_export.methods.predicted_kv.static import exit_static, name_rows
 
 __all__ = ["PrefillExit"]
@@ -74,6 +74,8 @@ class PrefillExit(ir.passes.InPlacePass):
         graph = model.graph
         mixer = exit_of(self.maps)
         blocks = {layer: find_block(graph, layer) for layer in self.maps}
+        for layer, block in blocks.items():
+            require_keys(layer, self.maps[layer], stated_keys(block))
         stream = find_block(graph, mixer.exit_layer).residual
         if is_static(graph):
             exit_static(graph, stream, blocks, self.maps)

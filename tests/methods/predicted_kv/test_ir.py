@@ -152,6 +152,11 @@ def test_maps_of_some_layers_alone_are_refused(pair: Callable[..., tuple[Path, P
         OPENVINO.linearize(pair()[0], tmp_path / "model", maps)
 
 
+def test_maps_of_another_width_are_refused(pair: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
+    with pytest.raises(RefusalError, match=f"layer 1: its map predicts keys {KEYS // 2} wide"):
+        OPENVINO.linearize(pair()[0], tmp_path / "model", predicted_maps(1, W, KEYS // 2))
+
+
 # -- OpenVINO GenAI -------------------------------------------------------------------------------------------
 
 SETTINGS = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}

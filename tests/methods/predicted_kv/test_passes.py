@@ -211,6 +211,9 @@ def test_refused(exported: Exported, given_graph: Callable[[str], Path], tmp_pat
             "2: its predicted KV have another norm",
         ),
         (llama, whole | {0: whole[1]}, "0: it predicts KV below the exit layer"),
+        (llama, whole | {2: maps_of_exit(1, 3, keys=KEYS // 2)[2]}, f"2: its map predicts keys {KEYS // 2} wide"),
+        (exported("llama", "mobius"), maps_of_exit(1, 3, keys=2 * KEYS), f"1: its map predicts keys {2 * KEYS} wide"),
+        (exported("qwen3"), maps_of_exit(1, 3, keys=HEAD_DIM), f"1: its map predicts keys {HEAD_DIM} wide"),
         (exported("mistral-window"), whole, "1: its attention has a sliding window"),
         (given_graph("mobius-fp16"), whole, "1: its attention is no GroupQueryAttention"),
     ]

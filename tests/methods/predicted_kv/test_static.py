@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from nbl_export.errors import RefusalError
 from nbl_export.graph.passes.tail import difference, keep_last_token
 from nbl_export.methods.applied import linearize
 from nbl_export.methods.checkpoint.load import load_model
@@ -59,6 +60,12 @@ def served(
             ids = torch.tensor([row[cache.get_seq_length() : end]])
             found.append(model(ids, past_key_values=cache, use_cache=True).logits[0].numpy())
     return found
+
+
+def test_maps_of_another_width_are_refused(form: Form, tmp_path: Path) -> None:
+    static.save_graph(form("llama"), tmp_path / "original")
+    with pytest.raises(RefusalError, match=f"layer 1: its map predicts keys {HEAD} wide"):
+        rewrite(tmp_path / "original", tmp_path / "nbl", predicted_maps(1, W, HEAD, HIDDEN, LAYERS))
 
 
 @pytest.mark.parametrize(("architecture", "exit_layer"), [("llama", 1), ("mistral", 2), ("llama", 0)])
