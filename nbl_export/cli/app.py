@@ -100,6 +100,8 @@ def _root(
         print(__version__)
         return
     if context.invoked_subcommand not in _SHARED:
+        if rank := processes.rank():
+            sys.stderr.write(f"{_NAME}: rank {rank} leaves this command to rank 0; unset RANK to run it here\n")
         processes.detach()
     if context.invoked_subcommand is not None:
         opt.refuse_options_before(context)

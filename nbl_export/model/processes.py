@@ -11,8 +11,11 @@ Importing this module loads no torch.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import re
 import signal
+import threading
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -40,20 +43,22 @@ __all__ = [
 ]
 
 _TIMEOUT = timedelta(hours=1)  # for the longest work of one process between two calls
+_SILENT_SECONDS = 5.0  # of waiting for the others before a word
 _LONGEST = 128  # bytes of the text that rank 0 broadcasts
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+log = logging.getLogger(__name__)
 _threads: list[int] = []  # of torch when the others have ended; empty unless work is shared now
 
 
 def _number(name: str, otherwise: int) -> int:
     """A number of the environment, if that is of several processes."""
     found = os.environ.get(name, "") if all(each in os.environ for each in _ENVIRONMENT[:4]) else ""
-    return int(found) if found.isdigit() else otherwise
+    return int(found) if re.fullmatch("[0-9]{1,9}", found) else otherwise
 
 
 def rank() -> int:
     """The number of this process; 0 is the one that writes."""
-    return _number("RANK", 0)
+    return _number("RANK", 0) if _number("WORLD_SIZE", 1) > 1 else 0
 
 
 def count() -> int:
@@ -63,7 +68,7 @@ def count() -> int:
 
 def local() -> int:
     """Processes of the command on this machine."""
-    return _number("LOCAL_WORLD_SIZE", 1)
+    return max(1, _number("LOCAL_WORLD_SIZE", 1))
 
 
 def is_rank0() -> bool:
@@ -83,10 +88,13 @@ def begin() -> int:
     """Meet the other processes, if there are any; returns this one's rank.
 
     Raises:
-        NblError: the others do not come.
+        NblError: the others do not come, or the environment is none of torchrun's.
     """
-    if _number("WORLD_SIZE", 1) == 1 or _threads:
+    size = _number("WORLD_SIZE", 1)
+    if size <= 1 or _threads:
         return rank()
+    if rank() >= size:
+        raise NblError(f"RANK is {rank()} and WORLD_SIZE {size}, which torchrun does not set; unset them")
     import torch
 
     if _is_free():
@@ -100,7 +108,13 @@ def begin() -> int:
         with contextlib.suppress(ValueError):  # in a thread
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_DFL)
-    _together("init_process_group", backend, timeout=_TIMEOUT)
+    others = f"{size - 1} other process{'es' * (size > 2)} at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    waiting = threading.Timer(_SILENT_SECONDS, log.warning, ("waiting for %s", others))
+    waiting.start()
+    try:
+        _together("init_process_group", backend, timeout=_TIMEOUT)
+    finally:
+        waiting.cancel()
     return rank()
 
 
@@ -151,10 +165,10 @@ def _together(function: str, *given: Any, **named: Any) -> None:
 
         try:
             getattr(torch.distributed, function)(*given, **named)
-        except RuntimeError as error:  # gloo has no other class
+        except (RuntimeError, ValueError, TypeError) as error:  # gloo's class; those of a port that is none
             raise NblError(
-                "another process of this command ended or cannot be reached; the same command goes on after finished "
-                "stages"
+                "another process of this command ended, or cannot be reached at what torchrun's variables say; the "
+                "same command goes on after finished stages"
             ) from error
 
 

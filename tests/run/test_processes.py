@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from nbl_export.files import file_sha256
+from nbl_export.model import processes
 
 from ..command import BARE, Outcome, assert_refused, nbl, snapshot
 from ..fork_server import ForkServer
@@ -152,4 +153,36 @@ def test_rank_0_alone_runs_a_command_that_nobody_shares(rank: str, monkeypatch: 
     for name, value in {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     done = nbl("inspect", run, "--json")
-    assert (done.status, bool(done.out), done.err) == (0, rank == "0", "")
+    left = "nbl-export: rank 1 leaves this command to rank 0; unset RANK to run it here\n"
+    assert (done.status, bool(done.out), done.err) == (0, rank == "0", "" if rank == "0" else left)
+
+
+SOON = """
+from datetime import timedelta
+from nbl_export.model import processes
+processes._SILENT_SECONDS, processes._TIMEOUT = 0.2, timedelta(seconds=3)
+"""
+
+
+def test_rank_0_says_for_whom_it_waits(job: tuple[object, ...], server: ForkServer, tmp_path: Path) -> None:
+    code = RANKS.format(count=1, signal=15) + "os.environ['WORLD_SIZE'] = '2'\n" + SOON
+    process = server.start("calibrate", *job, "--output", tmp_path / "run", code=code)
+    assert process.status == 1
+    lines = process.err.splitlines()
+    assert len(lines) == 2, lines
+    assert lines[0].startswith("WARNING: waiting for 1 other process at 127.0.0.1:")
+    assert lines[1].startswith("nbl-export: another process of this command ended, or cannot be reached")
+
+
+@pytest.mark.parametrize(
+    ("rank", "size", "port"),
+    [("2", "2", "1"), ("9" * 5000, "2", "1"), ("0", "2", "x"), ("0", "2", "99999999")],
+    ids=range(4),
+)
+def test_variables_that_cannot_be_of_torchrun_are_refused(
+    rank: str, size: str, port: str, monkeypatch: pytest.MonkeyPatch, job: tuple[object, ...], tmp_path: Path
+) -> None:
+    for name, value in {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes, "_threads", [])
+    assert_refused(nbl("calibrate", *job, "--output", tmp_path / "run"), 1, "torchrun")
