@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
-from nbl_export.files import PACKAGE
+from nbl_export.files import PACKAGE, parse_json
 
 __all__ = ["Child", "Write", "main"]
 
@@ -76,8 +76,8 @@ class Child:
         """
         try:
             came = self._pipe.poll(seconds)
-            value = json.loads(self._pipe.recv_bytes(_MOST_BYTES)) if came else None
-        except (EOFError, OSError, ValueError, RecursionError):
+            value = parse_json(self._pipe.recv_bytes(_MOST_BYTES)) if came else None
+        except (EOFError, OSError, ValueError):
             self._pipe.close()  # a child that still writes ends
             return None
         if not came:

@@ -27,6 +27,7 @@ __all__ = [
     "key_of",
     "make_folder",
     "move_into_place",
+    "parse_json",
     "read_json",
     "read_small",
     "refuse_occupied",
@@ -95,8 +96,17 @@ def read_json(path: Path, most_bytes: int = SMALL_BYTES, **how: Any) -> Any:
         OSError: the file cannot be read.
         ValueError: the file is too large, not UTF-8, not JSON, or nested too deeply.
     """
+    return parse_json(read_small(path, most_bytes), **how)
+
+
+def parse_json(text: str | bytes, **how: Any) -> Any:
+    """The value in JSON of a file or of a process; `how` is for `json.loads`.
+
+    Raises:
+        ValueError: the text is not UTF-8, not JSON, or nested too deeply.
+    """
     try:
-        return json.loads(read_small(path, most_bytes).decode("utf-8"), **how)
+        return json.loads(text if isinstance(text, str) else text.decode("utf-8"), **how)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 
@@ -144,7 +154,7 @@ def safetensors_tensors(file: Path) -> dict[str, dict[str, Any]]:
     try:
         with safe_open(str(file), framework="np"), file.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
-            header: dict[str, dict[str, Any]] = json.loads(stream.read(size))
+            header: dict[str, dict[str, Any]] = parse_json(stream.read(size))
     except (SafetensorError, OSError, ValueError) as error:
         raise NblError(f"{file} is truncated or not a safetensors file ({error}); fetch it again") from error
     header.pop("__metadata__", None)

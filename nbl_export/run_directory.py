@@ -181,7 +181,7 @@ class RunDirectory:
         advice = "restore it, or start over with --force"
         try:
             manifest = read_json(path)
-        except (ValueError, OSError, RecursionError) as error:
+        except (ValueError, OSError) as error:
             raise CorruptError(f"{path} cannot be read ({error}); {advice}") from error
         schema = manifest.get("schema") if isinstance(manifest, dict) else None
         if isinstance(schema, int) and schema != SCHEMA:

@@ -19,6 +19,7 @@ from .canaries import Canaries, put_outside
 from .command import configured, keys
 from .hostile import (
     damage_bytes,
+    damage_codes,
     damage_gguf,
     damage_json,
     damage_onnx,
@@ -35,15 +36,16 @@ from .hostile_folders import (
     damage_links,
     damage_run,
     damage_settings,
+    damage_sums,
     enlarge,
     plant_decoys,
     plant_links,
 )
 from .tiny import save_gguf
 
-__all__ = ["COMMANDS", "KINDS", "REFUSED", "Kind", "has", "make_pristine", "victim"]
+__all__ = ["COMMANDS", "KINDS", "REFUSED", "WORDS", "Kind", "has", "make_pristine", "victim"]
 
-_FOLDERS = ("model", "graph", "run", "exit", "deploy", "gguf", "nbl", "codes")  # where canaries are planted
+_FOLDERS = ("model", "graph", "run", "exit", "deploy", "gguf", "nbl", "codes", "awq")  # where canaries are planted
 _FILES = ("maps.safetensors", "predicted_kv.safetensors", "text.txt", "text.jsonl", "text.jsonl.gz", "tiny.gguf",
           "options.toml")  # fmt: skip
 _NAMES = (*_FOLDERS, "ir", "engine", *_FILES)
@@ -63,7 +65,12 @@ class Kind:
     needs: tuple[str, ...] = ()
 
 
+def nothing(*_: object) -> None:
+    """No file is damaged: the words of the command are hostile."""
+
+
 # In a command, {here} is the victim's directory; what it writes goes to {here}/out or to the run that it names.
+# {prompt} and {variables} are words (`hostile_words`).
 _SMALL = " --calibration-tokens 64"
 _TINY = f" --calibration {{here}}/text.txt --output {{here}}/out{_SMALL} --config "
 _CALIBRATE = (
@@ -142,7 +149,14 @@ KINDS: dict[str, Kind] = {
     "checks of a run": Kind(60, "run/verify.json", damage_json, ("report {here}/run", "card {here}/run")),
     "foreign run": Kind(450, "run", damage_run, RUN),
     "foreign run with an exit layer": Kind(150, "exit", damage_run, EXIT),
-    "sums of exit layers": Kind(40, "exit/sums.safetensors", damage_safetensors, EXIT[:1]),
+    "sums of exit layers": Kind(100, "exit", damage_sums, EXIT[:1]),
+    "sums of layers": Kind(100, "run", damage_sums, RUN[5:6]),
+    "shapes of codes": Kind(40, "awq/model.safetensors", damage_codes, (CODES[0].replace("/codes", "/awq"),)),
+    "a prompt": Kind(40, "strange", nothing, ("generate {here}/deploy {prompt} --raw --max-new-tokens 2",
+                                              "generate {here}/run {prompt} --max-new-tokens 2")),
+    "variables of torchrun": Kind(60, "strange", nothing, (
+        "doctor {variables}", "inspect {here}/run {variables}", _CALIBRATE + "model {variables}",
+    )),
     "working directory": Kind(4, "strange", plant_decoys, (
         HUB, "doctor", f"calibrate --model {{here}}/model --output {{here}}/out{_SMALL}", "inspect {here}/graph",
     )),
@@ -152,6 +166,7 @@ KINDS: dict[str, Kind] = {
         for place, (folder, commands) in _LINKS.items()
     },
 }  # fmt: skip
+WORDS = {"prompt": "Hi", "variables": ""}  # of a whole command
 COMMANDS = {command: kind for kind in KINDS.values() for command in kind.commands}
 
 

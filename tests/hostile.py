@@ -9,6 +9,7 @@
     damage_safetensors   the header, or numbers that are none
     damage_onnx          fields of any message of a graph; external data that lies elsewhere
     damage_text          calibration text, compressed or not
+    hostile_words        a prompt, and variables of torchrun, for a command line
 
 What lies outside the given directories is named by `OUTSIDE`, relative to the damaged file, and as an absolute path.
 """
@@ -29,11 +30,13 @@ from typing import Any
 
 import numpy as np
 import onnx
+from safetensors.numpy import load_file, save_file
 
 from nbl_export.options.options import OPTIONS
 
-__all__ = ["OUTSIDE", "damage_bytes", "damage_gguf", "damage_json", "damage_onnx", "damage_safetensors",
-           "damage_sizes", "damage_text", "damage_toml", "damage_xml", "places"]  # fmt: skip
+__all__ = ["OUTSIDE", "damage_bytes", "damage_codes", "damage_gguf", "damage_json", "damage_onnx",
+           "damage_safetensors", "damage_sizes", "damage_text", "damage_toml", "damage_xml", "hostile_words",
+           "places"]  # fmt: skip
 
 OUTSIDE = "../outside/secret"
 _SIZES = (0, 1, 255, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1)
@@ -177,7 +180,7 @@ def _key(random: Random) -> bytes:
     name = random.choice(_KEYS).encode()
     value = _typed(random, random.choice((_ARRAY, _ARRAY, _WORD, 4, 10)))
     if random.random() < 0.1:  # a long array that is all there: empty words, or numbers
-        count = 2 ** random.randint(17, 20)
+        count = 1 << 20
         value = struct.pack("<IIQ", _ARRAY, random.choice((_WORD, 10)), count) + bytes(8 * count)
     return struct.pack("<Q", len(name)) + name + value
 
@@ -250,7 +253,7 @@ def damage_toml(random: Random, path: Path) -> None:
 
 
 def damage_safetensors(random: Random, path: Path) -> None:
-    """Bytes, header or numbers."""
+    """Bytes, header, numbers, or JSON that the metadata holds as text."""
     kind = random.random()
     if kind < 0.3:
         damage_bytes(random, path)
@@ -258,13 +261,39 @@ def damage_safetensors(random: Random, path: Path) -> None:
     data = path.read_bytes()
     size = struct.unpack("<Q", data[:8])[0]
     header, body = json.loads(data[8 : 8 + size]), bytearray(data[8 + size :])
-    if kind < 0.75:
+    written = [name for name, text in header.get("__metadata__", {}).items() if text.startswith("{")]
+    if written and kind < 0.6:
+        _damage_inner(random, header["__metadata__"], written[0], path)
+    elif kind < 0.75:
         _damage_tree(random, header, path)
     else:
         _spoil_numbers(random, header, body)
     said = json.dumps(header).encode("utf-8", "surrogatepass")
     claimed = len(said) if random.random() < 0.95 else random.choice(_SIZES)
     path.write_bytes(struct.pack("<Q", claimed) + said + body)
+
+
+def _damage_inner(random: Random, metadata: dict[str, str], name: str, path: Path) -> None:
+    inner = json.loads(metadata[name])
+    _damage_tree(random, inner, path)
+    deep = ("[" * 200_000, '{"a":' * 100_000, "9" * 5000, "", "{")
+    metadata[name] = random.choice(deep) if random.random() < 0.15 else json.dumps(inner)
+
+
+def damage_codes(random: Random, path: Path) -> None:
+    """Codes, zero points or scales of a matrix in another shape or type."""
+    tensors = load_file(path)
+    name = random.choice([name for name in tensors if name.endswith(("qweight", "qzeros", "scales"))])
+    was = tensors[name]
+    rows = random.choice((0, 1, 3, 2 * len(was), 128))
+    other = np.resize(was, (rows, *was.shape[1:]))
+    shapes = (other, other, was.reshape(-1), was.reshape(-1)[:2], was.sum(), was[..., :0], was[..., :1], was.T)
+    made = random.choice(shapes)
+    kind = random.choice((was.dtype, was.dtype, was.dtype, np.float32, np.int64, np.bool_))
+    tensors[name] = np.ascontiguousarray(made, dtype=kind)
+    if random.random() < 0.1:
+        del tensors[name]
+    save_file(tensors, path, {"format": "pt"})
 
 
 def _spoil_numbers(random: Random, header: dict[str, Any], body: bytearray) -> None:
@@ -407,3 +436,18 @@ def damage_text(random: Random, path: Path) -> None:
         path.write_bytes(random.choice((b"", b"\0" * 1000, b"\n" * 5000, b"a" * 100_000, b"\xef\xbb\xbf", b" ")))
     else:
         damage_bytes(random, path)
+
+
+# -- words of a command line -----------------------------------------------------------------------------------
+
+
+def hostile_words(random: Random) -> dict[str, str]:
+    """A prompt that may be no UTF-8, and what torchrun leaves in a shell: no port that anything could wait at."""
+    pieces = ("Hi", "\udcff\udcfe", "\udc80", "\0", "\x1b[31m", "\u202e", "{{", "\ud83d", "a" * 5000, "\u0301")
+    numbers = ("0", "1", "2", "7", "-1", "x", "", "\u00b2", "1e3", "9" * 5000)
+    said = {name: random.choice(numbers) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    said["MASTER_ADDR"] = random.choice(("127.0.0.1", "", "\u00b2"))
+    said["MASTER_PORT"] = random.choice(("x", "-1", "", "9" * 5000, "70000"))
+    kept = random.sample(sorted(said), random.choice((6, 6, 6, 5, 4)))
+    prompt = "".join(random.choices(pieces, k=random.randint(1, 3)))
+    return {"prompt": prompt, "variables": " ".join(f"{name}={said[name]}" for name in kept)}

@@ -5,6 +5,7 @@ damage_settings      config.json, tokenizer_config.json, generation_config.json:
 damage_links         a file of the folder becomes a link, a pipe or a device
 plant_links          more entries that are links, under names that libraries read, hidden or deep
 damage_run           a file of a run directory, and its recorded hash with it; later stages may be missing
+damage_sums          sums of a calibration, and their recorded hash
 damage_file          a file of a folder, by the damage of its kind
 damage_engine        the record of an engine
 enlarge              a file of a GiB that takes no disk
@@ -23,8 +24,8 @@ from typing import Any
 
 from .hostile import damage_bytes, damage_json, damage_onnx, damage_safetensors, damage_xml
 
-__all__ = ["damage_engine", "damage_file", "damage_genai", "damage_links", "damage_run", "damage_settings", "enlarge",
-           "plant_decoys", "plant_links", "rehash"]  # fmt: skip
+__all__ = ["damage_engine", "damage_file", "damage_genai", "damage_links", "damage_run", "damage_settings",
+           "damage_sums", "enlarge", "plant_decoys", "plant_links", "rehash"]  # fmt: skip
 
 
 def _outside(path: Path, depth: int = 0) -> Path:
@@ -244,6 +245,13 @@ def damage_run(random: Random, run: Path) -> None:
         damage_json(random, run / "nbl.json")
         return
     rehash(run, damage_file(random, run), _STAGES[random.randrange(4) :] if random.random() < 0.5 else ())
+
+
+def damage_sums(random: Random, run: Path) -> None:
+    """The file of a calibration's sums."""
+    path = run / "sums.safetensors"
+    damage_safetensors(random, path)
+    rehash(run, path)
 
 
 def rehash(run: Path, path: Path, without: Sequence[str] = ()) -> None:

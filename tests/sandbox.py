@@ -14,6 +14,7 @@ import gc
 import logging
 import multiprocessing
 import os
+import re
 import resource
 import struct
 import sys
@@ -21,8 +22,11 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from huggingface_hub import constants
+
+from nbl_export.model import processes
 
 from .command import Outcome, nbl
 
@@ -58,6 +62,7 @@ class Sandbox:
     def run(self, *arguments: object, place: Path) -> Outcome:
         """Run a command in the directory `place`; its home and its scratch files are in `home` and `temporary` beside.
 
+        A word NAME=value becomes a variable of the environment.
         Status as of subprocess: minus the signal where one ended it; -9 above `MOST_SECONDS` or `MOST_BYTES`.
         """
         if self._child is None or self._calls == _CALLS:
@@ -168,7 +173,10 @@ def _serve(pipe: Any, of_parent: Any) -> None:
             )
             connections.clear()
             children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-            done = nbl(*arguments)
+            variables = dict(word.split("=", 1) for word in arguments if re.match("[A-Z_]+=", word))
+            with mock.patch.dict(os.environ, variables):
+                done = nbl(*(word for word in arguments if not re.match("[A-Z_]+=", word)))
+            processes._threads.clear()
             os.chdir("/")
             larger = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
             said.seek(0)

@@ -1,4 +1,4 @@
-"""Hostile inputs of 61 kinds: each ends in success or in one line that says why, and touches nothing else.
+"""Hostile inputs of 65 kinds: each ends in success or in one line that says why, and touches nothing else.
 
     pytest -m fuzz tests/test_fuzz.py                         all of them; minutes
     NBL_FUZZ_SHARE=0.02 pytest -m fuzz tests/test_fuzz.py     a hundred
@@ -31,7 +31,8 @@ from nbl_export.run_directory import RunDirectory
 from .canaries import MARK, Canaries, put_outside
 from .codes import quantise
 from .command import BARE, Outcome, nbl
-from .fuzz_kinds import COMMANDS, KINDS, REFUSED, Kind, has, make_pristine, victim
+from .fuzz_kinds import COMMANDS, KINDS, REFUSED, WORDS, Kind, has, make_pristine, victim
+from .hostile import hostile_words
 from .sandbox import MOST_BYTES, Sandbox, watched
 
 pytestmark = [pytest.mark.job, pytest.mark.process]
@@ -52,10 +53,11 @@ def pristine(
         ):
             done = nbl(*command)
             assert done.status == 0, done.err
-        quantise(checkpoint("llama"), folder / "codes", "gptq")
+        for name, method in (("codes", "gptq"), ("awq", "awq")):
+            quantise(checkpoint("llama"), folder / name, method)
 
     made = stores["package"].get("fuzz", make)
-    folders = {name: made / name for name in ("run", "exit", "nbl", "codes")}
+    folders = {name: made / name for name in ("run", "exit", "nbl", "codes", "awq")}
     folders |= {"model": checkpoint("llama"), "graph": exported("llama"), "deploy": finished / "model"}
     if has("openvino"):
         folders["ir"] = exported("llama", "openvino")
@@ -135,7 +137,8 @@ def attempt(
     before, mine = state(here), state(outside)
     decoys = [path for path in (here / "strange").rglob("*") if path.is_dir()]
     with watched(outside, here / "outside", *decoys) as watch:
-        done = sandbox.run(*command.format(here=here).split(), place=here / "strange")
+        words = command.format(here=here, **hostile_words(Random(seed))).split()
+        done = sandbox.run(*words, place=here / "strange")
         touched = watch.seen()
     after = state(here)
     wrong = complaint(done)
@@ -217,7 +220,7 @@ def test_hostile_few(name: str, pristine: Path, tmp_path: Path, sandbox: Sandbox
 def test_every_command_reads_hostile_input() -> None:
     first = {command.split()[0] for command in COMMANDS}
     assert {"main" if name.startswith("--") else name for name in first} == {"main", *CLI}
-    assert sum(kind.count for kind in KINDS.values()) == 5660  # as SECURITY.md says
+    assert sum(kind.count for kind in KINDS.values()) == 5960  # as SECURITY.md says
 
 
 def test_undamaged(pristine: Path, tmp_path: Path, sandbox: Sandbox, canaries: Canaries) -> None:
@@ -226,7 +229,8 @@ def test_undamaged(pristine: Path, tmp_path: Path, sandbox: Sandbox, canaries: C
         if not all(map(has, kind.needs)):
             continue
         victim(pristine, tmp_path / "v", kind, command, canaries)
-        done = sandbox.run(*command.format(here=tmp_path / "v").split(), place=tmp_path / "v" / "strange")
+        words = command.format(here=tmp_path / "v", **WORDS).split()
+        done = sandbox.run(*words, place=tmp_path / "v" / "strange")
         assert done.status == REFUSED.get(command, 0), (command, done.err)
         assert canaries.touched() == [], command
 

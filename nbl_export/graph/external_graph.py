@@ -146,7 +146,7 @@ def _stated_layers(directory: Path) -> int | None:
     for name, parts in places:
         try:
             value: Any = read_json(directory / name)
-        except (OSError, ValueError, RecursionError):
+        except (OSError, ValueError):
             continue
         for part in (*parts, "num_hidden_layers"):
             value = value.get(part) if isinstance(value, dict) else None

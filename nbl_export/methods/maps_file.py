@@ -19,6 +19,7 @@ __all__ = ["load_maps", "maps_in", "save_maps"]
 
 _FORMAT = "nbl-maps-1"
 _MOST_ELEMENTS = 8  # of a tensor, in squares of the decoder's width; Gemma 7B predicts KV by 5.4
+_TYPES = ("F32", "F16")
 _TENSOR = re.compile(r"layers\.(\d{1,9})\.(?:(\w+)\.)?(\w+)")
 
 
@@ -103,7 +104,10 @@ class _Stored(dict[str, np.ndarray]):
     def __missing__(self, name: str) -> np.ndarray:
         if name not in self._names:
             raise KeyError(f"there is no layers.{self._layer}.{name}")
-        shape = self._file.get_slice(self._names[name]).get_shape()
+        stored = self._file.get_slice(self._names[name])
+        if stored.get_dtype() not in _TYPES:
+            raise ValueError(f"{self._names[name]} is in {stored.get_dtype()}, and maps are in {' or '.join(_TYPES)}")
+        shape = stored.get_shape()
         if self._width and math.prod(shape) > _MOST_ELEMENTS * self._width**2:
             raise ValueError(f"{self._names[name]} has shape {shape}, and the decoder is {self._width} wide")
         value: np.ndarray = self._file.get_tensor(self._names[name])

@@ -20,7 +20,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.errors import CorruptError
-from nbl_export.files import replacing, safetensors_header
+from nbl_export.files import parse_json, replacing, safetensors_header
+from nbl_export.records.from_json import check_shape, require
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["SumsFile", "SumsWriter", "open_sums"]
 
 _NO_HASH = "0" * 64
+_FACTS = {"identity": {"batches": int}, "done": int, "count": int, "sha256": str}
 
 
 class SumsWriter:
@@ -80,9 +82,13 @@ class SumsFile:
     def __init__(self, path: Path, file: Any) -> None:
         self.path = path
         self._file = file
-        self.facts: dict[str, Any] = json.loads(file.metadata()["sums"])
-        self.count = int(self.facts["count"])
-        self.is_complete = self.facts["done"] == self.facts["identity"]["batches"]
+        self.facts: dict[str, Any] = parse_json(file.metadata()["sums"])
+        check_shape(self.facts, _FACTS)
+        self.count: int = self.facts["count"]
+        done = self.facts["done"]
+        batches = self.facts["identity"]["batches"]
+        require(self.count >= 1 and 1 <= done <= batches, f"it counts {self.count} rows of {done} batches")
+        self.is_complete = done == batches
         self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
     def check(self) -> None:
@@ -96,7 +102,7 @@ class SumsFile:
             stream.seek(8 + int.from_bytes(stream.read(8), "little"))
             while block := stream.read(1 << 20):
                 digest.update(block)
-        if digest.hexdigest() != self.facts.get("sha256"):
+        if digest.hexdigest() != self.facts["sha256"]:
             raise CorruptError(f"{self.path} is corrupted: its content is not what was written; run calibrate again")
 
     def require(self, shapes: Mapping[str, Sequence[int]]) -> None:

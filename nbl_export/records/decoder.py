@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from nbl_export.records.from_json import require
 
-__all__ = ["HYBRID", "MOST_LAYERS", "MOST_POSITIONS", "DecoderSpec", "GraphContract", "TensorInfo"]
+__all__ = ["HYBRID", "MOST_LAYERS", "MOST_POSITIONS", "MOST_SIZE", "DecoderSpec", "GraphContract", "TensorInfo"]
 
 
 MOST_LAYERS = 1024  # real decoders have at most a few hundred
 MOST_POSITIONS = 1 << 24  # real decoders have at most ten million
+MOST_SIZE = 1 << 24  # vocabularies, the largest sizes, have a few hundred thousand
 HYBRID = (  # why hybrid models are not supported
     "only about a quarter of the layers of a hybrid model are attention, so replacing them gains about 1% of a prompt"
 )
@@ -40,6 +41,7 @@ class DecoderSpec:
         require(self.max_positions <= MOST_POSITIONS, f"a decoder has at most {MOST_POSITIONS:,} positions")
         sizes = (self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim, self.vocab_size)
         require(min(*sizes, self.max_positions) >= 1, "the sizes of a decoder are at least 1")
+        require(max(sizes) <= MOST_SIZE, f"the sizes of a decoder are at most {MOST_SIZE:,}")
         require(self.num_heads % self.num_kv_heads == 0, "query heads are a multiple of key/value heads")
 
     @property

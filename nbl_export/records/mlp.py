@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nbl_export.records.decoder import MOST_SIZE
 from nbl_export.records.from_json import require
 
 __all__ = ["MlpSpec"]
@@ -37,6 +38,7 @@ class MlpSpec:
     def __post_init__(self) -> None:
         sizes = (self.width, self.products, self.experts, self.chosen, self.shared)
         require(all(type(size) is int and size >= 0 for size in sizes), "sizes of an MLP are whole numbers")
+        require(max(sizes) <= MOST_SIZE, f"sizes of an MLP are at most {MOST_SIZE:,}")
         require(self.width >= 1, "an MLP is at least 1 wide")
         require(self.experts == 0 or 1 <= self.chosen <= self.experts, "a token takes 1 to all of the experts")
 

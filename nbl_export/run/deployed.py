@@ -59,8 +59,12 @@ def answers(
 
     Raises:
         UsageError: several are asked of a directory that holds one decoder.
-        NblError: the engine is not available on this machine; also the errors of `locate`.
+        NblError: the prompt is not UTF-8, or the engine is not available on this machine; also the errors of `locate`.
     """
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise NblError("the prompt is not text in UTF-8; convert it first") from error
     if len(variants) > 1 and owner_of(directory) is not None:
         raise UsageError(f"{directory} holds one decoder, and two are compared; name the run directory")
     for name in variants:

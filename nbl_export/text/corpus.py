@@ -20,7 +20,6 @@ import gzip
 import hashlib
 import importlib.metadata as metadata
 import itertools
-import json
 import logging
 import re
 import sysconfig
@@ -31,7 +30,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from nbl_export.errors import NblError
-from nbl_export.files import stream_sha256
+from nbl_export.files import parse_json, stream_sha256
 from nbl_export.text import hub
 
 __all__ = [
@@ -155,8 +154,8 @@ def _lines(path: Path, text: str, truncated: bool) -> Iterator[tuple[str, Any]]:
 
 def _parsed(place: str, text: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise NblError(f"calibration text {place} is not JSON: {error}") from error
 
 

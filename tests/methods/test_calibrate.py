@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from nbl_export.errors import CorruptError, NblError
 from nbl_export.methods import collector, lmmse
@@ -175,6 +178,24 @@ def test_a_file_that_does_not_hold_exactly_the_sums_is_refused(
     open_sums(written(tmp_path, wanted)).require(wanted)
     with pytest.raises(CorruptError, match="holds other sums than its model has"):
         open_sums(written(tmp_path, other)).require(wanted)
+
+
+GOOD = {"identity": {"batches": 4}, "done": 2, "count": 8, "sha256": "x"}
+
+
+@pytest.mark.parametrize(
+    "facts",
+    ["[" * 200_000, "[]", "null", json.dumps({**GOOD, "identity": []}), json.dumps({**GOOD, "sha256": None}),
+     *(json.dumps({**GOOD, "count": wrong}) for wrong in (math.inf, math.nan, 0, -1, "8", None, True, 2.5, 1 << 64)),
+     *(json.dumps({**GOOD, "done": wrong}) for wrong in (None, [1], math.inf, "x", 0, -3, 5, 10**9))],
+)  # fmt: skip
+def test_facts_of_a_stranger_are_compared(facts: str, tmp_path: Path) -> None:
+    """The metadata of a file is text, which may hold JSON of any kind."""
+    save_file({"a": torch.zeros(1)}, tmp_path / "sums", {"sums": json.dumps(GOOD)})
+    assert open_sums(tmp_path / "sums", whole=False).count == 8
+    save_file({"a": torch.zeros(1)}, tmp_path / "sums", {"sums": facts})
+    with pytest.raises(CorruptError, match=r"is no file of sums .*; run calibrate again"):
+        open_sums(tmp_path / "sums", whole=False)
 
 
 def test_foreign_file_is_refused(tmp_path: Path) -> None:

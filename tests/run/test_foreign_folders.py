@@ -25,6 +25,10 @@ from ..hostile_folders import rehash
 pytestmark = pytest.mark.job
 
 
+def test_a_prompt_that_is_no_utf_8_is_refused(tmp_path: Path) -> None:
+    assert_refused(nbl("generate", tmp_path, "w1 \udcff\udcfe", "--raw"), 1, "the prompt is not text in UTF-8")
+
+
 def test_no_command_waits_for_a_pipe(
     checkpoint: Callable[[str], Path], exported: Callable[..., Path], run: Path, text: Path, tmp_path: Path
 ) -> None:

@@ -22,7 +22,7 @@ import torch
 
 from nbl_export.errors import NblError
 from nbl_export.methods.checkpoint import load, source
-from nbl_export.model.checkpoint.pretrained import read_config
+from nbl_export.model.checkpoint.pretrained import explained, read_config
 from nbl_export.records.decoder import DecoderSpec
 
 __all__ = ["METHODS", "check_same", "describe", "find"]
@@ -41,6 +41,7 @@ _EIGHTS = -0x77777778
 _BEHIND = {"input_layernorm": "self_attn.q_proj", "post_attention_layernorm": "mlp.gate_proj"}
 _OUTPUTS = 64  # outputs of a matrix that are read: rounding then moves a column's scale by about 1%
 _LIMIT = 0.05  # of the median of |log(scale of a column times ratio of the norms)|
+_AWQ = ("qweight", "qzeros", "scales")
 _ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where the eight columns of an int32 are, four bits each
 
 
@@ -101,6 +102,11 @@ def check_same(found: source.Source, original: Path, tap: str) -> None:
         NblError: another model, other norms before the maps, norms that do not belong to the matrices of AWQ, or zero
             points in GPTQModel's format.
     """
+    with explained(f"--quantized-model {found.name} cannot be compared with the model"):
+        _check_same(found, original, tap)
+
+
+def _check_same(found: source.Source, original: Path, tap: str) -> None:
     theirs = _open(found.weights)
     ours = _open(source.resolve(str(original)).weights)
     zeros = next((file.get_tensor(name) for name, file in theirs.items() if name.endswith(".qzeros")), None)
@@ -170,8 +176,21 @@ def check_norms(theirs: Mapping[str, Any], ours: Mapping[str, Any], title: str) 
 
 
 def _columns(theirs: Mapping[str, Any], ours: Mapping[str, Any], matrix: str) -> torch.Tensor:
-    """The scale of each column [K]: least squares between the dequantised and the original matrix."""
-    wanted = ours[f"{matrix}.weight"].get_slice(f"{matrix}.weight")[:_OUTPUTS].float()
+    """The scale of each column [K]: least squares between the dequantised and the original matrix.
+
+    Raises:
+        NblError: the codes, zero points and scales are not those of such a matrix.
+    """
+    full = ours[f"{matrix}.weight"].get_slice(f"{matrix}.weight")
+    outputs, inputs = full.get_shape()
+    named = {name: theirs[f"{matrix}.{name}"].get_slice(f"{matrix}.{name}").get_shape() for name in _AWQ}
+    groups = max(1, named["scales"][0])
+    if inputs % groups or [*named.values()] != [[inputs, outputs // 8], [groups, outputs // 8], [groups, outputs]]:
+        raise NblError(
+            f"the quantised {matrix} has the shapes {named}, which are not those of [{outputs}, {inputs}] in 4 bits; "
+            "quantise the model again"
+        )
+    wanted = full[:_OUTPUTS].float()
     found = _dequantised(theirs, matrix)[:, : len(wanted)].T
     return (found * wanted).sum(0) / wanted.square().sum(0).clamp(min=1e-30)
 

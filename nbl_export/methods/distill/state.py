@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nbl_export.files import arrays_sha256, key_of, replacing
+from nbl_export.files import arrays_sha256, key_of, parse_json, replacing
 
 __all__ = ["State"]
 
@@ -36,7 +36,7 @@ class State:
                     return None
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             whole = said["sha256"] == _hash({name: tensor.numpy() for name, tensor in tensors.items()}, said["facts"])
-            return (tensors, json.loads(said["facts"])) if whole else None
+            return (tensors, parse_json(said["facts"])) if whole else None
         except (SafetensorError, OSError, ValueError, KeyError):
             return None
 

@@ -253,7 +253,7 @@ def _reader(path: str, _size: int, _changed_ns: int) -> Any:
         """Makes plain arrays of the mapped file, which take less than half the memory and time of `np.memmap`."""
 
         def _get(self, *place: Any, **how: Any) -> Any:
-            self.data = np.asarray(self.data)
+            self.data: Any = np.asarray(self.data)
             return super()._get(*place, **how)
 
     read_header(Path(path))

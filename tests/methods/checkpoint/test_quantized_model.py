@@ -15,7 +15,8 @@ import torch
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 
-from nbl_export.methods.checkpoint import load
+from nbl_export.errors import NblError
+from nbl_export.methods.checkpoint import load, quantized, source
 from tests.codes import GROUP, METHODS, dequantised, quantise
 from tests.command import TINY, assert_refused, configured, keys, nbl
 from tests.jobs import until
@@ -185,6 +186,32 @@ def test_scaled_matrices_with_the_old_norms_are_refused(norm: str, model: Path, 
     save_file({**tensors, name: old[name]}, theirs / "model.safetensors", {"format": "pt"})
     refused = nbl(*even, *INT4, "--quantized-model", theirs, "--output", tmp_path / "run")
     assert_refused(refused, 1, name, "another function")
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("scales", lambda t: t[:0]),
+        ("scales", lambda t: t[:1].repeat(5, 1)),
+        ("scales", lambda t: t[:1].repeat(128, 1)),
+        ("scales", lambda t: t[0, :2]),
+        ("scales", lambda t: t[:0].sum()),
+        ("qweight", lambda t: t[:0]),
+        ("qweight", lambda t: t.float()),
+        ("qzeros", lambda t: t[:, :1]),
+    ],
+    ids=range(8),
+)
+def test_codes_of_other_shapes_are_refused(name: str, changed: Any, model: Path, tmp_path: Path) -> None:
+    theirs = quantise(model, tmp_path / "codes", "awq")
+    quantized.check_same(source.resolve(str(theirs)), model, "residual")
+    tensors = load_file(theirs / "model.safetensors")
+    full = f"model.layers.1.self_attn.q_proj.{name}"
+    tensors[full] = changed(tensors[full]).contiguous()
+    save_file(tensors, theirs / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NblError, match=r"quantise the model again|cannot be compared with the model") as refusal:
+        quantized.check_same(source.resolve(str(theirs)), model, "residual")
+    assert "\n" not in str(refusal.value)
 
 
 def test_zero_points_of_the_second_gptq_format_are_refused(model: Path, even: Same, tmp_path: Path) -> None:

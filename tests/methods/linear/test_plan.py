@@ -7,6 +7,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -116,8 +117,12 @@ def predicted(*numbers: float) -> dict[str, np.ndarray]:
         predicted(1e9, 1, 2, 1e-5),
         predicted(4, 1, 2),
         {**predicted(), "predicted_kv.numbers": np.ones((4, 4), "f")},
+        predicted(4, 1, 2, -1),
+        predicted(4, 1, 2, 0),
+        {"weight": np.eye(4, dtype=ml_dtypes.float8_e4m3fn), "bias": np.ones(4, "f")},
+        {"weight": np.eye(4, dtype="i4"), "bias": np.ones(4, "f")},
     ],
-    ids=range(13),
+    ids=range(17),
 )
 def test_maps_of_other_shapes_than_the_decoder_are_refused(tensors: dict[str, np.ndarray], tmp_path: Path) -> None:
     for good in (LINEAR, predicted(4, 1, 2, 1e-5)):
