@@ -40,11 +40,12 @@ from nbl_export.files import (
     is_scratch,
     make_folder,
     read_json,
+    read_small,
     remove,
     scratch_in,
     write_json,
 )
-from nbl_export.graph.names import GENAI_CONFIG, IR_FILE, MANIFEST
+from nbl_export.graph.names import CONVERTED, GENAI_CONFIG, IR_FILE, MANIFEST
 from nbl_export.methods import METHODS
 from nbl_export.options.command import describe_command
 from nbl_export.options.options import JobOptions
@@ -133,15 +134,14 @@ class RunDirectory:
                 with friendly_os_errors(self.path):
                     self._sweep()
                     if create and force:
-                        for name in _OURS:  # that this tool writes, the manifest last
-                            remove(self.path / name)
+                        self._start_over()
                     self._read()
                     yield self
             finally:
                 with contextlib.suppress(OSError):
                     self._sweep()  # an interrupt may come between making a scratch directory and using it
                     if "report" in self.manifest.get("stages", {}):  # whoever needs the weights converts them again
-                        remove(self.path / CHECKPOINT)
+                        self._forget_checkpoint()
 
     @classmethod
     def peek(cls, path: Path) -> RunDirectory:
@@ -170,6 +170,25 @@ class RunDirectory:
         """Remove what a killed process left unfinished."""
         for leftover in filter(is_scratch, self.path.iterdir()):
             remove(leftover)
+
+    def _start_over(self) -> None:
+        """Remove what this tool writes, the manifest last.
+
+        Raises:
+            NblError: the manifest is not of this tool. A damaged one stands beside the text of its run.
+        """
+        path = self.path / MANIFEST
+        is_ours = path.is_file() and b'"stages"' in read_small(path)
+        if path.name in os.listdir(self.path) and not is_ours and not (self.path / TEXT_FILE).is_file():
+            raise NblError(f"{path} is not of nbl-export, so --force removes nothing; choose another --output")
+        self._forget_checkpoint()
+        for name in _OURS:
+            remove(self.path / name)
+
+    def _forget_checkpoint(self) -> None:
+        """Remove a converted checkpoint, and nothing else of that name."""
+        if (self.path / CHECKPOINT / CONVERTED).is_file():
+            remove(self.path / CHECKPOINT)
 
     def _read(self) -> None:
         path = self.path / MANIFEST
@@ -326,7 +345,7 @@ _OURS = (
     TEXT_FILE, SUMS_FILE, "calibrate.partial.safetensors", START_FILE, MAPS_FILE,
     DISTILL_FILE, "distill.partial.safetensors", *DECODERS.values(), VERIFY_FILE,
     ACCEPTANCE_FILE, EVAL_FILE, "engine", BENCH_FILE, REPORT_HTML,
-    REPORT_MD, REPORT_JSON, ACCEPTANCE_JSON, CHECKPOINT, MANIFEST,
+    REPORT_MD, REPORT_JSON, ACCEPTANCE_JSON, MANIFEST,
 )  # fmt: skip
 
 

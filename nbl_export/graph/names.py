@@ -7,6 +7,7 @@ from pathlib import Path
 __all__ = [
     "ALL_LOGITS_FILE",
     "ALL_LOGITS_IR",
+    "CONVERTED",
     "DETOKENIZER_IR",
     "EXIT_ROWS",
     "GENAI_CONFIG",
@@ -42,6 +43,7 @@ TEXT_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokeni
               "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
               "chat_template.jinja")  # fmt: skip
 _ENDINGS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".md", ".data", "")  # none: texts such as LICENSE
+CONVERTED = "source.json"  # in a checkpoint that a conversion wrote
 MANIFEST = "nbl.json"  # in a run directory and in a deployable directory
 OWN_NODES = "/nbl/"  # begins the names of nodes that the rewrite adds
 # The node that takes the rows that continue above an exit layer; the last token's row comes first.

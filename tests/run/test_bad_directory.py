@@ -255,6 +255,30 @@ def test_damaged_manifest_is_forgotten_with_force(same: Same, run: Path) -> None
     assert {p.name for p in run.iterdir()} == {".lock", "nbl.json", "text.safetensors", "sums.safetensors"}
 
 
+@pytest.mark.parametrize("manifest", ["{}", '{"schema": 1, "name": "x"}', "[]", "{"])
+def test_force_removes_nothing_beside_a_manifest_of_others(manifest: str, same: Same, tmp_path: Path) -> None:
+    for name, content in {"nbl.json": manifest, "model/thesis.txt": "mine", "original/a": "mine"}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    before = snapshot(tmp_path)
+    for arguments in (same, ("calibrate", *same[:4], *same[6:])):
+        refused = nbl(*arguments, "--output", tmp_path, "--force")
+        assert_refused(refused, 1, tmp_path / "nbl.json", "--force removes nothing")
+    assert snapshot(tmp_path) == before
+
+
+def test_a_folder_checkpoint_of_others_stays(same: Same, run: Path) -> None:
+    for name in ("thesis.txt", "config.json"):
+        (run / "checkpoint" / name).parent.mkdir(exist_ok=True)
+        (run / "checkpoint" / name).write_text("mine")
+    assert nbl("report", run).status == 0
+    assert nbl("calibrate", *same[:4], *same[6:], "--output", run, "--force").status == 0
+    assert len(list((run / "checkpoint").iterdir())) == 2
+    (run / "checkpoint" / "source.json").write_text("{}")  # as a conversion leaves it
+    assert nbl("calibrate", *same[:4], *same[6:], "--output", run, "--force").status == 0
+    assert not (run / "checkpoint").exists()
+
+
 # -- verification that fails ------------------------------------------------------------------------------------
 
 

@@ -21,8 +21,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from nbl_export.errors import CorruptError
+from nbl_export.errors import CorruptError, NblError
 from nbl_export.files import read_json, scratch_in
+from nbl_export.graph.names import CONVERTED
 from nbl_export.methods import METHODS
 from nbl_export.methods.base import Mixer
 from nbl_export.methods.checkpoint.source import Linearized, Source, log
@@ -44,7 +45,6 @@ from nbl_export.trust.model_settings import drop_code
 __all__ = ["load_mapped", "load_maps", "load_model", "load_tokenizer", "materialise", "read_spec", "spec_of"]
 
 
-_MARKER = "source.json"
 _TENSOR = re.compile(r"(?:^|\.)layers\.(\d{1,9})\.self_attn\.(.+)$")
 
 
@@ -166,6 +166,8 @@ def _convert(source: Source, target: Path) -> None:
     quiet_transformers()
     _register(source)
     origin = source.gguf or source.directory
+    if target.exists() and not (target / CONVERTED).is_file():
+        raise NblError(f"{target} is in the way of the converted model; move it")
     with scratch_in(target.parent) as scratch:
         made = scratch / "checkpoint"
         if source.gguf is not None:
@@ -177,7 +179,7 @@ def _convert(source: Source, target: Path) -> None:
         drop_code(made)
         sizes = {f.name: f.stat().st_size for f in sorted(made.iterdir())}
         facts = {"fingerprint": source.fingerprint, "file": origin.name, "sizes": sizes}
-        (made / _MARKER).write_text(json.dumps(facts), encoding="utf-8")
+        (made / CONVERTED).write_text(json.dumps(facts), encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         os.replace(made, target)
 
@@ -205,7 +207,7 @@ def _restored(directory: Path) -> tuple[Any, Any]:
 
 def _is_whole(target: Path, source: Source) -> bool:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        facts = read_json(target / _MARKER)
+        facts = read_json(target / CONVERTED)
         same = facts["fingerprint"] == source.fingerprint
         return same and all((target / n).stat().st_size == size for n, size in facts["sizes"].items())
     return False

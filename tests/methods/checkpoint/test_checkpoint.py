@@ -79,6 +79,15 @@ def test_gguf_is_dequantised_once_and_again_where_damaged(gguf: Path, tmp_path: 
     assert snapshot(load.materialise(source, target)) == before
 
 
+def test_a_conversion_replaces_no_folder_of_others(gguf: Path, tmp_path: Path) -> None:
+    target = tmp_path / "checkpoint"
+    target.mkdir()
+    (target / "thesis.txt").write_text("mine")
+    with pytest.raises(NblError, match=r"checkpoint is in the way of the converted model; move it"):
+        load.materialise(checkpoint_source.resolve(str(gguf)), target)
+    assert (target / "thesis.txt").read_text() == "mine"
+
+
 def test_one_part_of_a_split_file_is_refused(gguf: Path, tmp_path: Path) -> None:
     from gguf import GGUFReader, GGUFWriter
 
