@@ -11,6 +11,7 @@ of the working directory. `multiprocessing` imports both, so its connection is u
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -29,6 +30,7 @@ Write = Callable[[Any], None]  # sends a JSON value to the parent
 
 GRACE_SECONDS = 10.0  # for a child to end the processes that it has started
 _MOST_BYTES = 64 << 20  # of an answer
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from nbl_export.child import main; main()"
 
 
@@ -47,7 +49,7 @@ class Child:
         self._pipe, theirs = Pipe()
         path = [*sys.path, str(PACKAGE.parent)]
         number = theirs.fileno()
-        command = [sys.executable, "-I", "-c", _START, json.dumps(path), str(number)]
+        command = [sys.executable, "-I", "-c", _START, json.dumps(path), str(number), str(os.getpid())]
         try:
             with theirs, _interrupts_held():
                 self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2, pass_fds=[number])
@@ -122,8 +124,17 @@ def _interrupts_held() -> Iterator[None]:
             signal.raise_signal(number)
 
 
+def _end_with(parent: int) -> None:
+    """Have Linux end this process when its parent ends, also by a signal that no parent handles."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+
 def main() -> None:
     """Read the request of the parent, and call its function."""
+    _end_with(int(sys.argv[3]))
     pipe = Connection(int(sys.argv[2]))
     os.set_inheritable(pipe.fileno(), False)  # a process that a library starts does not hold the pipe open
     function, given = pipe.recv()

@@ -10,9 +10,11 @@ import resource
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from nbl_export.child import Child, Write
@@ -132,6 +134,34 @@ def test_a_child_that_says_nothing_is_ended() -> None:
     assert child.status() == -15
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems tell a process nothing")
+def test_a_child_ends_with_a_parent_that_is_killed() -> None:
+    script = (
+        "from nbl_export.child import Child\n"
+        "from tests.test_child import _says_its_number\n"
+        "with Child(_says_its_number) as child:\n"
+        "    print(child.answer(60), flush=True)\n"
+        "    child.answer(600)\n"
+    )
+    where = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=where) as parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        assert _works(child)
+        parent.kill()
+    end = time.monotonic() + 10
+    while _works(child) and time.monotonic() < end:
+        time.sleep(0.01)
+    left = _works(child)
+    if left:
+        child.kill()
+    assert not left
+
+
+def _works(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE  # of which a container may keep some
+
+
 def test_a_process_with_thousands_of_open_files_hears_its_child() -> None:
     """select() takes no descriptor above 1,023."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -149,6 +179,9 @@ def test_a_process_with_thousands_of_open_files_hears_its_child() -> None:
 
 
 def _sleep(_write: Write) -> None:
-    import time
+    time.sleep(600)
 
+
+def _says_its_number(write: Write) -> None:
+    write(os.getpid())
     time.sleep(600)

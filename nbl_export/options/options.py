@@ -475,7 +475,13 @@ class JobOptions:
         least=1,
     )
     threads: int | None = option(
-        None, "Threads of the engine; default: its own choice.", _BENCH, "main bench", least=1, applies=_NOT_COMPILED
+        None,
+        "Threads of the engine; default: its own choice.",
+        _BENCH,
+        "main bench",
+        least=1,
+        most=1024,
+        applies=_NOT_COMPILED,
     )
 
     def __post_init__(self) -> None:

@@ -414,6 +414,7 @@ def test_a_value_that_fits_is_accepted() -> None:
         ({"logits": "some"}, "key logits is last or all, not 'some'"),
         ({"select": "best"}, "key select is cca or efficient, not 'best'"),
         ({"repetitions": 0}, "repetitions must be at least 1"),
+        ({"threads": 1025}, "--threads is 1024 at most"),
         ({"label_weight": 1.5, "fit": "distilled"}, "key label_weight is 1 at most"),
         ({"distill_minutes": 0.0, "fit": "distilled"}, "--distill-minutes is more than 0"),
     ],
