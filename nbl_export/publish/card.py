@@ -34,6 +34,7 @@ from nbl_export.report.table import escaped
 from nbl_export.run_directory import RunDirectory
 from nbl_export.targets import load_engine
 from nbl_export.trust.model_settings import read_object, read_text
+from nbl_export.trust.terminal import visible
 
 __all__ = ["CARD", "BaseModel", "check_hub_id", "check_publishable", "find", "render", "write_card"]
 
@@ -140,7 +141,7 @@ def render(manifest: Mapping[str, Any], report: Mapping[str, Any], base: BaseMod
 
 def _line(text: str) -> str:
     """Text that stays in an indented block."""
-    return " ".join(text.splitlines())
+    return visible(" ".join(text.splitlines()))
 
 
 _HUB = "https://huggingface.co/"

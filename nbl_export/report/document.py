@@ -20,6 +20,7 @@ import jinja2
 from markupsafe import Markup
 
 from nbl_export.report.table import Table, Tone, escaped
+from nbl_export.trust.terminal import visible
 
 __all__ = [
     "Alarm",
@@ -167,7 +168,11 @@ def html(page: Document, drawings: Mapping[str, str]) -> str:
     """
     source = importlib.resources.files("nbl_export.report").joinpath("report.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda value: value if isinstance(value, Markup) or not isinstance(value, str) else visible(value),
     )
     environment.filters["kind"] = lambda block: type(block).__name__
     trusted = {name: Markup(svg) for name, svg in drawings.items()}
@@ -208,7 +213,7 @@ def _block(block: Block) -> str:
         case Table():
             return block.markdown()
         case Code(text):
-            return "\n".join(f"    {line}" for line in text.splitlines())
+            return "\n".join(f"    {visible(line)}" for line in text.splitlines())
         case Details(summary, blocks):
             return _joined((f"### {escaped(summary)}", written(blocks)))
         case Pair(left, right):

@@ -13,6 +13,8 @@ from typing import Literal, TypeAlias
 from rich.box import HEAVY_HEAD
 from rich.table import Table as RichTable
 
+from nbl_export.trust.terminal import visible
+
 __all__ = ["Cell", "Column", "Shown", "Table", "Tone", "escaped", "facts"]
 
 Tone: TypeAlias = Literal["", "ok", "bad", "words"]  # words: a figure that is no number
@@ -92,4 +94,4 @@ def facts(rows: Iterable[tuple[str, object]]) -> Table:
 
 def escaped(text: object) -> str:
     """Text without effect as Markdown or HTML, on one line."""
-    return re.sub(r"([\\`*_\[\]<>|&])", r"\\\1", " ".join(str(text).split()))
+    return re.sub(r"([\\`*_\[\]<>|&])", r"\\\1", " ".join(visible(str(text)).split()))

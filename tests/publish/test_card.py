@@ -14,6 +14,7 @@ from nbl_export.files import write_json
 from nbl_export.publish import card
 from nbl_export.publish import card as base_model
 from nbl_export.publish.card import BaseModel
+from nbl_export.trust.terminal import visible
 
 from ..command import assert_refused, in_new_process, keys, nbl, snapshot
 from ..damage import flip
@@ -223,11 +224,11 @@ def test_a_run_of_a_hub_model_knows_its_name(run: Path, tmp_path: Path) -> None:
 def test_names_of_others_are_text(run: Path) -> None:
     report = json.loads((run / "report.json").read_text())
     text = card.render(
-        manifest(run),
+        {**manifest(run), "command": "nbl-export --model \u202ex"},
         report,
-        BaseModel("<script>x</script> | [a](b)", terms={"license": "mit\n---\nx: y"}, origin="`o`"),
+        BaseModel("<script>x</script> | [a](b)\u202e", terms={"license": "mit\n---\nx: y"}, origin="`o`"),
     )
-    assert "<script>" not in text
+    assert "<script>" not in text and visible(text) == text
     assert r"\<script\>x\</script\> \| \[a\]\(b)".replace(r"\(", "(") in text
     assert metadata(text)["license"] == "mit\n---\nx: y" and "x" not in metadata(text)
 

@@ -25,7 +25,7 @@ from nbl_export.report.page import document, render, summarize
 from nbl_export.report.quality import describe_curve
 from nbl_export.report.speed import speed as speed_section
 from nbl_export.report.table import Column, Table, facts
-from nbl_export.trust.terminal import Console
+from nbl_export.trust.terminal import Console, visible
 
 SECOND = 1_000_000_000
 
@@ -458,6 +458,7 @@ def test_ids_are_unique_and_references_resolve(written: Written) -> None:
 
 
 HOSTILE = "</pre></title><script>alert(1)</script>|<img src=x onerror=y>\n# `code` [a](b) 'single' \"double\""
+HOSTILE += " \u202eno\u2066p\u200e\x1b[31m"
 
 
 def test_what_others_wrote_is_inert() -> None:
@@ -477,6 +478,8 @@ def test_what_others_wrote_is_inert() -> None:
     prose = [line for line in written.markdown.splitlines() if not line.startswith("    ")]
     assert not [line for line in prose if re.search(r"(?<!\\)[<`\[]", line)]
     assert "\\<script\\>" in written.markdown and not any(line.startswith("# `") for line in prose)
+    for text in (written.markdown, written.html):
+        assert visible(text) == text and r"\u202e" in text
     widths = {title: {len(row) for row in written.table(title)} for title in ("Quality loss", "Versions", "Settings")}
     assert all(len(width) == 1 for width in widths.values()), widths
 
