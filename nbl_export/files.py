@@ -214,11 +214,11 @@ def friendly_os_errors(where: Path) -> Iterator[None]:
     except Exception as error:
         number, filename = _disk_trouble(error)
         reasons = {
-            errno.ENOSPC: f"no space left on the disk of {where}; free some or choose another --output",
-            errno.EDQUOT: f"the disk quota of {where} is used up; free some space or choose another --output",
-            errno.EACCES: f"no permission to write {filename or where}; choose another --output",
-            errno.EROFS: f"{where} is on a read-only file system; choose another --output",
-            errno.EFBIG: f"a file in {where} grew beyond the file-size limit; raise it or choose another --output",
+            errno.ENOSPC: f"no space left on the disk of {where}; free some or choose another directory",
+            errno.EDQUOT: f"the disk quota of {where} is used up; free some space or choose another directory",
+            errno.EACCES: f"no permission to write {filename or where}; choose another directory",
+            errno.EROFS: f"{where} is on a read-only file system; choose another directory",
+            errno.EFBIG: f"a file in {where} grew beyond the file-size limit; raise it or choose another directory",
         }
         explained = isinstance(error, NblError) and number not in _WRITE_ONLY  # e.g. a text that cannot be read
         if number not in reasons or explained:

@@ -51,7 +51,7 @@ def test_output_that_cannot_be_written(same: Same, tmp_path: Path) -> None:
 def test_output_without_permission(same: Same, tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     try:
-        assert_refused(nbl(*same, "--output", tmp_path / "run"), 1, "no permission", "choose another --output")
+        assert_refused(nbl(*same, "--output", tmp_path / "run"), 1, "no permission", "choose another directory")
     finally:
         tmp_path.chmod(0o700)
 
@@ -135,7 +135,7 @@ def test_file_size_limit(kilobytes: int, missing: str, run: Path) -> None:
     before = snapshot(run)
     with limited_files(kilobytes):
         refused = nbl("report", run)
-    assert_refused(refused, 1, run, "--output")
+    assert_refused(refused, 1, run, "choose another directory")  # `report` has no --output
     assert snapshot(run) == before
     assert not list(run.glob(".nbl-export-*"))
     if missing in ("report.md", "maps.safetensors"):
@@ -167,7 +167,7 @@ def test_full_disk(kilobytes: int, same: Same, tmp_path: Path, monkeypatch: pyte
         pytest.skip("no right to mount a small disk here; test_file_size_limit stands in")
     try:
         run = disk / "run"
-        assert_refused(nbl(*same, "--output", run), 1, run, "no space left", "--output")
+        assert_refused(nbl(*same, "--output", run), 1, run, "no space left", "choose another directory")
         assert not list(run.glob(".nbl-export-*"))
         subprocess.run(["mount", "-o", "remount,size=8m", disk], check=True)
         with until("rewrite"):
