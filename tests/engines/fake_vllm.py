@@ -254,7 +254,8 @@ def vllm_config(
     """What vLLM hands to a model. `theirs`: the model of transformers. `settings` are of config.json."""
     defaults: dict[str, Any] = {"model_type": "nbl-llama", "nbl_tap": "residual", "nbl_parallel": "replicated"}
     defaults |= dict.fromkeys(("nbl_kinds", "nbl_exit"))
-    facts = {"num_hidden_layers": len(theirs.model.layers), "hidden_size": theirs.config.hidden_size}
+    facts = {name: getattr(theirs.config, name) for name in ("hidden_size", "max_position_embeddings")}
+    facts["num_hidden_layers"] = len(theirs.model.layers)
     return SimpleNamespace(
         theirs=theirs, elsewhere=set(elsewhere), quant_config="as asked",
         model_config=SimpleNamespace(hf_config=SimpleNamespace(**{**facts, **defaults, **settings})),

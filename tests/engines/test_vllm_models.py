@@ -30,8 +30,8 @@ NAMES = [f"nbl_export.targets.checkpoint.vllm.{name}" for name in ("models", "pr
 W = 5
 
 
-ABOVE = {"nbl_replaced_layers": [1, 2], "nbl_kinds": ["predicted_kv"] * 2,
-         "nbl_exit": {"layer": 1, "recent_tokens": W, "epsilon": 1e-5}}  # fmt: skip
+STATED = {"layer": 1, "recent_tokens": W, "epsilon": 1e-5}
+ABOVE = {"nbl_replaced_layers": [1, 2], "nbl_kinds": ["predicted_kv"] * 2, "nbl_exit": STATED}
 
 
 @pytest.fixture(scope="module")
@@ -243,6 +243,14 @@ def test_a_checkpoint_without_a_map_is_refused(
         ({"nbl_replaced_layers": [1, 2], "nbl_kinds": ["predicted_kv"] * 2}, "vLLM runs linear layers"),
         ({**ABOVE, "nbl_replaced_layers": [2], "nbl_kinds": ["predicted_kv"]}, "which is no exit layer"),
         ({**ABOVE, "nbl_exit": {"layer": 1}}, "which is no exit layer"),
+        ({**ABOVE, "nbl_exit": {**STATED, "recent_tokens": 0}}, "which is no exit layer: recent_tokens is 1 to"),
+        ({**ABOVE, "nbl_exit": {**STATED, "recent_tokens": "5"}}, "which is no exit layer"),
+        ({**ABOVE, "nbl_exit": {**STATED, "recent_tokens": 1 << 40}}, "which is no exit layer"),
+        ({**ABOVE, "nbl_exit": {**STATED, "epsilon": -1.0}}, "which is no exit layer: epsilon is between 0 and 1"),
+        ({**ABOVE, "nbl_exit": {**STATED, "epsilon": None}}, "which is no exit layer"),
+        ({**ABOVE, "nbl_exit": {**STATED, "layer": "1"}}, "which is no exit layer"),
+        ({**ABOVE, "nbl_exit": [1]}, "which is no exit layer"),
+        ({**ABOVE, "nbl_kinds": ["predicted_kv", "linear"]}, "which is no exit layer"),
         ({**ABOVE, "model_type": "nbl-qwen3"}, "nbl-qwen3 has no predicted KV in vLLM"),
         ({**ABOVE, "pipeline_parallel_size": 2}, "do not go with pipeline stages; start vLLM without"),
         ({**ABOVE, "cudagraph": "FULL"}, "do not go with CUDA graphs; start vLLM with --enforce-eager"),

@@ -31,6 +31,8 @@ from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.model_executor.models.utils import PPMissingLayer
 
+from nbl_export.methods import METHODS
+from nbl_export.records.plan import PREDICTED_KV
 from nbl_export.targets.checkpoint.vllm.predicted_kv import put_exit
 
 __all__ = [
@@ -120,14 +122,12 @@ class Linearized:
 
 def _check_exit(config: Any, kinds: dict[int, str], vllm_config: Any) -> None:
     """Raises ValueError: vLLM does not serve this exit layer as it was started."""
-    facts = config.nbl_exit
     speculative = vllm_config.speculative_config
-    parts = {"layer", "recent_tokens", "epsilon"}
-    above = dict.fromkeys(range(facts.get("layer", 0), config.num_hidden_layers), "predicted_kv")
-    if set(facts) != parts or facts["layer"] < 1 or kinds != above:
-        raise ValueError(
-            f"config.json has nbl_exit {facts} and layers {kinds}, which is no exit layer; convert the run again"
-        )
+    METHODS[PREDICTED_KV].check_facts(
+        config.nbl_exit, tuple(kinds), config.num_hidden_layers, config.max_position_embeddings
+    )
+    if set(kinds.values()) != {PREDICTED_KV}:
+        raise ValueError(f"config.json has layers {kinds}, which is no exit layer; convert the run again")
     if config.model_type not in ("nbl-llama", "nbl-mistral", "nbl-qwen2"):
         raise ValueError(f"{config.model_type} has no predicted KV in vLLM; convert a run of linear layers")
     refused = {
