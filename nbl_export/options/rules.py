@@ -281,6 +281,8 @@ def _wrong_exit(case: Case) -> str | bool:
     positions = case.decoder.max_positions
     if options.exit_layer not in (AUTO_EXIT, NO_EXIT) and not 1 <= int(options.exit_layer) < layers:
         return f"--exit-layer {options.exit_layer}: this model has layers 0 to {layers - 1}; exit at 1 or above"
+    if options.exit_layer == AUTO_EXIT and layers == 1:
+        return f"--exit-layer {AUTO_EXIT}: this model has one layer, and none stands below it; use --exit-layer none"
     beyond = options.recent_tokens is not None and options.recent_tokens >= positions
     return beyond and f"--recent-tokens {options.recent_tokens} is beyond the model's {positions} positions"
 

@@ -158,13 +158,19 @@ def read_asked(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _HUB_PAGE = re.compile(
-    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?!datasets/|spaces/)([\w.-]+/[\w.-]+)(?:[/?#].*)?"
+    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?!datasets/|spaces/)([^\W_][\w.-]*/[^\W_][\w.-]*)(?:[/?#].*)?"
 )
 
 
 def hub_id(model: str) -> str:
-    """The hub id of a model's page on the hub, org/name; any other name as it is."""
+    """The hub id of a model's page on the hub, org/name; any other name as it is.
+
+    Raises:
+        UsageError: a path here has the name of the page's model, and would be read in its place.
+    """
     page = _HUB_PAGE.fullmatch(model)
+    if page and os.path.lexists(page[1]):
+        raise UsageError(f"{model} is a page of the hub, and {page[1]} is a path here; start in another directory")
     return page[1] if page else model
 
 

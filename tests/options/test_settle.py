@@ -12,7 +12,7 @@ import pytest
 from nbl_export.errors import NblError, UsageError
 from nbl_export.options.option import ModelFacts
 from nbl_export.options.options import OPTIONS, JobOptions, flag_of
-from nbl_export.options.settle import numbers, read_asked, settle
+from nbl_export.options.settle import hub_id, numbers, read_asked, settle
 from nbl_export.publish.convert import FORMS
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.destinations import DESTINATIONS
@@ -355,10 +355,13 @@ WRONG: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
                            ("1-", "'1-' is not a layer"), ("²", "'²' is not a layer"), ("some", "0,7,24-29"))
     ),
 ]  # fmt: skip
+assert PLAIN.decoder is not None
+ONE_LAYER = dataclasses.replace(PLAIN, decoder=dataclasses.replace(PLAIN.decoder, num_layers=1))
 # The same for what does not fit a model: an error that is not of usage.
 UNFIT: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
     ({"decoder_source": "genai"}, MOE, ("genai is not possible for qwen3_moe", "decoder_source = 'mobius'")),
     ({"layers": "3"}, PLAIN, ("--layers 3", "at least one stays", "at most 2")),
+    ({"exit_layer": "auto"}, ONE_LAYER, ("--exit-layer auto: this model has one layer", "--exit-layer none")),
     ({"layers": "0-2"}, PLAIN, ("at least one stays", "at most 2")),
     ({"layers": "99"}, PLAIN, ("--layers 99", "at most 2")),
     ({"layers": "0,3"}, PLAIN, ("layer 3 does not exist", "0 to 2")),
@@ -441,7 +444,15 @@ def test_names_and_values_are_read_alike() -> None:
     paths = {"model": Path("m"), "calibration": [Path("a.txt"), "b.txt"], "quantized_model": Path("q")}
     assert read_asked(paths) == {"model": "m", "calibration": ("a.txt", "b.txt"), "quantized_model": "q"}
     assert read_asked({"calibration": Path("a.txt")}) == {"calibration": ("a.txt",)}
-    assert read_asked({"model": "https://huggingface.co/datasets/org/m"})["model"].startswith("https:")
+    for page in ("datasets/org/m", "../../etc", "./models", "-x/y"):
+        assert read_asked({"model": f"https://huggingface.co/{page}"})["model"] == f"https://huggingface.co/{page}"
+
+
+def test_a_page_of_the_hub_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "org" / "m").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="is a page of the hub, and org/m is a path here"):
+        hub_id("https://huggingface.co/org/m")
     with pytest.raises(UsageError, match="precison is no option; did you mean precision"):
         settled({"precison": "fp16"})
     with pytest.raises(UsageError, match="'label_weight' is of the wrong kind"):
