@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import nbl_export.hf  # noqa: F401  registers the classes
@@ -142,3 +144,13 @@ def test_other_attention_is_refused_or_gets_linear_layers(architecture: str, che
         done = nbl("--model", checkpoint(architecture), *BARE, "--output", tmp_path / "run")
     options = json.loads((tmp_path / "run" / "nbl.json").read_text(encoding="utf-8"))["options"]
     assert options["exit_layer"] == "none", done.err
+
+
+def test_logits_that_are_not_finite_are_told(checkpoint: Any, text: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(checkpoint("llama"), tmp_path / "model"))
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][:] = math.inf
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    options = (*BARE[:2], "--calibration-tokens", "2560", "--max-perplexity-increase", "5%", "--recent-tokens", "4")
+    done = nbl("--model", model, "--calibration", text, *options, "--output", tmp_path / "run")
+    assert_refused(done, 1, "the original's logits hold NaN or infinity")

@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
+from nbl_export.errors import NblError
 from nbl_export.methods.base import Choice, ChoiceInputs, Maps, Mixer, Say, Task
 from nbl_export.methods.choose import lines, point, step, unreachable
 from nbl_export.methods.predicted_kv.candidates import ExitCandidates
@@ -253,6 +254,8 @@ class _Judge:
         found: dict[str, list[Loss]] = {}
         answers = []
         for row, values in zip(rows, processes.all_reduce_sum(table).tolist(), strict=True):
+            if not math.isfinite(values[2]):  # `Loss.original_sum`
+                raise NblError("the original's logits hold NaN or infinity; check the checkpoint's weights")
             if row.text is not None:
                 found.setdefault(row.text, []).append(Loss.of(values[:4]))
             if values[4]:
