@@ -99,14 +99,16 @@ def loss_over_float(losses: Any, title: str) -> str:
 
     "" if none was measured.
     """
-    found = []
-    for text, own in losses.items():
-        if title in own and title != _FLOAT:
-            differences = [ours - right for ours, right in zip(own[title], own[_FLOAT], strict=True)]
-            error = statistics.stdev(differences) / math.sqrt(len(differences))
-            found.append((statistics.mean(differences), error, text))
-    if not found:
+    own = [(increase(losses[text], title, _FLOAT), text) for text in losses if title in losses[text]]
+    if not own or title == _FLOAT:
         return ""
-    mean, error, text = max(found)
-    increase = math.exp(mean)
-    return f"{100 * (increase - 1):+.1f}% ± {200 * increase * error:.1f} ({text})"
+    (_, said), text = max(own)
+    return f"{said} ({text})"
+
+
+def increase(losses: Any, title: str, base: str) -> tuple[float, str]:
+    """Mean difference of loss in nats; the increase of perplexity, with two standard errors over windows."""
+    differences = [ours - right for ours, right in zip(losses[title], losses[base], strict=True)]
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    factor = math.exp(statistics.mean(differences))
+    return statistics.mean(differences), f"{100 * (factor - 1):+.1f}% ± {200 * factor * error:.1f}"

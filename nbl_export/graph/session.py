@@ -12,7 +12,7 @@ from typing import Any
 
 from nbl_export.errors import CorruptError, MissingPackageError, NblError, one_line
 from nbl_export.graph.fp32_activations import keep_fp32_activations
-from nbl_export.graph.rowwise import SESSION_ENTRIES, has_rowwise
+from nbl_export.graph.rowwise import session_entries
 from nbl_export.graph.trust import read_proto
 from nbl_export.records.decoder import GraphContract, TensorInfo
 
@@ -85,8 +85,7 @@ def open_session(
     loaded = str(graph) if isinstance(graph, Path) else graph
     proto = read_proto(graph) if isinstance(graph, Path) else _parsed(graph)
     entries = dict(entries or {}) | ({_UNPACKED: "1"} if mapped and _is_float32(proto) else {})
-    if has_rowwise(proto):
-        entries |= SESSION_ENTRIES
+    entries |= session_entries(proto)
     if fp32_activations:
         entries |= keep_fp32_activations(proto)
         loaded = proto.SerializeToString()

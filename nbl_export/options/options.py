@@ -227,8 +227,9 @@ class JobOptions:
     )
     precision: str = option(
         "fp32",
-        "ort: fp32 (default), fp16, int8, int4; openvino: int8 (default), fp16, fp32, int4; trt, trt-rtx: bf16 "
-        "(default), fp16, int4. ort, openvino: int4 is the default if float32 does not fit into memory.",
+        "ort: fp32 (default), fp16, int8 (on a CPU also of activations), int4; openvino: int8 (default), fp16, fp32, "
+        "int4; trt, trt-rtx: bf16 (default), fp16, int4. ort, openvino: int4 is the default if float32 does not fit "
+        "into memory.",
         _ENGINE,
         "main rewrite",
         first=True,

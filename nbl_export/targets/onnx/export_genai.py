@@ -1,7 +1,7 @@
 """The ONNX Runtime GenAI model builder: GroupQueryAttention with rotary inside, packed QKV, skip norms.
 
 Its graph is the fastest on ONNX Runtime. Its int8 and int4 are weight-only (MatMulNBits, block 32, symmetric,
-accuracy level 4 on the CPU).
+accuracy level 4 on the CPU); `int8_rows` converts its int8.
 
 Patches of the GenAI builder (0.18) for models that it cannot export; verification compares the graphs with torch.
 

@@ -44,6 +44,7 @@ import numpy as np
 from nbl_export.errors import MissingPackageError, NblError, one_line
 from nbl_export.graph.genai_config import read_genai_config
 from nbl_export.graph.names import GRAPH_FILE
+from nbl_export.graph.rowwise import session_entries
 from nbl_export.graph.trust import read_proto
 from nbl_export.targets.base import default_threads
 from nbl_export.targets.onnx.facts import GenaiSettings
@@ -162,10 +163,10 @@ def open_model(og: ModuleType, directory: Path, threads: int, *, on_cpu: bool) -
     Raises:
         NblError: the directory is not a model that loads; the message has the path.
     """
-    check_genai_folder(directory)
+    entries = session_entries(check_genai_folder(directory))
     try:
         config = og.Config(str(directory))  # checked by `check_genai_folder`
-        session = {"intra_op_num_threads": threads, "log_severity_level": SILENT}
+        session = {"intra_op_num_threads": threads, "log_severity_level": SILENT, **entries}
         config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
         if on_cpu:
             config.clear_providers()  # the CPU provider is the fallback and must not be named
@@ -174,12 +175,12 @@ def open_model(og: ModuleType, directory: Path, threads: int, *, on_cpu: bool) -
         raise NblError(f"{directory} does not load in ONNX Runtime GenAI: {one_line(error)}") from error
 
 
-def check_genai_folder(directory: Path) -> None:
-    """Check links, settings and graph of a folder.
+def check_genai_folder(directory: Path) -> Any:
+    """Check links, settings and graph of a folder; returns the graph without its data.
 
     Raises:
         NblError: something is refused; the message names the file.
     """
     check_folder(directory)
     decoder = read_genai_config(directory).get("model", {}).get("decoder", {})
-    read_proto(directory / decoder.get("filename", GRAPH_FILE))
+    return read_proto(directory / decoder.get("filename", GRAPH_FILE))

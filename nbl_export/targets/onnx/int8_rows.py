@@ -19,8 +19,9 @@ from nbl_export.graph.files import read_graph, save_graph
 from nbl_export.graph.genai_config import read_genai_config
 from nbl_export.graph.names import GENAI_CONFIG, GRAPH_FILE
 from nbl_export.graph.passes.rowwise import MakeRowwise, moment_outputs
-from nbl_export.graph.rowwise import SESSION_ENTRIES
+from nbl_export.graph.rowwise import session_entries
 from nbl_export.graph.session import open_session
+from nbl_export.graph.trust import read_proto
 
 __all__ = ["round_rows"]
 
@@ -41,7 +42,8 @@ def round_rows(directory: Path, rows_BT: npt.NDArray[np.int64]) -> None:
         for file in sorted(Path(scratch).iterdir(), reverse=True):  # the data before the graph that reads it
             file.replace(directory / file.name)
     settings = read_genai_config(directory)
-    settings["model"]["decoder"].setdefault("session_options", {}).update(SESSION_ENTRIES)
+    entries = session_entries(read_proto(directory / GRAPH_FILE))
+    settings["model"]["decoder"].setdefault("session_options", {}).update(entries)
     (directory / GENAI_CONFIG).write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
 
 

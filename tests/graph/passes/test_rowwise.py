@@ -19,7 +19,7 @@ from nbl_export.graph.emitter import run_passes
 from nbl_export.graph.genai_config import read_genai_config
 from nbl_export.graph.names import GRAPH_FILE
 from nbl_export.graph.passes.rowwise import MakeRowwise
-from nbl_export.graph.rowwise import NAME, make_exact
+from nbl_export.graph.rowwise import NAME, make_exact, session_entries
 from nbl_export.graph.session import open_session
 from nbl_export.targets.onnx.int8_rows import round_rows
 
@@ -129,8 +129,35 @@ def test_a_decoder_has_rows_in_every_product_but_the_head(folder: Path) -> None:
     kinds = Counter(node.op_type for node in graph.node)
     assert kinds["MatMulNBits"] == 1
     assert kinds[NAME] % 5 == 0  # qkv, o, gate, up, down of each layer
-    settings = read_genai_config(folder)
-    assert settings["model"]["decoder"]["session_options"]["session.x64quantprecision"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "unsigned"),
+    [("x86_64", "avx2", True), ("x86_64", "avx2 avx512_vnni", False), ("AMD64", None, True), ("aarch64", "sve", False)],
+)
+def test_products_are_unsigned_where_they_would_saturate(
+    machine: str, flags: str | None, unsigned: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(path: Path, encoding: str) -> str:
+        if flags is None:
+            raise FileNotFoundError(path)
+        return flags
+
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    proto = rowwise()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_text", read)
+        assert session_entries(proto) == ({"session.x64quantprecision": "1"} if unsigned else {})
+        assert session_entries(ir.to_proto(product())) == {}
+
+
+def test_a_folder_made_where_products_saturate_says_so(
+    folder: Path, exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nbl_export.graph.rowwise._saturates", lambda: True)
+    round_rows(folder, np.zeros((1, 4), np.int64))
+    settings = read_genai_config(folder)["model"]["decoder"]["session_options"]
+    assert settings["session.x64quantprecision"] == "1"
 
 
 def test_the_balance_of_down_is_in_the_scales_of_up(folder: Path) -> None:
