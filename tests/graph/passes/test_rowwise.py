@@ -21,6 +21,8 @@ from nbl_export.graph.names import GRAPH_FILE
 from nbl_export.graph.passes.rowwise import MakeRowwise
 from nbl_export.graph.rowwise import NAME, make_exact, session_entries
 from nbl_export.graph.session import open_session
+from nbl_export.targets.base import ExportSettings
+from nbl_export.targets.onnx import export_genai
 from nbl_export.targets.onnx.int8_rows import round_rows
 
 K, N, BLOCK = 64, 48, 32
@@ -62,28 +64,28 @@ def answer(proto: onnx.ModelProto, x: np.ndarray = X) -> np.ndarray:
     return found
 
 
+def stored(proto: onnx.ModelProto, name: str) -> np.ndarray:
+    return np.asarray(onnx.numpy_helper.to_array(next(t for t in proto.graph.initializer if t.name == name)))
+
+
 def error(moment_K: np.ndarray | None) -> float:
     return float(np.square(answer(rowwise(moment_K)) - X @ MATRIX_KN).mean())
 
 
-def test_the_exact_form_is_the_product_with_the_codes_that_ship() -> None:
-    proto = rowwise()
-    codes, scales = (
-        onnx.numpy_helper.to_array(next(t for t in proto.graph.initializer if t.name == name))
-        for name in ("y/codes", "y/scales")
-    )
+@pytest.mark.parametrize("moment_K", [None, np.square(X).mean((0, 1))], ids=["not balanced", "balanced"])
+def test_the_exact_form_is_the_product_with_the_codes_that_ship(moment_K: np.ndarray | None) -> None:
+    proto = rowwise(moment_K)
+    codes, scales, inverse = (stored(proto, name) for name in ("y/codes", "y/scales", "x/inverse"))
     session = open_session(proto.SerializeToString(), fp32_activations=True)
-    np.testing.assert_allclose(session.run(["y"], {"x": X})[0], X @ (codes * scales), rtol=1e-4, atol=1e-4)
+    matrix_KN = inverse[:, None] * codes * scales
+    np.testing.assert_allclose(session.run(["y"], {"x": X})[0], X @ matrix_KN, rtol=1e-4, atol=1e-4)
     assert [tensor.name for tensor in make_exact(proto)] == ["y/codes", "z/codes"]
-    assert np.abs(codes * scales - MATRIX_KN).max() <= scales.max() / 2 + 1e-6
+    assert (np.abs(matrix_KN - MATRIX_KN) <= inverse[:, None] * scales / 2 + 1e-6).all()
 
 
 def test_the_form_that_ships_rounds_each_token_by_its_own_largest_value() -> None:
     proto = rowwise()
-    codes, scales = (
-        onnx.numpy_helper.to_array(next(t for t in proto.graph.initializer if t.name == name)).astype(np.float64)
-        for name in ("y/codes", "y/scales")
-    )
+    codes, scales = (stored(proto, name).astype(np.float64) for name in ("y/codes", "y/scales"))
     step = np.abs(X).max(-1, keepdims=True) / 127
     np.testing.assert_allclose(answer(proto), np.rint(X / step) * step @ (codes * scales), rtol=1e-3, atol=2e-2)
 
@@ -108,8 +110,7 @@ def test_the_balance_by_moments_loses_least() -> None:
 def test_channels_of_which_nothing_is_known_are_not_balanced() -> None:
     moment_K = np.zeros(K)
     moment_K[3] = 4.0
-    inverse = next(t for t in rowwise(moment_K).graph.initializer if t.name == "x/inverse")
-    np.testing.assert_array_equal(onnx.numpy_helper.to_array(inverse), np.ones(K, np.float32))
+    np.testing.assert_array_equal(stored(rowwise(moment_K), "x/inverse"), np.ones(K, np.float32))
 
 
 def test_codes_that_two_products_read_stay() -> None:
@@ -158,6 +159,26 @@ def test_a_folder_made_where_products_saturate_says_so(
     round_rows(folder, np.zeros((1, 4), np.int64))
     settings = read_genai_config(folder)["model"]["decoder"]["session_options"]
     assert settings["session.x64quantprecision"] == "1"
+
+
+def test_the_balance_is_that_of_all_rows_of_the_text(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    export_genai.build(checkpoint("llama"), tmp_path, ExportSettings("genai", "int8"))
+    proto = onnx.load(str(tmp_path / GRAPH_FILE))
+    first = next(node for node in proto.graph.node if node.op_type == "MatMulNBits")
+    shown = onnx.ModelProto.FromString(proto.SerializeToString())
+    shown.graph.output.append(onnx.helper.make_tensor_value_info(first.input[0], onnx.TensorProto.FLOAT, None))
+    decoder = OnnxDecoder(tmp_path, 16, session=open_session(shown.SerializeToString()))
+    rows_BT = np.random.default_rng(1).integers(0, 64, (3, 20))
+    decoder.begin(3)
+    moment_K = np.square(decoder.run(rows_BT)[first.input[0]]).sum((0, 1))
+    sizes = {attribute.name: attribute.i for attribute in first.attribute}
+    codes = stored(proto, first.input[1]).reshape(sizes["N"], -1, sizes["block_size"]).astype(np.float32) - 128
+    matrix_NK = (codes * stored(proto, first.input[2]).reshape(sizes["N"], -1, 1)).reshape(sizes["N"], -1)
+
+    round_rows(tmp_path, rows_BT)
+    inverse_K = stored(onnx.load(str(tmp_path / GRAPH_FILE)), f"{first.input[0]}/inverse")
+    balance_K = (moment_K / np.square(matrix_NK[:, : sizes["K"]]).sum(0)) ** 0.25
+    np.testing.assert_allclose(1 / inverse_K, balance_K / np.sqrt(np.square(balance_K).mean()), rtol=1e-2)
 
 
 def test_the_balance_of_down_is_in_the_scales_of_up(folder: Path) -> None:
