@@ -239,6 +239,7 @@ def test_what_is_not_understood_is_refused_at_once(
         ("granite", ("--layers", "1", *configured(tap="normed"))),
         ("qwen3", ("--layers", "2", "--precision", "int4")),
         ("olmo2", ("--layers", "2")),  # by mobius
+        ("gemma2", ("--layers", "2", "--precision", "int8")),
         ("qwen3_moe", ()),
     ],
 )

@@ -1,6 +1,7 @@
 """Quantised products in blocks become products of int8 rows.
 
     before   MatMulNBits(x, codes in blocks, scales)           8 bits, symmetric
+             MatMul(x, W float32)                              if a graph has no quantised products
     after    RowwiseMatMul(x, inverse, codes, scales, ...)     see `graph.rowwise`
 
 Each input channel k is divided by a balance s_k, and row k of the weights is multiplied by it. Rounding x / s with a
@@ -11,8 +12,8 @@ step a, and column n of s W with a step w_n, gives a product of T tokens and N c
 which is least at s_k^4 ~ E[x_k^2] / sum_n W_kn^2 for given steps. Products that read one value share one balance. The
 moments E[x_k^2] come from a run of the graph before (`moment_outputs`).
 
-The head stays: for generation it computes one token, and that costs the same in both forms. A product stays if its
-codes have zero points, or if another node reads them.
+A head in blocks stays: for generation it computes one token, and that costs the same in both forms. A product stays if
+its codes have zero points, or if another node reads its weights.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +34,6 @@ __all__ = ["MakeRowwise", "moment_outputs"]
 
 _BITS = 8
 _MOMENT = "nbl.moment."
-_INPUTS_OF_CODES = 3  # x, codes, scales; further inputs are zero points, an order of groups, a bias
 _LARGEST = 127
 _SCALES = 3  # place among the inputs of a converted product
 
@@ -44,11 +45,14 @@ def moment_outputs(model: ir.Model) -> dict[str, str]:
         name of the new output -> name of the input.
     """
     graph = model.graph
-    axes = register(graph, ir.tensor(np.array([0, 1]), name=f"{_MOMENT}axes"))
+    axes = register(graph, ir.tensor(np.array([0]), name=f"{_MOMENT}axes"))
     outputs = {}
-    for number, x in enumerate(_by_input(graph)):
+    for number, (x, matrices) in enumerate(_by_input(graph).items()):
+        width = next(iter(matrices.values())).shape[0]
+        shape = register(graph, ir.tensor(np.array([-1, width]), name=f"{_MOMENT}{number}.shape"))
+        rows = ir.node("Reshape", [x, shape])
         total = ir.val(f"{_MOMENT}{number}", ir.DataType.FLOAT, [None])
-        graph.append(ir.node("ReduceSumSquare", [x, axes], {"keepdims": 0}, outputs=[total]))
+        graph.extend([rows, ir.node("ReduceSumSquare", [rows.outputs[0], axes], {"keepdims": 0}, outputs=[total])])
         graph.outputs.append(total)
         outputs[str(total.name)] = str(x.name)
     return outputs
@@ -77,18 +81,19 @@ class MakeRowwise(ir.passes.InPlacePass):
             register(graph, ir.tensor(STEP, name="nbl.rowwise.step")),
             register(graph, ir.tensor(ZERO, name="nbl.rowwise.zero")),
         ]
-        for x, nodes in by_input.items():
-            balance_K = self._balance(x, nodes)
+        for x, matrices in by_input.items():
+            balance_K = self._balance(x, list(matrices.values()))
+            is_alone = len(x.uses()) == len(matrices) and not x.is_graph_output()
             # ONNX Runtime leaves out a product with the scalar 1.
-            left = np.float32(1) if _scaled_before(x, 1 / balance_K) else 1 / balance_K
+            left = np.float32(1) if is_alone and _scaled_before(x, 1 / balance_K) else 1 / balance_K
             inverse = register(graph, ir.tensor(np.asarray(left), name=f"{x.name}/inverse"))
-            for node in nodes:
-                _convert(graph, node, inverse, balance_K, shared)
+            for node, matrix in matrices.items():
+                _convert(graph, node, matrix, inverse, balance_K, shared)
         return ir.passes.PassResult(model, modified=True)
 
-    def _balance(self, x: ir.Value, nodes: list[ir.Node]) -> npt.NDArray[np.float32]:
+    def _balance(self, x: ir.Value, matrices: list[_Matrix]) -> npt.NDArray[np.float32]:
         """s_k, with a mean square of 1; 1 for channels of which nothing is known."""
-        weight_K = sum(np.square(_Blocks.of(node).dense()).sum(1) for node in nodes)
+        weight_K = sum(np.square(matrix.dense()).sum(1) for matrix in matrices)
         moment_K = self._moments.get(str(x.name), np.zeros_like(weight_K))
         known = (moment_K > 0) & (weight_K > 0)
         if not known.any():
@@ -99,44 +104,97 @@ class MakeRowwise(ir.passes.InPlacePass):
         return balance_K.astype(np.float32)
 
 
+class _Matrix(Protocol):
+    """A matrix [K, N] of a product; `dense` reads it."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    def dense(self) -> npt.NDArray[np.float32]: ...
+
+
+@dataclass(frozen=True)
+class _Floats:
+    """A matrix in float32; `turned`: stored as [N, K], as a head that is the embedding."""
+
+    weights: ir.TensorProtocol
+    turned: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        first, second = self.weights.shape.numpy()
+        return (second, first) if self.turned else (first, second)
+
+    def dense(self) -> npt.NDArray[np.float32]:
+        stored: npt.NDArray[np.float32] = self.weights.numpy()
+        return stored.T if self.turned else stored
+
+
 @dataclass(frozen=True)
 class _Blocks:
-    """The matrix [K, N] of a MatMulNBits, in codes of 8 bits without zero points."""
+    """A matrix in codes of 8 bits without zero points."""
 
     codes: ir.TensorProtocol
     scales: ir.TensorProtocol
-    rows: int
-    columns: int
+    shape: tuple[int, int]
     block: int
 
-    @classmethod
-    def of(cls, node: ir.Node) -> _Blocks:
-        codes, scales = (need(value, node.name or "").const_value for value in node.inputs[1:_INPUTS_OF_CODES])
-        assert codes is not None and scales is not None
-        return cls(codes, scales, *(node.attributes[name].as_int() for name in ("K", "N", "block_size")))
-
     def dense(self) -> npt.NDArray[np.float32]:
-        """The matrix in float32."""
-        codes = self.codes.numpy().reshape(self.columns, -1, self.block).astype(np.float32) - (1 << _BITS - 1)
-        blocks = codes * self.scales.numpy().reshape(self.columns, -1, 1)
-        matrix_NK: npt.NDArray[np.float32] = blocks.reshape(self.columns, -1)[:, : self.rows]
+        rows, columns = self.shape
+        codes = self.codes.numpy().reshape(columns, -1, self.block).astype(np.float32) - (1 << _BITS - 1)
+        blocks = codes * self.scales.numpy().reshape(columns, -1, 1)
+        matrix_NK: npt.NDArray[np.float32] = blocks.reshape(columns, -1)[:, :rows]
         return matrix_NK.T
 
-    def row_codes(
-        self, name: str, balance_K: npt.NDArray[np.float32], scale_N: npt.NDArray[np.float32]
-    ) -> ir.TensorProtocol:
-        """Codes [K, N] of the balanced matrix, with a scale a column."""
-        return ir.tensor(np.rint(balance_K[:, None] * self.dense() / scale_N).astype(np.int8), name=name)
+
+def _matrix_of(node: ir.Node) -> _Matrix | None:
+    """The matrix of a product that can be converted; None for other nodes."""
+    stored = [value for value in node.inputs[1:] if value is not None]
+    if node.op_type == "MatMul":
+        return _floats_of(stored[0])
+    tensors = [value.const_value for value in stored if value.is_initializer() and len(value.uses()) == 1]
+    if node.op_type != "MatMulNBits" or len(stored) != len(tensors) or len(tensors) != len(("codes", "scales")):
+        return None
+    codes, scales = tensors
+    bits, rows, columns, block = (node.attributes[name].as_int() for name in ("bits", "K", "N", "block_size"))
+    if bits != _BITS or codes is None or scales is None:
+        return None
+    return _Blocks(codes, scales, (rows, columns), block)
 
 
-def _by_input(graph: ir.Graph) -> dict[ir.Value, list[ir.Node]]:
-    """Products that can be converted, by what they read."""
+def _floats_of(value: ir.Value) -> _Floats | None:
+    """A stored matrix that no other node reads, or the transpose of any stored matrix."""
+    if len(value.uses()) != 1:
+        return None
+    node = value.producer()
+    is_turned = node is not None and node.op_type == "Transpose"
+    source = node.inputs[0] if node is not None and is_turned else value
+    tensor = None if source is None else source.const_value
+    if tensor is None or len(tensor.shape) != 2 or tensor.dtype != ir.DataType.FLOAT:
+        return None
+    return _Floats(tensor, is_turned)
+
+
+def _row_codes(
+    matrix: _Matrix, name: str, balance_K: npt.NDArray[np.float32], scale_N: npt.NDArray[np.float32]
+) -> ir.TensorProtocol:
+    """Codes [K, N] of the balanced matrix, with a scale a column."""
+    return ir.tensor(np.rint(balance_K[:, None] * matrix.dense() / scale_N).astype(np.int8), name=name)
+
+
+def _by_input(graph: ir.Graph) -> dict[ir.Value, dict[ir.Node, _Matrix]]:
+    """Products that are converted, by what they read."""
     width = next((v.shape[-1] for v in graph.outputs if v.name == "logits" and v.shape is not None), None)
-    found: dict[ir.Value, list[ir.Node]] = {}
+    is_quantised = any(node.op_type in ("MatMulNBits", NAME) for node in graph)
+    found: dict[ir.Value, dict[ir.Node, _Matrix]] = {}
     for node in graph:
+        matrix = _matrix_of(node)
         x = node.inputs[0] if node.inputs else None
-        if x is not None and _is_convertible(node) and node.attributes["N"].as_int() != width:
-            found.setdefault(x, []).append(node)
+        if x is None or matrix is None:
+            continue
+        if is_quantised and (node.op_type == "MatMul" or matrix.shape[1] == width):
+            continue  # left in float on purpose, or the head
+        found.setdefault(x, {})[node] = matrix
     return found
 
 
@@ -146,8 +204,7 @@ def _scaled_before(x: ir.Value, inverse_K: npt.NDArray[np.floating]) -> bool:
     x = silu(gate) * up is such a value: the balance of `down` costs nothing.
     """
     product = x.producer()
-    is_ours = all(_is_convertible(node) for node, _ in x.uses())
-    if product is None or product.op_type != "Mul" or x.is_graph_output() or not is_ours:
+    if product is None or product.op_type != "Mul":
         return False
     for factor in product.inputs:
         node = None if factor is None else factor.producer()
@@ -159,33 +216,27 @@ def _scaled_before(x: ir.Value, inverse_K: npt.NDArray[np.floating]) -> bool:
     return False
 
 
-def _is_convertible(node: ir.Node) -> bool:
-    if node.op_type != "MatMulNBits" or node.attributes["bits"].as_int() != _BITS:
-        return False
-    given = [value for value in node.inputs[1:] if value is not None]
-    return len(given) == _INPUTS_OF_CODES - 1 and all(
-        value.is_initializer() and value.const_value is not None and len(value.uses()) == 1 for value in given
-    )
-
-
 def _convert(
-    graph: ir.Graph, node: ir.Node, inverse: ir.Value, balance_K: npt.NDArray[np.float32], shared: list[ir.Value]
+    graph: ir.Graph,
+    node: ir.Node,
+    matrix: _Matrix,
+    inverse: ir.Value,
+    balance_K: npt.NDArray[np.float32],
+    shared: list[ir.Value],
 ) -> None:
-    matrix = _Blocks.of(node)
     scale_N = np.abs(balance_K[:, None] * matrix.dense()).max(0) / _LARGEST
     scale_N[scale_N == 0] = 1
     name = f"{node.name}/codes"
     codes = ir.LazyTensor(  # made when the graph is written, so that memory holds one matrix
-        partial(matrix.row_codes, name, balance_K, scale_N),
-        ir.DataType.INT8,
-        ir.Shape([matrix.rows, matrix.columns]),
-        name=name,
+        partial(_row_codes, matrix, name, balance_K, scale_N), ir.DataType.INT8, ir.Shape(matrix.shape), name=name
     )
     scales = ir.tensor(scale_N, name=f"{node.name}/scales")
-    x, *old = node.inputs[:_INPUTS_OF_CODES]
+    x, *old = node.inputs
     inputs = [x, inverse, register(graph, codes), register(graph, scales), *shared]
     product = ir.node(NAME, inputs, domain=DOMAIN, name=node.name)
     ir.convenience.replace_nodes_and_values(graph, node, [node], [product], node.outputs, product.outputs)
     for value in old:
-        if value is not None:
+        if value is not None and value.is_initializer():
             del graph.initializers[str(value.name)]
+        elif value is not None and (transpose := value.producer()) is not None:
+            graph.remove(transpose, safe=True)

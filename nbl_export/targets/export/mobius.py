@@ -22,7 +22,7 @@ from nbl_export.trust.model_settings import read_object
 
 __all__ = ["PRECISIONS", "build", "corrected", "refuse_lost_biases"]
 
-_DTYPES = {"fp32": "f32", "fp16": "f16"}
+_DTYPES = {"fp32": "f32", "fp16": "f16", "int8": "f32"}  # `targets.onnx.int8_rows` rounds to int8
 PRECISIONS = tuple(_DTYPES)
 
 

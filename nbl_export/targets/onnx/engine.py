@@ -78,7 +78,8 @@ class OrtEngine(Engine):
         else:
             export_genai.build(checkpoint, out, settings, self.capabilities.provider)
         finish_directory(checkpoint, out)
-        if settings.rows_BT is not None and self._rounds_rows(settings):
+        is_float = settings.source == "mobius"
+        if self._rounds_rows(settings) and (is_float or settings.rows_BT is not None):
             from nbl_export.targets.onnx.int8_rows import round_rows  # loads onnx_ir, which a run here does not need
 
             round_rows(out, settings.rows_BT)

@@ -28,13 +28,13 @@ __all__ = ["round_rows"]
 _LOGITS = "logits"
 
 
-def round_rows(directory: Path, rows_BT: npt.NDArray[np.int64]) -> None:
+def round_rows(directory: Path, rows_BT: npt.NDArray[np.int64] | None) -> None:
     """Convert the products of a GenAI directory in place.
 
     Args:
-        rows_BT: token ids of the text that balances the channels; each row is read alone.
+        rows_BT: token ids of the text that balances the channels; each row is read alone. None: no balance.
     """
-    moments = _moments(directory, rows_BT)
+    moments = {} if rows_BT is None else _moments(directory, rows_BT)
     model = read_graph(directory / GRAPH_FILE)
     run_passes([MakeRowwise(moments)], model)
     with tempfile.TemporaryDirectory(dir=directory) as scratch:

@@ -188,6 +188,19 @@ def test_the_balance_of_down_is_in_the_scales_of_up(folder: Path) -> None:
     assert {name: not shape for name, shape in shapes.items()} == {name: "down_proj" in name for name in shapes}
 
 
+def test_a_decoder_of_mobius_has_rows_in_every_product(exported: Callable[..., Path]) -> None:
+    logits = {}
+    ids = np.random.default_rng(0).integers(0, 64, (1, 24))
+    for precision in ("int8", "fp32"):
+        decoder = OnnxDecoder(exported("llama", "mobius", precision), 16)
+        decoder.begin(1)
+        logits[precision] = decoder.step(ids)
+    graph = onnx.load(str(exported("llama", "mobius", "int8") / GRAPH_FILE), load_external_data=False).graph
+    kinds = Counter(node.op_type for node in graph.node)
+    assert kinds["MatMul"] == 0 and kinds[NAME] > 0
+    assert (logits["int8"] - logits["fp32"]).std() < 0.05 * logits["fp32"].std()
+
+
 def test_products_of_one_input_round_it_once(folder: Path, tmp_path: Path) -> None:
     options: Any = ort.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
