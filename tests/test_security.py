@@ -68,6 +68,7 @@ READS = {
     "graph/files.py": (1, "made here, or checked by `parsed` before"),
     "graph/gguf_header.py": (1, "every number is bounded"),
     "graph/trust.py": (1, "bounded by protobuf's limit"),
+    "graph/rowwise.py": (1, "the system's"),
     "measure/benchmark.py": (1, "the system's"),
     "measure/footprint.py": (1, "the system's"),
     "methods/checkpoint/copied.py": (1, "copied in blocks"),

@@ -108,6 +108,15 @@ TABLES: dict[str, Callable[[Path], Any]] = {
     "routes_table": lambda _: console.routes_table(
         [{"name": EVIL, "title": EVIL, "take": EVIL, "reason": said} for said in ("", EVIL)]
     ),
+    "ir_table": lambda _: console.ir_table(
+        {
+            "graph": EVIL,
+            "bytes": 1,
+            "states": 2,
+            "logits": "all",
+            "findings": [{"what": EVIL, "nodes": 3, "advice": EVIL}],
+        }
+    ),
     "graph_table": lambda run: console.graph_table(graph_facts(run)),
     "ladder_table": lambda run: model.checks(of_run("verify.json")(run)["checks"], "Acceptance, e" + EVIL),
 }
