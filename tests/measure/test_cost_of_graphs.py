@@ -92,7 +92,7 @@ def test_original_graph(
     """int4 and int8 as the model counts them: all matrices in blocks of 4 bits, or of 8 bits."""
     directory = exported("llama", "genai", precision) if precision == "fp32" else tmp_path / precision
     if precision != "fp32":
-        settings = ExportSettings("genai", precision, 0, ("algo_config=default",) if precision == "int4" else ())
+        settings = ExportSettings("genai", precision, 0, ("algo_config=default",))
         exporter_of("genai").export(checkpoint("llama"), directory, settings)
     found = Count(directory, "model.onnx", tmp_path).run(tokens, depth)
     assert costs_of(checkpoint("llama"), precision, pruned=False).prefill({}, tokens, depth) == found

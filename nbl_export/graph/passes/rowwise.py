@@ -18,10 +18,9 @@ its codes have zero points, or if another node reads its weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -29,12 +28,14 @@ import onnx_ir as ir
 
 from nbl_export.graph.emitter import need, register
 from nbl_export.graph.rowwise import DOMAIN, NAME, STEP, ZERO, rowwise_function
+from nbl_export.records.quantised import unpacked
 
 __all__ = ["MakeRowwise", "moment_outputs"]
 
 _BITS = 8
 _MOMENT = "nbl.moment."
 _LARGEST = 127
+_OPERANDS = 2  # codes and scales; a MatMulNBits with zero points or an order of groups has more
 _SCALES = 3  # place among the inputs of a converted product
 
 
@@ -104,47 +105,12 @@ class MakeRowwise(ir.passes.InPlacePass):
         return balance_K.astype(np.float32)
 
 
-class _Matrix(Protocol):
-    """A matrix [K, N] of a product; `dense` reads it."""
-
-    @property
-    def shape(self) -> tuple[int, int]: ...
-
-    def dense(self) -> npt.NDArray[np.float32]: ...
-
-
 @dataclass(frozen=True)
-class _Floats:
-    """A matrix in float32; `turned`: stored as [N, K], as a head that is the embedding."""
+class _Matrix:
+    """A matrix [K, N] of a product, in float32 as often as it is read."""
 
-    weights: ir.TensorProtocol
-    turned: bool
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        first, second = self.weights.shape.numpy()
-        return (second, first) if self.turned else (first, second)
-
-    def dense(self) -> npt.NDArray[np.float32]:
-        stored: npt.NDArray[np.float32] = self.weights.numpy()
-        return stored.T if self.turned else stored
-
-
-@dataclass(frozen=True)
-class _Blocks:
-    """A matrix in codes of 8 bits without zero points."""
-
-    codes: ir.TensorProtocol
-    scales: ir.TensorProtocol
     shape: tuple[int, int]
-    block: int
-
-    def dense(self) -> npt.NDArray[np.float32]:
-        rows, columns = self.shape
-        codes = self.codes.numpy().reshape(columns, -1, self.block).astype(np.float32) - (1 << _BITS - 1)
-        blocks = codes * self.scales.numpy().reshape(columns, -1, 1)
-        matrix_NK: npt.NDArray[np.float32] = blocks.reshape(columns, -1)[:, :rows]
-        return matrix_NK.T
+    dense: Callable[[], npt.NDArray[np.float32]]
 
 
 def _matrix_of(node: ir.Node) -> _Matrix | None:
@@ -152,27 +118,39 @@ def _matrix_of(node: ir.Node) -> _Matrix | None:
     stored = [value for value in node.inputs[1:] if value is not None]
     if node.op_type == "MatMul":
         return _floats_of(stored[0])
-    tensors = [value.const_value for value in stored if value.is_initializer() and len(value.uses()) == 1]
-    if node.op_type != "MatMulNBits" or len(stored) != len(tensors) or len(tensors) != len(("codes", "scales")):
+    tensors = [_tensor_of(value) for value in stored]
+    if node.op_type != "MatMulNBits" or len(tensors) != _OPERANDS:
         return None
     codes, scales = tensors
     bits, rows, columns, block = (node.attributes[name].as_int() for name in ("bits", "K", "N", "block_size"))
-    if bits != _BITS or codes is None or scales is None:
+    if codes is None or scales is None or bits != _BITS:
         return None
-    return _Blocks(codes, scales, (rows, columns), block)
+    return _Matrix((rows, columns), partial(_unpacked, codes, scales, block, (columns, rows)))
 
 
-def _floats_of(value: ir.Value) -> _Floats | None:
-    """A stored matrix that no other node reads, or the transpose of any stored matrix."""
-    if len(value.uses()) != 1:
-        return None
+def _tensor_of(value: ir.Value) -> ir.TensorProtocol | None:
+    """A stored tensor that no other node reads."""
+    return value.const_value if value.is_initializer() and len(value.uses()) == 1 else None
+
+
+def _unpacked(
+    codes: ir.TensorProtocol, scales: ir.TensorProtocol, block: int, shape: tuple[int, int]
+) -> npt.NDArray[np.float32]:
+    return unpacked(codes.numpy(), scales.numpy(), None, _BITS, block, shape).values.T
+
+
+def _floats_of(value: ir.Value) -> _Matrix | None:
+    """A stored matrix that no other node reads, or the transpose of any, as a head is that is the embedding."""
     node = value.producer()
     is_turned = node is not None and node.op_type == "Transpose"
     source = node.inputs[0] if node is not None and is_turned else value
     tensor = None if source is None else source.const_value
-    if tensor is None or len(tensor.shape) != 2 or tensor.dtype != ir.DataType.FLOAT:
+    if len(value.uses()) != 1 or tensor is None or len(tensor.shape) != 2 or tensor.dtype != ir.DataType.FLOAT:
         return None
-    return _Floats(tensor, is_turned)
+    rows, columns = tensor.shape.numpy()
+    if is_turned:
+        return _Matrix((columns, rows), lambda: tensor.numpy().T)
+    return _Matrix((rows, columns), tensor.numpy)
 
 
 def _row_codes(

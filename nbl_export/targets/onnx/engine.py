@@ -78,17 +78,11 @@ class OrtEngine(Engine):
         else:
             export_genai.build(checkpoint, out, settings, self.capabilities.provider)
         finish_directory(checkpoint, out)
-        is_float = settings.source == "mobius"
-        if self._rounds_rows(settings) and (is_float or settings.rows_BT is not None):
+        asked = {option.partition("=")[0] for option in settings.builder_options}
+        if settings.precision in self.capabilities.balanced and asked.isdisjoint(OF_ROUNDING):
             from nbl_export.targets.onnx.int8_rows import round_rows  # loads onnx_ir, which a run here does not need
 
             round_rows(out, settings.rows_BT)
-
-    def _rounds_rows(self, settings: ExportSettings) -> bool:
-        """Whether int8 is of rows; an option of the builder that is about rounding asks for its own form."""
-        asked = {option.partition("=")[0] for option in settings.builder_options}
-        is_cpu = self.capabilities.provider == CAPABILITIES.provider
-        return settings.precision == "int8" and is_cpu and asked.isdisjoint(OF_ROUNDING)
 
     def open_runner(self, path: Path, threads: int | None = None) -> GenaiRunner:
         """A text runner on a deployable directory."""

@@ -66,6 +66,7 @@ class CudaEngine(ort.OrtEngine):
         kinds=LINEAR_KINDS,
         provider=CUDA,
         faster_on_cpu="",
+        balanced=(),
     )
 
     def probe(self, *, run: bool = False) -> Availability:
