@@ -28,7 +28,7 @@ ZERO = np.uint8(128)
 _CODES = 2  # place among the inputs
 _X64 = ("x86_64", "amd64")
 _UNSIGNED = {"session.x64quantprecision": "1"}  # onnxruntime_session_options_config_keys.h
-_HEAD = f'''<domain: "{DOMAIN}", opset_import: ["": 21, "com.microsoft": 1]>
+_HEAD = f'''<domain: "{DOMAIN}", opset_import: ["": %d, "com.microsoft": 1]>
 {NAME} (x, inverse, codes, scales, step, zero) => (y)'''
 # `least`: a row of zeros stays zero.
 _SHIPPED = """{
@@ -50,15 +50,16 @@ _EXACT = """{
 }"""
 
 
-def rowwise_function(*, exact: bool = False) -> Any:
+def rowwise_function(opset: int, *, exact: bool = False) -> Any:
     """The function as a protobuf message.
 
     Args:
+        opset: of the graph; ONNX Runtime refuses a function of another one.
         exact: rounds no activations.
     """
     from onnx import parser
 
-    return parser.parse_function(_HEAD + (_EXACT if exact else _SHIPPED))
+    return parser.parse_function(_HEAD % opset + (_EXACT if exact else _SHIPPED))
 
 
 def make_exact(proto: Any) -> list[Any]:
@@ -69,7 +70,8 @@ def make_exact(proto: Any) -> list[Any]:
     """
     for function in proto.functions:
         if (function.domain, function.name) == (DOMAIN, NAME):
-            function.CopyFrom(rowwise_function(exact=True))
+            (opset,) = (entry.version for entry in function.opset_import if not entry.domain)
+            function.CopyFrom(rowwise_function(opset, exact=True))
     codes = {node.input[_CODES] for node in proto.graph.node if node.op_type == NAME}
     return [tensor for tensor in proto.graph.initializer if tensor.name in codes]
 

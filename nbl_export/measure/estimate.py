@@ -139,10 +139,12 @@ class Job:
 
     @property
     def graph(self) -> float:
-        """Bytes of a graph. Its embedding stays in float32, or float16, unless it is the head."""
+        """Bytes of a graph. Its embedding stays in float32, or float16, unless the head is the same matrix."""
         s = self.shape
-        size = WEIGHT_BYTES[self.options.precision]
-        table = 0 if s.tied else s.head_parameters * (2 if self.options.precision in ("fp16", "bf16") else 4)
+        precision = self.options.precision
+        size = WEIGHT_BYTES[precision]
+        is_one = s.tied and precision not in self.engine.balanced
+        table = 0 if is_one else s.head_parameters * (2 if precision in ("fp16", "bf16") else 4)
         return (s.parameters_of_layers + s.head_parameters) * size + table
 
     @property

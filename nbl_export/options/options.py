@@ -134,7 +134,7 @@ def _sources(engine: Capabilities, model: ModelFacts, precision: str = "") -> li
 def _usual_precision(values: Mapping[str, Any], engine: Capabilities | None, model: ModelFacts) -> str:
     """int4, which is rounded one matrix after the other, for a model that does not fit into memory in float32."""
     if engine is None:  # a command states another engine's
-        return "fp32" if (values["engine"], values["provider"]) == ("ort", "cpu") else ""
+        return "int8" if (values["engine"], values["provider"]) == ("ort", "cpu") else ""
     asked = values["decoder_source"]
     possible = _sources(engine, model, SMALLEST)
     rounds = SMALLEST in engine.rounded and (asked in possible or (possible and asked not in engine.sources))
@@ -226,8 +226,8 @@ class JobOptions:
         usual=lambda values, *_: _place(values).provider,
     )
     precision: str = option(
-        "fp32",
-        "ort: fp32 (default), fp16, int8 (on a CPU also of activations), int4; openvino: int8 (default), fp16, fp32, "
+        "int8",
+        "ort: int8 (default; on a CPU also of activations), fp32, fp16, int4; openvino: int8 (default), fp16, fp32, "
         "int4; trt, trt-rtx: bf16 (default), fp16, int4. ort, openvino: int4 is the default if float32 does not fit "
         "into memory.",
         _ENGINE,

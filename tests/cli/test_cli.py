@@ -83,7 +83,7 @@ def test_manifest_says_what_was_done(finished: Path, same: Same, text: Path) -> 
     smallest = min(facts["scores"], key=lambda s: s["bound"])
     assert facts["replaced_layers"] == [smallest["layer"]]  # a quarter of three layers, rounded
     options = facts["options"]
-    assert (options["precision"], options["engine"], options["decoder_source"]) == ("fp32", "ort", "genai")
+    assert (options["precision"], options["engine"], options["decoder_source"]) == ("int8", "ort", "genai")
     assert (options["context"], options["depths"], options["repetitions"]) == (64, [0], 1)
 
 
@@ -105,6 +105,7 @@ def test_every_rung_is_recorded_with_its_tolerance(finished: Path) -> None:
     assert {(r["check"], r["subject"]) for r in result["checks"]} == {
         ("structure", "original"), ("structure", "nbl"), ("exporter", "original"), ("original", "original"),
         ("nbl", "nbl"), ("text", "original"), ("text", "nbl"), ("last_token", "original"), ("last_token", "nbl"),
+        ("shipped", "nbl"),
     }  # fmt: skip
     unbounded = {(r["check"], r["subject"]) for r in result["checks"] if r["tolerance"] is None}
     assert unbounded == {("text", "original")}

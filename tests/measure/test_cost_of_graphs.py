@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ import pytest
 
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.names import all_logits_file
+from nbl_export.graph.passes.tail import keep_last_token
 from nbl_export.measure.cost import WEIGHT_BYTES, CostModel, LayerSizes, Work
 from nbl_export.methods.base import TokenWork
 from nbl_export.methods.checkpoint.shape import read_shape
+from nbl_export.methods.rewrite import rewrite
 from nbl_export.methods.rows import Read
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.targets import exporter_of
@@ -101,15 +104,18 @@ def test_original_graph(
 @pytest.mark.parametrize(("tokens", "depth"), [(9, 0), (7, 13), (1, 20)])
 @pytest.mark.parametrize("name", ["original", "model"])
 def test_graphs_that_a_run_ships(
-    finished: Path, checkpoint: Callable[[str], Path], tmp_path: Path, name: str, tokens: int, depth: int
-) -> None:
+    exported: Callable[..., Path], random_maps: Callable[..., Any], checkpoint: Callable[[str], Path], tmp_path: Path,
+    name: str, tokens: int, depth: int,
+) -> None:  # fmt: skip
     """Pruned tails, replaced layers with full maps."""
-    replaced = json.loads((finished / "nbl.json").read_text(encoding="utf-8"))["replaced_layers"]
-    sizes = (
-        dict.fromkeys(replaced, LayerSizes((Read(),), (TokenWork(HIDDEN * HIDDEN, HIDDEN * HIDDEN),)))
-        if name == "model"
-        else {}
-    )
-    for file, pruned in (("model.onnx", True), (all_logits_file(finished / name), False)):
-        found = Count(finished / name, file, tmp_path).run(tokens, depth)
+    maps = random_maps(1) if name == "model" else {}
+    sizes = dict.fromkeys(maps, LayerSizes((Read(),), (TokenWork(HIDDEN * HIDDEN, HIDDEN * HIDDEN),)))
+    directory = tmp_path / name
+    if maps:
+        rewrite(exported("llama"), directory, maps)
+    else:
+        shutil.copytree(exported("llama"), directory)
+    keep_last_token(directory)
+    for file, pruned in (("model.onnx", True), (all_logits_file(directory), False)):
+        found = Count(directory, file, tmp_path).run(tokens, depth)
         assert costs_of(checkpoint("llama"), "fp32", pruned=pruned).prefill(sizes, tokens, depth) == found

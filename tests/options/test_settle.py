@@ -43,7 +43,7 @@ def assert_settled(options: JobOptions, expected: Mapping[str, Any]) -> None:
 SETTLED: list[tuple[Asked, Asked]] = [
     (
         {},
-        {"tap": "residual", "precision": "fp32", "decoder_source": "genai", "fit": "independent", "exit_layer": "auto"},
+        {"tap": "residual", "precision": "int8", "decoder_source": "genai", "fit": "independent", "exit_layer": "auto"},
     ),
     ({"max_perplexity_increase": "5%"}, {"exit_layer": "auto", "recent_tokens": None}),
     ({"exit_layer": "none"}, {"fit": "independent"}),
@@ -108,7 +108,7 @@ OF_MODEL: list[tuple[ModelFacts, Asked, Asked]] = [
     ),
     (LARGE, {"engine": "openvino"}, {"precision": "int4"}),
     (LARGE, {"engine": "trt"}, {"precision": "bf16"}),
-    (LARGE, {"decoder_source": "mobius"}, {"precision": "fp32"}),
+    (LARGE, {"decoder_source": "mobius"}, {"precision": "int8"}),
     (LARGE, {"exit_layer": "1"}, {"exit_layer": "1"}),
     *(
         (
@@ -117,12 +117,12 @@ OF_MODEL: list[tuple[ModelFacts, Asked, Asked]] = [
             {"decoder_source": source, "precision": precision},
         )
         for name, source, fits, precision in (
-            ("qwen3_moe", "mobius", True, "fp32"),
-            ("qwen3_moe", "mobius", False, "fp32"),
-            ("olmo3", "mobius", True, "fp32"),
-            ("ministral3", "mobius", True, "fp32"),
-            ("gpt_oss", "genai", True, "fp32"),
-            ("gemma3_text", "genai", True, "fp32"),
+            ("qwen3_moe", "mobius", True, "int8"),
+            ("qwen3_moe", "mobius", False, "int8"),
+            ("olmo3", "mobius", True, "int8"),
+            ("ministral3", "mobius", True, "int8"),
+            ("gpt_oss", "genai", True, "int8"),
+            ("gemma3_text", "genai", True, "int8"),
             ("cwm", "genai", False, "int4"),
         )
     ),
@@ -240,9 +240,10 @@ IDLE: list[tuple[str, Asked, ModelFacts | None, str]] = [
     ("max_batch", {"max_batch": 2, "engine": "openvino"}, None, "trt"),
     ("prefill_chunk", {"prefill_chunk": 16}, None, "trt"),
     ("builder_option", {"builder_option": ("block_size=32",), "decoder_source": "mobius"}, None, "genai"),
-    ("builder_option", {"builder_option": ("fuse_mlp_gate_up=true", "block_size=32")}, None, "int8 or int4"),
-    ("builder_option", {"builder_option": "algo_config=rtn"}, None, "--precision int8 or int4"),
-    ("builder_option", {"builder_option": "accuracy_level=1"}, None, "--precision int8 or int4"),
+    ("builder_option", {"precision": "fp32", "builder_option": ("fuse_mlp_gate_up=true", "block_size=32")}, None,
+     "int8 or int4"),
+    ("builder_option", {"precision": "fp32", "builder_option": "algo_config=rtn"}, None, "--precision int8 or int4"),
+    ("builder_option", {"precision": "fp32", "builder_option": "accuracy_level=1"}, None, "--precision int8 or int4"),
     ("quantized_model", {"quantized_model": "x", "precision": "int8"}, None, "--precision int4"),
     ("threads", {"threads": 2, "engine": "trt-rtx"}, None, "compile nothing"),
     ("exit_layer", {"exit_layer": "1", "provider": "cuda"}, None,
@@ -336,7 +337,7 @@ WRONG: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
     ({"precision": "int4", "builder_option": "block_size"}, None, ("block_size: the values of block_size are 16",)),
     ({"builder_option": "speed=9"}, None, ("key builder_option speed=9: expected KEY=VALUE", "fuse_mlp_gate_up")),
     ({"precision": "int4", "builder_option": ("block_size=16", "block_size=32")}, None, ("block_size is given twice",)),
-    ({"precision": "gguf"}, None, ("--precision gguf is not for engine ort", "fp32, fp16, int8, int4")),
+    ({"precision": "gguf"}, None, ("--precision gguf is not for engine ort", "int8, fp32, fp16, int4")),
     ({"precision": "fp16", "decoder_source": "genai"}, None,
      ("genai makes no fp16 graph", "decoder_source = 'mobius'", "fp32, int8, int4")),
     ({"precision": "int4"}, MOE, ("mobius makes no int4 graph; use --precision fp32, fp16",)),

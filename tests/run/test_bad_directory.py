@@ -126,7 +126,7 @@ def test_two_at_once(same: Same, run: Path) -> None:
     ("kilobytes", "missing"),
     [
         (1, "report.md"), (20, "report.md"), (4, "maps.safetensors"), (200, "sums.safetensors"),
-        (200, "original/model.onnx"), (450, "model/model.onnx"),
+        (200, "original/model.onnx"), (200, "model/model.onnx"),
     ],
 )  # fmt: skip
 def test_file_size_limit(kilobytes: int, missing: str, run: Path) -> None:

@@ -100,7 +100,7 @@ def with_memory(monkeypatch: pytest.MonkeyPatch, gib: int) -> None:
 def test_options_are_settled_as_in_the_main_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model of 8B that does not fit into memory gets a job that does: int4, one layer at a time."""
     model = written(tmp_path)
-    for gib, precision in ((20, "int4"), (200, "fp32")):
+    for gib, precision in ((20, "int4"), (200, "int8")):
         with_memory(monkeypatch, gib)
         monkeypatch.setattr(estimating, "available_bytes", lambda gib=gib: gib << 30)
         with_disk(monkeypatch, 1 << 40)
@@ -180,7 +180,7 @@ def test_a_model_that_cannot_fit_ends_the_job_before_it_begins(
 
 def test_a_job_says_what_it_takes(finished: Path, same: Same, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = (finished.parent / "stderr").read_text(encoding="utf-8").splitlines()[0]
-    assert re.fullmatch(r"estimate: about .+, at least .+ MiB of memory and .+ MiB of disk", first)
+    assert re.fullmatch(r"estimate: about .+, at least .+ MiB of memory and .+ [KM]iB of disk", first)
     with_disk(monkeypatch, 0)
     monkeypatch.setattr(estimating, "available_bytes", lambda: 0)
     again = nbl(*same, "--output", run)  # nothing is left to do
@@ -239,7 +239,7 @@ def test_a_job_that_resumes_counts_what_is_left(run: Path, same: Same, monkeypat
     assert left() == set()
     assert left(layers="0") == {"plan", "verify", "bench"}
     assert left(context=32) == {"calibrate", "plan", "decoder", "verify", "bench"}  # int8 reads the text
-    assert left(precision="int8") == {"decoder", "verify", "bench"}
+    assert left(precision="fp32") == {"decoder", "verify", "bench"}
     manifest = json.loads((run / "nbl.json").read_text(encoding="utf-8"))
     del manifest["stages"]["bench"]
     (run / "nbl.json").write_text(json.dumps(manifest), encoding="utf-8")

@@ -83,7 +83,7 @@ CHANGES: dict[str, set[str]] = {
     "logits=all": {"plan", "decoder graph", *GRAPH},  # what the top of the stack saves is another
     "--layers 1": set(),  # what a quarter of three layers is
     "--precision int4 builder_option=block_size=64": {"decoder graph", *GRAPH},
-    "context=32": ALL - {"decoder graph"},
+    "context=32": ALL,  # int8 rounds by moments of the text
     "--depth 0,8": MEASURING,
     "--depth 0": set(),
     "--layers 2 --precision int4": {"plan", "decoder graph", *GRAPH},
@@ -119,7 +119,7 @@ def test_changed_text_and_moved_model(same: Same, run: Path, checkpoint: Any, te
     other = [tmp_path / "same.txt" if word == text else word for word in same]
     assert ran(nbl(*other, "--output", run)) == set()
     (tmp_path / "same.txt").write_bytes(text.read_bytes()[1:])
-    assert ran(nbl(*other, "--output", run)) == ALL - {"decoder graph"}
+    assert ran(nbl(*other, "--output", run)) == ALL
 
 
 FILES = {

@@ -75,7 +75,7 @@ class MakeRowwise(ir.passes.InPlacePass):
         by_input = _by_input(graph)
         if not by_input:
             return ir.passes.PassResult(model, modified=False)
-        function = ir.from_proto(rowwise_function())
+        function = ir.from_proto(rowwise_function(model.opset_imports[""]))
         model.functions[function.identifier()] = function
         graph.opset_imports[DOMAIN] = 1
         shared = [
