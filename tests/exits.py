@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -61,19 +62,26 @@ def by_hand(
     )
     if tokens <= recent_tokens + 1:
         return model(text, cache=cache).logits, cache
-    past, first, kept = cache.get_seq_length(), _copied(cache), DynamicCache()
+    turns: dict[int, Any] = {}
+    first, kept = _copied(cache), DynamicCache()
+    handles = [
+        layer.self_attn.register_forward_pre_hook(_keep_turn(turns, index), with_kwargs=True)
+        for index, layer in enumerate(model.model.layers)
+    ]
     whole = model(text, cache=_copied(cache), output_hidden_states=True)
+    for handle in handles:
+        handle.remove()
     logits = torch.full_like(whole.logits, torch.nan)
     logits[:, :1] = model(text[:, :1], cache=first).logits
-    tables = model.model.rotary_emb(text.float(), torch.arange(past + 1, past + tokens - recent_tokens)[None])
     for layer, held in enumerate(whole.cache.layers):
         keys, values = held.keys[:, :, :-recent_tokens], held.values[:, :, :-recent_tokens]
         if layer in maps:
-            long_range = predicted(maps[layer], whole.hidden_states[exit_layer])[:, 1:-recent_tokens].unflatten(
-                2, (-1, keys.shape[-1])
-            )
-            far_keys, far_values = long_range.transpose(1, 2).chunk(2, 1)
-            keys = torch.cat([first.layers[layer].keys, _turned(far_keys, *tables)], 2)
+            rows = predicted(maps[layer], whole.hidden_states[exit_layer])[:, 1:-recent_tokens]
+            far_keys, far_values = rows.chunk(2, 2)
+            turn = [table[:, 1:-recent_tokens] for table in turns[layer]]
+            far_keys = attended(model.model.layers[layer].self_attn, far_keys, turn)
+            far_values = far_values.unflatten(2, (-1, keys.shape[-1])).transpose(1, 2)
+            keys = torch.cat([first.layers[layer].keys, far_keys], 2)
             values = torch.cat([first.layers[layer].values, far_values], 2)
         kept.update(keys, values, layer)
     logits[:, -recent_tokens:] = model(text[:, -recent_tokens:], cache=kept).logits
@@ -87,12 +95,31 @@ def predicted(mixer: PredictedKV, x_BTD: torch.Tensor) -> torch.Tensor:
     return x @ torch.from_numpy(mixer.weight).T + torch.from_numpy(mixer.bias)
 
 
-def _turned(keys_BHTS: torch.Tensor, cos_1TR: torch.Tensor, sin_1TR: torch.Tensor) -> torch.Tensor:
-    """Keys of which the first R numbers are rotated."""
-    width = cos_1TR.shape[-1]
-    turning = keys_BHTS[..., :width]
-    across = torch.cat([-turning[..., width // 2 :], turning[..., : width // 2]], -1)
-    return torch.cat([turning * cos_1TR[:, None] + across * sin_1TR[:, None], keys_BHTS[..., width:]], -1)
+def _keep_turn(turns: dict[int, Any], index: int) -> Any:
+    """A hook that keeps the rotary tables that a layer gets."""
+
+    def keep(_module: Any, _args: Any, given: dict[str, Any]) -> None:
+        turns[index] = given["position_embeddings"]
+
+    return keep
+
+
+def attended(attention: Any, keys_BTK: torch.Tensor, turn: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Keys [B, heads, T, head size] as a layer attends to them, from what its product gives."""
+    before: Any = getattr(attention, "k_norm", getattr(attention, "k_layernorm", None))
+    behind = getattr(attention, "key_layernorm", None)
+    full = getattr(before, "weight", None) is not None and before.weight.numel() == keys_BTK.shape[2]
+    keys = before(keys_BTK) if full else keys_BTK
+    keys = keys.unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
+    keys = keys if full or before is None else before(keys)
+    local = getattr(attention, "sliding_window", None) is None or getattr(attention, "is_sliding", True)
+    if getattr(attention, "use_rope", True) and local:
+        doubled = 2 if 2 * turn[0].shape[-1] == keys.shape[-1] else 1  # tables of half a head
+        width = getattr(attention, "rotary_ndims", doubled * turn[0].shape[-1])
+        apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+        turned = apply(keys[..., :width], keys[..., :width], *turn)[1]
+        keys = torch.cat([turned, keys[..., width:]], -1)
+    return keys if behind is None else behind(keys)
 
 
 def _copied(cache: DynamicCache) -> DynamicCache:

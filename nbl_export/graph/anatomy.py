@@ -114,15 +114,15 @@ def find_block(graph: ir.Graph, layer: int) -> AttentionBlock:
 
 
 def find_attention(block: AttentionBlock) -> ir.Node:
-    """The operator that takes a block's keys, before rotary, and its cache.
+    """The operator that takes a block's keys and its cache. It rotates keys, if its attribute do_rotary is 1.
 
     Raises:
-        RefusalError: no such operator; the block rotates keys itself, or joins them with its cache.
+        RefusalError: no such operator; the block joins keys with its cache.
     """
     for node in block.pasts[0].consumers():
-        if node.op_type == "GroupQueryAttention" and node.attributes.get_int("do_rotary", 0) == 1:
+        if node.op_type == "GroupQueryAttention":
             return node
-    raise RefusalError(block.layer, "its attention is no GroupQueryAttention that rotates keys, so it takes no others")
+    raise RefusalError(block.layer, "its attention is no GroupQueryAttention, so it takes no other keys")
 
 
 def find_written(block: AttentionBlock) -> Written:

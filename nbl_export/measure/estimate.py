@@ -31,9 +31,10 @@ from nbl_export.methods import METHODS
 from nbl_export.methods.base import TokenWork
 from nbl_export.methods.checkpoint.shape import Shape
 from nbl_export.methods.rows import Read, Rows
+from nbl_export.model.architectures import exits_refused
 from nbl_export.model.memory import WEIGHTS_SHARE
 from nbl_export.options.goals import DEFAULT_STEPS, asked_layers, default_minutes, names_layers
-from nbl_export.options.options import AUTO_EXIT, CHECKPOINT_FIT, LIKE_LLAMA, JobOptions
+from nbl_export.options.options import AUTO_EXIT, CHECKPOINT_FIT, JobOptions
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.plan import PREDICTED_KV
 from nbl_export.text.windows import early_stopping_tokens, role_tokens
@@ -354,7 +355,8 @@ class Job:
     def _with_exit(self) -> Job | None:
         """The same job with the default exit layer; None if it has one, or if its engine or model takes none."""
         decoder = self.shape.decoder
-        possible = self.engine.holds(PREDICTED_KV) and decoder.architecture in LIKE_LLAMA and not decoder.sliding_window
+        refused = exits_refused(decoder.architecture, has_window=bool(decoder.sliding_window))
+        possible = self.engine.holds(PREDICTED_KV) and self.options.decoder_source not in refused
         if self.options.predicts or not possible or self.shape.maps_tap:
             return None
         options = dataclasses.replace(

@@ -43,6 +43,8 @@ class Architecture:
         classes: name of the transformers classes without Config and ForCausalLM.
         aliases: names in GGUF files.
         norm_before: the norm before attention; None if attention reads the residual stream directly.
+        norm: of the norm before attention: `rms` multiplies by its weight, `rms+1` by its weight plus one, and `layer`
+            subtracts the mean.
         norm_after: the norm between attention and the addition.
         mlp_gated: whether the MLP has a product of the gate.
         mlp_width: configuration key of the MLP's width.
@@ -61,12 +63,14 @@ class Architecture:
         mobius: settings of mobius' configuration that mobius (0.1) reads wrong.
         tried: the real model that whole jobs ran on; tests use tiny random ones.
         not_from: decoder source -> why the source exports no graph of this architecture.
+        no_exit: decoder source -> why its graphs of this architecture take no exit layer.
     """
 
     name: str
     classes: str
     aliases: tuple[str, ...] = ()
     norm_before: str | None = "input_layernorm"
+    norm: str = "rms"
     norm_after: str | None = None
     mlp_gated: bool = True
     mlp_width: str = "intermediate_size"
@@ -86,6 +90,7 @@ class Architecture:
     mobius: Mapping[str, Any] = field(default_factory=dict)
     tried: str = ""
     not_from: Mapping[str, str] = field(default_factory=dict)
+    no_exit: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def taps(self) -> tuple[str, ...]:

@@ -21,10 +21,10 @@ __all__ = [
     "architecture_of",
     "block_modules",
     "check_config",
+    "exits_refused",
     "is_hybrid",
     "mlp_of",
     "supported_near",
-    "unlike_llama",
     "windows_of",
 ]
 
@@ -33,6 +33,7 @@ _CAUSAL = {"use_bidirectional_attention": (None, False)}
 
 
 _SANDWICH: dict[str, Any] = {
+    "norm": "rms+1",
     "norm_after": "post_attention_layernorm",
     "logits_cap": "final_logit_softcapping",
     "score_scalar": "query_pre_attn_scalar",
@@ -87,6 +88,7 @@ def _neither(reason: str) -> dict[str, str]:
     return {"mobius": reason, "static": reason}
 
 
+_NORMS_HEADS = {"openvino": "it norms the keys of all heads together"}
 _MOBIUS_ALONE = {**_NOT_GENAI, **_NO_STATIC_CACHE}
 
 
@@ -106,9 +108,10 @@ ARCHITECTURES = {
                 "mobius": "mobius (0.1) does not read its configuration, and gives the window to the wrong layers",
                 "static": "TensorRT has no soft cap for attention scores",
             },
+            no_exit={"openvino": "OpenVINO's graph of it caps scores outside of its attention"},
         ),
         Architecture("gemma3_text", "Gemma3", aliases=("gemma3",), **_SANDWICH, not_from=_NO_STATIC_CACHE),
-        Architecture("olmo2", "Olmo2", **_POST_NORM, runtime_type="olmo", not_from=_MOBIUS_ALONE),
+        Architecture("olmo2", "Olmo2", **_POST_NORM, runtime_type="olmo", not_from=_MOBIUS_ALONE, no_exit=_NORMS_HEADS),
         Architecture("smollm3", "SmolLM3", tied=True, not_from=_NO_STATIC_CACHE),
         Architecture("granite", "Granite", **_GRANITE, not_from=_NO_STATIC_CACHE),
         Architecture(
@@ -119,8 +122,8 @@ ARCHITECTURES = {
             unfit=_beyond_genai,
             not_from=_neither("mobius (0.1) leaves out its rotation, and multipliers of embeddings and logits"),
         ),
-        Architecture("olmo", "Olmo", not_from=_NO_STATIC_CACHE),
-        Architecture("olmo3", "Olmo3", runtime_type="olmo", **_POST_NORM, not_from=_MOBIUS_ALONE),
+        Architecture("olmo", "Olmo", norm="layer", not_from=_NO_STATIC_CACHE),
+        Architecture("olmo3", "Olmo3", runtime_type="olmo", **_POST_NORM, not_from=_MOBIUS_ALONE, no_exit=_NORMS_HEADS),
         Architecture("ministral", "Ministral", runtime_type="llama", genai_as="Mistral"),
         Architecture(
             "ministral3",
@@ -128,11 +131,12 @@ ARCHITECTURES = {
             runtime_type="llama",
             not_from={**_NOT_GENAI, "static": "the form for TensorRT has no rotation that grows with the position"},
         ),
-        Architecture("nemotron", "Nemotron", mlp_gated=False),
+        Architecture("nemotron", "Nemotron", norm="layer", mlp_gated=False),
         Architecture("ernie4_5", "Ernie4_5", tied=True, mobius=_PAIRS),
         Architecture(
             "hunyuan_v1_dense",
             "HunYuanDenseV1",
+            no_exit={"genai": "it norms keys behind their rotation"},
             not_from=_neither("mobius (0.1) norms queries and keys before it rotates them"),
         ),
         Architecture("glm", "Glm", runtime_type="llama", mobius=_NO_OUTPUT_BIAS, not_from=_NOT_GENAI),
@@ -165,12 +169,23 @@ ARCHITECTURES = {
         Architecture(
             "stablelm",
             "StableLm",
+            norm="layer",
             runtime_type="llama",
             must_be={"use_parallel_residual": (None, False)},
             not_from=_NOT_GENAI,
         ),
-        Architecture("starcoder2", "Starcoder2", runtime_type="llama", tied=True, mlp_gated=False, not_from=_NOT_GENAI),
-        Architecture("gemma", "Gemma", embedding_root=True, tied=True, must_be=_CAUSAL, not_from=_NO_STATIC_CACHE),
+        Architecture(
+            "starcoder2",
+            "Starcoder2",
+            norm="layer",
+            runtime_type="llama",
+            tied=True,
+            mlp_gated=False,
+            not_from=_NOT_GENAI,
+        ),
+        Architecture(
+            "gemma", "Gemma", norm="rms+1", embedding_root=True, tied=True, must_be=_CAUSAL, not_from=_NO_STATIC_CACHE
+        ),
         Architecture("arcee", "Arcee", runtime_type="llama", mlp_gated=False, not_from=_NOT_GENAI),
         Architecture("helium", "Helium", runtime_type="llama", genai_as="Ernie4_5", mobius=_PAIRS),
         Architecture("cwm", "Cwm", genai_as="Llama", not_from=_neither("mobius (0.1) does not know it")),
@@ -199,10 +214,18 @@ ARCHITECTURES = {
             experts=Experts(stored=_EXPERTS_OF_GRANITE),
             not_from=_EXPERTS,
         ),
-        Architecture("gpt_oss", "GptOss", runtime_type="llama", experts=Experts(), not_from=_NO_STATIC_EXPERTS),
+        Architecture(
+            "gpt_oss",
+            "GptOss",
+            runtime_type="llama",
+            experts=Experts(),
+            not_from=_NO_STATIC_EXPERTS,
+            no_exit={"mobius": "mobius (0.1) writes its attention in many nodes"},
+        ),
         Architecture(
             "phimoe",
             "Phimoe",
+            norm="layer",
             must_be={"num_experts_per_tok": (None, 2)},  # its router chooses two, whatever the configuration says
             experts=Experts(stored=_MIXTRAL),
             not_from=_EXPERTS,
@@ -262,26 +285,20 @@ def architecture_of(config: Any) -> Architecture:
     return ARCHITECTURES[config.model_type.removeprefix(LINEARIZED)]
 
 
-_LIKE_LLAMA = ("llama", "mistral", "qwen2", "granite")
+# Whose attention the passes of the static form, and vLLM's plugin, read.
+_PLAIN = ("llama", "mistral", "qwen2")
+_OF_PLAIN = ("static", "vllm")
 
 
-def unlike_llama(attention: Any, config: Any, index: int) -> str | None:
-    """What a layer's attention has that llama's has not; None for nothing.
-
-    Args:
-        attention: the module of transformers.
-        index: of the layer.
-    """
-    record = architecture_of(config)
-    checks = (
-        (record.norm_after is not None, "it has a norm behind it"),
-        (getattr(attention, "q_norm", None) is not None, "it norms queries and keys"),
-        (record.fused_qkv is not None, "its queries, keys and values are one product"),
-        (bool(getattr(config, "no_rope_layers", None)), "some of its layers have no rotary embedding"),
-        (windows_of(config)[index] is not None, "it has a window of its own, without the first token"),
-        (record.name not in _LIKE_LLAMA, f"its attention is not that of {', '.join(_LIKE_LLAMA)}"),
-    )
-    return next((reason for found, reason in checks if found), None)
+def exits_refused(architecture: str, *, has_window: bool) -> dict[str, str]:
+    """Decoder source, or vllm -> why an architecture takes no exit layer there; others are left out."""
+    record = ARCHITECTURES[architecture]
+    found = {"openvino": "its experts in OpenVINO take the rows of a whole step"} if record.experts else {}
+    if architecture not in _PLAIN:
+        found |= dict.fromkeys(_OF_PLAIN, f"its attention is not that of {', '.join(_PLAIN)}")
+    elif has_window:
+        found |= dict.fromkeys(_OF_PLAIN, "its attention has a sliding window")
+    return {**found, **record.no_exit}
 
 
 def windows_of(config: Any) -> tuple[int | None, ...]:

@@ -26,7 +26,9 @@ class ModelFacts:
     Attributes:
         maps_tap: the tap of the maps, if the model is an NBL checkpoint.
         kinds: of the mixers of an NBL checkpoint.
-        architecture, taps, not_from: name, possible taps, and decoder source -> why it exports no such graph.
+        architecture, taps: name, and possible taps.
+        not_from, no_exit: decoder source -> why it exports no such graph, and why such a graph takes no exit layer;
+            a destination of that name takes none either.
         decoder: the decoder's sizes.
         fits: whether the whole model fits into this machine's memory in float32.
     """
@@ -36,6 +38,7 @@ class ModelFacts:
     architecture: str = ""
     taps: tuple[str, ...] = TAPS
     not_from: Mapping[str, str] = field(default_factory=dict)
+    no_exit: Mapping[str, str] = field(default_factory=dict)
     decoder: DecoderSpec | None = None
     fits: bool = True
 

@@ -26,15 +26,14 @@ __all__ = [
     "DEFAULTS",
     "DEFAULT_SLOTS",
     "GPU_DECODE",
-    "LIKE_LLAMA",
     "NO_EXIT",
     "NO_ORIGINAL",
     "OPTIONS",
     "PANELS",
     "RENAMED",
     "JobOptions",
+    "exit_refused",
     "flag_of",
-    "has_plain_attention",
     "renamed",
 ]
 
@@ -72,8 +71,7 @@ _REPLACED, _DISTILL, _CALIBRATE, _TORCH, _ENGINE, _BENCH = PANELS
 
 # -- usual values, and when options have an effect ------------------------------------------------------------------
 
-EXIT_SOURCES = ("genai", "openvino", _STATIC)  # decoder sources whose graphs take an exit layer
-LIKE_LLAMA = ("llama", "mistral", "qwen2")  # architectures whose keys can be predicted
+_FP16 = "graphs of mobius in fp16 write attention in many nodes; choose another --precision"
 # The builder reads these for MatMulNBits alone (onnxruntime_genai 0.18, models/builder.py).
 OF_ROUNDING = ("accuracy_level", "algo_config", "block_size")
 
@@ -87,7 +85,7 @@ def _usual_fit(values: Mapping[str, Any], engine: Capabilities | None, model: Mo
         return "distilled"  # whoever says how long asks for it
     if engine is None and not closed:
         return ""  # it depends on the engine and the model, so that a command states it
-    predicts = _predicts_kv(values, engine) and has_plain_attention(model)
+    predicts = _predicts_kv(values, engine) and not exit_refused(values["decoder_source"], values["precision"], model)
     return "independent" if closed or predicts or values["select"] == "cca" else "distilled"
 
 
@@ -96,8 +94,8 @@ def _usual_exit(values: Mapping[str, Any], engine: Capabilities | None, model: M
     others = ("layers", "select", "distill_minutes", "distill_steps")
     asks = any(values[name] for name in others) or values["fit"] != "independent" or values["maps"] != "affine"
     asks |= values["logits"] == "all"
-    lacks = not _predicts_kv(values, engine) or values["decoder_source"] not in EXIT_SOURCES
-    lacks |= bool(model.maps_tap) or not model.fits or not has_plain_attention(model)
+    lacks = not _predicts_kv(values, engine) or bool(exit_refused(values["decoder_source"], values["precision"], model))
+    lacks |= bool(model.maps_tap) or not model.fits
     return NO_EXIT if asks or lacks else AUTO_EXIT
 
 
@@ -149,10 +147,9 @@ def _usual_source(values: Mapping[str, Any], engine: Capabilities | None, model:
     return next(iter((*_sources(engine, model, values["precision"]), *_sources(engine, model), engine.source)))
 
 
-def has_plain_attention(model: ModelFacts) -> bool:
-    """Whether keys of the model can be predicted, as far as its facts are known."""
-    has_window = bool(model.decoder and model.decoder.sliding_window)
-    return model.architecture in ("", *LIKE_LLAMA) and not has_window
+def exit_refused(source: str, precision: str, model: ModelFacts) -> str:
+    """Why a model takes no exit layer in graphs of a decoder source; "" if it does, as far as its facts are known."""
+    return model.no_exit.get(source, _FP16 if (source, precision) == ("mobius", "fp16") else "")
 
 
 def _usual_tap(values: Mapping[str, Any], _engine: Capabilities | None, model: ModelFacts) -> str:

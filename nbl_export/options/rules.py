@@ -19,13 +19,11 @@ from nbl_export.options.options import (
     AUTO_EXIT,
     BUILDER_OPTIONS,
     CHECKPOINT_FIT,
-    EXIT_SOURCES,
     GPU_DECODE,
-    LIKE_LLAMA,
     NO_EXIT,
     NO_ORIGINAL,
     JobOptions,
-    has_plain_attention,
+    exit_refused,
 )
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.decoder import DecoderSpec
@@ -172,20 +170,26 @@ def _beside_exit(case: Case) -> str | bool:
             f"--exit-layer {options.exit_layer} names the exit layer, and --max-perplexity-increase chooses it; "
             "give one of them"
         )
-    source = options.decoder_source
-    others = [name for name in EXIT_SOURCES if name in case.engine.sources]
-    return (
-        source not in EXIT_SOURCES and f"--exit-layer needs the key decoder_source {' or '.join(others)}, not {source}"
-    )
+    return False
 
 
 def _kv_not_predicted(case: Case) -> str | bool:
-    """An architecture whose keys cannot be predicted."""
-    if not case.options.predicts or has_plain_attention(case.model):
+    """A model, or a graph of it, whose keys cannot be predicted; names decoder sources with which they can."""
+    options = case.options
+    if not options.predicts:
         return False
-    if (architecture := case.model.architecture) not in LIKE_LLAMA:
-        return f"--exit-layer is not possible for {architecture}: its attention is not that of {', '.join(LIKE_LLAMA)}"
-    return "--exit-layer is not possible here: attention of this model has a sliding window"
+    if why := case.model.no_exit.get(options.destination or "", ""):
+        return f"--exit-layer does not go with --for {options.destination} and {case.model.architecture}: {why}"
+    why = exit_refused(options.decoder_source, options.precision, case.model)
+    others = [
+        name
+        for name, made in case.engine.sources.items()
+        if options.precision in made
+        and name not in case.model.not_from
+        and not exit_refused(name, options.precision, case.model)
+    ]
+    instead = f"; use the key decoder_source = {others[0]!r}" if others else ""
+    return why and f"--exit-layer is not possible for {case.model.architecture or 'this model'}: {why}{instead}"
 
 
 REFUSED: tuple[Refusal, ...] = (

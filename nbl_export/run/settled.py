@@ -18,7 +18,7 @@ from nbl_export.errors import NblError
 from nbl_export.files import read_json
 from nbl_export.methods.checkpoint.shape import read_shape
 from nbl_export.methods.checkpoint.source import Source, resolve
-from nbl_export.model.architectures import ARCHITECTURES, supported_near
+from nbl_export.model.architectures import ARCHITECTURES, exits_refused, supported_near
 from nbl_export.model.memory import holds
 from nbl_export.options.option import ModelFacts
 from nbl_export.options.options import CHECKPOINT_FIT, JobOptions
@@ -172,7 +172,8 @@ def model_facts(
     if architecture not in ARCHITECTURES:
         raise NblError(f"architecture {architecture!r} is not supported; {supported_near(architecture)}")
     record = ARCHITECTURES[architecture]
-    return ModelFacts(maps_tap, frozenset(kinds), architecture, record.taps, record.not_from, decoder, fits)
+    no_exit = exits_refused(architecture, has_window=bool(decoder.sliding_window))
+    return ModelFacts(maps_tap, frozenset(kinds), architecture, record.taps, record.not_from, no_exit, decoder, fits)
 
 
 def _facts_of(source: Source, decoder: DecoderSpec) -> ModelFacts:

@@ -22,6 +22,10 @@ from nbl_export.targets.checkpoint.vllm.plugin import ARCHITECTURES
 DECODER = DecoderSpec("llama", 3, 64, 4, 2, 16, 384, 512)
 PLAIN = model_facts(DECODER)
 MOE = model_facts(dataclasses.replace(DECODER, architecture="qwen3_moe"))
+WINDOW = model_facts(dataclasses.replace(DECODER, architecture="mistral", sliding_window=16))
+QWEN3 = model_facts(dataclasses.replace(DECODER, architecture="qwen3"))
+GEMMA = model_facts(dataclasses.replace(DECODER, architecture="gemma3_text", sliding_window=16))
+HUNYUAN = model_facts(dataclasses.replace(DECODER, architecture="hunyuan_v1_dense"))
 LARGE = dataclasses.replace(PLAIN, fits=False)
 OLMO = model_facts(dataclasses.replace(DECODER, architecture="olmo2"))
 NBL = dataclasses.replace(PLAIN, maps_tap="residual")
@@ -53,7 +57,8 @@ SETTLED: list[tuple[Asked, Asked]] = [
     ({"select": "efficient"}, {"exit_layer": "none"}),
     ({"maps": "linear"}, {"tap": "normed", "exit_layer": "none"}),
     ({"logits": "all"}, {"exit_layer": "none"}),
-    ({"decoder_source": "mobius"}, {"exit_layer": "none"}),
+    ({"decoder_source": "mobius"}, {"exit_layer": "auto"}),
+    ({"precision": "fp16"}, {"decoder_source": "mobius", "exit_layer": "none"}),
     ({"provider": "cuda"}, {"exit_layer": "none", "fit": "distilled", "precision": "fp16", "decoder_source": "genai"}),
     (
         {"engine": "openvino"},
@@ -100,7 +105,9 @@ OF_MODEL: list[tuple[ModelFacts, Asked, Asked]] = [
     (dataclasses.replace(PLAIN, taps=("residual",)), {"fit": "distilled"}, {"tap": "residual"}),
     (PLAIN, {}, {"fit": "independent", "exit_layer": "auto"}),
     (PLAIN, {"engine": "trt", "prompt_tokens": (64,)}, {"depths": (0, 384)}),  # 512 positions
-    (dataclasses.replace(PLAIN, architecture="gemma3"), {"seed": None}, {"fit": "distilled", "exit_layer": "none"}),
+    (GEMMA, {"seed": None}, {"fit": "independent", "exit_layer": "auto"}),
+    (GEMMA, {"engine": "openvino", "seed": None}, {"fit": "independent", "exit_layer": "auto"}),
+    (OLMO, {"engine": "openvino", "seed": None}, {"fit": "distilled", "exit_layer": "none"}),
     (
         LARGE,
         {"seed": None},
@@ -361,6 +368,14 @@ ONE_LAYER = dataclasses.replace(PLAIN, decoder=dataclasses.replace(PLAIN.decoder
 # The same for what does not fit a model: an error that is not of usage.
 UNFIT: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
     ({"decoder_source": "genai"}, MOE, ("genai is not possible for qwen3_moe", "decoder_source = 'mobius'")),
+    ({"exit_layer": "1"}, HUNYUAN, ("--exit-layer is not possible for hunyuan_v1_dense: it norms keys behind",)),
+    ({"exit_layer": "1", "engine": "openvino"}, OLMO, ("not possible for olmo2: it norms the keys of all heads",)),
+    ({"exit_layer": "1", "engine": "openvino"}, MOE, ("not possible for qwen3_moe: its experts in OpenVINO",)),
+    ({"exit_layer": "1", "engine": "trt"}, QWEN3, ("not possible for qwen3: its attention is not that of",)),
+    ({"exit_layer": "1", "engine": "trt"}, WINDOW, ("not possible for mistral: its attention has a sliding window",)),
+    ({"exit_layer": "1", "precision": "fp16"}, PLAIN, ("not possible for llama: graphs of mobius in fp16 write",)),
+    ({"exit_layer": "1", "for": "vllm"}, OLMO, ("--for vllm",)),
+    ({"exit_layer": "1", "for": "vllm"}, WINDOW, ("--exit-layer does not go with --for vllm and mistral",)),
     ({"layers": "3"}, PLAIN, ("--layers 3", "at least one stays", "at most 2")),
     ({"exit_layer": "auto"}, ONE_LAYER, ("--exit-layer auto: this model has one layer", "--exit-layer none")),
     ({"layers": "0-2"}, PLAIN, ("at least one stays", "at most 2")),

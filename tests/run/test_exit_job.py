@@ -20,6 +20,7 @@ from nbl_export.methods.maps_file import load_maps
 
 from ..command import BARE, assert_refused, keys, nbl, snapshot
 from ..jobs import until
+from ..tiny import EVERY
 
 pytestmark = pytest.mark.job
 
@@ -123,8 +124,7 @@ def test_another_exit_layer_of_the_same_run_uses_its_sums(chosen: Path) -> None:
     (("--exit-layer", "1", "--fit", "distilled"), 2, "--exit-layer does not go with --fit distilled"),
     (("--exit-layer", "1", *keys(logits="all")), 2, "--exit-layer does not go with key logits all"),
     (("--exit-layer", "1", "--max-perplexity-increase", "5%"), 2, "--exit-layer 1 names the exit layer"),
-    (("--exit-layer", "1", *keys(decoder_source="mobius")), 2,
-     "--exit-layer needs the key decoder_source genai, not mobius"),
+    (("--exit-layer", "1", "--precision", "fp16"), 1, "--exit-layer is not possible for this model: graphs of"),
     (("--exit-layer", "1", "--provider", "cuda"), 2, "--exit-layer is for --engine ort"),
     (("--recent-tokens", "8", "--layers", "1"), 2, "--recent-tokens is for --exit-layer"),
 ])  # fmt: skip
@@ -136,12 +136,31 @@ def test_what_does_not_fit_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("architecture", ["gemma3", "mistral-window"])
-def test_other_attention_is_refused_or_gets_linear_layers(architecture: str, checkpoint: Any, tmp_path: Path) -> None:
-    done = nbl("--model", checkpoint(architecture), "--exit-layer", "1", "--output", tmp_path / "run")
+# In `make test` those of mobius, with a window and norms of keys, and whose map of the exit layer is fitted.
+TAKERS = [
+    pytest.param(name, marks=() if name in ("gemma3", "olmo2") else pytest.mark.fuzz)
+    for name in EVERY
+    if name not in ("hunyuan", "exaone4")
+]
+
+
+@pytest.mark.parametrize("architecture", TAKERS)
+def test_an_architecture_takes_an_exit_layer(architecture: str, checkpoint: Any, text: Path, tmp_path: Path) -> None:
+    """From the checkpoint to a verified decoder in int8, maps fitted on text."""
+    exits = ("--exit-layer", "2" if architecture == "gpt_oss" else "1", "--recent-tokens", "5")
+    given = ("--model", checkpoint(architecture), "--calibration", text, *BARE, *exits)
+    with until("verify"):
+        done = nbl(*given, "--output", tmp_path / "run")
+    assert done.status == 0, done.err
+    verify = json.loads((tmp_path / "run" / "verify.json").read_text())
+    assert verify["passed"] and {"nbl", "text", "last_token", "shipped"} <= {r["check"] for r in verify["checks"]}
+
+
+def test_other_attention_is_refused_or_gets_linear_layers(checkpoint: Any, tmp_path: Path) -> None:
+    done = nbl("--model", checkpoint("hunyuan"), "--exit-layer", "1", "--output", tmp_path / "run")
     assert_refused(done, 1, "--exit-layer is not possible")
     with until("calibrate"):
-        done = nbl("--model", checkpoint(architecture), *BARE, "--output", tmp_path / "run")
+        done = nbl("--model", checkpoint("hunyuan"), *BARE, "--output", tmp_path / "run")
     options = json.loads((tmp_path / "run" / "nbl.json").read_text(encoding="utf-8"))["options"]
     assert options["exit_layer"] == "none", done.err
 

@@ -2,12 +2,14 @@
 continue.
 
     qkv [B, M, ·] -- GroupQueryAttention -- output, present                    a short step: M is T
-    features [B, T - M, F] - MatMul - Add - Concat - ScatterND - rotary - keys, values [B, heads, T, ·]
+    features [B, T - M, F] - MatMul - Add - (norm) - Concat - ScatterND - rotary - keys, values [B, heads, T, ·]
     qkv of M rows ---- own keys, values -----^-----------^                 |
                  `---- queries -- rotary -- scores -- Softmax -------------+--- output       past in front: present
 
 Predicted KV are between the own ones of the first token and of the last rows. In a padded batch a shorter sequence has
 its last rows before the end of the step, so they also replace what is predicted there.
+
+Own keys come normed, if the layer norms keys, so predicted ones get a copy of the nodes between product and attention.
 
 The queries of the rows that continue read the past and this step. GroupQueryAttention takes no batch behind a cache,
 which the last rows of a padded batch need, and no first token beside the last ones. So products and a Softmax stand
@@ -25,17 +27,21 @@ import onnx_ir as ir
 from onnx_ir.convenience import replace_nodes_and_values
 
 from nbl_export.errors import RefusalError
-from nbl_export.graph.anatomy import AttentionBlock, find_attention
-from nbl_export.graph.emitter import LayerMaker, Maker, choose
+from nbl_export.graph.anatomy import PRODUCTS, AttentionBlock, find_attention
+from nbl_export.graph.emitter import LayerMaker, Maker, choose, need
 from nbl_export.graph.names import node_name
 from nbl_export.methods.predicted_kv.maps import PredictedKV
 
-__all__ = ["ContinuingRows", "ExitedAttention", "stated_keys"]
+__all__ = ["ContinuingRows", "ExitedAttention", "key_steps", "stated_keys"]
 
 _MICROSOFT = "com.microsoft"
 _INPUTS = 9  # of GroupQueryAttention: queries, keys, values, caches, lengths, rotary tables; others are refused
+_TABLES = 7  # the first input of rotary tables
+_SINKS = 11  # input of GroupQueryAttention: a score of each head for no key
 _KNOWN = ("num_heads", "kv_num_heads", "scale", "softcap", "do_rotary", "rotary_interleaved", "local_window_size",
           "smooth_softmax", "qk_output", "k_quant_type", "v_quant_type", "kv_cache_bit_width")  # fmt: skip
+_STEPS = ("Reshape", "SimplifiedLayerNormalization", "LayerNormalization", "RMSNormalization")
+_ENDS = ("Add", "Split", *PRODUCTS)
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,8 @@ class ExitedAttention:
         attention: the layer's GroupQueryAttention.
 
     Raises:
-        RefusalError: the attention has a window, sinks, or inputs that are not understood.
+        RefusalError: the attention has inputs or settings that are not understood, or keys come otherwise than by a
+            product and a norm.
     """
 
     def __init__(self, layer: int, attention: ir.Node, mixer: PredictedKV, rows: ContinuingRows) -> None:
@@ -86,6 +93,7 @@ class ExitedAttention:
         self._heads = self._settings["kv_num_heads"]
         self._size = len(mixer.weight) // 2 // self._heads
         self._group = self._settings["num_heads"] // self._heads
+        self._steps = () if attention.inputs[1] is None else key_steps(layer, attention)
 
     def put_choice(self) -> None:
         """Put a choice in the place of the node."""
@@ -103,9 +111,12 @@ class ExitedAttention:
         make = self._make
         mixer = self._mixer
         rows = self._rows
-        queries, own = self._projected()
+        queries, own = (need(value, "queries, keys and values") for value in self._projected())
         made = make.add(make.matmul(rows.features, mixer.weight, "weight"), mixer.bias, "bias")
         parts = self._integers("rows", [1, mixer.recent_tokens])
+        if self._steps:
+            keys, values = make.several(2, "Split", "Predicted", made, axis=2, num_outputs=2)
+            made = make("Concat", "Normed", self._normed(keys), values, axis=2)
         first, recent_tokens = make.several(2, "Split", "FirstNear", own, parts, axis=1)
         made = make("Concat", "Rows", first, made, recent_tokens, axis=1)
         made = make("ScatterND", "Own", made, rows.places, own)
@@ -125,7 +136,15 @@ class ExitedAttention:
         widths = self._integers("widths", [self._group * self._heads * self._size, len(self._mixer.weight)])
         return self._make.several(2, "Split", "Queries", queries, widths, axis=2)
 
-    def _rotated(self, name: str, x: ir.Value | None, positions: ir.Value, heads: int) -> ir.Value:
+    def _normed(self, keys: ir.Value) -> ir.Value:
+        """What the steps between a layer's product and its attention make of predicted keys."""
+        for n, step in enumerate(self._steps):
+            keys = self._make(step.op_type, f"Step{n}", keys, *step.inputs[1:], domain=step.domain, **_settings(step))
+        return keys
+
+    def _rotated(self, name: str, x: ir.Value, positions: ir.Value, heads: int) -> ir.Value:
+        if not self._settings.get("do_rotary", 0):
+            return x
         cosine, sine = self._attention.inputs[7:9]
         half = None if cosine is None or cosine.shape is None else cosine.shape[-1]
         part = {"rotary_embedding_dim": 2 * half} if isinstance(half, int) and 2 * half < self._size else {}
@@ -148,7 +167,7 @@ class ExitedAttention:
         rest = make("Slice", f"{name}Rest", cache, self._rows.whole, end, axis)
         return used, make("Concat", f"{name}Present", used, rest, axis=2)
 
-    def _attend(self, queries: ir.Value | None, keys: ir.Value, values: ir.Value) -> ir.Value:
+    def _attend(self, queries: ir.Value, keys: ir.Value, values: ir.Value) -> ir.Value:
         make = self._make
         number = self._rows.shared.constant
         heads = self._heads
@@ -165,13 +184,61 @@ class ExitedAttention:
         if cap := self._settings.get("softcap", 0.0):
             scores = make("Tanh", "Soft", make("Div", "Capped", scores, number("cap", cap)))
             scores = make("Mul", "Uncapped", scores, number("cap", cap))
-        weights = make("Softmax", "Softmax", make("Add", "Masked", scores, self._rows.unseen), axis=-1)
+        scores = make("Add", "Masked", scores, self._unseen())
+        sinks = self._attention.inputs[_SINKS] if len(self._attention.inputs) > _SINKS else None
+        if sinks is not None:
+            column = make("ReduceMax", "Column", scores, self._integers("last", [-1]))
+            column = make("Mul", "NoScore", column, number("nothing", 0.0))
+            heads_of = make("Reshape", "Sinks", sinks, self._integers("sinks", [1, heads, group, 1, 1]))
+            scores = make("Concat", "WithSinks", scores, make("Add", "SinkScores", column, heads_of), axis=-1)
+        weights = make("Softmax", "Softmax", scores, axis=-1)
+        if sinks is not None:
+            begin = self._integers("begin", [0])
+            weights = make(
+                "Slice", "OfKeys", weights, begin, self._integers("last", [-1]), self._integers("last", [-1])
+            )
         found = make("MatMul", "Weighted", weights, make("Unsqueeze", "ValuesBH1Sd", values, axis))
         found = make("Transpose", "OutputBMHGd", found, perm=[0, 3, 1, 2, 4])
         return make("Reshape", "Output", found, self._integers("output", [0, 0, heads * group * size]))
 
+    def _unseen(self) -> ir.Value:
+        """What scores get: that of all layers, and the lowest number for keys before the window."""
+        make = self._make
+        window = self._settings.get("local_window_size", -1)
+        if window < 0:
+            return self._rows.unseen
+        ints = Maker(make.graph, node_name(self._layer, "Window/"), ir.DataType.INT64)
+        number = self._rows.shared.constant
+        shape = ints("Shape", "unseen", self._rows.unseen, start=4, end=5)
+        nothing, one = (number(f"int_{n}", n, ir.DataType.INT64) for n in (0, 1))
+        keys = ints("Range", "keys", nothing, ints("Squeeze", "count", shape), one)
+        last = ints("Sub", "before", self._rows.own, number(f"window_{window}", window, ir.DataType.INT64))
+        last = ints("Unsqueeze", "before_BM1", last, self._integers("last", [-1]))
+        seen = ints("Greater", "seen", keys, last, dtype=ir.DataType.BOOL)
+        make.nodes.extend(ints.nodes)
+        assert make.dtype is not None
+        lowest = np.finfo(make.dtype.numpy()).min
+        seen = make("Unsqueeze", "Seen", seen, self._integers("outer", [1, 2]), dtype=ir.DataType.BOOL)
+        return make("Where", "InWindow", seen, self._rows.unseen, number("unseen", lowest))
+
     def _integers(self, name: str, numbers: Sequence[int]) -> ir.Value:
         return self._rows.shared.constant(name, numbers, ir.DataType.INT64)
+
+
+def key_steps(layer: int, attention: ir.Node) -> tuple[ir.Node, ...]:
+    """The nodes between a layer's product of keys and its attention, in their order.
+
+    Raises:
+        RefusalError: something else than a norm stands there.
+    """
+    found: list[ir.Node] = []
+    node = None if attention.inputs[1] is None else attention.inputs[1].producer()
+    while node is not None and node.op_type in _STEPS:
+        found.append(node)
+        node = None if node.inputs[0] is None else node.inputs[0].producer()
+    if node is None or node.op_type not in _ENDS:
+        raise RefusalError(layer, f"its keys come by {node.op_type if node else 'no node'}, and not by a product")
+    return tuple(reversed(found))
 
 
 def stated_keys(block: AttentionBlock) -> int | None:
@@ -193,14 +260,15 @@ def _settings(node: ir.Node) -> dict[str, Any]:
 
 def _check(layer: int, attention: ir.Node) -> None:
     found = _settings(attention)
-    if found.get("local_window_size", -1) > 0:
-        raise RefusalError(layer, "its attention has a sliding window, and a prompt cannot stop below it")
-    surplus = [v.name for v in attention.inputs[_INPUTS:] if v is not None]
+    surplus = [
+        v.name for place, v in enumerate(attention.inputs) if v is not None and place >= _INPUTS and place != _SINKS
+    ]
     unknown = [
         name for name in found if name not in _KNOWN or (name not in _KNOWN[:7] and found[name] not in (0, "NONE"))
     ]
     if surplus or unknown or len(attention.outputs) != 3:
         what = next(iter([*surplus, *unknown]), "further outputs")
         raise RefusalError(layer, f"its attention has {what}, and a prompt cannot stop below it")
-    if any(v is None for v in attention.inputs[3:_INPUTS]) or len(attention.inputs) < _INPUTS:
+    needed = attention.inputs[3 : _INPUTS if found.get("do_rotary", 0) else _TABLES]
+    if any(v is None for v in needed) or len(attention.inputs) < _TABLES:
         raise RefusalError(layer, "its attention has no cache, lengths or rotary tables, which an exit layer needs")

@@ -76,12 +76,11 @@ class PredictedKVMethod(Method):
 
     def blank(self, config: Any, decoder: Any, stated: Any, multiplier: float = 1.0) -> Any:
         from nbl_export.methods.predicted_kv.module import PredictedKVModule
-        from nbl_export.methods.predicted_kv.torch_layers import check_attention
+        from nbl_export.methods.predicted_kv.products import KeyValueProducts
 
         found = read_stated(stated)
-        layer = decoder.layers[found.layer]
-        check_attention(layer, config, found.layer)
-        shape = (2 * layer.self_attn.k_proj.out_features, 2 * config.hidden_size)
+        products = KeyValueProducts.of(decoder.layers[found.layer].self_attn, config, found.layer)
+        shape = (2 * products.width, 2 * config.hidden_size)
         weight = np.broadcast_to(np.float32(0), shape)  # takes no memory
         numbers = config.hidden_size, found.layer, found.recent_tokens, found.epsilon
         return PredictedKVModule(PredictedKV(weight, weight[:, 0], *numbers))

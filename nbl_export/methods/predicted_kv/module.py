@@ -33,16 +33,17 @@ class PredictedKVModule(MixerModule):
 
     @staticmethod
     def places(decoder: Any, modules: Mapping[int, Any], tap: str, *, served: bool) -> Iterator[Place]:
+        from nbl_export.methods.predicted_kv.products import KeyValueProducts
         from nbl_export.methods.predicted_kv.teacher_forced import TeacherForcedAttention
-        from nbl_export.methods.predicted_kv.torch_layers import PrefillExitLayer, check_attention, check_served
+        from nbl_export.methods.predicted_kv.torch_layers import PrefillExitLayer, check_served
 
         for index, module in modules.items():
             layer = decoder.layers[index]
-            check_attention(layer, decoder.config, index)
+            products = KeyValueProducts.of(layer.self_attn, decoder.config, index)
             if served:
-                yield layer, "forward", PrefillExitLayer(layer, module, module.recent_tokens)
+                yield layer, "forward", PrefillExitLayer(layer, products, module, module.recent_tokens)
             else:
-                yield layer.self_attn, "forward", TeacherForcedAttention(layer.self_attn, module)
+                yield layer.self_attn, "forward", TeacherForcedAttention(layer.self_attn, products, module)
         if served:
             check_served(modules, len(decoder.layers))
 

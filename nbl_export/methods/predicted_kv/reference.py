@@ -6,8 +6,9 @@ caches.
     last W tokens --- graph --- logits                                          +---- they attend to all of these
 
 A step of at most W + 1 tokens is one run of the graph. Sequences of a batch run one by one, so none is padded. No pass
-of the rewrite is used, and rotary embedding is NumPy's. In the static form (`methods.predicted_kv.static`), each
-sequence of a batch stops by its own length; else the shortest one decides for all.
+of the rewrite is used, and norms of keys and rotary embedding are NumPy's. In the static form
+(`methods.predicted_kv.static`), each sequence of a batch stops by its own length; else the shortest one decides for
+all.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.convenience import get_const_tensor
 
 from nbl_export.errors import RefusalError
 from nbl_export.graph.anatomy import find_attention, find_block, find_written
@@ -27,11 +29,13 @@ from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.files import load_graph
 from nbl_export.graph.names import all_logits_file
 from nbl_export.methods.mixed_session import MixedSession
+from nbl_export.methods.predicted_kv.attention import key_steps
 from nbl_export.methods.predicted_kv.maps import PredictedKV, exit_of
 
 __all__ = ["KeysValues", "PredictedKVDecoder", "Rotary", "onnx_reference"]
 
-_TABLES = (7, 8)  # inputs of GroupQueryAttention: cosines and sines
+_TABLES = slice(7, 9)  # inputs of GroupQueryAttention: cosines and sines
+_EPSILON = 1e-5  # of ONNX's norms that state none
 
 
 KeysValues = tuple[np.ndarray, np.ndarray]
@@ -160,16 +164,19 @@ class Rotary:
 
 @dataclass(frozen=True)
 class _Layer:
-    """Names of a layer's caches of keys and of values, its key heads, and its rotary embedding."""
+    """Names of a layer's caches of keys and of values, its key heads, norms of keys, and its rotary embedding."""
 
     caches: tuple[str, str]
     heads: int
-    rotary: Rotary
+    steps: tuple[ir.Node, ...]
+    rotary: Rotary | None
 
     @classmethod
     def of(cls, graph: ir.Graph, layer: int) -> _Layer:
-        """Raises RefusalError: its keys are not rotated from constant tables."""
+        """Raises RefusalError: its keys are not rotated from constant tables, or come otherwise than by a product."""
         block = find_block(graph, layer)
+        steps: tuple[ir.Node, ...] = ()
+        rotates = True
         if is_static(graph):
             attention = find_written(block).rotary
             gathers = [None if value is None else value.producer() for value in attention.inputs[1:3]]
@@ -178,21 +185,57 @@ class _Layer:
         else:
             attention = find_attention(block)
             name = "rotary_"
-            tables = [attention.inputs[place] for place in _TABLES]
+            tables = list(attention.inputs[_TABLES])
+            steps = () if attention.inputs[1] is None else key_steps(layer, attention)
+            rotates = attention.attributes.get_int("do_rotary", 0) == 1
+        keys, held = (str(past.name) for past in block.pasts)
+        heads = attention.attributes["num_heads" if is_static(graph) else "kv_num_heads"].as_int()
+        if not rotates:
+            return cls((keys, held), heads, steps, None)
         values = [None if table is None else table.const_value for table in tables]
         if any(value is None for value in values):
             raise RefusalError(layer, "the tables of its rotary embedding are no constants")
         cosines, sines = (value.numpy() for value in values if value is not None)
         interleaved = bool(attention.attributes.get_int(f"{name}interleaved", 0))
-        keys, held = (str(past.name) for past in block.pasts)
-        heads = attention.attributes["num_heads" if is_static(graph) else "kv_num_heads"].as_int()
-        return cls((keys, held), heads, Rotary(cosines, sines, interleaved))
+        return cls((keys, held), heads, steps, Rotary(cosines, sines, interleaved))
 
     def fill(self, decoder: OnnxDecoder, given: tuple[np.ndarray, np.ndarray], place: int) -> None:
         """Put keys and values [1, T, K] of all tokens but the first at `place` into the end of the caches."""
-        keys, values = (self._heads(rows[:, 1:]) for rows in given)
-        for cache, rows in zip(self.caches, (self.rotary(keys, place + 1), values), strict=True):
+        keys, values = (rows[:, 1:] for rows in given)
+        for step in self.steps:
+            keys = _stepped(step, keys)
+        keys = self._heads(keys)
+        keys = keys if self.rotary is None else self.rotary(keys, place + 1)
+        for cache, rows in zip(self.caches, (keys, self._heads(values)), strict=True):
             decoder.overwrite(cache, rows)
 
     def _heads(self, x_1TK: np.ndarray) -> np.ndarray:
         return x_1TK.reshape(*x_1TK.shape[:2], self.heads, -1).swapaxes(1, 2)
+
+
+def _constant(value: ir.Value | None) -> np.ndarray:
+    """A constant, or a sum of constants, as a norm's weight plus one is.
+
+    Raises:
+        RefusalError: the value is neither.
+    """
+    node = None if value is None else value.producer()
+    tensor = None if value is None else get_const_tensor(value)
+    if tensor is not None:
+        return tensor.numpy()
+    if node is None or node.op_type != "Add":
+        raise RefusalError(None, "a norm between keys and their attention reads no constants")
+    first, second = (_constant(part) for part in node.inputs)
+    total: np.ndarray = first + second
+    return total
+
+
+def _stepped(node: ir.Node, x: np.ndarray) -> np.ndarray:
+    """What a node between a product and its attention computes: another shape, or a norm over the last axis."""
+    first, *others = (_constant(value) for value in node.inputs[1:])
+    if node.op_type == "Reshape":
+        return x.reshape([x.shape[n] if size == 0 else size for n, size in enumerate(first.tolist())])
+    centred = x - x.mean(-1, keepdims=True) if node.op_type == "LayerNormalization" else x
+    size = np.sqrt(np.square(centred).mean(-1, keepdims=True) + node.attributes.get_float("epsilon", _EPSILON))
+    normed: np.ndarray = centred / size * first.astype(np.float32)
+    return normed + others[0].astype(np.float32) if others else normed

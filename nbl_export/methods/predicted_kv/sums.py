@@ -2,7 +2,9 @@
 
     stream c --- norm --- X [t], X [t - 1]  --+-- X'X      once for each exit layer c
                                               |
-    k_proj, v_proj of layer l > c --- Y [t] --+-- Y'X      for each exit layer and each layer above it
+    k_proj, v_proj of layer l > c --- Y [t] --+-- Y'X      for each exit layer and each layer above it (*)
+
+(*) also of layer c, if its own products on the normed stream are no exact map (`ExitShape.exact`).
 
 A sum holds rows 1 .. T - 1 of each window: row 0 has no token before it. The map without the token before takes the
 first D columns. Products are float32 over the rows of a batch, about a reference row, and add up in float64. Equal
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from nbl_export.methods.collector import Collector, batches
 from nbl_export.methods.lmmse import RIDGE, cholesky
 from nbl_export.methods.predicted_kv.maps import PredictedKV
 from nbl_export.methods.predicted_kv.module import features
-from nbl_export.methods.predicted_kv.torch_layers import check_attention
+from nbl_export.methods.predicted_kv.products import KeyValueProducts, epsilon_of, norm_of
 from nbl_export.methods.sums import REFERENCE_ROWS, gram, total
 from nbl_export.methods.sums_file import SumsFile, SumsWriter
 from nbl_export.model import bfloat16, processes
@@ -33,6 +36,7 @@ from nbl_export.model.architectures import architecture_of
 __all__ = ["ExitShape", "ExitSums", "fit", "maps_of", "own_map"]
 
 _BLOCK = 4096  # rows of a float32 product
+_FACTORS = {"rms": 0, "rms+1": 1}  # what is added to the weight of a norm before rows are multiplied by it
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class ExitShape:
         inputs: D.
         width: K, of keys and of values.
         epsilon: of the norm.
+        exact: whether the map of the layer at the exit layer is its own products (`own_map`), and is not fitted.
     """
 
     exits: tuple[int, ...]
@@ -52,6 +57,7 @@ class ExitShape:
     inputs: int
     width: int
     epsilon: float
+    exact: bool = True
 
     def __post_init__(self) -> None:
         if list(self.exits) != sorted({exit_layer for exit_layer in self.exits if 0 <= exit_layer < self.layers}):
@@ -64,19 +70,19 @@ class ExitShape:
         """Of a causal LM of transformers.
 
         Raises:
-            NblError: there are no such exit layers, or attention is not like llama's.
+            NblError: there are no such exit layers, or a layer has no products of keys and of values.
         """
         config = model.config
+        record = architecture_of(config)
         layers = model.get_decoder().layers
-        for index, layer in enumerate(layers):
-            check_attention(layer, config, index)
-        norm = getattr(layers[0], architecture_of(config).norm_before or "")
-        width = int(layers[0].self_attn.k_proj.out_features)
-        return ExitShape(tuple(exits), len(layers), int(config.hidden_size), width, float(norm.variance_epsilon))
+        (width,) = {KeyValueProducts.of(layer.self_attn, config, n).width for n, layer in enumerate(layers)}
+        epsilon = epsilon_of(norm_of(layers[0], config))
+        exact = bool(record.norm_before) and record.norm in _FACTORS
+        return ExitShape(tuple(exits), len(layers), int(config.hidden_size), width, epsilon, exact)
 
     def above(self, exit_layer: int) -> range:
         """Layers whose keys and values are predicted from an exit layer by a fitted map."""
-        return range(exit_layer + 1, self.layers)
+        return range(exit_layer + self.exact, self.layers)
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the sums by name."""
@@ -102,7 +108,7 @@ class ExitSums(Collector):
         sums: by name (`ExitShape.tensors`), about the reference rows; a reference row is NaN before the first rows.
 
     Raises:
-        NblError: there are no such exit layers, or attention above them is not like llama's.
+        NblError: there are no such exit layers, or a layer has no products of keys and of values.
     """
 
     def __init__(self, model: Any, exits: Sequence[int], *, bf16: bool = False) -> None:
@@ -129,9 +135,8 @@ class ExitSums(Collector):
             for exit_layer in self.shape.exits
         ]
         for layer in self.shape.above(self.shape.exits[0]):
-            attention = layers[layer].self_attn
-            for half, product in enumerate((attention.k_proj, attention.v_proj)):
-                handles.append(product.register_forward_hook(self._on_product(layer, half)))
+            products = KeyValueProducts.of(layers[layer].self_attn, self._model.config, layer)
+            handles += products.hooks(partial(self._on_products, layer))
         return handles
 
     def begin(self, ids_WT: torch.Tensor) -> None:
@@ -177,19 +182,16 @@ class ExitSums(Collector):
             for rows in x_NF.split(_BLOCK):
                 self._add(self.sums[f"exits.{exit_layer}.xx"], gram(rows))
 
-    def _on_product(self, layer: int, half: int) -> Any:
+    def _on_products(self, layer: int, half: int, output: torch.Tensor) -> None:
         places = slice(half * self.shape.width, (half + 1) * self.shape.width)
-
-        def take(_product: Any, _args: Any, output: torch.Tensor) -> None:
-            y_NK = self._about(f"layers.{layer}", places, output[:, 1:].float().flatten(0, 1))
-            self._add(self.sums[f"layers.{layer}.sum"][places], total(y_NK))
-            with bfloat16.bf16_autocast(y_NK.device, False):
-                for exit_layer in (exit_layer for exit_layer in self.shape.exits if exit_layer < layer):
-                    yx_KF = self.sums[f"exits.{exit_layer}.yx"][layer - exit_layer - 1, places]
-                    for y, x in zip(y_NK.split(_BLOCK), self._features[exit_layer].split(_BLOCK), strict=True):
-                        self._add(yx_KF, y.T @ x)
-
-        return take
+        y_NK = self._about(f"layers.{layer}", places, output[:, 1:].float().flatten(0, 1))
+        self._add(self.sums[f"layers.{layer}.sum"][places], total(y_NK))
+        with bfloat16.bf16_autocast(y_NK.device, False):
+            for exit_layer in (exit_layer for exit_layer in self.shape.exits if layer in self.shape.above(exit_layer)):
+                first = self.shape.above(exit_layer)[0]
+                yx_KF = self.sums[f"exits.{exit_layer}.yx"][layer - first, places]
+                for y, x in zip(y_NK.split(_BLOCK), self._features[exit_layer].split(_BLOCK), strict=True):
+                    self._add(yx_KF, y.T @ x)
 
     def _about(self, name: str, places: slice, rows: torch.Tensor) -> torch.Tensor:
         """Rows about their reference row, which is the mean of the first rows ever."""
@@ -222,9 +224,9 @@ def fit(
     reference = read(f"{title}.ref")
     products = read(f"{title}.yx")
     found = {}
-    for layer in shape.above(exit_layer):
+    for place, layer in enumerate(shape.above(exit_layer)):
         mean_y = read(f"layers.{layer}.sum") / count
-        cyx = products[layer - exit_layer - 1] / count - torch.outer(mean_y, mean_x)
+        cyx = products[place] / count - torch.outer(mean_y, mean_x)
         if not torch.isfinite(cyx).all():
             raise NblError(f"layer {layer}: its activations hold NaN or infinity; check the checkpoint's weights")
         weight = torch.cholesky_solve(cyx.T, lower).T
@@ -237,7 +239,7 @@ def fit(
 def maps_of(
     model: Any, file: SumsFile, exits: Sequence[int], exit_layer: int, recent_tokens: int
 ) -> dict[int, PredictedKV]:
-    """The maps of an exit layer: the exact one of the exit layer itself, and the fitted ones.
+    """The maps of an exit layer: the exact one of the exit layer itself if there is one, and the fitted ones.
 
     Args:
         file: sums of this model and these `exits`.
@@ -245,31 +247,26 @@ def maps_of(
     shape = ExitShape.of(model, exits)
     file.require(shape.tensors())
     fitted = fit(shape, file.tensor, file.count, exit_layer, recent_tokens)
-    return {exit_layer: own_map(model, exit_layer, exit_layer, recent_tokens), **fitted}
+    own = {exit_layer: own_map(model, exit_layer, exit_layer, recent_tokens)} if shape.exact else {}
+    return {**own, **fitted}
 
 
 @torch.no_grad()
 def own_map(model: Any, layer: int, exit_layer: int, recent_tokens: int) -> PredictedKV:
     """A layer's own products on the stream at the exit layer, with the weight of its norm in them.
 
-    The map of the layer at the exit layer is exact. The columns of the token before are zeros.
+    The map of the layer at the exit layer is exact. The columns of the token before are zeros. The norm is one of
+    `_FACTORS`.
 
     Raises:
-        NblError: the layer's attention is not like llama's.
+        NblError: the layer has no products of keys and of values.
     """
     decoder = model.get_decoder()
     block = decoder.layers[layer]
     config = decoder.config
-    check_attention(block, config, layer)
-    norm = getattr(block, architecture_of(config).norm_before or "")
-    products = (block.self_attn.k_proj, block.self_attn.v_proj)
-    weight = torch.cat([product.weight.float() * norm.weight.float() for product in products])
-    bias = torch.cat([_bias(product) for product in products])
+    norm = norm_of(block, config)
+    weight, bias = KeyValueProducts.of(block.self_attn, config, layer).weights()
+    weight = weight * (norm.weight.float() + _FACTORS[architecture_of(config).norm])
     weight = torch.cat([weight, torch.zeros_like(weight)], 1)
-    epsilon = float(norm.variance_epsilon)
-    numbers = len(norm.weight), exit_layer, recent_tokens, epsilon
+    numbers = len(norm.weight), exit_layer, recent_tokens, epsilon_of(norm)
     return PredictedKV(weight.cpu().numpy(), bias.cpu().numpy(), *numbers)
-
-
-def _bias(product: Any) -> torch.Tensor:
-    return product.weight.new_zeros(product.out_features).float() if product.bias is None else product.bias.float()

@@ -12,6 +12,8 @@ scores are in memory.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from nbl_export.errors import NblError
 from nbl_export.methods.modules import MixerModule, valid_rows
-from nbl_export.methods.predicted_kv.torch_layers import as_heads, rotate
+from nbl_export.methods.predicted_kv.products import KeyValueProducts, attention_by, taken_keys
 
 __all__ = ["TeacherForcedAttention"]
 
@@ -30,13 +32,14 @@ class TeacherForcedAttention:
     """The forward of an attention module above an exit layer.
 
     Args:
-        attention: like llama's.
+        attention: calls transformers' attention functions. products: of it.
         module: gives the skipped tokens' keys and values, and has `recent_tokens`.
     """
 
-    def __init__(self, attention: Any, module: MixerModule) -> None:
+    def __init__(self, attention: Any, products: KeyValueProducts, module: MixerModule) -> None:
         assert module.recent_tokens is not None
         self._attention = attention
+        self._products = products
         self._module = module
         self._recent_tokens = module.recent_tokens
 
@@ -48,26 +51,66 @@ class TeacherForcedAttention:
             raise NblError("all positions above an exit layer are computed without a cache; give use_cache=False")
         if mask is not None and not valid_rows(mask, tokens).all():
             raise NblError("all positions above an exit layer are computed without padding")
-        if tokens <= self._recent_tokens + 1:
-            found: tuple[torch.Tensor, Any] = type(attention).forward(attention, hidden_states, **given)
-            return found
-        turn = given["position_embeddings"]
-        query, key, value = (
-            as_heads(product(hidden_states), attention)
-            for product in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        skipped_key, skipped_value = (
-            as_heads(rows, attention) for rows in self._module.predict(self._module.streams[self._module.reads[0]])
-        )
-        query, key, skipped_key = (rotate(attention, heads, *turn) for heads in (query, key, skipped_key))
-        mixed = attend(query, (key, value), (skipped_key, skipped_value), self._recent_tokens, float(attention.scaling))
-        return attention.o_proj(mixed.transpose(1, 2).flatten(2)), None
+        if tokens > self._recent_tokens + 1:
+            predicted = self._module.predict(self._module.streams[self._module.reads[0]])
+            skipped = taken_keys(attention, self._products, predicted, given)
+            with attention_by(attention.config, partial(self._attend, skipped)):
+                return self._own(hidden_states, given)
+        return self._own(hidden_states, given)
+
+    def _own(self, x_BTD: torch.Tensor, given: dict[str, Any]) -> tuple[torch.Tensor, Any]:
+        found: tuple[torch.Tensor, Any] = type(self._attention).forward(self._attention, x_BTD, **given)
+        return found
+
+    def _attend(
+        self,
+        skipped: Keys,
+        _module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *_: Any,
+        **said: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """What an attention function of transformers gives, [B, T, heads, head size]."""
+        scores = Scores(float(said["scaling"]), *(said.get(name) for name in ("sliding_window", "softcap", "s_aux")))
+        return attend(query, (key, value), skipped, self._recent_tokens, scores).transpose(1, 2), None
 
 
 Keys = tuple[torch.Tensor, torch.Tensor]  # keys and values [B, heads of keys, T, head size]
 
 
-def attend(query_BHTS: torch.Tensor, own: Keys, skipped: Keys, recent_tokens: int, scale: float) -> torch.Tensor:
+@dataclass(frozen=True)
+class Scores:
+    """How attention weighs keys, as transformers calls an attention function.
+
+    Attributes:
+        scale: of products of queries and keys.
+        window: keys that a query sees, itself included; None for all.
+        cap: of scores, by tanh; None for none.
+        sinks: a score of each head for no key; None for none.
+    """
+
+    scale: float
+    window: int | None = None
+    cap: float | None = None
+    sinks: torch.Tensor | None = None
+
+    def weighed(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        """[B, heads, queries, head size]; `seen` [queries, keys] says which keys a query sees."""
+        if self.cap is None and self.sinks is None:
+            return scaled_dot_product_attention(query, key, value, seen, scale=self.scale)
+        scores = (query @ key.mT).float() * self.scale
+        if self.cap is not None:
+            scores = torch.tanh(scores / self.cap) * self.cap
+        scores = scores.masked_fill(~seen, -torch.inf)
+        if self.sinks is not None:
+            sinks = self.sinks.float()[None, :, None, None].expand(*scores.shape[:3], 1)
+            scores = torch.cat([scores, sinks], 3)
+        return scores.softmax(3)[..., : key.shape[2]].to(value.dtype) @ value
+
+
+def attend(query_BHTS: torch.Tensor, own: Keys, skipped: Keys, recent_tokens: int, scores: Scores) -> torch.Tensor:
     """Attention [B, heads, T, head size] over own keys and predicted KV, all rotated."""
     groups = query_BHTS.shape[1] // own[0].shape[1]
     tokens = query_BHTS.shape[2]
@@ -84,7 +127,9 @@ def attend(query_BHTS: torch.Tensor, own: Keys, skipped: Keys, recent_tokens: in
         seen = distance >= recent_tokens
         seen[:, 1 + len(skipped_S) :] = (distance >= 0)[:, 1 + len(skipped_S) :] & ~seen[:, 1 + len(skipped_S) :]
         seen[:, 0] = True
+        if scores.window is not None:
+            seen &= distance < scores.window
         query = query_BHTS[:, :, begin:end]
         key, value = (part.to(query.dtype).repeat_interleave(groups, 1) for part in (key, value))
-        blocks.append(scaled_dot_product_attention(query, key, value, seen.to(query.device), scale=scale))
+        blocks.append(scores.weighed(query, key, value, seen.to(query.device)))
     return torch.cat(blocks, 2)

@@ -14,7 +14,6 @@ The choice of an exit layer needs every row instead (`methods.predicted_kv.teach
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,22 +21,23 @@ import torch
 
 from nbl_export.errors import NblError
 from nbl_export.methods.modules import MixerModule, valid_rows
-from nbl_export.model.architectures import unlike_llama
+from nbl_export.methods.predicted_kv.products import KeyValueProducts, taken_keys
 
-__all__ = ["PrefillExitLayer", "as_heads", "check_attention", "check_served", "rotate"]
+__all__ = ["PrefillExitLayer", "check_served"]
 
 
 class PrefillExitLayer:
     """The forward of a layer above an exit layer.
 
     Args:
-        layer: of the decoder.
+        layer: of the decoder. products: of its attention.
         module: gives the layer's skipped tokens' keys and values.
         recent_tokens: W.
     """
 
-    def __init__(self, layer: Any, module: MixerModule, recent_tokens: int) -> None:
+    def __init__(self, layer: Any, products: KeyValueProducts, module: MixerModule, recent_tokens: int) -> None:
         self._layer = layer
+        self._products = products
         self._module = module
         self._recent_tokens = recent_tokens
 
@@ -57,21 +57,21 @@ class PrefillExitLayer:
     def _exit_prefill(self, x_BTD: torch.Tensor, first_B: torch.Tensor | None, given: dict[str, Any]) -> torch.Tensor:
         name = "cache" if "cache" in given else "past_key_values"  # as the version of transformers says
         cache = _growing(given.get(name))
-        past = cache.get_seq_length(self._layer.self_attn.layer_idx)
+        index = self._layer.self_attn.layer_idx
+        recent = slice(-self._recent_tokens, None)
         mask = given.get("attention_mask")
-        masks = (
-            (None, _lower(x_BTD, past, self._recent_tokens))
-            if mask is None
-            else _masks(mask, first_B, past, self._recent_tokens)
-        )
+        past = cache.get_seq_length(index) if mask is None else mask.shape[-1] - x_BTD.shape[1]
         given = {**given, name: cache}
-        first = self._own(_first(x_BTD, first_B), **_few(given, masks[0], lambda rows: _first(rows, first_B)))
+        first_mask = None if mask is None else _first_mask(mask, first_B, past)
+        first = self._own(_first(x_BTD, first_B), **_few(given, first_mask, lambda rows: _first(rows, first_B)))
         self._append(cache, x_BTD, first_B, given)
+        seen = cache.layers[index].keys.shape[2] + self._recent_tokens  # a window keeps fewer than all
+        recent_mask = _lower(x_BTD, past, self._recent_tokens) if mask is None else mask[:, :, recent]
         recent_tokens = self._own(
-            x_BTD[:, -self._recent_tokens :], **_few(given, masks[1], lambda rows: rows[:, -self._recent_tokens :])
+            x_BTD[:, recent], **_few(given, recent_mask[..., -seen:], lambda rows: rows[:, recent])
         )
         leaving = torch.full_like(x_BTD, torch.nan, dtype=recent_tokens.dtype)
-        leaving[:, -self._recent_tokens :] = recent_tokens
+        leaving[:, recent] = recent_tokens
         leaving[torch.arange(len(x_BTD)), 0 if first_B is None else first_B] = first[:, 0]
         return leaving
 
@@ -79,30 +79,18 @@ class PrefillExitLayer:
         """Put the skipped rows into the cache, behind the first row."""
         skipped = x_BTD.shape[1] - self._recent_tokens
         attention = self._layer.self_attn
-        index = self._layer.self_attn.layer_idx
+        held = cache.layers[attention.layer_idx]
+        own = held.keys[:, :, -1], held.values[:, :, -1]
         stream_BTD = self._module.streams[self._module.reads[0]]
-        keys, values = (as_heads(part[:, 1:], attention) for part in self._module.predict(stream_BTD[:, :skipped]))
-        keys = rotate(attention, keys, *(rows[:, 1:skipped] for rows in given["position_embeddings"]))
-        if first_B is not None:  # a padded row: the place of its first token in the cache is among the skipped ones
-            held = cache.layers[index]
-            padded = first_B.nonzero()[:, 0]
-            keys = keys.clone()
-            values = values.clone()
-            keys[padded, :, first_B[padded] - 1] = held.keys[padded, :, -1]
-            values[padded, :, first_B[padded] - 1] = held.values[padded, :, -1]
-        cache.update(keys, values, index)
-
-
-def as_heads(rows_BTK: torch.Tensor, attention: Any) -> torch.Tensor:
-    """[B, T, heads x head size] -> [B, heads, T, head size]."""
-    return rows_BTK.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-
-
-def rotate(attention: Any, keys_BHTS: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Queries or keys under the rotary embedding of their own modelling file."""
-    apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-    rotated: torch.Tensor = apply(keys_BHTS, keys_BHTS, cos, sin)[1]
-    return rotated
+        keys, values = (part[:, 1:] for part in self._module.predict(stream_BTD[:, :skipped]))
+        taken_keys(attention, self._products, (keys, values), _few(given, None, lambda rows: rows[:, 1:skipped]))
+        if first_B is None:
+            return
+        for row in first_B.nonzero()[:, 0]:  # a padded row: the place of its first token is among the skipped ones
+            place = held.keys.shape[2] - skipped + int(first_B[row])
+            if place >= 0:  # within the window
+                held.keys[row, :, place] = own[0][row]
+                held.values[row, :, place] = own[1][row]
 
 
 def _growing(cache: Any) -> Any:
@@ -152,26 +140,11 @@ def _lower(x_BTD: torch.Tensor, past: int, recent_tokens: int) -> torch.Tensor:
     return torch.ones(1, 1, recent_tokens, tokens, dtype=torch.bool, device=x_BTD.device).tril(tokens - recent_tokens)
 
 
-def _masks(
-    mask: torch.Tensor, first_B: torch.Tensor | None, past: int, recent_tokens: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Masks of the first row [B, 1, 1, P + 1] and of the recent rows [B, 1, W, P + T].
-
-    The first row's own key is the last one in the cache when its query comes.
-    """
+def _first_mask(mask: torch.Tensor, first_B: torch.Tensor | None, past: int) -> torch.Tensor:
+    """The mask of the first row [B, 1, 1, P + 1]; its own key is the last one in the cache when its query comes."""
     first = _first(mask.transpose(1, 2), first_B)
     own = first[..., past : past + 1] if first_B is None else first.gather(3, past + first_B[:, None, None, None])
-    return torch.cat([first[..., :past], own], 3), mask[:, :, -recent_tokens:]
-
-
-def check_attention(layer: Any, config: Any, index: int) -> None:
-    """Require that a layer can stand above an exit layer.
-
-    Raises:
-        NblError: its attention is not like llama's.
-    """
-    if (reason := unlike_llama(layer.self_attn, config, index)) is not None:
-        raise NblError(f"layer {index}: its keys cannot be predicted: {reason}")
+    return torch.cat([first[..., :past], own], 3)
 
 
 def check_served(modules: Mapping[int, Any], layers: int) -> None:

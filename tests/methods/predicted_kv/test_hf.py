@@ -63,7 +63,9 @@ def padded() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("way", ["copied", "saved"])
-@pytest.mark.parametrize(("name", "exit_layer"), [("llama", 1), ("qwen2", 2)])
+@pytest.mark.parametrize(
+    ("name", "exit_layer"), [("llama", 1), ("qwen2", 2), ("qwen3", 1), ("phi3", 1), ("gemma3", 1), ("olmo2", 1)]
+)
 @torch.inference_mode()
 def test_what_is_loaded_is_the_linearized_model(
     name: str, exit_layer: int, way: str, checkpoint: Checkpoint, tmp_path: Path
@@ -164,10 +166,3 @@ def assert_refused(directory: Path, said: str) -> None:
         assert str(directory) in str(raised.value) and "\n" not in str(raised.value)
     with pytest.raises(ValueError, match=said):
         loaded(directory)
-
-
-def test_an_architecture_whose_keys_cannot_be_predicted(saved: Path, checkpoint: Checkpoint, tmp_path: Path) -> None:
-    config = json.loads((checkpoint("qwen3") / "config.json").read_text(encoding="utf-8"))
-    asked = {name: config[name] for name in config if name != "architectures"} | {"model_type": "nbl-qwen3"}
-    with pytest.raises(NblError, match="its keys cannot be predicted: it norms"):
-        loaded(changed(saved, tmp_path / "nbl", **asked))

@@ -20,19 +20,27 @@ from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.files import read_graph
 from nbl_export.graph.passes.tail import difference, keep_last_token
 from nbl_export.methods.base import Mixer, changed
+from nbl_export.methods.checkpoint.load import read_spec
+from nbl_export.methods.checkpoint.source import resolve
 from nbl_export.methods.predicted_kv.maps import PredictedKV
 from nbl_export.methods.predicted_kv.reference import PredictedKVDecoder, onnx_reference
 from nbl_export.methods.rewrite import rewrite
+from nbl_export.model.architectures import exits_refused
 from nbl_export.targets.onnx_files import check_untouched
 from nbl_export.verify.ladder import greedy
 from tests.exits import apart, predicted_maps
-from tests.tiny import HEAD_DIM, KV_HEADS, LAYERS, VOCAB
+from tests.tiny import HEAD_DIM, KV_HEADS, LAYERS, VOCAB, cases, made_by, record_of
 
 # Largest logit difference allowed, over the largest logit.
 TOLERANCE = {"fp32": 1e-4, "fp16": 0.05}
 KEYS = KV_HEADS * HEAD_DIM
 TOKENS = np.random.default_rng(2).integers(2, VOCAB, (2, 120))
 
+# By their records.
+GRAPHS = [
+    (name, source) for source in ("genai", "mobius") for name in made_by(source)
+    if source not in exits_refused(record_of(name).name, has_window=False)
+]  # fmt: skip
 Exported = Callable[..., Path]
 
 
@@ -94,16 +102,14 @@ def test_half_precision(given_graph: Callable[[str], Path], tmp_path: Path) -> N
         assert compare(OnnxDecoder(tmp_path / "nbl", HEAD_DIM), wanted, sizes) < TOLERANCE["fp16"], sizes
 
 
-@pytest.mark.parametrize(
-    ("architecture", "source", "heads", "size"),
-    [("llama", "mobius", KV_HEADS, HEAD_DIM), ("llama-bias", "genai", KV_HEADS, HEAD_DIM),
-     ("qwen2", "genai", KV_HEADS, HEAD_DIM), ("qwen3", "genai", KV_HEADS, HEAD_DIM), ("phi4-mini", "genai", 1, 32)],
-)  # fmt: skip
+@pytest.mark.parametrize(("architecture", "source"), cases([("llama-bias", "genai"), ("phi4-mini", "genai"), *GRAPHS]))
 def test_other_graphs(
-    architecture: str, source: str, heads: int, size: int, exported: Exported, tmp_path: Path
+    architecture: str, source: str, checkpoint: Callable[[str], Path], exported: Exported, tmp_path: Path
 ) -> None:
-    """Another exporter; biases; queries, keys and values that are three inputs; rotary embedding of half a head."""
-    maps = maps_of_exit(1, 3, keys=heads * size)
+    """Another exporter; biases; norms of keys; windows; sinks; rotary embedding of half a head, or none."""
+    spec = read_spec(resolve(str(checkpoint(architecture))))
+    size = spec.head_dim
+    maps = maps_of_exit(1, 3, keys=spec.num_kv_heads * size)
     rewrite(exported(architecture, source), tmp_path / "nbl", maps)
     wanted = reference(exported(architecture, source), maps, size=size)
     assert compare(OnnxDecoder(tmp_path / "nbl", size), wanted, [12, 1, 9, 1]) < TOLERANCE["fp32"]
@@ -214,7 +220,8 @@ def test_refused(exported: Exported, given_graph: Callable[[str], Path], tmp_pat
         (llama, whole | {2: maps_of_exit(1, 3, keys=KEYS // 2)[2]}, f"2: its map predicts keys {KEYS // 2} wide"),
         (exported("llama", "mobius"), maps_of_exit(1, 3, keys=2 * KEYS), f"1: its map predicts keys {2 * KEYS} wide"),
         (exported("qwen3"), maps_of_exit(1, 3, keys=HEAD_DIM), f"1: its map predicts keys {HEAD_DIM} wide"),
-        (exported("mistral-window"), whole, "1: its attention has a sliding window"),
+        (exported("hunyuan"), whole, "1: its keys come by RotaryEmbedding"),
+        (exported("gpt_oss", "mobius"), whole, "1: its attention is no GroupQueryAttention"),
         (given_graph("mobius-fp16"), whole, "1: its attention is no GroupQueryAttention"),
     ]
     for number, (source, maps, reason) in enumerate(cases):

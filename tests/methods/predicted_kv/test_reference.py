@@ -18,7 +18,7 @@ from nbl_export.methods.checkpoint.source import resolve
 from nbl_export.methods.predicted_kv.reference import PredictedKVDecoder, Rotary, onnx_reference
 from nbl_export.targets import exporter_of
 from tests.exits import CLOSE, apart, chunks_of, predicted_maps, torch_logits
-from tests.tiny import HEAD_DIM, KV_HEADS
+from tests.tiny import HEAD_DIM, KV_HEADS, cases, made_by
 
 W = 4
 KEYS = KV_HEADS * HEAD_DIM
@@ -28,7 +28,9 @@ CHUNKS = (13, 1, W + 1, W + 2, 9, 1)
 
 @pytest.mark.parametrize(
     ("architecture", "exit_layer"),
-    [("llama", 1), ("llama", 2), ("llama", 0), ("qwen2", 1), ("phi4-mini", 1), ("phi3", 2)],
+    cases(
+        [("llama", 2), ("llama", 0), ("phi4-mini", 1), *((name, 1) for name in made_by("genai") if name != "hunyuan")]
+    ),
 )
 def test_logits_are_those_of_torch(
     architecture: str, exit_layer: int, checkpoint: Callable[[str], Path], exported: Callable[..., Path]

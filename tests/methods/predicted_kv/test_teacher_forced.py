@@ -16,7 +16,9 @@ from nbl_export.methods.applied import linearize, switched
 from nbl_export.methods.checkpoint.load import load_model
 from nbl_export.methods.losses import PartialReplacement
 from nbl_export.methods.predicted_kv import teacher_forced as all_positions
+from nbl_export.methods.predicted_kv.sums import ExitShape
 from tests.methods.predicted_kv.test_torch_layers import W, ids, maps_from, modules
+from tests.tiny import EVERY, cases
 
 
 def everywhere(model: Any, maps: Any, text: torch.Tensor, **more: Any) -> torch.Tensor:
@@ -28,36 +30,46 @@ def everywhere(model: Any, maps: Any, text: torch.Tensor, **more: Any) -> torch.
 
 @pytest.mark.parametrize("block", [1, 4, 7, 128])
 @pytest.mark.parametrize("recent_tokens", [1, 3, 8, 40])
+@pytest.mark.parametrize(
+    "more", [(), (5,), (None, 0.4), (None, None, torch.linspace(-1, 2, 6)), (4, 0.6, torch.ones(6))]
+)
 def test_blocks_are_dense_attention_with_two_kinds_of_keys(
-    block: int, recent_tokens: int, monkeypatch: pytest.MonkeyPatch
+    block: int, recent_tokens: int, more: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """All keys or a window of them, scores with a cap, and sinks."""
+    window, cap, sinks = (*more, None, None, None)[:3]
     monkeypatch.setattr(all_positions, "_BLOCK", block)
     torch.manual_seed(3)
     query = torch.randn(2, 6, 23, 8)
     (key, value), (skipped_key, skipped_value) = (tuple(torch.randn(2, 2, 2, 23, 8)) for _ in range(2))
-    found = all_positions.attend(query, (key, value), (skipped_key, skipped_value), recent_tokens, 0.3)
+    found = all_positions.attend(
+        query, (key, value), (skipped_key, skipped_value), recent_tokens, all_positions.Scores(0.3, *more)
+    )
     key, value, skipped_key, skipped_value = (
         part.repeat_interleave(3, 1) for part in (key, value, skipped_key, skipped_value)
     )
     row, column = torch.arange(23)[:, None], torch.arange(23)
     own = (row - column < recent_tokens) | (column == 0)
     scores = 0.3 * torch.where(own, query @ key.mT, query @ skipped_key.mT)
-    share = scores.masked_fill(column > row, -torch.inf).softmax(-1)
+    scores = scores if cap is None else cap * (scores / cap).tanh()
+    unseen = (column > row) | (row - column >= (23 if window is None else window))
+    sums = scores.masked_fill(unseen, -torch.inf).exp()
+    share = sums / (sums.sum(-1, keepdim=True) + (0 if sinks is None else sinks.exp()[:, None, None]))
     right = (share * own) @ value + (share * ~own) @ skipped_value
     torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-bias", "qwen2", "granite"])
+@pytest.mark.parametrize("name", cases(("llama-bias", "phi4-mini", *EVERY)))
 @torch.inference_mode()
 def test_a_row_is_the_last_of_what_is_served_below_two_layers(name: str, checkpoint: Callable[[str], Path]) -> None:
-    """With two layers above the exit layer or one, the recent keys of the last row are exact in both."""
+    """With one layer of other keys above the exit layer, the recent keys of the last row are exact in both."""
     model, text = load_model(checkpoint(name)), ids(24, 2)
     for exit_layer in (0, 1, 2):
         maps = maps_from(model, exit_layer)
         found = everywhere(model, maps, text)
         continuing_rows = linearize(copy.deepcopy(model), maps)
         served = torch.stack([continuing_rows(text[:, :t], use_cache=False).logits[:, -1] for t in range(1, 25)], 1)
-        same = W + 1 if exit_layer == 0 else 24
+        same = W + 1 if len(ExitShape.of(model, (exit_layer,)).above(exit_layer)) > 1 else 24
         torch.testing.assert_close(found[:, :same], served[:, :same], rtol=1e-4, atol=1e-4)
         assert exit_layer or (found - served)[:, 2 * W :].abs().amax((0, 2)).min() > 1e-3
 
