@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ __all__ = [
     "JobOptions",
     "exit_refused",
     "flag_of",
+    "keeps_blocks",
     "renamed",
 ]
 
@@ -150,6 +151,11 @@ def _usual_source(values: Mapping[str, Any], engine: Capabilities | None, model:
 def exit_refused(source: str, precision: str, model: ModelFacts) -> str:
     """Why a model takes no exit layer in graphs of a decoder source; "" if it does, as far as its facts are known."""
     return model.no_exit.get(source, _FP16 if (source, precision) == ("mobius", "fp16") else "")
+
+
+def keeps_blocks(builder_options: Iterable[str]) -> bool:
+    """Whether some ask for the GenAI builder's own rounding, in blocks of weights."""
+    return any(option.partition("=")[0] in OF_ROUNDING for option in builder_options)
 
 
 def _usual_tap(values: Mapping[str, Any], _engine: Capabilities | None, model: ModelFacts) -> str:

@@ -84,6 +84,7 @@ def of_run(run: RunDirectory) -> dict[str, Any]:
     return found
 
 
+_ACTIVATIONS = "activations too, with a scale a token"
 ADVICE = "remove its verify.json, bench.json and eval.json, or start over with --force"
 
 
@@ -164,7 +165,9 @@ def _finite(value: Any) -> Any:
 
 
 def codes_of(manifest: Mapping[str, Any]) -> str | None:
-    """Whose codes an int4 graph has: "gptq codes of NAME in groups of 128"; None if the builder quantised."""
+    """What the precision does not say: whose codes a graph has, or that activations are rounded; None for neither."""
+    if manifest.get("rounds_activations"):
+        return _ACTIVATIONS
     if not manifest["options"].get("quantized_model"):
         return None
     noted = manifest["quantized"]

@@ -87,6 +87,12 @@ def test_manifest_says_what_was_done(finished: Path, same: Same, text: Path) -> 
     assert (options["context"], options["depths"], options["repetitions"]) == (64, [0], 1)
 
 
+def test_the_report_says_that_int8_is_of_activations_too(finished: Path) -> None:
+    assert read(finished / "nbl.json")["rounds_activations"] is True
+    for page in ("report.md", "report.html"):
+        assert "int8, activations too, with a scale a token" in (finished / page).read_text(encoding="utf-8")
+
+
 def test_manifest_has_the_hash_of_every_file_and_the_seconds_of_every_stage(finished: Path) -> None:
     stages = read(finished / "nbl.json")["stages"]
     assert list(stages) == ["text", "calibrate", "plan", "decoder", "rewrite", "verify", "bench", "report"]

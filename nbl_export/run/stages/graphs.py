@@ -13,6 +13,7 @@ from typing import Any
 from nbl_export.files import versions, write_json
 from nbl_export.graph.names import MANIFEST
 from nbl_export.methods import cache_layers
+from nbl_export.options.options import keeps_blocks
 from nbl_export.options.public import public_facts
 from nbl_export.records.inputs import Lazy
 from nbl_export.run.job import Job
@@ -56,13 +57,14 @@ class DecoderInputs:
 def declare_decoder(job: Job) -> DecoderInputs:
     """The inputs of the stage."""
     options = job.options
+    rounds = options.precision in job.engine.capabilities.balanced and not keeps_blocks(options.builder_options)
     return DecoderInputs(
         model=job.model,
         checkpoint=job.checkpoint,
         engine=Lazy([job.engine.capabilities.source, options.provider], lambda: job.engine),
         settings=ExportSettings(options.decoder_source, options.precision, job.cache_length, options.builder_options),
         kept_logits=options.kept_logits,
-        rows=job.text.windows if options.precision in job.engine.capabilities.balanced else None,
+        rows=job.text.windows if rounds else None,
         codes=job.codes,
         tap=options.tap if options.quantized_model else None,
     )
@@ -87,7 +89,7 @@ def run_decoder(inputs: DecoderInputs, ctx: StageContext, out: Path) -> dict[str
     engine.export(inputs.checkpoint.value, original, settings)
     if inputs.kept_logits == "last":
         engine.keep_last_token(original)
-    return {"logits": inputs.kept_logits}
+    return {"logits": inputs.kept_logits, "rounds_activations": inputs.rows is not None}
 
 
 # -- the NBL decoder -------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from nbl_export.errors import one_line
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.names import GENAI_CONFIG, all_logits_file
 from nbl_export.graph.session import open_session
-from nbl_export.options.options import OF_ROUNDING
+from nbl_export.options.options import keeps_blocks
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.targets.base import Availability, DecoderFacts, Engine, ExportSettings
 from nbl_export.targets.export import mobius
@@ -78,8 +78,7 @@ class OrtEngine(Engine):
         else:
             export_genai.build(checkpoint, out, settings, self.capabilities.provider)
         finish_directory(checkpoint, out)
-        asked = {option.partition("=")[0] for option in settings.builder_options}
-        if settings.precision in self.capabilities.balanced and asked.isdisjoint(OF_ROUNDING):
+        if settings.precision in self.capabilities.balanced and not keeps_blocks(settings.builder_options):
             from nbl_export.targets.onnx.int8_rows import round_rows  # loads onnx_ir, which a run here does not need
 
             round_rows(out, settings.rows_BT)
