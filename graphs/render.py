@@ -25,6 +25,7 @@ import onnx_ir as ir
 from nbl_export.graph.ir.anatomy import states_of
 from nbl_export.graph.ir.files import ordered, read_ir
 from nbl_export.graph.names import GRAPH_FILE, STATIC_GRAPH_FILE
+from nbl_export.graph.rowwise import DOMAIN
 from nbl_export.methods.base import Mixer
 from nbl_export.methods.rewrite import rewrite_model
 from nbl_export.records.decoder import TensorInfo
@@ -45,6 +46,7 @@ RENDERED = ("qwen2", "qwen3", "phi3", "gemma2", "gemma3", "olmo2", "smollm3", "g
 CASES: tuple[Case, ...] = (
     *((a, s, "fp32") for a in ARCHITECTURES for s in ("genai", "mobius")),
     *((a, s, "fp32") for s in ("genai", "mobius") for a in made_by(s) if a in RENDERED),
+    ("llama", "genai", "int8"),
     ("llama", "genai", "int4"),
     ("llama", "mobius", "fp16"),
     ("mistral-window", "static", "fp32"),
@@ -53,8 +55,15 @@ CASES: tuple[Case, ...] = (
     ("llama", "openvino", "int4"),
     ("gemma3", "openvino", "fp32"),
 )
-# Those of CASES that have predicted KV too: joined and separate products of attention, and the static form.
-PREDICTED: tuple[Case, ...] = (("llama", "genai", "fp32"), ("qwen2", "genai", "fp32"), ("llama", "static", "fp16"))
+# Those of CASES that have predicted KV too: joined and separate products of attention, norms of keys and windows, int8,
+# and the static form.
+PREDICTED: tuple[Case, ...] = (
+    ("llama", "genai", "fp32"),
+    ("qwen2", "genai", "fp32"),
+    ("gemma3", "genai", "fp32"),
+    ("llama", "genai", "int8"),
+    ("llama", "static", "fp16"),
+)
 PREDICTED_MAPS = predicted_maps(1, 3, KV_HEADS * HEAD_DIM)
 _EXPORTER = {"genai": "onnxruntime-genai", "mobius": "mobius-onnx", "static": "mobius-onnx", "openvino": "openvino"}
 _FILE = {"genai": GRAPH_FILE, "mobius": GRAPH_FILE, "static": STATIC_GRAPH_FILE}
@@ -73,6 +82,10 @@ def render_graph(model: ir.Model) -> str:
     contract = contract_of(model)
     lines = [f"opsets {dict(sorted(model.opset_imports.items()))}, caches of layers {list(contract.cache_layers)}"]
     lines += [f"input  {_info(i)}" for i in contract.inputs] + [f"output {_info(o)}" for o in contract.outputs]
+    for function in (f for f in model.functions.values() if f.domain == DOMAIN):
+        inputs, outputs = (", ".join(map(_value, values)) for values in (function.inputs, function.outputs))
+        lines += [f"function {function.domain}.{function.name}({inputs}) -> {outputs}"]
+        lines += [f"    {line}" for line in _node_lines(function.graph)]
     return "\n".join([*lines, *_node_lines(model.graph)]) + "\n"
 
 
