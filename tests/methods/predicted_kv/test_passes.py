@@ -199,6 +199,29 @@ def test_genai_says_what_the_onnx_decoder_says(exported: Exported, tmp_path: Pat
             runner.rewind(0)
 
 
+def test_a_prompt_is_cut_short_by_reading_its_recent_tokens_again(exported: Exported, tmp_path: Path) -> None:
+    """As docs/predicted-kv.md says of caches that are rewound into a prompt."""
+    from nbl_export.targets.onnx.genai import GenaiRunner
+
+    rewrite(exported("llama"), tmp_path / "nbl", maps_of_exit(1, 5))
+    keep_last_token(tmp_path / "nbl")
+    prompt, later = TOKENS[0, :40].tolist(), TOKENS[0, 60:66].tolist()
+    found = {}
+    with GenaiRunner(tmp_path / "nbl", threads=1) as runner:
+        runner.begin(100)
+        for name, rewound in (("fresh", 0), ("at once", 30), ("recent again", 25)):
+            if rewound:
+                runner.append(prompt)
+                runner.rewind(rewound)
+            if rewound < 30:
+                runner.append(prompt[rewound:30])
+            runner.append(later)
+            found[name] = runner.last_logits()
+            runner.rewind(0)
+    assert np.abs(found["recent again"] - found["fresh"]).max() < TOLERANCE["fp32"]
+    assert np.abs(found["at once"] - found["fresh"]).max() > 10 * TOLERANCE["fp32"]
+
+
 def refusal(source: Path, out: Path, maps: Mapping[int, Mixer]) -> str:
     with pytest.raises(RefusalError) as refused:
         rewrite(source, out, maps)
