@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from tables_serving import FIRST_TOKEN
+from tables_serving import FIRST_TOKEN, median_ms
 
 RESULTS = Path(__file__).resolve().parent / "results"
 OURS = "nbl-export"
@@ -20,7 +20,7 @@ def main() -> None:
     figure, areas = plt.subplots(1, len(FIRST_TOKEN), figsize=(12, 4.2), layout="constrained")
     for area, (name, model) in zip(areas, FIRST_TOKEN.items(), strict=True):
         found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        medians = {title: own["first_ms"]["median"] for title, own in found["times"][LENGTH].items()}
+        medians = {title: median_ms(own) for title, own in found["times"][LENGTH].items()}
         titles = sorted(medians, key=lambda title: -medians[title])
         colors = ["#d9541e" if OURS in title else "#8a97a8" for title in titles]
         bars = area.barh(titles, [medians[title] for title in titles], color=colors)

@@ -9,16 +9,13 @@ converter and the same quantiser. A round loads each file anew for each test, th
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from nbl_export.measure.benchmark import machine
-from nbl_export.records.paired import paired_ratio
 
 THREADS = 2
 ROUNDS = 10
@@ -36,14 +33,6 @@ def once(program: str, file: str, words: tuple[str, ...]) -> dict[str, Any]:
     command = [program, "-m", file, "-t", str(THREADS), "-r", "1", "-o", "json", *words]
     found: dict[str, Any] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)[0]
     return found
-
-
-def compared(seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """Seconds of both variants, and the ratio of their speeds over the rounds."""
-    original, ours = (seconds[name] for name in VARIANTS)
-    ratio = paired_ratio(original, ours, range(len(ours)))
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    return {"seconds": seconds, "median_seconds": medians, "ratio": dataclasses.asdict(ratio)}
 
 
 def main() -> None:
@@ -65,7 +54,7 @@ def main() -> None:
                     seconds[test][name].append(about["samples_ns"][0] / 1e9)
             print(kind, turn, {test: found["nbl"][-1] for test, found in seconds.items()}, file=sys.stderr, flush=True)
         sizes = {name: Path(file).stat().st_size for name, file in files.items()}
-        rows[kind] = {"bytes": sizes, "tests": {test: compared(found) for test, found in seconds.items()}}
+        rows[kind] = {"bytes": sizes, "tests": {test: {"seconds": found} for test, found in seconds.items()}}
     build = {"llama.cpp": about["build_commit"]}
     print(json.dumps({"machine": machine(), "versions": build, "asked": {"threads": THREADS}, "rows": rows}, indent=1))
 

@@ -3,7 +3,10 @@
     python bench/tables.py            write every table between <!-- NAME --> and <!-- /NAME -->
     python bench/tables.py --check    only print the rows that would change; exit status 1 if there are any
 
-The text around the tables is written by hand.
+A table computes its figures from the samples and windows of a raw result, by the package's own statistics. Raw results
+that have kept none are named in bench/README.md. The text around the tables is written by hand. A figure in it is the
+text of a link to the section that has its table, and --check looks for it there:
+[×1.36](docs/serving.md#predicted-kv-in-vllm).
 """
 
 from __future__ import annotations
@@ -87,18 +90,45 @@ def pages() -> dict[Path, str]:
     return found
 
 
-def written(text: str) -> str:
+def written(text: str, read: Callable[[str], Any]) -> str:
     """The text of a page with every table made from the raw results.
+
+    Args:
+        read: the raw results of a name.
 
     Raises:
         KeyError: a marker names no table.
     """
     return re.sub(
         r"<!-- ([\w-]+) -->\n(?:.*?\n)?<!-- /\1 -->",
-        lambda found: f"<!-- {found[1]} -->\n{markdown(TABLES[found[1]](result))}\n<!-- /{found[1]} -->",
+        lambda found: f"<!-- {found[1]} -->\n{markdown(TABLES[found[1]](read))}\n<!-- /{found[1]} -->",
         text,
         flags=re.DOTALL,
     )
+
+
+# A figure, the page that its link names ("" is the same page), and the section.
+_FIGURE = re.compile(r"\[([^\]]*\d[^\]]*)\]\(((?:[\w./-]+\.md)?)#([\w-]+)\)")
+_HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
+
+
+def unfounded(found: Mapping[Path, str]) -> list[str]:
+    """Figures of ratios and percentages in links whose section does not hold them."""
+    wrong = []
+    for page, text in found.items():
+        for figure, name, anchor in _FIGURE.findall(text):
+            place = (page.parent / name).resolve() if name else page
+            held = section(found.get(place, ""), anchor)
+            if ("×" in figure or "%" in figure) and not re.search(rf"{re.escape(figure)}(?!\d)", held):
+                wrong.append(f"{page.relative_to(ROOT)}: {figure} is not in {name}#{anchor}")
+    return wrong
+
+
+def section(text: str, anchor: str) -> str:
+    """The text below the heading of this anchor, up to the next heading."""
+    parts = _HEADING.split(text)
+    slugs = [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in parts[1::2]]
+    return dict(zip(slugs, parts[2::2], strict=True)).get(anchor, "")
 
 
 def main() -> None:
@@ -106,14 +136,16 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
     changed = []
+    shown = {}
     for page, before in pages().items():
-        after = written(before)
+        after = written(before, result)
+        shown[page] = after
         lines = difflib.ndiff(before.splitlines(), after.splitlines())
         changed += [line for line in lines if line.startswith(("-", "+"))]
         if not check:
             page.write_text(after, encoding="utf-8")
     if check:
-        sys.exit("\n".join(changed[:20]) or 0)
+        sys.exit("\n".join([*changed[:20], *unfounded(shown)]) or 0)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tables_quality import TASKS, rise
-from tables_second import increase
-from tables_speed import cell, describe_pair, measured, paired
+from tables_quality import TASKS, increase, rise
+from tables_speed import describe_pair, measured, paired
 
+from nbl_export.records.paired import PairedRatio
 from nbl_export.records.plan import describe_layers
-from nbl_export.records.quality import describe_interval, describe_loss
 
 Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
@@ -40,8 +39,7 @@ def _row(found: Found, num_layers: int) -> Sequence[str]:
 
 def _job(run: Mapping[str, Any], maps: str, losses: Sequence[str], layers: Sequence[int] = ()) -> Found:
     """A job, with the speeds that were measured."""
-    ratios = {"measured": run["measured"] if "measured" in run else run["ratios"]}
-    return Found(maps, layers, losses, [measured(ratios, *test) for test in _TESTS])
+    return Found(maps, layers, losses, [measured(run, *test) for test in _TESTS])
 
 
 def _exits(read: Read, model: str) -> list[Found]:
@@ -49,9 +47,7 @@ def _exits(read: Read, model: str) -> list[Found]:
     found = []
     for run in read("exit-layers")["rows"]:
         title, _, how = run["title"].partition(", ")
-        losses = [
-            describe_interval(r["increase"], r["increase_interval"], percent=True, sign=True) for r in run["losses"]
-        ]
+        losses = [increase(loss) for loss in run["losses"]]
         stop = run["exit"]
         maps = f"predicted KV from layer {stop['layer']} on, {stop['recent_tokens']} recent tokens, {how}"
         found += [_job(run, maps, losses)] if title == model else []
@@ -59,9 +55,17 @@ def _exits(read: Read, model: str) -> list[Found]:
 
 
 def _staged(run: Mapping[str, Any]) -> Found:
-    """A job of `bench/stages.py`, with today's interval of its windows."""
-    losses = [increase(r["per_window"]) for r in run["quality_loss"]]
-    return _job(run, "closed form, by a job", losses, run["replaced_layers"])
+    """A job of `bench/stages.py`. Its raw results have no samples of speed."""
+    losses = [increase(loss) for loss in run["quality_loss"]]
+    speeds = [_stated(run["ratios"], *test) for test in _TESTS]
+    return Found("closed form, by a job", run["replaced_layers"], losses, speeds)
+
+
+def _stated(ratios: Sequence[Mapping[str, Any]], test: str, depth: int) -> str:
+    """The ratio of a test whose samples were not kept; empty if there is none."""
+    names = ("ratio", "low", "high", "confidence", "loads")
+    found = (row for row in ratios if row["test"].startswith(test) and row["depth"] == depth)
+    return next((describe_pair(PairedRatio(**{name: row[name] for name in names})) for row in found), "")
 
 
 def _losses(by_text: Mapping[str, Mapping[str, float]]) -> Sequence[str]:
@@ -91,7 +95,7 @@ def qwen(read: Read) -> Rows:
     for i, (count, name) in enumerate((("3", "distill-qwen-3"), ("6", "distill-qwen"), ("9", "distill-qwen-9"))):
         run, points = read(name)["distill"], "" if count == "9" else _points(tasks, f"ours {count}")
         chosen = _ordered(read, "qwen", f"efficient {count}", "closed form", points)
-        prefill = _of(speeds, "pp512", 0, list(speeds["variants"])[i + 1])
+        prefill = measured(speeds, "pp512", 0, list(speeds["variants"])[i + 1])
         found.append(replace(chosen, speeds=(prefill, "", "")))
         trained = _points(tasks, "distilled 6") if count == "6" else ""
         found.append(Found("distilled", run["layers"], _losses(run["distilled"]), tasks=trained))
@@ -104,7 +108,7 @@ def qwen(read: Read) -> Rows:
 def smollm2(read: Read) -> Rows:
     """SmolLM2-135M: predicted KV, a limit of 10%, eight linear layers, and sets of four, eight and twelve layers."""
     eight = read("demo-smollm2-fp32")
-    losses = [describe_loss(loss)["increase"] for loss in eight["quality_loss"]]
+    losses = [increase(loss) for loss in eight["quality_loss"]]
     tasks, trained = read("tasks-smollm2")["tasks"], read("tasks-distilled-smollm2")["tasks"]
     bias = read("distill-affine-smollm2")["distill"]
     table = read("graph-tasks-smollm2")["table"]
@@ -142,10 +146,3 @@ def _ort(run: Any, model: str) -> Sequence[str]:
     asked = (("pp512", 0), ("pp2048", 0), ("tg48", 512))
     shown = [describe_pair(paired(run, "int4, NBL", *test)) if test in tests else "" for test in asked]
     return ("ONNX Runtime", "int4", f"{model}, {len(run['made']['layers'][0])}", loss, *shown)
-
-
-def _of(run: Mapping[str, Any], test: str, depth: int, variant: str) -> str:
-    """The ratio of a test."""
-    (ratio,) = [r for r in run["ratios"]
-                if r["variant"] == variant and r["test"].startswith(test) and r["depth"] == depth]  # fmt: skip
-    return cell(ratio)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from nbl_export.records.plan import describe_layers
-from nbl_export.records.quality import describe_interval
+from nbl_export.records.quality import describe_interval, increase_interval
 
 Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
@@ -20,6 +20,20 @@ TEXTS = {"c4 rest": "C4", "wikitext-2 valid": "WikiText-2", "realnews": "realnew
 def rise(quality_loss: Mapping[str, float], digits: int = 0) -> str:
     """The increase of perplexity in percent."""
     return f"{100 * (quality_loss['nbl'] / quality_loss['original'] - 1):+.{digits}f}%"
+
+
+def increase(loss: Mapping[str, Any]) -> str:
+    """The increase of perplexity of a text, from the losses of its windows if a raw result has kept them."""
+    windows = loss.get("per_window")
+    if windows:
+        return increase_of(windows["loss_original"], windows["loss_nbl"])
+    return describe_interval(loss["increase"], loss["increase_interval"], percent=True, sign=True)
+
+
+def increase_of(before: Sequence[float], after: Sequence[float]) -> str:
+    """The increase of perplexity, from the losses of the same windows."""
+    found = increase_interval(before, after)
+    return describe_interval(found.value, found.ends, percent=True, sign=True)
 
 
 def choices(read: Read) -> Rows:
@@ -73,7 +87,7 @@ def _at_length(test: str, row: Mapping[str, Any]) -> str:
     """Increase of perplexity, or the shares that original and NBL get right."""
     (apart,) = row["differences"]
     if test == "position":
-        return describe_interval(apart["increase"], apart["increase_interval"], percent=True, sign=True)
+        return increase(apart)
     return " → ".join(f"{row['figures'][name]['correct']:.0%}" for name in ("original", "nbl"))
 
 

@@ -1,11 +1,9 @@
-"""The table of jobs on large shapes, and the increase of a job's windows with today's interval."""
+"""The tables of jobs on large shapes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
-
-from nbl_export.records.quality import increase_interval
 
 Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
@@ -33,10 +31,3 @@ def limited(read: Read) -> Rows:
     stages = {stage: shape[stage]["peak_anonymous_bytes"] for stage in ("calibrate", "plan", "decoder", "rewrite")}
     stages |= {f"verify, {part}": found["peak_anonymous_bytes"] for part, found in shape["verify"].items()}
     return [("stage", "peak without mapped files"), "lr", *((name, f"{n / 1e9:.1f} GB") for name, n in stages.items())]
-
-
-def increase(windows: Mapping[str, Sequence[float]]) -> str:
-    """The perplexity increase with today's interval, from the losses of each window."""
-    found = increase_interval(windows["loss_original"], windows["loss_nbl"])
-    assert found.value is not None and found.low is not None and found.high is not None
-    return f"{100 * found.value:+.1f}% ({100 * found.low:.1f} to {100 * found.high:.1f})"

