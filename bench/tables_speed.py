@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -12,7 +11,8 @@ from tables_quality import increase, increase_of
 
 from nbl_export.records.paired import PairedRatio, describe_ratio, paired_ratio
 from nbl_export.records.plan import describe_layers
-from nbl_export.records.quality import describe_long_range, long_range_row
+from nbl_export.records.quality import describe_kept, long_range_ends, long_range_row
+from nbl_export.text.windows import TWICE
 
 Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
@@ -69,16 +69,16 @@ _TEXTS = ("unseen part of the calibration text", "Python's documentation")
 
 
 def headline(read: Read) -> Rows:
-    """What jobs with predicted KV give, for the README: those of which speed and all losses were measured."""
+    """What jobs with predicted KV give, for the README: those whose exit layer was decided."""
     rows: Rows = [("model", "prompt of 2,048 tokens", "of 512", *(f"perplexity, {name}" for name in _TEXTS),
                    "WikiText-2", "long-range tokens keep"), "lllllll"]  # fmt: skip
     for run in read("exit-layers")["rows"]:
-        if run["rows"] and run["long_range"] is not None:
+        decided = next((step for step in run["path"] if step["within"]), None)
+        if run["rows"] and decided:
             speeds = (measured(run, test) for test in ("pp2048", "pp512"))
             losses = map(increase, run["losses"])
-            rows.append(
-                (run["title"].removesuffix(", default"), *speeds, *losses, _perplexity(run), _kept(run["long_range"]))
-            )
+            long_range = kept(decided, decided["quality_losses"])
+            rows.append((run["title"].removesuffix(", default"), *speeds, *losses, _perplexity(run), long_range))
     return rows
 
 
@@ -91,22 +91,39 @@ def _perplexity(run: Mapping[str, Any]) -> str:
     return f"{100 * (after / before - 1):+.1f}%"
 
 
-def _kept(row: Mapping[str, Any]) -> str:
-    """The share of what long-range context gives to long-range tokens."""
+def kept(step: Mapping[str, Any], losses: Sequence[Mapping[str, Any]]) -> str:
+    """What long-range tokens keep on each text, and in passages that occur twice, from their losses in each passage.
+
+    Rows of an earlier version have one figure of all texts.
+    """
+    found = step.get("long_range")
+    if not found:
+        return "not measured"
+    if isinstance(found, dict):
+        return f"{describe_kept(_recomputed('', found))} on all texts together"
+    rows = {row["text"]: _recomputed(row["text"], row) for row in found}
+    texts = [loss["text"] for loss in losses]
+    return "; ".join(_judged(rows.get(text)) for text in (*texts, TWICE))
+
+
+def _judged(row: Mapping[str, Any] | None) -> str:
+    return describe_kept(row) if row and long_range_ends(row) else "too few"
+
+
+def _recomputed(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
     windows = row["per_window"]
-    found = long_range_row(tuple(zip(*(windows[name] for name in _SUMS), strict=True)))
-    assert found is not None
-    return re.sub(r".* keep (.*) of what.*", r"\1", describe_long_range(found))
+    return long_range_row(name, list(zip(*(windows[sums] for sums in _SUMS), strict=True)))
 
 
 def exchange(read: Read) -> Rows:
     """What jobs reach: with an exit layer, and with linear layers within a limit on quality."""
-    rows: Rows = [("job", "layers", "prompt of 512", "of 2,048", "decode", *_TEXTS), "lllllll"]
+    heads = ("job", "layers", "prompt of 512", "of 2,048", "decode", *_TEXTS, "long-range tokens keep")
+    rows: Rows = [heads, "l" * len(heads)]
     for row in (*read("exit-layers")["rows"], *read("exchange")["rows"]):
         stop, linear = row.get("exit"), describe_layers(tuple(row.get("layers", {}).get("linear", ())))
         layers = f"predicted KV {stop['layer']}-{row['num_layers'] - 1}" if stop else f"linear {linear}"
         speeds = [measured(row, test) or "not measured" for test in ("pp512", "pp2048", "tg")]
-        rows.append((row["title"], layers, *speeds, *map(increase, row["losses"])))
+        rows.append((row["title"], layers, *speeds, *map(increase, row["losses"]), kept(row, row["losses"])))
     return rows
 
 

@@ -4,8 +4,9 @@
     loss of long-range tokens ─────────────┴─► step ─► within, or not ─► goal of the manifest, lines for the user
 
 A step is one tested candidate. It is within the limit if the upper end of the 95% interval of the perplexity increase
-is at most the limit on every text, and the upper end of the lost share of long-range tokens, if it was measured, is at
-most `LONG_RANGE_SHARE` times the limit. All must pass, which needs no correction (Berger 1982). Texts that test a limit
+is at most the limit on every text, and the upper end of the lost share of its long-range tokens, if it was measured, is
+at most `LONG_RANGE_SHARE` times the limit. A text with too few of them (`records.quality.long_range_ends`) is judged by
+perplexity alone. All must pass, which needs no correction (Berger 1982). Texts that test a limit
 neither ordered the candidates nor give final figures.
 """
 
@@ -36,18 +37,24 @@ def step(
     facts: Mapping[str, Any],
     losses: Mapping[str, Sequence[Any]],
     share: float,
-    long_range: Mapping[str, Any] | None = None,
+    long_range: Sequence[Mapping[str, Any]] = (),
 ) -> Step:
     """A tested candidate, as the manifest has it.
 
     Args:
         facts: of the candidate. losses: of each text, one a window. share: the limit.
-        long_range: of long-range tokens (`records.quality.long_range_row`), if they were measured.
+        long_range: of each text's long-range tokens (`records.quality.long_range_row`), if they were measured.
     """
     rows = [loss_row(name, found) for name, found in losses.items()]
     within = all(_verdict(row, share) == "within" for row in rows)
-    within &= long_range is None or long_range_ends(long_range)[1] <= LONG_RANGE_SHARE * share
-    return {**facts, "within": within, "quality_losses": rows, "long_range": long_range}
+    within &= all(_most_lost(row) <= LONG_RANGE_SHARE * share for row in long_range)
+    return {**facts, "within": within, "quality_losses": rows, "long_range": list(long_range)}
+
+
+def _most_lost(row: Mapping[str, Any]) -> float:
+    """The upper end of what long-range tokens lose; minus infinity if they are too few to judge."""
+    ends = long_range_ends(row)
+    return -math.inf if ends is None else ends[1]
 
 
 def _verdict(row: Mapping[str, Any], share: float) -> str:
@@ -63,7 +70,7 @@ def failure(tested: Step, limit: Limit) -> str:
     beyond = [row for verdict, row in verdicts if verdict == "beyond"]
     undecided = [row for verdict, row in verdicts if verdict == "undecided"]
     if not beyond and not undecided:
-        return describe_long_range(tested["long_range"])
+        return describe_long_range(max(tested["long_range"], key=_most_lost))
     worst = max(beyond or undecided, key=lambda row: math.inf if row["increase"] is None else row["increase"])
     said = f"perplexity {describe_increase(worst)} on {worst['text']}"
     return said if beyond else f"{said}, which {worst['tokens']:,} tokens cannot tell from {limit.percent}"
@@ -78,8 +85,7 @@ def lines(limit: Limit, best: tuple[str, Step], failed: Sequence[tuple[str, Step
     title, tested = best
     increases = (f"{describe_increase(row)} on {row['text']}" for row in tested["quality_losses"])
     yield f"{title}: perplexity {'; '.join(increases)}; {limit.text or limit.percent} is allowed"
-    if tested["long_range"] is not None:
-        yield describe_long_range(tested["long_range"])
+    yield from map(describe_long_range, tested["long_range"])
     for name, other in failed:
         yield f"{name}: {failure(other, limit)}"
 

@@ -30,12 +30,14 @@ import numpy as np
 
 __all__ = [
     "CONFIDENCE",
+    "FEWEST_PASSAGES",
     "LONG_RANGE_SHARE",
     "SHORT_TEXT",
     "WARN_RATIO",
     "Interval",
     "describe_increase",
     "describe_interval",
+    "describe_kept",
     "describe_long_range",
     "describe_loss",
     "grows_with_length",
@@ -54,6 +56,7 @@ CONFIDENCE = 0.95
 WARN_RATIO = 2.0  # a warning needs a loss this many times that on another text, or in a short one
 SHORT_TEXT = 512  # tokens of a short text
 LONG_RANGE_SHARE = 2.0  # of long-range tokens so many times the limit may be lost
+FEWEST_PASSAGES = 4  # with long-range tokens, of a text that is judged by them
 _NOTICED = 0.05  # no warning below this perplexity increase
 
 
@@ -267,17 +270,17 @@ def describe_increase(row: Mapping[str, Any]) -> str:
     return describe_interval(row["increase"], row["increase_interval"], percent=True, sign=True)
 
 
-def long_range_row(found: Sequence[tuple[int, float, float, float]]) -> dict[str, Any] | None:
-    """What is lost of the long-range tokens (`text.long_range`), each row as much as another one; None without rows.
+def long_range_row(name: str, found: Sequence[tuple[int, float, float, float]]) -> dict[str, Any]:
+    """What is lost of a text's long-range tokens (`text.long_range`), each passage as much as another one.
 
     Args:
-        found: of each row the number of long-range tokens, and sums in nats: loss of the original, of NBL, and S - L.
+        found: of each passage the number of long-range tokens, and sums in nats: loss of the original, of NBL, and
+            S - L.
     """
-    if not found:
-        return None
     count, before, after, gain = np.array(found, np.float64).T
     lost = mean_interval((after - before) / gain)
     return {
+        "text": name,
         "tokens": int(count.sum()),
         "windows": len(found),
         "perplexity_original": perplexity(before / count),
@@ -293,28 +296,41 @@ def long_range_row(found: Sequence[tuple[int, float, float, float]]) -> dict[str
     }
 
 
-def long_range_ends(row: Mapping[str, Any]) -> tuple[float, float]:
-    """Ends of the interval of a `long_range_row`; of one row its figure, infinite if not finite."""
+def long_range_ends(row: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Ends of the interval of a `long_range_row`, infinite if not finite; None if its passages are too few to judge."""
     if row["lost"] is None:
         return math.inf, math.inf
-    low, high = row["lost_interval"] or (row["lost"], row["lost"])
+    if row["windows"] < FEWEST_PASSAGES or row["lost_interval"] is None:
+        return None
+    low, high = row["lost_interval"]
     return low, high
 
 
 def describe_long_range(row: Mapping[str, Any]) -> str:
-    """A `long_range_row` in words: "long-range tokens keep 95% (93 to 97) of what long-range context gives them"."""
+    """A `long_range_row` in words: "long-range tokens keep 95% (93 to 97) of what long-range context gives them".
+
+    A row of all texts of an earlier version has no name.
+    """
+    text = f", on {row['text']}" if row.get("text") else ""
     if row["lost"] is None:
-        return "what long-range tokens lose is not finite"
+        return f"what long-range tokens lose is not finite{text}"
+    few = "" if long_range_ends(row) else f" ({row['windows']} passages, too few to judge)"
+    return f"long-range tokens keep {describe_kept(row)} of what long-range context gives them{text}{few}"
+
+
+def describe_kept(row: Mapping[str, Any]) -> str:
+    """What a `long_range_row` keeps: "95% (93 to 97)"."""
+    if row["lost"] is None:
+        return "not finite"
     ends = row["lost_interval"] and [1 - end for end in reversed(row["lost_interval"])]
-    kept = describe_interval(1 - row["lost"], ends, percent=True)
-    return f"long-range tokens keep {kept} of what long-range context gives them"
+    return describe_interval(1 - row["lost"], ends, percent=True)
 
 
 def promise(share: float) -> str:
     """What a limit on quality allows, in the words of help, report, card and docs."""
     return (
         f"perplexity rises by at most {share:.0%} on text like yours and on a second text; long-range tokens "
-        f"keep at least {1 - LONG_RANGE_SHARE * share:.0%} of what long-range context gives them"
+        f"of each text keep at least {1 - LONG_RANGE_SHARE * share:.0%} of what long-range context gives them"
     )
 
 

@@ -178,7 +178,7 @@ def _loss(report: Mapping[str, Any]) -> Card:
     ends = " → ".join(words.number(worst[name], "not finite") for name in ("perplexity_original", "perplexity_nbl"))
     lines = [f"{judged(report)} the limit of {limit_of(report)[0]}; in brackets 95% intervals"]
     lines += [f"{describe_loss(row)['increase']} on {row['text']}{f': {ends}' * (row is worst)}" for row in rows]
-    lines += [describe_long_range(report["long_range"])] if report["long_range"] else []
+    lines += map(describe_long_range, report["long_range"])
     lines += in_short((report["quality"] or {}).get("length", ()))
     figure = describe_loss(worst)["increase"].partition(" (")[0]
     return Card("Quality loss: perplexity, worst text", figure, tuple(lines), _JUDGED[judged(report)])

@@ -191,8 +191,7 @@ def _speed(report: Mapping[str, Any], kind: str) -> str:
 def _losses(report: Mapping[str, Any]) -> Iterator[str]:
     for row in report["quality_loss"]:
         yield f"perplexity {describe_loss(row)['increase']} on {row['text']}"
-    if report.get("long_range"):
-        yield describe_long_range(report["long_range"])
+    yield from map(describe_long_range, report.get("long_range", ()))
     verdict = judged(report)
     if verdict:
         yield f"{verdict} the limit of {limit_of(report)[0]}"
@@ -212,7 +211,7 @@ def limit_of(report: Mapping[str, Any]) -> tuple[str, float]:
 def judged(report: Mapping[str, Any]) -> str:
     """Whether every interval of the loss is "within" the limit, one is "above" it, or "undecided" if neither is shown.
 
-    Of long-range tokens, `records.quality.LONG_RANGE_SHARE` times the limit may be lost.
+    Of each text's long-range tokens, `records.quality.LONG_RANGE_SHARE` times the limit may be lost.
 
     "" if no loss was measured.
     """
@@ -221,8 +220,8 @@ def judged(report: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     ends = [_ends(row) for row in rows]
-    if report.get("long_range"):
-        ends.append([end / LONG_RANGE_SHARE for end in long_range_ends(report["long_range"])])
+    long_range = map(long_range_ends, report.get("long_range", ()))
+    ends += [[end / LONG_RANGE_SHARE for end in pair] for pair in long_range if pair]
     if any(low > share for low, _ in ends):
         return "above"
     return "within" if all(high <= share for _, high in ends) else "undecided"

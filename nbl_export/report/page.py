@@ -118,7 +118,7 @@ def summarize(
         "warnings": verify.get("warnings", []),
         "largest_logit_difference": _largest_logit_difference(checks),
         "quality_loss": verify.get("quality_loss", []),
-        "long_range": verify.get("long_range"),
+        "long_range": _long_range(verify),
         "texts": verify.get("texts", []),
         "answers": verify.get("answers", []),
         "passage": verify.get("passage", ""),
@@ -133,6 +133,12 @@ def summarize(
         "machine": measured.get("machine"),
         "bench": {k: v for k, v in measured.items() if k not in ("machine", "timings", "variants")} if bench else None,
     }
+
+
+def _long_range(verify: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A row of each text's long-range tokens; of a run of an earlier version, one row of all texts, without a name."""
+    pooled = verify.get("long_range")
+    return verify.get("long_range_by_text") or ([pooled] if pooled else [])
 
 
 def _without_places(manifest: dict[str, Any]) -> dict[str, Any]:

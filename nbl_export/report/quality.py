@@ -9,7 +9,7 @@ from typing import Any
 
 from nbl_export.options.options import CHECKPOINT_FIT
 from nbl_export.records.paired import describe_ratio
-from nbl_export.records.quality import describe_long_range, describe_loss, promise
+from nbl_export.records.quality import FEWEST_PASSAGES, describe_kept, describe_loss, promise
 from nbl_export.records.results import VERIFIED
 from nbl_export.report import words
 from nbl_export.report.document import Block, Code, Details, Figure, Heading, Pair, Paragraph, Section
@@ -91,17 +91,24 @@ def _losses(report: Mapping[str, Any]) -> Iterator[Block]:
         yield Paragraph(f"Note: {report['quality_warning']}.")
     yield losses(report["quality_loss"])
     if report.get("long_range"):
-        yield Paragraph(_long_range(report["long_range"]))
+        yield Paragraph(
+            "The original predicts long-range tokens from the whole text, and not from the last 64 to 127 tokens. "
+            f"A text is judged by them if at least {FEWEST_PASSAGES} of its passages have enough of them."
+        )
+        yield _long_range(report["long_range"])
     said, share = limit_of(report)
     yield Paragraph(f"A limit of {said} means that {promise(share)}.")
 
 
-def _long_range(row: Mapping[str, Any]) -> str:
-    ends = " to ".join(words.number(row[name], "not finite") for name in ("perplexity_original", "perplexity_nbl"))
-    return (
-        f"{describe_long_range(row).capitalize()}: {row['tokens']:,} tokens that the original predicts from the whole "
-        f"text, and not from the last 64 to 127 tokens. Their perplexity goes from {ends}."
-    )
+def _long_range(rows: Iterable[Mapping[str, Any]]) -> Table:
+    """What is kept of long-range context on each text, and the perplexity of long-range tokens."""
+    names = ("Tokens (passages)", "Perplexity original", "Perplexity NBL", "Kept of long-range context")
+    return Table.of((Column("Text", "wrap"), *Column.numbers(*names)), map(_kept, rows), "")
+
+
+def _kept(row: Mapping[str, Any]) -> tuple[str, ...]:
+    ends = (words.number(row[name], "not finite") for name in ("perplexity_original", "perplexity_nbl"))
+    return row.get("text", "all texts"), f"{row['tokens']:,} ({row['windows']})", *ends, describe_kept(row)
 
 
 def losses(found: Iterable[Mapping[str, Any]], title: str = "") -> Table:
@@ -247,7 +254,7 @@ def _curve_note(report: Mapping[str, Any], curve: Mapping[str, Any]) -> Iterator
 def _of_exits(report: Mapping[str, Any], curve: Mapping[str, Any]) -> Iterator[str]:
     yield "Each point is an exit layer that was tried, with all layers above it; the choice began with the fastest one."
     yield "Increases of perplexity are of the text that chose the exit layer, at every position of its rows."
-    yield "So is the change of what long-range tokens keep."
+    yield "So is the change of what long-range tokens keep, on the text that loses most of it."
     of = f" for {curve['engine']} in {curve['precision']}" if "engine" in curve else ""
     yield f"Speed is modelled{of}: a prompt of {curve['tokens']} tokens. Decoding costs what it costs in the original."
     yield f"The chosen exit layer keeps the increase within {report['goal']['max_perplexity_increase']} on every text."

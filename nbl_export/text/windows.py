@@ -34,6 +34,7 @@ __all__ = [
     "LONG_ROW",
     "PART_TOKENS",
     "SECOND_ROLES",
+    "TWICE",
     "divide",
     "early_stopping_tokens",
     "extend",
@@ -60,7 +61,7 @@ _JUDGING_TOKENS = 2048
 LONG_ROW = 1024  # tokens of a row whose later tokens mostly read long-range tokens
 _REPEATED = 2048  # tokens: some layers are needed only for long-range tokens
 _PASSAGE = 64
-_TWICE = "held-back passages, each twice"
+TWICE = "held-back passages, each twice"
 FEWEST_WINDOWS = 3  # one for each purpose
 DIVISION: list[Any] = [[*part] for part in PART_TOKENS.items()]  # in the key of a stage that reads a part
 
@@ -208,7 +209,7 @@ def selection_texts(parts: Sequence[tuple[str, Any]], positions: int) -> list[tu
     (name, windows_WT), *second = parts
     own = windows_WT[: max(1, _JUDGING_TOKENS // windows_WT.shape[1])]
     others = [(n, _spread(windows, len(own))) for n, windows in second]
-    return [(name, own), *others, (_TWICE, repeated(windows_WT, min(_REPEATED, positions)))]
+    return [(name, own), *others, (TWICE, repeated(windows_WT, min(_REPEATED, positions)))]
 
 
 def repeated(windows_WT: torch.Tensor, length: int) -> torch.Tensor:

@@ -23,6 +23,7 @@ import numpy as np
 from nbl_export.errors import NblError
 from nbl_export.records.quality import increase_interval, long_range_row, mean_interval, perplexity
 from nbl_export.text.long_range import FEWEST, SHORT, contexts, is_long_range
+from nbl_export.text.windows import TWICE
 
 __all__ = ["in_turn", "quality_loss"]
 
@@ -45,7 +46,7 @@ def quality_loss(
     *,
     answers: bool = True,
     held: int = 0,
-) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Perplexity of both graphs, its increase, KL(original || NBL) in nats and top-1 agreement on each text.
 
     Args:
@@ -54,14 +55,14 @@ def quality_loss(
         held: bytes of the original's logits that may be kept until `nbl` reads the same windows; 0 is one batch.
 
     Returns:
-        one row a text, and one of all long-range tokens (`records.quality.long_range_row`). Intervals are
-        [low, high], computed from "per_window", and None for a single window. "prompt": tokens of a window that are
+        one row a text, and one of its long-range tokens (`records.quality.long_range_row`). Intervals are [low, high],
+        computed from "per_window", and None for a single window. "prompt": tokens of a window that are
         not scored, with `continuing`.
     """
     total = sum(len(windows) for _, windows in texts)
     done = 0
     rows: list[dict[str, Any]] = []
-    long_range: list[tuple[int, float, float, float] | None] = []
+    long_range: dict[str, list[tuple[int, float, float, float]]] = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for name, windows in texts:
             found: list[np.ndarray] = []
@@ -75,7 +76,10 @@ def quality_loss(
                 base, row_bytes = _read(original, ids_WT, batch, scored)
                 short = [_short(original, ids_T, scored, row_bytes, pool.map) for ids_T in ids_WT] if answers else []
                 parts = _compared(nbl, ids_WT, base, continuing, pool.map)
-                long_range += [_long_range(*pair) for pair in zip(short, parts, strict=True)] if answers else []
+                for short_N, part_T4 in zip(short, parts, strict=True) if answers else ():
+                    passage = _long_range(short_N, part_T4)
+                    if passage:
+                        long_range.setdefault(TWICE if name is None else name, []).append(passage)
                 found += [part_T4.mean(0) for part_T4 in parts]
                 progress(done + len(found), total)
                 window_bytes = row_bytes * (tokens - 1)
@@ -88,7 +92,7 @@ def quality_loss(
                 if name is None
                 else [_row(name, windows.size, found) | ({} if continuing is None else {"prompt": half})]
             )
-    return rows, long_range_row([row for row in long_range if row])
+    return rows, [long_range_row(name, passages) for name, passages in long_range.items()]
 
 
 def in_turn(original: Callable[[], Any], nbl: Callable[[], Any]) -> tuple[Any, Any]:

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from nbl_export.records.quality import long_range_row
+
 pytestmark = pytest.mark.process
 
 ROOT = Path(__file__).parents[2]
@@ -196,6 +198,19 @@ def test_a_changed_sample_is_found(monkeypatch: pytest.MonkeyPatch, name: str) -
             found.setdefault(kind, []).append(any(seen))
     enough = {"all": all, "few": any}
     assert [kind for kind, wanted in KEPT[name].items() if not enough[wanted](found[kind])] == []
+
+
+def test_what_is_kept_is_shown_by_text_or_for_rows_of_an_earlier_version_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    speed = importlib.import_module("tables_speed")
+    own = long_range_row("own", [(10, 20.0, 21.0, 10.0)] * 4)
+    second = long_range_row("second", [(10, 20.0, 22.0, 10.0)] * 3)
+    losses = [{"text": "own"}, {"text": "second"}]
+    assert speed.kept({"long_range": [own, second]}, losses) == "90% (90 to 90); too few; too few"
+    assert speed.kept({"long_range": own}, losses) == "90% (90 to 90) on all texts together"
+    assert speed.kept({"long_range": None}, losses) == "not measured"
 
 
 def asked_by(table: Callable[[Any], Any], result: Callable[[str], Any]) -> set[str]:

@@ -12,8 +12,10 @@ from nbl_export.records.quality import (
     _student,
     _weighed,
     describe_interval,
+    describe_long_range,
     increase_interval,
     interval_ends,
+    long_range_ends,
     long_range_row,
     mean_interval,
 )
@@ -137,9 +139,23 @@ def test_what_windows_cannot_say() -> None:
 
 
 def test_rows_of_long_range_tokens_count_equally_however_many_they_have() -> None:
-    row = long_range_row([(10, 20.0, 21.0, 10.0), (100, 200.0, 250.0, 100.0)])
-    assert row is not None and row["lost"] == pytest.approx((0.1 + 0.5) / 2) and row["tokens"] == 110
+    row = long_range_row("a text", [(10, 20.0, 21.0, 10.0), (100, 200.0, 250.0, 100.0)])
+    assert row["lost"] == pytest.approx((0.1 + 0.5) / 2) and row["tokens"] == 110
     assert row["perplexity_nbl"] == pytest.approx(math.exp((2.1 + 2.5) / 2))
+
+
+def test_long_range_tokens_of_few_passages_are_told_and_not_judged() -> None:
+    passage = (10, 20.0, 25.0, 10.0)
+    for passages, ends in ((3, None), (4, (0.5, 0.5))):
+        row = long_range_row("a text", [passage] * passages)
+        assert long_range_ends(row) == (ends and pytest.approx(ends))
+        assert describe_long_range(row).endswith("on a text (3 passages, too few to judge)") is (ends is None)
+    assert long_range_ends(long_range_row("a text", [(10, 20.0, math.inf, 10.0)])) == (math.inf, math.inf)
+
+
+def test_a_row_of_all_texts_of_an_earlier_version_is_still_said() -> None:
+    row = {"tokens": 9, "windows": 18, "lost": 0.03, "lost_interval": [-0.01, 0.07]}
+    assert describe_long_range(row) == "long-range tokens keep 97% (93 to 101) of what long-range context gives them"
 
 
 @pytest.mark.parametrize(

@@ -86,16 +86,23 @@ def test_every_text_is_judged(rows: list[tuple[float, list[float] | None]], expe
 @pytest.mark.parametrize(
     ("lost", "ends", "expected"),
     [(0.07, [0.05, 0.09], "within"), (0.08, [0.05, 0.11], "undecided"), (0.13, [0.11, 0.15], "above"),
-     (0.09, None, "within"), (None, None, "above")],
+     (None, None, "above")],
 )  # fmt: skip
-def test_long_range_tokens_may_lose_twice_the_limit(
+def test_long_range_tokens_of_each_text_may_lose_twice_the_limit(
     lost: float | None, ends: list[float] | None, expected: str
 ) -> None:
+    little = {"text": "a text", "lost": 0.01, "lost_interval": [0.0, 0.02], "windows": 100}
     found = report(
         quality_loss=[{"increase": 0.0, "increase_interval": [0.0, 0.0]}],
-        long_range={"lost": lost, "lost_interval": ends},
+        long_range=[little, {"text": "another", "lost": lost, "lost_interval": ends, "windows": 4}],
     )
     assert judged(found) == expected
+
+
+def test_long_range_tokens_of_few_passages_are_not_judged() -> None:
+    row = {"text": "a text", "lost": 0.2, "lost_interval": [0.15, 0.25], "windows": 3}
+    found = report(quality_loss=[{"increase": 0.0, "increase_interval": [0.0, 0.0]}], long_range=[row])
+    assert judged(found) == "within"
 
 
 def test_what_to_do_next() -> None:

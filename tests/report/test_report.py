@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from nbl_export.errors import CorruptError
+from nbl_export.records.quality import long_range_row
 from nbl_export.report import plots
 from nbl_export.report.console import speed_table
 from nbl_export.report.document import Paragraph, html
@@ -623,3 +624,13 @@ def test_points_of_exit_layers_have_their_recent_tokens() -> None:
     }
     said = Written(changed(MANIFEST, **exit_layer)).markdown
     assert "| Exit layer | Recent tokens |" in said and said.count("| −5.00% |") == len(points)
+
+
+def test_long_range_tokens_have_a_row_a_text_and_runs_of_earlier_versions_one_of_all() -> None:
+    passages = [(10, 20.0, 21.0, 10.0), (10, 20.0, 22.0, 10.0)] * 2
+    rows = [long_range_row("own text", passages), long_range_row("second text", passages[:3])]
+    said = Written(verify={**VERIFY, "long_range_by_text": rows}).markdown
+    assert "| own text | 40 (4) |" in said and "| second text | 30 (3) |" in said
+    assert "on second text (3 passages, too few to judge)" in said
+    pooled = {name: value for name, value in rows[0].items() if name != "text"}
+    assert "| all texts | 40 (4) |" in Written(verify={**VERIFY, "long_range": pooled}).markdown

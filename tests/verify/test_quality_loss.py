@@ -16,6 +16,7 @@ from nbl_export.model import memory
 from nbl_export.records.quality import warn_of_text
 from nbl_export.report.page import render
 from nbl_export.run.stages import verify
+from nbl_export.text.windows import TWICE
 from nbl_export.verify import perplexity
 from nbl_export.verify.perplexity import quality_loss
 from tests.report.test_report import BENCH, MANIFEST, VERIFY
@@ -239,12 +240,13 @@ def test_long_range_tokens_are_a_row_of_their_own(
     early, filler = np.arange(answers), 10 + np.arange(180) % 10
     windows = np.stack([np.concatenate([order, filler, order]) for order in (early, early[::-1])])
     texts = [("t", windows)] if named else [("other", windows[:, -64:]), (None, windows)]
-    ordinary, long_range = quality_loss(Copying(3.0), Copying(2.0), texts, lambda _d, _t: None, recent_tokens)
+    ordinary, found = quality_loss(Copying(3.0), Copying(2.0), texts, lambda _d, _t: None, recent_tokens)
     assert [row["text"] for row in ordinary] == [texts[0][0]]
     if answers < 8:
-        assert long_range is None
+        assert found == []
         return
-    assert long_range is not None and (long_range["tokens"], long_range["windows"]) == (20, 2)
+    (long_range,) = found
+    assert (long_range["text"], long_range["tokens"], long_range["windows"]) == ("t" if named else TWICE, 20, 2)
     before, after = (10 * np.log((20 * np.exp(nats) + 30) / np.exp(nats)) for nats in (3.0, 2.0))
     behind = sum(np.log((10 + k) * np.exp(3.0) + 40 - k) for k in range(10))  # fillers, and k early tokens
     np.testing.assert_allclose(long_range["per_window"]["loss_nbl"], after, rtol=1e-5)

@@ -8,12 +8,13 @@
 
 A higher exit layer loses less, and so do more recent tokens: the estimate of one candidate speaks for others.
 
-The texts are ordinary rows of both texts, and the long-range tokens (`text.long_range`) in these rows and in
-passages that occur twice. A layer that copies above the exit layer fails there first, and ordinary text hardly shows
-it. Each row counts as much as another one, however many such tokens it has. At every position, recent tokens have
-their own keys and values, and skipped tokens predicted ones, which is close to what is served
-(`methods.predicted_kv.torch_layers`). Candidates are tested in a fixed order until the first one
-passes. Each failure before it adds the error rate of one more test at most.
+The texts are ordinary rows of both texts, and passages that occur twice. The long-range tokens (`text.long_range`) of
+each of the three have a figure of their own: a layer that copies above the exit layer fails there first, and ordinary
+text hardly shows it. A row of a text counts as much as another one, however many such tokens it has.
+
+At every position, recent tokens have their own keys and values, and skipped tokens predicted ones, which is close to
+what is served (`methods.predicted_kv.torch_layers`). Candidates are tested in a fixed order until the first one passes.
+Each failure before it adds the error rate of one more test at most.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from nbl_export.model import processes
 from nbl_export.records.plan import Plan
 from nbl_export.records.quality import LONG_RANGE_SHARE, long_range_row, loss_row
 from nbl_export.text.long_range import FEWEST, SHORT, contexts, is_long_range
-from nbl_export.text.windows import joined, repeated
+from nbl_export.text.windows import TWICE, joined, repeated
 
 if TYPE_CHECKING:
     import torch
@@ -211,20 +212,20 @@ class _Judge:
         self._task = task
 
     def estimate(self, maps: Maps) -> tuple[dict[str, tuple[float, float]], float | None]:
-        """Increase of perplexity and KL on each selection text, and the lost share of long-range tokens."""
+        """Increase of perplexity and KL on each selection text, and the largest lost share of long-range tokens."""
         losses, long_range = self._judged(maps, self._selection, _EVERY)
         rows = [loss_row(name, found) for name, found in losses.items()]
         increases = {row["text"]: (_finite(row["increase"]), _finite(row["kl"])) for row in rows}
-        return increases, None if long_range is None else _finite(long_range["lost"])
+        return increases, max((_finite(row["lost"]) for row in long_range), default=None)
 
-    def decide(self, maps: Maps) -> tuple[dict[str, list[Loss]], dict[str, Any] | None]:
-        """The losses of each validation text, and a row of the long-range tokens, with intervals."""
+    def decide(self, maps: Maps) -> tuple[dict[str, list[Loss]], list[dict[str, Any]]]:
+        """The losses of each validation text, and a row of each text's long-range tokens, with intervals."""
         return self._judged(maps, self._validation, 1)
 
     def _judged(
         self, maps: Maps, rows: Sequence[_Row], every: int
-    ) -> tuple[dict[str, list[Loss]], dict[str, Any] | None]:
-        """The losses of the rows of each text, and the long-range tokens; `every`: distance of positions."""
+    ) -> tuple[dict[str, list[Loss]], list[dict[str, Any]]]:
+        """The losses of the rows of each text, and their long-range tokens; `every`: distance of positions."""
         import torch
 
         from nbl_export.methods.losses import Loss
@@ -252,15 +253,15 @@ class _Judge:
                     table[k, 4:] = torch.tensor(seen, dtype=torch.float64)
                 progress(k + 1, len(rows))
         found: dict[str, list[Loss]] = {}
-        answers = []
+        long_range: dict[str, list[tuple[int, float, float, float]]] = {}
         for row, values in zip(rows, processes.all_reduce_sum(table).tolist(), strict=True):
             if not math.isfinite(values[2]):  # `Loss.original_sum`
                 raise NblError("the original's logits hold NaN or infinity; check the checkpoint's weights")
             if row.text is not None:
                 found.setdefault(row.text, []).append(Loss.of(values[:4]))
             if values[4]:
-                answers.append((int(values[4]), *values[5:]))
-        return found, long_range_row(answers)
+                long_range.setdefault(TWICE if row.text is None else row.text, []).append((int(values[4]), *values[5:]))
+        return found, [long_range_row(name, passages) for name, passages in long_range.items()]
 
     def _long_range(
         self, row: _Row, partial: PartialReplacement, original_TD: torch.Tensor, known_N: torch.Tensor | None

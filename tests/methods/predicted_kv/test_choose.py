@@ -14,6 +14,7 @@ import torch
 
 from nbl_export.errors import NblError
 from nbl_export.methods.base import Choice, ChoiceInputs, Limit, Say
+from nbl_export.methods.choose import failure, step
 from nbl_export.methods.linear.order import quiet
 from nbl_export.methods.losses import Loss
 from nbl_export.methods.predicted_kv.candidates import ExitCandidates, Exits, candidate_exits
@@ -21,6 +22,8 @@ from nbl_export.methods.predicted_kv.choose import _spread
 from nbl_export.methods.predicted_kv.choose import choose_exit as choose
 from nbl_export.methods.predicted_kv.maps import PredictedKV
 from nbl_export.records.inputs import Lazy
+from nbl_export.records.quality import long_range_row
+from nbl_export.text import windows
 from nbl_export.text.long_range import SHORT
 from nbl_export.text.windows import joined
 
@@ -63,12 +66,15 @@ class World:
             assert first is not None
             if each is not None:
                 each.append(torch.zeros(len(positions_N)))
-            name = LONG_RANGE if positions_N[0] else next(n for n, token in TOKEN.items() if token == int(ids_T.max()))
+            text = next(n for n, token in TOKEN.items() if token == int(ids_T.max()))
+            name = LONG_RANGE if positions_N[0] else text
             world.judged.append((first.exit_layer, first.recent_tokens, name, positions_N.tolist()))
             noise = (
                 world.spread * (-1) ** (len(world.judged) // 2) * (positions_N[:2].tolist() == [0, 1])
             )  # on validation rows
-            rise, count = world.rises[first.exit_layer, first.recent_tokens].get(name, 0.0), len(positions_N)
+            count = len(positions_N)
+            rises = world.rises[first.exit_layer, first.recent_tokens]
+            rise = rises.get(f"{name} of {text}", rises.get(name, 0.0))
             if name == LONG_RANGE:
                 noise = world.decides * world.long_range_spread * (-1) ** (len(world.judged) // 2)
             rise = (rise if name == LONG_RANGE else math.log1p(rise)) + noise
@@ -159,8 +165,32 @@ def test_each_text_can_refuse_an_exit_layer_alone(text: str, least: float) -> No
     facts = choice.facts
     step = facts["goal"]["path"][-1]
     point = next(p for p in facts["curve"]["points"] if (p["replaced_layers"][0], p["recent_tokens"]) == (5, 1))
-    assert ([row["text"] for row in step["quality_losses"]], step["long_range"]["windows"]) == ([OWN, SECOND], 20)
+    assert [row["text"] for row in step["quality_losses"]] == [OWN, SECOND]
+    assert [(row["text"], row["windows"]) for row in step["long_range"]] == [(OWN, 8), (SECOND, 8), (windows.TWICE, 4)]
     assert point["long_range"] == pytest.approx(0.01 if text != LONG_RANGE else 0.105)
+
+
+@pytest.mark.parametrize("text", [OWN, SECOND, TWICE])
+def test_long_range_tokens_of_one_text_can_refuse_an_exit_layer_alone(text: str) -> None:
+    """The mean over all texts is within the limit."""
+    world = World(rises(**{f"{LONG_RANGE} of {text}": 0.13}))
+    choice = choose_exit(inputs(world))
+    assert exit_of(choice) == (5, 2)
+    point = next(p for p in choice.facts["curve"]["points"] if (p["replaced_layers"][0], p["recent_tokens"]) == (5, 1))
+    assert point["long_range"] == pytest.approx(0.13)
+
+
+@pytest.mark.parametrize(("lost", "passages", "within"), [(0.13, 8, False), (0.09, 8, True), (0.13, 3, True)])
+def test_each_text_decides_by_its_long_range_tokens_if_it_has_enough(lost: float, passages: int, within: bool) -> None:
+    """Sixteen passages of another text lose nothing."""
+    rows = [
+        long_range_row("one", [(10, 20.0, 20.0, 10.0)] * 16),
+        long_range_row("another", [(10, 20.0, 20.0 + 10 * lost, 10.0)] * passages),
+    ]
+    tested = step({}, {}, 0.05, rows)
+    assert tested["within"] is within
+    if not within:
+        assert failure(tested, Limit(0.05, None)).endswith("on another")
 
 
 def test_prompts_of_both_lengths_order_the_candidates() -> None:
@@ -229,7 +259,7 @@ def test_long_range_tokens_are_those_of_all_rows_and_of_the_second_half_of_passa
 def test_rows_with_few_long_range_tokens_do_not_count_and_a_text_without_any_says_nothing_of_them() -> None:
     for answers, known in ((7, False), (8, True)):
         facts = choose_exit(inputs(World(rises(), answers=answers))).facts
-        assert (facts["goal"]["path"][-1]["long_range"] is not None) is known
+        assert bool(facts["goal"]["path"][-1]["long_range"]) is known
 
 
 def test_the_original_is_read_once_for_all_exit_layers_and_long_range_tokens_are_found_once() -> None:
