@@ -34,6 +34,7 @@ TABLES: Mapping[str, Table] = {
     "headline": speed.headline,
     "model-qwen": models.qwen,
     "model-smollm2": models.smollm2,
+    "seen": models.seen,
     "engines": models.engines,
     "exchange": speed.exchange,
     "job-times": speed.job_times,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tables_quality import TASKS, increase, rise
-from tables_speed import describe_pair, measured, paired
+from tables_speed import decided, describe_pair, measured, paired
 
 from nbl_export.records.paired import PairedRatio
 from nbl_export.records.plan import describe_layers
@@ -127,6 +127,39 @@ def smollm2(read: Read) -> Rows:
     for count in ("4", "8"):
         found.append(_ordered(read, "smollm2", f"cca {count}", "the paper's choice", _points(tasks, f"cca {count}")))
     return [*_HEAD, *(_row(one, 30) for one in found)]
+
+
+def seen(read: Read) -> Rows:
+    """Perplexity of default jobs and of sets of linear layers, beside the change of tasks in points."""
+    heads = ("model and kind", "perplexity, first text", "Python's documentation", *(TASKS[task] for task in _CHOICES))
+    rows: Rows = [heads, "lrrrr"]
+    for run in read("exit-layers")["rows"]:
+        if decided(run):
+            changes = {row["task"]: row["differences"][0]["value"] for row in run["tasks"] if row["metric"] == "acc"}
+            rows.append((f"{run['title']}, predicted KV", *map(increase, run["losses"]), *_changes(changes)))
+    for title, name, kind, row in _SEEN:
+        tasks = read(f"tasks-{name}")["tasks"]
+        changes = {task: tasks[task]["rows"][row]["acc"]["change"] for task in _CHOICES}
+        rows.append((title, *_ordered(read, name, kind, "").losses, *_changes(changes)))
+    bias = read("distill-affine-smollm2")["distill"]
+    table = read("graph-tasks-smollm2")["table"]
+    changes = {row["task"]: row["differences"][0]["value"] for row in table if row["metric"] == "acc"}
+    rows.append(("SmolLM2-135M, eight linear layers", *_losses(bias["independent"]), *_changes(changes)))
+    return rows
+
+
+_CHOICES = ("arc_easy", "piqa")
+_SEEN = (
+    ("Qwen2.5-Coder-0.5B, three linear layers", "qwen", "efficient 3", "ours 3"),
+    ("Qwen2.5-Coder-0.5B, six linear layers", "qwen", "efficient 6", "ours 6"),
+    ("SmolLM2-135M, four linear layers (`cca`)", "smollm2", "cca 4", "cca 4"),
+)
+
+
+def _changes(by_task: Mapping[str, float]) -> list[str]:
+    """The change of each task with choices in points."""
+    found = (by_task.get(task) for task in _CHOICES)
+    return ["not measured" if value is None else f"{100 * value:+.1f}".replace("-", "−") for value in found]
 
 
 def engines(read: Read) -> Rows:

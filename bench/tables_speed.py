@@ -70,25 +70,32 @@ _TEXTS = ("unseen part of the calibration text", "Python's documentation")
 
 def headline(read: Read) -> Rows:
     """What jobs with predicted KV give, for the README: those whose exit layer was decided."""
-    rows: Rows = [("model", "prompt of 2,048 tokens", "of 512", *(f"perplexity, {name}" for name in _TEXTS),
-                   "WikiText-2", "long-range tokens keep"), "lllllll"]  # fmt: skip
+    rows: Rows = [("model", "prompt of 2,048 tokens", "of 512",
+                   *(f"perplexity behind 512 tokens, {name}" for name in _TEXTS), "WikiText-2, behind 512",
+                   "long-range tokens keep"), "lllllll"]  # fmt: skip
     for run in read("exit-layers")["rows"]:
-        decided = next((step for step in run["path"] if step["within"]), None)
-        if run["rows"] and decided:
+        step = decided(run)
+        if run["rows"] and step:
             speeds = (measured(run, test) for test in ("pp2048", "pp512"))
             losses = map(increase, run["losses"])
-            long_range = kept(decided, decided["quality_losses"])
+            long_range = kept(step, step["quality_losses"])
             rows.append((run["title"].removesuffix(", default"), *speeds, *losses, _perplexity(run), long_range))
     return rows
 
 
+def decided(run: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The tested candidate that a job took; None if its exit layer was named."""
+    return next((step for step in run["path"] if step["within"]), None)
+
+
 def _perplexity(run: Mapping[str, Any]) -> str:
-    """Change of the perplexity of a text that `eval` read, behind prompts."""
-    found = next((row for row in run.get("tasks", ()) if row["metric"] == "token_perplexity"), None)
+    """Increase of the perplexity of a text that `eval` read, behind prompts, with two standard errors over windows."""
+    found = next((row for row in run["tasks"] if row["metric"] == "token_perplexity"), None)
     if found is None:
         return "not measured"
-    before, after = (found["figures"][name]["value"] for name in ("original", "nbl"))
-    return f"{100 * (after / before - 1):+.1f}%"
+    before = found["figures"]["original"]["value"]
+    (change,) = found["differences"]
+    return f"{100 * change['value'] / before:+.1f}% ± {200 * change['stderr'] / before:.1f}"
 
 
 def kept(step: Mapping[str, Any], losses: Sequence[Mapping[str, Any]]) -> str:
