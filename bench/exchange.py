@@ -3,7 +3,7 @@
     nbl-export --model MODEL --exit-layer none --max-perplexity-increase 10% --output DIR
     python bench/exchange.py "SmolLM2-135M, linear layers within 10%=DIR" ... > RESULT.json
 
-Each argument is TITLE=DIR, of runs that have at least a plan. A run with a benchmark has measured ratios too. Losses
+Each argument is TITLE=DIR, of runs that have at least a plan. A run with a benchmark has samples of speed too. Losses
 are those of the validation windows, of the largest set that kept the limit. Seconds are of the stages that ran.
 """
 
@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nbl_export.run_directory import REPORT_JSON, RunDirectory
 
 _FACTS = ("increase", "increase_interval", "tokens")
+_OF_ROW = ("variant", "test", "depth", "loads", "samples")
 
 
 def row_of(title: str, run: RunDirectory) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def row_of(title: str, run: RunDirectory) -> dict[str, Any]:
     best = max(kept, key=lambda step: int(step["layers"]))
     points = {point["layers"]: point for point in facts["curve"]["points"]}
     report = run.path / REPORT_JSON
-    measured = json.loads(report.read_text(encoding="utf-8"))["ratios"] if "bench" in run.stages else []
+    timed = json.loads(report.read_text(encoding="utf-8"))["rows"] if "bench" in run.stages else []
     return {
         "title": title,
         "limit": facts["goal"]["max_perplexity_increase"],
@@ -42,9 +43,14 @@ def row_of(title: str, run: RunDirectory) -> dict[str, Any]:
                    for kind in sorted(set(facts["kinds"]))},
         "losses": [{name: loss[name] for name in _FACTS} for loss in best["quality_losses"]],
         "modelled": {name: points[best["layers"]][name] for name in ("prefill", "decode")},
-        "measured": measured,
+        "rows": samples_of(timed),
         "seconds": {name: stage["seconds"] for name, stage in run.stages.items() if name != "eval"},
     }  # fmt: skip
+
+
+def samples_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What the tables compute ratios of speed from, of the rows of a report."""
+    return [{name: row[name] for name in _OF_ROW} for row in rows]
 
 
 def main(row_of: Callable[[str, RunDirectory], dict[str, Any]]) -> None:

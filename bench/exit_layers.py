@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from exchange import main
+from exchange import main, samples_of
 
 from nbl_export.evaluation.results import read_entries
 from nbl_export.evaluation.results import summarize as summarize_tasks
@@ -21,7 +21,6 @@ from nbl_export.report.page import summarize
 from nbl_export.run_directory import BENCH_FILE, EVAL_FILE, VERIFY_FILE, RunDirectory
 
 _RESULTS = {"verify": VERIFY_FILE, "bench": BENCH_FILE}
-_OF_ROW = ("variant", "test", "depth", "loads", "samples", "tokens_per_second_median")
 
 
 def _read(run: RunDirectory, name: str) -> Any:
@@ -42,8 +41,7 @@ def row_of(title: str, run: RunDirectory) -> dict[str, Any]:
         "points": (report["curve"] or {}).get("points", []),
         "losses": report["quality_loss"],
         "long_range": report.get("long_range"),
-        "measured": report["ratios"],
-        "rows": [{name: row[name] for name in _OF_ROW} for row in report["rows"]],
+        "rows": samples_of(report["rows"]),
         "background": (report["bench"] or {}).get("background"),
         "cache_bytes_per_token": report["cache_bytes_per_token"],
         "tasks": scores["table"],

@@ -106,8 +106,9 @@ def kept(step: Mapping[str, Any], losses: Sequence[Mapping[str, Any]]) -> str:
     found = step.get("long_range")
     if not found:
         return "not measured"
-    if isinstance(found, dict):
-        return f"{describe_kept(_recomputed('', found))} on all texts together"
+    pooled = found if isinstance(found, dict) else found[0]
+    if "text" not in pooled:
+        return f"{describe_kept(_recomputed('', pooled))} on all texts together"
     rows = {row["text"]: _recomputed(row["text"], row) for row in found}
     texts = [loss["text"] for loss in losses]
     return "; ".join(_judged(rows.get(text)) for text in (*texts, TWICE))

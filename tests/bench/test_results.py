@@ -209,7 +209,9 @@ def test_what_is_kept_is_shown_by_text_or_for_rows_of_an_earlier_version_togethe
     second = long_range_row("second", [(10, 20.0, 22.0, 10.0)] * 3)
     losses = [{"text": "own"}, {"text": "second"}]
     assert speed.kept({"long_range": [own, second]}, losses) == "90% (90 to 90); too few; too few"
-    assert speed.kept({"long_range": own}, losses) == "90% (90 to 90) on all texts together"
+    pooled = {name: value for name, value in own.items() if name != "text"}
+    for found in (pooled, [pooled]):
+        assert speed.kept({"long_range": found}, losses) == "90% (90 to 90) on all texts together"
     assert speed.kept({"long_range": None}, losses) == "not measured"
 
 
