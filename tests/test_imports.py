@@ -34,7 +34,7 @@ HEAVY = {
               "targets.export", "targets.openvino.export", "targets.openvino.trace", "targets.tensorrt.export",
               "targets.checkpoint"),
     "transformers": ("model", "methods.checkpoint", "methods.predicted_kv.torch_layers",
-                     "targets.export", "targets.onnx.export_genai",
+                     "methods.predicted_kv.products", "targets.export", "targets.onnx.export_genai",
                      "targets.openvino.trace", "targets.tensorrt.export", "targets.checkpoint"),
     "vllm": ("targets.checkpoint.vllm",),
     "tensorrt_edgellm": ("targets.checkpoint.edge_llm_code",),
@@ -164,8 +164,11 @@ def is_at_home(library: str, name: str) -> bool:
     return any(name == home or name.startswith(f"{home}.") for home in homes)
 
 
-# Modules that may say an engine's name beside the texts of options: names of packages, and of tools that read a form.
-NAME_ENGINES = {name: {"openvino"} for name in ("run_directory", "graph.ir.files", "graph.ir.session")}
+# Modules that may say an engine's name beside the texts of options: names of packages, of tools that read a form, and of
+# a decoder source.
+NAME_ENGINES = {
+    name: {"openvino"} for name in ("run_directory", "graph.ir.files", "graph.ir.session", "model.architectures")
+}
 _ENGINE_TEXTS = ("options.options", "records.destinations")  # the default of --engine and help; where models are served
 
 
