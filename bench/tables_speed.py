@@ -64,22 +64,23 @@ def measured(run: Mapping[str, Any], test: str, depth: int = 0, variant: str = "
     return describe_pair(paired(run, variant, name, depth)) if name else ""
 
 
+_DEFAULT = ", default"  # ends the title of a job by default options
 _SUMS = ("answers", "loss_original", "loss_nbl", "gain")
 _TEXTS = ("unseen part of the calibration text", "Python's documentation")
 
 
 def headline(read: Read) -> Rows:
-    """What jobs with predicted KV give, for the README: those whose exit layer was decided."""
+    """What default jobs with predicted KV give, for the README."""
     rows: Rows = [("model", "prompt of 2,048 tokens", "of 512",
                    *(f"perplexity behind 512 tokens, {name}" for name in _TEXTS), "WikiText-2, behind 512",
                    "long-range tokens keep"), "lllllll"]  # fmt: skip
     for run in read("exit-layers")["rows"]:
         step = decided(run)
-        if run["rows"] and step:
+        if run["rows"] and step and run["title"].endswith(_DEFAULT):
             speeds = (measured(run, test) for test in ("pp2048", "pp512"))
             losses = map(increase, run["losses"])
             long_range = kept(step, step["quality_losses"])
-            rows.append((run["title"].removesuffix(", default"), *speeds, *losses, _perplexity(run), long_range))
+            rows.append((run["title"].removesuffix(_DEFAULT), *speeds, *losses, _perplexity(run), long_range))
     return rows
 
 
