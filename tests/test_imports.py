@@ -164,8 +164,8 @@ def is_at_home(library: str, name: str) -> bool:
     return any(name == home or name.startswith(f"{home}.") for home in homes)
 
 
-# Modules that may say an engine's name beside the texts of options: names of packages, of tools that read a form, and of
-# a decoder source.
+# Modules that may say an engine's name beside the texts of options: names of packages, of tools that read a form, and
+# of a decoder source.
 NAME_ENGINES = {
     name: {"openvino"} for name in ("run_directory", "graph.ir.files", "graph.ir.session", "model.architectures")
 }

@@ -24,7 +24,7 @@ from nbl_export.report.document import (
     Strip,
 )
 from nbl_export.report.length import in_short
-from nbl_export.report.outcome import describe_exit, headline, judged, limit_of, verdict, worst_loss
+from nbl_export.report.outcome import at_limit, describe_exit, headline, judged, limit_of, verdict, worst_loss
 from nbl_export.report.quality import uses
 from nbl_export.report.speed import intervals
 from nbl_export.report.table import Cell, Column, Table, Tone
@@ -176,7 +176,7 @@ def _loss(report: Mapping[str, Any]) -> Card:
         return Card("Quality loss", "not measured", tone="words")
     worst = worst_loss(rows)
     ends = " → ".join(words.number(worst[name], "not finite") for name in ("perplexity_original", "perplexity_nbl"))
-    lines = [f"{judged(report)} the limit of {limit_of(report)[0]}; in brackets 95% intervals"]
+    lines = [f"{at_limit(judged(report))} the limit of {limit_of(report)[0]}; in brackets 95% intervals"]
     lines += [f"{describe_loss(row)['increase']} on {row['text']}{f': {ends}' * (row is worst)}" for row in rows]
     lines += map(describe_long_range, report["long_range"])
     lines += in_short((report["quality"] or {}).get("length", ()))

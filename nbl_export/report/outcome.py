@@ -22,6 +22,7 @@ from nbl_export.report import words
 
 __all__ = [
     "Timed",
+    "at_limit",
     "describe_exit",
     "faster_runtime",
     "headline",
@@ -138,7 +139,7 @@ def verdict(report: Mapping[str, Any]) -> str:
     if quality:
         loss = describe_loss(worst_loss(report["quality_loss"]))["increase"]
         which = " on the worst text" if len(report["quality_loss"]) > 1 else ""
-        loses = f"Loses: perplexity {loss}{which}, {quality} the limit of {limit}."
+        loses = f"Loses: perplexity {loss}{which}, {at_limit(quality)} the limit of {limit}."
     if is_worth and quality == "above":
         gain = "Faster, but not worth it at this limit."
     return f"{gain} {loses}"
@@ -194,7 +195,7 @@ def _losses(report: Mapping[str, Any]) -> Iterator[str]:
     yield from map(describe_long_range, report.get("long_range", ()))
     verdict = judged(report)
     if verdict:
-        yield f"{verdict} the limit of {limit_of(report)[0]}"
+        yield f"{at_limit(verdict)} the limit of {limit_of(report)[0]}"
 
 
 def limit_of(report: Mapping[str, Any]) -> tuple[str, float]:
@@ -206,6 +207,11 @@ def limit_of(report: Mapping[str, Any]) -> tuple[str, float]:
         return (usual, DEFAULT_INCREASE) if default or not asked else (asked, float(asked.rstrip("% ")) / 100)
     except ValueError:  # the text of a stranger
         return usual, DEFAULT_INCREASE
+
+
+def at_limit(verdict: str) -> str:
+    """What `judged` says, before "the limit": "within", "above" or "undecided at"."""
+    return "undecided at" if verdict == "undecided" else verdict
 
 
 def judged(report: Mapping[str, Any]) -> str:

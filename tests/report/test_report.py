@@ -326,7 +326,7 @@ def test_the_verdict_is_of_what_was_measured(
     verify = copy.deepcopy(VERIFY)
     verify["quality_loss"][0] |= {"increase": increase, "increase_interval": [increase - 0.02, increase + 0.02]}
     said = verdict(summarize(MANIFEST, verify, bench if tests else None))
-    limit = {0.01: "within", 0.05: "undecided", 0.5: "above"}[increase]
+    limit = {0.01: "within", 0.05: "undecided at", 0.5: "above"}[increase]
     assert said.startswith(f"{expected} Loses: perplexity +") and f"{limit} the limit of 5%" in said
 
 
