@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from nbl_export.methods.checkpoint.load import load_model
 
 from .command import TINY, configured, nbl
 from .damage import name_code, named_code
@@ -22,8 +24,9 @@ FILES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"))
 PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "multiprocessing",
            "torch.multiprocessing", "concurrent.futures.ProcessPoolExecutor"}  # fmt: skip
 POOLS = {"multiprocessing", "ProcessPoolExecutor"}  # attributes: they pickle what they send to a process
-MUST_BE = {"trust_remote_code": False, "hf_remote": False, "allow_pickle": False, "weights_only": True, "shell": False,
-           "use_safetensors": True, "local_files_only": True, "engine_host_code_allowed": False}  # fmt: skip
+MUST_BE = {"trust_remote_code": False, "use_kernels": False, "hf_remote": False, "allow_pickle": False,
+           "weights_only": True, "shell": False, "use_safetensors": True, "local_files_only": True,
+           "engine_host_code_allowed": False}  # fmt: skip
 BUILTINS = {"eval", "exec", "compile", "__import__"}
 CALLS = {"torch.load", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load"}
 COLLECTIVES = {"broadcast_object_list", "scatter_object_list", "all_gather_object", "gather_object", "send_object_list",
@@ -156,6 +159,11 @@ class Config: pass
 class Model: pass
 class Tokenizer: pass
 """
+
+
+def test_no_kernel_of_the_hub_is_taken(checkpoint: Callable[[str], Path]) -> None:
+    """transformers 5.25 takes them unless it is told not to."""
+    assert not load_model(checkpoint("llama")).use_kernels
 
 
 @pytest.mark.parametrize("source", ["genai", "mobius"])

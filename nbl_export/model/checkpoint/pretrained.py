@@ -161,6 +161,7 @@ def _load(model: Path, dtype: Any = None, **more: Any) -> Any:
             output_loading_info=True,
             use_safetensors=True,
             trust_remote_code=False,
+            use_kernels=False,  # compiled code of the hub, which transformers 5.25 takes unless told not to
             local_files_only=True,
             **given,
             **more,
