@@ -27,7 +27,7 @@ def manifest(path: Path, **options: Any) -> Path:
     facts = {"schema": 1, "status": "incomplete", "command": EVIL, "decoder": decoder,
              "stages": {"calibrate": {"key": "k", "files": {}, "seconds": 1.0}},
              "sources": [], "model": {"name": "m", "fingerprint": "f"}, "calibration": {"name": "t", "sha256": "s"},
-             "options": {"model": "m", "engine": "ort", "precision": "fp32", **options}}  # fmt: skip
+             "options": {"model": "m", "engine": "ort", "precision": "int8", **options}}  # fmt: skip
     path.mkdir()
     (path / "nbl.json").write_text(json.dumps(facts), encoding="utf-8")
     return path

@@ -233,7 +233,7 @@ def refused(tmp_path: Path, *arguments: object, status: int = 1, parts: tuple[ob
 def test_attention_whose_keys_cannot_be_predicted(source: str, given_graph: Given, tmp_path: Path) -> None:
     save_maps(predicted_maps(1, 4, 2 * HEAD_DIM), tmp_path / "maps.safetensors")
     given = (given_graph(source), "--maps", tmp_path, "--output", tmp_path / "out")
-    refused(tmp_path, *given, parts=("layer 1", "no GroupQueryAttention that rotates keys"))
+    refused(tmp_path, *given, parts=("layer 1", "is no GroupQueryAttention, so it takes no other keys"))
 
 
 def test_options_that_do_not_go_together(given_graph: Given, maps_file: Any, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ OTHER: dict[str, Any] = {
     "fit": "drop", "select": "efficient", "tap": "normed", "maps": "linear",
     "distill_minutes": 1.0,
     "distill_steps": 7, "distill_tokens": 7, "lora_rank": 7, "label_weight": 0.7, "calibration_tokens": 1024,
-    "context": 64, "compute_dtype": "float32", "seed": 7, "precision": "int8",
+    "context": 64, "compute_dtype": "float32", "seed": 7, "precision": "fp32",
     "provider": "cuda", "max_seq_len": 128, "max_batch": 2, "prefill_chunk": 64, "logits": "all",
     "decoder_source": "mobius", "builder_option": ("block_size=64",), "quantized_model": "q",
     "depths": (7,), "repetitions": 7, "prompt_tokens": (7,),
@@ -183,7 +183,7 @@ def test_inputs_that_are_no_options_are_in_the_keys(key_of_stage: Any, monkeypat
     for stage in READS:
         assert key_of_stage(stage, {"model": {"fingerprint": "other"}}) != key_of_stage(stage)
         text = key_of_stage(stage, {"text": {**TEXT, "parts": parts}})
-        assert (text == key_of_stage(stage)) == (stage in ("text", "decoder")), stage
+        assert (text == key_of_stage(stage)) == (stage == "text"), stage  # int8 rounds by moments of the text
     codes = {"quantized_model": "q"}
     assert key_of_stage("decoder", {"quantized": {"fingerprint": "x"}}, **codes) != key_of_stage("decoder", **codes)
     others: list[dict[str, Any]] = [{"name": "b"}, {"limit": 20}, {"data": {"sha256": "1"}}, {"config": {"shots": 1}}]

@@ -58,7 +58,7 @@ def continued(run: Path) -> list[dict[str, Any]]:
     """The checks of a run directory as it is now; the quality loss, which is not gated, is left out."""
     with (
         RunDirectory(run).opened(create=False) as opened,
-        mock.patch.object(verify, "quality_loss", return_value=([], None)),
+        mock.patch.object(verify, "quality_loss", return_value=([], [])),
     ):
         options, ui = JobOptions.from_json(opened.manifest["options"]), Ui(quiet=True)
         job = of_run(opened, options, ui)
