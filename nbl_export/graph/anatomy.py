@@ -33,6 +33,7 @@ __all__ = [
     "find_written",
     "graph_caches",
     "is_constant",
+    "key_steps",
 ]
 
 # Operators that multiply activations by weights, or that quantise activations for such a product.
@@ -42,6 +43,8 @@ PRODUCTS = ("MatMul", "Gemm", "MatMulNBits", "MatMulBnb4", "MatMulInteger", "QLi
 _TAKES_TOKENS = ("Gather", "GatherND", "Slice")
 _READS_ONLY_SHAPE = ("Shape", "Size")
 _DEPTH = 8
+_KEY_STEPS = ("Reshape", "SimplifiedLayerNormalization", "RMSNormalization")  # between keys and their attention
+_KEY_ENDS = ("Add", "Split", *PRODUCTS)  # what gives keys
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,22 @@ def find_attention(block: AttentionBlock) -> ir.Node:
         if node.op_type == "GroupQueryAttention":
             return node
     raise RefusalError(block.layer, "its attention is no GroupQueryAttention, so it takes no other keys")
+
+
+def key_steps(layer: int, attention: ir.Node) -> tuple[ir.Node, ...]:
+    """The nodes between a layer's product of keys and its attention, in their order.
+
+    Raises:
+        RefusalError: something else than a norm stands there.
+    """
+    found: list[ir.Node] = []
+    node = None if attention.inputs[1] is None else attention.inputs[1].producer()
+    while node is not None and node.op_type in _KEY_STEPS:
+        found.append(node)
+        node = None if node.inputs[0] is None else node.inputs[0].producer()
+    if node is None or node.op_type not in _KEY_ENDS:
+        raise RefusalError(layer, f"its keys come by {node.op_type if node else 'no node'}, and not by a product")
+    return tuple(reversed(found))
 
 
 def find_written(block: AttentionBlock) -> Written:

@@ -34,7 +34,8 @@ from nbl_export.methods.rows import Read, Rows
 from nbl_export.model.architectures import exits_refused
 from nbl_export.model.memory import WEIGHTS_SHARE
 from nbl_export.options.goals import DEFAULT_STEPS, asked_layers, default_minutes, names_layers
-from nbl_export.options.options import AUTO_EXIT, CHECKPOINT_FIT, JobOptions
+from nbl_export.options.option import ModelFacts
+from nbl_export.options.options import AUTO_EXIT, CHECKPOINT_FIT, JobOptions, exit_refused
 from nbl_export.records.capabilities import Capabilities
 from nbl_export.records.plan import PREDICTED_KV
 from nbl_export.text.windows import early_stopping_tokens, role_tokens
@@ -355,8 +356,9 @@ class Job:
     def _with_exit(self) -> Job | None:
         """The same job with the default exit layer; None if it has one, or if its engine or model takes none."""
         decoder = self.shape.decoder
-        refused = exits_refused(decoder.architecture, has_window=bool(decoder.sliding_window))
-        possible = self.engine.holds(PREDICTED_KV) and self.options.decoder_source not in refused
+        facts = ModelFacts(no_exit=exits_refused(decoder.architecture, has_window=bool(decoder.sliding_window)))
+        refused = exit_refused(self.options.decoder_source, self.options.precision, facts)
+        possible = self.engine.holds(PREDICTED_KV) and not refused
         if self.options.predicts or not possible or self.shape.maps_tap:
             return None
         options = dataclasses.replace(

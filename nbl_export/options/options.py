@@ -188,7 +188,7 @@ _INT4 = (
 _BUILT = (
     Applies("decoder_source genai", lambda c: c.options.decoder_source == "genai"),
     Applies(f"--precision int8 or int4 ({', '.join(OF_ROUNDING)})",
-            lambda c: c.options.precision in ("int8", "int4") or not set(c.builder_keys) & set(OF_ROUNDING)),
+            lambda c: c.options.precision in ("int8", "int4") or not keeps_blocks(c.options.builder_options)),
 )  # fmt: skip
 
 

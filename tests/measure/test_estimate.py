@@ -108,6 +108,16 @@ def test_layer_by_layer_agrees_with_what_was_measured(size: str, shape: Shape) -
 # -- options --------------------------------------------------------------------------------------------------
 
 
+def test_an_exit_layer_is_offered_where_a_job_takes_one() -> None:
+    taken: dict[str, Any] = {"exit_layer": "none", "layers": "8"}
+    assert job(SMOLLM2, **taken)._with_exit() is not None
+    for source, precision in (("mobius", "fp32"), ("mobius", "fp16")):
+        offered = job(SMOLLM2, **taken, decoder_source=source, precision=precision)._with_exit()
+        assert (offered is None) == (precision == "fp16")
+    experts = dataclasses.replace(SMOLLM2, decoder=dataclasses.replace(SMOLLM2.decoder, architecture="olmoe"))
+    assert job(experts, **taken, engine="openvino", decoder_source="openvino")._with_exit() is None
+
+
 def test_a_stage_that_does_not_run_is_left_out() -> None:
     assert "distill" in by_stage(job(SMOLLM2, fit="distilled"))
     assert "distill" not in by_stage(job(LLAMA_8B, fit="distilled"))  # it does not fit into memory

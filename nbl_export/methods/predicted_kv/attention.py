@@ -27,12 +27,12 @@ import onnx_ir as ir
 from onnx_ir.convenience import replace_nodes_and_values
 
 from nbl_export.errors import RefusalError
-from nbl_export.graph.anatomy import PRODUCTS, AttentionBlock, find_attention
+from nbl_export.graph.anatomy import AttentionBlock, find_attention, key_steps
 from nbl_export.graph.emitter import LayerMaker, Maker, choose, need
 from nbl_export.graph.names import node_name
 from nbl_export.methods.predicted_kv.maps import PredictedKV
 
-__all__ = ["ContinuingRows", "ExitedAttention", "key_steps", "stated_keys"]
+__all__ = ["ContinuingRows", "ExitedAttention", "stated_keys"]
 
 _MICROSOFT = "com.microsoft"
 _INPUTS = 9  # of GroupQueryAttention: queries, keys, values, caches, lengths, rotary tables; others are refused
@@ -40,8 +40,6 @@ _TABLES = 7  # the first input of rotary tables
 _SINKS = 11  # input of GroupQueryAttention: a score of each head for no key
 _KNOWN = ("num_heads", "kv_num_heads", "scale", "softcap", "do_rotary", "rotary_interleaved", "local_window_size",
           "smooth_softmax", "qk_output", "k_quant_type", "v_quant_type", "kv_cache_bit_width")  # fmt: skip
-_STEPS = ("Reshape", "SimplifiedLayerNormalization", "LayerNormalization", "RMSNormalization")
-_ENDS = ("Add", "Split", *PRODUCTS)
 
 
 @dataclass(frozen=True)
@@ -223,22 +221,6 @@ class ExitedAttention:
 
     def _integers(self, name: str, numbers: Sequence[int]) -> ir.Value:
         return self._rows.shared.constant(name, numbers, ir.DataType.INT64)
-
-
-def key_steps(layer: int, attention: ir.Node) -> tuple[ir.Node, ...]:
-    """The nodes between a layer's product of keys and its attention, in their order.
-
-    Raises:
-        RefusalError: something else than a norm stands there.
-    """
-    found: list[ir.Node] = []
-    node = None if attention.inputs[1] is None else attention.inputs[1].producer()
-    while node is not None and node.op_type in _STEPS:
-        found.append(node)
-        node = None if node.inputs[0] is None else node.inputs[0].producer()
-    if node is None or node.op_type not in _ENDS:
-        raise RefusalError(layer, f"its keys come by {node.op_type if node else 'no node'}, and not by a product")
-    return tuple(reversed(found))
 
 
 def stated_keys(block: AttentionBlock) -> int | None:

@@ -23,13 +23,12 @@ import onnx_ir as ir
 from onnx_ir.convenience import get_const_tensor
 
 from nbl_export.errors import RefusalError
-from nbl_export.graph.anatomy import find_attention, find_block, find_written
+from nbl_export.graph.anatomy import find_attention, find_block, find_written, key_steps
 from nbl_export.graph.caches import is_static
 from nbl_export.graph.decoder import OnnxDecoder
 from nbl_export.graph.files import load_graph
 from nbl_export.graph.names import all_logits_file
 from nbl_export.methods.mixed_session import MixedSession
-from nbl_export.methods.predicted_kv.attention import key_steps
 from nbl_export.methods.predicted_kv.maps import PredictedKV, exit_of
 
 __all__ = ["KeysValues", "PredictedKVDecoder", "Rotary", "onnx_reference"]
@@ -231,11 +230,10 @@ def _constant(value: ir.Value | None) -> np.ndarray:
 
 
 def _stepped(node: ir.Node, x: np.ndarray) -> np.ndarray:
-    """What a node between a product and its attention computes: another shape, or a norm over the last axis."""
-    first, *others = (_constant(value) for value in node.inputs[1:])
+    """What a node between a product and its attention computes: another shape, or an RMS norm over the last axis."""
+    given = _constant(node.inputs[1])
     if node.op_type == "Reshape":
-        return x.reshape([x.shape[n] if size == 0 else size for n, size in enumerate(first.tolist())])
-    centred = x - x.mean(-1, keepdims=True) if node.op_type == "LayerNormalization" else x
-    size = np.sqrt(np.square(centred).mean(-1, keepdims=True) + node.attributes.get_float("epsilon", _EPSILON))
-    normed: np.ndarray = centred / size * first.astype(np.float32)
-    return normed + others[0].astype(np.float32) if others else normed
+        return x.reshape([x.shape[n] if size == 0 else size for n, size in enumerate(given.tolist())])
+    size = np.sqrt(np.square(x).mean(-1, keepdims=True) + node.attributes.get_float("epsilon", _EPSILON))
+    normed: np.ndarray = x / size * given.astype(np.float32)
+    return normed
