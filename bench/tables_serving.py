@@ -109,7 +109,7 @@ _FLOAT = "ONNX Runtime, float32"
 def first_token(read: Read) -> Rows:
     """Milliseconds to the first token and of each further one, memory and loss of runtimes, fastest first."""
     rows: Rows = [
-        ("model", "runtime", "first token, 512 tokens", "2,048", "4,096", "a token behind 512", "memory", "loss"),
+        ("model", "runtime", "TTFT, 512 tokens", "2,048", "4,096", "TPOT behind 512", "memory", "loss"),
         "llrrrrrr",
     ]
     for name, model in FIRST_TOKEN.items():

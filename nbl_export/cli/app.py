@@ -134,7 +134,10 @@ app = Group(
     COMMANDS,
     callback=_root,
     invoke_without_command=True,
-    help="Shorten the time to the first token of a language model: predict keys or replace attention; verify, measure.",
+    help=(
+        "Shorten the time to first token (TTFT) of a language model: predict KV or replace attention; verify, measure."
+        f"\n\n{_NAME} --model MODEL --output DIR"
+    ),
     context_settings={"help_option_names": ["-h", "--help"]},
     params=[
         opt.MODEL(),

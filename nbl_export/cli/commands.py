@@ -341,7 +341,7 @@ def generate(
     JSON,
 )
 def inspect(directory: Path, as_json: bool) -> None:
-    """Show a run directory, or a decoder and what makes it slow at reading prompts."""
+    """Show a run directory, or a decoder and what slows its prefill."""
     from nbl_export.graph.names import has_graph, has_ir
     from nbl_export.report.console import describe_table, graph_table, ir_table
     from nbl_export.run.deployed import describe

@@ -132,12 +132,12 @@ def ir_table(found: dict[str, Any]) -> Shown:
 
 
 def _slow(findings: list[dict[str, Any]]) -> Table | str:
-    """What makes a decoder slow at reading prompts, a row each."""
+    """What slows the prefill of a decoder, a row each."""
     if not findings:
-        return "Nothing found that slows the reading of prompts."
+        return "Nothing found that slows prefill."
     columns = ("what", Column("nodes", "number"), "what to do")
     rows = ((finding["what"], finding["nodes"], finding["advice"]) for finding in findings)
-    return Table.of(columns, rows, "Slow at reading prompts")
+    return Table.of(columns, rows, "Slow prefill")
 
 
 def _attention(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
@@ -168,7 +168,7 @@ def doctor_table(found: dict[str, Any], machine: str, gpu: str) -> Shown:
 
 def checks_table(result: dict[str, Any]) -> Shown:
     """The verification ladder and the quality loss."""
-    title = "Quality loss (not gated; in brackets 95% intervals over windows)"
+    title = "Quality loss (in brackets 95% intervals over windows)"
     return (
         model.checks(result["checks"], "Verification"),
         *result["proof"],

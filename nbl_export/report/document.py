@@ -25,6 +25,7 @@ from nbl_export.trust.terminal import visible
 __all__ = [
     "Alarm",
     "Badge",
+    "Bar",
     "Block",
     "Card",
     "Cards",
@@ -90,6 +91,15 @@ class Strip:
 
 
 @dataclass(frozen=True)
+class Bar:
+    """One of the bars of a card. share: its length, of the longest. Decoration: a line of the card says the same."""
+
+    variant: str
+    text: str
+    share: float
+
+
+@dataclass(frozen=True)
 class Card:
     """One figure of the headline, and how it came about."""
 
@@ -97,6 +107,7 @@ class Card:
     figure: str
     lines: tuple[str, ...] = ()
     tone: Tone = ""
+    bars: tuple[Bar, ...] = ()
 
 
 @dataclass(frozen=True)

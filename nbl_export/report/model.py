@@ -6,12 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from nbl_export.records.plan import USUAL_KIND, describe_layers
-from nbl_export.records.quality import describe_long_range, describe_loss
+from nbl_export.records.quality import describe_kept, describe_loss
 from nbl_export.records.results import FAILED, VERIFIED, YES_NO, describe_background
 from nbl_export.report import words
 from nbl_export.report.document import (
     Alarm,
     Badge,
+    Bar,
     Block,
     Card,
     Cards,
@@ -24,9 +25,19 @@ from nbl_export.report.document import (
     Strip,
 )
 from nbl_export.report.length import in_short
-from nbl_export.report.outcome import at_limit, describe_exit, headline, judged, limit_of, verdict, worst_loss
+from nbl_export.report.outcome import (
+    Timed,
+    at_limit,
+    describe_exit,
+    headline,
+    judged,
+    limit_of,
+    verdict,
+    worst_long_range,
+    worst_loss,
+)
 from nbl_export.report.quality import uses
-from nbl_export.report.speed import intervals
+from nbl_export.report.speed import describe_threads, intervals
 from nbl_export.report.table import Cell, Column, Table, Tone
 
 __all__ = ["checks", "experts", "head", "origin", "scores", "title", "verification"]
@@ -44,21 +55,23 @@ def title(report: Mapping[str, Any]) -> str:
 
 
 def head(report: Mapping[str, Any]) -> tuple[Block, ...]:
-    """Verdict, replaced layers and headline figures."""
+    """Verdict, headline figures, what is compared, and whether the numbers of the graph are right."""
     said = verdict(report)
     replaced = report["replaced_layers"]
+    failures = _failures(report)
+    badge = (_badge(report),)
     return (
         _meta(report),
-        _badge(report),
-        *_failures(report),
+        *((*badge, *failures) if failures else ()),
         *([Paragraph(said, "lead")] if said else ()),
         *_busy(report),
         *_apart(report),
-        Cards(
-            (_speed(report, "pp", "First token"), _loss(report), _speed(report, "tg", "Further tokens"), _cache(report))
-        ),
+        Cards((_speed(report, "pp", "Time to first token"), _loss(report), *_changed(report))),
+        *_unchanged(report),
+        Paragraph(_compared(report)),
         Paragraph(_lead(report)),
         Strip(report["num_layers"], dict(zip(replaced, report["kinds"] or [USUAL_KIND] * len(replaced), strict=False))),
+        *(() if failures else badge),
     )
 
 
@@ -66,7 +79,8 @@ def _meta(report: Mapping[str, Any]) -> Paragraph:
     model = report["model"]
     bench = report["bench"]
     parts = [f"{model['architecture']}", ", ".join(filter(None, (report["precision"], report["codes"])))]
-    parts += [f"{bench['engine']} on {bench['provider']}"] if bench else []
+    parts += [f"{bench['engine']} on {bench['provider']}, {describe_threads(bench)}"] if bench else []
+    parts += [report["machine"]["cpu"]] if (report["machine"] or {}).get("cpu") else []
     parts += [f"revision {model['revision']}"] if model.get("revision") else []
     return Paragraph(" · ".join(parts), "meta")
 
@@ -79,7 +93,8 @@ def _badge(report: Mapping[str, Any]) -> Badge:
         seen = words.number(worst["value"], "not finite")
         detail = f"largest logit difference {seen} ({worst['subject']}, {worst['metric']}), {allowed}"
     if report["status"] == VERIFIED:
-        return Badge("Graph verified", detail, "ok")
+        means = "the graph computes what it should, which says nothing about quality"
+        return Badge("Numerics verified", f"{means}; {detail}", "ok")
     return Badge("Verification failed", detail, "bad")
 
 
@@ -148,8 +163,18 @@ def _apart(report: Mapping[str, Any]) -> tuple[Block, ...]:
     )
 
 
+def _compared(report: Mapping[str, Any]) -> str:
+    """Which two decoders the figures are of."""
+    weights = ", ".join(filter(None, (report["precision"], report["codes"])))
+    if not report["replaced_layers"]:
+        return "Both decoders are the original."
+    changed = "the same with predicted KV" if report.get("exit") else "the same with the replaced layers"
+    source = "weights of the GGUF file, dequantised" if report["model"]["name"].endswith(".gguf") else "all layers"
+    return f"Original: {source}, exported by the same tool in {weights}. NBL: {changed}."
+
+
 def _speed(report: Mapping[str, Any], kind: str, name: str) -> Card:
-    """Of the longest prompt: its time if there is a difference, and a line for each test."""
+    """Of the longest test: how much faster, the time before and after, and a line for each other test."""
     tests = headline(report, kind)
     if not tests:
         return Card(name, "not measured", tone="words")
@@ -158,30 +183,62 @@ def _speed(report: Mapping[str, Any], kind: str, name: str) -> Card:
     if len(tests) > _SHOWN:
         lines.append(f"and {len(tests) - _SHOWN} more below")
     said = first.verdict.removesuffix(", noisy")
-    time = first.latency(first.nbl)
-    figure = said if said not in _TONES else first.ratio_text if time == "–" else time
-    return Card(name, figure, tuple(lines), _TONES.get(first.verdict, "" if said in _TONES else "words"))
+    figure = f"{first.ratio_text} {first.verdict}" if said == "faster" else first.ratio_text
+    return Card(name, figure, tuple(lines), _TONES.get(first.verdict, "" if said in _TONES else "words"), _bars(first))
 
 
-def _cache(report: Mapping[str, Any]) -> Card:
+def _bars(test: Timed) -> tuple[Bar, ...]:
+    """The time of a prompt before and after; nothing without a difference."""
+    rows = {"original": test.original, "NBL": test.nbl}
+    times = {name: row["ttft_seconds"] for name, row in rows.items() if row and row["ttft_seconds"]}
+    if test.verdict not in _TONES or len(times) < len(rows):
+        return ()
+    longest = max(times.values())
+    return tuple(
+        Bar(name.lower(), f"{words.milliseconds(time)} {name}", time / longest) for name, time in times.items()
+    )
+
+
+def _changed(report: Mapping[str, Any]) -> Iterator[Card]:
+    """Decode and cache, each if it differs from the original's or was not measured."""
+    if not _is_same_decode(report):
+        yield _speed(report, "tg", "Decode")
     cache = report["cache_bytes_per_token"]
-    ends = f"{words.size(cache['original'])} → {words.size(cache['nbl'])} for each token"
-    return Card("KV cache", words.change(cache["original"], cache["nbl"]), (ends,))
+    if cache["original"] != cache["nbl"]:
+        ends = f"{words.size(cache['original'])} → {words.size(cache['nbl'])} for each token"
+        yield Card("KV cache", words.change(cache["original"], cache["nbl"]), (ends,))
+
+
+def _unchanged(report: Mapping[str, Any]) -> Iterator[Block]:
+    """Decode and cache in one line, each if no difference is shown."""
+    cache = report["cache_bytes_per_token"]
+    said = []
+    if _is_same_decode(report):
+        said += [f"Decode of {test.line}." for test in headline(report, "tg")[:_SHOWN]]
+    if cache["original"] == cache["nbl"]:
+        said.append(f"KV cache: as in the original, {words.size(cache['nbl'])} for each token.")
+    if said:
+        yield Paragraph(" ".join(said))
+
+
+def _is_same_decode(report: Mapping[str, Any]) -> bool:
+    tests = headline(report, "tg")
+    return bool(tests) and all(test.verdict == "no clear difference" for test in tests)
 
 
 def _loss(report: Mapping[str, Any]) -> Card:
-    """Of the text that suffers most. Its colour is that of the user's goal."""
+    """Of the text that suffers most; the table has the others. Its colour is that of the user's goal."""
     rows = report["quality_loss"]
     if not rows:
         return Card("Quality loss", "not measured", tone="words")
     worst = worst_loss(rows)
+    said = describe_loss(worst)["increase"]
     ends = " → ".join(words.number(worst[name], "not finite") for name in ("perplexity_original", "perplexity_nbl"))
-    lines = [f"{at_limit(judged(report))} the limit of {limit_of(report)[0]}; in brackets 95% intervals"]
-    lines += [f"{describe_loss(row)['increase']} on {row['text']}{f': {ends}' * (row is worst)}" for row in rows]
-    lines += map(describe_long_range, report["long_range"])
+    lines = [f"{at_limit(judged(report))} the limit of {limit_of(report)[0]}", f"{said} on {worst['text']}: {ends}"]
+    if long_range := worst_long_range(report["long_range"]):
+        lines.append(f"long-range tokens keep {describe_kept(long_range)} at worst")
     lines += in_short((report["quality"] or {}).get("length", ()))
-    figure = describe_loss(worst)["increase"].partition(" (")[0]
-    return Card("Quality loss: perplexity, worst text", figure, tuple(lines), _JUDGED[judged(report)])
+    return Card("Quality loss: perplexity, worst text", said.partition(" (")[0], tuple(lines), _JUDGED[judged(report)])
 
 
 # -- verification ---------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ rows, ratios of report.json ─► timed ─► a `Timed` for each test ─► v
 
 from __future__ import annotations
 
-import itertools
 import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +15,13 @@ from typing import Any
 from nbl_export.options.goals import DEFAULT_INCREASE
 from nbl_export.records.paired import describe_ratio
 from nbl_export.records.plan import describe_layers
-from nbl_export.records.quality import LONG_RANGE_SHARE, describe_long_range, describe_loss, long_range_ends
+from nbl_export.records.quality import (
+    LONG_RANGE_SHARE,
+    describe_kept,
+    describe_long_range,
+    describe_loss,
+    long_range_ends,
+)
 from nbl_export.records.results import FAILED
 from nbl_export.report import words
 
@@ -32,6 +37,7 @@ __all__ = [
     "outcome",
     "timed",
     "verdict",
+    "worst_long_range",
     "worst_loss",
 ]
 
@@ -70,7 +76,7 @@ class Timed:
         return f"{found}, noisy" if found in ("faster", "slower") and self.is_noisy else found
 
     def latency(self, variant: Mapping[str, Any] | None) -> str:
-        """Time of the first token of a prompt, or of each further token."""
+        """Time to first token of a prompt, or time per output token."""
         if variant is None:
             return "–"
         return words.milliseconds(variant["ttft_seconds"] or (variant["tpot_seconds"] or {}).get("p50"))
@@ -121,9 +127,9 @@ def outcome(report: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     return (
         *((("verdict", said),) if said else ()),
         ("layers", describe_exit(report) or which),
-        ("first token", _speed(report, "pp")),
-        ("others", _speed(report, "tg")),
-        ("cache", f"{words.change(cache['original'], cache['nbl'])}, {ends}"),
+        ("TTFT", _speed(report, "pp")),
+        ("decode", _speed(report, "tg")),
+        ("KV cache", f"{words.change(cache['original'], cache['nbl'])}, {ends}"),
         *(("" if k else "loss", said) for k, said in enumerate(tuple(_losses(report)) or ("not measured",))),
     )
 
@@ -139,10 +145,23 @@ def verdict(report: Mapping[str, Any]) -> str:
     if quality:
         loss = describe_loss(worst_loss(report["quality_loss"]))["increase"]
         which = " on the worst text" if len(report["quality_loss"]) > 1 else ""
-        loses = f"Loses: perplexity {loss}{which}, {at_limit(quality)} the limit of {limit}."
+        loses = f"Loses: perplexity {loss}{which}{_beyond(report)}, {at_limit(quality)} the limit of {limit}."
     if is_worth and quality == "above":
         gain = "Faster, but not worth it at this limit."
     return f"{gain} {loses}"
+
+
+def _beyond(report: Mapping[str, Any]) -> str:
+    """What long-range tokens keep, if that is not shown to be within the limit."""
+    worst = worst_long_range(report.get("long_range", ()))
+    if worst is None or _ends_of(worst)[1] <= limit_of(report)[1]:
+        return ""
+    return f"; long-range tokens keep {describe_kept(worst)} of what long-range context gives them"
+
+
+def worst_long_range(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The text whose long-range tokens may lose most, of those that have enough to be judged by."""
+    return max(filter(long_range_ends, rows), key=lambda row: _ends_of(row)[1], default=None)
 
 
 def worst_loss(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -156,13 +175,10 @@ def _gain(report: Mapping[str, Any]) -> tuple[str, bool]:
     further = headline(report, "tg")[:1]
     if not report["ratios"]:
         return "Speed was not measured.", False
-    faster = [test.row["tokens"] for test in itertools.takewhile(lambda test: test.verdict == "faster", prompts)]
-    if faster:
-        also = " and for further tokens" if further and further[0].verdict == "faster" else ""
-        but = ", but further tokens come slower" if further and further[0].verdict == "slower" else ""
-        return f"Worth it for prompts of {faster[-1]:,} tokens and more{also}{but}.", True
-    if some := [f"{test.row['tokens']:,}" for test in prompts if test.verdict == "faster"]:
-        return f"Worth it for prompts of {', '.join(some)} tokens alone.", True
+    if any(test.verdict == "faster" for test in prompts):
+        decode = {"faster": "; decode is faster too", "slower": "; decode is slower"}
+        also = decode.get(further[0].verdict, "") if further else ""
+        return f"Worth it for prompts of {_lengths(prompts)}{also}.", True
     if further and further[0].verdict == "faster":
         return "Worth it for long answers, not for prompts.", True
     if all(test.verdict == "too few loads" for test in (*prompts, *further)):
@@ -174,14 +190,29 @@ def _gain(report: Mapping[str, Any]) -> tuple[str, bool]:
     return "Not worth it here: no test is clearly faster.", False
 
 
+def _lengths(prompts: Sequence[Timed]) -> str:
+    """Lengths at which prompts are faster, and all others that were measured: a verdict is of no other length."""
+    found: dict[str, list[int]] = {}
+    for test in prompts:
+        name = test.verdict if test.verdict in ("faster", "slower") else "not shown"
+        found.setdefault(name, []).insert(0, test.row["tokens"])
+    others = [f"{name} at {words.numbers(counts)}" for name, counts in found.items() if name != "faster"]
+    if not others:
+        others = ["the only length measured" if len(prompts) == 1 else "all lengths measured"]
+    return f"{words.numbers(found['faster'])} tokens ({', '.join(others)})"
+
+
 def describe_exit(report: Mapping[str, Any]) -> str:
-    """Which keys of a run are predicted, in words; "" if none are."""
+    """Which layers a prompt skips, in words; "" without an exit layer."""
     prompt_exit = report.get("exit")
     if not prompt_exit:
         return ""
+    first = prompt_exit["layer"]
+    last = report["num_layers"] - 1
+    which = f"layers {first} to {last} run" if first < last else f"layer {last} runs"
     return (
-        f"of a prompt, the last {prompt_exit['recent_tokens']} tokens and the first pass layers {prompt_exit['layer']} "
-        f"to {report['num_layers'] - 1}; keys of the others are predicted there"
+        f"{which} for the first token of a prompt and the last {prompt_exit['recent_tokens']}; other tokens exit, and "
+        "get predicted KV there"
     )
 
 
@@ -226,8 +257,7 @@ def judged(report: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     ends = [_ends(row) for row in rows]
-    long_range = map(long_range_ends, report.get("long_range", ()))
-    ends += [[end / LONG_RANGE_SHARE for end in pair] for pair in long_range if pair]
+    ends += map(_ends_of, filter(long_range_ends, report.get("long_range", ())))
     if any(low > share for low, _ in ends):
         return "above"
     return "within" if all(high <= share for _, high in ends) else "undecided"
@@ -239,8 +269,14 @@ def _ends(row: Mapping[str, Any]) -> Sequence[float]:
     return row["increase_interval"] or (row["increase"], row["increase"])
 
 
+def _ends_of(long_range: Mapping[str, Any]) -> tuple[float, float]:
+    """What a text's long-range tokens lose, as a share that the limit of perplexity holds for: highest end last."""
+    low, high = long_range_ends(long_range) or (0.0, 0.0)
+    return low / LONG_RANGE_SHARE, high / LONG_RANGE_SHARE
+
+
 def faster_runtime(report: Mapping[str, Any]) -> tuple[str, str] | None:
-    """A runtime that reads prompts faster on a CPU, in a sentence, and the command that makes a model for it.
+    """A runtime whose prefill is faster on a CPU, in a sentence, and the command that makes a model for it.
 
     None if the measured one is the fastest known, or does not run on a CPU.
     """
@@ -249,8 +285,8 @@ def faster_runtime(report: Mapping[str, Any]) -> tuple[str, str] | None:
         return None
     lacks = f" It is not available on this machine: {found['lacks']}." if found["lacks"] else ""
     said = (
-        f"{found['title']} in {found['precision']}, its default, reads prompts faster than {found['than']} on the "
-        f"processors measured (docs/results.md#runtimes-side-by-side).{lacks}"
+        f"{found['title']} in {found['precision']}, its default, had a faster prefill than {found['than']} on "
+        f"the processors measured (docs/results.md#runtimes-side-by-side).{lacks}"
     )
     return said, f"nbl-export --model {shlex.quote(report['model']['name'])} --engine {found['engine']} --output OTHER"
 

@@ -186,9 +186,9 @@ def codes_of(manifest: Mapping[str, Any]) -> str | None:
 def document(report: Mapping[str, Any]) -> Document:
     """What report.html and report.md say, of the value of report.json."""
     sections = (
-        *quality.answers(report),
         quality.quality(report),
         speed.speed(report),
+        *quality.answers(report),
         *speed.engines(report),
         *quality.curve(report),
         model.verification(report),

@@ -48,12 +48,10 @@ _WIDTH = 5.4  # inches of 72 points
 def throughput(rows: Sequence[dict[str, Any]], ratios: Sequence[dict[str, Any]]) -> str:
     """Draw tokens/s as bars (medians) with whiskers (lowest to highest round), a panel a kind, as SVG.
 
-    Prompts and further tokens differ by an order of magnitude, so each has its own axis. The text of a ratio stands
+    Prefill and decode differ by an order of magnitude, so each has its own axis. The text of a ratio stands
     beside its two bars.
     """
-    panels = [
-        (title, [r for r in rows if r["kind"] == kind]) for kind, title in (("pp", "Prompt"), ("tg", "Further tokens"))
-    ]
+    panels = [(title, [r for r in rows if r["kind"] == kind]) for kind, title in (("pp", "Prefill"), ("tg", "Decode"))]
     panels = [(title, chosen) for title, chosen in panels if chosen]
     heights = [0.4 + len({(r["test"], r["depth"]) for r in chosen}) for _, chosen in panels]
     with style.context(["default", _STYLE]):

@@ -21,7 +21,7 @@ __all__ = ["answers", "benchmarks", "curve", "describe_curve", "losses", "qualit
 
 _VARIANTS = {"original": "Original", "nbl": "NBL"}
 _MEANS = (
-    "“Graph verified” says that the graph computes what the original graph computes with these layers put in. "
+    "“Numerics verified” says that the graph computes what the original graph computes with these layers put in. "
     "It does not say that this quality loss is acceptable."
 )
 
@@ -40,7 +40,10 @@ def answers(report: Mapping[str, Any]) -> tuple[Section, ...]:
         else "Greedy text of both decoders behind pieces of held-back text, since the model has no chat template. "
         "So this report holds words of the calibration text: pass it on only if others may read them."
     )
-    are = f"{same} of {len(found)} texts {'is' if same == 1 else 'are'} the same."
+    are = (
+        f"{same} of {len(found)} texts {'is' if same == 1 else 'are'} the same. Greedy texts part at the first close "
+        "call, and a small model is often wrong: see whether NBL is worse than the original."
+    )
     own = Code(f'nbl-export generate {directory(report)} "..." --both')
     blocks: list[Block] = [Paragraph(f"{begun} {are} Ask your own questions:"), own]
     blocks += [Details("The text in question", (Paragraph(passage, "said"),))] if passage else []
@@ -84,7 +87,8 @@ def _losses(report: Mapping[str, Any]) -> Iterator[Block]:
     yield Paragraph(
         "Measured on held-out text: no map was fitted on this text and no layer was chosen by it. "
         f"Brackets hold a 95% interval over windows of {first['tokens'] // first['windows']} tokens. "
-        f"{stops if prompt else ''}Both decoders read the same windows. These figures are reported, not gated. "
+        f"{stops if prompt else ''}Both decoders read the same windows. "
+        "A loss above the limit stops no run; the verdict on top says it. "
         f"{_MEANS if report['status'] == VERIFIED else ''}"
     )
     if report["quality_warning"]:

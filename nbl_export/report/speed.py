@@ -15,7 +15,7 @@ from nbl_export.report.document import Block, Code, Figure, Heading, Paragraph, 
 from nbl_export.report.outcome import faster_runtime, timed
 from nbl_export.report.table import Cell, Column, Table
 
-__all__ = ["engines", "intervals", "speed", "speeds"]
+__all__ = ["describe_threads", "engines", "intervals", "speed", "speeds"]
 
 _VARIANTS = {"original": "original", "nbl": "NBL"}
 _THROUGHPUT = Figure(
@@ -44,12 +44,15 @@ def _setting(report: Mapping[str, Any]) -> Paragraph:
     logits = f" Both give the logits of {given}." if report["logits"] else ""
     said = list(dict.fromkeys(bench.get("arithmetic", {}).values()))  # of the original, then of NBL
     arithmetic = f" The engine {' in the original, and '.join(said)}." if said else ""
-    count = bench["threads"]
-    threads = f"{count} {words.plural('thread', count)}" if count else "default threads"
     return Paragraph(
-        f"{bench['engine']} on {bench['provider']}, {threads}.{arithmetic} "
+        f"{bench['engine']} on {bench['provider']}, {describe_threads(bench)}.{arithmetic} "
         f"The two variants took turns, round by round. Speed was {describe_background(bench['background'])}.{logits}"
     )
+
+
+def describe_threads(bench: Mapping[str, Any]) -> str:
+    count = bench["threads"]
+    return f"{count} {words.plural('thread', count)}" if count else "default threads"
 
 
 def speeds(report: Mapping[str, Any], title: str = "") -> Table:
@@ -73,8 +76,9 @@ def speeds(report: Mapping[str, Any], title: str = "") -> Table:
 def _speeds(report: Mapping[str, Any]) -> Iterator[Block]:
     yield speeds(report)
     yield Paragraph(
-        "Tokens/s and latency are medians. Latency is the time of the first token of a prompt, or of each further "
-        "token. The ratio is the median over the loads of NBL tokens/s divided by original tokens/s, with its interval."
+        "Tokens/s and latency are medians. Latency is the time to first token (TTFT) of a prompt, or the time per "
+        "output token (TPOT) of decode. The ratio is the median over the loads of NBL tokens/s divided by original "
+        "tokens/s, with its interval."
     )
     yield from _slots(report)
     for skipped in report["bench"].get("skipped") or ():
@@ -118,7 +122,7 @@ def _slots(report: Mapping[str, Any]) -> Iterator[Block]:
 
 
 def _faster(report: Mapping[str, Any]) -> tuple[Block, ...]:
-    """A runtime that reads prompts faster."""
+    """A runtime whose prefill is faster."""
     found = faster_runtime(report)
     return () if found is None else (Paragraph(found[0]), Code(found[1]))
 

@@ -12,6 +12,7 @@ __all__ = [
     "listed",
     "milliseconds",
     "number",
+    "numbers",
     "percent",
     "plural",
     "positions",
@@ -30,6 +31,12 @@ def number(value: float | None, missing: str = "–") -> str:
     if value and abs(value) < 1e-3:
         return f"{value:.2e}"
     return f"{value:,.0f}" if abs(value) >= 999.5 or value == 0 else f"{value:#.3g}".rstrip(".")
+
+
+def numbers(counts: Sequence[int]) -> str:
+    """Whole numbers in a sentence: "512, 1,024 and 2,048"."""
+    said = [f"{count:,}" for count in counts]
+    return " and ".join(filter(None, (", ".join(said[:-1]), said[-1])))
 
 
 def with_stderr(found: Mapping[str, Any] | None) -> str:

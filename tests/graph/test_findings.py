@@ -57,7 +57,7 @@ def each_product(directory: Path, **attributes: int) -> None:
 
 def test_a_quick_graph_has_no_finding(quantised: Path) -> None:
     assert findings(quantised) == {}
-    assert "Nothing found that slows the reading of prompts" in nbl("inspect", quantised).out
+    assert "Nothing found that slows prefill" in nbl("inspect", quantised).out
 
 
 def test_products_of_float_activations(quantised: Path) -> None:
@@ -150,7 +150,7 @@ def with_option(source: Path, out: Path, size: str | None) -> Path:
 def test_a_quick_ir_has_no_finding(exported_ir: Exported) -> None:
     directory = exported_ir("llama", "int8")
     assert findings(directory) == {}
-    assert "Nothing found that slows the reading of prompts" in nbl("inspect", directory).out
+    assert "Nothing found that slows prefill" in nbl("inspect", directory).out
 
 
 @pytest.mark.engine

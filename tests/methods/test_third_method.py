@@ -158,4 +158,4 @@ def test_a_whole_job_of_a_third_method(
     maps = load_maps(tmp_path / "run" / "maps.safetensors", (1, 2))
     assert all(isinstance(mixer, OwnProducts) for mixer in maps.values())
     assert continuing_tokens(mixer.reads for mixer in maps.values()) == 4
-    assert "Graph verified" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "Numerics verified" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")

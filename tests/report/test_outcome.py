@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from nbl_export.report.document import markdown
-from nbl_export.report.outcome import Timed, faster_runtime, judged, limit_of, next_steps, outcome
+from nbl_export.report.outcome import Timed, faster_runtime, judged, limit_of, next_steps, outcome, verdict
 from nbl_export.report.page import document, summarize
 
 from .test_report import BENCH, MANIFEST, VERIFY
@@ -24,10 +24,10 @@ def test_each_line_has_its_figures() -> None:
     assert outcome(report()) == (
         ("verdict", f"{noisy} Loses: perplexity +25% (18 to 32), above the limit of 5% (the default)."),
         ("layers", "3 of 6 replaced: 0, 2-3"),
-        ("first token", "prompt of 512 tokens: 2,510 ms → 1,520 ms, 2.00× (1.25 to 3.00), noisy"),
-        ("others", "128 new tokens: 20.0 ms → 10.0 ms, no clear difference (0.80 to 1.25); "
+        ("TTFT", "prompt of 512 tokens: 2,510 ms → 1,520 ms, 2.00× (1.25 to 3.00), noisy"),
+        ("decode", "128 new tokens: 20.0 ms → 10.0 ms, no clear difference (0.80 to 1.25); "
                    "128 new tokens behind 64: 0.50× (0.25 to 0.50), noisy"),
-        ("cache", "−50.0%, 4.00 KiB to 2.00 KiB a token"),
+        ("KV cache", "−50.0%, 4.00 KiB to 2.00 KiB a token"),
         ("loss", "perplexity +25% (18 to 32) on held-back calibration"),
         ("", "above the limit of 5% (the default)"),
     )  # fmt: skip
@@ -35,7 +35,7 @@ def test_each_line_has_its_figures() -> None:
 
 def test_nothing_is_said_of_what_was_not_measured() -> None:
     lines = dict(outcome(report(ratios=[], quality_loss=[], replaced_layers=[])))
-    assert (lines["layers"], lines["first token"], lines["loss"]) == ("0 of 6 replaced", "not measured", "not measured")
+    assert (lines["layers"], lines["TTFT"], lines["loss"]) == ("0 of 6 replaced", "not measured", "not measured")
 
 
 @pytest.mark.parametrize(
@@ -105,6 +105,23 @@ def test_long_range_tokens_of_few_passages_are_not_judged() -> None:
     assert judged(found) == "within"
 
 
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [
+        ([0.05, 0.09], "perplexity +0% (0 to 0), within the limit of 5%"),
+        ([0.05, 0.11], "perplexity +0% (0 to 0); long-range tokens keep 92% (89 to 95) of what long-range context "
+         "gives them, undecided at the limit of 5%"),
+    ],
+)  # fmt: skip
+def test_the_verdict_names_the_figure_that_is_not_within_the_limit(ends: list[float], said: str) -> None:
+    loss = {"text": "a text", "increase": 0.0, "increase_interval": [0.0, 0.0], "kl_mean": 0.0,
+            "kl_interval": [0.0, 0.0], "top1_agreement": 1.0, "top1_interval": [1.0, 1.0]}  # fmt: skip
+    little = {"text": "a text", "lost": 0.01, "lost_interval": [0.0, 0.02], "windows": 100}
+    few = {"text": "few", "lost": 0.5, "lost_interval": [0.4, 0.6], "windows": 3}
+    worst = {"text": "another", "lost": 0.08, "lost_interval": ends, "windows": 4}
+    assert said in verdict(report(quality_loss=[loss], long_range=[little, worst, few]))
+
+
 def test_what_to_do_next() -> None:
     steps = dict(next_steps(report(fit="independent"), Path("my runs")))
     assert "--fit distilled" in steps["better"]
@@ -129,7 +146,7 @@ def test_a_faster_runtime_is_named_with_its_command() -> None:
         assert "faster" not in dict(next_steps(found, Path("run")))
     said = report(bench={**bench, "faster": FASTER})
     page = markdown(document(said))
-    assert "Another in int8, its default, reads prompts faster than Measured" in page
+    assert "Another in int8, its default, had a faster prefill than Measured" in page
     assert "nbl-export --model tiny/decoder --engine another --output OTHER" in page
     assert "not available" not in page
     assert "--engine another" in dict(next_steps(said, Path("run")))["faster"]

@@ -195,7 +195,7 @@ def test_latency_is_shown_where_it_was_measured(written: Written) -> None:
     bare = [{k: v for k, v in t.items() if not k.endswith("token_ns")} for t in BENCH["timings"]]
     unknown = Written(bench=changed(BENCH, timings=bare))
     assert {cell for row in unknown.table("Speed")[2:] for cell in row[3:5]} == {"–"}
-    assert "<strong>2.00×</strong>" in card(unknown.html, "First token")
+    assert "<strong>2.00× faster, noisy</strong>" in card(unknown.html, "Time to first token")
 
 
 CURVE: dict[str, Any] = {
@@ -262,14 +262,14 @@ def test_a_busy_machine_is_said_wherever_speed_is(written: Written, capsys: Any)
 def test_a_variant_alone_has_rows_and_no_ratio() -> None:
     written = Written(bench=changed(BENCH, timings=[timing("pp8", 0, "nbl", [1, 1, 1])]))
     assert len(written.json["rows"]) == 1 and written.json["ratios"] == []
-    assert "not measured" in card(written.html, "Further tokens")
+    assert "not measured" in card(written.html, "Decode")
 
 
 # -- honesty -------------------------------------------------------------------------------------------------
 
 
 def test_a_range_with_one_inside_is_never_called_a_win(written: Written) -> None:
-    further = card(written.html, "Further tokens")
+    further = card(written.html, "Decode")
     assert "<strong>no clear difference</strong>" in further
     assert '"card ok"' not in further and "1.25×" not in written.html and "1.25×" not in written.markdown
     ratios = {row[0]: row[5:] for row in written.table("Speed")[2:]}
@@ -290,8 +290,10 @@ def clear(**tests: float) -> dict[str, Any]:
 
 
 def test_the_headline_is_the_longest_prompt() -> None:
-    shown = card(Written(bench=clear(pp512=1.1, pp2048=1.5, tg8=1.0)).html, "First token")
-    assert '"card ok"' in shown and "<strong>1,000 ms</strong>" in shown
+    shown = card(Written(bench=clear(pp512=1.1, pp2048=1.5, tg8=1.0)).html, "Time to first token")
+    assert '"card ok"' in shown and "<strong>1.50× faster</strong>" in shown
+    bars = re.findall(r'<i class="(\w+)" style="width: ([\d.]+)%"></i><b>(.*?)</b>', shown)
+    assert bars == [("original", "60.0", "1,500 ms original"), ("nbl", "40.0", "1,000 ms NBL")]
     lines = re.findall("<small>(.*?)</small>", shown)
     assert lines[0] == "prompt of 2,048 tokens: 1,500 ms → 1,000 ms, 1.50× (1.50 to 1.50)" and "512" in lines[1]
 
@@ -299,19 +301,34 @@ def test_the_headline_is_the_longest_prompt() -> None:
 @pytest.mark.parametrize(
     ("tests", "noise", "increase", "expected"),
     [
-        ({"pp512": 1.1, "pp2048": 1.5, "tg8": 1.0}, 1, 0.01, "Worth it for prompts of 512 tokens and more."),
-        ({"pp512": 0.9, "pp2048": 1.5, "tg8": 1.0}, 1, 0.01, "Worth it for prompts of 2,048 tokens and more."),
-        ({"pp512": 1.5, "pp2048": 0.9, "tg8": 1.0}, 1, 0.01, "Worth it for prompts of 512 tokens alone."),
+        (
+            {"pp512": 1.1, "pp2048": 1.5, "tg8": 1.0},
+            1,
+            0.01,
+            "Worth it for prompts of 512 and 2,048 tokens (all lengths measured).",
+        ),
+        (
+            {"pp512": 0.9, "pp1024": 1.0, "pp2048": 1.5, "tg8": 1.0},
+            1,
+            0.01,
+            "Worth it for prompts of 2,048 tokens (not shown at 1,024, slower at 512).",
+        ),
+        (
+            {"pp512": 1.5, "pp2048": 0.9, "tg8": 1.5},
+            1,
+            0.01,
+            "Worth it for prompts of 512 tokens (slower at 2,048); decode is faster too.",
+        ),
         (
             {"pp8": 1.5, "tg8": 0.5},
             1,
             0.01,
-            "Worth it for prompts of 8 tokens and more, but further tokens come slower.",
+            "Worth it for prompts of 8 tokens (the only length measured); decode is slower.",
         ),
         ({"pp8": 1.0, "tg8": 1.5}, 1, 0.01, "Worth it for long answers, not for prompts."),
         ({"pp8": 1.2}, 3, 0.01, "Not shown to be worth it: the measurement is noisy."),
         ({"pp8": 1.5}, 1, 0.5, "Faster, but not worth it at this limit."),
-        ({"pp8": 1.5}, 1, 0.05, "Worth it for prompts of 8 tokens and more."),
+        ({"pp8": 1.5}, 1, 0.05, "Worth it for prompts of 8 tokens (the only length measured)."),
         ({"pp8": 1.0}, 1, 0.01, "Worth it for a smaller cache alone: no test is clearly faster."),
         ({}, 1, 0.01, "Speed was not measured."),
     ],
@@ -376,6 +393,26 @@ def test_headline(written: Written) -> None:
     assert '"card ok"' in card(Written({**MANIFEST, "goal": goal}).html, "Quality loss")
 
 
+def test_what_does_not_differ_has_a_line_and_no_card() -> None:
+    bench = clear(pp512=1.5, tg8=1.0)
+    same = Written(verify=changed(VERIFY, cache_bytes_per_token={"original": 4096, "nbl": 4096}), bench=bench)
+    assert "Decode of 8 new tokens: no clear difference (1.000 to 1.000)." in same.html
+    assert "KV cache: as in the original, 4.00 KiB for each token." in same.html
+    assert len(re.findall('<li class="card', same.html)) == 2
+    slower = Written(bench=clear(pp512=1.5, tg8=0.5)).html
+    assert '"card bad"' in card(slower, "Decode") and "<strong>0.50×</strong>" in card(slower, "Decode")
+    assert "−50.0%" in card(slower, "KV cache") and "as in the original" not in slower
+
+
+def test_numbers_that_are_right_are_no_promise_of_quality(written: Written) -> None:
+    """The badge stands below loss and speed, and says what it does not mean. A failed run says so first."""
+    cards = written.html.index('<ul class="cards">')
+    badge = written.html.index('<p class="badge ok"><strong>Numerics verified')
+    assert cards < badge and "which says nothing about quality" in written.html[badge : written.html.index("<nav")]
+    broken = Written(changed(MANIFEST, status="failed"), failed(0.5)).html
+    assert broken.index('<p class="badge bad">') < broken.index('<ul class="cards">')
+
+
 def test_headline_price_is_that_of_the_worst_text() -> None:
     """Whichever text comes first: a gain seen on one text misleads."""
     cheap = {**VERIFY["quality_loss"][0], "text": "cheap", "perplexity_nbl": 21.0, "increase": 0.05}
@@ -383,7 +420,7 @@ def test_headline_price_is_that_of_the_worst_text() -> None:
     for order in ([cheap, dear], [dear, cheap]):
         shown = card(Written(MANIFEST, changed(VERIFY, quality_loss=order)).html, "Quality loss")
         assert "+200% (18 to 32) on dear: 10.0 → 30.0" in shown and "20.0" not in shown
-        assert "cheap" in shown and "dear" in shown
+        assert "cheap" not in shown  # the table has it
 
 
 def test_a_price_that_is_not_finite_is_the_worst_and_has_no_interval() -> None:
@@ -410,7 +447,7 @@ def test_failed_verification_is_shown(value: float, text: str) -> None:
     for page in (written.html, written.markdown):
         assert "Verification failed" in page and sentence in page and "Do not deploy" in page
         assert f"largest logit difference {text} (nbl, " in page
-    assert '<p class="badge bad">' in written.html and ">Graph verified<" not in written.html
+    assert '<p class="badge bad">' in written.html and ">Numerics verified<" not in written.html
     assert written.json["status"] == "failed"
 
 
@@ -427,7 +464,7 @@ def test_without_bench_speed_is_not_measured() -> None:
     written = Written(bench=None)
     assert "Speed and memory were not measured." in written.html
     assert "Speed and memory were not measured." in written.markdown
-    assert all("not measured" in card(written.html, name) for name in ("First token", "Further tokens"))
+    assert all("not measured" in card(written.html, name) for name in ("Time to first token", "Decode"))
     assert written.json["rows"] == written.json["ratios"] == [] and written.json["machine"] is None
     assert "tokens per second" not in written.html.lower()
 
@@ -588,7 +625,7 @@ def test_engines_say_what_decode_copies_and_not_which_kernels_run(tokens: tuple[
 def test_throughput_plot_writes_the_paired_ratio(written: Written) -> None:
     drawing = plots.throughput(written.json["rows"], written.json["ratios"])
     texts = [text.strip() for text in Outline(drawing).text if text.strip()]
-    assert {"2.00×", "0.50×", "no clear", "difference", "Prompt", "Further tokens", "205"} <= set(texts)
+    assert {"2.00×", "0.50×", "no clear", "difference", "Prefill", "Decode", "205"} <= set(texts)
     bars = re.findall(r'<path [^>]*clip-path[^>]*style="fill: var\(--(nbl|original)', drawing)
     assert bars == ["original", "nbl"] * 3
 
@@ -631,6 +668,9 @@ def test_long_range_tokens_have_a_row_a_text_and_runs_of_earlier_versions_one_of
     rows = [long_range_row("own text", passages), long_range_row("second text", passages[:3])]
     said = Written(verify={**VERIFY, "long_range_by_text": rows}).markdown
     assert "| own text | 40 (4) |" in said and "| second text | 30 (3) |" in said
-    assert "on second text (3 passages, too few to judge)" in said
+    worst = long_range_row("worst", [(10, 20.0, 24.0, 10.0), (10, 20.0, 25.0, 10.0)] * 2)
+    judged = Written(verify={**VERIFY, "long_range_by_text": [rows[0], worst, rows[1]]})
+    lines = re.findall("<small>(.*?)</small>", card(judged.html, "Quality loss"))
+    assert lines[-1] == "long-range tokens keep 55% (36 to 74) at worst", lines
     pooled = {name: value for name, value in rows[0].items() if name != "text"}
     assert "| all texts | 40 (4) |" in Written(verify={**VERIFY, "long_range": pooled}).markdown

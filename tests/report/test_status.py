@@ -51,7 +51,7 @@ def test_what_is_proven_is_said() -> None:
 def test_the_page_and_the_console_show_warnings(capsys: Any) -> None:
     found = verified("int4", WIRING, ROUNDED, warnings=(WARNING,))
     page = Written(verify=found)
-    assert page.json["status"] == "verified" and re.search(r'<p class="badge ok"><strong>Graph verified', page.html)
+    assert page.json["status"] == "verified" and re.search(r'<p class="badge ok"><strong>Numerics verified', page.html)
     assert f"Note: {WARNING}." in page.markdown
     Console(width=200).print(*checks_table(found))
     assert WARNING in " ".join(capsys.readouterr().out.split())
