@@ -1,6 +1,15 @@
 """Errors that a user can act on: the message says what is wrong, where, and what to do."""
 
-__all__ = ["BusyError", "CorruptError", "MissingPackageError", "NblError", "ParityError", "RefusalError", "UsageError"]
+__all__ = [
+    "BusyError",
+    "CorruptError",
+    "MissingPackageError",
+    "NblError",
+    "ParityError",
+    "RefusalError",
+    "UsageError",
+    "install",
+]
 
 
 class NblError(Exception):
@@ -23,13 +32,16 @@ class CorruptError(NblError):
     """A file of a run directory differs from what was written."""
 
 
+def install(extra: str) -> str:
+    """What installs an extra, in words. The package is on no index."""
+    return f"pip install '.[{extra}]' in a clone of nbl-export"
+
+
 class MissingPackageError(NblError):
     """A package of an optional extra is not installed."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(
-            f"{purpose} needs the package {package}, which is not installed: pip install 'nbl-export[{extra}]'"
-        )
+        super().__init__(f"{purpose} needs the package {package}, which is not installed: {install(extra)}")
 
 
 class RefusalError(NblError):

@@ -103,6 +103,7 @@ ACCEPTANCE_JSON = "acceptance.json"  # verdicts
 
 def _no_run(path: Path) -> NblError:
     found = "is not a run directory: it has no nbl.json" if path.exists() else "does not exist"
+    found = "is a file, and no run directory" if path.is_file() else found
     return NblError(f"{path} {found}; nbl-export --output makes a run directory")
 
 

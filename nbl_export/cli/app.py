@@ -59,6 +59,11 @@ class Group(opt.Command, click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         word = args[0]
+        if word == "serve":
+            raise UsageError(
+                "serve is no command: nbl-export convert DIR lists the programs that serve a run, and docs/serving.md "
+                "says how"
+            )
         if self.get_command(ctx, word) is None and ("/" in word or Path(word).exists()):  # a model was meant
             raise UsageError(f"{word} is no command; give the model with --model {word}")
         return super().resolve_command(ctx, args)

@@ -129,8 +129,12 @@ def _not_there(case: Case, architecture: str, layers: tuple[int, ...]) -> str | 
         return False
     kinds = case.model.kinds or {options.method}
     why = case.place.refuses(kinds, case.engine.kinds, architecture, layers)
-    use = "; leave --exit-layer out" if why and options.predicts else ""
-    return bool(why) and f"--for {options.destination} is not possible: {why}{use}"
+    if not why:
+        return False
+    of_kinds = case.place.refuses(kinds, case.engine.kinds, "", ())
+    of_model = case.place.refuses(kinds, case.engine.kinds, architecture, ())
+    use = "leave --exit-layer out" if of_kinds else "leave --for out" if of_model else "name other layers"
+    return f"--for {options.destination} is not possible: {why}; {use}"
 
 
 def _not_made(case: Case) -> str | bool:
@@ -173,13 +177,16 @@ def _beside_exit(case: Case) -> str | bool:
     return False
 
 
+_OUT = "; leave --exit-layer out, and layers become linear"
+
+
 def _kv_not_predicted(case: Case) -> str | bool:
     """A model, or a graph of it, whose keys cannot be predicted; names decoder sources with which they can."""
     options = case.options
     if not options.predicts:
         return False
     if why := case.model.no_exit.get(options.destination or "", ""):
-        return f"--exit-layer does not go with --for {options.destination} and {case.model.architecture}: {why}"
+        return f"--exit-layer does not go with --for {options.destination} and {case.model.architecture}: {why}{_OUT}"
     why = exit_refused(options.decoder_source, options.precision, case.model)
     others = [
         name
@@ -188,7 +195,7 @@ def _kv_not_predicted(case: Case) -> str | bool:
         and name not in case.model.not_from
         and not exit_refused(name, options.precision, case.model)
     ]
-    instead = f"; use the key decoder_source = {others[0]!r}" if others else ""
+    instead = f"; use the key decoder_source = {others[0]!r}" if others else _OUT
     return why and f"--exit-layer is not possible for {case.model.architecture or 'this model'}: {why}{instead}"
 
 

@@ -25,7 +25,7 @@ class Destination:
         kinds: methods that the form holds; None for those of the engine.
         weights: of the form, in words; "" if --precision says it.
         bare: the form has one matrix a layer, without a bias, on the normed input.
-        architectures: that it runs; empty for those of the run.
+        architectures: of the form, as this tool writes it; empty for those of the run.
         keeps_first: layer 0 must keep its attention.
         names_exit: keys and values are predicted if an exit layer is named, since GPUs have not run them there.
     """
@@ -55,7 +55,7 @@ class Destination:
         if foreign:
             return f"it does not hold {describe_kind(foreign[0])}"
         if architecture and self.architectures and architecture not in self.architectures:
-            return f"it runs {', '.join(self.architectures)}, and {architecture} is another architecture"
+            return f"nbl-export writes {', '.join(self.architectures)} for it, and not {architecture}"
         return "it takes its mask from layer 0, which is replaced" if self.keeps_first and 0 in layers else ""
 
 

@@ -108,12 +108,13 @@ def test_damaged_model(case: str, model: Path, text: Path, run: Path) -> None:
     ("damage", "parts"),
     [
         (lambda m: (m / "tokenizer.json").write_text("{"), ("no usable tokenizer",)),
+        (lambda m: (m / "tokenizer.json").unlink(), ("has no tokenizer (tokenizer.json", "put the model's own files")),
         (lambda m: edit(m / "config.json", num_hidden_layers=LAYERS + 1), ("states 4 layers", "weights have 3")),
         (lambda m: edit(m / "config.json", intermediate_size=48), ("shapes that config.json states",)),
         (lambda m: _move_token(m / "tokenizer.json"), ("token 5000", "do not belong together")),
         (lambda m: _poison(m / "model.safetensors"), ("layer 0", "NaN or infinity", "check the checkpoint")),
     ],
-    ids=["tokenizer", "a layer without weights", "another width", "an unknown token", "weights are NaN"],
+    ids=["tokenizer", "no tokenizer", "a layer without weights", "another width", "an unknown token", "NaN"],
 )  # fmt: skip
 def test_model_that_is_found_out_when_it_is_loaded(
     damage: Damage, parts: tuple[str, ...], model: Path, text: Path, tmp_path: Path

@@ -26,6 +26,15 @@ def test_a_run_is_named_instead_of_its_model(tmp_path: Path) -> None:
         resolve(str(tmp_path))
 
 
+def test_serve_is_no_command() -> None:
+    assert_refused(nbl("serve", "DIR"), 2, "serve is no command", "nbl-export convert DIR", "docs/serving.md")
+
+
+def test_a_file_is_no_run_directory(tmp_path: Path) -> None:
+    (tmp_path / "junk.gguf").write_bytes(b"junk")
+    assert_refused(nbl("inspect", tmp_path / "junk.gguf"), 1, "junk.gguf is a file, and no run directory")
+
+
 def test_an_evaluation_refuses_an_option_without_effect(tmp_path: Path) -> None:
     done = nbl("eval", tmp_path / "none", "--tasks", "piqa", "--ppl-context", "64")
     assert_refused(done, 2, "--ppl-context is for --perplexity")

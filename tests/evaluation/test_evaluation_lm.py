@@ -17,7 +17,7 @@ from ..evaluation_tiny import request
 
 pytestmark = pytest.mark.engine
 
-pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'nbl-export[eval]'")
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install '.[eval]'")
 
 LIMIT = 2 * TOLERANCES["fp32"].limit  # a log softmax moves by at most twice what its logits move by
 PAIRS = (

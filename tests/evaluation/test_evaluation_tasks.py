@@ -17,7 +17,7 @@ from ..evaluation_tiny import LAMBADA, PIQA, QUESTIONS, TASKS, write_rows, write
 
 pytestmark = pytest.mark.engine
 
-pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'nbl-export[eval]'")
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install '.[eval]'")
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "evaluation.md"

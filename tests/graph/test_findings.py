@@ -263,7 +263,9 @@ def test_an_ir_that_is_no_decoder(tmp_path: Path) -> None:
 def test_reading_an_ir_names_the_extra(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = exported("llama", "openvino", "fp16")
     monkeypatch.setitem(sys.modules, "openvino", None)
-    assert_refused(nbl("inspect", directory), 1, "openvino, which is not installed", "nbl-export[openvino]")
+    assert_refused(
+        nbl("inspect", directory), 1, "openvino, which is not installed", "pip install '.[openvino]' in a clone"
+    )
 
 
 def test_a_path_without_a_decoder_is_one_sentence(tmp_path: Path) -> None:

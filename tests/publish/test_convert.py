@@ -108,9 +108,9 @@ def test_a_target_that_is_there_and_a_directory_that_is_no_run(runs: dict[str, P
     [
         ("llama", ("tensorrt-llm",), 1, "is not possible: --to nemotron-nas rounds the width of an MLP"),
         ("nas", ("gguf",), 1, "--for llama.cpp is not possible: llama.cpp's converter takes the vocabularies"),
-        ("nas", ("mlx-lm", "--layers", "0,1"), 1, "it takes its mask from layer 0, which is replaced"),
-        ("qwen2", ("mlx-lm",), 1, "it runs llama, mistral, and qwen2 is another architecture"),
-        ("granite", ("vllm",), 1, "and granite is another architecture"),
+        ("nas", ("mlx-lm", "--layers", "0,1"), 1, "mask from layer 0, which is replaced; name other layers"),
+        ("qwen2", ("mlx-lm",), 1, "nbl-export writes llama, mistral for it, and not qwen2; leave --for out"),
+        ("granite", ("vllm",), 1, "and not granite; leave --for out"),
         ("llama", ("mlx-lm", "--exit-layer", "1"), 2, "it does not hold predicted KV; leave --exit-layer out"),
     ],
 )  # fmt: skip
@@ -221,7 +221,7 @@ def test_a_nemotron_nas_directory_without_a_matrix(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("architecture", "changes", "layers", "part"),
-    [("qwen2", {}, (1,), "qwen2 is another architecture"), ("mistral-window", {}, (1,), "sliding window"),
+    [("qwen2", {}, (1,), "and not qwen2"), ("mistral-window", {}, (1,), "sliding window"),
      ("llama", {}, (0,), "takes its mask from layer 0"), ("llama", {"attention_bias": True}, (1,), "biases"),
      ("llama", {"head_dim": 32}, (1,), "size of a head")],
 )  # fmt: skip

@@ -68,9 +68,9 @@ def test_rotation_that_the_other_engine_refuses(rope: dict[str, Any], tmp_path: 
 
 def test_what_this_machine_lacks_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     other = load_engine("openvino")
-    monkeypatch.setattr(other, "probe", lambda **_: Availability(False, "pip install 'nbl-export[openvino]'"))
+    monkeypatch.setattr(other, "probe", lambda **_: Availability(False, "pip install '.[openvino]'"))
     found = bench._faster(other, load_engine("ort").capabilities)["faster"]
-    assert found["lacks"] == "pip install 'nbl-export[openvino]'"
+    assert found["lacks"] == "pip install '.[openvino]'"
     assert bench._faster(None, load_engine("openvino").capabilities) == {}
 
 

@@ -74,7 +74,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(genai.importlib, "import_module", absent)
     answer = engine.ORT.probe()
     assert not answer.available
-    assert "onnxruntime-genai" in answer.reason and "nbl-export[cpu]" in answer.reason
+    assert "onnxruntime-genai" in answer.reason and "pip install '.[cpu]' in a clone" in answer.reason
     (tmp_path / "genai_config.json").write_text(
         json.dumps({"model": {"context_length": 8, "vocab_size": 9, "eos_token_id": 2}})
     )

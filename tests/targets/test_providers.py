@@ -92,9 +92,13 @@ def test_what_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "\n" not in answer.reason
         return str(answer.reason)
 
-    assert reason(cuda) == ("onnxruntime-gpu, onnxruntime-genai-cuda are not installed: pip install 'nbl-export[gpu]'")
+    assert reason(cuda) == (
+        "onnxruntime-gpu, onnxruntime-genai-cuda are not installed: pip install '.[gpu]' in a clone of nbl-export"
+    )
     installed |= {"onnxruntime", "onnxruntime-genai"}
-    assert "pip uninstall onnxruntime onnxruntime-genai, then pip install 'nbl-export[gpu]'" in reason(cuda)
+    assert "pip uninstall onnxruntime onnxruntime-genai, then pip install '.[gpu]' in a clone of nbl-export" in reason(
+        cuda
+    )
     installed.clear()
     installed |= {"onnxruntime-gpu", "onnxruntime-genai-cuda"}
     assert reason(cuda) == "no NVIDIA driver is installed"
@@ -170,7 +174,7 @@ def test_an_old_driver_is_named_before_packages_are_fetched_for_it(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ort, "is_installed", lambda name: False)
-    assert "pip install 'nbl-export[gpu]'" in load_engine("ort", "cuda").probe(run=True).reason
+    assert "pip install '.[gpu]' in a clone of nbl-export" in load_engine("ort", "cuda").probe(run=True).reason
     monkeypatch.setattr(gpu, "find_gpu", lambda: OLD_DRIVER)
     reason = load_engine("ort", "cuda").probe(run=True).reason
     assert "supports CUDA 12.8" in reason and "onnxruntime-gpu needs CUDA 13: update the driver to R580" in reason

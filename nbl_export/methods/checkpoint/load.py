@@ -135,12 +135,18 @@ def _loaded(directory: Path, dtype: Any = None) -> Any:
         return model_of(directory, dtype).eval()
 
 
+_VOCABULARY = ("tokenizer.json", "*.model", "tekken.json", "vocab*")
+
+
 def load_tokenizer(directory: Path) -> Any:
-    """The fast tokenizer of a checkpoint directory.
+    """The fast tokenizer of a checkpoint directory, or of a GGUF file.
 
     Raises:
         NblError: the directory has no tokenizer that transformers can load.
     """
+    held = directory.is_file() or any(any(directory.glob(pattern)) for pattern in _VOCABULARY)
+    if not held:  # transformers makes an empty one
+        raise NblError(f"{directory} has no tokenizer ({', '.join(_VOCABULARY)}); put the model's own files there")
     with explained(f"{directory} has no usable tokenizer"):
         return tokenizer_of(directory)
 

@@ -252,7 +252,11 @@ def _gguf_source(name: str, file: Path) -> Source:
     except NblError:
         raise
     except Exception as error:  # the reader raises whatever numpy raises on a short or foreign file
-        raise NblError(f"{file} is truncated or not a GGUF file ({error}); fetch it again") from error
+        read_header(file)  # says what is wrong with it
+        size = file.stat().st_size
+        raise NblError(
+            f"{file} is truncated or damaged behind its header: it has {size:,} bytes; fetch it again"
+        ) from error
     header = read_header(file)
     if (parts := header.keys.get("split.count", 0)) not in (0, 1):
         raise NblError(f"{file} is one of {parts} parts; put them together (llama-gguf-split --merge)")

@@ -50,7 +50,7 @@ def check(config: Any, maps: Mapping[int, Mixer]) -> None:
     """
     form = "--to edge-llm"
     if config.model_type not in ARCHITECTURES:
-        raise NblError(f"{form} holds {', '.join(ARCHITECTURES)}, and {config.model_type} is another architecture")
+        raise NblError(f"nbl-export writes {', '.join(ARCHITECTURES)} for {form}, and not {config.model_type}")
     if held := [mixer.kind for mixer in maps.values() if mixer.holds_cache]:
         raise NblError(f"{form} has no place for layers of kind {held[0]}")
     if getattr(config, "sliding_window", None):

@@ -52,7 +52,7 @@ def check(config: Any, replaced: tuple[int, ...], form: str) -> None:
         NblError: the message has the reason.
     """
     if config.model_type not in DESTINATIONS["tensorrt-llm"].architectures:
-        raise NblError(f"--to {form} holds Llama's attention and MLP, and {config.model_type} is another architecture")
+        raise NblError(f"nbl-export writes llama and mistral as {form}, and not {config.model_type}")
     if getattr(config, "sliding_window", None):
         raise NblError(f"--to {form} has no place for a sliding window")
     if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):

@@ -36,7 +36,7 @@ import io
 import sys
 from pathlib import Path
 
-from nbl_export.errors import NblError
+from nbl_export.errors import NblError, install
 from nbl_export.records.capabilities import LINEAR_KINDS
 from nbl_export.targets.base import Availability
 from nbl_export.targets.gpu import LEAST_COMPUTE, Gpu, find_gpu, has_kernels, outdated, unpackaged
@@ -104,7 +104,7 @@ def _missing_packages() -> str:
     clash = [name for name in ("onnxruntime", "onnxruntime-genai") if ort.is_installed(name)]
     first = f"pip uninstall {' '.join(clash)}, then " if clash else ""
     verb = "is" if len(missing) == 1 else "are"
-    return f"{', '.join(missing)} {verb} not installed: {first}pip install 'nbl-export[gpu]'"
+    return f"{', '.join(missing)} {verb} not installed: {first}{install('gpu')}"
 
 
 def _unfit(gpu: Gpu) -> str:

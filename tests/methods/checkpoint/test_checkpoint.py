@@ -79,6 +79,15 @@ def test_gguf_is_dequantised_once_and_again_where_damaged(gguf: Path, tmp_path: 
     assert snapshot(load.materialise(source, target)) == before
 
 
+def test_a_gguf_file_that_ends_early_has_a_sentence_without_words_of_numpy(gguf: Path, tmp_path: Path) -> None:
+    short = tmp_path / "short.gguf"
+    short.write_bytes(gguf.read_bytes()[:-1000])
+    with pytest.raises(NblError) as caught:
+        checkpoint_source.resolve(str(short))
+    size = f"{short.stat().st_size:,}"
+    assert str(caught.value).endswith(f"damaged behind its header: it has {size} bytes; fetch it again")
+
+
 def test_a_conversion_replaces_no_folder_of_others(gguf: Path, tmp_path: Path) -> None:
     target = tmp_path / "checkpoint"
     target.mkdir()
