@@ -144,6 +144,26 @@ class RunDirectory:
                     if "report" in self.manifest.get("stages", {}):  # whoever needs the weights converts them again
                         self._forget_checkpoint()
 
+    @property
+    def is_writable(self) -> bool:
+        """Whether this user may write into the directory."""
+        return os.access(self.path, os.W_OK)
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[RunDirectory]:
+        """A run whose files are read: as `opened`, or without the lock in a directory that is only readable.
+
+        Raises:
+            BusyError, NblError, CorruptError: as `opened`.
+        """
+        if self.is_writable or not (self.path / MANIFEST).is_file():
+            with self.opened(create=False):
+                yield self
+            return
+        with friendly_os_errors(self.path):
+            self._read()
+            yield self
+
     @classmethod
     def peek(cls, path: Path) -> RunDirectory:
         """Read the manifest without the lock, also during a run. The manifest is empty if there is none.

@@ -84,14 +84,33 @@ def _require_onnx() -> None:
 
 @command("verify", RUN, JSON, takes="verify", hidden=True)
 def verify(directory: Path, asked: dict[str, Any], as_json: bool) -> None:
-    """Compare the NBL graph with the original graph, and that with the torch model."""
+    """Compare the NBL graph with the original graph, and that with the torch model.
+
+    DIR may also be a checkpoint that `convert --to transformers` or `vllm` wrote: it is compared with the run's model.
+    """
+    from nbl_export.publish.checkpoint_check import is_checkpoint
     from nbl_export.report.console import checks_table
     from nbl_export.run.pipeline import run_stages
     from nbl_export.run_directory import VERIFY_FILE
 
+    if is_checkpoint(directory):
+        _verify_checkpoint(directory, asked, as_json)
+        return
     run = run_stages(directory, "verify", ui(as_json), changes=asked)
     result = run.read_json(VERIFY_FILE)
     show(result, checks_table(result), as_json)
+
+
+def _verify_checkpoint(directory: Path, asked: dict[str, Any], as_json: bool) -> None:
+    from nbl_export.publish.checkpoint_check import refuse_failed, verify_checkpoint
+    from nbl_export.report.model import checks
+
+    if asked:
+        raise UsageError(f"{directory} is a checkpoint, which takes no options of a run; leave them out")
+    found = verify_checkpoint(directory)
+    refuse_failed(found, directory)
+    value = dataclasses.asdict(found)
+    show(value, (checks([value], "Checkpoint"),), as_json)
 
 
 @command("build", RUN, FORCE, takes="build", hidden=True)

@@ -14,7 +14,7 @@ import torch
 from nbl_export.model import bfloat16
 from nbl_export.model.architectures import architecture_of
 
-__all__ = ["Head", "divergence", "log_probabilities", "logits_of"]
+__all__ = ["Head", "all_logits", "divergence", "log_probabilities", "logits_of"]
 
 
 def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -31,11 +31,16 @@ def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
+def all_logits(model: Any, ids: Sequence[int]) -> np.ndarray:
+    """Logits [T, V] in float32 behind each of the ids, by a whole forward."""
+    return np.asarray(model(torch.tensor([list(ids)]), use_cache=False).logits[0].float().numpy())
+
+
+@torch.inference_mode()
 def log_probabilities(model: Any, ids: Sequence[int]) -> np.ndarray:
     """Natural logarithms [T - 1] of the probabilities of ids[1:], each given the ids before it, by a whole forward."""
-    row_1T = torch.tensor([list(ids)])
-    logs_TV = model(row_1T, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-    return np.asarray(logs_TV[torch.arange(len(ids) - 1), row_1T[0, 1:]].double().numpy())
+    logs_TV = torch.from_numpy(all_logits(model, ids)[:-1]).log_softmax(-1)
+    return np.asarray(logs_TV[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].double().numpy())
 
 
 class Head:

@@ -22,18 +22,20 @@ from typing import Any
 import numpy as np
 
 from nbl_export.errors import NblError, ParityError, UsageError
-from nbl_export.files import move_into_place, refuse_occupied
+from nbl_export.files import make_folder, move_into_place, refuse_occupied, scratch_in
 from nbl_export.methods import METHODS
 from nbl_export.methods.base import Maps, Mixer
 from nbl_export.methods.maps_file import load_maps
 from nbl_export.model.checkpoint.pretrained import config_of
 from nbl_export.options.options import CHECKPOINT_FIT
+from nbl_export.publish.checkpoint_check import CHECK_FILE, expect, save, verify_checkpoint
 from nbl_export.records.destinations import DESTINATIONS, describe_kind, destination_named
 from nbl_export.records.plan import USUAL_KIND
+from nbl_export.report.words import size
 from nbl_export.run.job import Job
 from nbl_export.run.progress import Ui
 from nbl_export.run.settled import of_run, why_unfit
-from nbl_export.run_directory import DECODERS, MAPS_FILE, RunDirectory
+from nbl_export.run_directory import CHECKPOINT, DECODERS, MAPS_FILE, RunDirectory
 from nbl_export.targets import load_engine
 
 __all__ = ["FORMS", "Route", "convert", "open_finished", "routes"]
@@ -60,20 +62,39 @@ def convert(output: Path, form: str, target: Path, ui: Ui, *, force: bool = Fals
     """
     name = _destination_of(form)
     refuse_occupied(target)
-    with open_finished(output, ui, force=force) as job:
+    with open_finished(output, ui, force=force) as job, _scratch_for(job, target) as scratch:
         maps = load_maps(job.run.path / MAPS_FILE, job.plan.layers, job.decoder.hidden_size)
         _refuse_unread(job, maps, form, name)
-        with job.run.scratch() as scratch, ui.task("saving"):
+        with ui.task("saving"):
             form = DESTINATIONS[name].form
             said = FORMS[form](job, maps, form, scratch / "saved")
             move_into_place(scratch / "saved", target)
     for sentence in said:
         ui.say(f"  {sentence}")
+    place = shlex.quote(str(target))
+    ui.say(f"  size    {size(sum(file.stat().st_size for file in target.rglob('*') if file.is_file()))}")
+    if (target / CHECK_FILE).is_file():
+        ui.say(f"  check   nbl-export verify {place}")
+    if command := DESTINATIONS[name].command:
+        ui.say(f"  next    {command.format(place)}")
+
+
+@contextlib.contextmanager
+def _scratch_for(job: Job, target: Path) -> Iterator[Path]:
+    """A place for unfinished files: in the run, or beside `target` if the run is only readable."""
+    if job.run.is_writable:
+        with job.run.scratch() as scratch:
+            yield scratch
+        return
+    make_folder(target.parent)
+    with scratch_in(target.parent) as scratch:
+        job.converted = scratch / CHECKPOINT
+        yield scratch
 
 
 @contextlib.contextmanager
 def open_finished(output: Path, ui: Ui, *, force: bool = False) -> Iterator[Job]:
-    """The verified run in `output`, whose torch model is on the CPU. The run is locked in the context.
+    """The verified run in `output`, whose torch model is on the CPU. A run that is writable is locked in the context.
 
     Args:
         force: go on although verification failed.
@@ -82,7 +103,7 @@ def open_finished(output: Path, ui: Ui, *, force: bool = False) -> Iterator[Job]
         NblError: the run is not finished or failed, or its model is not available.
         CorruptError: the maps have changed since they were fitted.
     """
-    with RunDirectory(output).opened(create=False) as run:
+    with RunDirectory(output).read() as run:
         run.require("verify")
         run.refuse_failed(force=force)
         for stage in ("plan", "distill"):
@@ -139,7 +160,9 @@ def _write_checkpoint(job: Job, maps: Maps, _form: str, out: Path) -> list[str]:
 
     Raises:
         NblError: the model is not available, its architecture has no class, or what was written cannot be loaded.
+        ParityError: what was written computes something else.
     """
+    from nbl_export.methods.applied import applied
     from nbl_export.methods.checkpoint.copied import copy_linearized
     from nbl_export.methods.checkpoint.hf_classes import save_linearized
     from nbl_export.model.checkpoint.pretrained import check_weights
@@ -147,9 +170,18 @@ def _write_checkpoint(job: Job, maps: Maps, _form: str, out: Path) -> list[str]:
     checkpoint = job.checkpoint.value
     tap = job.plan.tap
     if not copy_linearized(checkpoint, maps, tap, out):
-        save_linearized(job.model.value, checkpoint, maps, tap, out)
+        save_linearized(copy.deepcopy(job.model.value), checkpoint, maps, tap, out)
     check_weights(out)
-    return []
+    if job.shortage.value:
+        return [f"not compared with the run's model: the weights are {job.shortage.value}"]
+    with applied(job.model.value, maps, tap):
+        expected = expect(job.model.value, job.text.own_test.value[0].tolist())
+    job.model.forget()
+    save(expected, out)
+    found = verify_checkpoint(out)
+    if not found.passed:
+        raise ParityError(f"the checkpoint of {job.run.path} is not its model: {found.metric} {found.value}")
+    return [f"{found.metric} {found.value:.2g}, tolerance {found.tolerance:g}: {found.detail}"]
 
 
 def _write_nemotron_nas(job: Job, maps: Maps, form: str, out: Path) -> list[str]:

@@ -27,6 +27,7 @@ class Destination:
         bare: the form has one matrix a layer, without a bias, on the normed input.
         architectures: of the form, as this tool writes it; empty for those of the run.
         keeps_first: layer 0 must keep its attention.
+        command: that takes the form's folder, {} in it.
         names_exit: keys and values are predicted if an exit layer is named, since GPUs have not run them there.
     """
 
@@ -39,6 +40,7 @@ class Destination:
     bare: bool = False
     architectures: tuple[str, ...] = ()
     keeps_first: bool = False
+    command: str = ""
     names_exit: bool = False
 
     def refuses(
@@ -73,21 +75,23 @@ DESTINATIONS = {
     ),
     "vllm": Destination(
         "vLLM", form="transformers", kinds=LINEAR_KINDS | {PREDICTED_KV}, weights=_STORED,
-        architectures=("llama", "mistral", "qwen2", "qwen3", "phi3"), names_exit=True,
+        architectures=("llama", "mistral", "qwen2", "qwen3", "phi3"), names_exit=True, command="vllm serve {}",
     ),
     "tensorrt-llm": Destination(
-        "TensorRT-LLM", form="nemotron-nas", kinds=LINEAR_KINDS, weights="fp32", bare=True, architectures=_NAS
+        "TensorRT-LLM", form="nemotron-nas", kinds=LINEAR_KINDS, weights="fp32", bare=True, architectures=_NAS,
+        command="trtllm-serve {} --backend pytorch --trust_remote_code",
     ),
     "llama.cpp": Destination(
         "llama.cpp, ollama", form="nemotron-nas", kinds=LINEAR_KINDS, weights="its converter's", bare=True,
-        architectures=_NAS,
+        architectures=_NAS, command="python convert_hf_to_gguf.py {} --outfile model.gguf",
     ),
     "mlx-lm": Destination(
-        "mlx-lm", form="mlx", kinds=LINEAR_KINDS, weights="fp32", bare=True, architectures=_NAS, keeps_first=True
+        "mlx-lm", form="mlx", kinds=LINEAR_KINDS, weights="fp32", bare=True, architectures=_NAS, keeps_first=True,
+        command='mlx_lm.generate --model {} --prompt "Write two sentences about the sea."',
     ),
     "edge-llm": Destination(
         "TensorRT-Edge-LLM", form="edge-llm", kinds=LINEAR_KINDS, weights="fp16",
-        architectures=("llama", "mistral", "qwen2", "qwen3"),
+        architectures=("llama", "mistral", "qwen2", "qwen3"), command="tensorrt-edgellm-export {} ONNX",
     ),
 }  # fmt: skip
 _ALSO = {

@@ -80,6 +80,7 @@ class Job:
         sources: what identifies the calibration text, see `text.mixture.identify`.
         facts: what the manifest will say of all this.
         evaluation: what the stage `eval` measures.
+        converted: where a GGUF or NBL checkpoint is converted; None: in the run.
         keys: of the stages that are not left out, in order.
     """
 
@@ -93,6 +94,7 @@ class Job:
     sources: list[str]
     facts: Mapping[str, Any]
     evaluation: tuple[Subject, ...] = ()
+    converted: Path | None = None
     keys: dict[str, str] = field(default_factory=dict, init=False)
     _is_short_elsewhere: bool = field(default=False, init=False)
 
@@ -216,7 +218,7 @@ class Job:
         from nbl_export.methods.checkpoint import load
 
         self.origin()
-        return load.materialise(self.source.value, self.run.path / CHECKPOINT)
+        return load.materialise(self.source.value, self.converted or self.run.path / CHECKPOINT)
 
     @lazy(_of_files)
     def tokenizer(self) -> Any:

@@ -151,7 +151,7 @@ def test_bench_keeps_raw_timings_and_report_has_a_row_of_each(finished: Path) ->
     assert report["status"] == "verified"
 
 
-RESULT = ["verdict", "layers", "first", "others", "cache", "loss", "faster", "try"]
+RESULT = ["verdict", "layers", "TTFT", "decode", "KV", "loss", "faster", "try"]
 
 
 def test_stages_go_to_stderr_and_the_result_to_stdout(finished: Path) -> None:

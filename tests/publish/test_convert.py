@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,16 @@ from nbl_export.methods.checkpoint.load import load_model, materialise
 from nbl_export.methods.checkpoint.source import resolve
 from nbl_export.methods.linear.maps import Linear
 from nbl_export.methods.maps_file import load_maps
+from nbl_export.publish.checkpoint_check import CHECK_FILE
+from nbl_export.publish.convert import convert
 from nbl_export.records.destinations import DESTINATIONS
+from nbl_export.run.progress import Ui
 from nbl_export.targets.checkpoint import edge_llm, nemotron_nas
 
-from ..command import TINY, assert_refused, configured, keys, nbl
+from ..command import TINY, assert_refused, configured, keys, nbl, snapshot
 from ..damage import name_code, named_code
 from ..jobs import until
-from ..tiny import HIDDEN, SPLIT, random_map, save_checkpoint
+from ..tiny import HIDDEN, SPLIT, random_map, save_checkpoint, save_gguf
 
 pytestmark = pytest.mark.job
 
@@ -50,6 +54,17 @@ def runs(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
             done = nbl(*words, "--output", found[name])
         assert done.status == 0, done.err
     return found
+
+
+@pytest.fixture
+def gguf_run(text: Path, tmp_path: Path) -> Path:
+    """A finished run of a GGUF file, without a lock file."""
+    model = save_gguf(tmp_path / "model.gguf")
+    run = tmp_path / "run"
+    done = nbl("--model", model, "--calibration", text, *TINY, "--layers", "1", "--output", run)
+    assert done.status == 0, done.err
+    (run / ".lock").unlink(missing_ok=True)
+    return run
 
 
 def matrices_in(directory: Path) -> dict[int, np.ndarray]:
@@ -93,6 +108,54 @@ def test_a_run_goes_where_it_is_said_to_go(kind: str, run: Path, runs: dict[str,
         if place.form:
             done = nbl("convert", directory, "--to", name, "--output", tmp_path / name)
             assert (done.status, (tmp_path / name).exists()) == ((1, False) if refused[name] else (0, True)), done.err
+
+
+@pytest.mark.parametrize("kind", ["run", "normed"])
+def test_a_checkpoint_is_checked_where_it_is_served(
+    kind: str, run: Path, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    """Predicted KV and linear layers. A map that is exchanged, and a weight of a kept layer that is, are found."""
+    directory = run if kind == "run" else runs[kind]
+    out = tmp_path / "checkpoint"
+    done = nbl("convert", directory, "--to", "vllm", "--output", out)
+    assert done.out.strip() == str(out) and f"vllm serve {out}" in done.err and f"verify {out}" in done.err
+    found = nbl("verify", out, "--json")
+    assert found.status == 0, found.err
+    assert json.loads(found.out)["passed"] and json.loads(found.out)["value"] < 1e-5
+    weights = load_file(out / "model.safetensors")
+    mapped = next(name for name in weights if name.endswith("linear.weight"))
+    for name in (mapped, "model.layers.0.mlp.up_proj.weight"):
+        planted = {**weights, name: np.ascontiguousarray(weights[name][::-1])}
+        save_file(planted, out / "model.safetensors", {"format": "pt"})
+        assert_refused(nbl("verify", out), 3, "does not compute what the run's model computes")
+
+
+def test_a_checkpoint_that_cannot_be_checked(runs: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "checkpoint"
+    assert nbl("convert", runs["linear"], "--to", "vllm", "--output", out).status == 0
+    expected = json.loads((out / CHECK_FILE).read_text(encoding="utf-8"))
+    for change, part in (
+        ({"ids": [-1, *expected["ids"]]}, "negative"),
+        ({"positions": [*expected["positions"][1:], 10_000]}, "a position is not there"),
+        ({"columns": expected["columns"][1:]}, "shapes do not match"),
+        ({"logits": "many"}, "cannot be read"),
+        ({"ids": [10**6, *expected["ids"][1:]]}, "names token 1000000"),
+    ):
+        (out / CHECK_FILE).write_text(json.dumps({**expected, **change}), encoding="utf-8")
+        assert_refused(nbl("verify", out), 1, CHECK_FILE, part)
+    (out / CHECK_FILE).unlink()
+    assert_refused(nbl("verify", out), 1, f"has no {CHECK_FILE}", "convert the run again")
+    assert_refused(nbl("verify", out, "--device", "cpu"), 2, "is a checkpoint, which takes no options of a run")
+
+
+def test_a_run_that_is_only_readable_is_converted(gguf_run: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Its weights, which are converted from a GGUF file, and unfinished files stand beside the new directory."""
+    before = snapshot(gguf_run)
+    asked = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: not Path(path).is_relative_to(gguf_run) and asked(path, mode))
+    convert(gguf_run, "vllm", tmp_path / "new" / "checkpoint", Ui(quiet=True))
+    assert snapshot(gguf_run) == before and not (gguf_run / ".lock").exists()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["checkpoint"]
 
 
 def test_a_target_that_is_there_and_a_directory_that_is_no_run(runs: dict[str, Path], tmp_path: Path) -> None:
