@@ -49,7 +49,7 @@ def test_the_default_job_chooses_an_exit_layer(chosen: Path) -> None:
     )
     assert {row["prompt"] for row in report["quality_loss"]} != {0}
     page = (chosen / "report.md").read_text(encoding="utf-8")
-    assert "layers 1 to 2 run for the first token of a prompt and the last 4" in page and "NaN" not in page
+    assert "ayers 1 to 2 run for the first token of a prompt and the last 4" in page and "NaN" not in page
 
 
 @pytest.mark.parametrize("form", ["nemotron-nas", "mlx", "edge-llm"])
