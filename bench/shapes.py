@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "3B": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 2048,
+    "3B": {"model_type": "qwen2", "hidden_size": 2048,
            "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2,
            "vocab_size": 151936, "max_position_embeddings": 32768, "tie_word_embeddings": True},
-    "8B": {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096,
+    "8B": {"model_type": "llama", "hidden_size": 4096,
            "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
            "vocab_size": 128256, "max_position_embeddings": 131072, "tie_word_embeddings": False},
 }  # fmt: skip
@@ -58,19 +58,25 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 """
 
 
-def write_checkpoint(shape: str, tokenizer: Path, out: Path) -> int:
-    """Write a random checkpoint in bfloat16, a file for each layer; returns its number of parameters."""
+def random_checkpoint(shape: dict[str, Any], tokenizer: Path, out: Path) -> int:
+    """Write a random checkpoint in bfloat16, a file for each layer; returns its number of parameters.
+
+    Args:
+        shape: keys of config.json.
+    """
     import torch
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
     out.mkdir()
-    config = {**SHAPES[shape], "torch_dtype": "bfloat16", "rms_norm_eps": 1e-6, "rope_theta": 1e6}
+    config = {**shape, "torch_dtype": "bfloat16", "rms_norm_eps": 1e-6, "rope_theta": 1e6}
     (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
     for file in tokenizer.glob("tokenizer*"):
         shutil.copy(file, out)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(out))
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(out)
     files: dict[str, dict[str, torch.Tensor]] = {}
     for name, value in model.state_dict().items():
         if name != "lm_head.weight" or not config["tie_word_embeddings"]:
@@ -94,7 +100,7 @@ def measured(shape: str, options: argparse.Namespace) -> dict[str, Any]:
     names = [stage.name for stage in STAGES if stage.name not in LEFT_OUT]
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         model, run = Path(scratch) / "model", Path(scratch) / "run"
-        found["parameters"] = write_checkpoint(shape, options.tokenizer, model)
+        found["parameters"] = random_checkpoint(SHAPES[shape], options.tokenizer, model)
         how = (options.select, options.engine, options.precision)
         given = (model, run, options.tokens, options.memory, layers // 4, *how)
         found["speed"] = json.loads(_child("estimate", given)[0])["machine"]

@@ -53,6 +53,7 @@ TABLES: Mapping[str, Table] = {
     "vllm-exit": serving.vllm_exit,
     "llama-cpp": serving.llama_cpp,
     "first-token": serving.first_token,
+    "exit-shapes": serving.exit_shapes,
     "rtx-engines": serving.rtx_engines,
     "ngram": serving.ngram,
     "shapes": second.shapes,

@@ -124,6 +124,30 @@ def first_token(read: Read) -> Rows:
     return rows
 
 
+def exit_shapes(read: Read) -> Rows:
+    """Milliseconds to the first token of random checkpoints, original and predicted KV, by engine."""
+    shapes = read("exit-shapes")["shapes"]
+    pairs = {
+        (name, engine, length): tuple(times[title]["first_ms"]["all"] for title in (engine, f"{engine}, predicted KV"))
+        for name, found in shapes.items()
+        for length, times in found["times"].items()
+        for engine in ("ONNX Runtime", "OpenVINO")
+    }
+    ratios = {key: of_rounds(*pair) for key, pair in pairs.items()}
+    interval = level(ratios.values()).replace("loads", "rounds")
+    lengths = ("512", "2048")
+    head = ("shape", "exit layer", "engine", "512 tokens", f"gain ({interval})", "2,048 tokens", "gain")
+    rows: Rows = [head, "lrlrrrr"]
+    for name, found in shapes.items():
+        for engine in ("ONNX Runtime", "OpenVINO"):
+            cells: list[str] = []
+            for length in lengths:
+                before, after = map(statistics.median, pairs[name, engine, length])
+                cells += [f"{before:,.0f} to {after:,.0f} ms", describe_pair(ratios[name, engine, length])]
+            rows.append((name, f"{found['exit_layer']} of {found['layers']}", engine, *cells))
+    return rows
+
+
 def median_ms(times: Mapping[str, Any], name: str = "first_ms") -> float:
     """The median of the rounds."""
     return statistics.median(times[name]["all"])
