@@ -32,6 +32,7 @@ Table = Callable[[Callable[[str], Any]], list[Sequence[str]]]
 # Marker in one of the pages -> the function that makes the table's rows from the raw results.
 TABLES: Mapping[str, Table] = {
     "headline": speed.headline,
+    "headline-losses": speed.headline_losses,
     "model-qwen": models.qwen,
     "model-smollm2": models.smollm2,
     "seen": models.seen,
@@ -51,6 +52,7 @@ TABLES: Mapping[str, Table] = {
     "second-tasks": quality.second_tasks,
     "vllm": serving.vllm,
     "vllm-exit": serving.vllm_exit,
+    "vllm-load": serving.vllm_load,
     "llama-cpp": serving.llama_cpp,
     "first-token": serving.first_token,
     "exit-shapes": serving.exit_shapes,

@@ -39,6 +39,21 @@ def vllm_exit(read: Read) -> Rows:
     return [titles, "lrrr", (name, *speeds, describe_pair(ratio))]
 
 
+_PERCENTILES = ("p50_ttft_ms", "p95_ttft_ms", "p50_tpot_ms", "p95_tpot_ms")
+
+
+def vllm_load(read: Read) -> Rows:
+    """Latency of vLLM's server at some rates of requests."""
+    found = read("vllm-load-smollm2")["rows"]
+    heads = ("requests per second", "checkpoint", "TTFT p50", "TTFT p95", "TPOT p50", "TPOT p95", "requests")
+    rows: Rows = [heads, "llrrrrr"]
+    for rate in next(iter(found.values())):
+        for name, row in found.items():
+            times = (f"{row[rate][key]:,.0f} ms" for key in _PERCENTILES)
+            rows.append((rate, name, *times, str(row[rate]["completed"])))
+    return rows
+
+
 def _throughput(found: Mapping[str, Any]) -> tuple[PairedRatio, list[str]]:
     """The ratio of both checkpoints, and tokens per second of each."""
     asked = found["asked"]

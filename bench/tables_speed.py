@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tables_quality import increase, increase_of
 
 from nbl_export.records.paired import PairedRatio, describe_ratio, paired_ratio
 from nbl_export.records.plan import describe_layers
-from nbl_export.records.quality import describe_kept, long_range_ends, long_range_row
+from nbl_export.records.quality import describe_kept, increase_interval, long_range_ends, long_range_row
 from nbl_export.text.windows import TWICE
 
 Rows = list[Sequence[str]]
@@ -70,18 +70,37 @@ _TEXTS = ("unseen part of the calibration text", "Python's documentation")
 
 
 def headline(read: Read) -> Rows:
-    """What default jobs with predicted KV give, for the README."""
-    rows: Rows = [("model", "prompt of 2,048 tokens", "of 512",
-                   *(f"perplexity behind 512 tokens, {name}" for name in _TEXTS), "WikiText-2, behind 512",
-                   "long-range tokens keep"), "lllllll"]  # fmt: skip
+    """What default jobs with predicted KV give, for the README: the worst text stands for all."""
+    heads = ("model", "TTFT, prompt of 2,048 tokens", "of 512", "perplexity, worst text of the job", "WikiText-2")
+    rows: Rows = [heads, "l" * len(heads)]
+    for title, run, _ in _defaults(read):
+        speeds = (measured(run, test) for test in ("pp2048", "pp512"))
+        rows.append((title, *speeds, increase(max(run["losses"], key=_rise)), _perplexity(run)))
+    return rows
+
+
+def _rise(loss: Mapping[str, Any]) -> float:
+    windows = loss["per_window"]
+    found = increase_interval(windows["loss_original"], windows["loss_nbl"]).value
+    return math.inf if found is None else found
+
+
+def headline_losses(read: Read) -> Rows:
+    """What default jobs with predicted KV lose, text by text."""
+    heads = ("model", *_TEXTS, "WikiText-2", "long-range tokens keep")
+    rows: Rows = [heads, "l" * len(heads)]
+    for title, run, step in _defaults(read):
+        long_range = kept(step, step["quality_losses"])
+        rows.append((title, *map(increase, run["losses"]), _perplexity(run), long_range))
+    return rows
+
+
+def _defaults(read: Read) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
+    """Title, run and the candidate that decided of each default job that was timed."""
     for run in read("exit-layers")["rows"]:
         step = decided(run)
         if run["rows"] and step and run["title"].endswith(_DEFAULT):
-            speeds = (measured(run, test) for test in ("pp2048", "pp512"))
-            losses = map(increase, run["losses"])
-            long_range = kept(step, step["quality_losses"])
-            rows.append((run["title"].removesuffix(_DEFAULT), *speeds, *losses, _perplexity(run), long_range))
-    return rows
+            yield run["title"].removesuffix(_DEFAULT), run, step
 
 
 def decided(run: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -22,7 +22,7 @@ html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = f"nbl-export {release}"
 html_copy_source = False
-html_extra_path = ["example-report.html"]  # of the default job on SmolLM2
+html_extra_path = ["example-report.html"]  # of `make demo`
 html_show_copyright = False
 
 # Types in signatures of the Python page have no pages of their own.
