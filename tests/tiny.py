@@ -89,7 +89,7 @@ def stdlib_text(characters: int) -> str:
 
 
 @functools.cache
-def _tokenizer() -> Any:
+def tiny_tokenizer() -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -232,7 +232,7 @@ def save_checkpoint(architecture: str, directory: Path, **changes: Any) -> Path:
             if name in model.state_dict():  # such as numbers of an activation
                 buffer.normal_(0, 0.3)
     model.save_pretrained(directory)
-    _tokenizer().save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
     return directory
 
 
