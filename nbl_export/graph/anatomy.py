@@ -43,7 +43,7 @@ PRODUCTS = ("MatMul", "Gemm", "MatMulNBits", "MatMulBnb4", "MatMulInteger", "QLi
 _TAKES_TOKENS = ("Gather", "GatherND", "Slice")
 _READS_ONLY_SHAPE = ("Shape", "Size")
 _DEPTH = 8
-_KEY_STEPS = ("Reshape", "SimplifiedLayerNormalization", "RMSNormalization")  # between keys and their attention
+_KEY_STEPS = ("Cast", "Reshape", "SimplifiedLayerNormalization", "RMSNormalization")  # between keys and their attention
 _KEY_ENDS = ("Add", "Split", *PRODUCTS)  # what gives keys
 
 

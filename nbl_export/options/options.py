@@ -86,8 +86,7 @@ def _usual_fit(values: Mapping[str, Any], engine: Capabilities | None, model: Mo
         return "distilled"  # whoever says how long asks for it
     if engine is None and not closed:
         return ""  # it depends on the engine and the model, so that a command states it
-    predicts = _predicts_kv(values, engine) and not exit_refused(values["decoder_source"], values["precision"], model)
-    return "independent" if closed or predicts or values["select"] == "cca" else "distilled"
+    return "independent" if closed or _takes_exit(values, engine, model) or values["select"] == "cca" else "distilled"
 
 
 def _usual_exit(values: Mapping[str, Any], engine: Capabilities | None, model: ModelFacts) -> str:
@@ -95,8 +94,7 @@ def _usual_exit(values: Mapping[str, Any], engine: Capabilities | None, model: M
     others = ("layers", "select", "distill_minutes", "distill_steps")
     asks = any(values[name] for name in others) or values["fit"] != "independent" or values["maps"] != "affine"
     asks |= values["logits"] == "all"
-    lacks = not _predicts_kv(values, engine) or bool(exit_refused(values["decoder_source"], values["precision"], model))
-    lacks |= bool(model.maps_tap) or not model.fits
+    lacks = not _takes_exit(values, engine, model) or bool(model.maps_tap) or not model.fits
     return NO_EXIT if asks or lacks else AUTO_EXIT
 
 
@@ -112,11 +110,12 @@ def _usual_depths(values: Mapping[str, Any], _engine: Capabilities | None, model
     return (0, min(2048, room)) if room else (0,)
 
 
-def _predicts_kv(values: Mapping[str, Any], engine: Capabilities | None) -> bool:
-    """Whether keys are predicted unless something else is asked for: not for engines that nobody has run."""
+def _takes_exit(values: Mapping[str, Any], engine: Capabilities | None, model: ModelFacts) -> bool:
+    """Whether keys of the model can be predicted where it is served, as far as engine and model are known."""
     place = _place(values)
-    held = place.kinds is None or (PREDICTED_KV in place.kinds and not place.names_exit)
-    return held and (engine is None or (engine.holds(PREDICTED_KV) and not engine.needs_target_gpu))
+    held = place.kinds is None or PREDICTED_KV in place.kinds
+    refused = exit_refused(values["decoder_source"], values["precision"], model, values["destination"])
+    return held and (engine is None or engine.holds(PREDICTED_KV)) and not refused
 
 
 def _place(values: Mapping[str, Any]) -> Destination:
@@ -148,9 +147,13 @@ def _usual_source(values: Mapping[str, Any], engine: Capabilities | None, model:
     return next(iter((*_sources(engine, model, values["precision"]), *_sources(engine, model), engine.source)))
 
 
-def exit_refused(source: str, precision: str, model: ModelFacts) -> str:
-    """Why a model takes no exit layer in graphs of a decoder source; "" if it does, as far as its facts are known."""
-    return model.no_exit.get(source, _FP16 if (source, precision) == ("mobius", "fp16") else "")
+def exit_refused(source: str, precision: str, model: ModelFacts, destination: str | None = None) -> str:
+    """Why a model takes no exit layer in graphs of a decoder source, or where it is served; "" if it does.
+
+    What is not known of the model is no reason.
+    """
+    elsewhere = model.no_exit.get(destination or "", "")
+    return elsewhere or model.no_exit.get(source, _FP16 if (source, precision) == ("mobius", "fp16") else "")
 
 
 def keeps_blocks(builder_options: Iterable[str]) -> bool:
@@ -172,7 +175,7 @@ _ORDERED = (
 _FITTED = (*_ORIGINAL, Applies("fitted maps (--fit independent or distilled)", lambda c: c.options.fit != "drop"))
 _TRAINED = (Applies("--fit distilled", lambda c: c.options.fit == "distilled"),)
 _PREDICTING = (
-    Applies("--engine ort with --provider cpu, openvino, trt or trt-rtx, and the original model",
+    Applies("engines whose decoders hold predicted KV, and the original model",
             lambda c: c.options.exit_layer == NO_EXIT or (c.engine.holds(PREDICTED_KV) and not c.is_nbl)),
 )  # fmt: skip
 _OF_EXIT = (Applies("--exit-layer", lambda c: c.options.exit_layer != NO_EXIT),)
@@ -271,8 +274,8 @@ class JobOptions:
     )
     exit_layer: str = option(
         NO_EXIT,
-        "Exit layer: most tokens of a prompt skip it and those above (20); auto (default of ort and "
-        "openvino): by quality; or none.",
+        "Exit layer: most tokens of a prompt skip it and those above (20); auto (the default, where "
+        "it is possible): by quality; or none.",
         _REPLACED,
         "main plan",
         first=True,

@@ -308,7 +308,9 @@ def _chunk_too_short(case: Case) -> str | bool:
         return False
     least = min(max(_LEAST_CHUNK, 2 * min(options.recent_choices)), case.cache_length)
     chunk = options.chunk(case.decoder)
-    return chunk < least and f"key prefill_chunk {chunk} is too short for --exit-layer here; use at least {least}"
+    return chunk < least and (
+        f"key prefill_chunk {chunk} is too short for --exit-layer; use at least {least}, or --exit-layer none"
+    )
 
 
 OF_DECODER: tuple[Refusal, ...] = (

@@ -28,7 +28,6 @@ class Destination:
         architectures: of the form, as this tool writes it; empty for those of the run.
         keeps_first: layer 0 must keep its attention.
         command: that takes the form's folder, {} in it.
-        names_exit: keys and values are predicted if an exit layer is named, since GPUs have not run them there.
     """
 
     title: str
@@ -41,7 +40,6 @@ class Destination:
     architectures: tuple[str, ...] = ()
     keeps_first: bool = False
     command: str = ""
-    names_exit: bool = False
 
     def refuses(
         self, kinds: Iterable[str], held: frozenset[str] | None, architecture: str, layers: Iterable[int]
@@ -75,7 +73,7 @@ DESTINATIONS = {
     ),
     "vllm": Destination(
         "vLLM", form="transformers", kinds=LINEAR_KINDS | {PREDICTED_KV}, weights=_STORED,
-        architectures=("llama", "mistral", "qwen2", "qwen3", "phi3"), names_exit=True, command="vllm serve {}",
+        architectures=("llama", "mistral", "qwen2", "qwen3", "phi3"), command="vllm serve {}",
     ),
     "tensorrt-llm": Destination(
         "TensorRT-LLM", form="nemotron-nas", kinds=LINEAR_KINDS, weights="fp32", bare=True, architectures=_NAS,

@@ -103,7 +103,9 @@ def _weight_of(node: Any, tensors: Mapping[str, Any], directory: Path) -> tuple[
     own = {a.name: a.i for a in node.attribute}
     zeros = arrays[2] if len(arrays) > 2 else None
     blocks = unpacked(arrays[0], arrays[1], zeros, own["bits"], own["block_size"], (own["N"], own["K"]))
-    return blocks.values, np.abs(blocks.steps) * _STEPS + 1e-30
+    # a weight, and the step of its block, are each rounded to their type before they become codes
+    rounding = 2.0 ** (own["bits"] - _BITS.get(arrays[1].dtype.name, np.inf))
+    return blocks.values, np.abs(blocks.steps) * (_STEPS + rounding) + 1e-30
 
 
 def _blocks_of(node: Any, tensors: Mapping[str, Any], directory: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -14,6 +14,7 @@ from nbl_export.options.option import ModelFacts
 from nbl_export.options.options import OPTIONS, JobOptions, flag_of
 from nbl_export.options.settle import hub_id, numbers, read_asked, settle
 from nbl_export.publish.convert import FORMS
+from nbl_export.records.capabilities import LINEAR_KINDS, Capabilities
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.destinations import DESTINATIONS
 from nbl_export.run.settled import capabilities_of, model_facts
@@ -32,6 +33,7 @@ NBL = dataclasses.replace(PLAIN, maps_tap="residual")
 KEYS = dataclasses.replace(NBL, kinds=frozenset({"predicted_kv"}))
 
 Asked = dict[str, Any]
+LINEAR_TRT: Asked = {"engine": "trt", "exit_layer": "none"}
 
 
 def settled(asked: Mapping[str, Any], model: ModelFacts | None = None, **more: Any) -> JobOptions:
@@ -59,7 +61,10 @@ SETTLED: list[tuple[Asked, Asked]] = [
     ({"logits": "all"}, {"exit_layer": "none"}),
     ({"decoder_source": "mobius"}, {"exit_layer": "auto"}),
     ({"precision": "fp16"}, {"decoder_source": "mobius", "exit_layer": "none"}),
-    ({"provider": "cuda"}, {"exit_layer": "none", "fit": "distilled", "precision": "fp16", "decoder_source": "genai"}),
+    (
+        {"provider": "cuda"},
+        {"exit_layer": "auto", "fit": "independent", "precision": "fp16", "decoder_source": "genai"},
+    ),
     (
         {"engine": "openvino"},
         {
@@ -71,19 +76,16 @@ SETTLED: list[tuple[Asked, Asked]] = [
         },
     ),
     ({"layers": "2"}, {"tap": "residual", "fit": "independent", "exit_layer": "none"}),
-    ({"engine": "trt-rtx", "layers": "2"}, {"tap": "normed", "fit": "distilled"}),  # as without a number
+    ({"engine": "trt-rtx", "layers": "2"}, {"tap": "residual", "fit": "independent"}),  # as without a number
     ({"precision": "fp16"}, {"decoder_source": "mobius", "exit_layer": "none"}),
     ({"select": "cca"}, {"fit": "independent"}),
     ({"fit": "distilled", "tap": "residual"}, {"tap": "residual"}),
     ({"engine": "openvino", "precision": "int8"}, {"precision": "int8", "decoder_source": "openvino"}),
-    (
-        {"engine": "trt-rtx"},
-        {"precision": "bf16", "decoder_source": "static", "depths": (0, 1536), "exit_layer": "none"},
-    ),
-    ({"engine": "trt", "max_seq_len": 24_064}, {"depths": (0, 2048)}),
-    ({"engine": "trt", "prompt_tokens": (128,), "generate_tokens": 256}, {"depths": (0, 1792)}),
-    ({"engine": "trt", "max_seq_len": 64}, {"depths": (0,)}),
-    ({"engine": "trt", "max_seq_len": 256}, {"depths": (0, 128)}),  # a prompt of 512 fits at no depth
+    ({"engine": "trt-rtx"}, {"precision": "bf16", "decoder_source": "static", "depths": (0,), "exit_layer": "auto"}),
+    ({**LINEAR_TRT, "max_seq_len": 24_064}, {"depths": (0, 2048)}),
+    ({**LINEAR_TRT, "prompt_tokens": (128,), "generate_tokens": 256}, {"depths": (0, 1792)}),
+    ({**LINEAR_TRT, "max_seq_len": 64}, {"depths": (0,)}),
+    ({**LINEAR_TRT, "max_seq_len": 256}, {"depths": (0, 128)}),  # a prompt of 512 fits at no depth
     ({"engine": "openvino"}, {"depths": (0,)}),
     (
         {"engine": "trt-rtx", "exit_layer": "auto"},
@@ -94,8 +96,7 @@ SETTLED: list[tuple[Asked, Asked]] = [
     ({"for": "tensorrt"}, {"destination": "trt", "engine": "trt", "decoder_source": "static"}),
     ({"for": "genai"}, {"engine": "ort", "exit_layer": "auto"}),
     ({"for": "transformers"}, {"exit_layer": "auto", "maps": "affine"}),
-    ({"for": "vLLM"}, {"engine": "ort", "exit_layer": "none", "fit": "distilled", "maps": "affine"}),
-    ({"for": "vllm", "exit_layer": "auto"}, {"engine": "ort", "exit_layer": "auto", "fit": "independent"}),
+    ({"for": "vLLM"}, {"engine": "ort", "exit_layer": "auto", "fit": "independent", "maps": "affine"}),
     ({"for": "gguf"}, {"destination": "llama.cpp", "exit_layer": "none", "maps": "linear", "tap": "normed"}),
     ({"for": "vllm", "engine": "openvino"}, {"engine": "openvino"}),
     ({"layers": "2"}, {"exit_layer": "none"}),
@@ -104,7 +105,10 @@ SETTLED: list[tuple[Asked, Asked]] = [
 OF_MODEL: list[tuple[ModelFacts, Asked, Asked]] = [
     (dataclasses.replace(PLAIN, taps=("residual",)), {"fit": "distilled"}, {"tap": "residual"}),
     (PLAIN, {}, {"fit": "independent", "exit_layer": "auto"}),
-    (PLAIN, {"engine": "trt", "prompt_tokens": (64,)}, {"depths": (0, 384)}),  # 512 positions
+    (PLAIN, {**LINEAR_TRT, "prompt_tokens": (64,)}, {"depths": (0, 384)}),  # 512 positions
+    (QWEN3, {"engine": "trt", "seed": None}, {"fit": "distilled", "exit_layer": "none"}),
+    (QWEN3, {"for": "vllm", "seed": None}, {"fit": "distilled", "exit_layer": "none"}),
+    (QWEN3, {"provider": "cuda"}, {"fit": "independent", "exit_layer": "auto"}),
     (GEMMA, {"seed": None}, {"fit": "independent", "exit_layer": "auto"}),
     (GEMMA, {"engine": "openvino", "seed": None}, {"fit": "independent", "exit_layer": "auto"}),
     (OLMO, {"engine": "openvino", "seed": None}, {"fit": "distilled", "exit_layer": "none"}),
@@ -178,7 +182,7 @@ CHANGED: list[tuple[Asked, Asked, Asked]] = [
         {"exit_layer": "none"},
         {"max_perplexity_increase": "5%", "exit_layer": "none"},
     ),
-    ({"engine": "trt-rtx"}, {"layers": "2"}, {"tap": "normed", "fit": "distilled"}),
+    ({"engine": "trt-rtx"}, {"layers": "2"}, {"tap": "residual", "fit": "independent"}),
     ({"layers": "2"}, {"max_perplexity_increase": "5%"}, {"tap": "residual", "fit": "independent"}),
     ({"engine": "openvino", "precision": "int8"}, {"layers": "2"}, {"precision": "int8"}),
     ({}, {"engine": "openvino"}, {"precision": "int8", "decoder_source": "openvino"}),
@@ -253,8 +257,6 @@ IDLE: list[tuple[str, Asked, ModelFacts | None, str]] = [
     ("builder_option", {"precision": "fp32", "builder_option": "accuracy_level=1"}, None, "--precision int8 or int4"),
     ("quantized_model", {"quantized_model": "x", "precision": "int8"}, None, "--precision int4"),
     ("threads", {"threads": 2, "engine": "trt-rtx"}, None, "compile nothing"),
-    ("exit_layer", {"exit_layer": "1", "provider": "cuda"}, None,
-     "--engine ort with --provider cpu, openvino, trt or trt-rtx, and the"),
     ("exit_layer", {"exit_layer": "1"}, NBL, "the original model"),
     ("recent_tokens", {"recent_tokens": 8, "layers": "1,"}, None, "--exit-layer"),
     *(
@@ -306,7 +308,7 @@ def _refusal(asked: Asked, model: ModelFacts | None) -> Exception | None:
         {"precision": "INT4", "builder_option": "block_size=32"},
         {"precision": "fp32", "builder_option": "fuse_mlp_gate_up=true"},
         {"precision": "int8", "builder_option": ("accuracy_level=1", "algo_config=rtn")},
-        {"engine": "trt", "max_seq_len": 64, "max_batch": 2, "prefill_chunk": 8},
+        {**LINEAR_TRT, "max_seq_len": 64, "max_batch": 2, "prefill_chunk": 8},
     ],
     ids=str,
 )
@@ -354,7 +356,6 @@ WRONG: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
     ({"fit": "given"}, PLAIN, ("--fit given is for a checkpoint with maps (nbl-export convert)",)),
     ({"fit": "distilled"}, NBL, ("--fit distilled needs the original model: the checkpoint no longer contains",)),
     ({"fit": "drop"}, NBL, ("--fit drop needs the original model: the checkpoint no longer contains",)),
-    ({"provider": "cuda"}, KEYS, ("m has layers of kind predicted_kv, which engine",)),
     ({"tap": "normed"}, NBL, ("key tap normed: the maps of m have the tap residual; leave key tap out",)),
     *(
         ({"layers": text}, None, ("--layers", part))
@@ -392,7 +393,7 @@ UNFIT: list[tuple[Asked, ModelFacts | None, tuple[str, ...]]] = [
     ({"engine": "trt", "max_seq_len": 31}, PLAIN, ("--max-seq-len 31 is too short", "at least 32")),
     ({"engine": "trt", "max_seq_len": 64, "prefill_chunk": 65}, PLAIN, ("prefill_chunk 65 is beyond --max-seq-len",)),
     ({"engine": "trt", "exit_layer": "1", "prefill_chunk": 511}, PLAIN, ("prefill_chunk 511 is too short",
-     "at least 512")),
+     "at least 512, or --exit-layer none")),
 ]  # fmt: skip
 
 
@@ -401,6 +402,19 @@ def test_wrong_usage_is_refused(asked: Asked, model: ModelFacts | None, parts: t
     with pytest.raises(UsageError) as refusal:
         settled(asked, model)
     assert all(part in str(refusal.value) for part in parts), refusal.value
+
+
+def test_an_engine_that_has_linear_layers_alone() -> None:
+    """As an engine of another package has, unless it says more."""
+
+    def linear(engine: str, provider: str) -> Capabilities:
+        return dataclasses.replace(capabilities_of(engine, provider), kinds=LINEAR_KINDS)
+
+    assert_settled(settle({"model": "m"}, linear), {"exit_layer": "none", "fit": "distilled"})
+    with pytest.raises(UsageError, match="--exit-layer is for engines whose decoders hold predicted KV"):
+        settle({"model": "m", "exit_layer": "1"}, linear)
+    with pytest.raises(UsageError, match="m has layers of kind predicted_kv, which engine ort does not run"):
+        settle({"model": "m"}, linear, KEYS)
 
 
 @pytest.mark.parametrize(("asked", "model", "parts"), UNFIT, ids=str)

@@ -137,7 +137,7 @@ def test_what_kinds_can_give_an_engine_of_a_gpu(tmp_path: Path) -> None:
     told = said(engine="trt", exit_layer="24")
     assert re.search(r"about 1\.25x if 8 layers have predicted KV, of 32", told) and "--exit-layer" not in told
     assert "--exit-layer" in said(engine="openvino", layers="8")
-    assert "--exit-layer" not in said(provider="cuda", layers="8")
+    assert "--exit-layer" in said(provider="cuda", layers="8")
 
 
 def test_a_refusal_comes_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

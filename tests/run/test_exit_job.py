@@ -125,7 +125,6 @@ def test_another_exit_layer_of_the_same_run_uses_its_sums(chosen: Path) -> None:
     (("--exit-layer", "1", *keys(logits="all")), 2, "--exit-layer does not go with key logits all"),
     (("--exit-layer", "1", "--max-perplexity-increase", "5%"), 2, "--exit-layer 1 names the exit layer"),
     (("--exit-layer", "1", "--precision", "fp16"), 1, "--exit-layer is not possible for this model: graphs of"),
-    (("--exit-layer", "1", "--provider", "cuda"), 2, "--exit-layer is for --engine ort"),
     (("--recent-tokens", "8", "--layers", "1"), 2, "--recent-tokens is for --exit-layer"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(
@@ -154,6 +153,19 @@ def test_an_architecture_takes_an_exit_layer(architecture: str, checkpoint: Any,
     assert done.status == 0, done.err
     verify = json.loads((tmp_path / "run" / "verify.json").read_text())
     assert verify["passed"] and {"nbl", "text", "last_token", "shipped"} <= {r["check"] for r in verify["checks"]}
+
+
+@pytest.mark.parametrize(("architecture", "precision"), [("qwen3", "fp16"), ("gemma3", "int8")])
+def test_cuda_directories_take_an_exit_layer(
+    architecture: str, precision: str, checkpoint: Any, text: Path, tmp_path: Path
+) -> None:
+    """Norms of queries and keys in fp16, and a stream wider than its attention. The CPU provider computes both."""
+    given = ("--model", checkpoint(architecture), "--calibration", text, *BARE, "--provider", "cuda")
+    with until("verify"):
+        done = nbl(*given, "--precision", precision, "--exit-layer", "1", "--recent-tokens", "5", "--output", tmp_path)
+    assert done.status == 0, done.err
+    verify = json.loads((tmp_path / "verify.json").read_text())
+    assert verify["passed"] and {"nbl", "text", "last_token"} <= {r["check"] for r in verify["checks"]}
 
 
 def test_other_attention_is_refused_or_gets_linear_layers(checkpoint: Any, tmp_path: Path) -> None:

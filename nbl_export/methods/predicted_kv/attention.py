@@ -137,7 +137,9 @@ class ExitedAttention:
     def _normed(self, keys: ir.Value) -> ir.Value:
         """What the steps between a layer's product and its attention make of predicted keys."""
         for n, step in enumerate(self._steps):
-            keys = self._make(step.op_type, f"Step{n}", keys, *step.inputs[1:], domain=step.domain, **_settings(step))
+            kind = step.outputs[0].dtype or self._make.dtype
+            given = {"domain": step.domain, "dtype": kind, **_settings(step)}
+            keys = self._make(step.op_type, f"Step{n}", keys, *step.inputs[1:], **given)
         return keys
 
     def _rotated(self, name: str, x: ir.Value, positions: ir.Value, heads: int) -> ir.Value:

@@ -81,14 +81,18 @@ class PrefillExit(ir.passes.InPlacePass):
             exit_static(graph, stream, blocks, self.maps)
             return ir.passes.PassResult(model, modified=True)
         attentions = {layer: find_attention(block) for layer, block in blocks.items()}
-        continuing = _exit(graph, stream, mixer)
+        continuing = _exit(graph, stream, mixer, element_type(graph, blocks[mixer.exit_layer].pasts[0]))
         for layer, own in self.maps.items():
             ExitedAttention(layer, attentions[layer], own, continuing).put_choice()
         return ir.passes.PassResult(model, modified=True)
 
 
-def _exit(graph: ir.Graph, x: ir.Value, mixer: PredictedKV) -> ContinuingRows:
-    """Take the rows that continue of x, the stream at the exit layer."""
+def _exit(graph: ir.Graph, x: ir.Value, mixer: PredictedKV, attended: ir.DataType) -> ContinuingRows:
+    """Take the rows that continue of x, the stream at the exit layer.
+
+    Args:
+        attended: type of attention and its caches; the stream of a graph in fp16 may be wider.
+    """
     ints = Maker(graph, f"{_PREFIX}/", _INT, f"{_CONSTANTS}.")
     last = LastValid(graph, f"{_PREFIX}/chunk", f"{_CONSTANTS}.chunk")
     if last.chunk is None:
@@ -103,7 +107,7 @@ def _exit(graph: ir.Graph, x: ir.Value, mixer: PredictedKV) -> ContinuingRows:
     terms = [x] if joined is None else [value for value in joined.inputs[:2] if value is not None]
     bias = None if joined is None else bias_of(joined)
     uses = [(use, value) for value in terms for use in value.uses() if joined is None or use.node is joined]
-    step = _Step(ints, Maker(graph, f"{_PREFIX}/Few/", _INT), last.chunk, last.at, terms, bias, mixer, dtype)
+    step = _Step(ints, Maker(graph, f"{_PREFIX}/Few/", _INT), last.chunk, last.at, terms, bias, mixer, dtype, attended)
     choice = choose(skip, *step.branches(), EXIT_ROWS)
     rows = dict(zip(terms, choice.outputs[1:], strict=False))
     for (node, index), value in uses:
@@ -114,7 +118,7 @@ def _exit(graph: ir.Graph, x: ir.Value, mixer: PredictedKV) -> ContinuingRows:
     for node in dependent_nodes(graph, rows.values()):
         for value in node.outputs:
             name_rows(value, ids)
-    shared = Maker(graph, "", dtype, f"{_CONSTANTS}.layers.")
+    shared = Maker(graph, "", attended, f"{_CONSTANTS}.layers.")
     return ContinuingRows(shared, skip, *choice.outputs[1 + len(terms) :])
 
 
@@ -127,7 +131,7 @@ class _Step:
         chunk: mask of this step [B, T].
         at: index of the last valid token [B, 1, 1].
         terms, bias: the stream is their sum.
-        dtype: of the stream.
+        dtype: of the stream. attended: of attention.
     """
 
     ints: Maker
@@ -138,6 +142,7 @@ class _Step:
     bias: ir.Value | None
     mixer: PredictedKV
     dtype: ir.DataType
+    attended: ir.DataType
 
     def branches(self) -> tuple[ir.Graph, ir.Graph]:
         """Few rows, and all rows. Outputs: index of the last row, the rows of terms, fields of `ContinuingRows`."""
@@ -180,7 +185,7 @@ class _Step:
         """What scores get [B, 1, 1, M, P + T]: zero, or the lowest number for keys behind the query."""
         make = self.make
         number = self.ints.constant
-        dtype = self.dtype
+        dtype = self.attended
         keys = make("Range", "keys", number("first", 0), make("Squeeze", "all_keys", whole), number("step", 1))
         seen = make("LessOrEqual", "seen", keys, make("Unsqueeze", "queries", own, number("last", [-1])), dtype=_BOOL)
         lowest = number("unseen", np.finfo(dtype.numpy()).min, dtype)
@@ -203,4 +208,7 @@ class _Step:
         skipped = make("Slice", "skipped", normed, axis, behind, axis, dtype=dtype)
         until = number("before_ends", [-mixer.recent_tokens - 1])
         before = make("Slice", "before", normed, number("begin", [0]), until, axis, dtype=dtype)
-        return make("Concat", "features", skipped, before, dtype=dtype, axis=2)
+        features = make("Concat", "features", skipped, before, dtype=dtype, axis=2)
+        if dtype == self.attended:
+            return features
+        return make("Cast", "attended", features, dtype=self.attended, to=self.attended)

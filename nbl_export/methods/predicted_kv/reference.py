@@ -230,7 +230,12 @@ def _constant(value: ir.Value | None) -> np.ndarray:
 
 
 def _stepped(node: ir.Node, x: np.ndarray) -> np.ndarray:
-    """What a node between a product and its attention computes: another shape, or an RMS norm over the last axis."""
+    """What a node between a product and its attention computes: another shape, or an RMS norm over the last axis.
+
+    Types of numbers count for nothing: the reference computes in float32.
+    """
+    if node.op_type == "Cast":
+        return x
     given = _constant(node.inputs[1])
     if node.op_type == "Reshape":
         return x.reshape([x.shape[n] if size == 0 else size for n, size in enumerate(given.tolist())])

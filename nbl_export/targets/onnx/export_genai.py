@@ -40,7 +40,8 @@ __all__ = ["CUDA_PRECISIONS", "PRECISIONS", "build"]
 
 PRECISIONS = ("fp32", "int8", "int4")  # on the CPU
 CUDA_PRECISIONS = ("fp16", "int8", "int4")
-_NO_CODE = ("hf_remote=false",)  # the builder's default, made explicit: code in a checkpoint is not run
+_NO_CODE = "hf_remote=false"  # the builder's default, made explicit: code in a checkpoint is not run
+_NORMS_APART = "fuse_qk_norm_gqa=false"  # for CUDA: only GPUs compute norms of queries and keys inside of attention
 
 
 def build(checkpoint: Path, out: Path, settings: ExportSettings, provider: str = "cpu") -> None:
@@ -57,7 +58,7 @@ def build(checkpoint: Path, out: Path, settings: ExportSettings, provider: str =
         raise MissingPackageError("onnxruntime_genai", "cpu", "building the decoder graph") from error
     with tempfile.TemporaryDirectory() as cache, captured("the GenAI builder", checkpoint), repaired():
         where = "", str(_named(settings.codes or checkpoint, Path(cache))), str(out), precision, provider, cache
-        chosen = [*_NO_CODE, *settings.builder_options]
+        chosen = [_NO_CODE, _NORMS_APART, *settings.builder_options]
         create_model(*where, **parse_extra_options(*where, chosen))
     _forget_commit(out / GRAPH_FILE)
     from nbl_export.targets.export.restore_attention import restore_attention

@@ -37,7 +37,6 @@ import sys
 from pathlib import Path
 
 from nbl_export.errors import NblError, install
-from nbl_export.records.capabilities import LINEAR_KINDS
 from nbl_export.targets.base import Availability
 from nbl_export.targets.gpu import LEAST_COMPUTE, Gpu, find_gpu, has_kernels, outdated, unpackaged
 from nbl_export.targets.onnx import engine as ort
@@ -63,7 +62,6 @@ class CudaEngine(ort.OrtEngine):
         sources={"genai": CUDA_PRECISIONS},
         cache_bytes=dict.fromkeys(CUDA_PRECISIONS, 2),
         needs_target_gpu=True,
-        kinds=LINEAR_KINDS,
         provider=CUDA,
         faster_on_cpu="",
         balanced=(),
