@@ -22,9 +22,10 @@ from nbl_export.run_directory import RunDirectory
 __all__ = ["TEXT", "job_of", "opened", "until"]
 
 _PARTS = ("windows", "held_out", "training", "validation", "selection", "test")
+_ITEMS = tuple(f"retrieval.{use}.pairs" for use in _PARTS[3:])
 TEXT: dict[str, Any] = {
     "name": "a text", "second": "another text",
-    "parts": {part: part for part in (*_PARTS, *(f"second.{part}" for part in _PARTS[3:]))},
+    "parts": {part: part for part in (*_PARTS, *(f"second.{part}" for part in _PARTS[3:]), *_ITEMS)},
 }  # fmt: skip
 _SPEC = DecoderSpec("llama", 3, 64, 4, 2, 16, 384, 512)
 

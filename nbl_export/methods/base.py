@@ -163,6 +163,7 @@ class ChoiceInputs:
         partial: maps and their tap -> the torch model, in which these maps can replace attention.
         selection: texts that candidates are compared by; no map is fitted on them.
         validation: texts on which a limit on quality is tested.
+        selection_items, validation_items: retrieval items of the same uses, rows [rows, 2, length] of each kind.
         saved: maps and the tokens of a prompt -> the share of its arithmetic that these maps save.
         speedup: modelled speed-ups of some maps ("prefill" and "decode"). setting: what they are modelled for.
     """
@@ -176,6 +177,8 @@ class ChoiceInputs:
     partial: Lazy[Callable[[Maps, str], Any]]
     selection: Lazy[Texts]
     validation: Lazy[Texts]
+    selection_items: Lazy[Texts]
+    validation_items: Lazy[Texts]
     saved: Lazy[Callable[[Maps, int], float]]
     speedup: Lazy[Callable[[Maps], Any]]
     setting: Lazy[Mapping[str, Any]]

@@ -86,6 +86,8 @@ def lines(limit: Limit, best: tuple[str, Step], failed: Sequence[tuple[str, Step
     increases = (f"{describe_increase(row)} on {row['text']}" for row in tested["quality_losses"])
     yield f"{title}: perplexity {'; '.join(increases)}; {limit.text or limit.percent} is allowed"
     yield from map(describe_long_range, tested["long_range"])
+    for text in tested.get("unanswered", ()):
+        yield f"{text}: not judged, since the original finds too few answers"
     for name, other in failed:
         yield f"{name}: {failure(other, limit)}"
 

@@ -1,13 +1,15 @@
 """The text of a job: rows of token ids by what they are for, split once and read by every later stage.
 
     calibration text ─► windows, held_out, training, validation, selection, test ┐
-    second text ──────► second.validation, second.selection, second.test ─────────┴─► one safetensors file
+    second text ──────► second.validation, second.selection, second.test ─────────┼─► one safetensors file
+    tokenizer ────────► retrieval.selection.pairs, ... (`text.retrieval`) ────────┘
 
     windows                      maps are fitted on
     held_out                    nobody fits a map on, in the order of the text; verification takes its probes of it
     validation, selection, test    the same rows by use, see `windows`
     training                     maps are trained on: `windows`, and what follows in the text
     second.*                     absent if the second text is the calibration text, or is too short
+    retrieval.*                  [rows, 2, length] by use and kind; absent if rows are too short
 
 The hash of a part identifies what is made of it, so a stage runs again only if the tokens that it reads are others.
 """
@@ -23,6 +25,7 @@ from nbl_export.errors import CorruptError
 from nbl_export.files import arrays_sha256
 from nbl_export.records.inputs import Lazy
 from nbl_export.text.corpus import Corpus
+from nbl_export.text.retrieval import KINDS
 from nbl_export.text.windows import (
     CALIBRATION_ROLES,
     SECOND_ROLES,
@@ -150,6 +153,13 @@ class JobText:
         """Texts that layers are chosen by, for a model of so many positions."""
         texts = self._both("selection")
         return Lazy(texts.identity, lambda: selection_texts(texts.value, positions))
+
+    def retrieval(self, use: str) -> Lazy[Texts]:
+        """Name and rows [rows, 2, length] of each kind of retrieval items (`text.retrieval`)."""
+        rows = {f"retrieval: {kind}": self._rows.get(f"retrieval.{use}.{kind}") for kind in KINDS}
+        found = {name: part for name, part in rows.items() if part is not None}
+        identity = [part.identity for part in found.values()]
+        return Lazy(identity, lambda: [(name, part.value) for name, part in found.items()])
 
     def _both(self, use: str) -> Lazy[Texts]:
         """Name and rows of the calibration text, and of the second text if there is one."""

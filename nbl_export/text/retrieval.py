@@ -1,6 +1,6 @@
 """Retrieval items: rows that ask for facts of their own beginning, made without any data.
 
-    facts, all alike ─► questions about four of them, each with its answer     the last tokens of a row
+    facts, all alike ─► questions about six of them, each with its answer     the last tokens of a row
     "3f2a9c10": "77b0e1d2"                  Key "3f2a9c10" has the value "77b0e1d2"
                                                                           ^^^^^^^^ judged
 
@@ -24,15 +24,18 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.text.corpus import Corpus
-from nbl_export.text.windows import token_ids
+from nbl_export.text.windows import LONG_ROW, token_ids
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["KINDS", "SHORTEST", "retrieval_rows"]
+__all__ = ["COUNTS", "KINDS", "RECIPE", "SHORTEST", "retrieval_parts", "retrieval_rows", "row_length"]
 
+RECIPE: list[Any] = ["retrieval", 1]  # in the key of a stage that makes rows; another version has other rows
 SHORTEST = 512  # tokens of a row; a shorter one has no room for many facts
-_QUESTIONS = 4  # of a row
+_LONGEST = 4096
+COUNTS = {"selection": 1, "validation": 6, "test": 2}  # rows of a kind by use, as text has uses (`text.windows`)
+_QUESTIONS = 6  # of a row
 _CUT = 2  # first facts, whose first tokens are cut for an exact length
 _SYLLABLES = [a + b for a, b in itertools.product("bdfgklmnprstvz", "aeiou")]
 _COLOURS = ("red", "blue", "green", "black")
@@ -75,7 +78,28 @@ KINDS: dict[str, Callable[[random.Random, int], tuple[Facts, Questions]]] = {
     "variables": _variables,
     "sentences": _sentences,
 }
-_FEWEST = {"pairs": 18, "variables": 30, "sentences": 18}  # facts whose first third has room for all that are asked
+_FEWEST = {"pairs": 24, "variables": 42, "sentences": 24}  # facts whose first third has room for all that are asked
+
+
+def row_length(context: int, positions: int) -> int:
+    """Tokens of a row for windows of `context` tokens, as rows of text are joined; 0 if there is no room.
+
+    Args:
+        positions: of the model.
+    """
+    length = min(max(context, LONG_ROW), positions, _LONGEST)
+    return length if length >= SHORTEST else 0
+
+
+def retrieval_parts(tokenizer: Any, length: int, vocab_size: int) -> dict[str, torch.Tensor]:
+    """Rows by use and kind ("retrieval.validation.pairs"), each [rows, 2, length]; nothing if `length` is 0."""
+    found = {
+        f"retrieval.{use}.{kind}": retrieval_rows(tokenizer, kind, count, length, use, vocab_size)
+        for kind in KINDS
+        for use, count in COUNTS.items()
+        if length
+    }
+    return {part: rows for part, rows in found.items() if len(rows)}
 
 
 def retrieval_rows(tokenizer: Any, kind: str, count: int, length: int, seed: str, vocab_size: int) -> torch.Tensor:

@@ -64,9 +64,9 @@ def chosen(name: str, model: Any, folder: Path) -> Choice:
         sums.add(rows)
         sums.meet()
         sums.save(folder / "sums", {"identity": {"batches": 1}, "done": 1})
-    given: dict[str, Any] = dict.fromkeys(
-        ("trains", "partial", "selection", "validation", "saved", "speedup", "setting"), Lazy(None, lambda: None)
-    )
+    unread = ("trains", "partial", "selection", "validation", "selection_items", "validation_items", "saved", "speedup",
+              "setting")  # fmt: skip
+    given: dict[str, Any] = dict.fromkeys(unread, Lazy(None, lambda: None))
     inputs = ChoiceInputs(
         num_layers=LAYERS, candidates=candidates, limit=Limit(0.05, None),
         sums=Lazy(None, lambda: open_sums(folder / "sums")), model=Lazy(None, lambda: model), **given,

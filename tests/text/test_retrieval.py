@@ -66,7 +66,7 @@ def test_each_question_asks_for_one_early_fact_whose_answer_stands_once(name: st
     for row_2T in rows:
         facts, questions, answers = read(tokenizer, row_2T)
         asked = questions.splitlines()
-        assert len(asked) == len(answers) == 4
+        assert len(asked) == len(answers) == 6
         for question, answer in zip(asked, answers, strict=True):
             found = fact_of(kind, question, facts)
             assert len(found) >= 2 if kind == "variables" else len(found) == 1
@@ -95,21 +95,21 @@ def test_the_judged_tokens_are_those_that_thetiny_tokenizer_gives_in_place() -> 
             return {"input_ids": [self.known.setdefault(piece, len(self.known)) for piece in pieces]}
 
     tokenizer = Spaced()
-    (row_2T,) = retrieval_rows(tokenizer, "sentences", 1, SHORTEST, "a", 1 << 20)
+    (row_2T,) = retrieval_rows(tokenizer, "sentences", 1, 1024, "a", 1 << 20)
     _, questions, answers = read(tokenizer, row_2T)
     assert answers == [f" {line.rsplit(' ', 1)[1][:-1]}" for line in questions.splitlines()]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_exact_length_cuts_no_asked_fact(kind: str) -> None:
-    tokenizer, rows = made("pieces", kind, 700, count=40)
+    tokenizer, rows = made("pieces", kind, 1024, count=40)
     for row_2T in rows:
         facts, _, answers = read(tokenizer, row_2T)
         assert all(facts.count(answer) == 1 for answer in answers)
 
 
 def test_rows_follow_from_seed_andtiny_tokenizer_alone() -> None:
-    one, again, other = (made("pieces", "pairs", 512, seed=seed)[1] for seed in "aab")
+    one, again, other = (made("pieces", "variables", 700, seed=seed)[1] for seed in "aab")
     assert torch.equal(one, again) and not torch.equal(one, other)
     assert len({tuple(row.flatten().tolist()) for row in torch.cat([one, other])}) == 6
 

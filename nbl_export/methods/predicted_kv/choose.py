@@ -8,9 +8,10 @@
 
 A higher exit layer loses less, and so do more recent tokens: the estimate of one candidate speaks for others.
 
-The texts are ordinary rows of both texts, and passages that occur twice. The long-range tokens (`text.long_range`) of
-each of the three have a figure of their own: a layer that copies above the exit layer fails there first, and ordinary
-text hardly shows it. A row of a text counts as much as another one, however many such tokens it has.
+The texts are ordinary rows of both texts, passages that occur twice, and retrieval items (`text.retrieval`). The
+long-range tokens (`text.long_range`) of each have a figure of their own: a layer that copies above the exit layer fails
+there first, and ordinary text hardly shows it. A row of a text counts as much as another one, however many such tokens
+it has. Of items, the tokens of answers count. Rows whose answers the original does not find tell nothing.
 
 At every position, recent tokens have their own keys and values, and skipped tokens predicted ones, which is close to
 what is served (`methods.predicted_kv.torch_layers`). Candidates are tested in a fixed order until the first one passes.
@@ -34,6 +35,7 @@ from nbl_export.model import processes
 from nbl_export.records.plan import Plan
 from nbl_export.records.quality import LONG_RANGE_SHARE, long_range_row, loss_row
 from nbl_export.text.long_range import FEWEST, SHORT, contexts, is_long_range
+from nbl_export.text.parts import Texts
 from nbl_export.text.windows import TWICE, joined, repeated
 
 if TYPE_CHECKING:
@@ -98,8 +100,10 @@ def choose_exit(inputs: ChoiceInputs, fit: Fit, task: Task, say: Say) -> Choice:
         if not estimates.holds(exit_layer, recent_tokens):
             continue
         maps = fitted(exit_layer, recent_tokens)
-        facts = {"layers": len(maps), "layer": exit_layer, "recent_tokens": recent_tokens}
         losses, long_range = judge.decide(maps)
+        judged = [row["text"] for row in long_range]
+        unanswered = [name for name, _ in inputs.validation_items.value if name not in judged]
+        facts = {"layers": len(maps), "layer": exit_layer, "recent_tokens": recent_tokens, "unanswered": unanswered}
         tested = step(facts, losses, inputs.limit.share, long_range)
         if not tested["within"]:
             failed.append(tested)
@@ -190,15 +194,16 @@ class _Row:
     """A row of a text.
 
     Attributes:
-        text: its name; None if long-range tokens alone count, as in a passage that occurs twice.
-        begin: the first judged position.
+        text: its name.
+        alone_N: positions of the long-range tokens that alone count, as in a passage that occurs twice; None if all
+            tokens count.
         run: of the original, which serves all exit layers; None runs it again for each.
         long_range: positions of the long-range tokens, and what they gain by the whole text, once they are known.
     """
 
-    text: str | None
+    text: str
     ids_T: torch.Tensor
-    begin: int = 0
+    alone_N: torch.Tensor | None = None
     run: Any = None
     long_range: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -241,7 +246,7 @@ class _Judge:
                 (last_WTD,) = run.last([tuple(maps)])
                 given = row.ids_T, run.original[0], {0: last_WTD[0]}
                 each: list[torch.Tensor] = []  # the original's losses
-                if row.text is not None:
+                if row.alone_N is None:
                     ordinary = torch.arange(0, len(row.ids_T) - 1, every)
                     loss = partial.losses(*given, ordinary, each)[0]
                     table[k, :4] = torch.tensor(astuple(loss), dtype=torch.float64)
@@ -257,10 +262,10 @@ class _Judge:
         for row, values in zip(rows, processes.all_reduce_sum(table).tolist(), strict=True):
             if not math.isfinite(values[2]):  # `Loss.original_sum`
                 raise NblError("the original's logits hold NaN or infinity; check the checkpoint's weights")
-            if row.text is not None:
+            if row.alone_N is None:
                 found.setdefault(row.text, []).append(Loss.of(values[:4]))
             if values[4]:
-                long_range.setdefault(TWICE if row.text is None else row.text, []).append((int(values[4]), *values[5:]))
+                long_range.setdefault(row.text, []).append((int(values[4]), *values[5:]))
         return found, [long_range_row(name, passages) for name, passages in long_range.items()]
 
     def _long_range(
@@ -273,20 +278,22 @@ class _Judge:
         import torch
 
         if row.long_range is None:
-            begin = max(row.begin, SHORT - 1)
-            end = len(row.ids_T) - 1
-            if end <= begin:
-                return torch.arange(0), torch.zeros(0)
+            judged_N = torch.arange(len(row.ids_T) - 1) if row.alone_N is None else row.alone_N
+            judged_N = judged_N[judged_N >= SHORT - 1]
+            if not len(judged_N):
+                return judged_N, torch.zeros(0)
+            begin = int(judged_N[0])
+            end = int(judged_N[-1]) + 1
             index = torch.from_numpy(contexts(begin, end))
             last_ND = partial.runs(row.ids_T[index], again=False).original[:, SHORT - 1 :].flatten(0, 1)
             short = last_ND[: end - begin]
-            target_N = row.ids_T[begin + 1 :]
+            target_N = row.ids_T[begin + 1 : end + 1]
             whole_N = (
                 partial.cross_entropies(original_TD[begin:end], target_N) if known_N is None else known_N[begin:end]
             )
-            gain = partial.cross_entropies(short, target_N) - whole_N
-            long_range = is_long_range(gain)
-            row.long_range = begin + long_range.nonzero()[:, 0], gain[long_range]
+            gain_N = (partial.cross_entropies(short, target_N) - whole_N)[judged_N - begin]
+            long_range_N = is_long_range(gain_N)
+            row.long_range = judged_N[long_range_N], gain_N[long_range_N]
         return row.long_range
 
     @functools.cached_property
@@ -294,7 +301,7 @@ class _Judge:
         """Few rows, and runs that keep what all exit layers have in common."""
         (*texts, (_, twice_WT)), length = self._inputs.selection.value, self._length
         rows = [_Row(name, ids_T) for name, ids_WT in texts for ids_T in joined(ids_WT, length)]
-        rows += [_Row(None, ids_T, len(ids_T) // 2) for ids_T in twice_WT]
+        rows += [*map(_passages, twice_WT), *_items(self._inputs.selection_items.value)]
         original: PartialReplacement = self._inputs.partial.value({}, "residual")
         for row in rows:
             row.run = original.runs(row.ids_T[None], again=True)
@@ -306,7 +313,19 @@ class _Judge:
         length = self._length
         rows = [_Row(name, ids_T) for name, ids_WT in texts for ids_T in _spread(joined(ids_WT, length), _ROWS)]
         parts = [repeated(part, len(part))[0] for part in _spread(joined(texts[0][1], 2 * length), _TWICE_ROWS)]
-        return [*rows, *(_Row(None, part, len(part) // 2) for part in parts)]
+        return [*rows, *map(_passages, parts), *_items(self._inputs.validation_items.value)]
+
+
+def _passages(ids_T: torch.Tensor) -> _Row:
+    """A row of passages, each of which occurs in the second half again."""
+    import torch
+
+    return _Row(TWICE, ids_T, torch.arange(len(ids_T) // 2, len(ids_T) - 1))
+
+
+def _items(texts: Texts) -> list[_Row]:
+    """Rows of retrieval items; a token is predicted at the position before it."""
+    return [_Row(name, ids_T, answers_T.nonzero()[:, 0] - 1) for name, rows in texts for ids_T, answers_T in rows]
 
 
 def _finite(value: float | None) -> float:

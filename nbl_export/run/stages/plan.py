@@ -77,6 +77,8 @@ def choice_of(job: Job) -> ChoiceInputs:
         partial=job.partial,
         selection=job.selection,
         validation=job.text.validation,
+        selection_items=job.text.retrieval("selection"),
+        validation_items=job.text.retrieval("validation"),
         saved=Lazy(options.kept_logits, lambda: job.saved_work),
         speedup=Lazy(None, lambda: job.cost.value.speedup),
         setting=Lazy(None, lambda: setting),

@@ -18,6 +18,7 @@ from nbl_export.run.job import Job
 from nbl_export.run.stages.common import StageContext
 from nbl_export.run_directory import TEXT_FILE
 from nbl_export.text.corpus import Corpus, stdlib_text
+from nbl_export.text.retrieval import RECIPE, row_length
 from nbl_export.text.windows import DIVISION
 
 __all__ = ["TextInputs", "declare", "run"]
@@ -31,7 +32,8 @@ class TextInputs:
         fingerprint: of the model, whose tokenizer reads the text.
         sources: see `text.mixture.identify`.
         distill_tokens: of the text that maps are trained on; always split, so that another fit reads no text again.
-        division: see `text.windows`.
+        division: see `text.windows`. recipe: see `text.retrieval`.
+        item_length: tokens of a row of retrieval items; 0 if there are none.
         documents: the calibration text.
         second: the text that nobody calibrates on.
     """
@@ -42,6 +44,8 @@ class TextInputs:
     context: int
     distill_tokens: int
     division: list[Any]
+    recipe: list[Any]
+    item_length: int
     vocab_size: int
     documents: Lazy[Corpus]
     second: Lazy[Corpus]
@@ -58,6 +62,8 @@ def declare(job: Job) -> TextInputs:
         context=options.context,
         distill_tokens=options.distill_tokens,
         division=DIVISION,
+        recipe=RECIPE,
+        item_length=row_length(options.context, job.decoder.max_positions),
         vocab_size=job.decoder.vocab_size,
         documents=job.documents,
         second=Lazy(None, stdlib_text),
@@ -68,6 +74,7 @@ def declare(job: Job) -> TextInputs:
 def run(inputs: TextInputs, ctx: StageContext, out: Path) -> dict[str, Any]:
     """Write text.safetensors; returns names, hashes and sizes for the manifest."""
     from nbl_export.text import parts
+    from nbl_export.text.retrieval import retrieval_parts
 
     text = inputs.documents.value
     second = inputs.second.value
@@ -77,6 +84,7 @@ def run(inputs: TextInputs, ctx: StageContext, out: Path) -> dict[str, Any]:
     )
     if second.sha256 != text.sha256:
         rows |= parts.split_second(second, inputs.tokenizer.value, context, inputs.vocab_size)
+    rows |= retrieval_parts(inputs.tokenizer.value, inputs.item_length, inputs.vocab_size)
     hashes = parts.save(rows, out / TEXT_FILE)
     inputs.documents.forget()
     facts = {

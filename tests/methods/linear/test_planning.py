@@ -99,6 +99,8 @@ def inputs(request: Any = None, select: str = "cca", limit: Limit | None = None,
         partial=Lazy("model", lambda: Switched),
         selection=Lazy("texts", lambda: texts),
         validation=Lazy(None, lambda: validation),
+        selection_items=Lazy(None, never),
+        validation_items=Lazy(None, never),
         saved=Lazy("saved", lambda: lambda maps, tokens: len(maps) * tokens / 10_000),
         speedup=Lazy(None, lambda: speedup),
         setting=Lazy(None, lambda: {"engine": "e"}),
@@ -190,7 +192,8 @@ def test_another_input_or_rule_is_another_key(monkeypatch: pytest.MonkeyPatch) -
         "selection": Lazy("o", list), "saved": Lazy("o", lambda: lambda maps, tokens: 0.0),
     }  # fmt: skip
     asked: dict[str, Any] = {"tap": "normed", "bias": False, "dropped": True, "kept": (0,)}
-    free = {"num_layers", "candidates", "limit", "trains", "model", "validation", "speedup", "setting"}
+    free = {"num_layers", "candidates", "limit", "trains", "model", "validation", "speedup", "setting",
+            "selection_items", "validation_items"}  # fmt: skip
     assert {f.name for f in dataclasses.fields(ChoiceInputs)} == others.keys() | free
     assert {f.name for f in dataclasses.fields(LayerCandidates)} == asked.keys() | {"request", "select"}
     keys = [Selection(dataclasses.replace(start, **{name: other})).key for name, other in others.items()]

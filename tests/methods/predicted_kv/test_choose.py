@@ -31,7 +31,8 @@ LAYERS, LENGTH = 8, 128
 OWN, SECOND, TWICE = "own", "second", "twice"
 LONG_RANGE = "long-range tokens"  # each loses a nat behind a short context
 TEXTS = (OWN, SECOND, LONG_RANGE)
-TOKEN = {OWN: 1, SECOND: 2, TWICE: 3}  # of each text
+PAIRS, SENTENCES = "retrieval: pairs", "retrieval: sentences"
+TOKEN = {OWN: 1, SECOND: 2, TWICE: 3, PAIRS: 4, SENTENCES: 5}  # of each text
 
 
 def mixer(exit_layer: int, recent_tokens: int) -> PredictedKV:
@@ -101,17 +102,25 @@ class World:
         return run
 
 
+def answers(count: int) -> torch.Tensor:
+    """The last tokens of eight rows."""
+    return (torch.arange(LENGTH) >= LENGTH - count).long().expand(8, LENGTH)
+
+
 def inputs(
     world: World, exits: Sequence[int] = (4, 5, 6), recent_choices: tuple[int, ...] = (1, 2), named: bool = False,
     limit: Limit | None = None, **changes: Any,
 ) -> ChoiceInputs:  # fmt: skip
     rows = {name: torch.full((8, LENGTH), token) for name, token in TOKEN.items()}
+    items = [(name, torch.stack([rows[name], answers(12)], 1)) for name in (PAIRS, SENTENCES)]
     given: dict[str, Any] = {
         "num_layers": LAYERS, "limit": limit or Limit(0.05, None),
         "candidates": ExitCandidates(tuple(exits), recent_choices, named, Exits(tuple(exits), LENGTH)),
         "partial": Lazy(None, lambda: world.partial),
         "selection": Lazy(None, lambda: [(OWN, rows[OWN][:1]), (SECOND, rows[SECOND][:1]), (TWICE, rows[TWICE][:1])]),
         "validation": Lazy(None, lambda: [(OWN, rows[OWN]), (SECOND, rows[SECOND])]),
+        "selection_items": Lazy(None, lambda: [(name, rows[:1]) for name, rows in items]),
+        "validation_items": Lazy(None, lambda: items),
         "saved": Lazy(None, lambda: lambda chosen,
          tokens: len(chosen) - next(iter(chosen.values())).recent_tokens / tokens),
         "speedup": Lazy(None, lambda: lambda chosen: SimpleNamespace(prefill=1 + len(chosen) / 10, decode=1.0)),
@@ -166,11 +175,12 @@ def test_each_text_can_refuse_an_exit_layer_alone(text: str, least: float) -> No
     step = facts["goal"]["path"][-1]
     point = next(p for p in facts["curve"]["points"] if (p["replaced_layers"][0], p["recent_tokens"]) == (5, 1))
     assert [row["text"] for row in step["quality_losses"]] == [OWN, SECOND]
-    assert [(row["text"], row["windows"]) for row in step["long_range"]] == [(OWN, 8), (SECOND, 8), (windows.TWICE, 4)]
+    judged = [(OWN, 8), (SECOND, 8), (windows.TWICE, 4), (PAIRS, 8), (SENTENCES, 8)]
+    assert [(row["text"], row["windows"]) for row in step["long_range"]] == judged
     assert point["long_range"] == pytest.approx(0.01 if text != LONG_RANGE else 0.105)
 
 
-@pytest.mark.parametrize("text", [OWN, SECOND, TWICE])
+@pytest.mark.parametrize("text", [OWN, SECOND, TWICE, PAIRS, SENTENCES])
 def test_long_range_tokens_of_one_text_can_refuse_an_exit_layer_alone(text: str) -> None:
     """The mean over all texts is within the limit."""
     world = World(rises(**{f"{LONG_RANGE} of {text}": 0.13}))
@@ -240,8 +250,9 @@ def test_an_exit_layer_that_holds_with_more_recent_tokens_says_nothing_of_fewer(
     assert [(step["layer"], step["recent_tokens"]) for step in facts["goal"]["path"][::-1]] == [(4, 4), (5, 4), (6, 1)]
 
 
-def test_long_range_tokens_are_those_of_all_rows_and_of_the_second_half_of_passages_that_occur_twice() -> None:
-    """Ordinary positions are every second one when estimated, and all when decided."""
+def test_long_range_tokens_are_those_of_all_rows_of_second_halves_of_passages_and_of_answers() -> None:
+    """Ordinary positions are every second one when estimated, and all when decided. Of answers, positions before
+    tokens are judged."""
     world = World(rises(), answers=10_000)
     choose_exit(inputs(world, exits=(6,), recent_choices=(1,)))
     judged = [(name, positions[:2], positions[-1]) for _, _, name, positions in world.judged]
@@ -253,7 +264,9 @@ def test_long_range_tokens_are_those_of_all_rows_and_of_the_second_half_of_passa
         (LONG_RANGE, [63, 64], ends),
     ]
     assert judged[:4] == estimated and judged[4] == (LONG_RANGE, [LENGTH // 2, LENGTH // 2 + 1], ends)
-    assert judged[5] == (OWN, [0, 1], ends) and judged[-1] == (LONG_RANGE, [LENGTH, LENGTH + 1], 2 * LENGTH - 2)
+    answer = (LONG_RANGE, [ends - 11, ends - 10], ends)
+    assert judged[5:8] == [answer, answer, (OWN, [0, 1], ends)] and judged[-16:] == [answer] * 16
+    assert judged[-17] == (LONG_RANGE, [LENGTH, LENGTH + 1], 2 * LENGTH - 2)
 
 
 def test_rows_with_few_long_range_tokens_do_not_count_and_a_text_without_any_says_nothing_of_them() -> None:
@@ -262,13 +275,30 @@ def test_rows_with_few_long_range_tokens_do_not_count_and_a_text_without_any_say
         assert bool(facts["goal"]["path"][-1]["long_range"]) is known
 
 
+def test_items_that_the_original_does_not_answer_decide_nothing_and_are_named() -> None:
+    """A loss of all their answers is no reason; other items and texts decide."""
+    lost = {f"{LONG_RANGE} of {PAIRS}": 0.9}
+    few = torch.stack([torch.full((8, LENGTH), TOKEN[PAIRS]), answers(7)], 1)
+    others = torch.stack([torch.full((8, LENGTH), TOKEN[SENTENCES]), answers(12)], 1)
+    items = Lazy(None, lambda: [(PAIRS, few), (SENTENCES, others)])
+    said = list[str]()
+    choice = choose_exit(inputs(World(rises(**lost)), selection_items=items, validation_items=items), said.append)
+    assert exit_of(choice) == (5, 1)
+    tested = choice.facts["goal"]["path"][0]
+    assert tested["unanswered"] == [PAIRS] and SENTENCES in [row["text"] for row in tested["long_range"]]
+    assert [line for line in said if PAIRS in line] == [
+        f"{PAIRS}: not judged, since the original finds too few answers"
+    ]
+
+
 def test_the_original_is_read_once_for_all_exit_layers_and_long_range_tokens_are_found_once() -> None:
-    """Three selection rows; then eight rows of both texts, and four of passages, for each of two decided layers."""
+    """Three selection rows and two of items; then eight rows of both texts and of both kinds of items, and four of
+    passages, for each of two decided layers."""
     world = World(rises(**{OWN: 0.045}), spread=0.02)
     facts = choose_exit(inputs(world)).facts
     assert len(facts["goal"]["path"]) == 2
     short = world.widths.count(2 * SHORT - 1)
-    assert (len(world.widths) - short, short) == (3 + 2 * 20, 3 + 20)
+    assert (len(world.widths) - short, short) == (5 + 2 * 36, 5 + 36)
 
 
 def test_a_named_exit_layer_is_not_judged() -> None:
