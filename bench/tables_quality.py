@@ -26,13 +26,13 @@ def increase(loss: Mapping[str, Any]) -> str:
     """The increase of perplexity of a text, from the losses of its windows if a raw result has kept them."""
     windows = loss.get("per_window")
     if windows:
-        return increase_of(windows["loss_original"], windows["loss_nbl"])
+        return increase_of(windows["loss_original"], windows["loss_nbl"], loss.get("looks", ()))
     return describe_interval(loss["increase"], loss["increase_interval"], percent=True, sign=True)
 
 
-def increase_of(before: Sequence[float], after: Sequence[float]) -> str:
+def increase_of(before: Sequence[float], after: Sequence[float], looks: Sequence[int] = ()) -> str:
     """The increase of perplexity, from the losses of the same windows."""
-    found = increase_interval(before, after)
+    found = increase_interval(before, after, looks)
     return describe_interval(found.value, found.ends, percent=True, sign=True)
 
 

@@ -140,7 +140,8 @@ def _judged(row: Mapping[str, Any] | None) -> str:
 
 def _recomputed(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
     windows = row["per_window"]
-    return long_range_row(name, list(zip(*(windows[sums] for sums in _SUMS), strict=True)))
+    passages = list(zip(*(windows[sums] for sums in _SUMS), strict=True))
+    return long_range_row(name, passages, row.get("looks", ()))
 
 
 def exchange(read: Read) -> Rows:

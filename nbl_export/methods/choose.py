@@ -23,8 +23,10 @@ from nbl_export.records.quality import (
     LONG_RANGE_SHARE,
     describe_increase,
     describe_long_range,
+    increase_ends,
     long_range_ends,
     loss_row,
+    verdict,
 )
 from nbl_export.text.parts import Texts
 
@@ -46,7 +48,7 @@ def step(
         long_range: of each text's long-range tokens (`records.quality.long_range_row`), if they were measured.
     """
     rows = [loss_row(name, found) for name, found in losses.items()]
-    within = all(_verdict(row, share) == "within" for row in rows)
+    within = all(verdict(increase_ends(row), share) == "within" for row in rows)
     within &= all(_most_lost(row) <= LONG_RANGE_SHARE * share for row in long_range)
     return {**facts, "within": within, "quality_losses": rows, "long_range": list(long_range)}
 
@@ -57,18 +59,11 @@ def _most_lost(row: Mapping[str, Any]) -> float:
     return -math.inf if ends is None else ends[1]
 
 
-def _verdict(row: Mapping[str, Any], share: float) -> str:
-    if row["increase"] is None:
-        return "beyond"
-    low, high = row["increase_interval"] or (-math.inf, math.inf)
-    return "within" if high <= share else "beyond" if low > share else "undecided"
-
-
 def failure(tested: Step, limit: Limit) -> str:
     """Why a step fails: the worst text beyond the limit, the worst undecided text, or long-range tokens."""
-    verdicts = [(_verdict(row, limit.share), row) for row in tested["quality_losses"]]
-    beyond = [row for verdict, row in verdicts if verdict == "beyond"]
-    undecided = [row for verdict, row in verdicts if verdict == "undecided"]
+    verdicts = [(verdict(increase_ends(row), limit.share), row) for row in tested["quality_losses"]]
+    beyond = [row for said, row in verdicts if said == "beyond"]
+    undecided = [row for said, row in verdicts if said == "undecided"]
     if not beyond and not undecided:
         return describe_long_range(max(tested["long_range"], key=_most_lost))
     worst = max(beyond or undecided, key=lambda row: math.inf if row["increase"] is None else row["increase"])

@@ -9,6 +9,10 @@ The interval weighs every r from -0.3 to 0.92 by its likelihood, without the mea
 Bayesian Analysis of the Regression Model with Autocorrelated Errors, J. Am. Statist. Assoc. 59). The interval is
 symmetric about the mean and contains 95% of the weighed distributions.
 
+Windows of a test with looks (`records.sequential`) are drawn apart. With g - 1 unread windows between two of them,
+their correlations end at 0.92^g. The interval of a look contains more than 95%, so that it holds at 95% whichever look
+ends the reading.
+
 Losses are also skewed. At each end, the interval takes the wider of this and the same corrected for skewness. The
 correction is Hall's (1992, The Removal of Skewness by Transformation, J. R. Statist. Soc. B 54).
 
@@ -28,6 +32,8 @@ from typing import Any
 
 import numpy as np
 
+from nbl_export.records import sequential
+
 __all__ = [
     "CONFIDENCE",
     "FEWEST_PASSAGES",
@@ -41,6 +47,7 @@ __all__ = [
     "describe_long_range",
     "describe_loss",
     "grows_with_length",
+    "increase_ends",
     "increase_interval",
     "interval_ends",
     "long_range_ends",
@@ -49,6 +56,7 @@ __all__ = [
     "mean_interval",
     "perplexity",
     "promise",
+    "verdict",
     "warn_of_text",
 ]
 
@@ -61,7 +69,8 @@ _NOTICED = 0.05  # no warning below this perplexity increase
 
 
 # Correlations of neighbouring windows that an interval allows for. A wider range lengthens intervals of few windows.
-_ALIKE = np.linspace(-0.3, 0.92, 25)
+_LEAST_ALIKE = -0.3
+_MOST_ALIKE = 0.92
 
 
 _FLAT = 1e-9  # skewness below which there is nothing to correct
@@ -81,11 +90,14 @@ class Interval:
         return None if self.low is None or self.high is None else [self.low, self.high]
 
 
-def mean_interval(values: Sequence[float] | np.ndarray, bounds: tuple[float, float] | None = None) -> Interval:
+def mean_interval(
+    values: Sequence[float] | np.ndarray, bounds: tuple[float, float] | None = None, looks: Sequence[int] = ()
+) -> Interval:
     """The mean of one value a window.
 
     Args:
         bounds: limits of the mean, such as 0 and 1 of a share.
+        looks: windows read at the end of each look; none or one if the number of windows was fixed.
     """
     x = np.asarray(values, np.float64)
     if not np.isfinite(x).all():
@@ -94,32 +106,38 @@ def mean_interval(values: Sequence[float] | np.ndarray, bounds: tuple[float, flo
     count = len(x)
     if count < 2:
         return Interval(value)
-    low, high = (float(end[0]) for end in interval_ends(x[None]))
+    low, high = (float(end[0]) for end in interval_ends(x[None], looks))
     if bounds is not None:
         low = max(low, bounds[0])
         high = min(high, bounds[1])
     return Interval(value, low, high)
 
 
-def interval_ends(rows_TW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def interval_ends(rows_TW: np.ndarray, looks: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
     """Ends [T] of the interval of the mean of each row of at least two windows, in the order of the text."""
     count = rows_TW.shape[1]
+    several = len(looks) > 1
+    confidence = sequential.level(tuple(looks)) if several else CONFIDENCE
+    apart = max(1.0, looks[-1] / count) if several else 1.0
+    alike_R = np.linspace(_LEAST_ALIKE, _MOST_ALIKE**apart, 25)
     mean_T = rows_TW.mean(1)
     apart_TW = rows_TW - mean_T[:, None]
     spread_T = rows_TW.std(1, ddof=1)
     skewness_T = np.divide((apart_TW**3).mean(1), spread_T**3, out=np.zeros(len(rows_TW)), where=spread_T > 0)
-    t = _student(count - 1)
-    error_T = _half_widths(apart_TW) / _student(count - 1)
+    t = _student(count - 1, confidence)
+    error_T = _half_widths(apart_TW, confidence, alike_R) / t
     low_T = mean_T - error_T * np.maximum(t, _corrected(t, skewness_T, count))
     return low_T, mean_T - error_T * np.minimum(-t, _corrected(-t, skewness_T, count))
 
 
-def increase_interval(before: Sequence[float] | np.ndarray, after: Sequence[float] | np.ndarray) -> Interval:
+def increase_interval(
+    before: Sequence[float] | np.ndarray, after: Sequence[float] | np.ndarray, looks: Sequence[int] = ()
+) -> Interval:
     """Relative increase of perplexity, from losses in nats of the same windows.
 
-    Losses are paired, so the difficulty of a window cancels out.
+    Losses are paired, so the difficulty of a window cancels out. `looks`: see `mean_interval`.
     """
-    rise = mean_interval(np.asarray(after, np.float64) - np.asarray(before, np.float64))
+    rise = mean_interval(np.asarray(after, np.float64) - np.asarray(before, np.float64), looks=looks)
     return Interval(*(_raised(v) for v in (rise.value, rise.low, rise.high)))
 
 
@@ -164,29 +182,29 @@ def _corrected(t: float, skewness_T: np.ndarray, count: int) -> np.ndarray:
     return np.where(flat_T, t, 3 / a_T * (np.cbrt(1 + a_T * (t - a_T / 6)) - 1))
 
 
-def _half_widths(apart_TW: np.ndarray) -> np.ndarray:
+def _half_widths(apart_TW: np.ndarray, confidence: float, alike_R: np.ndarray) -> np.ndarray:
     """Half the interval [T] around the mean of each row, from the distances of its windows to the mean."""
-    weight_RT, shift_RT, scale_RT = _weighed(apart_TW)
+    weight_RT, shift_RT, scale_RT = _weighed(apart_TW, alike_R)
     degrees = apart_TW.shape[1] - 1
     low_T = np.zeros(len(apart_TW))
-    high_T = (np.abs(shift_RT) + _student(degrees) * scale_RT).max(0)
+    high_T = (np.abs(shift_RT) + _student(degrees, confidence) * scale_RT).max(0)
     for _ in range(40):
         half_T = (low_T + high_T) / 2
         ends = (np.arctan((side * half_T - shift_RT) / scale_RT / math.sqrt(degrees)) for side in (1, -1))
         above_RT, below_RT = (_inside(angle_RT, degrees) for angle_RT in ends)
-        short_T = (weight_RT * (above_RT - below_RT)).sum(0) / 2 < CONFIDENCE
+        short_T = (weight_RT * (above_RT - below_RT)).sum(0) / 2 < confidence
         low_T = np.where(short_T, half_T, low_T)
         high_T = np.where(short_T, high_T, half_T)
     return np.where(apart_TW.any(1), high_T, 0.0)
 
 
-def _weighed(apart_TW: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _weighed(apart_TW: np.ndarray, alike_R: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each correlation: its weight, and shift and scale of truth - mean, which has Student's t distribution.
 
     The inverse of r^|i - j| has three diagonals. So all follow from sums of squares and of neighbours' products.
     """
     count = apart_TW.shape[1]
-    r_R1 = _ALIKE[:, None]
+    r_R1 = alike_R[:, None]
     ends_T = apart_TW[:, 0] + apart_TW[:, -1]
     squares_T = np.square(apart_TW).sum(1)
     inner_T = squares_T - np.square(apart_TW[:, 0]) - np.square(apart_TW[:, -1])
@@ -201,13 +219,13 @@ def _weighed(apart_TW: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 @functools.cache
-def _student(degrees: int) -> float:
-    """The two-sided quantile of Student's t at CONFIDENCE."""
+def _student(degrees: int, confidence: float = CONFIDENCE) -> float:
+    """The two-sided quantile of Student's t."""
     low = 0.0
     high = math.pi / 2
     for _ in range(60):
         angle = (low + high) / 2
-        low, high = (angle, high) if _inside(angle, degrees) < CONFIDENCE else (low, angle)
+        low, high = (angle, high) if _inside(angle, degrees) < confidence else (low, angle)
     return math.tan(low) * math.sqrt(degrees)
 
 
@@ -249,7 +267,7 @@ def loss_row(name: str, losses: Sequence[Any]) -> dict[str, Any]:
         for total in ("original_sum", "nbl_sum", "kl_sum")
     )
     increase = increase_interval(before, after)
-    apart = mean_interval(kl)
+    apart = mean_interval(kl, (0.0, math.inf))
     return {
         "text": name,
         "tokens": sum(loss.positions + 1 for loss in losses),
@@ -270,15 +288,18 @@ def describe_increase(row: Mapping[str, Any]) -> str:
     return describe_interval(row["increase"], row["increase_interval"], percent=True, sign=True)
 
 
-def long_range_row(name: str, found: Sequence[tuple[int, float, float, float]]) -> dict[str, Any]:
+def long_range_row(
+    name: str, found: Sequence[tuple[int, float, float, float]], looks: Sequence[int] = ()
+) -> dict[str, Any]:
     """What is lost of a text's long-range tokens (`text.long_range`), each passage as much as another one.
 
     Args:
         found: of each passage the number of long-range tokens, and sums in nats: loss of the original, of NBL, and
             S - L.
+        looks: see `mean_interval`.
     """
     count, before, after, gain = np.array(found, np.float64).T
-    lost = mean_interval((after - before) / gain)
+    lost = mean_interval((after - before) / gain, looks=looks)
     return {
         "text": name,
         "tokens": int(count.sum()),
@@ -287,6 +308,7 @@ def long_range_row(name: str, found: Sequence[tuple[int, float, float, float]]) 
         "perplexity_nbl": perplexity(after / count),
         "lost": lost.value,
         "lost_interval": lost.ends,
+        "looks": list(looks),
         "per_window": {
             "answers": count.tolist(),
             "loss_original": before.tolist(),
@@ -294,6 +316,17 @@ def long_range_row(name: str, found: Sequence[tuple[int, float, float, float]]) 
             "gain": gain.tolist(),
         },
     }
+
+
+def verdict(ends: Sequence[float] | None, share: float) -> str:
+    """Whether an interval shows that a loss is "within" a limit or "beyond" it; else "undecided"."""
+    low, high = (-math.inf, math.inf) if ends is None else ends
+    return "within" if high <= share else "beyond" if low > share else "undecided"
+
+
+def increase_ends(row: Mapping[str, Any]) -> Sequence[float] | None:
+    """Ends of the interval of an increase of perplexity, infinite if not finite; None of a single window."""
+    return (math.inf, math.inf) if row["increase"] is None else row["increase_interval"]
 
 
 def long_range_ends(row: Mapping[str, Any]) -> tuple[float, float] | None:

@@ -14,7 +14,7 @@ __all__ = ["BENCHMARK", "EVALUATION", "MANIFEST", "VERIFICATION"]
 _ENDS = tuple[float, float] | None
 _LONG_RANGE = {
     "tokens": int, "windows": int, "perplexity_original": float | None, "perplexity_nbl": float | None,
-    "lost": float | None, "lost_interval": _ENDS,
+    "lost": float | None, "lost_interval": _ENDS, "looks?": [int],
 }  # fmt: skip
 _TEXT = {"name": str, "sha256": str}
 _SIZES = {"tokens": int, "context": int}
@@ -60,6 +60,7 @@ VERIFICATION = {
         "text": str, "tokens": int, "windows": int, "perplexity_original": float | None,
         "perplexity_nbl": float | None, "increase": float | None, "increase_interval": _ENDS, "kl_mean": float | None,
         "kl_interval": _ENDS, "top1_agreement": float | None, "top1_interval": _ENDS, "prompt?": int,
+        "looks?": [int],
     }],
     "proof": [str], "warnings": [str], "long_range_by_text?": [{**_LONG_RANGE, "text": str}],
     "long_range?": _LONG_RANGE, "quality_warning?": str,

@@ -11,6 +11,7 @@ from nbl_export.options.options import CHECKPOINT_FIT
 from nbl_export.records.paired import describe_ratio
 from nbl_export.records.quality import FEWEST_PASSAGES, describe_kept, describe_loss, promise
 from nbl_export.records.results import VERIFIED
+from nbl_export.records.sequential import describe_looks
 from nbl_export.report import words
 from nbl_export.report.document import Block, Code, Details, Figure, Heading, Pair, Paragraph, Section
 from nbl_export.report.length import length
@@ -88,7 +89,7 @@ def _losses(report: Mapping[str, Any]) -> Iterator[Block]:
         "Measured on held-out text: no map was fitted on this text and no layer was chosen by it. "
         f"Brackets hold a 95% interval over windows of {first['tokens'] // first['windows']} tokens. "
         f"{stops if prompt else ''}Both decoders read the same windows. "
-        "A loss above the limit stops no run; the verdict on top says it. "
+        f"{_looks(report['quality_loss'])}A loss above the limit stops no run; the verdict on top says it. "
         f"{_MEANS if report['status'] == VERIFIED else ''}"
     )
     if report["quality_warning"]:
@@ -102,6 +103,13 @@ def _losses(report: Mapping[str, Any]) -> Iterator[Block]:
         yield _long_range(report["long_range"])
     said, share = limit_of(report)
     yield Paragraph(f"A limit of {said} means that {promise(share)}.")
+
+
+def _looks(rows: Iterable[Mapping[str, Any]]) -> str:
+    """At which look the reading of each text ended."""
+    said = [(describe_looks(row["windows"], row.get("looks", ())), row["text"]) for row in rows]
+    ended = "; ".join(f"{look}, on {text}" for look, text in said if look)
+    return f"A text whose loss is undecided at the limit is read further: {ended}. " if ended else ""
 
 
 def _long_range(rows: Iterable[Mapping[str, Any]]) -> Table:

@@ -2,13 +2,14 @@
 
 Each window has one purpose, so no final figure is measured on text that chose something.
 
-    calibration text  | maps are fitted on | validation | selection | validation | test x 2 | validation x 2 | training
-    second text       | unused | validation | selection x 2 | test | validation |
+    calibration text  | fitted on | validation | selection | validation | test x 2 | validation x 2 | test x 6 | trained
+    second text       | unused | validation | selection x 2 | test | validation | test x 3
 
 second      text that nobody calibrates on
 selection   chooses layers (`select` efficient), also as passages that occur twice, and judges distilled maps
 validation  decides how many layers a goal takes
-test        gives the figures of `verify`, the report and the card; no choice uses this part
+test        gives the figures of `verify`, the report and the card; no choice uses this part. The last parts are for
+            further looks (`records.sequential`), which read up to four times as much as the first one
 unused      was read while the tool's defaults were chosen; the second text's test part was not
 
 A part is a run of windows: 4,096 tokens of the calibration text, or 8,192 of the second text, rounded up to windows. Of
@@ -22,6 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nbl_export.errors import NblError
+from nbl_export.records.sequential import LOOKS
 from nbl_export.text.corpus import Corpus
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ _REPEATED = 2048  # tokens: some layers are needed only for long-range tokens
 _PASSAGE = 64
 TWICE = "held-back passages, each twice"
 FEWEST_WINDOWS = 3  # one for each purpose
-DIVISION: list[Any] = [[*part] for part in PART_TOKENS.items()]  # in the key of a stage that reads a part
+DIVISION: list[Any] = [*map(list, PART_TOKENS.items()), LOOKS]  # in the key of a stage that reads a part
 
 
 def pack(
@@ -167,12 +169,17 @@ def extend(windows_WT: torch.Tensor, ids: Sequence[int], tokens: int, held_out: 
 
 def part_tokens(roles: tuple[str, ...], context: int) -> int:
     """Tokens of a text that have roles, in whole windows: no map is fitted or trained on these."""
-    return len(roles) * -(-PART_TOKENS[roles] // context) * context
+    further = roles.count("test") * ((1 << LOOKS - 1) - 1)
+    return (len(roles) + further) * _part_windows(roles, context) * context
 
 
 def role_tokens(role: str, context: int) -> int:
-    """Tokens of both texts with one role, in whole windows."""
-    return sum(roles.count(role) * part_tokens(roles, context) // len(roles) for roles in PART_TOKENS)
+    """Tokens of both texts with one role, in whole windows; those of the first look, of a test."""
+    return sum(roles.count(role) * _part_windows(roles, context) * context for roles in PART_TOKENS)
+
+
+def _part_windows(roles: tuple[str, ...], context: int) -> int:
+    return -(-PART_TOKENS[roles] // context)
 
 
 def early_stopping_tokens(context: int) -> int:
@@ -180,20 +187,21 @@ def early_stopping_tokens(context: int) -> int:
     return 2 * max(1, _JUDGING_TOKENS // context) * context + _REPEATED
 
 
-def divide(windows_WT: torch.Tensor, roles: Sequence[str]) -> dict[str, torch.Tensor]:
+def divide(windows_WT: torch.Tensor, roles: tuple[str, ...]) -> dict[str, torch.Tensor]:
     """Windows [windows, context] that decide, choose and are final; each window has one role.
 
-    Roles are given run by run in the order of the text; fewer windows than runs have one run a role.
+    Roles are given run by run in the order of the text; fewer windows than runs have one run a role. Windows beyond
+    all runs are of the test.
 
     Args:
         windows_WT: at least `FEWEST_WINDOWS` windows.
     """
-    count = len(windows_WT)
-    if count < len(roles):
-        roles = [role for role in dict.fromkeys(roles) if role != "unused"]
-    given = [roles[k * len(roles) // count] for k in range(count)]
+    windows = len(windows_WT)
+    count = min(windows, len(roles) * _part_windows(roles, windows_WT.shape[1]))
+    runs = roles if count >= len(roles) else [role for role in dict.fromkeys(roles) if role != "unused"]
+    given = [*(runs[k * len(runs) // count] for k in range(count)), *["test"] * (windows - count)]
     uses = ("validation", "selection", "test")
-    return {use: windows_WT[[k for k in range(count) if given[k] == use]] for use in uses}
+    return {use: windows_WT[[k for k in range(windows) if given[k] == use]] for use in uses}
 
 
 def selection_texts(parts: Sequence[tuple[str, Any]], positions: int) -> list[tuple[str, Any]]:

@@ -7,21 +7,36 @@ If a prompt stops at an exit layer, the first half of a window is the prompt, wh
 second half is scored. It is appended in steps that continue as a whole, so each of its positions has logits. The
 original is scored on the same positions.
 
+If a text has looks (`records.sequential`), its reading ends at the first look that shows whether the loss is within the
+limit, or at which another text's is beyond it.
+
 Reported, not gated. A pass over the vocabulary computes in float32, a few rows at a time; sums are float64.
 Decoders that do not fit into memory together take turns (`in_turn`): one reads as many windows as may be held.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from nbl_export.errors import NblError
-from nbl_export.records.quality import increase_interval, long_range_row, mean_interval, perplexity
+from nbl_export.records.quality import (
+    LONG_RANGE_SHARE,
+    increase_ends,
+    increase_interval,
+    long_range_ends,
+    long_range_row,
+    mean_interval,
+    perplexity,
+    verdict,
+)
+from nbl_export.records.sequential import order_of
 from nbl_export.text.long_range import FEWEST, SHORT, contexts, is_long_range
 from nbl_export.text.windows import TWICE
 
@@ -46,6 +61,8 @@ def quality_loss(
     *,
     answers: bool = True,
     held: int = 0,
+    looks: Mapping[str | None, tuple[int, ...]] | None = None,
+    limit: float = math.inf,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Perplexity of both graphs, its increase, KL(original || NBL) in nats and top-1 agreement on each text.
 
@@ -53,46 +70,99 @@ def quality_loss(
         texts: name and token ids [windows, context]. Without a name, only long-range tokens in the second half count.
         continuing: W, if prompts of `nbl` stop at an exit layer. answers: whether long-range tokens are judged.
         held: bytes of the original's logits that may be kept until `nbl` reads the same windows; 0 is one batch.
+        looks: of a text by name, windows read at the end of each look; all windows at once of another text.
+        limit: most increase of perplexity, which looks decide.
 
     Returns:
         one row a text, and one of its long-range tokens (`records.quality.long_range_row`). Intervals are [low, high],
-        computed from "per_window", and None for a single window. "prompt": tokens of a window that are
+        computed from "per_window" and "looks", and None for a single window. "prompt": tokens of a window that are
         not scored, with `continuing`.
     """
-    total = sum(len(windows) for _, windows in texts)
+    plans = [(looks or {}).get(name, (len(windows),)) for name, windows in texts]
+    total = sum(plan[0] for plan in plans)
     done = 0
     rows: list[dict[str, Any]] = []
-    long_range: dict[str, list[tuple[int, float, float, float]]] = {}
+    long_range: list[dict[str, Any]] = []
+    verdicts: list[str] = []  # of texts whose reading ended
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for name, windows in texts:
-            found: list[np.ndarray] = []
-            tokens = windows.shape[1]
-            batch = 1
-            together = 1
-            half = tokens // 2
-            scored = tokens - (max(1, half) if name is None or continuing is not None else 1)
-            while len(found) < len(windows):
-                ids_WT = windows[len(found) : len(found) + together]
-                base, row_bytes = _read(original, ids_WT, batch, scored)
-                short = [_short(original, ids_T, scored, row_bytes, pool.map) for ids_T in ids_WT] if answers else []
-                parts = _compared(nbl, ids_WT, base, continuing, pool.map)
-                for short_N, part_T4 in zip(short, parts, strict=True) if answers else ():
-                    passage = _long_range(short_N, part_T4)
-                    if passage:
-                        long_range.setdefault(TWICE if name is None else name, []).append(passage)
-                found += [part_T4.mean(0) for part_T4 in parts]
-                progress(done + len(found), total)
-                window_bytes = row_bytes * (tokens - 1)
-                if continuing is None:  # else one: ONNX Runtime takes a chunk behind a cache for a single sequence
-                    batch = max(1, min(_STEP_TOKENS // tokens, _STEP_BYTES // window_bytes))
-                together = max(batch, held // window_bytes)
-            done += len(windows)
-            rows += (
-                []
-                if name is None
-                else [_row(name, windows.size, found) | ({} if continuing is None else {"prompt": half})]
-            )
-    return rows, [long_range_row(name, passages) for name, passages in long_range.items()]
+        for (name, windows), plan in zip(texts, plans, strict=True):
+            reader = _Reader(original, nbl, windows, continuing, name is not None, held, pool.map)
+            order = order_of(len(windows), plan)
+            for look, size in enumerate(plan):
+                total += size - plan[look - 1] if look else 0
+                while len(reader.found) < size:
+                    before = len(reader.found)
+                    reader.read(order[before:size], answers=answers)
+                    done += len(reader.found) - before
+                    progress(done, total)
+                row, far = reader.rows(name, plan)
+                said = _verdicts(row, far, limit)
+                if "undecided" not in said or "beyond" in (*said, *verdicts):
+                    break
+            verdicts += said
+            rows += [] if row is None else [row]
+            long_range += [] if far is None else [far]
+    return rows, long_range
+
+
+def _verdicts(row: Mapping[str, Any] | None, far: Mapping[str, Any] | None, limit: float) -> list[str]:
+    """What a text's perplexity and its long-range tokens show, if there are enough of these."""
+    found = [] if row is None else [verdict(increase_ends(row), limit)]
+    ends = None if far is None else long_range_ends(far)
+    return found if ends is None else [*found, verdict(ends, LONG_RANGE_SHARE * limit)]
+
+
+@dataclass
+class _Reader:
+    """Reads windows of one text with both decoders.
+
+    Attributes:
+        whole: whether every position is scored; else, or with `continuing`, the second half of a window.
+        found: by window, means of its positions (`_compare`).
+    """
+
+    original: Any
+    nbl: Any
+    windows: np.ndarray
+    continuing: int | None
+    whole: bool
+    held: int
+    spread: Spread
+    found: dict[int, np.ndarray] = field(default_factory=dict)
+    _passages: dict[int, tuple[int, float, float, float]] = field(default_factory=dict)
+    _batch: int = 1
+    _together: int = 1
+
+    def read(self, order: Sequence[int], *, answers: bool) -> None:
+        """Read the first of these windows, as many as fit together."""
+        chosen = list(order[: self._together])
+        ids_WT = self.windows[chosen]
+        tokens = ids_WT.shape[1]
+        scored = tokens - (1 if self.whole and self.continuing is None else max(1, tokens // 2))
+        base, row_bytes = _read(self.original, ids_WT, self._batch, scored)
+        short = [
+            _short(self.original, ids_T, scored, row_bytes, self.spread) if answers else np.empty(0) for ids_T in ids_WT
+        ]
+        parts = _compared(self.nbl, ids_WT, base, self.continuing, self.spread)
+        for window, short_N, part_T4 in zip(chosen, short, parts, strict=True):
+            self.found[window] = part_T4.mean(0)
+            passage = _long_range(short_N, part_T4) if answers else None
+            if passage:
+                self._passages[window] = passage
+        window_bytes = row_bytes * (tokens - 1)
+        if self.continuing is None:  # else one: ONNX Runtime takes a chunk behind a cache for a single sequence
+            self._batch = max(1, min(_STEP_TOKENS // tokens, _STEP_BYTES // window_bytes))
+        self._together = max(self._batch, self.held // window_bytes)
+
+    def rows(self, name: str | None, looks: tuple[int, ...]) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """The row of the text if it has a name, and that of its long-range tokens if there are any."""
+        found = [self.found[window] for window in sorted(self.found)]
+        passages = [self._passages[window] for window in sorted(self._passages)]
+        row = None
+        if name is not None:
+            row = _row(name, self.windows.shape[1] * len(found), found, looks)
+            row |= {} if self.continuing is None else {"prompt": self.windows.shape[1] // 2}
+        return row, long_range_row(TWICE if name is None else name, passages, looks) if passages else None
 
 
 def in_turn(original: Callable[[], Any], nbl: Callable[[], Any]) -> tuple[Any, Any]:
@@ -234,15 +304,16 @@ def _normalised(logits_NV: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarr
     return shifted_NV, best_N, np.log(exp_NV.sum(1)), exp_NV
 
 
-def _row(name: str, tokens: int, found: Sequence[np.ndarray]) -> dict[str, Any]:
+def _row(name: str, tokens: int, found: Sequence[np.ndarray], looks: tuple[int, ...]) -> dict[str, Any]:
     before, after, kl, agree = np.array(found).T
-    increase = increase_interval(before, after)
-    apart = mean_interval(kl)
-    same = mean_interval(agree, (0.0, 1.0))
+    increase = increase_interval(before, after, looks)
+    apart = mean_interval(kl, (0.0, math.inf), looks)
+    same = mean_interval(agree, (0.0, 1.0), looks)
     return {
         "text": name,
         "tokens": tokens,
         "windows": len(found),
+        "looks": list(looks),
         "perplexity_original": perplexity(before),
         "perplexity_nbl": perplexity(after),
         "increase": increase.value,

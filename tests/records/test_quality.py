@@ -65,29 +65,28 @@ def test_windows_that_do_not_correlate_pay_little_for_it(count: int, wider: floa
 
 
 def test_an_interval_is_that_of_students_t_if_no_correlation_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quality, "_ALIKE", np.zeros(1))
+    monkeypatch.setattr(quality, "_LEAST_ALIKE", 0.0)
+    monkeypatch.setattr(quality, "_MOST_ALIKE", 0.0)
     found = mean_interval([1.0, 2.0, 3.0, 2.0])
     assert found.ends == pytest.approx([2 - 3.1824 * math.sqrt(1 / 6), 2 + 3.1824 * math.sqrt(1 / 6)], rel=1e-4)
 
 
 @pytest.mark.parametrize("r", [-0.3, 0.4, 0.9])
-def test_sums_of_neighbours_are_the_least_squares_of_an_autoregression(
-    r: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sums_of_neighbours_are_the_least_squares_of_an_autoregression(r: float) -> None:
     """Shift and scale for one correlation, by the inverse of the whole matrix."""
-    monkeypatch.setattr(quality, "_ALIKE", np.array([r]))
     x = np.random.default_rng(2).standard_normal(9)
     inverse = np.linalg.inv(r ** np.abs(np.subtract.outer(np.arange(9), np.arange(9))))
     mean = inverse.sum(0) @ x / inverse.sum()
     scale = math.sqrt((x - mean) @ inverse @ (x - mean) / (8 * inverse.sum()))
-    _, shift, found = _weighed((x - x.mean())[None])
+    _, shift, found = _weighed((x - x.mean())[None], np.array([r]))
     assert (shift.item(), found.item()) == pytest.approx((mean - x.mean(), scale))
 
 
 def test_the_likely_correlation_weighs_most() -> None:
-    weights = _weighed(correlated(0.6, 256)[:1])[0][:, 0]
+    alike = np.linspace(-0.3, 0.92, 25)
+    weights = _weighed(correlated(0.6, 256)[:1], alike)[0][:, 0]
     assert weights.sum() == pytest.approx(1)
-    assert abs(float(weights @ np.linspace(-0.3, 0.92, 25)) - 0.6) < 0.1
+    assert abs(float(weights @ alike) - 0.6) < 0.1
 
 
 def test_increase_is_held_as_often_for_losses_that_share_what_is_hard() -> None:

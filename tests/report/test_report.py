@@ -674,3 +674,12 @@ def test_long_range_tokens_have_a_row_a_text_and_runs_of_earlier_versions_one_of
     assert lines[-1] == "long-range tokens keep 55% (36 to 74) at worst", lines
     pooled = {name: value for name, value in rows[0].items() if name != "text"}
     assert "| all texts | 40 (4) |" in Written(verify={**VERIFY, "long_range": pooled}).markdown
+
+
+def test_report_says_at_which_look_the_reading_ended(tmp_path: Path) -> None:
+    (row,) = VERIFY["quality_loss"]
+    for looks, said in (([16, 32, 64], "read further: look 1 of 3, on held-back calibration."), (None, "")):
+        one = row if looks is None else {**row, "looks": looks}
+        render(MANIFEST, {**VERIFY, "quality_loss": [one]}, BENCH, tmp_path)
+        page = (tmp_path / "report.md").read_text()
+        assert said in page and ("look 1 of" in page) is bool(said)

@@ -115,7 +115,7 @@ def test_stages_read_the_parts_that_are_theirs(run: Path, monkeypatch: pytest.Mo
     assert passages.flatten().tolist() == own_rows.selection.flatten()[: passages.numel()].tolist()
     final = [windows for _, windows in verify.loss_texts(verify.declare(job))]
     assert rows(final[0]) == rows(own_rows.test) and rows(final[1]) == rows(second.test)
-    assert final[1].size == final[0].size == 2048  # shorten_parts
+    assert final[1].size == final[0].size == 4 * 2048  # shorten_parts; looks
 
     class Recorder:
         @property
@@ -164,7 +164,7 @@ def test_a_run_says_what_it_read_for_what(run: Path) -> None:
     uses = [(t["use"], t["tokens"]) for t in texts]
     assert ("calibration: scores and maps", 1024) in uses
     assert [tokens for use, tokens in uses if use == "choice of layers"] == [1024, 1024, 512]  # shorten_parts
-    assert [tokens for use, tokens in uses if use == "final figures"] == [2048, 2048]
+    assert [tokens for use, tokens in uses if use == "final figures, at most"] == [8192, 8192]
     assert "distillation: judging" not in dict(uses) and "number of layers" not in dict(uses)
     done = nbl("verify", run, "--json")
     assert done.status == 0 and json.loads(done.out)["texts"] == texts

@@ -13,7 +13,7 @@ import pytest
 
 from nbl_export.errors import NblError
 from nbl_export.model import memory
-from nbl_export.records.quality import warn_of_text
+from nbl_export.records.quality import increase_interval, warn_of_text
 from nbl_export.report.page import render
 from nbl_export.run.stages import verify
 from nbl_export.text.windows import TWICE
@@ -91,6 +91,46 @@ def test_pruned_head_cannot_be_priced() -> None:
         quality_loss(pruned, pruned, [("t", np.array([[0, 1, 0]]))], lambda _d, _t: None)
 
 
+LOOKS = (8, 16, 32)
+
+
+def shares(mean: float, spread: float) -> np.ndarray:
+    """Windows of 101 tokens, of which about this share is 0 and the others are 1."""
+    wanted = np.clip(np.random.default_rng(1).normal(mean, spread, 32), 0, 1)
+    rows = np.arange(101)[None] % 10 >= 10 * wanted[:, None]
+    return rows.astype(np.int64)
+
+
+@pytest.mark.parametrize(
+    ("mean", "spread", "windows"), [(0.5, 0.05, 8), (0.5, 0.1, 16), (0.5, 0.2, 32), (0.6, 0.3, 32), (1.0, 0.05, 8)]
+)
+def test_a_text_is_read_until_its_loss_is_within_the_limit_or_beyond_it(
+    mean: float, spread: float, windows: int
+) -> None:
+    """Token 0 is 0.105 nats harder than in the original, token 1 is 0.095 nats easier."""
+    original, nbl = Unigram(np.array([0.5, 0.5])), Unigram(np.array([0.45, 0.55]))
+    texts = [("t", shares(mean, spread))]
+    seen: list[tuple[int, int]] = []
+    (row,), _ = quality_loss(original, nbl, texts, lambda *done: seen.append(done), looks={"t": LOOKS}, limit=0.05)
+    assert (row["windows"], row["looks"], seen[-1]) == (windows, list(LOOKS), (windows, windows))
+    (whole,), _ = quality_loss(original, nbl, texts, lambda _d, _t: None)
+    before, after = (np.array(whole["per_window"][name]) for name in ("loss_original", "loss_nbl"))
+    ends = {size: increase_interval(before[:: 32 // size], after[:: 32 // size], LOOKS).ends or [] for size in LOOKS}
+    assert row["per_window"]["loss_nbl"] == after[:: 32 // windows].tolist()
+    assert row["increase_interval"] == pytest.approx(ends[windows], rel=1e-9)
+    decided = [size for size, (low, high) in ends.items() if high <= 0.05 or low > 0.05]
+    assert windows == min(decided, default=32)
+
+
+def test_a_text_that_is_beyond_the_limit_ends_the_reading_of_others() -> None:
+    original, nbl = Unigram(np.array([0.5, 0.5])), Unigram(np.array([0.45, 0.55]))
+    texts = [("worst", shares(1.0, 0.05)), ("unclear", shares(0.6, 0.3))]
+    found, _ = quality_loss(
+        original, nbl, texts, lambda _d, _t: None, looks={name: LOOKS for name, _ in texts}, limit=0.05
+    )
+    assert [row["windows"] for row in found] == [8, 8]
+
+
 class Windowed:
     """Logits that depend on token and place, of a vocabulary of 5,000, the same however windows are batched."""
 
@@ -109,7 +149,7 @@ class Windowed:
 
 
 def test_figures_and_intervals_are_those_of_float64_window_by_window() -> None:
-    from nbl_export.records.quality import increase_interval, mean_interval
+    from nbl_export.records.quality import mean_interval
 
     original, nbl = Windowed(0), Windowed(1)
     windows = np.random.default_rng(2).integers(0, 5000, (9, 200))

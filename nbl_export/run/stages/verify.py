@@ -17,10 +17,12 @@ from nbl_export.files import write_json
 from nbl_export.methods import cache_layers
 from nbl_export.methods.rows import continuing_tokens
 from nbl_export.model import memory
+from nbl_export.options.goals import asked_increase
 from nbl_export.options.options import CHECKPOINT_FIT
 from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy
 from nbl_export.records.quality import describe_long_range, describe_loss, warn_of_text
+from nbl_export.records.sequential import LOOKS, describe_looks, looks_of
 from nbl_export.run.job import Job, require_engine
 from nbl_export.run.stages.common import StageContext
 from nbl_export.run_directory import ACCEPTANCE_FILE, DECODERS, VERIFY_FILE
@@ -28,7 +30,7 @@ from nbl_export.targets.base import Engine, compiler
 from nbl_export.targets.tokenizer import TOKENIZER, TokenizerFiles
 from nbl_export.text import questions
 from nbl_export.text.parts import Texts
-from nbl_export.text.windows import LONG_ROW, repeated
+from nbl_export.text.windows import LONG_ROW, PART_TOKENS, repeated, role_tokens
 from nbl_export.verify import ladder
 from nbl_export.verify.on_target import expect, save
 from nbl_export.verify.perplexity import in_turn, quality_loss
@@ -41,7 +43,7 @@ _PREFILL_TOKENS = (64, 37)
 _PROMPT_TOKENS = 24
 _NEW_TOKENS = 32
 _ANSWER_TOKENS = 48
-_TWICE_ROWS = 4  # with passages that occur twice, for long-range tokens
+_TWICE_ROWS = 4  # of a first look, with passages that occur twice, for long-range tokens
 _LONG_TOKENS = 2048
 _BEYOND_WINDOW = 512
 _SESSION_SHARE = 1.6  # of a graph's files, that ONNX Runtime takes while it opens them (8B shape in int4: 1.53)
@@ -56,6 +58,7 @@ class VerifyInputs:
     Attributes:
         engine: available here, or ONNX Runtime for a compiled engine.
         lacks_attention: the original of an NBL checkpoint lacks the removed attention.
+        limit: most increase of perplexity, which decides how many windows are read.
         windows: for calibration. held_out: all that nobody calibrates on, in the order of the text.
         names: of the calibration text and of the second text.
         training: windows of a distillation; None without one. early_stopping: those that choose its best step.
@@ -72,6 +75,7 @@ class VerifyInputs:
     kept_logits: str
     cache_length: int
     lacks_attention: bool
+    limit: float
     context: int
     names: Lazy[tuple[str, str]]
     windows: Lazy[Any]
@@ -99,6 +103,7 @@ def declare(job: Job) -> VerifyInputs:
         kept_logits=options.kept_logits,
         cache_length=job.cache_length,
         lacks_attention=options.fit == CHECKPOINT_FIT,
+        limit=asked_increase(options),
         context=options.context,
         names=Lazy(None, lambda: text.names),
         windows=text.windows,
@@ -151,8 +156,19 @@ def check(inputs: VerifyInputs, ctx: StageContext, out: Path) -> dict[str, Any]:
             original, nbl, held = _open_both(verification, run)
             with ctx.ui.task("quality loss on held-back text") as progress:
                 test = loss_texts(inputs, continuing)
-                texts: list[tuple[str | None, Any]] = [*test, (None, _twice(test[0][1]))]
-                quality_losses, long_range = quality_loss(original, nbl, texts, progress, continuing, held=held)
+                twice = _twice(test[0][1])
+                looks: dict[str | None, tuple[int, ...]] = {None: looks_of(len(twice), _TWICE_ROWS)}
+                looks |= {name: looks_of(len(windows), _first_look(inputs, windows)) for name, windows in test}
+                quality_losses, long_range = quality_loss(
+                    original,
+                    nbl,
+                    [*test, (None, twice)],
+                    progress,
+                    continuing,
+                    held=held,
+                    looks=looks,
+                    limit=inputs.limit,
+                )
             del original, nbl
         if verification.engine.capabilities.needs_target_gpu:
             save(expect(verification.precision, verifier.probe, verifier.references, continuing), out / ACCEPTANCE_FILE)
@@ -238,7 +254,8 @@ def conclude(
     warning = warn_of_text(quality_losses)
     for row in quality_losses:
         said = describe_loss(row)["increase"]
-        ctx.ui.say(f"  perplexity {said}, {row['text']}, {row['tokens']:,} tokens")
+        look = describe_looks(row["windows"], row["looks"])
+        ctx.ui.say(f"  perplexity {said}, {row['text']}, {row['tokens']:,} tokens, {look}")
     for row in long_range:
         ctx.ui.say(f"  {describe_long_range(row)}, {row['tokens']:,} tokens")
     for sentence in (*verifier.warnings, *filter(None, [warning])):
@@ -318,9 +335,16 @@ def loss_texts(inputs: VerifyInputs, continuing: int | None = None) -> list[tupl
     return [(name, _in_rows(windows.numpy(), context)) for name, windows in inputs.test.value]
 
 
+def _first_look(inputs: VerifyInputs, rows_WT: Any) -> int:
+    """Rows of the first look, which reads as many tokens of each text."""
+    return max(2, role_tokens("test", inputs.context) // len(PART_TOKENS) // rows_WT.shape[1])
+
+
 def _twice(rows_WT: Any) -> Any:
     """Few rows of the same length, whose second half repeats passages of the first."""
-    return np.stack([repeated(ids_T, len(ids_T))[0].numpy() for ids_T in rows_WT[:_TWICE_ROWS]])
+    most = _TWICE_ROWS << LOOKS - 1
+    chosen = rows_WT[:: max(1, len(rows_WT) // most)][:most]
+    return np.stack([repeated(ids_T, len(ids_T))[0].numpy() for ids_T in chosen])
 
 
 def _in_rows(windows_WT: Any, context: int) -> Any:
@@ -340,5 +364,5 @@ def uses_of(inputs: VerifyInputs, ctx: StageContext) -> list[dict[str, Any]]:
         used += [("choice of layers", *text) for text in inputs.selection.value]
     if (ctx.run.manifest.get("goal") or {}).get("path"):
         used += [("number of layers", n, rows) for n, (_, rows) in zip(names, inputs.validation.value, strict=False)]
-    used += [("final figures", n, rows) for n, (_, rows) in zip(names, inputs.test.value, strict=False)]
+    used += [("final figures, at most", n, rows) for n, (_, rows) in zip(names, inputs.test.value, strict=False)]
     return [{"use": use, "text": name, "tokens": int(windows.numel())} for use, name, windows in used]
