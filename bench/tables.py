@@ -62,6 +62,8 @@ TABLES: Mapping[str, Table] = {
     "limited": second.limited,
     "intervals": speed.intervals,
     "coverage": speed.coverage,
+    "looks-level": speed.looks_level,
+    "looks-power": speed.looks_power,
     "length": quality.length,
 }
 

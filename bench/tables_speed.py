@@ -211,6 +211,37 @@ def coverage(read: Read) -> Rows:
     return rows
 
 
+def looks_level(read: Read) -> Rows:
+    """The share of trials with a wrong verdict, of a true loss at the limit."""
+    found = read("looks")
+    heads = ("differences", "correlation", "looks: within", "beyond", "8 windows once: within", "beyond")
+    rows: Rows = [heads, "l" + "r" * (len(heads) - 1)]
+    for row in found["rows"]:
+        if row["loss"] == found["limit"]:
+            shares = (f"{100 * row[rule][verdict]:.1f}%" for rule in ("looks", "once") for verdict in _VERDICTS)
+            rows.append((row["differences"], f"{row['correlation']:g}", *shares))
+    return rows
+
+
+_VERDICTS = ("within", "beyond")
+
+
+def looks_power(read: Read) -> Rows:
+    """The share of trials with the right verdict, and the windows that looks read."""
+    found = read("looks")
+    cases = list(dict.fromkeys((row["differences"], row["correlation"]) for row in found["rows"]))
+    rows: Rows = [("true loss", *(f"{kind}, correlation {r:g}" for kind, r in cases)), "l" + "r" * len(cases)]
+    for loss in dict.fromkeys(row["loss"] for row in found["rows"] if row["loss"] != found["limit"]):
+        verdict = "within" if loss < found["limit"] else "beyond"
+        cells = [row for row in found["rows"] if row["loss"] == loss]
+        shown = (
+            f"{row['looks'][verdict]:.0%} ({row['once'][verdict]:.0%}), {row['looks']['windows']:.0f} windows"
+            for row in cells
+        )
+        rows.append((f"+{loss:g}%, {verdict}", *shown))
+    return rows
+
+
 _METHODS = {
     "float32": "float32", "rtn": "to nearest (`default`)", "awq": "AWQ, then to nearest", "k_quant": "`k_quant`",
     "k_quant_mixed": "`k_quant_mixed`",

@@ -16,7 +16,7 @@ ends the reading.
 Losses are also skewed. At each end, the interval takes the wider of this and the same corrected for skewness. The
 correction is Hall's (1992, The Removal of Skewness by Transformation, J. R. Statist. Soc. B 54).
 
-`bench/coverage.py` simulates how often intervals contain the mean, beside other methods. Its raw result is
+`bench/window_intervals.py` simulates how often intervals contain the mean, beside other methods. Its raw result is
 `bench/results/coverage-perplexity.json`.
 
 `evaluation.measure` has the standard error of benchmarks, which have hundreds of items.

@@ -15,7 +15,7 @@ from nbl_export.options.options import JobOptions
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "bench" / "results").glob("*.json"))
 # Simulations, and equal tokens, are the same on every machine.
-ANY_MACHINE = {"intervals", "coverage-perplexity", "runtimes-smollm2"}
+ANY_MACHINE = {"intervals", "coverage-perplexity", "looks", "runtimes-smollm2"}
 
 # Options of the harness' own command line that our raw results used.
 HARNESS = {"--model", "--model_args", "--tasks", "--num_fewshot", "--limit"}

@@ -1,4 +1,4 @@
-"""bench/coverage.py: its raw result is that of today's intervals, which hold the mean as often as is claimed."""
+"""Intervals of windows: the raw result is that of today, and the mean is held as often as is claimed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROWS = json.loads((BENCH / "results" / "coverage-perplexity.json").read_text(enc
 
 @pytest.fixture(scope="module")
 def coverage() -> Any:
-    spec = importlib.util.spec_from_file_location("coverage_of_windows", BENCH / "coverage.py")
+    spec = importlib.util.spec_from_file_location("window_intervals", BENCH / "window_intervals.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,7 +1,7 @@
 """Simulates how often intervals of a mean over windows of text contain the mean, and how wide they are.
 
-    python bench/coverage.py > bench/results/coverage-perplexity.json
-    python bench/coverage.py --check        # simulate again, and compare with the raw result
+    python bench/window_intervals.py > bench/results/coverage-perplexity.json
+    python bench/window_intervals.py --check        # simulate again, and compare with the raw result
 
 A row of windows is a first-order autoregression: neighbours correlate by `correlation`. For other differences than
 normal ones, each value goes through the distribution function. Methods:
