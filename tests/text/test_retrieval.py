@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ class Pieces:
         return "".join(list(self.known)[token] for token in ids)
 
 
-TOKENIZERS = {"pieces": (Pieces, 1 << 20), "bytes": (tiny_tokenizer, VOCAB)}
+TOKENIZERS: dict[str, tuple[Callable[[], Any], int]] = {"pieces": (Pieces, 1 << 20), "bytes": (tiny_tokenizer, VOCAB)}
 
 
 def made(name: str, kind: str, length: int, count: int = 3, seed: str = "a") -> tuple[Any, torch.Tensor]:
