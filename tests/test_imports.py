@@ -30,7 +30,7 @@ TARGETS = ("onnx", "openvino", "tensorrt", "checkpoint")  # packages of `targets
 # Library -> where it may be imported: a place, or a module of one.
 HEAVY = {
     "torch": ("model", "methods",
-              "text.parts", "text.windows", "verify.exporter",
+              "text.parts", "text.retrieval", "text.windows", "verify.exporter",
               "targets.export", "targets.openvino.export", "targets.openvino.trace", "targets.tensorrt.export",
               "targets.checkpoint"),
     "transformers": ("model", "methods.checkpoint", "methods.predicted_kv.torch_layers",

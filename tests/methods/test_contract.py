@@ -123,8 +123,8 @@ def test_a_planted_mixer_is_fitted(name: str) -> None:
     found = Linear(*fit(found_moments, 0, bias=bias))
     np.testing.assert_allclose(output(found, ROWS), output(mixer, ROWS), atol=2e-5)
     scored = score(found_moments, 4, bias=bias)
-    constant = name == "a bias alone"  # of whose variance nothing is left to explain
-    assert scored.layer == 4 and (scored.nmse < 1e-4) is not constant and -1e-9 <= scored.bound < 1e-3
+    constant = name == "a bias alone"  # no variance is left, or rounding errors: their share is any number
+    assert scored.layer == 4 and (constant or scored.nmse < 1e-4) and -1e-9 <= scored.bound < 1e-3
 
 
 @pytest.mark.parametrize("name", EVERY)

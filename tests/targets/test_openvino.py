@@ -216,7 +216,7 @@ def test_the_real_library_computes_the_known_answer() -> None:
 def test_a_missing_package_is_told(monkeypatch: pytest.MonkeyPatch, directories: dict[str, Path]) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     assert "openvino" in openvino_engine.OPENVINO.probe().reason
-    with pytest.raises(MissingPackageError, match=r"nbl-export\[openvino\]"):
+    with pytest.raises(MissingPackageError, match=r"pip install '\.\[openvino\]'"):
         OpenVinoRunner(directories["nbl"], 1)
 
 

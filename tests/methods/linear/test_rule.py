@@ -20,8 +20,9 @@ LAYERS, POSITIONS, SIZE = 14, 24, 6
 ORDERS = {2: (9, 13, 7, 1, 4, 11, 3, 5, 12)}
 _RECENT = ["validation", "selection", "validation", "test", "test", "validation", "validation"]
 _SECOND = ["unused", "validation", "selection", "selection", "test", "validation"]
+_LOOKS = 3  # of a test
 _TEXTS = [2048, 2048, 2048]  # tokens of the calibration text, of the second text, and of repeated passages
-JUDGED: dict[int, tuple[object, ...]] = {2: (4, 512, [[_RECENT, 4096], [_SECOND, 8192]], _TEXTS)}
+JUDGED: dict[int, tuple[object, ...]] = {2: (4, 512, [[_RECENT, 4096], [_SECOND, 8192], _LOOKS], _TEXTS)}
 
 
 class Planted(Judge):
