@@ -35,22 +35,25 @@ nbl-export estimate MODEL [options of the main job]
 ```
 
 `estimate` says what a job takes on this machine: time, memory and disk of each stage.
-It also says when the first token of a prompt comes, in milliseconds of counted work at the speed of this machine.
+It also says the method that the model gets, what limits its loss, and how much faster prompts are by counted work.
+A model that takes no exit layer learns why. Milliseconds are measured by the job, not estimated.
 Predicted KV are counted for a third of the layers, linear maps for the layers that are asked for, or a quarter.
 A number of layers is taken from the middle of the model; the last layers gain more.
 MODEL is a hub id, a checkpoint directory, a `config.json` or a GGUF file. No weight is read.
 Of a model of the hub, `config.json` alone is fetched.
-The main job says the same totals before it begins. It refuses if memory or disk cannot suffice.
+The main job says the same before it begins. It refuses if memory or disk cannot suffice.
 A job that resumes counts the stages that are left.
 
 | column | meaning |
 |---|---|
-| time | work over the speed of a short matrix product, measured now |
+| time | work over the speed of short matrix products, measured now; three quarters to four thirds of it |
 | memory | the least that a stage can run with, beside Python and its libraries; a job is refused by this |
 | disk | what the stage writes; float weights of a GGUF file are removed when the report is written |
 
 A stage takes more memory than the least if more is free.
-Measured stages of jobs with 0.1B, 0.5B, 3B and 8B parameters agree within a factor of 2 in time.
+Other programs do not change the estimated speed. If they run now, the time beside them is told too.
+The default jobs of 0.1B and 0.5B that were measured took a time within the range.
+Stages of jobs in float32, and of 3B and 8B, agree within a factor of 2.
 None took less memory than the estimate.
 These jobs ran on ONNX Runtime. Estimates for OpenVINO follow from the same work and were not compared.
 Engines for GPUs are built and timed in a time that is not estimated.

@@ -102,14 +102,19 @@ class Estimate:
 
     Attributes:
         memory_bytes: the least that it can run with, beside Python and its libraries.
+        seconds: if nothing else runs.
+        busy_seconds: beside what runs on this machine now.
+        expected: the method, its gain and what limits its loss, in sentences.
         replaced: the number of layers that time, disk and gain are counted for.
         gains: the first token of prompts, original and NBL, by counted work.
         refused: why the job cannot end here, in a sentence; "" if nothing speaks against it.
     """
 
     seconds: float
+    busy_seconds: float
     memory_bytes: float
     disk_bytes: float
+    expected: tuple[str, ...]
     replaced: int
     gains: tuple[Gain, ...]
     stages: tuple[Needs, ...]

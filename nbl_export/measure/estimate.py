@@ -11,7 +11,7 @@
     verify      passes of both graphs and of the short contexts, over the test text
     bench       prompts and decoded tokens of both graphs
 
-Sizes follow from shapes. Seconds are within a factor of 2 of the measured jobs of bench/results.
+Sizes follow from shapes. Measured default jobs took between 3/4 and 4/3 of the seconds; others, half to twice.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,10 +39,11 @@ from nbl_export.options.goals import DEFAULT_STEPS, asked_layers, default_minute
 from nbl_export.options.option import ModelFacts
 from nbl_export.options.options import AUTO_EXIT, CHECKPOINT_FIT, JobOptions, exit_refused
 from nbl_export.records.capabilities import Capabilities
+from nbl_export.records.destinations import ANYWHERE, DESTINATIONS
 from nbl_export.records.plan import PREDICTED_KV
 from nbl_export.text.windows import early_stopping_tokens, role_tokens
 
-__all__ = ["Gain", "Job", "Needs", "product_flops_per_second"]
+__all__ = ["Gain", "Job", "Needs", "ProductSpeed", "measure_products"]
 
 # Measured: "smollm2" and "qwen" are stages-*.json, the 8B shape is shapes-8b.json in bench/results.
 _FIT = 28.0  # x D^3 of float32 work to score or fit one map, in float64: plan of the 8B shape
@@ -54,25 +57,48 @@ _PROMPTS = (512, 2048)  # tokens of the prompts whose first token is told
 _STEP = 1024  # tokens of a training step
 _TWICE = 8192  # tokens of passages that decide an exit layer, beside the validation texts
 _SHORT = 2  # times the judged tokens: the short contexts of long-range tokens (`text.long_range`)
+_MEASURED_SECONDS = 0.2
 _SUMS = 14 / 3  # x D^2 additions and multiplications of a token's moments: Y'X, and 2/3 of X'X and Y'Y (`sums.gram`)
 
 
-@functools.cache  # each process measures once
-def product_flops_per_second() -> float:
-    """Additions and multiplications a second of a float32 product, in a tenth of a second.
+@dataclass(frozen=True)
+class ProductSpeed:
+    """Speed of float32 products on this machine.
 
-    The shortest product counts, since other programs that run at the same time make the rate too low.
+    Attributes:
+        flops_per_second: additions and multiplications a second of all threads, if nothing else runs.
+        share: of the time of these threads that other programs left to them, at most 1.
     """
-    rng = np.random.default_rng(0)
-    rows = 512
-    width = 1024
-    seconds = []
-    x, weight = (rng.standard_normal(shape, np.float32) for shape in ((rows, width), (width, width)))
-    for _ in range(20):
-        start = time.perf_counter()
-        x @ weight
-        seconds.append(time.perf_counter() - start)
-    return 2.0 * rows * width**2 / min(seconds)
+
+    flops_per_second: float
+    share: float
+
+
+@functools.cache  # each process measures once
+def measure_products(threads: int) -> ProductSpeed:
+    """Multiply small matrices in every thread for a fifth of a second.
+
+    A thread's own clock stands still while another program has its core, so that load does not change the rate.
+    BLAS gives no product of this size to threads of its own, whose clocks are not read.
+    """
+    side = 64
+    together = threading.Barrier(threads)
+
+    def work(_thread: int) -> tuple[int, float, float]:
+        x = np.random.default_rng(0).standard_normal((side, side), np.float32)
+        out = np.empty_like(x)
+        together.wait()
+        begin, own, count = time.perf_counter(), time.thread_time(), 0
+        while time.perf_counter() - begin < _MEASURED_SECONDS:
+            for _ in range(16):
+                np.matmul(x, x, out=out)
+            count += 16
+        return count, time.thread_time() - own, time.perf_counter() - begin
+
+    with ThreadPoolExecutor(threads) as pool:
+        counts, own, passed = zip(*pool.map(work, range(threads)), strict=True)
+    rates = (2.0 * side**3 * count / seconds for count, seconds in zip(counts, own, strict=True))
+    return ProductSpeed(sum(rates), min(1.0, sum(own) / sum(passed)))
 
 
 @dataclass(frozen=True)
@@ -97,7 +123,7 @@ class Gain:
     Attributes:
         kind: what `layers` layers have.
         is_asked: of the job itself; else of a job with the default exit layer.
-        original_seconds, nbl_seconds: at the rate of this machine; None if the engine does not run here.
+        speedup: work of the original over work of the model that is made.
     """
 
     kind: str
@@ -105,8 +131,6 @@ class Gain:
     is_asked: bool
     tokens: int
     speedup: float
-    original_seconds: float | None
-    nbl_seconds: float | None
 
 
 @dataclass(frozen=True)
@@ -333,9 +357,20 @@ class Job:
         costs = cost_model(self.options, self.engine, self.shape.decoder, self.shape.mlp)
         costs = dataclasses.replace(costs, tokens=tokens)
         work = [costs.prefill_flops(sizes) for sizes in ({}, self._exit_sizes() if self.exits else self._layer_sizes())]
-        seconds = [None if self.engine.needs_target_gpu else flops / self.product_flops_per_second for flops in work]
         kind = "predicted KV" if self.exits else "linear maps" if self.options.fit != "drop" else "no attention"
-        return Gain(kind, self.count, is_asked, tokens, work[0] / work[1], *seconds)
+        return Gain(kind, self.count, is_asked, tokens, work[0] / work[1])
+
+    @property
+    def no_exit(self) -> str:
+        """Why keys of this model cannot be predicted in the asked engine; "" if they can."""
+        place = DESTINATIONS.get(self.options.destination or "", ANYWHERE)
+        if place.kinds is not None and PREDICTED_KV not in place.kinds:
+            return f"--for {self.options.destination} takes none"
+        if not self.engine.holds(PREDICTED_KV):
+            return f"--engine {self.options.engine} takes none"
+        decoder = self.shape.decoder
+        facts = ModelFacts(no_exit=exits_refused(decoder.architecture, has_window=bool(decoder.sliding_window)))
+        return exit_refused(self.options.decoder_source, self.options.precision, facts, self.options.destination)
 
     def _exit_sizes(self) -> dict[int, LayerSizes]:
         layers = self.shape.decoder.num_layers
@@ -355,11 +390,7 @@ class Job:
 
     def _with_exit(self) -> Job | None:
         """The same job with the default exit layer; None if it has one, or if its engine or model takes none."""
-        decoder = self.shape.decoder
-        facts = ModelFacts(no_exit=exits_refused(decoder.architecture, has_window=bool(decoder.sliding_window)))
-        refused = exit_refused(self.options.decoder_source, self.options.precision, facts)
-        possible = self.engine.holds(PREDICTED_KV) and not refused
-        if self.options.predicts or not possible or self.shape.maps_tap:
+        if self.options.predicts or self.no_exit or self.shape.maps_tap:
             return None
         options = dataclasses.replace(
             self.options, exit_layer=AUTO_EXIT, layers=None, fit="independent", recent_tokens=None

@@ -11,6 +11,17 @@ from nbl_export.report.words import number, plural, size
 __all__ = ["describe_totals", "estimate_table"]
 
 
+_LEAST, _MOST = 3 / 4, 4 / 3  # times the estimated seconds: most jobs that were measured lie between
+_BUSY = 1.2  # times the seconds of a machine that does nothing else: other programs are told from here on
+
+
+def _describe_range(seconds: float) -> str:
+    """The range of an estimated time: "34 to 60 s", "9 to 16 minutes"."""
+    low, high = _describe_time(_LEAST * seconds), _describe_time(_MOST * seconds)
+    (least, unit), (most, same) = low.split(), high.split()
+    return low if low == high else f"{least} to {most} {unit}" if unit == same else f"{low} to {high}"
+
+
 def _describe_time(seconds: float) -> str:
     """An estimated time: "45 s", "12 minutes", "3.2 hours"."""
     if seconds < 90:
@@ -21,11 +32,13 @@ def _describe_time(seconds: float) -> str:
 def describe_totals(job: Mapping[str, Any]) -> str:
     """Time, memory and disk of a job in words."""
     time, memory, disk = _figures(job)
-    return f"about {time}, at least {memory} of memory and {disk} of disk"
+    if job["busy_seconds"] > _BUSY * job["seconds"]:
+        time += f" if nothing else runs ({_describe_range(job['busy_seconds'])} beside what runs now)"
+    return f"{time}, at least {memory} of memory and {disk} of disk"
 
 
 def _figures(row: Mapping[str, Any]) -> tuple[str, str, str]:
-    return _describe_time(row["seconds"]), size(row["memory_bytes"] or None), size(row["disk_bytes"] or None)
+    return _describe_range(row["seconds"]), size(row["memory_bytes"] or None), size(row["disk_bytes"] or None)
 
 
 def _first_tokens(gains: Sequence[Mapping[str, Any]]) -> Table:
@@ -34,17 +47,8 @@ def _first_tokens(gains: Sequence[Mapping[str, Any]]) -> Table:
         count = gain["layers"]
         kind = gain["kind"] if gain["is_asked"] else f"{gain['kind']} (--exit-layer auto)"
         who = f"{count} {plural('layer', count)} with {kind}"
-        times = (_milliseconds(gain["original_seconds"]), _milliseconds(gain["nbl_seconds"]))
-        rows.append((who, f"{gain['tokens']:,}", *times, f"{gain['speedup']:.2f}×"))
-    return Table.of(
-        ("replaced", *Column.numbers("prompt", "original", "NBL", "faster")),
-        rows,
-        "First token of a prompt, by counted work",
-    )
-
-
-def _milliseconds(seconds: float | None) -> str:
-    return "–" if seconds is None else f"{float(f'{1000 * seconds:.2g}'):,.0f} ms"
+        rows.append((who, f"{gain['tokens']:,}", f"{gain['speedup']:.2f}×"))
+    return Table.of(("replaced", *Column.numbers("prompt", "faster")), rows, "First token of a prompt, by counted work")
 
 
 def estimate_table(job: Mapping[str, Any]) -> Shown:
@@ -66,10 +70,12 @@ def estimate_table(job: Mapping[str, Any]) -> Shown:
                 f"--engine {options['engine']} --precision {options['precision']} --fit {options['fit']}, about "
                 f"{job['replaced']} layers replaced, {options['calibration_tokens']:,} tokens of calibration",
             ),
+            *(sentence.split(": ", 1) for sentence in job["expected"]),
             (
                 "this machine",
                 f"{number(machine['product_flops_per_second'] / 1e9)} billion operations a second in float32"
-                f"{tiles}; {size(machine['memory_bytes'])} of memory available, "
+                f"{tiles}, {machine['share']:.0%} of its time free; "
+                f"{size(machine['memory_bytes'])} of memory available, "
                 f"{size(machine['disk_bytes'])} of disk left here",
             ),
         ]

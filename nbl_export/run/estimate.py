@@ -2,7 +2,7 @@
 
     config.json, or the head of a GGUF file ─► sizes ┐
     options, settled as the main job settles them ───┼─► seconds, memory and disk of each stage, gain of a prompt
-    a short product on this machine ─────────────────┘
+    short products on this machine ──────────────────┘
 
 A job that resumes counts the stages that are left: those that are not recorded, have another key, or read such a stage.
 """
@@ -18,23 +18,31 @@ from typing import Any
 
 from nbl_export.errors import NblError
 from nbl_export.measure.estimate import Job as EstimatedJob
-from nbl_export.measure.estimate import Needs, product_flops_per_second
+from nbl_export.measure.estimate import Needs, ProductSpeed, measure_products
 from nbl_export.methods.checkpoint.shape import Shape, read_shape
 from nbl_export.model import processes
 from nbl_export.model.memory import available_bytes, holds
-from nbl_export.options.options import SMALLEST, JobOptions
+from nbl_export.options.goals import asked_increase
+from nbl_export.options.options import AUTO_EXIT, CHECKPOINT_FIT, NO_EXIT, SMALLEST, JobOptions
 from nbl_export.options.settle import hub_id, settle
 from nbl_export.report.estimate import describe_totals
 from nbl_export.report.words import size
 from nbl_export.run.job import Job
 from nbl_export.run.settled import capabilities_of, model_facts
 from nbl_export.run.stages.common import Skipped, Stage
+from nbl_export.targets.base import default_threads
 
 __all__ = ["describe_estimate", "describe_machine", "estimate", "stages_left"]
 
+# Of the default jobs in bench/results/exit-layers.json.
+MEASURED = (
+    "measured: 1.32x for SmolLM2-135M and 1.31x for Qwen2.5-Coder-0.5B, prompts of 2,048 tokens, within 5%, in ONNX "
+    "Runtime int8 on a CPU (docs/results.md)"
+)
+
 
 def estimate(model: str, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """What a whole job will take, by stages, and the gain of a prompt; reads no weight.
+    """What a whole job will take, by stages, and what is expected of it; reads no weight.
 
     Raises:
         NblError: there is no such model here or on the hub, it does not state its sizes, or an option does not fit.
@@ -54,12 +62,14 @@ def estimate(model: str, asked: Mapping[str, Any]) -> dict[str, Any]:
         "options": {name: getattr(options, name) for name in names},
         "machine": {
             "product_flops_per_second": job.product_flops_per_second,
+            "share": _speed().share,
             "tiles": job.tiles,
             "memory_bytes": job.available_bytes,
             "disk_bytes": free,
         },
         "stages": [dataclasses.asdict(stage) for stage in stages],
         **_totals(stages),
+        "expected": list(_expected(job)),
         "replaced": job.count,
         "gains": [dataclasses.asdict(gain) for gain in job.gains()],
         "refused": _shortage(stages, job.available_bytes, free, Path.cwd()),
@@ -92,7 +102,8 @@ def describe_estimate(job: Job, left: Sequence[Stage[Any]], output: Path) -> str
         said += (
             f"\n  weights in {SMALLEST}: in float32 they take {size(estimated.weights)}; --precision sets another type"
         )
-    return f"{said}\n  {_describe_gain(estimated)}" if estimated.engine.static and "plan" in names else said
+    expected = _expected(estimated) if "plan" in names else ()
+    return "\n  ".join([said, *expected])
 
 
 def _of_all_processes(job: EstimatedJob, shared: Collection[str]) -> Iterator[Needs]:
@@ -103,28 +114,57 @@ def _of_all_processes(job: EstimatedJob, shared: Collection[str]) -> Iterator[Ne
         yield dataclasses.replace(need, memory_bytes=max(need.memory_bytes, count * each.memory_bytes))
 
 
+def _expected(job: EstimatedJob) -> Iterator[str]:
+    """The method of a job, what limits its loss, and its gain, in sentences."""
+    options = job.options
+    if options.fit == CHECKPOINT_FIT:  # nothing is chosen
+        return
+    if not options.predicts:
+        left = f"; predicted KV is left out, since {job.no_exit}" if job.no_exit else ""
+        yield f"method: linear layers in place of attention{left}"
+    elif options.exit_layer == AUTO_EXIT:
+        yield "method: predicted KV above an exit layer, which the job chooses; most of a prompt skips the layers above"
+    else:
+        yield f"method: predicted KV above layer {options.exit_layer}; most of a prompt skips the layers above"
+    if options.layers is None and options.exit_layer in (AUTO_EXIT, NO_EXIT):
+        limit = f"{100 * asked_increase(options):g}%"
+        yield f"loss: perplexity may rise by {limit} on each text; if nothing keeps that, the job says so"
+    else:
+        yield "loss: not limited, since the layers are named; the report says what they lose"
+    yield _describe_gain(job)
+    if options.predicts:
+        yield MEASURED
+
+
 def _describe_gain(job: EstimatedJob) -> str:
     """What the kind of a job can give for the longer prompt, and what predicted KV would give."""
     found = job.gains()
     count = job.shape.decoder.num_layers
     tokens = max(gain.tokens for gain in found)
     gains = (
-        f"{gain.speedup:.2f}x if {gain.layers} layers have {gain.kind}{'' if gain.is_asked else ' (--exit-layer auto)'}"
+        f"{gain.speedup:.2f}x as fast with {gain.kind} in {gain.layers} of {count} layers"
+        f"{'' if gain.is_asked else ' (--exit-layer auto)'}"
         for gain in found
         if gain.tokens == tokens
     )
-    return f"gain of a prompt of {tokens:,} tokens, by counted work: about {', '.join(gains)}, of {count}"
+    return f"gain: a prompt of {tokens:,} tokens is, by counted work, about {', '.join(gains)}"
 
 
 def _job(shape: Shape, options: JobOptions) -> EstimatedJob:
     engine = capabilities_of(options.engine, options.provider)
     tiles = options.compute_dtype != "float32" and _has_products("amx_tile")
-    return EstimatedJob(shape, options, engine, product_flops_per_second(), tiles, available_bytes())
+    return EstimatedJob(shape, options, engine, _speed().flops_per_second, tiles, available_bytes())
+
+
+def _speed() -> ProductSpeed:
+    return measure_products(default_threads())
 
 
 def _totals(needs: Sequence[Needs]) -> dict[str, float]:
+    seconds = sum(stage.seconds for stage in needs)
     return {
-        "seconds": sum(stage.seconds for stage in needs),
+        "seconds": seconds,
+        "busy_seconds": seconds / _speed().share,
         "memory_bytes": max(stage.memory_bytes for stage in needs),
         "disk_bytes": sum(stage.disk_bytes for stage in needs),
     }

@@ -168,7 +168,7 @@ def test_stages_go_to_stderr_and_the_result_to_stdout(finished: Path) -> None:
     (checked,) = (line for line in said.splitlines() if line.startswith("  graphs: "))
     count = len(read(finished / "verify.json")["checks"])
     assert checked == f"  graphs: {count} of {count} checks passed"
-    first = ["estimate", curve, checked]
+    first = ["estimate", "method", "loss", "gain", curve, checked]
     assert len(stages.splitlines()) == 2 * (1 + len(STAGES)) - 1 + len(quality_loss) + len(busy) + len(first), said
     assert [line.split()[0] for line in result.splitlines()[1:] if line[2] != " "] == RESULT, said
 

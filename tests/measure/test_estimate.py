@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nbl_export.measure import estimate as estimating
 from nbl_export.measure.cost import CostModel
-from nbl_export.measure.estimate import Job, Needs, product_flops_per_second
+from nbl_export.measure.estimate import Job, Needs, measure_products
 from nbl_export.methods.checkpoint.shape import Shape
 from nbl_export.methods.predicted_kv.sums import ExitShape
 from nbl_export.options.options import JobOptions
@@ -190,5 +192,22 @@ def test_a_gain_is_that_of_the_named_layers_or_of_the_middle() -> None:
 
 
 def test_speed_of_this_machine() -> None:
-    assert product_flops_per_second() > 1e8
-    assert product_flops_per_second() == product_flops_per_second()  # measured once
+    speed = measure_products(2)
+    assert speed.flops_per_second > 1e8 and 0 < speed.share <= 1
+    assert measure_products(2) is speed  # measured once
+
+
+def test_other_programs_change_the_share_and_not_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clocks of a machine that gives each thread a third of its time."""
+    passed = threading.local()
+
+    def clock() -> float:
+        passed.seconds = getattr(passed, "seconds", 0.0) + 1e-3
+        return float(passed.seconds)
+
+    monkeypatch.setattr(estimating.time, "perf_counter", clock)
+    monkeypatch.setattr(estimating.time, "thread_time", lambda: getattr(passed, "seconds", 0.0) / 3)
+    busy = measure_products.__wrapped__(2)
+    assert busy.share == pytest.approx(1 / 3, rel=0.02)
+    monkeypatch.setattr(estimating.time, "thread_time", lambda: getattr(passed, "seconds", 0.0))
+    assert busy.flops_per_second == pytest.approx(3 * measure_products.__wrapped__(2).flops_per_second, rel=0.02)
