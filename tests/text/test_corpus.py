@@ -9,13 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from nbl_export.errors import NblError
 from nbl_export.methods.checkpoint.load import load_tokenizer
 from nbl_export.text import corpus
 from nbl_export.text import windows as text_windows
 from nbl_export.text.corpus import Corpus, read_text
-from nbl_export.text.windows import pack
+from nbl_export.text.windows import TWICE, pack, selection_texts
 
 
 @pytest.mark.parametrize("packed", ["", ".gz"])
@@ -160,3 +161,12 @@ def test_a_very_long_document_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch)
     text = corpus.Corpus("t", "0", ("y" * 100,))
     assert len(text_windows.token_ids(text, tokenizer, 15)) == 20
     assert asked == ["y" * 10] * 2
+
+
+def test_layers_are_chosen_by_the_beginning_of_one_text_and_by_windows_from_all_over_the_other() -> None:
+    """As many windows of both; the second text can be of several parts, which one beginning does not show."""
+    own, second = (torch.arange(first, first + 12 * 512).view(12, 512) for first in (0, 1_000_000))
+    found = selection_texts([("own", own), ("second", second)], 1024)
+    assert [name for name, _ in found] == ["own", "second", TWICE]
+    assert torch.equal(found[0][1], own[:4]) and torch.equal(found[1][1], second[[0, 3, 7, 11]])
+    assert set(found[2][1].flatten().tolist()) == set(range(512))

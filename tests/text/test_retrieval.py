@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nbl_export.errors import NblError
-from nbl_export.text.retrieval import KINDS, SHORTEST, retrieval_rows
+from nbl_export.text.retrieval import COUNTS, KINDS, SHORTEST, retrieval_parts, retrieval_rows
 
 from ..tiny import VOCAB, tiny_tokenizer
 
@@ -87,7 +87,7 @@ def test_a_name_or_a_thing_alone_rarely_tells_the_place() -> None:
     assert sum(count > 1 for count in counts) >= 0.95 * len(counts)
 
 
-def test_the_judged_tokens_are_those_that_thetiny_tokenizer_gives_in_place() -> None:
+def test_the_judged_tokens_are_those_that_the_tokenizer_gives_in_place() -> None:
     """Behind a space, a word of this tokenizer begins with the space."""
 
     class Spaced(Pieces):
@@ -109,10 +109,21 @@ def test_an_exact_length_cuts_no_asked_fact(kind: str) -> None:
         assert all(facts.count(answer) == 1 for answer in answers)
 
 
-def test_rows_follow_from_seed_andtiny_tokenizer_alone() -> None:
+def test_rows_follow_from_seed_and_tokenizer_alone() -> None:
     one, again, other = (made("pieces", "variables", 700, seed=seed)[1] for seed in "aab")
     assert torch.equal(one, again) and not torch.equal(one, other)
     assert len({tuple(row.flatten().tolist()) for row in torch.cat([one, other])}) == 6
+
+
+def test_rows_of_each_use_and_kind_are_others() -> None:
+    """What was chosen by some rows is not judged by the same ones."""
+    found = retrieval_parts(Pieces(), 700, 1 << 20)
+    assert {part: len(rows) for part, rows in found.items()} == {
+        f"retrieval.{use}.{kind}": count for use, count in COUNTS.items() for kind in KINDS
+    }
+    rows = [tuple(row.flatten().tolist()) for rows in found.values() for row in rows]
+    assert len(set(rows)) == len(rows)
+    assert retrieval_parts(Pieces(), 0, 1 << 20) == {}
 
 
 @pytest.mark.parametrize("kind", KINDS)
