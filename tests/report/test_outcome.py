@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 
 from nbl_export.report.document import markdown
-from nbl_export.report.outcome import Timed, faster_runtime, judged, limit_of, next_steps, outcome, verdict
+from nbl_export.report.outcome import (
+    Timed,
+    faster_runtime,
+    judged,
+    limit_of,
+    next_steps,
+    outcome,
+    verdict,
+    worst_long_range,
+)
 from nbl_export.report.page import document, summarize
 
 from .test_report import BENCH, MANIFEST, VERIFY
@@ -120,6 +129,14 @@ def test_the_verdict_names_the_figure_that_is_not_within_the_limit(ends: list[fl
     few = {"text": "few", "lost": 0.5, "lost_interval": [0.4, 0.6], "windows": 3}
     worst = {"text": "another", "lost": 0.08, "lost_interval": ends, "windows": 4}
     assert said in verdict(report(quality_loss=[loss], long_range=[little, worst, few]))
+
+
+def test_the_text_whose_interval_reaches_furthest_loses_most() -> None:
+    """Not the one that surely loses something: the limit is kept only if the upper end is within it."""
+    clear = {"text": "clear", "lost": 0.08, "lost_interval": [0.07, 0.09], "windows": 50}
+    wide = {"text": "wide", "lost": 0.08, "lost_interval": [0.04, 0.12], "windows": 5}
+    for rows in ([clear, wide], [wide, clear]):
+        assert worst_long_range(rows) == wide
 
 
 def test_what_to_do_next() -> None:

@@ -184,6 +184,16 @@ def test_without_a_count_a_limit_decides() -> None:
         planned(inputs(limit=Limit(0.01, "1%")))
 
 
+def test_training_begins_with_layers_that_lose_more_than_the_limit_allows() -> None:
+    """At 2.5 times the limit, which training may bring within it: three layers, of which one alone is within."""
+    found = dataclasses.replace(inputs(None, "efficient", Limit(2.0, "200%")), trains=Lazy(None, lambda: True))
+    choice, said = planned(found)
+    worst = [max(point["increases"]) for point in choice.facts["curve"]["points"]]
+    assert worst[0] < 2.0 < worst[1] < worst[2] < 5.0 < worst[3]
+    assert len(choice.plan.layers) == len(choice.facts["goal"]["order"]) == 3
+    assert said == [f"training begins with 3 of {LAYERS} layers, and gives back what is beyond 200%"]
+
+
 def test_another_input_or_rule_is_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a judged order follows from, and no more: another count or limit takes the recorded order."""
     start = inputs(None, "efficient")

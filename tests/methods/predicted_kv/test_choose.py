@@ -269,6 +269,21 @@ def test_long_range_tokens_are_those_of_all_rows_of_second_halves_of_passages_an
     assert judged[-17] == (LONG_RANGE, [LENGTH, LENGTH + 1], 2 * LENGTH - 2)
 
 
+def test_passages_that_decide_are_of_the_calibration_text() -> None:
+    """As those that estimate are (`text.windows`): rows of twice the length, which no other text has."""
+    seen: list[int] = []
+    world = World(rises())
+    runs = world.runs
+
+    def watched(ids_WT: torch.Tensor, *, again: bool) -> Any:
+        seen.extend(row.unique().tolist()[0] for row in ids_WT if len(row) == 2 * LENGTH)
+        return runs(ids_WT, again=again)
+
+    world.runs = watched  # type: ignore[method-assign]
+    choose_exit(inputs(world, exits=(6,), recent_choices=(1,)))
+    assert seen == [TOKEN[OWN]] * 4
+
+
 def test_rows_with_few_long_range_tokens_do_not_count_and_a_text_without_any_says_nothing_of_them() -> None:
     for answers, known in ((7, False), (8, True)):
         facts = choose_exit(inputs(World(rises(), answers=answers))).facts
