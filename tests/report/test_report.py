@@ -21,7 +21,7 @@ from nbl_export.report.console import speed_table
 from nbl_export.report.document import Paragraph, html
 from nbl_export.report.document import markdown as in_markdown
 from nbl_export.report.document import written as blocks_in_markdown
-from nbl_export.report.outcome import verdict
+from nbl_export.report.outcome import headline, verdict
 from nbl_export.report.page import document, render, summarize
 from nbl_export.report.quality import describe_curve
 from nbl_export.report.speed import speed as speed_section
@@ -345,6 +345,19 @@ def test_the_verdict_is_of_what_was_measured(
     said = verdict(summarize(MANIFEST, verify, bench if tests else None))
     limit = {0.01: "within", 0.05: "undecided at", 0.5: "above"}[increase]
     assert said.startswith(f"{expected} Loses: perplexity +") and f"{limit} the limit of 5%" in said
+
+
+@pytest.mark.parametrize(("begun", "said"), [(1.0, "Not worth it here"), (1.5, "Worth it for prompts of 512 tokens")])
+def test_what_follows_a_conversation_is_no_prompt_of_the_verdict(begun: float, said: str) -> None:
+    """It is a line of its own: an exit layer gains on it what it does not gain at the beginning, or the reverse."""
+    bench = clear(pp512=begun, tg8=1.0)
+    behind = clear(pp1024=2.5 - begun)["timings"]
+    bench["timings"] += [row | {"depth": 64} for row in behind]
+    found = summarize(MANIFEST, VERIFY, bench)
+    found["cache_bytes_per_token"] = {"original": 1024, "nbl": 1024}
+    found["quality_loss"] = []
+    assert verdict(found).startswith(said) and "1,024" not in verdict(found)
+    assert [test.row["depth"] for test in headline(found, "pp")] == [0, 64]
 
 
 def test_few_loads_give_no_verdict_on_speed() -> None:

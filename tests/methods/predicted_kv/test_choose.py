@@ -345,5 +345,21 @@ def test_rows_are_joined_in_order_and_long_ones_stay() -> None:
     assert joined(torch.arange(2).view(1, 2), 4).shape == (1, 2)
 
 
+def test_short_windows_are_judged_joined() -> None:
+    """As they are calibrated on, both to estimate and to decide: a short row has few long-range tokens or none."""
+    rows = {name: torch.full((16, LENGTH // 2), TOKEN[name]) for name in (OWN, SECOND)}
+    twice = torch.full((1, LENGTH), TOKEN[TWICE])
+    long, short = World(rises()), World(rises())
+    choose_exit(inputs(long))
+    choose_exit(
+        inputs(
+            short,
+            selection=Lazy(None, lambda: [*((name, part[:2]) for name, part in rows.items()), (TWICE, twice)]),
+            validation=Lazy(None, lambda: list(rows.items())),
+        )
+    )
+    assert short.judged == long.judged and short.widths == long.widths
+
+
 def test_rows_that_decide_are_of_the_whole_text() -> None:
     assert _spread(torch.arange(14), 3).tolist() == [0, 4, 8] and _spread(torch.arange(2), 3).tolist() == [0, 1]

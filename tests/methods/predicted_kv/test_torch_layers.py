@@ -66,17 +66,20 @@ def test_steps_of_any_size_are_the_originals_with_an_edited_cache(name: str, che
 @pytest.mark.parametrize("name", ["mistral-window", "gemma3", "gpt_oss"])
 @torch.inference_mode()
 def test_a_cache_may_keep_the_keys_of_a_window_alone(name: str, checkpoint: Callable[[str], Path]) -> None:
-    """As `generate` gives one. The batch is padded, so places of first tokens are among those that a window drops."""
+    """As `generate` gives one. The batch is padded, so that the place of a first token is one that a window drops, the
+    oldest one that it keeps, or a later one."""
     model = linearize(load_model(checkpoint(name)), maps_from(load_model(checkpoint(name)), 1))
     caches = DynamicCache(), DynamicCache(config=model.config)
-    valid = torch.ones(2, 0, dtype=torch.long)
-    for tokens in (W + 9, 1, 30, 1, 2 * W):
-        added = torch.ones(2, tokens, dtype=torch.long)
+    rows = 8
+    valid = torch.ones(rows, 0, dtype=torch.long)
+    for tokens in (W + 20, 1, 30, 1, 2 * W):
+        added = torch.ones(rows, tokens, dtype=torch.long)
         if valid.shape[1] == 0:
-            added[1, :1] = 0
+            added = added.triu()  # each row begins one token later than the one before
         valid = torch.cat([valid, added], 1)
         places = {"attention_mask": valid, "position_ids": (valid.cumsum(1) - 1).clamp(min=0)[:, -tokens:]}
-        right, found = (model(ids(tokens, 2, tokens), cache=cache, use_cache=True, **places).logits for cache in caches)
+        text = ids(tokens, rows, tokens)
+        right, found = (model(text, cache=cache, use_cache=True, **places).logits for cache in caches)
         torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4, equal_nan=True)
     assert caches[1].layers[1 if name == "gpt_oss" else 0].keys.shape[2] <= caches[0].layers[0].keys.shape[2]
 
