@@ -131,6 +131,24 @@ def test_a_text_that_is_beyond_the_limit_ends_the_reading_of_others() -> None:
     assert [row["windows"] for row in found] == [8, 8]
 
 
+@pytest.mark.parametrize(
+    ("ends", "windows", "said"),
+    [
+        ([0.07, 0.1], 4, "within"),
+        ([0.07, 0.11], 4, "undecided"),
+        ([0.09, 0.11], 4, "undecided"),
+        ([0.11, 0.13], 4, "beyond"),
+        ([0.11, 0.13], 3, None),
+    ],
+)
+def test_a_look_is_decided_by_long_range_tokens_too(ends: list[float], windows: int, said: str | None) -> None:
+    """Of which twice the limit may be lost, if there are enough passages."""
+    row = {"increase": 0.0, "increase_interval": [-0.01, 0.01]}
+    far = {"lost": 0.1, "lost_interval": ends, "windows": windows}
+    assert perplexity._verdicts(row, far, 0.05) == ["within", *([said] if said else [])]
+    assert perplexity._verdicts(None, None, 0.05) == []
+
+
 class Windowed:
     """Logits that depend on token and place, of a vocabulary of 5,000, the same however windows are batched."""
 

@@ -239,6 +239,31 @@ def test_a_tail_that_cannot_be_pruned_changes_nothing(exported: Exported, tmp_pa
 # -- the job -----------------------------------------------------------------------------------------------
 
 
+class Alike:
+    """Logits of a token that are hardly those of another one; `back` gives those of so many tokens earlier."""
+
+    def __init__(self, back: int | None = None) -> None:
+        self.back = back
+        self.table = 1 + 1e-6 * np.random.default_rng(0).standard_normal((VOCAB, 50))
+
+    def begin(self, batch: int) -> None:
+        pass
+
+    def step(self, ids_BT: np.ndarray, valid_BT: np.ndarray) -> np.ndarray:
+        if self.back is None:
+            return self.table[ids_BT]
+        last_B = valid_BT.sum(1) - 1
+        return self.table[ids_BT[np.arange(len(ids_BT)), np.maximum(0, last_B - self.back)]][:, None]
+
+
+@pytest.mark.parametrize("back", [0, 1, 3])
+def test_the_logits_of_another_token_fail_however_alike_they_are(back: int) -> None:
+    """They are within the usual limit of the right ones, and not within half their distance."""
+    results = check_last("nbl", expected_last(Alike(), ROW, TOLERANCES["fp32"].limit), Alike(back), ROW)
+    assert [r.passed for r in results] == [back == 0] * 3
+    assert all(r.value < TOLERANCES["fp32"].limit for r in results if r.value is not None)
+
+
 def test_last_by_default_and_recorded(finished: Path) -> None:
     for name in ("nbl.json", "model/nbl.json", "report.json"):
         assert json.loads((finished / name).read_text())["logits"] == "last", name
