@@ -240,28 +240,37 @@ def test_a_tail_that_cannot_be_pruned_changes_nothing(exported: Exported, tmp_pa
 
 
 class Alike:
-    """Logits of a token that are hardly those of another one; `back` gives those of so many tokens earlier."""
+    """Logits that hardly differ by token; of a last token alone, if `wrong`, those of the most similar one before."""
 
-    def __init__(self, back: int | None = None) -> None:
-        self.back = back
-        self.table = 1 + 1e-6 * np.random.default_rng(0).standard_normal((VOCAB, 50))
+    table = 1 + 1e-6 * np.random.default_rng(0).standard_normal((VOCAB, 50))
+
+    def __init__(self, *, last: bool = False, wrong: bool = False) -> None:
+        self.last, self.wrong = last, wrong
 
     def begin(self, batch: int) -> None:
         pass
 
     def step(self, ids_BT: np.ndarray, valid_BT: np.ndarray) -> np.ndarray:
-        if self.back is None:
-            return self.table[ids_BT]
-        last_B = valid_BT.sum(1) - 1
-        return self.table[ids_BT[np.arange(len(ids_BT)), np.maximum(0, last_B - self.back)]][:, None]
+        found_BTV: np.ndarray = self.table[ids_BT]
+        if not self.last:
+            return found_BTV
+        rows = [found_TV[: valid_T.sum()] for found_TV, valid_T in zip(found_BTV, valid_BT, strict=True)]
+        return np.stack([self._last(row_TV)[None] for row_TV in rows])
+
+    def _last(self, row_TV: np.ndarray) -> np.ndarray:
+        last_V: np.ndarray = row_TV[-1]
+        if not self.wrong or len(row_TV) == 1:
+            return last_V
+        return min(row_TV[:-1], key=lambda other_V: float(np.square(other_V - last_V).sum()))
 
 
-@pytest.mark.parametrize("back", [0, 1, 3])
-def test_the_logits_of_another_token_fail_however_alike_they_are(back: int) -> None:
+@pytest.mark.parametrize("wrong", [False, True])
+def test_the_logits_of_another_token_fail_however_alike_they_are(wrong: bool) -> None:
     """They are within the usual limit of the right ones, and not within half their distance."""
-    results = check_last("nbl", expected_last(Alike(), ROW, TOLERANCES["fp32"].limit), Alike(back), ROW)
-    assert [r.passed for r in results] == [back == 0] * 3
-    assert all(r.value < TOLERANCES["fp32"].limit for r in results if r.value is not None)
+    limit, row = TOLERANCES["fp32"].limit, range(2, 42)
+    results = check_last("nbl", expected_last(Alike(), row, limit), Alike(last=True, wrong=wrong), row)
+    assert [r.passed for r in results] == [not wrong] * 3
+    assert all(r.value is not None and r.value < limit for r in results)
 
 
 def test_last_by_default_and_recorded(finished: Path) -> None:
