@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from nbl_export.methods.losses import Loss
 from nbl_export.records import quality
 from nbl_export.records.quality import (
     _student,
@@ -17,6 +18,7 @@ from nbl_export.records.quality import (
     interval_ends,
     long_range_ends,
     long_range_row,
+    loss_row,
     mean_interval,
 )
 
@@ -135,6 +137,15 @@ def test_what_windows_cannot_say() -> None:
     assert mean_interval([0.5, 0.5, 0.5]).ends == [0.5, 0.5]
     assert increase_interval([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]).ends == [0.0, 0.0]
     assert mean_interval([0.98, 1.0, 1.0], (0.0, 1.0)).high == 1.0
+
+
+def test_no_loss_of_a_text_says_that_kl_may_be_below_zero() -> None:
+    """Its interval ends at zero; that of the increase does not, since a replaced set can also help."""
+    losses = [Loss(10, kl, 20.0, 20.0 + rise) for kl, rise in ((0.0, -0.1), (0.0, 0.2), (0.5, 0.0))]
+    row = loss_row("a text", losses)
+    assert row["kl"] == pytest.approx(0.5 / 30) and row["kl_interval"][0] == 0.0 < row["kl"] < row["kl_interval"][1]
+    assert row["increase_interval"][0] < 0.0 < row["increase_interval"][1]
+    assert (row["tokens"], row["windows"]) == (33, 3)
 
 
 def test_rows_of_long_range_tokens_count_equally_however_many_they_have() -> None:

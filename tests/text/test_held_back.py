@@ -64,6 +64,7 @@ def test_calibration_training_judging_deciding_and_figures_share_no_token(tokens
     assert sum(map(len, uses.values())) == len(set().union(*uses.values()))
     if tokens == 400_000:
         assert len(uses["test"]) >= 8192 and len(uses["validation"]) >= 16_384 and len(uses["selection"]) >= 4096
+        assert len(uses["training"]) == 262_144 // context * context
 
 
 def test_parts_of_the_other_text_share_no_token_either() -> None:
