@@ -228,6 +228,13 @@ def test_neighbours_that_cost_more_together_are_found_out_by_a_true_pass() -> No
     assert (0, 2, 1) not in judge.passes  # what was found out counts against layer 1 from then on
 
 
+def test_no_layer_is_tried_whose_estimate_is_worse_than_the_best_one_tried() -> None:
+    """The layer tried last was a bad one, and does not count."""
+    judge = Planted([0.01, 0.02, 0.025, 0.04], {frozenset((0, 1)): 0.007, frozenset((0, 2)): 0.1})
+    assert Search(judge, (), even, quiet).extend(2)[-1].layers == (0, 1)
+    assert judge.passes == [(0, 1), (0, 2)]
+
+
 def test_at_most_some_layers_are_tried_at_a_step() -> None:
     excess = {frozenset((0, k)): 1.0 for k in range(1, 6)}
     judge = Planted([0.01, 0.02, 0.021, 0.022, 0.023, 0.024], excess)

@@ -21,6 +21,9 @@ from nbl_export.methods.predicted_kv.candidates import ExitCandidates, Exits, ca
 from nbl_export.methods.predicted_kv.choose import _spread
 from nbl_export.methods.predicted_kv.choose import choose_exit as choose
 from nbl_export.methods.predicted_kv.maps import PredictedKV
+from nbl_export.methods.predicted_kv.method import PredictedKVMethod
+from nbl_export.options.options import JobOptions
+from nbl_export.records.decoder import DecoderSpec
 from nbl_export.records.inputs import Lazy
 from nbl_export.records.quality import long_range_row
 from nbl_export.text import windows
@@ -337,6 +340,27 @@ def test_a_limit_that_no_exit_layer_keeps_names_the_best_one() -> None:
 @pytest.mark.parametrize(("layers", "exits"), [(1, ()), (2, (1,)), (24, range(12, 22)), (80, range(40, 71, 2))])
 def test_candidates_stand_between_a_half_and_seven_eighths(layers: int, exits: Sequence[int]) -> None:
     assert candidate_exits(layers) == tuple(exits)
+
+
+@pytest.mark.parametrize(
+    ("exit_layer", "held", "collected"),
+    [
+        ("auto", (), range(12, 22)),
+        ("auto", (14,), range(12, 22)),  # sums of a layer that was named before have no others
+        ("14", range(12, 22), range(12, 22)),
+        ("11", range(12, 22), (11,)),
+        ("14", (), (14,)),
+    ],
+)
+def test_a_named_exit_layer_is_fitted_to_the_sums_that_hold_it(
+    exit_layer: str, held: Sequence[int], collected: Sequence[int]
+) -> None:
+    """They are not collected again, and those of an earlier choice serve no other one."""
+    decoder = DecoderSpec("llama", 24, 64, 4, 2, 16, 100, 4096)
+    known = {"exits": list(held), "length": 1024} if held else {}
+    found = PredictedKVMethod().candidates(JobOptions("m", exit_layer=exit_layer), decoder, known)
+    assert found.collected == Exits(tuple(collected), 1024)
+    assert found.exits == (tuple(range(12, 22)) if exit_layer == "auto" else (int(exit_layer),))
 
 
 def test_rows_are_joined_in_order_and_long_ones_stay() -> None:
