@@ -1,13 +1,14 @@
 """The gate of quality of all methods: what is within the limit, what a test found, and how both are said.
 
     losses of each text, window by window ─┐
-    loss of long-range tokens ─────────────┴─► step ─► within, or not ─► goal of the manifest, lines for the user
+    loss of long-range tokens ─────────────┤
+    loss of answers of retrieval items ────┴─► step ─► within, or not ─► goal of the manifest, lines for the user
 
 A step is one tested candidate. It is within the limit if the upper end of the 95% interval of the perplexity increase
 is at most the limit on every text, and the upper end of the lost share of its long-range tokens, if it was measured, is
-at most `LONG_RANGE_SHARE` times the limit. A text with too few of them (`records.quality.long_range_ends`) is judged by
-perplexity alone. All must pass, which needs no correction (Berger 1982). Texts that test a limit
-neither ordered the candidates nor give final figures.
+at most `LONG_RANGE_SHARE` times the limit. The same holds for each kind of retrieval items that is judged. A text with
+too few long-range tokens (`records.quality.long_range_ends`) is judged by perplexity alone. All must pass, which needs
+no correction (Berger 1982). Texts that test a limit neither ordered the candidates nor give final figures.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from nbl_export.records.quality import (
     LONG_RANGE_SHARE,
     describe_increase,
     describe_long_range,
+    describe_retrieval,
     increase_ends,
     long_range_ends,
     loss_row,
@@ -40,17 +42,26 @@ def step(
     losses: Mapping[str, Sequence[Any]],
     share: float,
     long_range: Sequence[Mapping[str, Any]] = (),
+    retrieval: Sequence[Mapping[str, Any]] = (),
 ) -> Step:
     """A tested candidate, as the manifest has it.
 
     Args:
         facts: of the candidate. losses: of each text, one a window. share: the limit.
         long_range: of each text's long-range tokens (`records.quality.long_range_row`), if they were measured.
+        retrieval: of each kind of items (`records.quality.retrieval_row`), if they were measured.
     """
     rows = [loss_row(name, found) for name, found in losses.items()]
     within = all(verdict(increase_ends(row), share) == "within" for row in rows)
-    within &= all(_most_lost(row) <= LONG_RANGE_SHARE * share for row in long_range)
-    return {**facts, "within": within, "quality_losses": rows, "long_range": list(long_range)}
+    found = {"quality_losses": rows, "long_range": list(long_range), "retrieval": list(retrieval)}
+    within &= all(_most_lost(row) <= LONG_RANGE_SHARE * share for row, _ in _deciding(found))
+    return {**facts, "within": within, **found}
+
+
+def _deciding(tested: Step) -> list[tuple[Mapping[str, Any], str]]:
+    """Rows of long-range tokens and of answers that decide, each with what it says."""
+    rows = [(row, describe_long_range(row)) for row in tested["long_range"]]
+    return rows + [(row, describe_retrieval(row)) for row in tested["retrieval"] if row["judged"]]
 
 
 def _most_lost(row: Mapping[str, Any]) -> float:
@@ -60,12 +71,12 @@ def _most_lost(row: Mapping[str, Any]) -> float:
 
 
 def failure(tested: Step, limit: Limit) -> str:
-    """Why a step fails: the worst text beyond the limit, the worst undecided text, or long-range tokens."""
+    """Why a step fails: the worst text beyond the limit, the worst undecided text, long-range tokens or answers."""
     verdicts = [(verdict(increase_ends(row), limit.share), row) for row in tested["quality_losses"]]
     beyond = [row for said, row in verdicts if said == "beyond"]
     undecided = [row for said, row in verdicts if said == "undecided"]
     if not beyond and not undecided:
-        return describe_long_range(max(tested["long_range"], key=_most_lost))
+        return max(_deciding(tested), key=lambda row: _most_lost(row[0]))[1]
     worst = max(beyond or undecided, key=lambda row: math.inf if row["increase"] is None else row["increase"])
     said = f"perplexity {describe_increase(worst)} on {worst['text']}"
     return said if beyond else f"{said}, which {worst['tokens']:,} tokens cannot tell from {limit.percent}"
@@ -81,8 +92,7 @@ def lines(limit: Limit, best: tuple[str, Step], failed: Sequence[tuple[str, Step
     increases = (f"{describe_increase(row)} on {row['text']}" for row in tested["quality_losses"])
     yield f"{title}: perplexity {'; '.join(increases)}; {limit.text or limit.percent} is allowed"
     yield from map(describe_long_range, tested["long_range"])
-    for text in tested.get("unanswered", ()):
-        yield f"{text}: not judged, since the original finds too few answers"
+    yield from map(describe_retrieval, tested["retrieval"])
     for name, other in failed:
         yield f"{name}: {failure(other, limit)}"
 

@@ -38,6 +38,7 @@ __all__ = [
     "CONFIDENCE",
     "FEWEST_PASSAGES",
     "LONG_RANGE_SHARE",
+    "MOST_UNSURE",
     "SHORT_TEXT",
     "WARN_RATIO",
     "Interval",
@@ -46,6 +47,7 @@ __all__ = [
     "describe_kept",
     "describe_long_range",
     "describe_loss",
+    "describe_retrieval",
     "grows_with_length",
     "increase_ends",
     "increase_interval",
@@ -56,6 +58,7 @@ __all__ = [
     "mean_interval",
     "perplexity",
     "promise",
+    "retrieval_row",
     "verdict",
     "warn_of_text",
 ]
@@ -65,6 +68,7 @@ WARN_RATIO = 2.0  # a warning needs a loss this many times that on another text,
 SHORT_TEXT = 512  # tokens of a short text
 LONG_RANGE_SHARE = 2.0  # of long-range tokens so many times the limit may be lost
 FEWEST_PASSAGES = 4  # with long-range tokens, of a text that is judged by them
+MOST_UNSURE = 2.0  # perplexity of the original on the answers of a kind of retrieval items that is judged
 _NOTICED = 0.05  # no warning below this perplexity increase
 
 
@@ -91,13 +95,18 @@ class Interval:
 
 
 def mean_interval(
-    values: Sequence[float] | np.ndarray, bounds: tuple[float, float] | None = None, looks: Sequence[int] = ()
+    values: Sequence[float] | np.ndarray,
+    bounds: tuple[float, float] | None = None,
+    looks: Sequence[int] = (),
+    *,
+    independent: bool = False,
 ) -> Interval:
     """The mean of one value a window.
 
     Args:
         bounds: limits of the mean, such as 0 and 1 of a share.
         looks: windows read at the end of each look; none or one if the number of windows was fixed.
+        independent: whether windows were drawn independently, and are not of one text.
     """
     x = np.asarray(values, np.float64)
     if not np.isfinite(x).all():
@@ -106,20 +115,25 @@ def mean_interval(
     count = len(x)
     if count < 2:
         return Interval(value)
-    low, high = (float(end[0]) for end in interval_ends(x[None], looks))
+    low, high = (float(end[0]) for end in interval_ends(x[None], looks, independent=independent))
     if bounds is not None:
         low = max(low, bounds[0])
         high = min(high, bounds[1])
     return Interval(value, low, high)
 
 
-def interval_ends(rows_TW: np.ndarray, looks: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
-    """Ends [T] of the interval of the mean of each row of at least two windows, in the order of the text."""
+def interval_ends(
+    rows_TW: np.ndarray, looks: Sequence[int] = (), *, independent: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ends [T] of the interval of the mean of each row of at least two windows, in the order of the text.
+
+    looks, independent: see `mean_interval`.
+    """
     count = rows_TW.shape[1]
     several = len(looks) > 1
     confidence = sequential.level(tuple(looks)) if several else CONFIDENCE
     apart = max(1.0, looks[-1] / count) if several else 1.0
-    alike_R = np.linspace(_LEAST_ALIKE, _MOST_ALIKE**apart, 25)
+    alike_R = np.zeros(1) if independent else np.linspace(_LEAST_ALIKE, _MOST_ALIKE**apart, 25)
     mean_T = rows_TW.mean(1)
     apart_TW = rows_TW - mean_T[:, None]
     spread_T = rows_TW.std(1, ddof=1)
@@ -289,17 +303,17 @@ def describe_increase(row: Mapping[str, Any]) -> str:
 
 
 def long_range_row(
-    name: str, found: Sequence[tuple[int, float, float, float]], looks: Sequence[int] = ()
+    name: str, found: Sequence[tuple[int, float, float, float]], looks: Sequence[int] = (), *, independent: bool = False
 ) -> dict[str, Any]:
     """What is lost of a text's long-range tokens (`text.long_range`), each passage as much as another one.
 
     Args:
         found: of each passage the number of long-range tokens, and sums in nats: loss of the original, of NBL, and
             S - L.
-        looks: see `mean_interval`.
+        looks, independent: see `mean_interval`.
     """
     count, before, after, gain = np.array(found, np.float64).T
-    lost = mean_interval((after - before) / gain, looks=looks)
+    lost = mean_interval((after - before) / gain, looks=looks, independent=independent)
     return {
         "text": name,
         "tokens": int(count.sum()),
@@ -316,6 +330,20 @@ def long_range_row(
             "gain": gain.tolist(),
         },
     }
+
+
+def retrieval_row(name: str, found: Sequence[tuple[int, float, float, float]]) -> dict[str, Any]:
+    """What is lost of the answers of one kind of retrieval items (`text.retrieval`), as `long_range_row` has it.
+
+    "judged": whether the original finds the answers, by a perplexity of at most `MOST_UNSURE`; else they tell nothing.
+
+    Args:
+        found: none if no row has enough answers that the context helps with.
+    """
+    if not found:
+        return {"text": name, "tokens": 0, "windows": 0, "lost": None, "lost_interval": None, "judged": False}
+    row = long_range_row(name, found, independent=True)
+    return {**row, "judged": (row["perplexity_original"] or math.inf) <= MOST_UNSURE}
 
 
 def verdict(ends: Sequence[float] | None, share: float) -> str:
@@ -359,11 +387,21 @@ def describe_kept(row: Mapping[str, Any]) -> str:
     return describe_interval(1 - row["lost"], ends, percent=True)
 
 
+def describe_retrieval(row: Mapping[str, Any]) -> str:
+    """A `retrieval_row` in words: "answers keep 99% (98 to 100) of what long-range context gives them, on ..."."""
+    unjudged = "" if row["judged"] else ", which is not judged: the original finds too few answers"
+    if not row["windows"]:
+        return f"{row['text']} is not judged: the original finds no answers"
+    few = "" if unjudged or long_range_ends(row) else f" ({row['windows']} passages, too few to judge)"
+    return f"answers keep {describe_kept(row)} of what long-range context gives them, on {row['text']}{few}{unjudged}"
+
+
 def promise(share: float) -> str:
     """What a limit on quality allows, in the words of help, report, card and docs."""
     return (
         f"perplexity rises by at most {share:.0%} on text like yours and on a second text; long-range tokens "
-        f"of each text keep at least {1 - LONG_RANGE_SHARE * share:.0%} of what long-range context gives them"
+        f"of each text keep at least {1 - LONG_RANGE_SHARE * share:.0%} of what long-range context gives them, "
+        "and so do the answers of retrieval items that the original finds"
     )
 
 

@@ -16,6 +16,13 @@ _LONG_RANGE = {
     "tokens": int, "windows": int, "perplexity_original": float | None, "perplexity_nbl": float | None,
     "lost": float | None, "lost_interval": _ENDS, "looks?": [int],
 }  # fmt: skip
+_LONG_RANGE_TEXT = {**_LONG_RANGE, "text": str}
+_STEP = {
+    "layers": int, "within": bool, "retrieval?": [{
+        "text": str, "tokens": int, "windows": int, "lost": float | None, "lost_interval": _ENDS, "judged": bool,
+        "perplexity_original?": float, "perplexity_nbl?": float,
+    }],
+}  # of a choice, one tested candidate  # fmt: skip
 _TEXT = {"name": str, "sha256": str}
 _SIZES = {"tokens": int, "context": int}
 _POINT = {
@@ -43,7 +50,7 @@ MANIFEST = {
     },
     "torch_device?": str, "logits?": str, "tap?": str, "select?": str, "fit?": {"kind": str},
     "scores?": [LayerScore], "replaced_layers?": [int], "kinds?": [str], "exit?": {"layer": int, "recent_tokens": int},
-    "goal?": {"max_perplexity_increase?": str, "default?": bool, "path?": list, "order?": [int], "share?": float},
+    "goal?": {"max_perplexity_increase?": str, "default?": bool, "path?": [_STEP], "order?": [int], "share?": float},
     "curve?": {"texts": [str], "tokens": int, "points": [_POINT], "engine?": str, "precision?": str},
     "engines?": {"original": _ENGINE, "nbl": _ENGINE},
     "card?": {"sha256": str},
@@ -62,7 +69,7 @@ VERIFICATION = {
         "kl_interval": _ENDS, "top1_agreement": float | None, "top1_interval": _ENDS, "prompt?": int,
         "looks?": [int],
     }],
-    "proof": [str], "warnings": [str], "long_range_by_text?": [{**_LONG_RANGE, "text": str}],
+    "proof": [str], "warnings": [str], "long_range_by_text?": [_LONG_RANGE_TEXT],
     "long_range?": _LONG_RANGE, "quality_warning?": str,
     "texts": [{"use": str, "text": str, "tokens": int}],
     "cache_bytes_per_token": {"original": int, "nbl": int},

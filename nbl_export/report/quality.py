@@ -9,7 +9,7 @@ from typing import Any
 
 from nbl_export.options.options import CHECKPOINT_FIT
 from nbl_export.records.paired import describe_ratio
-from nbl_export.records.quality import FEWEST_PASSAGES, describe_kept, describe_loss, promise
+from nbl_export.records.quality import FEWEST_PASSAGES, MOST_UNSURE, describe_kept, describe_loss, promise
 from nbl_export.records.results import VERIFIED
 from nbl_export.records.sequential import describe_looks
 from nbl_export.report import words
@@ -101,6 +101,13 @@ def _losses(report: Mapping[str, Any]) -> Iterator[Block]:
             f"A text is judged by them if at least {FEWEST_PASSAGES} of its passages have enough of them."
         )
         yield _long_range(report["long_range"])
+    if report.get("retrieval"):
+        yield Paragraph(
+            "Retrieval items ask for facts of their own beginning, far behind the recent tokens. They were judged when "
+            f"the exit layer was chosen, each kind by itself. A kind is judged if the original's perplexity of its "
+            f"answers is at most {MOST_UNSURE:g}: an answer that the original does not find tells nothing."
+        )
+        yield _retrieval(report["retrieval"])
     said, share = limit_of(report)
     yield Paragraph(f"A limit of {said} means that {promise(share)}.")
 
@@ -118,8 +125,15 @@ def _long_range(rows: Iterable[Mapping[str, Any]]) -> Table:
     return Table.of((Column("Text", "wrap"), *Column.numbers(*names)), map(_kept, rows), "")
 
 
+def _retrieval(rows: Iterable[Mapping[str, Any]]) -> Table:
+    """What is kept of the answers of each kind of retrieval items, and their perplexity."""
+    names = ("Tokens (rows)", "Perplexity original", "Perplexity NBL", "Kept of long-range context", "Judged")
+    cells = ((*_kept(row), "yes" if row["judged"] else "no") for row in rows)
+    return Table.of((Column("Kind", "wrap"), *Column.numbers(*names)), cells, "")
+
+
 def _kept(row: Mapping[str, Any]) -> tuple[str, ...]:
-    ends = (words.number(row[name], "not finite") for name in ("perplexity_original", "perplexity_nbl"))
+    ends = (words.number(row.get(name), "not finite") for name in ("perplexity_original", "perplexity_nbl"))
     return row.get("text", "all texts"), f"{row['tokens']:,} ({row['windows']})", *ends, describe_kept(row)
 
 

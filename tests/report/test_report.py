@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from nbl_export.errors import CorruptError
-from nbl_export.records.quality import long_range_row
+from nbl_export.records.quality import long_range_row, retrieval_row
 from nbl_export.report import plots
 from nbl_export.report.console import speed_table
 from nbl_export.report.document import Paragraph, html
@@ -674,6 +674,22 @@ def test_points_of_exit_layers_have_their_recent_tokens() -> None:
     }
     said = Written(changed(MANIFEST, **exit_layer)).markdown
     assert "| Exit layer | Recent tokens |" in said and said.count("| −5.00% |") == len(points)
+
+
+def test_retrieval_items_have_a_row_a_kind_of_the_candidate_that_was_chosen() -> None:
+    found = [
+        retrieval_row("retrieval: pairs", [(10, 5.0, 5.3, 10.0), (10, 5.0, 5.5, 10.0)] * 2),
+        retrieval_row("retrieval: sentences", [(10, 20.0, 25.0, 10.0)] * 4),
+        retrieval_row("retrieval: variables", []),
+    ]
+    other = {"layers": 9, "within": False, "retrieval": [retrieval_row("refused", [(10, 5.0, 9.0, 10.0)] * 4)]}
+    path = [{"layers": 1, "within": True, "retrieval": found}, other, {"layers": 0, "within": True}]
+    written = Written(manifest={**MANIFEST, "goal": {"path": path}})
+    said = written.markdown
+    assert "| retrieval: pairs | 40 (4) | 1.65 | 1.72 | 96" in said and "refused" not in said
+    assert "| retrieval: sentences | 40 (4) | 7.39 | 12.2 | 50% (50 to 50) | no |" in said
+    assert "| retrieval: variables | 0 (0) |" in said
+    assert "answers of retrieval items keep 96" in written.html
 
 
 def test_long_range_tokens_have_a_row_a_text_and_runs_of_earlier_versions_one_of_all() -> None:

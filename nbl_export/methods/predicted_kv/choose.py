@@ -11,7 +11,8 @@ A higher exit layer loses less, and so do more recent tokens: the estimate of on
 The texts are ordinary rows of both texts, passages that occur twice, and retrieval items (`text.retrieval`). The
 long-range tokens (`text.long_range`) of each have a figure of their own: a layer that copies above the exit layer fails
 there first, and ordinary text hardly shows it. A row of a text counts as much as another one, however many such tokens
-it has. Of items, the tokens of answers count. Rows whose answers the original does not find tell nothing.
+it has. Of items, the tokens of answers count. A kind of items whose answers the original does not find is not judged
+(`records.quality.retrieval_row`).
 
 At every position, recent tokens have their own keys and values, and skipped tokens predicted ones, which is close to
 what is served (`methods.predicted_kv.torch_layers`). Candidates are tested in a fixed order until the first one passes.
@@ -33,7 +34,7 @@ from nbl_export.methods.choose import lines, point, step, unreachable
 from nbl_export.methods.predicted_kv.candidates import ExitCandidates
 from nbl_export.model import processes
 from nbl_export.records.plan import Plan
-from nbl_export.records.quality import LONG_RANGE_SHARE, long_range_row, loss_row
+from nbl_export.records.quality import LONG_RANGE_SHARE, long_range_row, loss_row, retrieval_row
 from nbl_export.text.long_range import FEWEST, SHORT, contexts, is_long_range
 from nbl_export.text.parts import Texts
 from nbl_export.text.windows import TWICE, joined, repeated
@@ -100,11 +101,9 @@ def choose_exit(inputs: ChoiceInputs, fit: Fit, task: Task, say: Say) -> Choice:
         if not estimates.holds(exit_layer, recent_tokens):
             continue
         maps = fitted(exit_layer, recent_tokens)
-        losses, long_range = judge.decide(maps)
-        judged = [row["text"] for row in long_range]
-        unanswered = [name for name, _ in inputs.validation_items.value if name not in judged]
-        facts = {"layers": len(maps), "layer": exit_layer, "recent_tokens": recent_tokens, "unanswered": unanswered}
-        tested = step(facts, losses, inputs.limit.share, long_range)
+        losses, long_range, items = judge.decide(maps)
+        facts = {"layers": len(maps), "layer": exit_layer, "recent_tokens": recent_tokens}
+        tested = step(facts, losses, inputs.limit.share, long_range, items)
         if not tested["within"]:
             failed.append(tested)
             continue
@@ -197,6 +196,7 @@ class _Row:
         text: its name.
         alone_N: positions of the long-range tokens that alone count, as in a passage that occurs twice; None if all
             tokens count.
+        item: whether it holds retrieval items.
         run: of the original, which serves all exit layers; None runs it again for each.
         long_range: positions of the long-range tokens, and what they gain by the whole text, once they are known.
     """
@@ -204,8 +204,13 @@ class _Row:
     text: str
     ids_T: torch.Tensor
     alone_N: torch.Tensor | None = None
+    item: bool = False
     run: Any = None
     long_range: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+# Losses of each text, a row of each text's long-range tokens, and a row of each kind of retrieval items.
+_Judged = tuple[dict[str, "list[Loss]"], list[dict[str, Any]], list[dict[str, Any]]]
 
 
 class _Judge:
@@ -218,19 +223,18 @@ class _Judge:
 
     def estimate(self, maps: Maps) -> tuple[dict[str, tuple[float, float]], float | None]:
         """Increase of perplexity and KL on each selection text, and the largest lost share of long-range tokens."""
-        losses, long_range = self._judged(maps, self._selection, _EVERY)
+        losses, long_range, items = self._judged(maps, self._selection, _EVERY)
         rows = [loss_row(name, found) for name, found in losses.items()]
         increases = {row["text"]: (_finite(row["increase"]), _finite(row["kl"])) for row in rows}
-        return increases, max((_finite(row["lost"]) for row in long_range), default=None)
+        deciding = [*long_range, *(row for row in items if row["judged"])]
+        return increases, max((_finite(row["lost"]) for row in deciding), default=None)
 
-    def decide(self, maps: Maps) -> tuple[dict[str, list[Loss]], list[dict[str, Any]]]:
-        """The losses of each validation text, and a row of each text's long-range tokens, with intervals."""
+    def decide(self, maps: Maps) -> _Judged:
+        """Figures of the validation texts and items, with intervals."""
         return self._judged(maps, self._validation, 1)
 
-    def _judged(
-        self, maps: Maps, rows: Sequence[_Row], every: int
-    ) -> tuple[dict[str, list[Loss]], list[dict[str, Any]]]:
-        """The losses of the rows of each text, and their long-range tokens; `every`: distance of positions."""
+    def _judged(self, maps: Maps, rows: Sequence[_Row], every: int) -> _Judged:
+        """Figures of the rows of each text and each kind of items; `every`: distance of positions."""
         import torch
 
         from nbl_export.methods.losses import Loss
@@ -258,15 +262,18 @@ class _Judge:
                     table[k, 4:] = torch.tensor(seen, dtype=torch.float64)
                 progress(k + 1, len(rows))
         found: dict[str, list[Loss]] = {}
-        long_range: dict[str, list[tuple[int, float, float, float]]] = {}
+        texts: dict[str, list[tuple[int, float, float, float]]] = {}
+        items: dict[str, list[tuple[int, float, float, float]]] = {}
         for row, values in zip(rows, processes.all_reduce_sum(table).tolist(), strict=True):
             if not math.isfinite(values[2]):  # `Loss.original_sum`
                 raise NblError("the original's logits hold NaN or infinity; check the checkpoint's weights")
             if row.alone_N is None:
                 found.setdefault(row.text, []).append(Loss.of(values[:4]))
+            passages = (items if row.item else texts).setdefault(row.text, [])
             if values[4]:
-                long_range.setdefault(row.text, []).append((int(values[4]), *values[5:]))
-        return found, [long_range_row(name, passages) for name, passages in long_range.items()]
+                passages.append((int(values[4]), *values[5:]))
+        long_range = [long_range_row(name, passages) for name, passages in texts.items() if passages]
+        return found, long_range, [retrieval_row(name, passages) for name, passages in items.items()]
 
     def _long_range(
         self, row: _Row, partial: PartialReplacement, original_TD: torch.Tensor, known_N: torch.Tensor | None
@@ -325,7 +332,8 @@ def _passages(ids_T: torch.Tensor) -> _Row:
 
 def _items(texts: Texts) -> list[_Row]:
     """Rows of retrieval items; a token is predicted at the position before it."""
-    return [_Row(name, ids_T, answers_T.nonzero()[:, 0] - 1) for name, rows in texts for ids_T, answers_T in rows]
+    rows = [(name, ids_T, answers_T) for name, rows in texts for ids_T, answers_T in rows]
+    return [_Row(name, ids_T, answers_T.nonzero()[:, 0] - 1, item=True) for name, ids_T, answers_T in rows]
 
 
 def _finite(value: float | None) -> float:

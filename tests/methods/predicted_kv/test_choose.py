@@ -48,6 +48,7 @@ class World:
 
     Attributes:
         answers: positions from the end of a row that are long-range tokens.
+        before: loss of the original's tokens by text, if it is not half a nat.
         judged: exit layer, W, text, and judged positions.
         widths: of the rows of each run of the original.
     """
@@ -57,6 +58,7 @@ class World:
     long_range_spread: float = 0.0  # on validation rows
     decides: bool = False
     answers: int = 16
+    before: Mapping[str, float] = field(default_factory=dict)
     judged: list[tuple[int, int, str, list[int]]] = field(default_factory=list)
     widths: list[int] = field(default_factory=list)
 
@@ -82,7 +84,8 @@ class World:
             if name == LONG_RANGE:
                 noise = world.decides * world.long_range_spread * (-1) ** (len(world.judged) // 2)
             rise = (rise if name == LONG_RANGE else math.log1p(rise)) + noise
-            return {0: Loss(count, rise * count, 2.0 * count, (2.0 + rise) * count)}
+            before = world.before.get(text, 0.5)
+            return {0: Loss(count, rise * count, before * count, (before + rise) * count)}
 
         def cross_entropies(last_ND: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
             assert len(last_ND) == len(target_N)
@@ -178,8 +181,8 @@ def test_each_text_can_refuse_an_exit_layer_alone(text: str, least: float) -> No
     step = facts["goal"]["path"][-1]
     point = next(p for p in facts["curve"]["points"] if (p["replaced_layers"][0], p["recent_tokens"]) == (5, 1))
     assert [row["text"] for row in step["quality_losses"]] == [OWN, SECOND]
-    judged = [(OWN, 8), (SECOND, 8), (windows.TWICE, 4), (PAIRS, 8), (SENTENCES, 8)]
-    assert [(row["text"], row["windows"]) for row in step["long_range"]] == judged
+    assert [(row["text"], row["windows"]) for row in step["long_range"]] == [(OWN, 8), (SECOND, 8), (windows.TWICE, 4)]
+    assert [(row["text"], row["windows"]) for row in step["retrieval"]] == [(PAIRS, 8), (SENTENCES, 8)]
     assert point["long_range"] == pytest.approx(0.01 if text != LONG_RANGE else 0.105)
 
 
@@ -293,7 +296,7 @@ def test_rows_with_few_long_range_tokens_do_not_count_and_a_text_without_any_say
         assert bool(facts["goal"]["path"][-1]["long_range"]) is known
 
 
-def test_items_that_the_original_does_not_answer_decide_nothing_and_are_named() -> None:
+def test_items_without_enough_answers_decide_nothing_and_are_named() -> None:
     """A loss of all their answers is no reason; other items and texts decide."""
     lost = {f"{LONG_RANGE} of {PAIRS}": 0.9}
     few = torch.stack([torch.full((8, LENGTH), TOKEN[PAIRS]), answers(7)], 1)
@@ -303,10 +306,21 @@ def test_items_that_the_original_does_not_answer_decide_nothing_and_are_named() 
     choice = choose_exit(inputs(World(rises(**lost)), selection_items=items, validation_items=items), said.append)
     assert exit_of(choice) == (5, 1)
     tested = choice.facts["goal"]["path"][0]
-    assert tested["unanswered"] == [PAIRS] and SENTENCES in [row["text"] for row in tested["long_range"]]
-    assert [line for line in said if PAIRS in line] == [
-        f"{PAIRS}: not judged, since the original finds too few answers"
-    ]
+    assert [(row["text"], row["judged"]) for row in tested["retrieval"]] == [(PAIRS, False), (SENTENCES, True)]
+    assert [line for line in said if PAIRS in line] == [f"{PAIRS} is not judged: the original finds no answers"]
+
+
+@pytest.mark.parametrize(("perplexity", "judged"), [(1.99, True), (2.01, False)])
+def test_items_whose_answers_the_original_does_not_find_decide_nothing(perplexity: float, judged: bool) -> None:
+    """They refuse neither on the selection text nor on the validation text, and the user reads what they keep."""
+    world = World(rises(**{f"{LONG_RANGE} of {PAIRS}": 0.13}), before={PAIRS: math.log(perplexity)})
+    said = list[str]()
+    choice = choose_exit(inputs(world), said.append)
+    assert exit_of(choice) == (5, 2 if judged else 1)
+    row = choice.facts["goal"]["path"][0]["retrieval"][0]
+    assert (row["text"], row["judged"]) == (PAIRS, judged)
+    end = "" if judged else ", which is not judged: the original finds too few answers"
+    assert [line for line in said if PAIRS in line][-1].endswith(f"on {PAIRS}{end}")
 
 
 def test_the_original_is_read_once_for_all_exit_layers_and_long_range_tokens_are_found_once() -> None:

@@ -144,7 +144,7 @@ def test_ordinary_text_does_not_see_that_a_layer_which_copies_is_skipped(world: 
     """Nor do passages that occur twice: what they ask for stands near too."""
     exit_layer, facts = chosen(world)
     (tested,) = facts["goal"]["path"]
-    assert exit_layer == 1 and tested["within"] and tested["unanswered"] == []
+    assert exit_layer == 1 and tested["within"] and tested["retrieval"] == []
     assert tested["long_range"] == []
     assert all(row["perplexity_original"] < 5 for row in tested["quality_losses"])
 
@@ -161,9 +161,9 @@ def test_retrieval_items_refuse_an_exit_layer_below_a_layer_that_copies(
     if "selection" in uses:
         assert lowest["long_range"] > 0.3 and not failed
     else:
-        ((row,),) = (step["long_range"] for step in failed)
+        ((row,),) = (step["retrieval"] for step in failed)
         assert row["text"] == ITEMS and row["lost_interval"][0] > 0.1
     if "validation" in uses:
-        (row,) = tested["long_range"]
+        (row,) = tested["retrieval"]
         assert row["tokens"] == 4 * 12 and row["perplexity_original"] < 2
         assert row["lost"] == pytest.approx(0.0, abs=1e-3)
