@@ -20,6 +20,7 @@ from nbl_export.records.quality import (
     long_range_row,
     loss_row,
     mean_interval,
+    retrieval_row,
 )
 
 DRAWS = 4000
@@ -185,3 +186,13 @@ def test_digits_are_those_that_the_interval_supports(
     value: float | None, ends: tuple[float, float] | None, percent: bool, text: str
 ) -> None:
     assert describe_interval(value, ends, percent=percent, sign=True) == text
+
+
+def test_rows_that_were_drawn_independently_have_students_interval() -> None:
+    """Windows of one text have a wider one, since neighbours can be alike."""
+    passages = [(10, 5.0, 5.0 + lost, 10.0) for lost in (0.1, 0.2, 0.3, 0.4)]
+    low, high = retrieval_row("items", passages)["lost_interval"]
+    half = 3.18245 * math.sqrt(5 / 3) * 0.01 / 2  # Student's t of three degrees, 97.5%
+    assert (low, high) == pytest.approx((0.025 - half, 0.025 + half), rel=1e-5)
+    wide = long_range_row("a text", passages)["lost_interval"]
+    assert wide[0] < low and wide[1] > high
