@@ -22,7 +22,7 @@ from nbl_export.run_directory import RunDirectory
 __all__ = ["TEXT", "job_of", "opened", "until"]
 
 _PARTS = ("windows", "held_out", "training", "validation", "selection", "test")
-_ITEMS = tuple(f"retrieval.{use}.pairs" for use in _PARTS[3:])
+_ITEMS = tuple(f"retrieval.{use}.pairs" for use in ("selection", "validation"))
 TEXT: dict[str, Any] = {
     "name": "a text", "second": "another text",
     "parts": {part: part for part in (*_PARTS, *(f"second.{part}" for part in _PARTS[3:]), *_ITEMS)},

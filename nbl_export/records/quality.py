@@ -368,15 +368,10 @@ def long_range_ends(row: Mapping[str, Any]) -> tuple[float, float] | None:
 
 
 def describe_long_range(row: Mapping[str, Any]) -> str:
-    """A `long_range_row` in words: "long-range tokens keep 95% (93 to 97) of what long-range context gives them".
-
-    A row of all texts of an earlier version has no name.
-    """
-    text = f", on {row['text']}" if row.get("text") else ""
+    """A `long_range_row`: "long-range tokens keep 95% (93 to 97) of what long-range context gives them, on a text"."""
     if row["lost"] is None:
-        return f"what long-range tokens lose is not finite{text}"
-    few = "" if long_range_ends(row) else f" ({row['windows']} passages, too few to judge)"
-    return f"long-range tokens keep {describe_kept(row)} of what long-range context gives them{text}{few}"
+        return f"what long-range tokens lose is not finite, on {row['text']}"
+    return f"long-range tokens {_kept_on(row)}"
 
 
 def describe_kept(row: Mapping[str, Any]) -> str:
@@ -389,20 +384,27 @@ def describe_kept(row: Mapping[str, Any]) -> str:
 
 def describe_retrieval(row: Mapping[str, Any]) -> str:
     """A `retrieval_row` in words: "answers keep 99% (98 to 100) of what long-range context gives them, on ..."."""
-    unjudged = "" if row["judged"] else ", which is not judged: the original finds too few answers"
-    if not row["windows"]:
-        return f"{row['text']} is not judged: the original finds no answers"
-    few = "" if unjudged or long_range_ends(row) else f" ({row['windows']} passages, too few to judge)"
-    return f"answers keep {describe_kept(row)} of what long-range context gives them, on {row['text']}{few}{unjudged}"
+    if not row["judged"]:
+        return f"{row['text']} is not judged: the original finds too few answers"
+    return f"answers {_kept_on(row)}"
 
 
-def promise(share: float) -> str:
-    """What a limit on quality allows, in the words of help, report, card and docs."""
-    return (
-        f"perplexity rises by at most {share:.0%} on text like yours and on a second text; long-range tokens "
-        f"of each text keep at least {1 - LONG_RANGE_SHARE * share:.0%} of what long-range context gives them, "
-        "and so do the answers of retrieval items that the original finds"
+def _kept_on(row: Mapping[str, Any]) -> str:
+    few = "" if long_range_ends(row) else f" ({row['windows']} passages, too few to judge)"
+    return f"keep {describe_kept(row)} of what long-range context gives them, on {row['text']}{few}"
+
+
+def promise(share: float, *, items: bool = True) -> str:
+    """What a limit on quality allows, in the words of report and docs.
+
+    Args:
+        items: whether retrieval items were judged.
+    """
+    said = (
+        f"Perplexity rises by at most {share:.0%} on text like yours and on a second text. Long-range tokens "
+        f"of each text keep at least {1 - LONG_RANGE_SHARE * share:.0%} of what long-range context gives them."
     )
+    return f"{said} So do the answers of retrieval items that the original finds." if items else said
 
 
 def warn_of_text(rows: Sequence[Mapping[str, Any]]) -> str | None:

@@ -13,10 +13,9 @@ __all__ = ["BENCHMARK", "EVALUATION", "MANIFEST", "VERIFICATION"]
 
 _ENDS = tuple[float, float] | None
 _LONG_RANGE = {
-    "tokens": int, "windows": int, "perplexity_original": float | None, "perplexity_nbl": float | None,
+    "text": str, "tokens": int, "windows": int, "perplexity_original": float | None, "perplexity_nbl": float | None,
     "lost": float | None, "lost_interval": _ENDS, "looks?": [int],
 }  # fmt: skip
-_LONG_RANGE_TEXT = {**_LONG_RANGE, "text": str}
 _STEP = {
     "layers": int, "within": bool, "retrieval?": [{
         "text": str, "tokens": int, "windows": int, "lost": float | None, "lost_interval": _ENDS, "judged": bool,
@@ -69,8 +68,7 @@ VERIFICATION = {
         "kl_interval": _ENDS, "top1_agreement": float | None, "top1_interval": _ENDS, "prompt?": int,
         "looks?": [int],
     }],
-    "proof": [str], "warnings": [str], "long_range_by_text?": [_LONG_RANGE_TEXT],
-    "long_range?": _LONG_RANGE, "quality_warning?": str,
+    "proof": [str], "warnings": [str], "long_range_by_text?": [_LONG_RANGE], "quality_warning?": str,
     "texts": [{"use": str, "text": str, "tokens": int}],
     "cache_bytes_per_token": {"original": int, "nbl": int},
     "answers": [{"prompt": str, "original": str, "nbl": str}],

@@ -35,7 +35,6 @@ from nbl_export.report.outcome import (
     verdict,
     worst_long_range,
     worst_loss,
-    worst_retrieval,
 )
 from nbl_export.report.quality import uses
 from nbl_export.report.speed import describe_threads, intervals
@@ -238,8 +237,8 @@ def _loss(report: Mapping[str, Any]) -> Card:
     lines = [f"{at_limit(judged(report))} the limit of {limit_of(report)[0]}", f"{said} on {worst['text']}: {ends}"]
     if long_range := worst_long_range(report["long_range"]):
         lines.append(f"long-range tokens keep {describe_kept(long_range)} at worst")
-    for row in worst_retrieval(report)[:1]:
-        lines += [f"answers of retrieval items keep {describe_kept(row)} at worst"] if row["judged"] else []
+    if items := worst_long_range([row for row in report["retrieval"] if row["judged"]]):
+        lines.append(f"answers of retrieval items keep {describe_kept(items)} at worst")
     lines += in_short((report["quality"] or {}).get("length", ()))
     return Card("Quality loss: perplexity, worst text", said.partition(" (")[0], tuple(lines), _JUDGED[judged(report)])
 

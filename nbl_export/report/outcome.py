@@ -40,7 +40,6 @@ __all__ = [
     "verdict",
     "worst_long_range",
     "worst_loss",
-    "worst_retrieval",
 ]
 
 _SHOWN = 4  # tests of a line; the report has all
@@ -166,13 +165,6 @@ def worst_long_range(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | N
     return max(filter(long_range_ends, rows), key=lambda row: _ends_of(row)[1], default=None)
 
 
-def worst_retrieval(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The judged kind of retrieval items whose answers may lose most, and the kinds that are not judged."""
-    rows = report.get("retrieval", ())
-    worst = worst_long_range([row for row in rows if row["judged"]])
-    return [*([worst] if worst else []), *(row for row in rows if not row["judged"])]
-
-
 def worst_loss(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """The row of the text that suffers most: a smaller figure of another text misleads."""
     return next((row for row in rows if row["increase"] is None), None) or max(rows, key=lambda row: row["increase"])
@@ -233,7 +225,7 @@ def _losses(report: Mapping[str, Any]) -> Iterator[str]:
     for row in report["quality_loss"]:
         yield f"perplexity {describe_loss(row)['increase']} on {row['text']}"
     yield from map(describe_long_range, report.get("long_range", ()))
-    yield from map(describe_retrieval, worst_retrieval(report))
+    yield from map(describe_retrieval, report.get("retrieval", ()))
     verdict = judged(report)
     if verdict:
         yield f"{at_limit(verdict)} the limit of {limit_of(report)[0]}"

@@ -118,7 +118,7 @@ def summarize(
         "warnings": verify.get("warnings", []),
         "largest_logit_difference": _largest_logit_difference(checks),
         "quality_loss": verify.get("quality_loss", []),
-        "long_range": _long_range(verify),
+        "long_range": verify.get("long_range_by_text") or [],
         "retrieval": _retrieval(manifest.get("goal") or {}),
         "texts": verify.get("texts", []),
         "answers": verify.get("answers", []),
@@ -136,16 +136,11 @@ def summarize(
     }
 
 
-def _long_range(verify: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """A row of each text's long-range tokens; of a run of an earlier version, one row of all texts, without a name."""
-    pooled = verify.get("long_range")
-    return verify.get("long_range_by_text") or ([pooled] if pooled else [])
-
-
 def _retrieval(goal: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """A row of each kind of retrieval items, as it decided what was chosen."""
     held = [tested for tested in goal.get("path") or () if tested["within"]]
-    return max(held, key=lambda tested: tested["layers"]).get("retrieval") or [] if held else []
+    chosen: Mapping[str, Any] = max(held, key=lambda tested: tested["layers"], default={})
+    return chosen.get("retrieval") or []
 
 
 def _without_places(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -109,7 +109,8 @@ def _losses(report: Mapping[str, Any]) -> Iterator[Block]:
         )
         yield _retrieval(report["retrieval"])
     said, share = limit_of(report)
-    yield Paragraph(f"A limit of {said} means that {promise(share)}.")
+    items = any(row["judged"] for row in report.get("retrieval", ()))
+    yield Paragraph(f"What a limit of {said} allows: {promise(share, items=items)}")
 
 
 def _looks(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -134,7 +135,7 @@ def _retrieval(rows: Iterable[Mapping[str, Any]]) -> Table:
 
 def _kept(row: Mapping[str, Any]) -> tuple[str, ...]:
     ends = (words.number(row.get(name), "not finite") for name in ("perplexity_original", "perplexity_nbl"))
-    return row.get("text", "all texts"), f"{row['tokens']:,} ({row['windows']})", *ends, describe_kept(row)
+    return row["text"], f"{row['tokens']:,} ({row['windows']})", *ends, describe_kept(row)
 
 
 def losses(found: Iterable[Mapping[str, Any]], title: str = "") -> Table:

@@ -164,11 +164,6 @@ def test_long_range_tokens_of_few_passages_are_told_and_not_judged() -> None:
     assert long_range_ends(long_range_row("a text", [(10, 20.0, math.inf, 10.0)])) == (math.inf, math.inf)
 
 
-def test_a_row_of_all_texts_of_an_earlier_version_is_still_said() -> None:
-    row = {"tokens": 9, "windows": 18, "lost": 0.03, "lost_interval": [-0.01, 0.07]}
-    assert describe_long_range(row) == "long-range tokens keep 97% (93 to 101) of what long-range context gives them"
-
-
 @pytest.mark.parametrize(
     ("value", "ends", "percent", "text"),
     [

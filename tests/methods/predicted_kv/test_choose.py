@@ -307,20 +307,20 @@ def test_items_without_enough_answers_decide_nothing_and_are_named() -> None:
     assert exit_of(choice) == (5, 1)
     tested = choice.facts["goal"]["path"][0]
     assert [(row["text"], row["judged"]) for row in tested["retrieval"]] == [(PAIRS, False), (SENTENCES, True)]
-    assert [line for line in said if PAIRS in line] == [f"{PAIRS} is not judged: the original finds no answers"]
+    assert [line for line in said if PAIRS in line] == [f"{PAIRS} is not judged: the original finds too few answers"]
 
 
 @pytest.mark.parametrize(("perplexity", "judged"), [(1.99, True), (2.01, False)])
 def test_items_whose_answers_the_original_does_not_find_decide_nothing(perplexity: float, judged: bool) -> None:
-    """They refuse neither on the selection text nor on the validation text, and the user reads what they keep."""
+    """They refuse neither on the selection text nor on the validation text, and the user reads why."""
     world = World(rises(**{f"{LONG_RANGE} of {PAIRS}": 0.13}), before={PAIRS: math.log(perplexity)})
     said = list[str]()
     choice = choose_exit(inputs(world), said.append)
     assert exit_of(choice) == (5, 2 if judged else 1)
     row = choice.facts["goal"]["path"][0]["retrieval"][0]
     assert (row["text"], row["judged"]) == (PAIRS, judged)
-    end = "" if judged else ", which is not judged: the original finds too few answers"
-    assert [line for line in said if PAIRS in line][-1].endswith(f"on {PAIRS}{end}")
+    end = f"on {PAIRS}" if judged else f"{PAIRS} is not judged: the original finds too few answers"
+    assert [line for line in said if PAIRS in line][-1].endswith(end)
 
 
 def test_the_original_is_read_once_for_all_exit_layers_and_long_range_tokens_are_found_once() -> None:
