@@ -54,6 +54,7 @@ class ContinuingRows:
         places: sequence and row of those that continue, [B, M, 2].
         unseen: what is added to scores, [B, 1, 1, M, P + T].
         past, whole: tokens before the step and behind it, [1] each.
+        cells: sequence, the first head and position of each row in a cache, [B, 1, T, 3].
     """
 
     shared: Maker
@@ -65,6 +66,7 @@ class ContinuingRows:
     unseen: ir.Value
     past: ir.Value
     whole: ir.Value
+    cells: ir.Value
 
 
 class ExitedAttention:
@@ -155,6 +157,9 @@ class ExitedAttention:
     def _behind(self, name: str, past: int, new: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Keys or values up to this step's last, [B, H, P + T, ·], and the cache, which may be longer.
 
+        A cache that has room for the step gets its new rows alone: ONNX Runtime writes them in place where past and
+        present are one buffer (its ScatterND copies nothing then).
+
         Args:
             past: input of the attention that is the cache.
         """
@@ -163,9 +168,21 @@ class ExitedAttention:
         axis = self._integers("length", [2])
         before = make("Slice", f"{name}Before", cache, self._integers("begin", [0]), self._rows.past, axis)
         used = make("Concat", f"{name}Used", before, new, axis=2)
-        end = self._integers("end", [np.iinfo(np.int64).max])
-        rest = make("Slice", f"{name}Rest", cache, self._rows.whole, end, axis)
-        return used, make("Concat", f"{name}Present", used, rest, axis=2)
+        size = make("Shape", f"{name}Length", cache, dtype=ir.DataType.INT64, start=2, end=3)
+        room = make("GreaterOrEqual", f"{name}Room", size, self._rows.whole, dtype=ir.DataType.BOOL)
+        room = make("Squeeze", f"{name}HasRoom", room, dtype=ir.DataType.BOOL)
+        place = Maker(make.graph, node_name(self._layer, f"{name}InPlace/"), make.dtype)
+        heads = self._integers("cache_heads", [[[[0, head, 0]] for head in range(self._heads)]])
+        cells = place("Add", "Cells", self._rows.cells, heads, dtype=ir.DataType.INT64)
+        written = place("ScatterND", "Written", cache, cells, new)
+        grown = Maker(make.graph, node_name(self._layer, f"{name}Grown/"), make.dtype)
+        branches = (
+            ir.Graph((), [written], nodes=place.nodes, name="InPlace"),
+            ir.Graph((), [grown("Identity", "Present", used)], nodes=grown.nodes, name="Grown"),
+        )
+        choice = choose(room, *branches, node_name(self._layer, f"{name}Present"))
+        make.nodes.append(choice)
+        return used, choice.outputs[0]
 
     def _attend(self, queries: ir.Value, keys: ir.Value, values: ir.Value) -> ir.Value:
         make = self._make

@@ -174,12 +174,22 @@ class _Step:
         sequences = make("Shape", "sequences", self.chunk, start=0, end=1)
         batch = make("Range", "batch", number("first", 0), make("Squeeze", "size", sequences), number("step", 1))
         batch = make("Unsqueeze", "batch_B11", batch, number("outer", [1, 2]))
+        cells = self._cells(batch, positions)
         batch = make("Add", "batch_BM1", batch, make("Sub", "nothing", places, places))
         scatter = make("Concat", "scatter", batch, places, axis=2)
         of_stream = {"dtype": self.dtype, "batch_dims": 1}
         taken = [make("GatherND", f"rows_{n}", value, places, **of_stream) for n, value in enumerate(self.terms)]
         last = make("Add", "last_row", make("Sub", "none", self.at, self.at), number("few", recent_tokens))
-        return [last, *taken, self._features(), positions, own, scatter, self._unseen(own, whole), past, whole]
+        return [last, *taken, self._features(), positions, own, scatter, self._unseen(own, whole), past, whole, cells]
+
+    def _cells(self, batch: ir.Value, positions: ir.Value) -> ir.Value:
+        """Where all rows stand in the first head of a cache [B, 1, T, 3]."""
+        make = self.make
+        number = self.ints.constant
+        places = make("Unsqueeze", "cache_rows", positions, number("cache_axes", [1, 3]))
+        of_batch = make("Unsqueeze", "cache_batch", batch, number("row", [1]))
+        of_batch = make("Mul", "cache_sequences", of_batch, number("sequence", [1, 0, 0]))
+        return make("Add", "cells", of_batch, make("Mul", "cache_places", places, number("place", [0, 0, 1])))
 
     def _unseen(self, own: ir.Value, whole: ir.Value) -> ir.Value:
         """What scores get [B, 1, 1, M, P + T]: zero, or the lowest number for keys behind the query."""

@@ -261,3 +261,21 @@ def test_the_graph_is_understood(exported: Exported, tmp_path: Path) -> None:
     assert [find_block(graph, layer).branch.producer().op_type for layer in range(LAYERS)] == ["MatMul"] * LAYERS  # type: ignore[union-attr]
     assert all(len(value.uses()) == 1 for name, value in graph.initializers.items() if name.endswith("MatMul.weight")
                and "lm_head" not in name)  # fmt: skip
+
+
+def test_a_cache_with_room_is_written_in_place(exported: Exported, tmp_path: Path) -> None:
+    """Where few rows continue, a cache is read up to the step, measured and scattered into, and never copied whole."""
+    rewrite(exported("llama"), tmp_path / "nbl", maps_of_exit(1, 3))
+    graph = read_graph(tmp_path / "nbl" / "model.onnx").graph
+    for layer in (1, 2):
+        key = f"past_key_values.{layer}.key"
+        choice = next(value.producer() for value in graph.outputs if value.name == f"present.{layer}.key")
+        assert choice is not None
+        few = choice.attributes["then_branch"].as_graph()
+        inner = [a.as_graph() for node in few for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
+        read = [node for node in (*few, *(node for branch in inner for node in branch)) if key in _names(node)]
+        assert [node.op_type for node in read] == ["Slice", "Shape", "ScatterND"]
+
+
+def _names(node: ir.Node) -> list[str | None]:
+    return [value.name for value in node.inputs if value is not None]
