@@ -172,7 +172,8 @@ class ExitedAttention:
         room = make("GreaterOrEqual", f"{name}Room", size, self._rows.whole, dtype=ir.DataType.BOOL)
         room = make("Squeeze", f"{name}HasRoom", room, dtype=ir.DataType.BOOL)
         place = Maker(make.graph, node_name(self._layer, f"{name}InPlace/"), make.dtype)
-        heads = self._integers("cache_heads", [[[[0, head, 0]] for head in range(self._heads)]])
+        every_head = [[[[0, head, 0]] for head in range(self._heads)]]
+        heads = self._rows.shared.constant("cache_heads", every_head, ir.DataType.INT64)
         cells = place("Add", "Cells", self._rows.cells, heads, dtype=ir.DataType.INT64)
         written = place("ScatterND", "Written", cache, cells, new)
         grown = Maker(make.graph, node_name(self._layer, f"{name}Grown/"), make.dtype)
