@@ -124,9 +124,8 @@ class ExitedAttention:
         made = make("Transpose", "HeadMajor", made, perm=[0, 2, 1, 3])
         keys, values = make.several(2, "Split", "KeysValues", made, axis=1, num_outputs=2)
         keys = self._rotated("Keys", keys, rows.positions, self._heads)
-        used_keys, key_cache = self._behind("Key", 3, keys)
-        used_values, value_cache = self._behind("Value", 4, values)
-        return [self._attend(queries, used_keys, used_values), key_cache, value_cache]
+        used = [self._used("Key", 3, keys), self._used("Value", 4, values)]
+        return [self._attend(queries, *used), *self._caches([keys, values], used)]
 
     def _projected(self) -> Sequence[ir.Value | None]:
         """Queries [B, M, Q], and keys beside values [B, M, 2 K], of the rows that continue."""
@@ -154,36 +153,45 @@ class ExitedAttention:
         given = (x, positions, cosine, sine)
         return self._make("RotaryEmbedding", f"{name}Rotary", *given, domain=_MICROSOFT, **attributes)
 
-    def _behind(self, name: str, past: int, new: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Keys or values up to this step's last, [B, H, P + T, ·], and the cache, which may be longer.
-
-        A cache that has room for the step gets its new rows alone: ONNX Runtime writes them in place where past and
-        present are one buffer (its ScatterND copies nothing then).
+    def _used(self, name: str, past: int, new: ir.Value) -> ir.Value:
+        """Keys or values up to this step's last, [B, H, P + T, ·].
 
         Args:
             past: input of the attention that is the cache.
         """
         make = self._make
-        cache = self._attention.inputs[past]
         axis = self._integers("length", [2])
-        before = make("Slice", f"{name}Before", cache, self._integers("begin", [0]), self._rows.past, axis)
-        used = make("Concat", f"{name}Used", before, new, axis=2)
-        size = make("Shape", f"{name}Length", cache, dtype=ir.DataType.INT64, start=2, end=3)
-        room = make("GreaterOrEqual", f"{name}Room", size, self._rows.whole, dtype=ir.DataType.BOOL)
-        room = make("Squeeze", f"{name}HasRoom", room, dtype=ir.DataType.BOOL)
-        place = Maker(make.graph, node_name(self._layer, f"{name}InPlace/"), make.dtype)
+        begin = self._integers("begin", [0])
+        before = make("Slice", f"{name}Before", self._attention.inputs[past], begin, self._rows.past, axis)
+        return make("Concat", f"{name}Used", before, new, axis=2)
+
+    def _caches(self, new: Sequence[ir.Value], used: Sequence[ir.Value]) -> Sequence[ir.Value]:
+        """The caches of keys and values behind the step.
+
+        Caches with room for the step get its new rows alone. Where past and present are one buffer, ONNX Runtime's
+        ScatterND copies no other row. Caches without room grow to the used part.
+        """
+        make = self._make
+        shared = self._rows.shared
+        keys, values = self._attention.inputs[3:5]
+        size = make("Shape", "CacheLength", keys, dtype=ir.DataType.INT64, start=2, end=3)
+        room = make("GreaterOrEqual", "Room", size, self._rows.whole, dtype=ir.DataType.BOOL)
+        room = make("Squeeze", "HasRoom", room, dtype=ir.DataType.BOOL)
+        in_place, grown = (Maker(make.graph, node_name(self._layer, f"{title}/"), make.dtype)
+                           for title in ("InPlace", "Grown"))  # fmt: skip
         every_head = [[[[0, head, 0]] for head in range(self._heads)]]
-        heads = self._rows.shared.constant("cache_heads", every_head, ir.DataType.INT64)
-        cells = place("Add", "Cells", self._rows.cells, heads, dtype=ir.DataType.INT64)
-        written = place("ScatterND", "Written", cache, cells, new)
-        grown = Maker(make.graph, node_name(self._layer, f"{name}Grown/"), make.dtype)
+        heads = shared.constant("cache_heads", every_head, ir.DataType.INT64)
+        cells = in_place("Add", "Cells", self._rows.cells, heads, dtype=ir.DataType.INT64)
+        written = [in_place("ScatterND", f"{name}Present", cache, cells, rows)
+                   for name, cache, rows in zip(("Key", "Value"), (keys, values), new, strict=True)]  # fmt: skip
+        same = [grown("Identity", f"{name}Present", rows) for name, rows in zip(("Key", "Value"), used, strict=True)]
         branches = (
-            ir.Graph((), [written], nodes=place.nodes, name="InPlace"),
-            ir.Graph((), [grown("Identity", "Present", used)], nodes=grown.nodes, name="Grown"),
+            ir.Graph((), written, nodes=in_place.nodes, name="InPlace"),
+            ir.Graph((), same, nodes=grown.nodes, name="Grown"),
         )
-        choice = choose(room, *branches, node_name(self._layer, f"{name}Present"))
+        choice = choose(room, *branches, node_name(self._layer, "Caches"))
         make.nodes.append(choice)
-        return used, choice.outputs[0]
+        return choice.outputs
 
     def _attend(self, queries: ir.Value, keys: ir.Value, values: ir.Value) -> ir.Value:
         make = self._make
