@@ -14,6 +14,7 @@ from nbl_export.records.quality import (
     _weighed,
     describe_interval,
     describe_long_range,
+    increase_ends,
     increase_interval,
     interval_ends,
     long_range_ends,
@@ -21,6 +22,7 @@ from nbl_export.records.quality import (
     loss_row,
     mean_interval,
     retrieval_row,
+    verdict,
 )
 
 DRAWS = 4000
@@ -162,6 +164,25 @@ def test_long_range_tokens_of_few_passages_are_told_and_not_judged() -> None:
         assert long_range_ends(row) == (ends and pytest.approx(ends))
         assert describe_long_range(row).endswith("on a text (3 passages, too few to judge)") is (ends is None)
     assert long_range_ends(long_range_row("a text", [(10, 20.0, math.inf, 10.0)])) == (math.inf, math.inf)
+
+
+def test_the_interval_of_long_range_tokens_knows_the_looks_of_its_test() -> None:
+    passages = [(10, 20.0, 20.0 + lost, 10.0) for lost in (1.0, 2.0, 2.0, 4.0)]
+    looks = (4, 8, 16)
+    row = long_range_row("a text", passages, looks)
+    assert row["lost_interval"] == mean_interval([0.1, 0.2, 0.2, 0.4], looks=looks).ends
+    assert row["lost_interval"] != long_range_row("a text", passages)["lost_interval"] and row["looks"] == [*looks]
+
+
+def test_an_increase_that_is_not_finite_is_beyond_every_limit() -> None:
+    row = loss_row("a text", [Loss(10, 1.0, 20.0, after) for after in (21.0, math.inf)])
+    assert row["increase"] is None and verdict(increase_ends(row), 1e9) == "beyond"
+    assert verdict(increase_ends({"increase": 0.0, "increase_interval": None}), 1e9) == "undecided"  # of one window
+
+
+def test_answers_whose_perplexity_is_not_finite_are_not_found() -> None:
+    for before, judged in ((5.0, True), (1e5, False)):
+        assert retrieval_row("items", [(10, before, before, 10.0)] * 2)["judged"] is judged
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nbl_export.errors import NblError
-from nbl_export.text.retrieval import COUNTS, KINDS, SHORTEST, retrieval_parts, retrieval_rows
+from nbl_export.text.retrieval import COUNTS, KINDS, SHORTEST, retrieval_parts, retrieval_rows, row_length
 
 from ..tiny import VOCAB, tiny_tokenizer
 
@@ -76,6 +76,15 @@ def test_each_question_asks_for_one_early_fact_whose_answer_stands_once(name: st
             assert last.end() < 0.4 * len(facts)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_stand_in_no_order_that_tells_the_place(kind: str) -> None:
+    tokenizer, rows = made("pieces", kind, 1024)
+    for row_2T in rows:
+        facts, _, _ = read(tokenizer, row_2T)
+        found = re.findall(r"(?m)(\w+)\W*$", facts)
+        assert len(found) >= 24 and found[2:] not in (sorted(found[2:]), sorted(found[2:], reverse=True))
+
+
 def test_a_name_or_a_thing_alone_rarely_tells_the_place() -> None:
     tokenizer, rows = made("pieces", "sentences", 1024, count=8)
     counts = []
@@ -124,6 +133,16 @@ def test_rows_of_each_use_and_kind_are_others() -> None:
     rows = [tuple(row.flatten().tolist()) for rows in found.values() for row in rows]
     assert len(set(rows)) == len(rows)
     assert retrieval_parts(Pieces(), 0, 1 << 20) == {}
+
+
+@pytest.mark.parametrize(
+    ("context", "positions", "length"),
+    [(64, 8192, 1024), (2048, 8192, 2048), (8192, 32_768, 4096), (2048, 700, 700), (64, 512, 512), (64, 511, 0)],
+)
+def test_a_row_is_as_long_as_joined_rows_of_text_and_no_longer_than_the_model_reads(
+    context: int, positions: int, length: int
+) -> None:
+    assert row_length(context, positions) == length
 
 
 @pytest.mark.parametrize("kind", KINDS)

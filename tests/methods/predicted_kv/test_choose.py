@@ -361,6 +361,7 @@ def test_candidates_stand_between_a_half_and_seven_eighths(layers: int, exits: S
     [
         ("auto", (), range(12, 22)),
         ("auto", (14,), range(12, 22)),  # sums of a layer that was named before have no others
+        ("auto", (12,), range(12, 22)),  # nor those of the lowest candidate
         ("14", range(12, 22), range(12, 22)),
         ("11", range(12, 22), (11,)),
         ("14", (), (14,)),
@@ -375,6 +376,12 @@ def test_a_named_exit_layer_is_fitted_to_the_sums_that_hold_it(
     found = PredictedKVMethod().candidates(JobOptions("m", exit_layer=exit_layer), decoder, known)
     assert found.collected == Exits(tuple(collected), 1024)
     assert found.exits == (tuple(range(12, 22)) if exit_layer == "auto" else (int(exit_layer),))
+
+
+def test_recent_tokens_and_rows_are_within_the_positions_of_the_model() -> None:
+    decoder = DecoderSpec("llama", 24, 64, 4, 2, 16, 100, 128)
+    found = PredictedKVMethod().candidates(JobOptions("m", exit_layer="auto"), decoder, {})
+    assert found.recent_choices == (64,) and found.collected.length == 128
 
 
 def test_rows_are_joined_in_order_and_long_ones_stay() -> None:
