@@ -10,6 +10,7 @@ from typing import Any
 from tables_speed import describe_pair, level, of_rounds
 
 from nbl_export.records.paired import PairedRatio
+from nbl_export.records.quality import describe_interval, increase_interval
 
 Rows = list[Sequence[str]]
 Read = Callable[[str], Any]
@@ -169,20 +170,12 @@ def median_ms(times: Mapping[str, Any], name: str = "first_ms") -> float:
 
 
 def loss_over_float(losses: Any, title: str) -> str:
-    """The largest increase of perplexity over float32 among the texts, two standard errors over windows, its text.
+    """The largest increase of perplexity over float32 among the texts, its 95% interval over windows, its text.
 
     "" if none was measured.
     """
-    own = [(increase(losses[text], title, _FLOAT), text) for text in losses if title in losses[text]]
+    own = {text: increase_interval(each[_FLOAT], each[title]) for text, each in losses.items() if title in each}
     if not own or title == _FLOAT:
         return ""
-    (_, said), text = max(own)
-    return f"{said} ({text})"
-
-
-def increase(losses: Any, title: str, base: str) -> tuple[float, str]:
-    """Mean difference of loss in nats; the increase of perplexity, with two standard errors over windows."""
-    differences = [ours - right for ours, right in zip(losses[title], losses[base], strict=True)]
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
-    factor = math.exp(statistics.mean(differences))
-    return statistics.mean(differences), f"{100 * (factor - 1):+.1f}% ± {200 * factor * error:.1f}"
+    text, worst = max(own.items(), key=lambda pair: math.inf if pair[1].value is None else pair[1].value)
+    return f"{describe_interval(worst.value, worst.ends, percent=True, sign=True)} ({text})"

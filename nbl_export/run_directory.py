@@ -40,7 +40,6 @@ from nbl_export.files import (
     is_scratch,
     make_folder,
     read_json,
-    read_small,
     remove,
     scratch_in,
     write_json,
@@ -196,15 +195,23 @@ class RunDirectory:
         """Remove what this tool writes, the manifest last.
 
         Raises:
-            NblError: the manifest is not of this tool. A damaged one stands beside the text of its run.
+            NblError: the manifest is not of this tool.
         """
         path = self.path / MANIFEST
-        is_ours = path.is_file() and b'"stages"' in read_small(path)
-        if path.name in os.listdir(self.path) and not is_ours and not (self.path / TEXT_FILE).is_file():
+        if path.name in os.listdir(self.path) and not self._is_ours():
             raise NblError(f"{path} is not of nbl-export, so --force removes nothing; choose another --output")
         self._forget_checkpoint()
         for name in _OURS:
             remove(self.path / name)
+
+    def _is_ours(self) -> bool:
+        """Whether the manifest is of this tool. A damaged one stands beside the text of its run."""
+        try:
+            found = read_json(self.path / MANIFEST)
+            ours = "schema" in found and "stages" in found and "fingerprint" in found["model"]
+        except (OSError, ValueError, TypeError, LookupError):
+            ours = False
+        return ours or (self.path / TEXT_FILE).is_file()
 
     def _forget_checkpoint(self) -> None:
         """Remove a converted checkpoint, and nothing else of that name."""

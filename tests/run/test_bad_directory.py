@@ -255,7 +255,7 @@ def test_damaged_manifest_is_forgotten_with_force(same: Same, run: Path) -> None
     assert {p.name for p in run.iterdir()} == {".lock", "nbl.json", "text.safetensors", "sums.safetensors"}
 
 
-@pytest.mark.parametrize("manifest", ["{}", '{"schema": 1, "name": "x"}', "[]", "{"])
+@pytest.mark.parametrize("manifest", ["{}", '{"schema": 1, "stages": {}, "model": {}}', "[]", "{"])
 def test_force_removes_nothing_beside_a_manifest_of_others(manifest: str, same: Same, tmp_path: Path) -> None:
     for name, content in {"nbl.json": manifest, "model/thesis.txt": "mine", "original/a": "mine"}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
