@@ -9,6 +9,7 @@ with `k_quant` by up to 39%, and of Qwen2.5-Coder-0.5B by 15% at most. Codes of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -65,12 +66,15 @@ def check_perplexity(
     """
     warned, limit = ROUNDED[precision]
     (row,), _ = quality_loss(_Torch(model), original, [("", windows[:_WINDOWS])], progress, answers=False)
-    value, before, after = (row[name] for name in ("increase", "perplexity_original", "perplexity_nbl"))
-    detail = f"{after:.2f} against {before:.2f} on {row['tokens']:,} held-back tokens"
-    passed = bool(np.isfinite(value) and value <= limit)
+    value = math.inf if row["increase"] is None else row["increase"]
+    before, after = (
+        "not finite" if row[name] is None else f"{row[name]:.2f}" for name in ("perplexity_original", "perplexity_nbl")
+    )
+    detail = f"{after} against {before} on {row['tokens']:,} held-back tokens"
+    passed = value <= limit
     warning = f"{precision} alone raises the original's perplexity by {value:.0%} ({detail})"
     result = CheckResult("exporter", "original", PERPLEXITY, value, limit, passed, detail)
-    return result, warning if value > warned else ""
+    return result, warning if warned < value < math.inf else ""
 
 
 class _Torch:

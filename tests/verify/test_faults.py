@@ -112,7 +112,9 @@ def test_a_model_larger_than_memory_is_compared_with_torch_a_block_at_a_time(
     assert found["passed"] and compared and all(0 < check["value"] < check["tolerance"] for check in compared)
 
 
-@pytest.mark.parametrize(("scale", "passed", "warns"), [(1.0, True, False), (0.9, True, True), (0.1, False, True)])
+@pytest.mark.parametrize(
+    ("scale", "passed", "warns"), [(1.0, True, False), (0.9, True, True), (0.1, False, True), (np.nan, False, False)]
+)
 def test_the_perplexity_of_a_rounded_original_has_a_bound(
     scale: float, passed: bool, warns: bool, checkpoint: Callable[[str], Path]
 ) -> None:
