@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import tables_exits as exits
 import tables_models as models
 import tables_proof as proof
 import tables_quality as quality
@@ -65,6 +66,10 @@ TABLES: Mapping[str, Table] = {
     "looks-level": speed.looks_level,
     "looks-power": speed.looks_power,
     "length": quality.length,
+    "continuing": exits.continuing,
+    "step-rows": exits.step_rows,
+    "equal-work": exits.equal_work,
+    "equal-work-ranks": exits.equal_work_ranks,
 }
 
 

@@ -159,7 +159,7 @@ def ranks(read: Read) -> Rows:
         for title, (above, below, groups) in _SEEN.items():
             seen = [float(np.mean([_share(one[group], above, below) for group in groups])) for one in sets]
             lost = ([_share(one[task], "rise", "tokens") for one in sets] for task in _OF_TASKS)
-            found = (f"{_spearman(seen, values):+.2f}".replace("-", "−") for values in lost)
+            found = (f"{spearman(seen, values):+.2f}".replace("-", "−") for values in lost)
             rows.append((f"{model}, {len(sets)} sets", title, *found))
     return rows
 
@@ -185,7 +185,7 @@ def _share(sums: Mapping[str, float], above: str, below: str) -> float:
     return sums[above] / sums[below]
 
 
-def _spearman(first: Sequence[float], second: Sequence[float]) -> float:
+def spearman(first: Sequence[float], second: Sequence[float]) -> float:
     one, other = (np.argsort(np.argsort(values)) - (len(first) - 1) / 2 for values in (first, second))
     return float((one @ other) / (one @ one))
 

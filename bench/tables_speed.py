@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from tables_exits import worst_retrieval
 from tables_quality import increase, increase_of
 
 from nbl_export.records.paired import PairedRatio, describe_ratio, paired_ratio
@@ -71,11 +72,19 @@ _TEXTS = ("unseen part of the calibration text", "Python's documentation")
 
 def headline(read: Read) -> Rows:
     """What default jobs with predicted KV give, for the README: the worst text stands for all."""
-    heads = ("model", "TTFT, prompt of 2,048 tokens", "of 512", "perplexity, worst text of the job", "WikiText-2")
+    heads = (
+        "model",
+        "TTFT, prompt of 2,048 tokens",
+        "of 512",
+        "perplexity, worst text",
+        "WikiText-2",
+        "worst retrieval task",
+    )
     rows: Rows = [heads, "l" * len(heads)]
     for title, run, _ in _defaults(read):
         speeds = (measured(run, test) for test in ("pp2048", "pp512"))
-        rows.append((title, *speeds, increase(max(run["losses"], key=_rise)), _perplexity(run)))
+        retrieval = worst_retrieval(read, title, run["exit"]["layer"], run["exit"]["recent_tokens"])
+        rows.append((title, *speeds, increase(max(run["losses"], key=_rise)), _perplexity(run), retrieval))
     return rows
 
 
